@@ -1,0 +1,24 @@
+"""The one exception that users see. Every message names the thing, its value, what is allowed and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgekitError(Exception):
+    """Something the user can act on; the CLI prints it in one line and exits with 1."""
+
+
+def unknown(kind: str, name: object, allowed: Iterable[object], *, where: str = "") -> EdgekitError:
+    """Error for a name outside a closed set, with the nearest allowed name when there is one."""
+    names = [str(item) for item in allowed]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    place = f" in {where}" if where else ""
+    return EdgekitError(f"unknown {kind} {str(name)!r}{place}; expected one of: {', '.join(names)}{hint}")
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> EdgekitError:
+    """Error for an optional dependency that is not installed, with the line that installs it."""
+    return EdgekitError(f"{purpose} needs {package}, which is not installed; run: pip install 'edgekit[{extra}]'")

@@ -1,0 +1,1 @@
+"""Networks that edgekit trains, compresses and ships."""

@@ -1,0 +1,1 @@
+"""Sessions: named arrays in, named arrays out."""
