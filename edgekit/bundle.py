@@ -1,0 +1,294 @@
+"""The bundle: one directory, `NAME.edge/`, that holds a model, how to feed it, and the proof that it still works.
+
+    edgekit.json          manifest: family, inputs, classes, preprocessing, recipe, a record per pass, all files' SHA-256
+    weights.safetensors   parameters, encoded as the passes left them
+    golden.npz            inputs and the outputs they must give
+
+Nothing in it is executable and nothing is a pickle. Opening verifies every hash; writing is atomic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from edgekit.encoding import Encoding, Float, from_arrays, to_arrays
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 1
+MANIFEST, WEIGHTS, GOLDEN = "edgekit.json", "weights.safetensors", "golden.npz"
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One named input or output. A string in `shape` names an axis that may have any length, such as "batch"."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+    unit: str = ""
+
+    def check(self, array: npt.NDArray[Any]) -> None:
+        """Raise if the array does not fit this spec."""
+        fits = array.ndim == len(self.shape) and all(
+            isinstance(want, str) or want == got for want, got in zip(self.shape, array.shape, strict=True)
+        )
+        if not fits:
+            raise EdgekitError(f"input {self.name!r} has shape {array.shape}; expected {self.shape_text}")
+        if str(array.dtype) != self.dtype:
+            raise EdgekitError(f"input {self.name!r} has dtype {array.dtype}; expected {self.dtype}")
+
+    @property
+    def shape_text(self) -> str:
+        return "(" + ", ".join(str(axis) for axis in self.shape) + ")"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `edgekit.json` says."""
+
+    name: str
+    family: str  # which constructor in edgekit.families builds the network
+    arguments: dict[str, Any]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    classes: tuple[str, ...] = ()
+    class_ids: tuple[int, ...] = ()  # the data set's own numbers for the classes, in the same order
+    preprocessing: dict[str, Any] | None = None  # {"id": ..., parameters}: what turns raw data into the inputs
+    data: str | None = None  # the data set its quality is measured on
+    metrics: dict[str, Any] = field(default_factory=dict)
+    target: str | None = None
+    recipe: dict[str, Any] | None = None
+    records: tuple[dict[str, Any], ...] = ()  # one per pass, kept or rolled back
+    bits: dict[str, int] = field(default_factory=dict)  # code width of every encoded weight
+    parent: str | None = None  # digest of the bundle this one was made from
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # relative path -> SHA-256
+    format: int = FORMAT
+
+    @classmethod
+    def from_json(cls, text: bytes, source: str) -> Manifest:
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise EdgekitError(f"{source}: not valid JSON ({error}); the bundle is damaged, write it again") from None
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            got = values.get("format") if isinstance(values, dict) else type(values).__name__
+            raise EdgekitError(f"{source}: bundle format {got!r}; this edgekit reads format {FORMAT}")
+        names = {item.name for item in fields(cls)}
+        strange, missing = set(values) - names, {"name", "family", "arguments", "inputs", "outputs"} - set(values)
+        if strange or missing:
+            problem = f"unknown key {min(strange)!r}" if strange else f"missing key {min(missing)!r}"
+            raise EdgekitError(f"{source}: {problem}; expected the keys {', '.join(sorted(names))}")
+        for key in ("inputs", "outputs"):
+            values[key] = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[key])
+        for key in ("classes", "class_ids", "records"):
+            values[key] = tuple(values.get(key, ()))
+        return cls(**values)
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A verified bundle in memory. Small by design: the models edgekit compresses fit, weights and all."""
+
+    manifest: Manifest
+    contents: Mapping[str, bytes]  # file name -> bytes, as listed in manifest.files
+    path: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and through its hashes of everything: the identity that results are stamped with."""
+        return hashlib.sha256(self.manifest.to_json()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of manifest and files together."""
+        return len(self.manifest.to_json()) + sum(len(content) for content in self.contents.values())
+
+    def stored(self) -> dict[str, Float | Encoding]:
+        """Parameters as stored: float32 arrays, or encodings."""
+        try:
+            arrays = load_safetensors(self.contents[WEIGHTS])
+        except SafetensorError as error:
+            raise EdgekitError(
+                f"{self.path or self.manifest.name}/{WEIGHTS}: {error}; write the bundle again"
+            ) from None
+        stored = from_arrays(arrays, self.manifest.bits)
+        for name, value in stored.items():
+            if not np.isfinite(value if isinstance(value, np.ndarray) else value.decode()).all():
+                raise EdgekitError(
+                    f"{self.path or self.manifest.name}: weight {name!r} holds NaN or infinite values; "
+                    "the model cannot be used, restore it from its source"
+                )
+        return stored
+
+    def weights(self) -> dict[str, Float]:
+        """Parameters decoded to float32, by name."""
+        return {name: v if isinstance(v, np.ndarray) else v.decode() for name, v in self.stored().items()}
+
+    def encodings(self) -> dict[str, Encoding]:
+        return {name: value for name, value in self.stored().items() if not isinstance(value, np.ndarray)}
+
+    def model(self) -> nn.Module:
+        """The network with its weights, in evaluation mode."""
+        from edgekit.families import build
+
+        return build(self.manifest.family, self.manifest.arguments, self.weights())
+
+    def golden(self) -> tuple[Arrays, Arrays]:
+        """Golden inputs and outputs by name."""
+        arrays = arrays_from_bytes(self.contents[GOLDEN], f"{self.path}/{GOLDEN}")
+        inputs = {spec.name: arrays[f"in.{spec.name}"] for spec in self.manifest.inputs}
+        return inputs, {spec.name: arrays[f"out.{spec.name}"] for spec in self.manifest.outputs}
+
+
+def assemble(
+    manifest: Manifest,
+    weights: Mapping[str, Float],
+    encodings: Mapping[str, Encoding],
+    golden: tuple[Arrays, Arrays],
+    extra: Mapping[str, bytes] | None = None,
+) -> Bundle:
+    """A bundle in memory; `extra` holds further files such as report.html. Fills in `bits` and `files`."""
+    named = {f"in.{name}": array for name, array in golden[0].items()}
+    named |= {f"out.{name}": array for name, array in golden[1].items()}
+    contents = {
+        WEIGHTS: save_safetensors(to_arrays(weights, encodings)),
+        GOLDEN: arrays_to_bytes(named),
+        **(extra or {}),
+    }
+    bits = {name: encoding.bits for name, encoding in encodings.items()}
+    return Bundle(replace(manifest, bits=bits, files=_hashes(contents)), contents)
+
+
+def with_files(bundle: Bundle, extra: Mapping[str, bytes]) -> Bundle:
+    """The bundle with files added or replaced."""
+    contents = {**bundle.contents, **extra}
+    return replace(bundle, manifest=replace(bundle.manifest, files=_hashes(contents)), contents=contents)
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Read a bundle directory, or a packed file, and verify it."""
+    path = Path(path)
+    if path.is_file():
+        from edgekit.pack import unpack
+
+        return replace(unpack(path.read_bytes(), str(path)), path=path)
+    if not path.exists():
+        raise EdgekitError(f"{path}: no such bundle; `edgekit models` lists those that come with edgekit")
+    if not (path / MANIFEST).is_file():
+        raise EdgekitError(f"{path}: not a bundle, it holds no {MANIFEST}; a bundle is a directory written by edgekit")
+    manifest = Manifest.from_json((path / MANIFEST).read_bytes(), f"{path}/{MANIFEST}")
+    contents = {}
+    for name, expected in manifest.files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise EdgekitError(f"{path}/{MANIFEST}: file name {name!r} leaves the bundle; the bundle is not trusted")
+        if not file.is_file():
+            raise EdgekitError(f"{file}: listed in {MANIFEST} but missing; the bundle is incomplete, copy it again")
+        contents[name] = file.read_bytes()
+        if (got := hashlib.sha256(contents[name]).hexdigest()) != expected:
+            raise EdgekitError(
+                f"{file}: SHA-256 is {got[:12]}..., the manifest says {expected[:12]}...; the file was changed "
+                "or damaged after the bundle was written, restore it or write the bundle again"
+            )
+    for needed in (WEIGHTS, GOLDEN):
+        if needed not in contents:
+            raise EdgekitError(f"{path}/{MANIFEST}: lists no {needed}; the bundle is incomplete, write it again")
+    return Bundle(manifest, contents, path)
+
+
+def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bundle:
+    """Write a new directory and move it into place in one step: a crash leaves the old bundle or the new."""
+    path = Path(path)
+    if path.exists():
+        if not force:
+            raise EdgekitError(f"{path} already exists; choose another name or pass --force to replace it")
+        if not (path / MANIFEST).is_file():
+            raise EdgekitError(
+                f"{path} exists and is not a bundle, so --force will not replace it; choose another name"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    stale = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        for name, content in {**bundle.contents, MANIFEST: bundle.manifest.to_json()}.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_bytes(content)
+        if path.exists():
+            path.rename(stale)
+        fresh.rename(path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if stale.exists() and not path.exists():
+            stale.rename(path)
+        shutil.rmtree(stale, ignore_errors=True)
+    return replace(bundle, path=path)
+
+
+def default_name(path: str | Path) -> str:
+    """The model's name that a path suggests: 'runs/t2-gr.edge' gives 't2-gr'."""
+    return Path(path).name.removesuffix(".edge")
+
+
+def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
+    """Inputs for golden data where no real ones are at hand: smooth, bounded, different in every element."""
+    return {
+        spec.name: np.sin(
+            0.37 * np.arange(rows * math.prod(axes), dtype=np.float64) * (1 + number)
+        ).reshape(rows, *axes).astype(spec.dtype)
+        for number, spec in enumerate(specs)
+        for axes in [tuple(axis for axis in spec.shape[1:] if isinstance(axis, int))]
+    }  # fmt: skip
+
+
+def arrays_to_bytes(arrays: Arrays) -> bytes:
+    """An uncompressed, byte-for-byte reproducible .npz (numpy.savez stamps the time into the archive)."""
+    import io
+    import zipfile
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in sorted(arrays.items()):
+            inner = io.BytesIO()
+            np.lib.format.write_array(inner, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(
+                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), inner.getvalue(), zipfile.ZIP_DEFLATED
+            )
+    return buffer.getvalue()
+
+
+def arrays_from_bytes(content: bytes, source: str) -> Arrays:
+    import io
+    import zipfile
+
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise EdgekitError(f"{source}: not a readable .npz of plain arrays ({error})") from None
+
+
+def _hashes(contents: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}

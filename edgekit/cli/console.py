@@ -1,0 +1,43 @@
+"""What commands share on the terminal: tables, progress, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+output = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+status = Console(file=sys.stderr, highlight=False)
+
+
+def progress(*, enabled: bool = True) -> Progress:
+    """A progress bar on standard error; nothing is drawn where that is not a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=status, transient=True, disable=not (enabled and status.is_terminal))
+
+
+def note(message: str) -> None:
+    """A line for the person, not for the pipe."""
+    status.print(message, markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Machine-readable output, NaN-free."""
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
+    """A plain table; columns whose cells all start with a digit or sign are right-aligned."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, header in enumerate(headers):
+        cells = [str(row[number]) for row in rows]
+        numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "+-<>~" for cell in cells if cell)
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    output.print(table)

@@ -1,0 +1,90 @@
+"""Labelled data for recovery training and for quality: an .npz with the model's inputs, `labels` and `split`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.bundle import Arrays, Manifest, arrays_from_bytes, arrays_to_bytes
+from edgekit.errors import EdgekitError
+from edgekit.session import check_inputs
+
+TRAIN, TEST = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """inputs: arrays by name, (samples, ...); labels: (samples,) int64, index of the class."""
+
+    inputs: Mapping[str, npt.NDArray[np.float32]]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: npt.NDArray[np.integer]) -> Dataset:
+        return Dataset({name: array[rows] for name, array in self.inputs.items()}, self.labels[rows])
+
+
+def folder() -> Path:
+    """Where prepared data sets live: $EDGEKIT_DATA, or edgekit's folder in the user's data directory."""
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(os.environ.get("EDGEKIT_DATA") or Path(home) / "edgekit")
+
+
+def locate(manifest: Manifest, given: str | None) -> Path:
+    """The data file to use: the one given, else the prepared one that the bundle names."""
+    if given is not None:
+        return Path(given)
+    if manifest.data is None:
+        raise EdgekitError(
+            f"{manifest.name} names no data set of its own; pass --data FILE.npz (inputs, labels, split)"
+        )
+    path = folder() / f"{manifest.data}.npz"
+    if not path.is_file():
+        raise EdgekitError(
+            f"{manifest.name} is measured on the data set {manifest.data!r}, which is not prepared: no {path}; "
+            f"run: edgekit data {manifest.data}, or pass --data FILE.npz (inputs, labels, split)"
+        )
+    return path
+
+
+def load(path: Path, manifest: Manifest) -> tuple[Dataset, Dataset]:
+    """Training and test part of a data file, checked against what the model takes."""
+    if not path.is_file():
+        raise EdgekitError(f"{path}: no such data file; expected an .npz with the model's inputs, labels and split")
+    arrays = arrays_from_bytes(path.read_bytes(), str(path))
+    wanted = {spec.name for spec in manifest.inputs}
+    missing = (wanted | {"labels", "split"}) - set(arrays)
+    if missing:
+        raise EdgekitError(
+            f"{path}: no array {min(missing)!r}; {manifest.name} needs {', '.join(sorted(wanted))}, labels and split "
+            f"(0 = training, 1 = test), the file has {', '.join(sorted(arrays))}"
+        )
+    inputs = {spec.name: arrays[spec.name] for spec in manifest.inputs}  # in the order in which the network takes them
+    labels, split = arrays["labels"].astype(np.int64), arrays["split"]
+    check_inputs(manifest.inputs, inputs)
+    if not len(labels) == len(split) == len(next(iter(inputs.values()))):
+        raise EdgekitError(f"{path}: {len(labels)} labels and {len(split)} split values for other numbers of inputs")
+    if manifest.classes and not (labels.min() >= 0 and labels.max() < len(manifest.classes)):
+        raise EdgekitError(
+            f"{path}: labels span {labels.min()} to {labels.max()}; expected 0 to {len(manifest.classes) - 1}"
+        )
+    whole = Dataset(inputs, labels)
+    parts = whole.take(np.flatnonzero(split == TRAIN)), whole.take(np.flatnonzero(split == TEST))
+    if not all(map(len, parts)):
+        raise EdgekitError(f"{path}: {len(parts[0])} training and {len(parts[1])} test samples; both must be there")
+    return parts
+
+
+def save(path: Path, inputs: Arrays, labels: npt.NDArray[np.integer], split: npt.NDArray[np.integer]) -> None:
+    """Write a data file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_bytes(arrays_to_bytes({**inputs, "labels": labels.astype(np.int16), "split": split.astype(np.int8)}))
+    fresh.replace(path)

@@ -1,0 +1,142 @@
+"""The training loop, for fresh weights, recovery after a pass, and distillation: class-balanced, averaged, resumable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from edgekit.data import Dataset
+from edgekit.errors import EdgekitError
+
+Progress = Callable[[int, int, float], None]  # epochs done, epochs in all, mean loss of the last one
+Augment = Callable[[Dataset, np.random.Generator], Dataset]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How to train."""
+
+    epochs: int
+    batch: int = 64
+    learning_rate: float = 3e-3  # peak of a one-cycle schedule; the best of 1e-3, 3e-3, 1e-2 for t2
+    weight_decay: float = 1e-2
+    clip_norm: float = 1.0  # as the paper trains
+    averaging: float = 0.995  # weights shipped are an exponential average over about 200 steps
+    distillation: float = 0.0  # weight of the teacher's probabilities against the labels
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    schedule: Schedule,
+    *,
+    seed: int,
+    teacher: nn.Module | None = None,
+    augment: Augment | None = None,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
+) -> nn.Module:
+    """Train and return the averaged model in evaluation mode. `augment` remakes the training set before each epoch.
+
+    With `checkpoint`, the state is written after every epoch and a later call with the same arguments goes on from it.
+    """
+    if (teacher is None) == (schedule.distillation > 0):
+        raise EdgekitError(f"distillation = {schedule.distillation} and a teacher go together; pass both or neither")
+    weights = balanced_class_weights(data.labels)
+    model.train()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.averaging))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    total = schedule.epochs * -(-len(data) // schedule.batch)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.learning_rate, total_steps=total, pct_start=0.1)
+    parts = {"model": model, "averaged": averaged, "optimiser": optimiser, "rate": rate}
+    first = _resume(checkpoint, parts, schedule, seed)
+    for epoch in range(first, schedule.epochs):
+        # randomness depends on seed and epoch alone, so that a resumed run repeats an uninterrupted one
+        rng = np.random.default_rng([seed, epoch])
+        torch.manual_seed(int(rng.integers(2**62)))
+        epoch_data = augment(data, rng) if augment else data
+        loss_sum = 0.0
+        for rows in _batches(rng.permutation(len(epoch_data)), schedule.batch):
+            batch = epoch_data.take(rows)
+            inputs, labels = tensors(batch), torch.from_numpy(batch.labels)
+            logits = model(*inputs)
+            loss = F.cross_entropy(logits, labels, weight=weights)
+            if teacher is not None:
+                with torch.no_grad():
+                    wanted = teacher(*inputs).softmax(dim=-1)
+                soft = F.cross_entropy(logits, wanted, weight=weights)
+                loss = (1 - schedule.distillation) * loss + schedule.distillation * soft
+            if not torch.isfinite(loss):
+                raise EdgekitError(
+                    f"training diverged in epoch {epoch + 1}: the loss is {loss.item()}; lower the learning rate"
+                )
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+            optimiser.step()
+            rate.step()
+            averaged.update_parameters(model)
+            loss_sum += loss.item() * len(rows)
+        _save(checkpoint, parts, schedule, seed, epoch + 1)
+        if progress:
+            progress(epoch + 1, schedule.epochs, loss_sum / len(epoch_data))
+    result: nn.Module = averaged.module
+    return result.eval()
+
+
+@torch.no_grad()
+def probabilities(model: nn.Module, data: Dataset, *, batch: int = 256) -> npt.NDArray[np.float32]:
+    """(samples, classes) softmax outputs of a model in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    rows = [model(*tensors(data.take(part))).softmax(dim=-1) for part in _batches(np.arange(len(data)), batch)]
+    model.train(was_training)
+    return torch.cat(rows).numpy()
+
+
+def balanced_class_weights(labels: npt.NDArray[np.int64]) -> Tensor:
+    """(classes,) weights under which every class counts alike, as the challenge's metric counts them."""
+    counts = np.bincount(labels)
+    present = counts > 0
+    weights = np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 0.0)
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def tensors(data: Dataset) -> list[Tensor]:
+    """Inputs in the order in which the network takes them."""
+    return [torch.from_numpy(array) for array in data.inputs.values()]
+
+
+def _batches(rows: npt.NDArray[np.integer], size: int) -> Iterable[npt.NDArray[np.integer]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _save(path: Path | None, parts: dict[str, object], schedule: Schedule, seed: int, epoch: int) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    states = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
+    torch.save({**states, "epoch": epoch, "schedule": asdict(schedule), "seed": seed}, fresh)
+    fresh.replace(path)
+
+
+def _resume(path: Path | None, parts: dict[str, object], schedule: Schedule, seed: int) -> int:
+    """Epochs already done."""
+    if path is None or not path.is_file():
+        return 0
+    saved = torch.load(path, weights_only=True)
+    if saved["schedule"] != asdict(schedule) or saved["seed"] != seed:
+        raise EdgekitError(f"{path}: written by a run with another schedule or seed; delete it to start over")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])  # type: ignore[attr-defined]
+    return int(saved["epoch"])
