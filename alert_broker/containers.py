@@ -1,0 +1,242 @@
+"""Cut files and messages into blocks of Avro data with their schema, and check the framing: containers, wire format.
+
+Nothing is decoded here. A block with a broken frame becomes a `BadPacket`, and reading goes on at the container's next
+sync marker.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastavro.schema import parse_schema
+
+from alert_broker.surveys import lsst
+from alert_broker.surveys.base import PacketError, Survey, surveys
+
+AVRO_MAGIC, WIRE_MAGIC = b"Obj\x01", b"\x00"
+SYNC_BYTES = 16
+WIRE_HEADER = struct.Struct(">BI")  # Confluent: a zero byte, then the schema id
+INFLATED_BYTES = 1 << 30  # of one block; more is a decompression bomb
+
+Buffer = bytes | mmap.mmap
+
+
+@dataclass(frozen=True, slots=True)
+class BadPacket:
+    """What gave no light curve and why. packets: how many it stands for, as far as the container says; 0 for none.
+
+    status: "error" where something is damaged, "skipped" where it is sound but not for us.
+    """
+
+    file: str
+    offset: int
+    reason: str
+    status: Literal["error", "skipped"] = "error"
+    packets: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """A writer's schema: its full name, the form fastavro reads with, and the survey that it belongs to, if any."""
+
+    name: str
+    parsed: Any
+    survey: Survey | None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Avro data of `count` packets in a row, without framing; offset: byte of the first in the file."""
+
+    file: str
+    offset: int
+    schema: Schema
+    count: int
+    data: bytes = field(repr=False)
+    compressed: bool = False
+
+
+def split(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
+    """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes."""
+    if len(data) == 0:
+        yield BadPacket(file, 0, "empty: 0 bytes", packets=0)
+    elif data[:4] == AVRO_MAGIC:
+        yield from _split_container(data, file)
+    elif data[:1] == WIRE_MAGIC:
+        yield _unwrap_message(data, file)
+    else:
+        yield BadPacket(
+            file, 0,
+            f"begins with {bytes(data[:4]).hex(' ')}; expected an Avro container (4f 62 6a 01), "
+            "a Confluent message (00 and a schema id) or Parquet (50 41 52 31)",
+        )  # fmt: skip
+
+
+def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
+    try:
+        metadata, at = _container_metadata(data)
+        codec = metadata.get("avro.codec", b"null").decode()
+        if codec not in ("null", "deflate"):
+            raise PacketError(f"its codec is {codec!r}; supported: null, deflate")
+        schema = _container_schema(metadata.get("avro.schema", b""))
+    except (PacketError, UnicodeDecodeError) as error:
+        yield BadPacket(file, 0, f"the Avro container's header is not usable: {error}")
+        return
+    sync = data[at : at + SYNC_BYTES]
+    at += SYNC_BYTES
+    if at >= len(data):
+        whole = at == len(data)
+        reason = "the Avro container holds no packets" if whole else "the Avro container ends inside its header"
+        yield BadPacket(file, 0, reason, "skipped" if whole else "error", packets=0 if whole else 1)
+    while at < len(data):
+        count, start, end, fault = _frame(data, at, sync)
+        packets = count if 0 < count <= end - start else 1  # a count that cannot be is not passed on
+        if fault:
+            # Blocks end in the container's sync marker, so the next one shows where reading can go on.
+            following = data.find(sync, at)
+            lost = (following if following >= 0 else len(data)) - at
+            yield BadPacket(file, at, f"the block at byte {at} {fault}; {lost} bytes are lost", packets=packets)
+            at = following + SYNC_BYTES if following >= 0 else len(data)
+            continue
+        at = end + SYNC_BYTES
+        content = data[start:end]
+        if codec == "deflate":
+            inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+            try:
+                content = inflate.decompress(content, INFLATED_BYTES)
+            except zlib.error as error:
+                yield BadPacket(file, start, f"the block does not decompress: {error}", packets=packets)
+                continue
+            if not inflate.eof:
+                yield BadPacket(file, start, "the block decompresses to too much or ends early", packets=packets)
+                continue
+        if count > len(content):
+            yield BadPacket(file, start, f"the block claims {count} packets in {len(content)} bytes")
+        elif count:
+            yield Block(file, start, schema, count, content, compressed=codec != "null")
+
+
+def _frame(data: Buffer, at: int, sync: bytes) -> tuple[int, int, int, str]:
+    """A block's packet count, first byte, end, and what is wrong with its framing ("" for nothing)."""
+    try:
+        count, position = _read_long(data, at)
+        size, start = _read_long(data, position)
+    except PacketError as error:
+        return 0, at, at, str(error)
+    end = start + size
+    if count < 0 or size < 0:
+        return 0, at, at, f"claims {count} packets in {size} bytes"
+    if end + SYNC_BYTES > len(data):
+        early = end + SYNC_BYTES - len(data)
+        if data.find(sync, start) < 0:
+            return count, start, end, f"is cut short: {early} bytes are missing at the end of the file"
+    elif data[end : end + SYNC_BYTES] == sync:
+        return count, start, end, ""
+    found = data.find(sync, start)
+    if 0 <= found < end:
+        return (
+            count,
+            start,
+            end,
+            f"ends {end - found} bytes earlier than it says: bytes were lost, or its length is damaged",
+        )
+    return count, start, end, "is not followed by the container's sync marker"
+
+
+def _container_metadata(data: Buffer) -> tuple[dict[str, bytes], int]:
+    """The header's key-value map and the byte after it."""
+    metadata: dict[str, bytes] = {}
+    at = len(AVRO_MAGIC)
+    while True:
+        entries, at = _read_long(data, at)
+        if entries == 0:
+            return metadata, at
+        if entries < 0:  # the block then also says its size in bytes, for readers that skip it
+            entries, (_, at) = -entries, _read_long(data, at)
+        for _ in range(entries):
+            key, at = _read_bytes(data, at)
+            value, at = _read_bytes(data, at)
+            metadata[key.decode()] = value
+
+
+def _read_long(data: Buffer, at: int) -> tuple[int, int]:
+    """A zigzag variable-length integer and the byte after it."""
+    value = 0
+    for index, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return (value >> 1) ^ -(value & 1), at + index + 1
+    raise PacketError("ends inside a number" if at + 10 > len(data) else "has a number of more than 64 bits")
+
+
+def _read_bytes(data: Buffer, at: int) -> tuple[bytes, int]:
+    size, at = _read_long(data, at)
+    if size < 0 or at + size > len(data):
+        raise PacketError(f"says that {size} bytes follow byte {at}, of {len(data)} in all")
+    return data[at : at + size], at + size
+
+
+@functools.lru_cache(maxsize=64)
+def _container_schema(text: bytes) -> Schema:
+    """Parsed once for each distinct schema text: ZTF repeats 23 kB of it in every packet."""
+    try:
+        parsed = parse_schema(json.loads(text))
+        _least_bytes(parsed, ())
+    except PacketError:
+        raise
+    except Exception as error:  # arbitrary JSON: fastavro raises what it happens to meet
+        raise PacketError(f"its schema does not parse ({type(error).__name__}: {error})") from error
+    if isinstance(parsed, dict) and parsed.get("type") == "record":
+        return Schema(parsed["name"], parsed, next(_matching(parsed["name"]), None))
+    return Schema("a union" if isinstance(parsed, list) else "not a record", parsed, None)
+
+
+def _least_bytes(schema: Any, enclosing: tuple[str, ...]) -> int:
+    """The fewest bytes that a value takes; PacketError for a schema on which a decoder could crash or hang.
+
+    A record inside itself lets the data set the depth of recursion, which overflows fastavro's C stack; an array of
+    values without bytes lets one number claim any length.
+    """
+    if isinstance(schema, list):
+        return 1 + min((_least_bytes(branch, enclosing) for branch in schema), default=0)
+    if not isinstance(schema, dict):
+        if schema in enclosing:
+            raise PacketError(f"its schema is recursive: {schema} contains itself")
+        return 0 if schema == "null" else 1
+    kind = schema.get("type")
+    if kind in ("record", "error"):
+        inside = (*enclosing, schema["name"])
+        least = sum(_least_bytes(item["type"], inside) for item in schema["fields"])
+        if least == 0:
+            raise PacketError(f"its schema has a record that takes no bytes: {schema['name']}")
+        return least
+    if kind == "array" and _least_bytes(schema["items"], enclosing) == 0:
+        raise PacketError("its schema has an array of values that take no bytes")
+    if kind == "fixed":
+        return int(schema["size"])
+    if kind == "map":
+        _least_bytes(schema["values"], enclosing)
+    return _least_bytes(kind, enclosing) if isinstance(kind, (dict, list)) or kind == "null" else 1
+
+
+def _matching(schema_name: str) -> Iterator[Survey]:
+    return (survey for survey in surveys().values() if survey.recognises_schema(schema_name))
+
+
+def _unwrap_message(data: Buffer, file: str) -> Block | BadPacket:
+    if len(data) <= WIRE_HEADER.size:
+        return BadPacket(file, 0, f"a Confluent message of {len(data)} bytes; expected 5 of header and a packet")
+    _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])
+    try:
+        parsed = lsst.schema(identifier)
+    except PacketError as error:
+        return BadPacket(file, 0, str(error))
+    schema = Schema(parsed["name"], parsed, surveys()["lsst"])
+    return Block(file, WIRE_HEADER.size, schema, 1, data[WIRE_HEADER.size :])

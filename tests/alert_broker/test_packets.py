@@ -1,0 +1,317 @@
+"""Reading packets: every kind of file, every kind of damage, and the account of all real ones."""
+
+import io
+import json
+import os
+import random
+import shutil
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import fastavro
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from alert_broker.containers import BadPacket, split
+from alert_broker.packets import ALERT_COLUMNS, AlertBatch, Packet, batches, decode, find_files, read_packets
+from alert_broker.simulate import simulate, write
+from edgekit.errors import EdgekitError
+
+SHARED = Path(os.environ.get("EDGEKIT_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+realdata = pytest.mark.realdata
+ROW = {"jd": "double", "fid": "int", "magpsf": "float", "sigmapsf": "float", "isdiffpos": "string"}
+SYNC = b"0123456789abcdef"
+
+
+def real(*names: str) -> Path:
+    path = SHARED.joinpath("alerts", *names)
+    if not path.exists():
+        pytest.skip(f"no real alerts at {path}; set EDGEKIT_SHARED_DATA")
+    return path
+
+
+def schema(name="ztf.alert", **extra):
+    """A ZTF alert with only the fields that are read."""
+    row = {"type": "record", "name": "row", "fields": [{"name": key, "type": kind} for key, kind in ROW.items()]}
+    fields = {"objectId": "string", "candid": "long", "candidate": row} | extra
+    fields["prv_candidates"] = {"type": "array", "items": "row"}
+    return {"type": "record", "name": name, "fields": [{"name": key, "type": kind} for key, kind in fields.items()]}
+
+
+def alert(candid=1, name="ZTF24aaaaaaa"):
+    row = {"jd": 2_460_000.5 + candid, "fid": 1, "magpsf": 20.0, "sigmapsf": 0.1, "isdiffpos": "t"}
+    return {"objectId": name, "candid": candid, "candidate": row, "prv_candidates": []}
+
+
+def container(packets, *, avro_schema=None, **options) -> bytes:
+    stream = io.BytesIO()
+    fastavro.writer(stream, avro_schema or schema(), packets, sync_marker=SYNC, **options)
+    return stream.getvalue()
+
+
+def read(data: bytes) -> list[Packet | BadPacket]:
+    found = []
+    for block in split(data, "bytes"):
+        found += [block] if isinstance(block, BadPacket) else list(decode(block))
+    return found
+
+
+def only_bad(data: bytes) -> BadPacket:
+    (bad,) = read(data)
+    assert isinstance(bad, BadPacket), bad
+    return bad
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory) -> dict[str, Path]:
+    """One file per form that is sent: a ZTF container, an LSST message, and an LSST container."""
+    folder = tmp_path_factory.mktemp("simulated")
+    files = {
+        "ztf": write(folder / "ztf", simulate("ztf", 1, 3), 1)[0],
+        "lsst": write(folder / "lsst", simulate("lsst", 1, 3), 1)[0],
+        "lsst_container": write(folder / "container", simulate("lsst", 3, 3))[0],
+    }
+    assert [path.suffix for path in files.values()] == [".avro", ".bin", ".avro"]
+    return files
+
+
+def test_packets_of_a_container_with_their_bytes():
+    data = container([alert(1), alert(2)])
+    first, second = read(data)
+    assert (first.content["candid"], second.content["candid"]) == (1, 2)
+    assert data[second.offset : second.offset + 13] == b"\x18ZTF24aaaaaaa"  # a string's length in zigzag, then it
+
+
+def test_deflate_is_read_and_other_codecs_are_named():
+    packets = read(container([alert(1), alert(2)], codec="deflate"))
+    assert [packet.content["candid"] for packet in packets] == [1, 2]
+    assert packets[0].offset == packets[1].offset
+    data = container([alert()]).replace(b"null", b"lzma", 1)
+    assert "codec is 'lzma'; supported: null, deflate" in only_bad(data).reason
+
+
+def test_a_deflate_block_that_is_damaged():
+    data = container([alert(1)], codec="deflate")
+    start = data.index(SYNC) + 18
+    assert "does not decompress" in only_bad(data[:start] + b"\xff" * 8 + data[start + 8 :]).reason
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"\x89PNG and more", "begins with 89 50 4e 47"),
+        (b"Obj\x01", "header is not usable: ends inside a number"),
+        (b"Obj\x01\x02\x16avro", "says that 11 bytes follow"),
+        (b"Obj\x01" + b"\xff" * 20, "more than 64 bits"),
+        (b"\x00\x00\x00", "Confluent message of 3 bytes"),
+        (b"\x00\x00\x00\x12\x67datum", "unknown LSST schema id 4711"),
+        (b"\x00\x00\x00\x04\x4cnot a datum", "does not decode as lsst.v11_0.alert"),
+        (container([]), "holds no packets"),
+        (container([alert()]).replace(b'"type": "record"', b'"type": "recard"', 1), "schema does not parse"),
+        (container([alert()])[:-3], "cut short: 3 bytes are missing"),
+        (container([alert()])[:-40], "cut short: 40 bytes are missing"),
+        (container([alert()]) + b"\x80", "ends inside a number"),
+    ],
+)
+def test_bytes_that_are_not_packets(data, reason):
+    bad = [item for item in read(data) if isinstance(item, BadPacket)]
+    assert len(bad) == 1
+    assert reason in bad[0].reason
+
+
+def test_lost_bytes_cost_one_block_and_reading_goes_on():
+    """Each block ends in the sync marker, so a text-mode copy that drops bytes does not cost the rest of the night."""
+    data = container([alert(1), alert(2), alert(3)], sync_interval=1)
+    second = read(data)[1].offset
+    packets = read(data[: second + 5] + data[second + 6 :])
+    assert [getattr(packet, "content", {}).get("candid") for packet in packets] == [1, None, 3]
+    assert "ends 1 bytes earlier than it says: bytes were lost" in packets[1].reason
+
+
+def test_a_packet_that_fails_takes_the_rest_of_its_block_and_says_how_many():
+    data = bytearray(container([alert(number) for number in range(1, 5)]))
+    third = read(bytes(data))[2].offset
+    data[third] = 0x7F  # the length of its name, now negative
+    *good, bad = read(bytes(data))
+    assert [packet.content["candid"] for packet in good] == [1, 2]
+    assert (bad.offset, bad.packets, bad.status) == (third, 2, "error")
+
+
+def test_a_block_with_bytes_left_over_is_not_trusted():
+    whole = container([alert(1)])
+    start = whole.index(SYNC) + 18
+    size = len(whole) - 16 - start
+    grown = whole[: start - 1] + bytes([2 * (size + 1)]) + whole[start:-16] + b"\0" + SYNC
+    assert "1 bytes left over" in only_bad(grown).reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ([{"name": "again", "type": ["null", "ztf.alert"]}], "recursive: ztf.alert"),
+        ([{"name": "again", "type": "ztf.alert"}], "recursive: ztf.alert"),
+        ([{"name": "many", "type": {"type": "array", "items": "null"}}], "values that take no bytes"),
+        ([], "takes no bytes"),
+    ],
+)
+def test_schemas_on_which_the_decoder_would_crash_or_hang_are_refused(fields, reason):
+    text = json.dumps({"type": "record", "name": "ztf.alert", "fields": fields}).encode()
+    size = bytes([(2 * len(text)) & 0x7F | 0x80, (2 * len(text)) >> 7])
+    header = b"Obj\x01\x02\x16avro.schema" + size + text + b"\0" + SYNC
+    assert reason in only_bad(header + b"\x02\x02\x00" + SYNC).reason
+
+
+@pytest.mark.parametrize("name", ["winter.alert", "desirt.alert"])
+def test_other_surveys_are_skipped_with_their_name(name):
+    bad = only_bad(container([alert(1), alert(2)], avro_schema=schema(name)))
+    assert (bad.status, bad.packets) == ("skipped", 2)
+    assert f"unsupported survey: the schema is '{name}'; supported: " in bad.reason
+
+
+@pytest.mark.parametrize("form", ["ztf", "lsst", "lsst_container"])
+def test_truncation_anywhere_is_a_bad_packet(simulated, form):
+    data = simulated[form].read_bytes()
+    rng = random.Random(form)
+    for cut in sorted({0, 1, 4, 5, 6, *(rng.randrange(len(data)) for _ in range(60))}):
+        found = read(data[:cut])
+        assert isinstance(found[-1], BadPacket), cut
+        assert form == "lsst_container" or len(found) == 1
+
+
+@pytest.mark.parametrize("form", ["ztf", "lsst"])
+def test_flipped_bytes_never_escape(simulated, form):
+    """Avro has no checksum, so a flip may pass unseen; it must not crash, hang or lose the packet."""
+    data = simulated[form].read_bytes()
+    rng = random.Random(form)
+    for _ in range(120):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 1, 2, 10])):
+            damaged[rng.randrange(min(len(data), rng.choice([100, 20_000, len(data)])))] = rng.randrange(256)
+        rows = list(batches(read(bytes(damaged))))
+        assert sum(len(row.curves) if isinstance(row, AlertBatch) else 1 for row in rows) >= 1
+
+
+def test_paths_are_checked_before_any_work(tmp_path):
+    with pytest.raises(EdgekitError, match=r"path .*nowhere does not exist"):
+        read_packets([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EdgekitError, match="holds no files"):
+        read_packets([tmp_path / "empty"])
+    with pytest.raises(EdgekitError, match="no path was given"):
+        read_packets([])
+    with pytest.raises(EdgekitError, match="batch size is 0"):
+        next(batches([], 0))
+
+
+def test_folders_are_walked_in_order_each_file_once(tmp_path):
+    for name in ("b/2.avro", "b/10.avro", "a.avro", ".hidden", ".cache/x.avro"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    names = [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path, tmp_path / "a.avro"])]
+    assert names == ["a.avro", "b/10.avro", "b/2.avro"]
+
+
+def test_content_not_extension_decides(tmp_path, simulated):
+    shutil.copy(simulated["lsst"], tmp_path / "a.avro")
+    shutil.copy(simulated["ztf"], tmp_path / "b.parquet")
+    (tmp_path / "c.bin").write_text("notes")
+    (tmp_path / "d").write_bytes(b"")
+    names = [item.survey.name if isinstance(item, Packet) else item.reason[:11] for item in read_packets([tmp_path])]
+    assert names == ["lsst", "ztf", "begins with", "empty: 0 by"]
+
+
+def test_parquet_rows_are_packets(tmp_path):
+    rows = [alert(number) for number in range(600)]
+    history = [row | {"prv_candidates": [row["candidate"] | {"jd": 2_459_000.5}]} for row in rows]
+    pq.write_table(pa.Table.from_pylist([row | {"noise": "x"} for row in history]), tmp_path / "x", row_group_size=100)
+    packets = list(read_packets([tmp_path / "x"]))
+    assert [packet.offset for packet in packets] == list(range(600))
+    (batch,) = batches(packets)
+    assert batch.curves.points.tolist() == [2] * 600
+
+
+def test_parquet_that_is_damaged_or_foreign(tmp_path):
+    history = alert() | {"prv_candidates": [alert()["candidate"]]}
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([history] * 1000), path, compression="none")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert "cannot be read as Parquet from row 0 on" in next(read_packets([path])).reason
+    pq.write_table(pa.table({"ra": [1.0, 2.0], "dec": [0.0, 1.0]}), path)
+    (bad,) = read_packets([path])
+    assert (bad.status, bad.packets) == ("skipped", 2)
+    assert "its columns begin ra, dec" in bad.reason
+    pq.write_table(pa.Table.from_pylist([history]).slice(0, 0), path)
+    assert next(read_packets([path])).reason == "the table has no rows"
+
+
+def test_batches_keep_surveys_apart_and_bad_packets_in_line(simulated):
+    packets = read(container([alert(1), alert(2), alert(3)]))
+    packets += [BadPacket("f", 0, "why"), *read(simulated["lsst"].read_bytes())]
+    packets[1].content["candid"] = None
+    found = list(batches(packets, size=2))
+    assert [type(item).__name__ for item in found] == ["BadPacket", "AlertBatch", "BadPacket", "AlertBatch"]
+    assert found[1].alerts.schema.equals(ALERT_COLUMNS)
+    row = found[1].alerts.to_pylist()[1]
+    assert (row["alert_id"], row["object_id"], row["survey"]) == (3, "ZTF24aaaaaaa", "ztf")
+    assert (row["n_detections"], row["n_forced"], row["n_upper_limits"]) == ([1, 0, 0], [0, 0, 0], 0)
+    lsst_row = found[3].alerts.to_pylist()[0]
+    assert sum(lsst_row["n_detections"]) == found[3].curves.detected.sum()
+    assert sum(lsst_row["n_forced"]) == (~found[3].curves.detected).sum()
+
+
+# What is in the real folders: survey -> alerts, "error" and "skipped" -> rows.
+REAL = {
+    "ztf": {"ztf": 61},
+    "ztf_kowalski": {"ztf": 24},
+    "lsst_wire": {"lsst": 24},
+    "parquet": {"ztf": 51 + 67, "lsst": 50},
+    "elasticc": {"elasticc": 260 + 100 + 89, "elasticc-v0": 29},
+    "other": {"skipped": 2},
+    "poison": {"error": 9},
+}
+
+
+@realdata
+@pytest.mark.parametrize("folder", REAL)
+def test_every_real_packet_is_accounted_for(folder):
+    count: Counter[str] = Counter()
+    for item in batches(read_packets([real(folder)]), 64):
+        if isinstance(item, BadPacket):
+            count[item.status] += 1
+        else:
+            count[item.survey.name] += len(item.curves)
+            assert item.curves.points.min() >= 1
+            assert np.isfinite(item.curves.flux).all()
+            for one in range(len(item.curves)):
+                assert (np.diff(item.curves.take([one]).time) >= 0).all()
+    assert count == REAL[folder]
+
+
+@realdata
+def test_poison_lost_one_byte_at_every_crlf():
+    """As after a copy in text mode: no CR LF is left in 0.5 MB. Two even decode, but with a cutout that is damaged."""
+    files = find_files([real("poison")])
+    assert all(path.read_bytes().count(b"\r\n") == 0 for path in files)
+    reasons = [item.reason for item in read_packets(files)]
+    assert all("earlier than it says: bytes were lost" in reason for reason in reasons)
+    lost = [int(reason.split(" ends ")[1].split()[0]) for reason in reasons]
+    assert lost == [1, 1, 1, 1, 1, 8, 14, 1, 11]
+    for name in ("516442330015015017.avro", "516476004815015005.avro"):
+        with real("poison", name).open("rb") as stream:
+            packet = next(fastavro.reader(stream))
+        with pytest.raises(zlib.error, match="incorrect data check"):
+            zlib.decompress(packet["cutoutDifference"]["stampData"], wbits=31)
+
+
+@realdata
+@pytest.mark.parametrize("name", ["ztf_kowalski/2475433850315015009.avro", "lsst_wire/v10_0_deep_06.bin"])
+def test_real_packets_cut_anywhere(name):
+    data = real(*name.split("/")).read_bytes()
+    rng = random.Random(name)
+    for _ in range(40):
+        assert only_bad(data[: rng.randrange(len(data))]).status == "error"

@@ -1,0 +1,272 @@
+"""Fluxes against magnitudes worked out by hand, history rules, and every LSST schema version's field names."""
+
+import io
+import math
+import os
+from pathlib import Path
+
+import fastavro
+import numpy as np
+import pytest
+
+from alert_broker.packets import read_packets
+from alert_broker.surveys import lsst
+from alert_broker.surveys.base import PacketError, join, survey_named, surveys
+from edgekit.errors import EdgekitError
+
+SHARED = Path(os.environ.get("EDGEKIT_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+realdata = pytest.mark.realdata
+ZTF, LSST = survey_named("ztf"), survey_named("lsst")
+
+
+def real(*names: str) -> Path:
+    path = SHARED.joinpath("alerts", *names)
+    if not path.exists():
+        pytest.skip(f"no real alerts at {path}; set EDGEKIT_SHARED_DATA")
+    return path
+
+
+def ztf_row(jd=2_459_000.5, fid=1, magpsf=20.0, sigmapsf=0.1, isdiffpos="t"):
+    return {"jd": jd, "fid": fid, "magpsf": magpsf, "sigmapsf": sigmapsf, "isdiffpos": isdiffpos}
+
+
+def ztf_forced(jd=2_459_001.5, fid=1, flux=100.0, error=10.0, zero_point=26.0, status="0"):
+    return {
+        "jd": jd, "fid": fid, "forcediffimflux": flux, "forcediffimfluxunc": error, "magzpsci": zero_point,
+        "procstatus": status,
+    }  # fmt: skip
+
+
+def ztf(candidate=None, history=(), **extra):
+    return {
+        "objectId": "ZTF24aaaaaaa", "candid": 123, "candidate": candidate or ztf_row(), "prv_candidates": list(history),
+    } | extra  # fmt: skip
+
+
+def lsst_row(time=61_000.0, band="r", flux=1000.0, error=50.0, **extra):
+    return {"midpointMjdTai": time, "band": band, "psfFlux": flux, "psfFluxErr": error} | extra
+
+
+def lsst_packet(history=(), forced=(), **source):
+    ids = {"diaSourceId": 7, "diaObjectId": 5, "ssObjectId": 0}
+    return {
+        "diaSource": lsst_row(**(ids | source)), "prvDiaSources": list(history), "prvDiaForcedSources": list(forced),
+    }  # fmt: skip
+
+
+def flux_of_magnitude(magnitude):
+    """By definition: m = 27.5 - 2.5 log10 f, solved in another form than the module's."""
+    return math.exp((27.5 - magnitude) / 2.5 * math.log(10))
+
+
+def test_ztf_magnitudes_become_fluxes():
+    curve = ZTF.light_curve(ztf(ztf_row(magpsf=20.0, sigmapsf=0.1), [ztf_row(2_458_999.5, 2, 18.5, 0.02, "f")]))
+    assert curve.flux == pytest.approx([-flux_of_magnitude(18.5), 1000.0], rel=1e-12)  # 20 is 7.5 above zero point
+    assert curve.flux_error == pytest.approx([0.01842068 * 3981.0717, 92.1034], rel=1e-6)
+    assert curve.time.tolist() == [58_999.0, 59_000.0]
+    assert curve.band.tolist() == [1, 0]
+    assert curve.detected.all()
+    for planted in (flux_of_magnitude(18.5), -(10 ** (-0.4 * (18.5 - 25.0)))):  # sign forgotten; zero point 25
+        assert curve.flux[0] != pytest.approx(planted, rel=1e-3)
+
+
+@pytest.mark.parametrize(("flag", "sign"), [("t", 1), ("1", 1), ("f", -1), ("0", -1)])
+def test_ztf_sign_flags(flag, sign):
+    assert np.sign(ZTF.light_curve(ztf(ztf_row(isdiffpos=flag))).flux).tolist() == [sign]
+
+
+def test_ztf_forced_photometry_fills_exposures_without_a_detection():
+    forced = [ztf_forced(2_459_000.5, flux=5.0), ztf_forced(2_458_995.5, flux=-40.0, error=8.0, zero_point=26.3)]
+    curve = ZTF.light_curve(ztf(fp_hists=forced))
+    counts = 10 ** (0.4 * (27.5 - 26.3))  # FLUXCAL of one count
+    assert curve.flux == pytest.approx([-40 * counts, 1000.0])
+    assert curve.flux_error[0] == pytest.approx(8 * counts)
+    assert curve.detected.tolist() == [False, True]
+    assert ZTF.light_curve(ztf()).flux.tolist() == pytest.approx([1000.0])  # schemas before 4.01 have no fp_hists
+
+
+def test_ztf_forced_photometry_on_bad_pixels_is_dropped():
+    bad = [ztf_forced(flux=-99999.0, error=-99999.0, status="61"), ztf_forced(flux=3.0, status="56")]
+    bad += [ztf_forced(flux=None), ztf_forced(zero_point=None), ztf_forced(error=0.0)]
+    curve = ZTF.light_curve(ztf(fp_hists=bad))
+    assert len(curve.time) == 1
+    assert curve.dropped == 5
+
+
+def test_ztf_upper_limits_are_counted_not_points():
+    limit = dict.fromkeys(ztf_row(), None) | {"jd": 2_458_990.5, "fid": 1}
+    curve = ZTF.light_curve(ztf(history=[limit, limit]))
+    assert (len(curve.time), curve.upper_limits, curve.dropped) == (1, 2, 0)
+    assert ZTF.light_curve(ztf() | {"prv_candidates": None}).upper_limits == 0
+
+
+def test_one_exposure_gives_one_point_and_the_alert_itself_wins():
+    history = [ztf_row(magpsf=19.0), ztf_row(2_459_000.50005, magpsf=19.5), ztf_row(fid=2, magpsf=19.7)]
+    curve = ZTF.light_curve(ztf(ztf_row(magpsf=20.0), history))
+    assert sorted(curve.band.tolist()) == [0, 1]
+    assert curve.flux[curve.band == 0] == pytest.approx([1000.0])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ztf_row(magpsf=math.nan), ztf_row(sigmapsf=math.inf), ztf_row(sigmapsf=None), ztf_row(sigmapsf=0.0),
+        ztf_row(magpsf=-999.0), ztf_row(fid=4), ztf_row(isdiffpos=None), ztf_row(jd=1e300), ztf_row(jd=math.nan),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_measurements_are_dropped_and_counted(row):
+    curve = ZTF.light_curve(ztf(row))
+    assert (len(curve.time), curve.dropped) == (0, 1)
+
+
+def test_points_are_sorted_by_time():
+    history = [ztf_row(2_459_000.5 - day, 1 + day % 2) for day in (3, 9, 1, 7)]
+    curve = ZTF.light_curve(ztf(history=history))
+    assert np.all(np.diff(curve.time) > 0)
+
+
+@pytest.mark.parametrize(
+    ("packet", "reason"),
+    [
+        ({}, "no field 'objectId'"),
+        (ztf() | {"objectId": None}, "objectId is None"),
+        (ztf() | {"candid": None}, "id is None"),
+        (ztf() | {"candid": 2**63}, "64-bit"),
+        (ztf() | {"candidate": None}, "malformed"),
+        (ztf() | {"candidate": {"jd": 1.0}}, "no field 'magpsf'"),
+        (ztf() | {"candidate": ztf_row(magpsf="bright")}, "malformed"),
+        (ztf() | {"prv_candidates": [3]}, "malformed"),
+    ],
+)
+def test_a_packet_without_a_light_curve_says_why(packet, reason):
+    with pytest.raises(PacketError, match=reason):
+        ZTF.light_curve(packet)
+
+
+def test_lsst_nanojansky_become_fluxcal():
+    magnitude_22 = 10 ** (0.4 * (31.4 - 22.0))  # in nJy
+    curve = LSST.light_curve(lsst_packet(flux=magnitude_22, error=10.0))
+    assert curve.flux == pytest.approx([flux_of_magnitude(22.0)], rel=1e-12)
+    assert curve.flux_error == pytest.approx([10 * 10 ** (-0.4 * 3.9)])
+    assert curve.flux[0] != pytest.approx(flux_of_magnitude(22.0) * 10**0.04, rel=1e-3)  # AB of 1 nJy is 31.4, not 31.5
+
+
+def test_lsst_detections_win_over_forced_photometry_of_the_same_visit():
+    history = [lsst_row(60_990.0, flux=700.0)]
+    forced = [lsst_row(60_990.0, flux=650.0), lsst_row(60_990.0, "g", flux=-3.0), lsst_row(60_980.0, flux=None)]
+    curve = LSST.light_curve(lsst_packet(history, forced))
+    assert curve.time.tolist() == [60_990.0, 60_990.0, 61_000.0]
+    scale = 10 ** (-0.4 * 3.9)
+    assert sorted(curve.flux / scale) == pytest.approx([-3.0, 700.0, 1000.0])
+    assert sorted(curve.detected.tolist()) == [False, True, True]
+    assert curve.dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "name"), [({"diaObjectId": 5}, "5"), ({"diaObjectId": 0, "ssObjectId": 9}, "ss9"),
+                      ({"diaObjectId": None, "ssObjectId": 9}, "ss9")],
+)  # fmt: skip
+def test_lsst_object_names(ids, name):
+    assert LSST.light_curve(lsst_packet(**ids)).object_id == name
+    with pytest.raises(PacketError, match="neither"):
+        LSST.light_curve(lsst_packet(diaObjectId=None, ssObjectId=None))
+
+
+@pytest.mark.parametrize("identifier", lsst.schema_versions())
+def test_every_lsst_schema_version_is_read(identifier):
+    schema = lsst.schema(identifier)
+    packet = minimal(schema)
+    source = packet["diaSource"]
+    names = next(names for names in lsst.NAMES if names[0] in source)
+    history = source | dict(zip(names, (60_990.0, "g", 200.0, 20.0), strict=True))
+    source |= dict(zip(names, (61_000.0, "r", 1000.0, 50.0), strict=True)) | {"diaSourceId": 7, "diaObjectId": 5}
+    forced = minimal(schema["__named_schemas"][schema["name"].replace(".alert", ".diaForcedSource")])
+    forced |= dict(zip(names, (60_980.0, "y", -30.0, 20.0), strict=True))
+    packet |= {"prvDiaSources": [history], "prvDiaForcedSources": [forced]}
+    body = io.BytesIO()
+    fastavro.schemaless_writer(body, schema, packet)
+    body.seek(0)
+    curve = LSST.light_curve(fastavro.schemaless_reader(body, schema, None))
+    assert (curve.alert_id, curve.object_id) == (7, "5")
+    assert curve.band.tolist() == [5, 1, 2]
+    assert curve.detected.tolist() == [False, True, True]
+    assert curve.flux == pytest.approx(np.array([-30.0, 200.0, 1000.0]) * 10 ** (-0.4 * 3.9))
+
+
+def minimal(schema):
+    """A record with null or zero in every field."""
+    named = schema.get("__named_schemas", {})
+    zero = {"string": "", "double": 0.0, "float": 0.0, "boolean": False}
+    record = {}
+    for item in schema["fields"]:
+        kind = item["type"]
+        if isinstance(kind, dict) and kind["type"] == "long":  # 8.0 has a timestamp
+            kind = "long"
+        if isinstance(kind, list):
+            record[item["name"]] = None
+        elif isinstance(kind, dict):
+            record[item["name"]] = minimal(kind)
+        else:
+            record[item["name"]] = minimal(named[kind]) if kind in named else zero.get(kind, 0)
+    return record
+
+
+def test_an_unknown_lsst_schema_names_the_known_ones_and_the_remedy():
+    with pytest.raises(PacketError, match=r"id 4711 .*47\.11.*known: 300, .*pip install --upgrade lsst-alert-packet"):
+        lsst.schema(4711)
+
+
+def test_survey_registry():
+    assert set(surveys()) == {"ztf", "lsst", "elasticc", "elasticc-v0"}
+    for survey in surveys().values():
+        assert len(survey.bands) == len(survey.wavelengths) == len(set(survey.bands))
+    with pytest.raises(EdgekitError, match="did you mean 'lsst'"):
+        survey_named("lst")
+
+
+def test_elasticc_releases_differ_in_zero_point():
+    names = lsst.NAMES[1]
+    packet = {"diaSource": dict(zip(names, (61_000.0, "Y", 100.0, 5.0), strict=True)), "prvDiaSources": None}
+    packet["diaSource"] |= {"diaSourceId": 7, "diaObjectId": 5}
+    packet["prvDiaForcedSources"] = None
+    released, early = (survey_named(name).light_curve(packet) for name in ("elasticc", "elasticc-v0"))
+    assert released.band.tolist() == early.band.tolist() == [5]
+    assert early.flux.tolist() == [100.0]
+    assert released.flux == pytest.approx([100.0 * 10 ** (-0.4 * 3.9)])
+
+
+def test_join_keeps_order_and_empty_curves():
+    curves = [ZTF.light_curve(ztf()), ZTF.light_curve(ztf(ztf_row(magpsf=None))), ZTF.light_curve(ztf())]
+    joined = join(curves, ZTF.bands)
+    assert joined.points.tolist() == [1, 0, 1]
+    assert joined.flux == pytest.approx([1000.0, 1000.0])
+    assert len(join([], ZTF.bands)) == 0
+
+
+@realdata
+def test_real_ztf_forced_photometry_agrees_with_the_detections():
+    """The two come by different roads (counts and a zero point; a magnitude), so a wrong unit or sign would show."""
+    ratios = []
+    for packet in read_packets([real("ztf_kowalski")]):
+        rows = [packet.content["candidate"], *packet.content["prv_candidates"]]
+        for forced in packet.content["fp_hists"] or []:
+            twins = [row for row in rows if (row["jd"], row["fid"]) == (forced["jd"], forced["fid"]) and row["magpsf"]]
+            if twins and forced["procstatus"] == "0" and twins[0]["pid"] == forced["pid"]:
+                measured = ZTF.light_curve(ztf(ztf_row(3e6)) | {"candidate": twins[0]}).flux[0]
+                alone = ZTF.light_curve(ztf(ztf_row(fid=9), fp_hists=[forced])).flux[0]
+                ratios.append(alone / measured)
+    assert len(ratios) >= 20
+    assert np.median(ratios) == pytest.approx(1.0, abs=0.03)
+
+
+@realdata
+def test_real_lsst_history_is_whole():
+    packet = next(iter(read_packets([real("lsst_wire", "v10_0_deep_00.bin")])))
+    curve = LSST.light_curve(packet.content)
+    detections = 1 + len(packet.content["prvDiaSources"])
+    visits = {row["visit"] for row in packet.content["prvDiaSources"]} | {packet.content["diaSource"]["visit"]}
+    forced = {row["visit"] for row in packet.content["prvDiaForcedSources"]}
+    assert curve.detected.sum() == len(visits) == detections
+    assert (~curve.detected).sum() == len(forced - visits)  # told apart by visit here, by time in the module
+    newest = packet.content["diaSource"]["psfFlux"]
+    assert curve.flux[-1] == pytest.approx(newest * 10 ** (-0.4 * 3.9))
