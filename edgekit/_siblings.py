@@ -26,6 +26,6 @@ def refuse_strangers() -> None:
         if getattr(module, "__edgekit__", None) != __version__:
             place = ", ".join(getattr(module, "__path__", ["?"]))  # __file__ is None for a half-deleted package
             raise EdgekitError(
-                f"the package {name!r} found at {place} is not edgekit {__version__}'s: another project has the same name; "
-                "use a fresh virtual environment, uninstall that project, or start from another folder"
+                f"the package {name!r} found at {place} is not edgekit {__version__}'s: another project has its "
+                "name; use a fresh virtual environment, uninstall that project, or start from another folder"
             )

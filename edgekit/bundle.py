@@ -1,6 +1,6 @@
 """The bundle: one directory, `NAME.edge/`, that holds a model, how to feed it, and the proof that it still works.
 
-    edgekit.json          manifest: family, inputs, classes, preprocessing, recipe, a record per pass, all files' SHA-256
+    edgekit.json          manifest: family, inputs, classes, preprocessing, a record per pass, SHA-256 of all files
     weights.safetensors   parameters, encoded as the passes left them
     golden.npz            inputs and the outputs they must give
 

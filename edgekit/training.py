@@ -1,4 +1,4 @@
-"""The training loop, for fresh weights, recovery after a pass, and distillation: class-balanced, averaged, resumable."""
+"""The training loop: fresh weights, recovery after a pass, distillation; class-balanced, averaged, resumable."""
 
 from __future__ import annotations
 

