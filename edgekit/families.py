@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekit.encoding import Float
@@ -12,7 +13,24 @@ from edgekit.errors import EdgekitError, missing_extra, unknown
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES = {"t2": "edgekit.nn.t2"}  # each module has build(**arguments) -> nn.Module
+# each module has build(**arguments) -> nn.Module, and prunable_groups(model) if units can be removed from it
+FAMILIES = {"t2": "edgekit.nn.t2"}
+
+
+@dataclass(frozen=True, slots=True)
+class PrunableGroup:
+    """Units of one layer that can be removed together: attention heads, or feed-forward units.
+
+    argument: the constructor argument that counts them; size: how many there are; width: rows of a weight that each
+    takes; rows, columns: parameters that lose rows, or columns; consumer: the module whose input they are.
+    """
+
+    argument: str
+    size: int
+    width: int
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    consumer: str
 
 
 def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float] | None = None) -> nn.Module:
@@ -32,3 +50,12 @@ def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float
                 f"weights do not fit {family} {dict(arguments)}: {str(error).splitlines()[-1].strip()}"
             ) from None
     return model.eval()
+
+
+def prunable_groups(family: str, model: nn.Module) -> list[PrunableGroup]:
+    """What can be removed from a network of the family, layer by layer."""
+    module = importlib.import_module(FAMILIES[family])
+    if not hasattr(module, "prunable_groups"):
+        raise EdgekitError(f"a {family} names no units that can be removed; leave structured_prune out of the recipe")
+    groups: list[PrunableGroup] = module.prunable_groups(model)
+    return groups

@@ -80,7 +80,7 @@ def fit(
                     f"training diverged in epoch {epoch + 1}: the loss is {loss.item()}; lower the learning rate"
                 )
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
             optimiser.step()
             rate.step()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
+from edgekit.families import PrunableGroup
 from edgekit.nn.attention import TinyHeadAttention
 
 
@@ -58,7 +59,9 @@ class SelfAttention(nn.Module):
         q, k, v = (layer(x).reshape(split).permute(0, 2, 3, 1) for layer in (self.query, self.key, self.value))
         if _compiled_attention_fits(x):
             flat = (batch * self.heads, self.head_dim, tokens)
-            mixed = TinyHeadAttention.apply(*(part.reshape(flat).contiguous() for part in (q, k, v)))
+            mixed = TinyHeadAttention.apply(  # type: ignore[no-untyped-call]
+                *(part.reshape(flat).contiguous() for part in (q, k, v))
+            )
             mixed = mixed.reshape(batch, self.heads * self.head_dim, tokens).transpose(1, 2)
         else:
             scores = (q.transpose(2, 3) @ k) / math.sqrt(self.head_dim)
@@ -69,7 +72,7 @@ class SelfAttention(nn.Module):
 
 def _compiled_attention_fits(x: Tensor) -> bool:
     """Plain float32 on the CPU; a graph that is being exported must be made of the framework's own operators."""
-    exporting = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling()
     return x.device.type == "cpu" and x.dtype == torch.float32 and not exporting
 
 
@@ -133,3 +136,26 @@ def build(**arguments: Any) -> T2:
         return T2(T2Config(**arguments))
     except TypeError as error:
         raise EdgekitError(f"t2: {error}; allowed arguments: {', '.join(T2Config.__dataclass_fields__)}") from None
+
+
+def prunable_groups(model: T2) -> list[PrunableGroup]:
+    """Heads and feed-forward units of every block; all blocks keep the same number."""
+    groups = []
+    for number in range(model.config.layers):
+        block = f"blocks.{number}."
+        attention = [f"{block}attention.{part}" for part in ("query", "key", "value")]
+        heads = tuple(f"{part}.{kind}" for part in attention for kind in ("weight", "bias"))
+        combine, contract = f"{block}attention.combine", f"{block}contract"
+        config = model.config
+        groups += [
+            PrunableGroup("heads", config.heads, config.head_dim, heads, (f"{combine}.weight",), combine),
+            PrunableGroup(
+                "ff_dim",
+                config.ff_dim,
+                1,
+                (f"{block}expand.weight", f"{block}expand.bias"),
+                (f"{contract}.weight",),
+                contract,
+            ),
+        ]
+    return groups

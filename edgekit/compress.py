@@ -1,0 +1,181 @@
+"""Run a recipe: apply each pass, measure, keep or roll back, record. Stopped at any moment, it goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgekit import quality
+from edgekit.bundle import Bundle, assemble, open_bundle, write_bundle
+from edgekit.data import Dataset
+from edgekit.errors import EdgekitError
+from edgekit.guard import Limits, State, Verdict, check_agreement, compare_latency, judge
+from edgekit.pack import pack
+from edgekit.passes.base import Candidate, Context
+from edgekit.recipe import Step, to_tables
+from edgekit.session import open_session
+from edgekit.training import probabilities
+
+Notify = Callable[[str], None]
+AGREEMENT_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to compress and by which measure."""
+
+    source: Bundle
+    recipe: Sequence[Step]
+    train: Dataset
+    test: Dataset
+    limits: Limits = field(default_factory=Limits)
+    metric: str = "log-loss"
+    runtime: str = "onnxruntime"  # the one that latency is measured on
+    seed: int = 0
+
+    def key(self) -> str:
+        """Identity of the work: a resumed run must be the same job."""
+        data = hashlib.sha256()
+        for part in (self.train, self.test):
+            data.update(part.labels.tobytes())
+            for array in part.inputs.values():
+                data.update(array.tobytes())
+        text = json.dumps(
+            [
+                self.source.digest,
+                to_tables(self.recipe),
+                data.hexdigest(),
+                asdict(self.limits),
+                self.metric,
+                self.runtime,
+                self.seed,
+            ]
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
+    """What each pass would do to the model as it is now; changes nothing. Later passes are planned on the shapes that
+    earlier ones leave, by applying those without recovery training."""
+    candidate = _start(job.source)
+    context = Context(job.train, candidate.model, job.seed)
+    result = []
+    for step in job.recipe:
+        built = step.build()
+        result.append((step, [asdict(change) for change in built.plan(candidate)]))
+        candidate = _without_training(built).apply(candidate, context) if hasattr(built, "keep") else candidate
+    return result
+
+
+def run(
+    job: Job,
+    work: Path,
+    *,
+    notify: Notify = lambda message: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Bundle:
+    """The compressed bundle, records included. `work`: folder for the state after each pass, removed by the caller."""
+    teacher = job.source.model()
+    measured = quality.metric(job.metric)
+    original = probabilities(teacher, job.test)
+    bundle = _resume(job, work)
+    records = list(bundle.manifest.records)
+    done = len(records) - len(job.source.manifest.records)
+    if done:
+        notify(f"resuming after pass {done} of {len(job.recipe)}")
+    candidate = Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
+    before = _state(bundle, quality.measure(measured, probabilities(candidate.model, job.test), job.test.labels))
+    inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
+    for number, step in enumerate(job.recipe[done:], start=done + 1):
+        started = time.perf_counter()
+        notify(f"pass {number} of {len(job.recipe)}: {step.name}")
+        context = Context(job.train, teacher, job.seed + number, progress)
+        record: dict[str, Any] = {"pass": step.name, "parameters": dict(step.parameters), "before": asdict(before)}
+        try:
+            built = step.build()
+            record["plan"] = [asdict(change) for change in built.plan(candidate)]
+            fresh = built.apply(candidate, context)
+            fresh_bundle = _bundle(job, fresh, records)
+            outputs = probabilities(fresh.model, job.test)
+            after = _state(fresh_bundle, quality.measure(measured, outputs, job.test.labels))
+            loss = quality.measure_change(measured, original, outputs, job.test.labels)
+            sessions = [open_session(item, job.runtime, threads=1) for item in (bundle, fresh_bundle)]
+            latency = compare_latency(sessions[0], sessions[1], inputs, job.limits.batches)
+            disagreement = check_agreement(sessions[1], inputs, job.limits)
+            verdict = Verdict(False, disagreement) if disagreement else judge(before, after, loss, latency, job.limits)
+            record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
+        except EdgekitError as error:
+            verdict = Verdict(False, str(error))
+        record |= {"kept": verdict.kept, "reason": verdict.reason, "seconds": round(time.perf_counter() - started, 1)}
+        records.append(record)
+        notify(f"  {'kept' if verdict.kept else 'rolled back'}: {verdict.reason}")
+        if verdict.kept:
+            candidate, before = fresh, after
+        bundle = _bundle(job, candidate, records)
+        _save(job, work, bundle)
+    return bundle
+
+
+def _start(source: Bundle) -> Candidate:
+    return Candidate(source.manifest.family, source.manifest.arguments, source.model(), source.encodings())
+
+
+def _without_training(built: Any) -> Any:
+    return replace(built, epochs=0)
+
+
+def _bundle(job: Job, candidate: Candidate, records: Sequence[Mapping[str, Any]]) -> Bundle:
+    """The candidate as a bundle, its golden outputs recomputed on the source's golden inputs."""
+    inputs, _ = job.source.golden()
+    rows = len(next(iter(inputs.values())))
+    golden = Dataset({spec.name: inputs[spec.name] for spec in job.source.manifest.inputs}, job.test.labels[:rows])
+    outputs = {job.source.manifest.outputs[0].name: probabilities(candidate.model, golden)}
+    manifest = replace(
+        job.source.manifest,
+        arguments=dict(candidate.arguments),
+        recipe=to_tables(job.recipe),
+        records=tuple(dict(record) for record in records),
+        parent=job.source.digest,
+        seed=job.seed,
+        metrics={},
+        versions=versions(),
+    )
+    return assemble(manifest, candidate.weights(), candidate.encodings, (inputs, outputs))
+
+
+def _state(bundle: Bundle, measurement: quality.Measurement) -> State:
+    parameters = sum(value.size for value in bundle.weights().values())
+    return State(measurement, len(pack(bundle)), parameters)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("edgekit", "torch", "numpy", "onnxruntime"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _save(job: Job, work: Path, bundle: Bundle) -> None:
+    write_bundle(bundle, work / "state.edge", force=True)
+    (work / "job").write_text(job.key())
+
+
+def _resume(job: Job, work: Path) -> Bundle:
+    """The state an earlier run of the same job left, else a copy of the source ready to change."""
+    if (work / "job").is_file() and (work / "state.edge").is_dir():
+        if (work / "job").read_text() == job.key():
+            return open_bundle(work / "state.edge")
+        shutil.rmtree(work)
+    return _bundle(job, _start(job.source), job.source.manifest.records)

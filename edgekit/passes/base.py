@@ -1,0 +1,112 @@
+"""What a compression pass is: it says what it will change, then changes it. The guard, not the pass, decides whether
+the result stays.
+
+A pass is one file with one frozen dataclass of parameters. To add one, see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgekit.data import Dataset
+from edgekit.encoding import Encoding, Float
+from edgekit.errors import EdgekitError
+from edgekit.families import build
+from edgekit.training import Schedule, fit
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model on its way through the passes: decoded weights, and the encodings that say how few bits they take."""
+
+    family: str
+    arguments: Mapping[str, Any]
+    model: nn.Module
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)
+
+    def weights(self) -> dict[str, Float]:
+        return {name: value.detach().numpy().copy() for name, value in self.model.state_dict().items()}
+
+    def copy_model(self) -> nn.Module:
+        """A model of its own for a pass to change, so that rolling back costs nothing."""
+        return build(self.family, self.arguments, self.weights())
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What passes may use: training data, the model that compression started from, and a way to show progress."""
+
+    train: Dataset
+    teacher: nn.Module
+    seed: int
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One line of a plan: what happens to a tensor."""
+
+    tensor: str
+    before: str
+    after: str
+
+
+class Pass(Protocol):
+    """`plan` must not change the candidate and `apply` must return a new one."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    def plan(self, candidate: Candidate) -> list[Change]: ...
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate: ...
+
+
+def recover(model: nn.Module, context: Context, epochs: int, learning_rate: float, what: str) -> nn.Module:
+    """Fine-tune what a pass left trainable, half on the labels and half on the original model's probabilities."""
+    if epochs == 0:
+        return model.eval()
+    schedule = Schedule(epochs=epochs, learning_rate=learning_rate, distillation=0.5)
+    return fit(
+        model,
+        context.train,
+        schedule,
+        seed=context.seed,
+        teacher=context.teacher,
+        progress=lambda done, total, loss: context.progress(what, done, total),
+    )
+
+
+def matrices(model: nn.Module, include: tuple[str, ...]) -> list[str]:
+    """Names of the weights with two or more dimensions that match a shell-style pattern, in the model's order."""
+    weights = [name for name, value in model.named_parameters() if value.ndim >= 2]
+    chosen = [name for name in weights if any(fnmatch.fnmatch(name, pattern) for pattern in include)]
+    if not chosen:
+        raise EdgekitError(f"no weight matches {', '.join(include)}; the model has {', '.join(weights)}")
+    return chosen
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the parameter's name in it."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def at_least(name: str, value: float, low: float, high: float) -> None:
+    """Raise unless low <= value <= high."""
+    if not (isinstance(value, (int, float)) and low <= value <= high):
+        raise EdgekitError(f"{name} = {value!r}; expected {low:g} to {high:g}")
+
+
+def decoded(encodings: Mapping[str, Encoding], model: nn.Module) -> None:
+    """Copy encoded values into the model, so that weights and encodings agree to the last bit."""
+    state = model.state_dict()
+    for name, encoding in encodings.items():
+        state[name].copy_(torch.from_numpy(np.ascontiguousarray(encoding.decode())))

@@ -1,0 +1,126 @@
+"""Share weights: k-means codebooks of 2**bits values per matrix, then train the codebooks (Han et al. 2016, "Deep
+compression", arXiv 1510.00149, section 3). Weights that are zero stay zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from edgekit.encoding import Encoding, Float, Palette
+from edgekit.passes.base import Candidate, Change, Context, at_least, decoded, matrices, owner, recover
+
+ITERATIONS = 50  # of Lloyd's algorithm, which settles in 10 to 30 in one dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """`bits`: of an index into a matrix's codebook."""
+
+    name: ClassVar[str] = "cluster"
+    summary: ClassVar[str] = "let weights share a few values per matrix, then train those values"
+
+    bits: int
+    epochs: int = 4
+    learning_rate: float = 1e-3
+    include: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        at_least("bits", self.bits, 1, 8)
+        at_least("epochs", self.epochs, 0, 10_000)
+
+    def plan(self, candidate: Candidate) -> list[Change]:
+        state = candidate.model.state_dict()
+        return [
+            Change(
+                name,
+                f"{state[name].numel()} x 32 bit",
+                f"{state[name].numel()} x {self.bits} bit + {2**self.bits} values",
+            )
+            for name in matrices(candidate.model, self.include)
+        ]
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        model = candidate.copy_model()
+        names = matrices(model, self.include)
+        codes = {}
+        for name in names:
+            module, attribute = owner(model, name)
+            codes[name], palette = kmeans(getattr(module, attribute).detach().numpy(), 2**self.bits)
+            lookup = Lookup(torch.from_numpy(codes[name].astype(np.int64)), torch.from_numpy(palette))
+            parametrize.register_parametrization(module, attribute, lookup)
+        model = recover(model, context, self.epochs, self.learning_rate, self.name)
+        encodings: dict[str, Encoding] = {name: e for name, e in candidate.encodings.items() if name not in names}
+        for name in names:
+            module, attribute = owner(model, name)
+            lookup = module.parametrizations[attribute][0]  # type: ignore[index, assignment]
+            trained = module.parametrizations[attribute].original.detach() * lookup.movable  # type: ignore[index, union-attr]
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            encodings[name] = Palette(self.bits, codes[name], trained.numpy().astype(np.float32))
+        decoded(encodings, model)
+        return Candidate(candidate.family, candidate.arguments, model, encodings)
+
+
+def kmeans(weight: Float, clusters: int) -> tuple[npt.NDArray[np.uint8], Float]:
+    """Codes of the weight's shape and a sorted codebook: Lloyd's algorithm from evenly spaced quantiles, exact zeros in
+    a cluster of their own."""
+    values = weight.astype(np.float64).ravel()
+    nonzero = values[values != 0]
+    zeros = len(nonzero) < len(values)
+    unique = np.unique(nonzero)
+    centres = (
+        np.quantile(nonzero, (np.arange(min(clusters - zeros, len(unique))) + 0.5) / (clusters - zeros))
+        if len(unique)
+        else unique
+    )
+    centres = unique if len(unique) <= clusters - zeros else np.unique(centres)
+    ordered = np.sort(nonzero)
+    sums = np.concatenate([[0.0], np.cumsum(ordered)])
+    for _ in range(ITERATIONS):
+        # in one dimension a cluster is a run of the sorted values: between the midpoints of the centres
+        edges = np.concatenate([[0], np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2), [len(ordered)]])
+        counts = np.diff(edges)
+        moved = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centres)
+        if np.array_equal(moved, centres):
+            break
+        centres = np.sort(moved)
+    palette = np.sort(np.concatenate([centres, [0.0]])) if zeros else centres
+    midpoints = (palette[1:] + palette[:-1]) / 2
+    codes = np.searchsorted(midpoints, values)
+    if zeros:
+        zero = int(np.searchsorted(palette, 0.0))
+        codes[values == 0] = zero
+        # a small weight beside a pruned one is not pruned: it takes the nearer of the two neighbours
+        stray = (codes == zero) & (values != 0)
+        if len(palette) > 1:
+            below, above = max(zero - 1, 0), min(zero + 1, len(palette) - 1)
+            below, above = (above if zero == 0 else below), (below if zero == len(palette) - 1 else above)
+            nearer = np.abs(values[stray] - palette[below]) <= np.abs(values[stray] - palette[above])
+            codes[stray] = np.where(nearer, below, above)
+    return codes.reshape(weight.shape).astype(np.uint8), palette.astype(np.float32)
+
+
+class Lookup(nn.Module):
+    """Weight = palette[codes], trained through the palette: a shared value's gradient is the sum over its weights. A
+    palette entry of exactly zero is a pruned weight and does not move."""
+
+    codes: Tensor
+    movable: Tensor
+    start: Tensor
+
+    def __init__(self, codes: Tensor, palette: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("movable", (palette != 0).to(palette.dtype))
+        self.register_buffer("start", palette)
+
+    def forward(self, palette: Tensor) -> Tensor:
+        return (palette * self.movable)[self.codes]
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return self.start.clone()

@@ -1,0 +1,43 @@
+"""Train a smaller network of the same family on the labels and on the original's probabilities (Hinton et al. 2015,
+arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from edgekit.errors import EdgekitError
+from edgekit.families import build
+from edgekit.passes.base import Candidate, Change, Context, at_least, recover
+
+
+@dataclass(frozen=True, slots=True)
+class Distill:
+    """`student` overrides constructor arguments of the family: {embed_dim = 16, heads = 4, head_dim = 4}."""
+
+    name: ClassVar[str] = "distill"
+    summary: ClassVar[str] = "train a smaller network to give the same probabilities"
+
+    student: Mapping[str, Any]
+    epochs: int = 40
+    learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.student, Mapping) or not self.student:
+            raise EdgekitError(f"student = {self.student!r}; expected a table such as {{embed_dim = 16, heads = 4}}")
+        at_least("epochs", self.epochs, 1, 10_000)
+
+    def plan(self, candidate: Candidate) -> list[Change]:
+        before = sum(value.numel() for value in candidate.model.parameters())
+        student = build(candidate.family, {**candidate.arguments, **self.student})
+        after = sum(value.numel() for value in student.parameters())
+        return [Change("all", f"{before} parameters", f"{after} parameters, trained for {self.epochs} epochs")]
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        arguments = {**candidate.arguments, **self.student}
+        torch.manual_seed(context.seed)
+        model = recover(build(candidate.family, arguments), context, self.epochs, self.learning_rate, self.name)
+        return Candidate(candidate.family, arguments, model)

@@ -1,0 +1,93 @@
+"""Weights on a uniform grid of 8 or fewer bits, one scale per output row, rounding trained through (straight-through
+estimator, Jacob et al. 2018, arXiv 1712.05877, section 3). The scale is the one with the least squared error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from edgekit.encoding import Affine, Encoding
+from edgekit.passes.base import Candidate, Change, Context, at_least, decoded, matrices, owner, recover
+
+CLIPS = np.linspace(0.5, 1.0, 26)  # shares of a row's largest weight tried as the end of its grid
+
+
+@dataclass(frozen=True, slots=True)
+class Quantise:
+    """`bits`: 8 (int8) down to 2; activations stay in float, so every runtime can use it."""
+
+    name: ClassVar[str] = "quantise"
+    summary: ClassVar[str] = "put weights on a uniform grid, one scale per output row, then recover"
+
+    bits: int = 8
+    epochs: int = 2
+    learning_rate: float = 5e-4
+    include: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        at_least("bits", self.bits, 2, 8)
+        at_least("epochs", self.epochs, 0, 10_000)
+
+    def plan(self, candidate: Candidate) -> list[Change]:
+        state = candidate.model.state_dict()
+        return [
+            Change(
+                name,
+                f"{state[name].numel()} x 32 bit",
+                f"{state[name].numel()} x {self.bits} bit + {len(state[name])} scales",
+            )
+            for name in matrices(candidate.model, self.include)
+        ]
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        model = candidate.copy_model()
+        names = matrices(model, self.include)
+        grids = {}
+        for name in names:
+            module, attribute = owner(model, name)
+            grids[name] = Grid(best_scale(getattr(module, attribute).detach(), self.bits), self.bits)
+            parametrize.register_parametrization(module, attribute, grids[name])
+        model = recover(model, context, self.epochs, self.learning_rate, self.name)
+        encodings: dict[str, Encoding] = {name: e for name, e in candidate.encodings.items() if name not in names}
+        for name in names:
+            module, attribute = owner(model, name)
+            weight = module.parametrizations[attribute].original.detach()  # type: ignore[index, union-attr]
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            codes = grids[name].codes(weight).to(torch.int8)
+            encodings[name] = Affine(self.bits, codes.numpy(), grids[name].scale.numpy())
+        decoded(encodings, model)
+        return Candidate(candidate.family, candidate.arguments, model, encodings)
+
+
+def best_scale(weight: Tensor, bits: int) -> Tensor:
+    """(rows, 1, ...) step of each row's symmetric grid, by least squared rounding error over `CLIPS`."""
+    axes = tuple(range(1, weight.ndim))
+    largest = weight.abs().amax(dim=axes, keepdim=True).clamp_min(1e-12)
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for clip in CLIPS:
+        scale = largest * float(clip) / (2 ** (bits - 1) - 1)
+        error = ((Grid(scale, bits).codes(weight) * scale - weight) ** 2).sum(dim=axes, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+class Grid(nn.Module):
+    """Weight rounded to its grid; gradients pass through as if it were not."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor, bits: int) -> None:
+        super().__init__()
+        self.limit = 2 ** (bits - 1) - 1
+        self.register_buffer("scale", scale)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        return torch.round(weight / self.scale).clamp(-self.limit, self.limit)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.codes(weight) * self.scale - weight).detach()

@@ -1,0 +1,109 @@
+"""A recipe: an ordered list of passes with their parameters, as TOML.
+
+[[pass]]
+name = "structured_prune"
+keep = { heads = 8, ff_dim = 64 }
+
+[[pass]]
+name = "cluster"
+bits = 4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from edgekit import plugins
+from edgekit.errors import EdgekitError, unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass by name with its parameters, not yet built: a recipe can be read without torch."""
+
+    name: str
+    parameters: Mapping[str, Any]
+
+    def build(self) -> Any:
+        """The pass. Unknown names, unknown parameters and wrong types are errors that name what is allowed."""
+        kind = plugins.load("edgekit.passes", self.name)
+        hints = typing.get_type_hints(kind)
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        values = {}
+        for name, value in self.parameters.items():
+            if name not in fields:
+                raise unknown("parameter", name, fields, where=f"pass {self.name!r}")
+            values[name] = _converted(value, hints[name], f"pass {self.name!r}: {name}")
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in values:
+                raise EdgekitError(f"pass {self.name!r}: parameter {name!r} is missing; it takes {', '.join(fields)}")
+        try:
+            return kind(**values)
+        except EdgekitError as error:
+            raise EdgekitError(f"pass {self.name!r}: {error}") from None
+
+
+def read(path: str | Path) -> list[Step]:
+    """Read and check a recipe file."""
+    path = Path(path)
+    if not path.is_file():
+        raise EdgekitError(f"{path}: no such recipe; write one (see `edgekit compress --help`) or leave --recipe out")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EdgekitError(f"{path}: not valid TOML: {error}") from None
+    return parse(values, str(path))
+
+
+def parse(values: Mapping[str, Any], source: str) -> list[Step]:
+    """Steps from the tables of a recipe."""
+    for key in values:
+        if key != "pass":
+            raise unknown("key", key, ["pass"], where=source)
+    entries = values.get("pass", [])
+    if not isinstance(entries, list) or not entries:
+        raise EdgekitError(f"{source}: no passes; a recipe is one or more [[pass]] tables, each with a name")
+    steps = []
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+            raise EdgekitError(
+                f"{source}: pass {number} has no name; expected one of: {', '.join(plugins.names('edgekit.passes'))}"
+            )
+        step = Step(entry["name"], {key: value for key, value in entry.items() if key != "name"})
+        try:
+            step.build()
+        except EdgekitError as error:
+            raise EdgekitError(f"{source}: {error}") from None
+        steps.append(step)
+    return steps
+
+
+def to_tables(steps: Sequence[Step]) -> dict[str, Any]:
+    """The tables of a recipe, as `parse` reads them."""
+    return {"pass": [{"name": step.name, **step.parameters} for step in steps]}
+
+
+def to_toml(steps: Sequence[Step]) -> str:
+    return tomli_w.dumps(to_tables(steps))
+
+
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    """The value as the parameter's type; TOML's arrays become tuples, whole numbers may stand for floats."""
+    origin = typing.get_origin(hint) or hint
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is tuple and isinstance(value, list):
+        return tuple(value)
+    wanted = Mapping if origin in (dict, Mapping) else origin
+    if not isinstance(value, wanted) or (isinstance(value, bool) and origin is not bool):
+        raise EdgekitError(f"{where} = {value!r}; expected {getattr(origin, '__name__', origin)}")
+    return value
