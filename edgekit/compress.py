@@ -42,24 +42,14 @@ class Job:
     seed: int = 0
 
     def key(self) -> str:
-        """Identity of the work: a resumed run must be the same job."""
+        """Identity of the work but for the recipe, which may grow: a resumed run must be the same job."""
         data = hashlib.sha256()
         for part in (self.train, self.test):
             data.update(part.labels.tobytes())
             for array in part.inputs.values():
                 data.update(array.tobytes())
-        text = json.dumps(
-            [
-                self.source.digest,
-                to_tables(self.recipe),
-                data.hexdigest(),
-                asdict(self.limits),
-                self.metric,
-                self.runtime,
-                self.seed,
-            ]
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        settings = [self.source.digest, data.hexdigest(), asdict(self.limits), self.metric, self.runtime, self.seed]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
@@ -173,9 +163,13 @@ def _save(job: Job, work: Path, bundle: Bundle) -> None:
 
 
 def _resume(job: Job, work: Path) -> Bundle:
-    """The state an earlier run of the same job left, else a copy of the source ready to change."""
+    """The state that an earlier run of the same job left, if its passes are the first of this recipe, else the source."""
     if (work / "job").is_file() and (work / "state.edge").is_dir():
-        if (work / "job").read_text() == job.key():
-            return open_bundle(work / "state.edge")
+        state = open_bundle(work / "state.edge")
+        passed = [(record["pass"], record["parameters"]) for record in state.manifest.records]
+        wanted = [(record["pass"], record["parameters"]) for record in job.source.manifest.records]
+        wanted += [(step.name, dict(step.parameters)) for step in job.recipe]
+        if (work / "job").read_text() == job.key() and passed == wanted[: len(passed)]:
+            return state
         shutil.rmtree(work)
     return _bundle(job, _start(job.source), job.source.manifest.records)

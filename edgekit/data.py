@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edgekit.bundle import Arrays, Manifest, arrays_from_bytes, arrays_to_bytes
 from edgekit.errors import EdgekitError
+from edgekit.files import write_file
 from edgekit.session import check_inputs
 
 TRAIN, TEST = 0, 1
@@ -84,7 +85,4 @@ def load(path: Path, manifest: Manifest) -> tuple[Dataset, Dataset]:
 
 def save(path: Path, inputs: Arrays, labels: npt.NDArray[np.integer], split: npt.NDArray[np.integer]) -> None:
     """Write a data file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_bytes(arrays_to_bytes({**inputs, "labels": labels.astype(np.int16), "split": split.astype(np.int8)}))
-    fresh.replace(path)
+    write_file(path, arrays_to_bytes({**inputs, "labels": labels.astype(np.int16), "split": split.astype(np.int8)}))

@@ -74,7 +74,7 @@ def judge(before: State, after: State, loss: Measurement, latency: Sequence[Late
         worst = max(slow, key=lambda item: item.ratio)
         return Verdict(
             False,
-            f"slower at batch {worst.batch}: {worst.ratio:.2f} times the time before [{worst.low:.2f}, {worst.high:.2f}]"
+            f"slower at batch {worst.batch}: {worst.ratio:.2f} times the time [{worst.low:.2f}, {worst.high:.2f}]"
             f", {1 + limits.max_slowdown:.2f} allowed",
         )
     smaller = after.bytes <= before.bytes * (1 - limits.min_gain)

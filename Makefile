@@ -1,0 +1,34 @@
+# edgekit. On a fresh machine with Python 3.11 or newer, `make demo` and `make test` install what they need.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup lint test demo bench train
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: .venv/.done ## make .venv with edgekit and all extras in it
+
+.venv/.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+lint: setup ## style, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint and all tests; what CI runs
+	$(BIN)/python -m pytest -q -n 2 --durations=10
+
+demo: setup ## train set, compress, export, verify, classify thousands of alerts (results in demo/)
+	$(BIN)/python tools/demo.py
+
+bench: setup ## speed against the reference path and onnxruntime's defaults, one run, JSON in benchmarks/
+	$(BIN)/python tools/bench_gp.py --json benchmarks/gp.json
+	$(BIN)/python tools/bench_inference.py --json benchmarks/inference.json
+
+train: setup ## train the models of the zoo again (an hour or two on two cores; resumable)
+	for model in t2-gr t2-ugrizy t2-ugrizy-z; do $(BIN)/python tools/train_t2.py $$model || exit 1; done

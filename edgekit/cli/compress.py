@@ -1,0 +1,135 @@
+"""edgekit compress"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.cli.console import note, output, print_json, print_table, progress
+
+EXAMPLE = """\b
+Examples:
+  edgekit compress t2-gr -o t2.edge
+  edgekit compress t2-gr --max-size 12000 --max-loss 0.01 -o t2.edge
+  edgekit compress t2-gr --recipe recipe.toml --dry-run
+A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("model")
+@click.option("-o", "--output", "target", type=Path, help="Bundle to write, such as t2.edge.")
+@click.option("--recipe", "recipe_file", type=Path, help="Passes to apply; default: the recipe beside the zoo's model.")
+@click.option(
+    "--max-loss", type=float, default=0.01, show_default=True, help="Quality it may cost, in the metric's unit."
+)
+@click.option("--max-size", type=int, help="Bytes that the packed file may take; codes get narrower until it fits.")
+@click.option("--data", "data_file", help=".npz with the model's inputs, labels and split (default: its own data set).")
+@click.option("--metric", default="log-loss", show_default=True, help="log-loss or error-rate.")
+@click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime that latency is measured on.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print what each pass would do, and do nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compress(
+    model: str, target: Path | None, recipe_file: Path | None, max_loss: float, max_size: int | None, data_file: str | None,
+    metric: str, runtime: str, seed: int, dry_run: bool, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Make MODEL (a bundle or a model's name) smaller and faster, and keep only what measures better.
+
+    Every pass is measured for quality, size and latency, before and after in one run; a pass that loses is rolled back
+    and the report says why. A run that was stopped goes on after its last finished pass.
+    """
+    from edgekit import recipe
+    from edgekit.compress import Job, plan, run
+    from edgekit.data import load, locate
+    from edgekit.errors import EdgekitError
+    from edgekit.guard import Limits
+    from edgekit.report import with_report
+    from edgekit.search.ladder import narrowed
+    from edgekit.zoo import folders, resolve
+
+    if max_loss < 0 or (max_size is not None and max_size <= 0):
+        raise click.UsageError(f"--max-loss {max_loss} and --max-size {max_size} must be positive")
+    if target is None and not dry_run:
+        raise click.UsageError("-o/--output is missing: name the bundle to write, such as -o t2.edge")
+    if target and target.exists() and not force and not dry_run:
+        raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
+    source = resolve(model)
+    if recipe_file is None:
+        recipe_file = folders().get(source.manifest.name, Path()) / "recipe.toml"
+        if not recipe_file.is_file():
+            raise EdgekitError(f"{source.manifest.name} comes with no recipe of its own; pass --recipe FILE")
+    steps = recipe.read(recipe_file)
+    train, test = load(locate(source.manifest, data_file), source.manifest)
+    job = Job(source, steps, train, test, Limits(max_loss=max_loss), metric, runtime, seed)
+    if dry_run:
+        _show_plan(plan(job), as_json)
+        return
+    assert target is not None
+    work = target.with_name(f".{target.name}.work")
+    with progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            task = tasks.get(what)
+            if task is None or bar.tasks[task].total != total or done < bar.tasks[task].completed:
+                task = tasks[what] = bar.add_task(f"  {what}: epochs", total=total)
+            bar.update(task, completed=done, visible=done < total)
+
+        bundle = run(job, work, notify=note, progress=show)
+        if max_size is not None:
+            bundle = narrowed(job, bundle, max_size, work, notify=note, progress=show)
+    bundle = with_report(bundle, source)
+    bundle = _write(bundle, target, force)
+    shutil.rmtree(work, ignore_errors=True)
+    _show_result(bundle, source, target, as_json)
+
+
+def _write(bundle: Any, target: Path, force: bool) -> Any:
+    from dataclasses import replace
+
+    from edgekit.bundle import default_name, write_bundle
+
+    named = replace(bundle, manifest=replace(bundle.manifest, name=default_name(target)))
+    return write_bundle(named, target, force=force)
+
+
+def _show_plan(planned: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            [{"pass": step.name, "parameters": dict(step.parameters), "plan": changes} for step, changes in planned]
+        )
+        return
+    for number, (step, changes) in enumerate(planned, start=1):
+        given = ", ".join(f"{name} = {value}" for name, value in step.parameters.items())
+        print_table(
+            ["tensor", "before", "after"],
+            [[change["tensor"], change["before"], change["after"]] for change in changes],
+            title=f"{number}. {step.name}: {given}",
+        )
+        output.print()
+    output.print("Nothing was changed: this was a dry run.")
+
+
+def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
+    from edgekit.pack import pack
+
+    packed, original = len(pack(bundle)), len(pack(source))
+    records = bundle.manifest.records
+    if as_json:
+        print_json({"bundle": str(target), "digest": bundle.digest, "packed_bytes": packed,
+                    "source_packed_bytes": original, "records": list(records)})  # fmt: skip
+        return
+    rows = []
+    for record in records:
+        after = record.get("after", record["before"])
+        speed = "/".join(f"{1 / item['ratio']:.2f}" for item in record.get("latency", []))
+        rows.append([record["pass"], "kept" if record["kept"] else "rolled back", f"{after['quality']['value']:.4f}",
+                     f"{after['bytes']:,}", speed, record["reason"]])  # fmt: skip
+    print_table(["pass", "verdict", "quality", "packed bytes", "speed-up", "reason"], rows)
+    output.print(f"\n{target}: {original:,} to {packed:,} bytes packed")
+    output.print(f"report: {target}/report.html")

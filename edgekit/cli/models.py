@@ -1,0 +1,43 @@
+"""edgekit models"""
+
+from __future__ import annotations
+
+import click
+
+from edgekit.cli.console import output, print_json, print_table
+
+
+@click.command(epilog="Example: edgekit models --json")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def models(as_json: bool) -> None:
+    """List the models that come with edgekit."""
+    from edgekit.bundle import open_bundle
+    from edgekit.zoo import folders
+
+    found = []
+    for name, folder in folders().items():
+        bundle = open_bundle(folder)
+        manifest = bundle.manifest
+        loss = manifest.metrics.get("log_loss", {})
+        found.append(
+            {
+                "name": name,
+                "family": manifest.family,
+                "parameters": sum(value.size for value in bundle.weights().values()),
+                "inputs": {spec.name: spec.shape_text for spec in manifest.inputs},
+                "classes": len(manifest.classes),
+                "log_loss": loss.get("value"),
+                "data": manifest.data,
+                "path": str(folder),
+            }
+        )
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        [item["name"], item["family"], f"{item['parameters']:,}", item["classes"], item["data"],
+         "" if item["log_loss"] is None else f"{item['log_loss']:.3f}"]
+        for item in found
+    ]  # fmt: skip
+    print_table(["model", "family", "parameters", "classes", "data set", "log-loss"], rows)
+    output.print("\nEach model's card: README.md in its folder (edgekit models --json prints the paths).")

@@ -1,0 +1,43 @@
+"""The simplest search: narrow the codes of the weights, bit by bit, until the packed file fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from edgekit.bundle import Bundle
+from edgekit.compress import Job, Notify, run
+from edgekit.errors import EdgekitError
+from edgekit.pack import pack
+from edgekit.recipe import Step
+
+LOWEST_BITS = 2
+
+
+def narrowed(
+    job: Job,
+    bundle: Bundle,
+    max_size: int,
+    work: Path,
+    *,
+    notify: Notify = lambda message: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Bundle:
+    """The bundle if it fits in `max_size` bytes packed, else further clustered from where it stands; an error with the
+    best size reached if quality does not allow it."""
+    steps = list(job.recipe)
+    bits = min([encoding.bits for encoding in bundle.encodings().values()], default=9)
+    while len(pack(bundle)) > max_size and bits > LOWEST_BITS:
+        bits = min(bits - 1, 8)
+        notify(f"{len(pack(bundle)):,} bytes packed, {max_size:,} allowed: clustering to {bits} bits")
+        steps = [*steps, Step("cluster", {"bits": bits})]
+        bundle = run(replace(job, recipe=steps), work, notify=notify, progress=progress)
+        if not bundle.manifest.records[-1]["kept"]:
+            break
+    if (size := len(pack(bundle))) > max_size:
+        raise EdgekitError(
+            f"the smallest result within --max-loss {job.limits.max_loss:g} is {size:,} bytes packed, --max-size allows "
+            f"{max_size:,}; allow more loss, or prune or distill in a recipe"
+        )
+    return bundle
