@@ -2,8 +2,8 @@
 apart: its parameters travel in the bundle's `preprocessing`.
 
 Differences from the published preprocessing, on purpose: scaling is one constant per band for all objects (served per
-object, amplitude is lost), an arcsinh tames the five decades of flux, and the length of the light curve, which the even
-grid hides, is given as a number beside it.
+object, amplitude is lost), an arcsinh tames the five decades of flux, and what the even grid hides is given as numbers
+beside it: how long the light curve is, how significant its best point, how fast it varies.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from alert_broker.lightcurve import LightCurves
 from edgekit.errors import EdgekitError, unknown
 
 ID = "light-curve-gp/1"
-CONTEXT = ("log_span", "redshift", "redshift_error")
-SPAN_UNIT_DAYS = 100.0  # a light curve of this length has log_span about 0
+CONTEXT = ("log_span", "log_signal_to_noise", "log_time_scale", "redshift", "redshift_error")
+# where the logarithms are 0: typical values, so that the network sees numbers of order one
+SPAN_DAYS, SIGNAL_TO_NOISE, TIME_SCALE_DAYS = 100.0, 10.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +43,32 @@ class Features:
 class LightCurveFeatures:
     """What turns light curves into inputs."""
 
-    bands: tuple[str, ...]
+    bands: tuple[str, ...]  # whose points the Gaussian process is fitted to
     wavelengths: tuple[float, ...]  # of `bands`, in angstrom: one survey's filters
-    scale: tuple[float, ...]  # FLUXCAL that the arcsinh bends at, per band: twice the training set's median |flux|
+    scale: tuple[float, ...]  # FLUXCAL that the arcsinh bends at, per channel: twice the training set's median |flux|
     context: tuple[str, ...] = ("log_span",)
     grid_points: int = 100
     margin_days: float = 50.0  # points farther than this from every detection say nothing about the event
+    channels: tuple[str, ...] = ()  # bands that the network sees; () for all
 
     def __post_init__(self) -> None:
-        if not len(self.bands) == len(self.wavelengths) == len(self.scale):
-            sizes = f"{len(self.wavelengths)} wavelengths and {len(self.scale)} scales"
-            raise EdgekitError(f"preprocessing: {sizes} for the bands {', '.join(self.bands)}; expected one of each")
+        if len(self.wavelengths) != len(self.bands):
+            raise EdgekitError(
+                f"preprocessing: {len(self.wavelengths)} wavelengths for the bands {', '.join(self.bands)}"
+            )
+        for name in self.channels:
+            if name not in self.bands:
+                raise unknown("channel", name, self.bands)
+        if len(self.scale) != len(self.seen):
+            raise EdgekitError(f"preprocessing: {len(self.scale)} scales for the channels {', '.join(self.seen)}")
         for name in self.context:
             if name not in CONTEXT:
                 raise unknown("context number", name, CONTEXT)
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The bands that the network sees, in its order."""
+        return self.channels or self.bands
 
     @classmethod
     def from_bundle(cls, preprocessing: Mapping[str, Any] | None, source: str) -> LightCurveFeatures:
@@ -63,7 +76,8 @@ class LightCurveFeatures:
         if preprocessing is None or preprocessing.get("id") != ID:
             got = preprocessing and preprocessing.get("id")
             raise EdgekitError(f"{source}: preprocessing {got!r}; classifying alerts needs a bundle with {ID!r}")
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in preprocessing.items() if name != "id"}
+        given = {name: value for name, value in preprocessing.items() if name != "id"}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         for name in values:
             if name not in (names := [item.name for item in fields(cls)]):
                 raise unknown("preprocessing parameter", name, names, where=source)
@@ -73,9 +87,11 @@ class LightCurveFeatures:
         return {"id": ID} | {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     def select(self, curves: LightCurves) -> LightCurves:
-        """The points that count: in the model's bands, within the margin of the first and last detection there."""
+        """The points that count: measurements in the model's bands, within the margin of the first and last detection
+        anywhere. What is not finite, or has no positive error, must not stretch the span that the grid covers."""
         index = np.array([self.bands.index(band) if band in self.bands else -1 for band in curves.bands], dtype=np.int8)
-        known = curves.where(index[curves.band] >= 0)
+        measured = np.isfinite(curves.time) & np.isfinite(curves.flux) & np.isfinite(curves.flux_error)
+        known = curves.where(measured & (curves.flux_error > 0) & (index[curves.band] >= 0))
         mine = LightCurves(
             self.bands, known.offsets, known.time, index[known.band], known.flux, known.flux_error, known.detected
         )
@@ -100,10 +116,18 @@ class LightCurveFeatures:
         chosen = self.select(curves)
         process = GaussianProcess(self.wavelengths, grid_points=self.grid_points)
         result = process.interpolate(chosen, threads=threads)
-        light_curve = np.arcsinh(result.mean / np.array(self.scale)).astype(np.float32)
+        mean = result.mean[:, :, [self.bands.index(band) for band in self.seen]]
+        light_curve = np.arcsinh(mean / np.array(self.scale)).astype(np.float32)
         status = result.fit.status
-        light_curve[(status == Status.NO_POINTS) | (status == Status.NO_FLUX)] = 0.0
-        columns = {"log_span": np.log10((_span(chosen) + 1.0) / SPAN_UNIT_DAYS)}
+        empty = (status == Status.NO_POINTS) | (status == Status.NO_FLUX)
+        light_curve[empty] = 0.0
+        columns = {
+            "log_span": np.log10((_span(chosen) + 1.0) / SPAN_DAYS),
+            "log_signal_to_noise": np.log10(_signal_to_noise(chosen) / SIGNAL_TO_NOISE),
+            "log_time_scale": np.where(
+                empty, 0.0, result.fit.log_metric / (2 * np.log(10)) - np.log10(TIME_SCALE_DAYS)
+            ),
+        }
         if redshift is not None:
             columns |= {"redshift": np.log1p(redshift[:, 0]), "redshift_error": redshift[:, 1]}
         for name in self.context:
@@ -123,3 +147,10 @@ def _span(curves: LightCurves) -> npt.NDArray[np.float64]:
     filled = curves.points > 0
     span[filled] = curves.time[curves.offsets[1:][filled] - 1] - curves.time[curves.offsets[:-1][filled]]
     return span
+
+
+def _signal_to_noise(curves: LightCurves) -> npt.NDArray[np.float64]:
+    """(objects,) largest |flux| / error of a point, at least 0.001."""
+    best = np.full(len(curves), 1e-3)
+    np.maximum.at(best, curves.object_of_point, np.abs(curves.flux) / curves.flux_error)
+    return best
