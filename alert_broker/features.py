@@ -125,7 +125,7 @@ class LightCurveFeatures:
             "log_span": np.log10((_span(chosen) + 1.0) / SPAN_DAYS),
             "log_signal_to_noise": np.log10(_signal_to_noise(chosen) / SIGNAL_TO_NOISE),
             "log_time_scale": np.where(
-                empty, 0.0, result.fit.log_metric / (2 * np.log(10)) - np.log10(TIME_SCALE_DAYS)
+                np.isfinite(fitted := result.fit.log_metric), fitted / (2 * np.log(10)) - np.log10(TIME_SCALE_DAYS), 0.0
             ),
         }
         if redshift is not None:

