@@ -1,0 +1,215 @@
+"""edgekit inspect"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.cli.console import output, print_json, print_table
+
+if TYPE_CHECKING:
+    from edgekit.bundle import Bundle
+    from edgekit.encoding import Encoding
+
+EXAMPLE = """\b
+Examples:
+  edgekit inspect t2-gr
+  edgekit inspect t2.edge --weights
+  edgekit inspect t2.edgepack --json
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("bundle")
+@click.option("--weights", is_flag=True, help="List every tensor: shape, encoding, zeros, bytes.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(bundle: str, weights: bool, as_json: bool) -> None:
+    """Show what BUNDLE (a directory, a packed file or a model's name) holds and how it was made."""
+    from edgekit.zoo import resolve
+
+    opened = resolve(bundle)
+    found = describe(opened)
+    tensors = tensor_rows(opened) if weights else None
+    if as_json:
+        print_json(found | ({"weights": tensors} if tensors is not None else {}))
+        return
+    _show(found)
+    if tensors is not None:
+        output.print("\nweights", style="bold")
+        rows = [
+            [item["name"], " x ".join(map(str, item["shape"])), item["encoding"], f"{item['zeros']:.0%}",
+             f"{item['bytes']:,}"]
+            for item in tensors
+        ]  # fmt: skip
+        print_table(["tensor", "shape", "encoding", "zeros", "bytes"], rows)
+        total = sum(item["bytes"] for item in tensors)
+        output.print(f"{len(tensors)} tensors, {total:,} bytes at code width, before entropy coding")
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """Everything that the manifest says, and the sizes; plain values."""
+    from dataclasses import asdict
+
+    from edgekit.bundle import GOLDEN, MANIFEST, WEIGHTS
+    from edgekit.pack import pack
+
+    manifest = asdict(bundle.manifest)
+    parameters = sum(value.size for value in bundle.weights().values())
+    folder = bundle.path if bundle.path and bundle.path.is_dir() else None
+    packed = bundle.path.stat().st_size if bundle.path and bundle.path.is_file() else len(pack(bundle))
+    exports = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder else []
+    return {
+        "path": str(bundle.path) if bundle.path else None,
+        "digest": bundle.digest,
+        "parameters": parameters,
+        "bytes": {"bundle": bundle.size, "packed": packed, "float32_weights": 4 * parameters},
+        "exports": exports,
+        "other_files": sorted(set(bundle.contents) - {MANIFEST, WEIGHTS, GOLDEN}),
+        "manifest": manifest,
+    }
+
+
+def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
+    """A row per tensor: name, shape, encoding, share of zeros, bytes at the code width with scales or codebook."""
+    import numpy as np
+
+    from edgekit.encoding import stored_bytes
+
+    encodings = bundle.encodings()
+    return [
+        {
+            "name": name,
+            "shape": list(value.shape),
+            "encoding": _encoding(encodings.get(name)),
+            "zeros": float(np.mean(value == 0)),
+            "bytes": stored_bytes({name: value}, encodings),
+        }
+        for name, value in sorted(bundle.weights().items())
+    ]
+
+
+def _encoding(encoding: Encoding | None) -> str:
+    from edgekit.encoding import Affine
+
+    if encoding is None:
+        return "float32"
+    return f"{'affine' if isinstance(encoding, Affine) else 'palette'} {encoding.bits} bit"
+
+
+def _show(found: dict[str, Any]) -> None:
+    manifest, sizes = found["manifest"], found["bytes"]
+    lines = [
+        ("family", manifest["family"]),
+        ("arguments", _pairs(manifest["arguments"])),
+        *((kind, _spec(spec)) for kind in ("input", "output") for spec in manifest[f"{kind}s"]),
+        ("classes", ", ".join(manifest["classes"])),
+        ("made from", _preprocessing(manifest["preprocessing"])),
+        ("data set", manifest["data"]),
+        ("target", manifest["target"]),
+        ("seed", manifest["seed"]),
+        ("versions", ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())),
+        ("parameters", f"{found['parameters']:,} ({sizes['float32_weights']:,} bytes as float32)"),
+        ("packed", f"{sizes['packed']:,} bytes"),
+        ("bundle", f"{sizes['bundle']:,} bytes"),
+        ("exports", ", ".join(found["exports"])),
+        ("other files", ", ".join(found["other_files"])),
+        ("path", found["path"]),
+        ("digest", found["digest"]),
+        ("parent", manifest["parent"]),
+    ]
+    output.print(manifest["name"], style="bold")
+    _columns([(name, str(value)) for name, value in lines if value not in (None, "")])
+    if manifest["metrics"]:
+        output.print("\nmetrics", style="bold")
+        _columns([line for name, item in manifest["metrics"].items() for line in _metric(name, item)])
+    if manifest["recipe"]:
+        output.print("\nrecipe", style="bold")
+        steps = [dict(step) for step in manifest["recipe"].get("pass", [])]
+        _columns([(step.pop("name"), _pairs(step)) for step in steps])
+    if records := manifest["records"]:
+        output.print("\npasses", style="bold")
+        batches = next(("/".join(str(item["batch"]) for item in r["latency"]) for r in records if "latency" in r), "")
+        speed = f"speed-up at batch {batches}".removesuffix(" at batch ")
+        rows = [_state("original", "", records[0]["before"], "")]
+        for record in records:
+            factors = "/".join(f"{1 / item['ratio']:.2f}" for item in record.get("latency", []))
+            verdict = "kept" if record["kept"] else "rolled back"
+            rows.append(_state(record["pass"], verdict, record.get("after"), factors))
+        print_table(["pass", "verdict", "quality", "packed", speed], rows)
+        output.print()
+        _columns([(record["pass"], record["reason"]) for record in records])
+
+
+def _state(name: str, verdict: str, state: dict[str, Any] | None, speed: str) -> list[str]:
+    """Cells of one line; a pass that failed led nowhere."""
+    if state is None:
+        return [name, verdict, "-", "-", speed]
+    return [name, verdict, _number(state["quality"]["value"]), f"{state['bytes']:,}", speed]
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "nan" if value is None else f"{value:{form}}"  # JSON has no NaN: the manifest holds null
+
+
+def _metric(name: str, item: Any) -> list[tuple[str, str]]:
+    """Lines for one metric: a measurement, a mean over seeds, a table of numbers, or what a compression measured."""
+    label = name.replace("_", " ")
+    if name == "compression":
+        latency = [
+            (f"CPU ms at batch {one['batch']}", f"{one['before_ms']:.3g} > {one['after_ms']:.3g}, "
+             f"{one['ratio']:.2f} times the time [{one['low']:.2f}, {one['high']:.2f}]")
+            for one in item.get("latency", [])
+        ]  # fmt: skip
+        nested = [line for key in ("original", "change") if key in item for line in _metric(key, item[key])]
+        machine = item.get("machine")
+        return nested + latency + ([("machine", f"{machine['cpu']}, {machine['cores']} cores")] if machine else [])
+    if not isinstance(item, dict):
+        return [(label, _value(item))]
+    if {"value", "low", "high", "samples"} <= set(item):
+        form = "+.4f" if name == "change" else ".4f"
+        value, low, high = (_number(item[key], form) for key in ("value", "low", "high"))
+        return [(label, f"{value} [{low}, {high}] (n = {item['samples']:,})")]
+    if {"values", "mean"} <= set(item):
+        half = item.get("half_width_95")
+        spread = f" +- {half:.4f}" if half is not None else ""
+        return [(label, f"{item['mean']:.4f}{spread}, {len(item['values'])} seeds")]
+    if all(isinstance(value, float) for value in item.values()):
+        ordered = sorted(item.items(), key=lambda pair: (len(pair[0]), pair[0]))  # "3" before "14"
+        return [(label, ", ".join(f"{key}: {value:.3f}" for key, value in ordered))]
+    return [line for key, value in item.items() for line in _metric(f"{label} {key}", value)]
+
+
+def _columns(rows: list[tuple[str, str]]) -> None:
+    """Names on the left, values wrapped beside them."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", max_width=24)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    output.print(table)
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {_value(value)}" for name, value in values.items())
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + _pairs(value) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _spec(spec: dict[str, Any]) -> str:
+    shape = ", ".join(map(str, spec["shape"]))
+    return f"{spec['name']} ({shape}) {spec['dtype']}" + (f", {spec['unit']}" if spec["unit"] else "")
+
+
+def _preprocessing(value: dict[str, Any] | None) -> str | None:
+    if value is None:
+        return None
+    return f"{value.get('id')}: " + _pairs({name: item for name, item in value.items() if name != "id"})
