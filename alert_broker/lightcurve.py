@@ -84,4 +84,5 @@ def concatenate_ranges(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int6
     """All integers of [start, stop) for each pair, joined: the row numbers of ragged rows."""
     lengths = stops - starts
     ends = np.cumsum(lengths)
-    return np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+    shifts: npt.NDArray[np.int64] = np.repeat(starts - (ends - lengths), lengths)
+    return np.arange(len(shifts), dtype=np.int64) + shifts

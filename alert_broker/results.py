@@ -98,7 +98,7 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "packets": self.packets,
+            "in": self.packets,
             "classified": self.classified,
             "skipped": self.skipped.total(),
             "corrupt": self.corrupt,

@@ -1,0 +1,82 @@
+"""Small things that several tests need: a t2 with random weights as a bundle, and a PLAsTiCC of 56 objects."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alert_broker import plasticc
+from alert_broker.features import LightCurveFeatures
+from alert_broker.surveys.base import survey_named
+from edgekit.bundle import Bundle, Manifest, TensorSpec, assemble
+from edgekit.families import build
+
+
+def features_of(bands=("g", "r"), **changes) -> LightCurveFeatures:
+    """Preprocessing with LSST's wavelengths, as the shipped models have."""
+    lsst = survey_named("lsst")
+    wavelengths = tuple(lsst.wavelengths[lsst.bands.index(band)] for band in bands)
+    scale = tuple(20.0 + 3 * number for number in range(len(bands)))  # each band its own
+    return LightCurveFeatures(tuple(bands), wavelengths, scale, **({"grid_points": 20} | changes))
+
+
+def small_bundle(bands=("g", "r"), *, name="small", seed=0, features=None, **changes) -> Bundle:
+    """The bundle, in memory; `changes` are of the manifest."""
+    import torch
+
+    features = features or features_of(bands)
+    torch.manual_seed(seed)
+    arguments = {"bands": len(features.seen), "context": len(features.context), "sequence": features.grid_points,
+                 "embed_dim": 8, "heads": 2, "ff_dim": 8}  # fmt: skip
+    model = build("t2", arguments)
+    weights = {key: value.numpy().copy() for key, value in model.state_dict().items()}
+    specs = [TensorSpec("light_curve", ("batch", features.grid_points, len(features.seen)))]
+    if features.context:
+        specs.append(TensorSpec("context", ("batch", len(features.context))))
+    rng = np.random.default_rng(seed)
+    inputs = {spec.name: rng.normal(size=(4, *spec.shape[1:])).astype(np.float32) for spec in specs}
+    with torch.no_grad():
+        outputs = torch.softmax(model(*map(torch.from_numpy, inputs.values())), dim=1).numpy()
+    manifest = Manifest(
+        name=name,
+        family="t2",
+        arguments=arguments,
+        inputs=tuple(specs),
+        outputs=(TensorSpec("probabilities", ("batch", len(plasticc.CLASSES))),),
+        classes=tuple(plasticc.CLASSES.values()),
+        class_ids=tuple(plasticc.CLASSES),
+        preprocessing=features.to_bundle(),
+    )
+    return assemble(replace(manifest, **changes), weights, {}, (inputs, {"probabilities": outputs}))
+
+
+def small_plasticc(per_class=4, seed=0) -> tuple[pa.Table, pa.Table]:
+    """Points and objects with the columns of the real files, neither of them in order."""
+    rng = np.random.default_rng(seed)
+    targets = np.repeat(list(plasticc.CLASSES), per_class)
+    ids = rng.permutation(np.arange(100, 100 + 7 * len(targets), 7))
+    owner = rng.permutation(np.repeat(ids, rng.integers(12, 30, len(ids))))
+    count = len(owner)
+    points = {
+        "object_id": owner,
+        "mjd": np.round(rng.uniform(59_600, 59_900, count), 4),
+        "passband": rng.integers(0, 6, count),
+        "flux": np.round(rng.normal(0, 60, count), 6),
+        "flux_err": np.round(rng.uniform(1, 9, count), 6),
+        "detected_bool": (rng.random(count) < 0.4).astype(np.int64),
+    }
+    redshift = np.round(rng.uniform(0, 1, len(ids)), 3)
+    objects = {
+        "object_id": ids, "target": targets, "hostgal_photoz": redshift, "hostgal_photoz_err": redshift / 10,
+        "true_z": redshift,
+    }  # fmt: skip
+    return pa.table(points), pa.table(objects)
+
+
+def write_plasticc(folder: Path, points: pa.Table, objects: pa.Table) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, table in (("lightcurves", points), ("metadata", objects)):
+        pq.write_table(table, folder / f"plasticc_train_{part}.parquet")
+    return folder
