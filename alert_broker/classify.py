@@ -42,10 +42,12 @@ def for_survey(features: LightCurveFeatures, survey: Survey) -> LightCurveFeatur
     """The features with the survey's own filters: the one place where training and serving differ, on purpose.
 
     A bundle holds the wavelengths of the survey that it was trained on. The Gaussian process needs those at which the
-    points were really taken: ZTF's r is 200 angstrom redder than Rubin's. Bands are matched by name.
+    points were really taken: ZTF's r is 200 angstrom redder than Rubin's. Bands are matched by name; those that the
+    survey lacks bring no points, and are needed only if the network sees them.
     """
     wavelength = dict(zip(survey.bands, survey.wavelengths, strict=True))
-    return replace(features, wavelengths=tuple(wavelength[band] for band in features.bands))
+    shared = tuple(band for band in features.bands if band in wavelength)
+    return replace(features, bands=shared, wavelengths=tuple(wavelength[band] for band in shared))
 
 
 class Classifier:
@@ -73,14 +75,14 @@ class Classifier:
         """A row for every alert; where one could not be classified, `status` says why and probabilities are null."""
         name, survey, count = self.bundle.manifest.name, batch.survey, len(batch.curves)
         identity = {"model": repeat(name, count), "bundle": repeat(self.bundle.digest[:SHORT_DIGEST], count)}
-        if lacking := [band for band in self.features.bands if band not in survey.bands]:
+        if lacking := [band for band in self.features.seen if band not in survey.bands]:
             reason = f"skipped: {name} needs {', '.join(lacking)}, which {survey.name} does not observe"
             return result_rows(batch, self.schema, identity | {"status": repeat(reason, count)})
         started = time.perf_counter()
         features = for_survey(self.features, survey)(batch.curves, threads=self._threads)
         self.seconds["features"] += time.perf_counter() - started
 
-        bands = ", ".join(self.features.bands)
+        bands = ", ".join(self.features.seen)
         reasons = [CLASSIFIED, *(f"{text} {bands}" for text in WHY_NOT.values()), NOT_FINITE]
         why = np.zeros(count, np.int64)  # index into the reasons
         inputs = features.inputs()
@@ -224,8 +226,6 @@ def _counted(
         account.packets += item.packets if isinstance(item, BadPacket) else 1
         progress(start_of[item.file] + item.offset, ends[-1], account.packets)
         yield item
-        if isinstance(item, Packet):
-            item.content.clear()  # its light curve has been taken; a decoded LSST alert is megabytes of Python objects
     progress(ends[-1], ends[-1], account.packets)
 
 

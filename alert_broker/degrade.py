@@ -31,3 +31,8 @@ def first_detection(curves: LightCurves) -> npt.NDArray[np.float64]:
 def as_seen_after(curves: LightCurves, days: float) -> LightCurves:
     """What an alert would have shown this long after the first detection."""
     return curves.where(curves.time <= (first_detection(curves) + days)[curves.object_of_point])
+
+
+def in_bands(curves: LightCurves, bands: tuple[str, ...]) -> LightCurves:
+    """The points in these bands, as a survey without the others sees them."""
+    return curves.where(np.isin(curves.band, [curves.bands.index(band) for band in bands]))

@@ -119,6 +119,9 @@ class LightCurveFeatures:
         mean = result.mean[:, :, [self.bands.index(band) for band in self.seen]]
         light_curve = np.arcsinh(mean / np.array(self.scale)).astype(np.float32)
         status = result.fit.status
+        visible = np.isin(chosen.band, [self.bands.index(band) for band in self.seen])
+        # a light curve without a point in any channel would be a guess from its other colours
+        status[np.bincount(chosen.object_of_point[visible], minlength=len(chosen)) == 0] = Status.NO_POINTS
         empty = (status == Status.NO_POINTS) | (status == Status.NO_FLUX)
         light_curve[empty] = 0.0
         columns = {

@@ -92,7 +92,7 @@ def read_packets(paths: Iterable[str | Path]) -> Iterator[Packet | BadPacket]:
 
 
 def batches(packets: Iterable[Packet | BadPacket], size: int = 1024) -> Iterator[AlertBatch | BadPacket]:
-    """Light curves of up to `size` alerts of one survey; bad packets pass through as they come."""
+    """Light curves of up to `size` alerts of one survey; bad packets pass through as they come. Packets are emptied."""
     if size < 1:
         raise EdgekitError(f"batch size is {size}; expected 1 or more")
     pending: dict[str, list[tuple[Packet, LightCurve]]] = {}
@@ -106,6 +106,7 @@ def batches(packets: Iterable[Packet | BadPacket], size: int = 1024) -> Iterator
             yield BadPacket(packet.file, packet.offset, str(error))
             continue
         rows = pending.setdefault(packet.survey.name, [])
+        packet.content.clear()  # its light curve has been taken; a decoded LSST alert is megabytes of Python objects
         rows.append((packet, curve))
         if len(rows) == size:
             yield assemble(pending.pop(packet.survey.name))

@@ -88,14 +88,18 @@ def examples(
 ) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], npt.NDArray[np.int8]]:
     """A model's inputs, their labels and their split (0 training, 1 test), (rows, ...) each.
 
-    Every training object is there twice, whole and degraded as alerts are; test objects once, whole.
+    Every training object is there twice, whole and degraded as alerts are; for a network that sees fewer bands than
+    there are, every other degraded one has points in those bands alone. Test objects are there once, whole.
     """
     split = data.split()
     train, test = np.flatnonzero(split == 0), np.flatnonzero(split == 1)
     objects = np.concatenate([train, train, test])
-    curves = features.select(data.curves.take(objects[: len(train)]))
-    seen = concatenate([curves, degraded(curves, np.random.default_rng(seed)), features.select(data.curves.take(test))])
-    inputs = features(seen, redshift=data.redshift[objects]).inputs()
+    whole, held_out = (features.select(data.curves.take(part)) for part in (train, test))
+    copies = degraded(whole, np.random.default_rng(seed))
+    if len(features.seen) < len(features.bands):
+        visible = np.isin(copies.band, [features.bands.index(band) for band in features.seen])
+        copies = copies.where(visible | (copies.object_of_point % 2 == 0))
+    inputs = features(concatenate([whole, copies, held_out]), redshift=data.redshift[objects]).inputs()
     return inputs, data.label[objects], split[objects]
 
 

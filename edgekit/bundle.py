@@ -14,8 +14,13 @@ import json
 import math
 import os
 import shutil
+import types
+import typing
+import zipfile
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +93,8 @@ class Manifest:
     def from_json(cls, text: bytes, source: str) -> Manifest:
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            json.dumps(values, allow_nan=False)  # Python reads NaN and Infinity, which JSON does not have
+        except (ValueError, RecursionError) as error:
             raise EdgekitError(f"{source}: not valid JSON ({error}); the bundle is damaged, write it again") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             got = values.get("format") if isinstance(values, dict) else type(values).__name__
@@ -98,7 +104,14 @@ class Manifest:
         if strange or missing:
             problem = f"unknown key {min(strange)!r}" if strange else f"missing key {min(missing)!r}"
             raise EdgekitError(f"{source}: {problem}; expected the keys {', '.join(sorted(names))}")
+        for key, hint in typing.get_type_hints(cls).items():
+            if key in values and not _fits(values[key], hint):
+                raise EdgekitError(
+                    f"{source}: {key} = {str(values[key])[:60]!r} is not what belongs there; restore the file"
+                )
         for key in ("inputs", "outputs"):
+            if not values[key]:
+                raise EdgekitError(f"{source}: the model has no {key}; the bundle is damaged, write it again")
             values[key] = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[key])
         for key in ("classes", "class_ids", "records"):
             values[key] = tuple(values.get(key, ()))
@@ -129,14 +142,15 @@ class Bundle:
     def stored(self) -> dict[str, Float | Encoding]:
         """Parameters as stored: float32 arrays, or encodings."""
         try:
-            arrays = load_safetensors(self.contents[WEIGHTS])
-        except SafetensorError as error:
+            arrays = dict(sorted(load_safetensors(self.contents[WEIGHTS]).items()))  # safetensors gives any order
+            stored = from_arrays(arrays, self.manifest.bits)
+            decoded = {name: v if isinstance(v, np.ndarray) else v.decode() for name, v in stored.items()}
+        except (SafetensorError, LookupError, ValueError) as error:
             raise EdgekitError(
-                f"{self.path or self.manifest.name}/{WEIGHTS}: {error}; write the bundle again"
+                f"{self.path or self.manifest.name}/{WEIGHTS}: cannot be decoded ({error}); write the bundle again"
             ) from None
-        stored = from_arrays(arrays, self.manifest.bits)
-        for name, value in stored.items():
-            if not np.isfinite(value if isinstance(value, np.ndarray) else value.decode()).all():
+        for name, weight in decoded.items():
+            if not np.isfinite(weight).all():
                 raise EdgekitError(
                     f"{self.path or self.manifest.name}: weight {name!r} holds NaN or infinite values; "
                     "the model cannot be used, restore it from its source"
@@ -158,9 +172,16 @@ class Bundle:
 
     def golden(self) -> tuple[Arrays, Arrays]:
         """Golden inputs and outputs by name."""
-        arrays = arrays_from_bytes(self.contents[GOLDEN], f"{self.path}/{GOLDEN}")
-        inputs = {spec.name: arrays[f"in.{spec.name}"] for spec in self.manifest.inputs}
-        return inputs, {spec.name: arrays[f"out.{spec.name}"] for spec in self.manifest.outputs}
+        source = f"{self.path or self.manifest.name}/{GOLDEN}"
+        arrays = arrays_from_bytes(self.contents[GOLDEN], source)
+        inputs, outputs = self.manifest.inputs, self.manifest.outputs
+        for name in [*(f"in.{spec.name}" for spec in inputs), *(f"out.{spec.name}" for spec in outputs)]:
+            if name not in arrays:
+                raise EdgekitError(f"{source}: holds no array {name!r}; write the bundle again")
+        return (
+            {spec.name: arrays[f"in.{spec.name}"] for spec in inputs},
+            {spec.name: arrays[f"out.{spec.name}"] for spec in outputs},
+        )
 
 
 def assemble(
@@ -220,7 +241,10 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bundle:
-    """Write a new directory and move it into place in one step: a crash leaves the old bundle or the new."""
+    """Write a new directory and move it into place: whatever goes wrong, `path` holds the old bundle or the new.
+
+    Replacing takes two renames; a process killed between them leaves the old bundle beside `path`, as .NAME.PID.old.
+    """
     path = Path(path)
     if path.exists():
         if not force:
@@ -232,6 +256,7 @@ def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bu
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     stale = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed and had the same id
     try:
         for name, content in {**bundle.contents, MANIFEST: bundle.manifest.to_json()}.items():
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
@@ -264,15 +289,12 @@ def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
 
 
 def arrays_to_bytes(arrays: Arrays) -> bytes:
-    """An uncompressed, byte-for-byte reproducible .npz (numpy.savez stamps the time into the archive)."""
-    import io
-    import zipfile
-
-    buffer = io.BytesIO()
+    """A compressed, byte-for-byte reproducible .npz (numpy.savez stamps the time into the archive)."""
+    buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in sorted(arrays.items()):
-            inner = io.BytesIO()
-            np.lib.format.write_array(inner, np.ascontiguousarray(array), allow_pickle=False)
+            inner = BytesIO()
+            np.lib.format.write_array(inner, np.asarray(array, order="C"), allow_pickle=False)
             archive.writestr(
                 zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), inner.getvalue(), zipfile.ZIP_DEFLATED
             )
@@ -280,14 +302,43 @@ def arrays_to_bytes(arrays: Arrays) -> bytes:
 
 
 def arrays_from_bytes(content: bytes, source: str) -> Arrays:
-    import io
-    import zipfile
-
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        archive = np.load(BytesIO(content), allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise EdgekitError(f"{source}: one array (.npy), not named arrays; write them with numpy.savez")
+        with archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except _UNREADABLE as error:
         raise EdgekitError(f"{source}: not a readable .npz of plain arrays ({error})") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise EdgekitError(f"{source}: {name!r} is not an array; expected an .npz as numpy.savez writes it")
+    return arrays
+
+
+# what numpy, zipfile and zlib raise for a damaged archive
+_UNREADABLE = (
+    ValueError, OSError, EOFError, LookupError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is what a field's type says; lists stand for tuples, objects for dataclasses."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is types.UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, parts[1]) for item in value.values())
+    if is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        keys = set(value) if isinstance(value, dict) else set()
+        return {"name", "shape"} <= keys <= set(hints) and all(_fits(value[key], hints[key]) for key in keys)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def _hashes(contents: Mapping[str, bytes]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,12 +68,25 @@ def load(path: Path, manifest: Manifest) -> tuple[Dataset, Dataset]:
             f"{path}: no array {min(missing)!r}; {manifest.name} needs {', '.join(sorted(wanted))}, labels and split "
             f"(0 = training, 1 = test), the file has {', '.join(sorted(arrays))}"
         )
+    made_for = arrays["preprocessing"].tolist() if "preprocessing" in arrays else None
+    if made_for not in (None, [json.dumps(manifest.preprocessing, sort_keys=True)]):
+        raise EdgekitError(
+            f"{path}: made with another preprocessing than {manifest.name} has; "
+            f"run: edgekit data {manifest.data} --force, or pass --data FILE.npz"
+        )
     inputs = {spec.name: arrays[spec.name] for spec in manifest.inputs}  # in the order in which the network takes them
-    labels, split = arrays["labels"].astype(np.int64), arrays["split"]
     check_inputs(manifest.inputs, inputs)
+    for name in ("labels", "split"):
+        if (got := arrays[name]).ndim != 1 or got.dtype.kind not in "iu":
+            raise EdgekitError(
+                f"{path}: {name} has shape {got.shape} and dtype {got.dtype}; expected whole numbers, (samples,)"
+            )
+    labels, split = arrays["labels"].astype(np.int64), arrays["split"]
     if not len(labels) == len(split) == len(next(iter(inputs.values()))):
         raise EdgekitError(f"{path}: {len(labels)} labels and {len(split)} split values for other numbers of inputs")
-    if manifest.classes and not (labels.min() >= 0 and labels.max() < len(manifest.classes)):
+    if strange := set(np.unique(split)) - {TRAIN, TEST}:
+        raise EdgekitError(f"{path}: split holds {min(strange)}; expected {TRAIN} (training) or {TEST} (test)")
+    if len(labels) and manifest.classes and not (labels.min() >= 0 and labels.max() < len(manifest.classes)):
         raise EdgekitError(
             f"{path}: labels span {labels.min()} to {labels.max()}; expected 0 to {len(manifest.classes) - 1}"
         )

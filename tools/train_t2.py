@@ -22,12 +22,12 @@ import torch
 from rich.progress import Progress
 
 from alert_broker import plasticc
-from alert_broker.degrade import as_seen_after, degraded
+from alert_broker.degrade import as_seen_after, degraded, in_bands
 from alert_broker.features import Features, LightCurveFeatures
 from alert_broker.gaussian_process import GaussianProcess
 from alert_broker.lightcurve import LightCurves
 from alert_broker.surveys.base import survey_named
-from edgekit import __version__
+from edgekit import __version__, machine
 from edgekit.bundle import Manifest, TensorSpec, assemble, write_bundle
 from edgekit.data import Dataset
 from edgekit.families import build
@@ -79,12 +79,11 @@ def train_one(
     features = replace(unscaled, scale=tuple(float(f"{value:.3g}") for value in size))
     rng = np.random.default_rng([seed, 1])
     redshift = data.redshift[train]
-    variants = [features(curves, redshift=redshift)]
-    for number in range(VARIANTS):
-        copy = degraded(curves, rng)
-        if number % 2 and len(channels) < len(survey.bands):
-            copy = in_bands(copy, channels)  # as a survey without the other bands sees it
-        variants.append(features(copy, redshift=redshift))
+    copies = [curves, *(degraded(curves, rng) for _ in range(VARIANTS))]
+    if len(channels) < len(survey.bands):  # as a survey without the other bands sees them: whole, and half of the rest
+        copies[1::2] = [in_bands(copy, channels) for copy in copies[1::2]]
+        copies += [in_bands(curves, channels)] * 2
+    variants = [features(copy, redshift=redshift) for copy in copies]
     torch.manual_seed(seed)
     model = build("t2", {"bands": len(channels), "context": len(spec["context"])})
     with Progress(disable=None, transient=True) as bar:
@@ -106,11 +105,6 @@ def train_one(
             checkpoint=folder / "checkpoint.pt",
         )
     return model, features
-
-
-def in_bands(curves: LightCurves, bands: tuple[str, ...]) -> LightCurves:
-    """The points in these bands."""
-    return curves.where(np.isin(curves.band, [curves.bands.index(band) for band in bands]))
 
 
 def predict(
@@ -142,6 +136,7 @@ def run_seed(name: str, data: plasticc.Plasticc, seed: int, folder: Path, epochs
         "log_loss_own_bands_only": asdict(measure(METRIC, channels, labels)),
         "error_rate": asdict(measure(ErrorRate(), whole, labels)),
         "log_loss_by_days_since_first_detection": early,
+        "machine": machine.describe(),
         "cpu_seconds": round(cpu_seconds, 1),
         "preprocessing": features.to_bundle(),
     }

@@ -1,0 +1,149 @@
+"""Milliseconds per batch: ONNX Runtime as it comes, edgekit's session on the same graph, and PyTorch eager.
+
+    python tools/bench_inference.py --json inference.json
+    python tools/bench_inference.py models/t2-gr
+
+All three run in turns in one process, so that whatever else the machine does falls on each alike; ratios are medians of
+the ratios of neighbouring runs. Without a bundle a t2 with random weights is timed: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from edgekit.bundle import Arrays, Bundle, Manifest, TensorSpec, assemble, golden_inputs
+from edgekit.families import build
+from edgekit.session import Session
+from edgekit.zoo import resolve
+from exporters.onnx_export import OnnxExporter
+from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
+from runtimes.sessions.torch_session import TorchSession
+
+BATCHES = (1, 16, 1000)
+SECONDS = 12.0  # per batch size, all three together
+PAUSE = 0.005  # between runs: OpenMP and ONNX Runtime threads spin on for a millisecond or two, at a neighbour's cost
+MOST_ROUNDS = 300
+OURS, STOCK, EAGER = "edgekit", "onnxruntime defaults", "torch eager"
+
+
+class Stock:
+    """ONNX Runtime with the options it comes with, the whole batch in one call."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        graph = OnnxExporter(weights="float32").graph(bundle).SerializeToString()
+        self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+    def run(self, arrays: Arrays) -> Any:
+        return self.session.run(None, arrays)
+
+
+def random_t2() -> Bundle:
+    """The published shape for two bands, weights drawn."""
+    arguments = {"bands": 2}
+    torch.manual_seed(0)
+    model = build("t2", arguments)
+    inputs = (TensorSpec("light_curve", ("batch", 100, 2)),)
+    outputs = (TensorSpec("probabilities", ("batch", 14)),)
+    golden = golden_inputs(inputs, 8)
+    with torch.inference_mode():
+        expected = torch.softmax(model(torch.from_numpy(golden["light_curve"])), dim=-1).numpy()
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    manifest = Manifest("random-t2", "t2", arguments, inputs, outputs)
+    return assemble(manifest, weights, {}, (golden, {"probabilities": expected}))
+
+
+def measure(runners: dict[str, Any], rows: Arrays, batch: int) -> dict[str, Any]:
+    """Wall and CPU milliseconds of each runner, in turns, and the ratios of ONNX Runtime's defaults to the others."""
+    wall: dict[str, list[float]] = {name: [] for name in runners}
+    cpu: dict[str, list[float]] = {name: [] for name in runners}
+    for runner in runners.values():
+        runner.run(rows)
+        runner.run(rows)
+    order = list(runners)
+    until = time.perf_counter() + SECONDS
+    while (time.perf_counter() < until and len(wall[STOCK]) < MOST_ROUNDS) or len(wall[STOCK]) < 3:
+        for name in order:
+            time.sleep(PAUSE)
+            started, spent = time.perf_counter(), time.process_time()
+            runners[name].run(rows)
+            wall[name].append((time.perf_counter() - started) * 1e3)
+            cpu[name].append((time.process_time() - spent) * 1e3)
+        order.append(order.pop(0))  # so that nobody always runs behind the same neighbour
+    result: dict[str, Any] = {"batch": batch, "rounds": len(wall[STOCK])}
+    for name in runners:
+        result[name] = {
+            "p50_ms": float(np.percentile(wall[name], 50)),
+            "p95_ms": float(np.percentile(wall[name], 95)),
+            "cpu_p50_ms": float(np.percentile(cpu[name], 50)),
+            "ratio": float(np.median(np.divide(wall[STOCK], wall[name]))),
+            "cpu_ratio": float(np.median(np.divide(cpu[STOCK], cpu[name]))),
+        }
+    return result
+
+
+def describe_machine() -> dict[str, str]:
+    """What a number depends on."""
+    root = Path(__file__).resolve().parents[1]
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    } | {package: version(package) for package in ("edgekit", "onnxruntime", "onnx", "torch", "numpy")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", nargs="?", help="bundle or name of a model of the zoo; default: a random t2")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    options = parser.parse_args()
+    bundle = resolve(options.bundle) if options.bundle else random_t2()
+    machine = describe_machine()
+    print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
+    print(f"model {bundle.manifest.name}, digest {bundle.digest[:12]}\n")
+    ours = OnnxRuntimeSession(bundle)
+    sessions: dict[str, Session] = {OURS: ours, EAGER: TorchSession(bundle)}
+    runners: dict[str, Any] = {STOCK: Stock(bundle), **sessions}
+    golden, _ = bundle.golden()
+    print("batch  runner                   p50 ms    p95 ms    CPU ms   ratio   CPU ratio")
+    results = []
+    for batch in BATCHES:
+        rows = {name: np.resize(array, (batch, *array.shape[1:])) for name, array in golden.items()}
+        result = measure(runners, rows, batch)
+        results.append(result)
+        for name in runners:
+            row = result[name]
+            print(
+                f"{batch:5d}  {name:22s} {row['p50_ms']:8.2f}  {row['p95_ms']:8.2f}  {row['cpu_p50_ms']:8.2f}"
+                f"   {row['ratio']:5.2f}   {row['cpu_ratio']:9.2f}",
+                flush=True,
+            )
+    plans = {"small batches": str(ours.small_plan), "large batches": str(ours.plan)}
+    print("\nratio: ONNX Runtime's defaults by the runner's, same rows, same run; more is faster")
+    for size, plan in plans.items():
+        print(f"edgekit, {size}: {plan}")
+    if options.json:
+        report = {"machine": machine, "model": bundle.manifest.name, "digest": bundle.digest, "plans": plans}
+        options.json.write_text(json.dumps({**report, "batches": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

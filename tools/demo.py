@@ -1,0 +1,94 @@
+"""The main job, end to end: compress t2, export it, verify it, and classify thousands of alerts with it.
+
+    make demo            # or: python tools/demo.py [--keep]
+
+Everything is written to demo/. The training data comes from PyPI (82 MB, once) unless a folder with it is found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = Path(os.environ.get("EDGEKIT_SHARED_DATA", ROOT.parent / "shared" / "data"))
+console = Console(highlight=False)
+
+
+def edgekit(*arguments: object) -> Any:
+    """Run the command as a user would; its JSON, if it was asked for some."""
+    command = [sys.executable, "-c", "from edgekit.cli import main; main()", *map(str, arguments)]
+    shown = " ".join(str(item) for item in arguments if item != "--json")
+    console.print(f"\n[bold]$ edgekit {shown}[/bold]")
+    started = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"demo: `edgekit {shown}` failed with status {done.returncode}")
+    console.print(f"  {time.perf_counter() - started:.1f} s")
+    return json.loads(done.stdout) if "--json" in arguments else done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "demo")
+    parser.add_argument("--alerts", type=int, default=2000, help="simulated alerts of each survey")
+    options = parser.parse_args()
+    out = options.output
+    if out.exists():
+        if not (out / ".edgekit-demo").is_file() and any(out.iterdir()):
+            sys.exit(f"demo: {out} holds other files; name an empty folder with --output")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / ".edgekit-demo").touch()
+    source = ["--from", str(REAL / "train")] if (REAL / "train").is_dir() else []
+    edgekit("data", "plasticc-gr", *source)
+    ready = time.perf_counter()  # the data set is part of the set-up
+
+    bundle, packed = out / "t2.edge", out / "t2.edgepack"
+    compressed = edgekit("compress", "t2-gr", "-o", bundle, "--json")
+    pack = edgekit("pack", bundle, "-o", packed, "--json")
+    export = edgekit("export", bundle, "--to", "onnx", "-o", out / "onnx", "--json")
+    for survey in ("ztf", "lsst"):
+        edgekit("alerts", "simulate", "--survey", survey, "--count", options.alerts, "-o", out / "packets" / survey)
+    # ZTF with the model just compressed, LSST with the zoo's
+    runs = {
+        "simulated ZTF": edgekit(
+            "alerts", "classify", out / "packets" / "ztf", "--model", packed, "-o", out / "ztf.parquet", "--json"
+        ),
+        "simulated LSST": edgekit("alerts", "classify", out / "packets" / "lsst", "-o", out / "lsst.parquet", "--json"),
+    }
+    if (REAL / "alerts").is_dir():
+        runs["real packets"] = edgekit("alerts", "classify", REAL / "alerts", "-o", out / "real.parquet", "--json")
+    seconds = time.perf_counter() - ready
+
+    kept = [record["pass"] for record in compressed["records"] if record["kept"]]
+    quality = [compressed["records"][0]["before"], *[r["after"] for r in compressed["records"] if r["kept"]]]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("t2-gr compressed by", ", ".join(kept) or "nothing: every pass was rolled back")
+    table.add_row("log-loss", f"{quality[0]['quality']['value']:.4f} to {quality[-1]['quality']['value']:.4f}")
+    table.add_row("packed file", f"{compressed['source_packed_bytes']:,} to {pack['bytes']:,} bytes")
+    table.add_row(
+        "ONNX export", json.dumps(export.get("verified", "verified")) if isinstance(export, dict) else "verified"
+    )
+    for name, run in runs.items():
+        counts = " + ".join(f"{run[key]:,} {key}" for key in ("classified", "skipped", "corrupt"))
+        table.add_row(name, f"{run['in']:,} in = {counts}")
+    table.add_row("report and plots", str(bundle / "report.html"))
+    table.add_row("results", ", ".join(sorted(str(path) for path in out.glob("*.parquet"))))
+    console.print()
+    console.print(table)
+    console.print(f"\n{seconds:.0f} s after set-up")
+
+
+if __name__ == "__main__":
+    main()
