@@ -1,0 +1,251 @@
+"""Export a bundle to ONNX: a small, portable, readable graph, proved against the network it came from.
+
+model.onnx             float32
+model.quantised.onnx   the same network with its encoded weights stored as 8-bit codes, decoded inside the graph
+golden.npz             inputs, and the outputs they must give
+verify.py              checks both on the device; needs numpy and onnxruntime only
+manifest.json          SHA-256 of every file, opset, operators, tolerances, what was measured
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from edgekit import __version__
+from edgekit.bundle import GOLDEN, Bundle, TensorSpec
+from edgekit.encoding import Affine, Encoding
+from edgekit.errors import EdgekitError
+from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
+from exporters.network import Network
+from exporters.onnx_graph import shapes, tidy
+from exporters.verify import verify
+
+OPSETS = range(
+    16, 21
+)  # what torch's TorchScript exporter writes as asked; its successor silently raises 16 and 17 to 18
+# Operators that ONNX Runtime, TensorRT 8.6 (the last for Pascal cards), OpenVINO and the common converters all read
+PORTABLE = frozenset(
+    (
+        "Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "ConvTranspose",
+        "DequantizeLinear", "Div", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten", "Gather", "Gemm",
+        "GlobalAveragePool", "HardSigmoid", "LayerNormalization", "LeakyRelu", "Log", "MatMul", "Max", "MaxPool",
+        "Min", "Mul", "Neg", "Pad", "Pow", "QuantizeLinear", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum",
+        "Relu", "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
+        "Tile", "Transpose", "Unsqueeze", "Where",
+    )
+)  # fmt: skip
+FLOAT, QUANTISED = "model.onnx", "model.quantised.onnx"
+TRACED = {"batch": 2}  # any length other than 1 will do: tracers bake ones in
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxExporter:
+    """Parameters of an ONNX export."""
+
+    opset: int = 17  # the first with LayerNormalization in one node, the last that TensorRT 8.6 (a Tesla P40's) reads
+    weights: Literal["encoded", "float32"] = "encoded"  # encoded: also write the codes that compression passes left
+
+    def __post_init__(self) -> None:
+        if self.opset not in OPSETS:
+            raise EdgekitError(f"ONNX opset {self.opset} cannot be written; expected {OPSETS[0]} to {OPSETS[-1]}")
+        if self.weights not in ("encoded", "float32"):
+            raise EdgekitError(f"ONNX weights = {self.weights!r}; expected 'encoded' or 'float32'")
+
+    def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
+        """Write model, golden data, device check and manifest, once ONNX Runtime gives what the network gives.
+
+        Raises, and writes nothing, if an output is beyond tolerance at any batch size.
+        """
+        directory = Path(directory)
+        check_destination(directory, force=force)
+        model = self.float_graph(bundle)
+        models = {FLOAT: model}
+        if self.weights == "encoded" and (encodings := bundle.encodings()):
+            quantised = self.quantised_graph(model, encodings)
+            if quantised.ByteSize() < model.ByteSize():  # a few codes save less than the nodes that decode them take
+                models[QUANTISED] = quantised
+        graphs = {name: graph.SerializeToString(deterministic=True) for name, graph in models.items()}
+        checks = verify(graphs, bundle)
+        records = [asdict(check) for check in checks]
+        check_script = (Path(__file__).parent / "device_check.py").read_bytes()
+        files = {**graphs, GOLDEN: bundle.contents[GOLDEN], "verify.py": check_script}
+        manifest = {
+            "format": "edgekit-onnx-1",
+            "model": bundle.manifest.name,
+            "bundle": bundle.digest,
+            KEY: model_key(bundle),
+            "opset": self.opset,
+            "inputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.inputs},
+            "outputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.outputs},
+            "classes": bundle.manifest.classes,
+            "preprocessing": bundle.manifest.preprocessing,
+            "models": {
+                name: {
+                    "bytes": len(graphs[name]),
+                    "operators": sorted({node.op_type for node in graph.graph.node}),
+                    "tolerance": next(check.allowed for check in checks if check.file == name),
+                }
+                for name, graph in models.items()
+            },
+            "checks": records,
+            "versions": {
+                "edgekit": __version__,
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+                "onnxruntime": onnxruntime.__version__,
+                "numpy": np.__version__,
+            },
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
+        publish(files, directory, force=force)
+        return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
+
+    def graph(self, bundle: Bundle) -> ModelProto:
+        """The bundle as a checked ONNX model; weights as codes where it has them, unless `weights` is 'float32'."""
+        model = self.float_graph(bundle)
+        encodings = bundle.encodings() if self.weights == "encoded" else {}
+        return self.quantised_graph(model, encodings) if encodings else model
+
+    def float_graph(self, bundle: Bundle) -> ModelProto:
+        """The bundle as a checked float32 ONNX model."""
+        network = Network(bundle).eval()
+        model = _trace(network, bundle, self.opset)
+        buffers = {name.partition(".")[2]: value.numpy() for name, value in network.named_buffers()}
+        tidy(model, "network", buffers)
+        model.graph.name = bundle.manifest.name
+        model.producer_name, model.producer_version = "edgekit", __version__
+        helper.set_model_props(model, {KEY: model_key(bundle)})
+        self._check(model, bundle.manifest.inputs, bundle.manifest.outputs)
+        return model
+
+    def quantised_graph(self, model: ModelProto, encodings: dict[str, Encoding]) -> ModelProto:
+        """A copy of a float graph that stores the encoded weights as codes and decodes them in the graph, exactly."""
+        quantised = ModelProto()
+        quantised.CopyFrom(model)
+        graph = quantised.graph
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        if strange := sorted(set(encodings) - set(stored)):
+            raise EdgekitError(
+                f"encoded weight {strange[0]!r} is not in the exported graph, which holds {', '.join(stored)}; "
+                "export with weights='float32'"
+            )
+        graph.ClearField("initializer")
+        graph.ClearField("node")
+        for name, tensor in stored.items():
+            if name in encodings:
+                tensors, nodes = _decoder(name, encodings[name], numpy_helper.to_array(tensor))
+                graph.initializer.extend(tensors)
+                graph.node.extend(nodes)
+            else:
+                graph.initializer.append(tensor)
+        graph.node.extend(model.graph.node)
+        _check_graph(quantised, self.opset)
+        return quantised
+
+    def _check(self, model: ModelProto, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        """Raise unless the graph is valid, portable, of the opset asked for and of the shapes promised."""
+        _check_graph(model, self.opset)
+        found = shapes(model)
+        for spec in (*inputs, *outputs):
+            got = found.get(spec.name)
+            fits = got is not None and len(got) == len(spec.shape)
+            if not fits or any(
+                isinstance(w, int) and isinstance(g, int) and w != g
+                for w, g in zip(spec.shape, got or (), strict=False)
+            ):
+                raise EdgekitError(
+                    f"ONNX: {spec.name!r} has shape {got} in the exported graph; the manifest says {spec.shape_text}"
+                )
+
+
+def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
+    """The graph as torch writes it, nothing folded: folding would lose the parameters' names."""
+    manifest = bundle.manifest
+    specs = (*manifest.inputs, *manifest.outputs)
+    example = tuple(
+        torch.zeros([TRACED.get(axis, 3) if isinstance(axis, str) else axis for axis in spec.shape]).to(
+            getattr(torch, spec.dtype)
+        )
+        for spec in manifest.inputs
+    )
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the exporter that honours the opset
+            torch.onnx.export(
+                network,
+                example,
+                buffer,  # type: ignore[arg-type]
+                dynamo=False,
+                opset_version=opset,
+                do_constant_folding=False,
+                input_names=[spec.name for spec in manifest.inputs],
+                output_names=[spec.name for spec in manifest.outputs],
+                dynamic_axes={
+                    spec.name: {number: axis for number, axis in enumerate(spec.shape) if isinstance(axis, str)}
+                    for spec in specs
+                },
+            )
+    except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+        reason = next(line for line in f"{error}\n(no reason given)".splitlines() if line.strip())
+        raise EdgekitError(
+            f"torch cannot write {manifest.family} as ONNX opset {opset}: {reason}; try another opset "
+            f"({OPSETS[0]} to {OPSETS[-1]})"
+        ) from error
+    return onnx.load_from_string(buffer.getvalue())
+
+
+def _decoder(name: str, encoding: Encoding, weight: Array) -> tuple[list[TensorProto], list[NodeProto]]:
+    """Initialisers and nodes that give the weight from its codes. A linear layer's weight is (out, in) in the network
+    but (in, out) in a MatMul: its codes and scales are transposed here, once.
+
+    Integers are decoded by Cast and Mul, which runtimes fold when they load the model: the result is exact, and as fast
+    as float32. DequantizeLinear says the same, but ONNX Runtime 1.32 reads it as leave to quantise the *activations*
+    to int8 (MatMulNBits, accuracy level 4): t2 became 1.2 times slower and its probabilities moved by 6e-5.
+    """
+    transposed = not np.array_equal(encoding.decode(), weight)
+    turn = np.transpose if transposed else np.asarray
+    assert np.array_equal(turn(encoding.decode()), weight), f"{name}: codes do not give the weight in the graph"
+    codes = numpy_helper.from_array(np.ascontiguousarray(turn(encoding.codes)), f"{name}.codes")
+    numbers = f"{name}.Cast"
+    to = TensorProto.FLOAT if isinstance(encoding, Affine) else TensorProto.INT32  # Gather takes no bytes
+    cast = helper.make_node("Cast", [codes.name], [numbers], numbers, to=to)
+    if isinstance(encoding, Affine):
+        scale = numpy_helper.from_array(np.ascontiguousarray(turn(encoding.scale)), f"{name}.scale")
+        return [codes, scale], [cast, helper.make_node("Mul", [numbers, scale.name], [name], f"{name}.Mul")]
+    palette = numpy_helper.from_array(encoding.palette, f"{name}.palette")
+    return [codes, palette], [cast, helper.make_node("Gather", [palette.name, numbers], [name], f"{name}.Gather")]
+
+
+def _check_graph(model: ModelProto, opset: int) -> None:
+    domains = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    if domains != {"ai.onnx": opset}:
+        raise EdgekitError(
+            f"ONNX: asked for opset {opset}, the exporter wrote {domains}; "
+            f"expected {OPSETS[0]} to {OPSETS[-1]} of ai.onnx"
+        )
+    for node in model.graph.node:
+        if node.op_type not in PORTABLE or node.domain not in ("", "ai.onnx"):
+            raise EdgekitError(
+                f"ONNX: node {node.name!r} is a {node.op_type}, which not every runtime reads; "
+                f"rewrite that layer with portable operators: {', '.join(sorted(PORTABLE))}"
+            )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise EdgekitError(f"ONNX: the exported graph is not valid: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,185 @@
+"""Turn a traced ONNX graph into one a person can read: parameters under their own names, nodes named after the modules
+they came from, constants folded, and no shape arithmetic where the shape is known but for the batch.
+
+    Shape -> Gather -> Unsqueeze -\\
+                       Unsqueeze --> Concat --> Reshape      becomes      Reshape(x, [-1, 100, 16, 2])
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
+
+Array = npt.NDArray[Any]
+Shape = tuple[int | str | None, ...]
+# what the inputs of an operator are for, by position, where that is not "operand"
+ROLES = {"Reshape": {1: "shape"}, "Tile": {1: "repeats"}, "Unsqueeze": {1: "axes"}, "ReduceMean": {1: "axes"}}
+
+
+def tidy(model: ModelProto, prefix: str, buffers: Mapping[str, Array]) -> None:
+    """Rewrite the traced graph in place. `prefix` is the tracing wrapper's attribute, dropped from every name;
+    `buffers` names the constants that are neither parameters nor part of the program, such as positional encodings."""
+    graph = model.graph
+    constants, origins, nodes = _fold(model, prefix)
+    nodes = _live(nodes, [value.name for value in graph.output])
+    names = {value.name: value.name for value in (*graph.input, *graph.output)}
+    _name_nodes(nodes, names, prefix)
+    used = _name_constants(nodes, constants, names, origins, buffers)
+    for node in nodes:
+        node.input[:] = [names[name] if name else "" for name in node.input]
+        node.output[:] = [names[name] if name else "" for name in node.output]
+    initialisers = [numpy_helper.from_array(np.ascontiguousarray(constants[old]), names[old]) for old in used]
+    unique = {tensor.name: tensor for tensor in initialisers}
+    for field, content in (("node", nodes), ("initializer", unique.values()), ("value_info", ())):
+        graph.ClearField(field)
+        getattr(graph, field).extend(content)
+    strip(model)
+
+
+def strip(model: ModelProto) -> None:
+    """Drop documentation strings and metadata: exporters leave source lines and stack traces there."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+def shapes(model: ModelProto) -> dict[str, Shape]:
+    """Shapes of all values by ONNX's own inference; a named axis is its name, an unknown one None. Raises where the
+    graph contradicts itself."""
+    inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+    return {
+        value.name: tuple(
+            axis.dim_value if axis.HasField("dim_value") else (axis.dim_param or None)
+            for axis in value.type.tensor_type.shape.dim
+        )
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _fold(model: ModelProto, prefix: str) -> tuple[dict[str, Array], dict[str, str], list[NodeProto]]:
+    """Constants by value name, which of them are parameters (perhaps transposed), and the nodes that need an input."""
+    graph, known = model.graph, shapes(model)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    origins = {name: name.removeprefix(f"{prefix}.") for name in constants if name.startswith(f"{prefix}.")}
+    outputs = {value.name for value in graph.output}
+    same: dict[str, str] = {}  # value -> the earlier value it equals
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        _fix_target(node, constants, known)
+        if all(not name or name in constants for name in node.input):
+            constants.update(zip(node.output, _evaluate(model, node, constants), strict=True))
+            if node.output[0].startswith(
+                f"{prefix}."
+            ):  # the tracer merged a parameter with an equal one: part them again
+                origins[node.output[0]] = node.output[0].removeprefix(f"{prefix}.")
+            elif node.op_type == "Transpose" and node.input[0] in origins:
+                origins[node.output[0]] = origins[node.input[0]]
+        elif _does_nothing(node, known) and node.output[0] not in outputs:
+            same[node.output[0]] = node.input[0]
+        else:
+            nodes.append(node)
+    return constants, origins, nodes
+
+
+def _fix_target(node: NodeProto, constants: dict[str, Array], known: Mapping[str, Shape]) -> None:
+    """Give a Reshape whose result is known but for one axis a constant target."""
+    shape = known.get(node.output[0])
+    if node.op_type == "Reshape" and node.input[1] not in constants and shape is not None:
+        target = [axis if isinstance(axis, int) else -1 for axis in shape]
+        if target.count(-1) == 1:
+            node.input[1] = f"{node.output[0]}.target"
+            constants[node.input[1]] = np.array(target, np.int64)
+
+
+def _does_nothing(node: NodeProto, known: Mapping[str, Shape]) -> bool:
+    if node.op_type == "Identity":
+        return True
+    before, after = (known.get(name, (None,)) for name in (node.input[0], node.output[0]))
+    return node.op_type == "Expand" and None not in before and before == after
+
+
+def _evaluate(model: ModelProto, node: NodeProto, constants: Mapping[str, Array]) -> list[Array]:
+    """What a node makes of constants, by ONNX's reference implementation."""
+    feeds = {name: constants[name] for name in node.input if name}
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in feeds.items()
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in node.output]
+    single = helper.make_model(helper.make_graph([node], "constant", inputs, outputs), opset_imports=model.opset_import)
+    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
+
+
+def _live(nodes: list[NodeProto], wanted: Iterable[str]) -> list[NodeProto]:
+    """The nodes that the outputs depend on."""
+    needed, kept = set(wanted), []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _scope(traced: str, prefix: str) -> str:
+    """'/network/blocks.0/attention/MatMul_1' gives 'blocks.0.attention.', the module that the node was traced in."""
+    path = traced.strip("/").split("/")[:-1]
+    return "".join(f"{part}." for part in (path[1:] if path[:1] == [prefix] else path))
+
+
+def _name_nodes(nodes: list[NodeProto], names: dict[str, str], prefix: str) -> None:
+    """Name nodes MODULE.Operator, numbered where a module has several, and values after the node that makes them."""
+    bases = [_scope(node.name, prefix) + node.op_type for node in nodes]
+    total, seen = Counter(bases), Counter[str]()
+    for node, base in zip(nodes, bases, strict=True):
+        node.name = f"{base}_{seen[base]}" if total[base] > 1 else base
+        seen[base] += 1
+        for number, output in enumerate(node.output):
+            names.setdefault(output, f"{node.name}:{number}" if number else node.name)
+
+
+def _name_constants(
+    nodes: list[NodeProto],
+    constants: Mapping[str, Array],
+    names: dict[str, str],
+    origins: Mapping[str, str],
+    buffers: Mapping[str, Array],
+) -> list[str]:
+    """Name constants after the parameter or buffer they hold, else after the first node that reads them; returns the
+    constants in use, in the order of their first use."""
+    used: list[str] = []
+    holders: dict[str, Array] = {}
+    for node in nodes:
+        for number, value in enumerate(node.input):
+            if value not in constants or value in names:
+                continue
+            array = constants[value]
+            buffer = next((name for name, known in buffers.items() if known.size > 1 and _equal(known, array)), None)
+            role = ROLES.get(node.op_type, {}).get(number, f"operand{number}")
+            name = origins.get(value) or buffer or _holder(holders, array) or f"{node.name}.{role}"
+            if name in holders and not _equal(holders[name], array):
+                name = f"{name}.transposed"  # one parameter, read in both layouts
+            names[value], holders[name] = name, array
+            used.append(value)
+    return used
+
+
+def _equal(one: Array, other: Array) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one, other)
+
+
+def _holder(holders: Mapping[str, Array], array: Array) -> str | None:
+    """The name of an equal constant that is stored already, such as the shape that query, key and value share."""
+    return next((name for name, held in holders.items() if array.dtype == np.int64 and _equal(held, array)), None)

@@ -1,0 +1,197 @@
+"""Hold an ONNX export against the network it came from, in the model's own unit: probability moved, class changed.
+
+The yardstick is the network in float64. Float32 cannot always hit 1e-5: where attention scores reach thousands,
+PyTorch's own float32 is up to 1e-4 away from float64. So an export may differ by the tolerance, or by twice what the
+source network itself loses to float32 on the same inputs, whichever is more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+
+from edgekit.bundle import Arrays, Bundle, TensorSpec
+from edgekit.errors import EdgekitError
+from exporters.network import PROBABILITIES, Network
+
+Array = npt.NDArray[Any]
+TOLERANCE = 1e-5  # of a probability, or relative to the largest value of any other output
+CEILING = 1e-3  # a network that loses more than this to float32 is not worth exporting in it
+BATCHES = (1, 16, 1000)  # one alert, a trickle, a backlog: some runtimes are right at one and wrong at another
+CALLS = 16  # at most, at one batch size
+DISTINCT = 251  # rows; a prime, so that however a batch is cut, equal rows land in different places
+SLICE = 16  # rows of the reference at a time: attention scores in float64 are large
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One file at one batch size. Differences are in probability, or relative for other outputs."""
+
+    file: str
+    bytes: int
+    batch: int
+    rows: int
+    difference: float  # largest, from the network in float64
+    spread: float  # largest, of the same row from batch to batch
+    golden: float  # largest, from the bundle's golden outputs
+    changed: int  # rows of another class than the network's, ties aside
+    allowed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Inputs and what the network makes of them in float64."""
+
+    inputs: Arrays
+    exact: Arrays
+    golden: Arrays  # expected outputs of the first rows, as the bundle stores them
+    noise: float  # largest difference of the network's own float32 from float64
+
+
+def reference(bundle: Bundle) -> Reference:
+    """Golden rows, then the same rows varied, through the network in float32 and float64."""
+    stored, golden = ({name: rows[:DISTINCT] for name, rows in arrays.items()} for arrays in bundle.golden())
+    if not all(len(rows) for rows in (*stored.values(), *golden.values())):
+        raise EdgekitError(
+            f"{bundle.manifest.name}: its golden data has no rows to verify with; write the bundle again"
+        )
+    inputs = {spec.name: _varied(stored[spec.name], DISTINCT) for spec in bundle.manifest.inputs}
+    names = [spec.name for spec in bundle.manifest.outputs]
+    network = Network(bundle).eval()
+    single = _outputs(network, inputs, names)
+    exact = _outputs(network.double(), inputs, names)
+    noise = max(float(_differences(name, single[name], exact[name]).max()) for name in names)
+    if not noise <= CEILING:  # NaN included
+        raise EdgekitError(
+            f"{bundle.manifest.name}: float32 moves this network's own outputs by {noise:.1e} on its golden inputs, "
+            f"more than {CEILING:.0e}; rescale its inputs or weights before exporting it"
+        )
+    return Reference(inputs, exact, golden, noise)
+
+
+def verify(
+    files: Mapping[str, bytes],
+    bundle: Bundle,
+    *,
+    tolerance: float = TOLERANCE,
+    batches: Sequence[int] = BATCHES,
+) -> list[Check]:
+    """Run each ONNX file under ONNX Runtime as it comes, at each batch size; raise at the first beyond tolerance."""
+    expected = reference(bundle)
+    allowed = max(tolerance, 2 * expected.noise)
+    checks = []
+    for file, content in files.items():
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        whole = _run(session, expected.inputs, max(batches), max(batches), bundle.manifest.outputs)
+        for batch in batches:
+            rows = min(max(batches), batch * CALLS)
+            outputs = (
+                whole if batch == max(batches) else _run(session, expected.inputs, batch, rows, bundle.manifest.outputs)
+            )
+            check = _compare(file, content, batch, rows, outputs, whole, expected, allowed)
+            _judge(check, bundle.manifest.name)
+            checks.append(check)
+    return checks
+
+
+def _compare(
+    file: str,
+    content: bytes,
+    batch: int,
+    rows: int,
+    outputs: Arrays,
+    whole: Arrays,
+    expected: Reference,
+    allowed: float,
+) -> Check:
+    difference = spread = golden = 0.0
+    changed = 0
+    for name, output in outputs.items():
+        exact, stored = _repeated(expected.exact[name], rows), expected.golden[name][:rows]
+        difference = _largest(difference, _differences(name, output, exact))
+        spread = _largest(spread, _differences(name, output, whole[name][:rows]))
+        golden = _largest(golden, _differences(name, output[: len(stored)], stored))
+        if name == PROBABILITIES:
+            best = np.sort(exact, axis=-1)
+            clear = best[:, -1] - best[:, -2] > 2 * allowed
+            changed += int((clear & (output.argmax(-1) != exact.argmax(-1))).sum())
+    return Check(file, len(content), batch, rows, difference, spread, golden, changed, allowed)
+
+
+def _judge(check: Check, model: str) -> None:
+    complaints = {
+        "its outputs differ from the source network's by": check.difference,
+        "the same row differs from one batch size to another by": check.spread,
+        "its outputs differ from the bundle's golden outputs by": check.golden,
+    }
+    for complaint, value in complaints.items():
+        if not value <= check.allowed:  # NaN included
+            raise EdgekitError(
+                f"{model}: {check.file} at batch {check.batch}: {complaint} {value:.1e}; allowed {check.allowed:.1e}. "
+                "Nothing was written; if the bundle's weights and golden data are right, try another --opset"
+            )
+    if check.changed:
+        raise EdgekitError(
+            f"{model}: {check.file} at batch {check.batch}: {check.changed} of {check.rows} rows change class; "
+            "allowed 0. Nothing was written; try another --opset"
+        )
+
+
+def _varied(array: Array, rows: int) -> Array:
+    """The rows themselves first, then the rows again with 5 % noise, so that no two are equal and all are realistic."""
+    tiled = _repeated(array, rows)
+    if array.dtype.kind == "f":
+        tiled[len(array) :] *= 1 + 0.05 * np.random.default_rng(0).standard_normal(tiled[len(array) :].shape)
+    return tiled
+
+
+def _repeated(array: Array, rows: int) -> Array:
+    """The first `rows` rows, from the start again where there are fewer."""
+    return array[np.arange(rows) % len(array)]
+
+
+def _outputs(network: Network, inputs: Arrays, names: Sequence[str]) -> Arrays:
+    """What the network makes of the inputs, on one thread: the same numbers on every machine size, and several times
+    faster than two where other programs hold a core."""
+    dtype = next(network.parameters()).dtype
+    tensors = [torch.from_numpy(array) for array in inputs.values()]
+    tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            parts = [network(*rows) for rows in zip(*(tensor.split(SLICE) for tensor in tensors), strict=True)]
+    finally:
+        torch.set_num_threads(threads)
+    return {name: torch.cat(columns).numpy() for name, columns in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def _run(
+    session: onnxruntime.InferenceSession, inputs: Arrays, batch: int, rows: int, specs: Sequence[TensorSpec]
+) -> Arrays:
+    names = [spec.name for spec in specs]
+    repeated = {name: _repeated(array, rows) for name, array in inputs.items()}
+    parts = [
+        session.run(names, {name: array[start : start + batch] for name, array in repeated.items()})
+        for start in range(0, rows, batch)
+    ]
+    return {name: np.concatenate(columns) for name, columns in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def _differences(name: str, got: Array, expected: Array) -> Array:
+    if got.shape != expected.shape:
+        raise EdgekitError(f"output {name!r} has shape {got.shape}; the network gives {expected.shape}")
+    scale = 1.0 if name == PROBABILITIES else max(1.0, float(np.abs(expected).max(initial=0)))
+    difference: Array = np.abs(got - expected) / scale
+    return difference
+
+
+def _largest(one: float, others: Array) -> float:
+    """The larger, NaN if any is."""
+    return float(np.max(others, initial=one))

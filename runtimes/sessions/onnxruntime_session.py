@@ -1,0 +1,287 @@
+"""ONNX Runtime, with the batch cut so that it stays in cache and every core works.
+
+ONNX Runtime hands a whole batch to each operator in turn. t2's attention scores take 640 kB a sample, so a batch of
+1000 streams 640 MB through memory several times over; a few rows at a time stay in cache, and the cores share out the
+rows instead of the operators. How many rows, and how the cores are used, is measured on the machine, not assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.errors import EdgekitError
+from edgekit.files import write_file
+from edgekit.session import check_inputs
+from exporters.base import KEY, model_key
+
+CPU = "CPUExecutionProvider"
+CHUNKS = (1, 2, 4, 8, 16, 32)  # rows at a time that are tried
+SMALL = 8  # below this many rows, or fewer than cores, a batch goes to ONNX Runtime in one piece
+TRIAL_SECONDS = 0.02  # of work in a trial: longer than the clock's and the scheduler's grain
+ROUNDS = (5, 25)  # the median of these counts; more where a trial is a single short call
+MARGIN = 0.1  # what a plan must gain to take more memory, or a second core for a small batch
+_measured: dict[str, Plan] = {}  # in this process, by model, runtime version and machine
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a batch is run: `workers` calls at a time, each with `chunk` rows on `threads` cores."""
+
+    workers: int
+    threads: int
+    chunk: int
+    rows_per_second: float | None = None  # of one worker, as measured when the plan was chosen
+    origin: Literal["measured", "cached", "given"] = "given"
+
+    def __str__(self) -> str:
+        speed = f", {self.rows_per_second:,.0f} rows/s per worker" if self.rows_per_second else ""
+        return (
+            f"{self.workers} worker{'s' * (self.workers > 1)} of {self.threads} thread{'s' * (self.threads > 1)}, "
+            f"{self.chunk} row{'s' * (self.chunk > 1)} at a time ({self.origin}{speed})"
+        )
+
+
+class OnnxRuntimeSession:
+    """A bundle under ONNX Runtime.
+
+    source: an exported model.onnx of this very bundle; by default one is made in memory, which needs torch.
+    threads, chunk: what is otherwise measured. plan_file: JSON that keeps measured plans from process to process.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        provider: str = CPU,
+        threads: int | None = None,
+        chunk: int | None = None,
+        source: str | Path | None = None,
+        plan_file: str | Path | None = None,
+    ) -> None:
+        for name, value in (("threads", threads), ("chunk", chunk)):
+            if value is not None and value < 1:
+                raise EdgekitError(
+                    f"onnxruntime: {name} = {value}; expected at least 1, or nothing to have it measured"
+                )
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            raise EdgekitError(
+                f"onnxruntime {onnxruntime.__version__} has no {provider!r} here; it has {', '.join(available)}; "
+                "choose one of these, or install the onnxruntime build for your device"
+            )
+        self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
+        self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
+        self.provider = provider
+        self._names = [spec.name for spec in self.outputs]
+        self._key, self._graph = model_key(bundle), _graph(bundle, source)
+        self._cores = threads or len(os.sched_getaffinity(0))
+        self._chunk = chunk
+        self._small = 0 if chunk else max(SMALL, self._cores)  # a given chunk is for batches of every size
+        self._plan_file = Path(plan_file) if plan_file is not None else None
+        self._sessions: dict[int, Any] = {}
+        self._chosen: dict[str, Plan] = {}  # by size of batch: small, large
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(max(1, self._cores - 1), "edgekit")  # beside the thread that calls
+        found = self._open(self._cores).get_modelmeta().custom_metadata_map.get(KEY, "missing")
+        if found != self._key:
+            raise EdgekitError(
+                f"{source}: not an export of {bundle.manifest.name} as it is now: its {KEY} is {found[:12]}, the "
+                f"bundle's is {self._key[:12]}; export it again: edgekit export BUNDLE --to onnx -o DIRECTORY"
+            )
+        self.device = f"cpu ({self._cores} thread{'s' * (self._cores > 1)})" if provider == CPU else provider
+
+    @property
+    def plan(self) -> Plan | None:
+        """How batches of SMALL rows and more are run; None until the first of them, or `warmup`, has chosen."""
+        return self._chosen.get("large")
+
+    @property
+    def small_plan(self) -> Plan | None:
+        """How smaller batches are run."""
+        return self._chosen.get("small")
+
+    def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """Outputs by name, in the order of the inputs' rows; the same to rounding whatever the plan."""
+        if (outputs := self._few_rows(arrays)) is not None:
+            return outputs
+        batch = check_inputs(self.inputs, arrays)
+        if batch == 0:
+            one = {spec.name: np.zeros((1, *np.shape(arrays[spec.name])[1:]), spec.dtype) for spec in self.inputs}
+            return {name: output[:0] for name, output in self._call(self._cores, one).items()}
+        if self.provider != CPU:
+            return self._call(self._cores, arrays)
+        size = "small" if batch < self._small else "large"
+        if size not in self._chosen:
+            with self._lock:
+                self._chosen[size] = self._choose(size, arrays, batch)
+        return self._run_plan(self._chosen[size], arrays, batch)
+
+    def warmup(self, batch: int) -> None:
+        """Run once at this batch size, so that the next run pays for nothing but itself."""
+        self.run(golden_inputs(self.inputs, batch))
+
+    def _few_rows(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays | None:
+        """A small batch by the short way, for `check_inputs` costs a tenth of a single t2 row and ONNX Runtime checks
+        names, types and shapes itself. None for anything unusual: the long way says what it is."""
+        plan = self._chosen.get("small")
+        try:
+            rows = {len(array) for array in arrays.values()}
+            if plan is None or len(rows) != 1 or not 0 < max(rows) < self._small:
+                return None
+            if not all(np.logical_and.reduce(np.isfinite(array), axis=None) for array in arrays.values()):
+                return None
+            return self._call(plan.threads, arrays)
+        except Exception:  # not hidden: the long way runs the same thing again
+            return None
+
+    def _open(self, threads: int) -> Any:
+        """The ONNX Runtime session with so many threads of its own; opened once."""
+        if threads not in self._sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.log_severity_level = 3
+            if self.provider != CPU:  # otherwise it would quietly run what the device cannot on the CPU
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            try:
+                session = onnxruntime.InferenceSession(self._graph, options, providers=[self.provider])
+            except Exception as error:  # onnxruntime's exceptions have no common base of their own
+                reason = str(error).splitlines()[0]
+                raise EdgekitError(f"onnxruntime cannot run this model on {self.provider}: {reason}") from error
+            if self.provider not in session.get_providers():
+                raise EdgekitError(
+                    f"onnxruntime did not start {self.provider}, it fell back to {', '.join(session.get_providers())}; "
+                    "check the device's driver and libraries, or choose that provider"
+                )
+            self._sessions[threads] = session
+        return self._sessions[threads]
+
+    def _call(self, threads: int, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        session = self._sessions.get(threads) or self._open(threads)
+        return dict(zip(self._names, session.run(self._names, arrays), strict=True))
+
+    def _run_plan(self, plan: Plan, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
+        """Workers take the next rows as they become free, so that a core that other programs use holds nobody up."""
+        if plan.workers == 1 and batch <= plan.chunk:
+            return self._call(plan.threads, arrays)
+        starts = iter(range(0, batch, plan.chunk))
+        outputs: Arrays = {}
+        lock = Lock()
+
+        def work() -> None:
+            while (start := next(starts, None)) is not None:
+                rows = slice(start, start + plan.chunk)
+                results = self._call(plan.threads, {name: array[rows] for name, array in arrays.items()})
+                with lock:
+                    for name, result in results.items():
+                        if name not in outputs:
+                            outputs[name] = np.empty((batch, *result.shape[1:]), result.dtype)
+                        outputs[name][rows] = result
+
+        self._open(plan.threads)  # before the workers meet there
+        helpers = [self._pool.submit(work) for _ in range(min(plan.workers, -(-batch // plan.chunk)) - 1)]
+        work()
+        for helper in helpers:
+            helper.result()
+        return {spec.name: outputs[spec.name] for spec in self.outputs}
+
+    def _choose(self, size: str, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Plan:
+        """The best plan on this machine: known to this process or the plan file, else measured on this batch.
+
+        Large batches are shared out to workers of one thread each, which never wait for one another; threads inside
+        an operator meet after each, and where other programs hold a core they were measured at half the speed.
+        """
+        if size == "small":
+            candidates = [Plan(1, threads, self._small) for threads in sorted({1, self._cores})]
+        else:
+            candidates = [Plan(self._cores, 1, chunk) for chunk in ((self._chunk,) if self._chunk else CHUNKS)]
+        if len(candidates) == 1:
+            return candidates[0]
+        cpu = f"{_cpu()}, {self._cores} of {len(os.sched_getaffinity(0))} cores"
+        key = f"{self._key}, onnxruntime {onnxruntime.__version__}, {cpu}, {size} batch"
+        if key not in _measured:
+            known = _read_plans(self._plan_file)
+            if key in known:
+                _measured[key] = replace(known[key], origin="cached")
+            else:
+                _measured[key] = self._measure(candidates, arrays, batch)
+                _write_plans(self._plan_file, {**known, key: _measured[key]})
+        return _measured[key]
+
+    def _measure(self, candidates: list[Plan], arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Plan:
+        """Time the candidates in turns, on real rows.
+
+        How many rows at a time is a matter of cache, so it is measured as one worker's CPU time, which other programs
+        hardly touch. How many threads for a small batch is a matter of waiting, so it is measured by the clock. A plan
+        has to be better by MARGIN than one before it in the list: less memory and fewer cores come first.
+        """
+        alone = candidates[0].workers > 1 or candidates[0].chunk < candidates[-1].chunk
+        clock = time.thread_time if alone else time.perf_counter
+        one = {name: array[:1] for name, array in arrays.items()}
+        for plan in candidates:
+            self._call(plan.threads, one)  # opens the session, sizes its memory
+        started = clock()
+        self._call(1, one)
+        seconds = max(clock() - started, 1e-6)
+        rows = int(np.clip(TRIAL_SECONDS / seconds, 4, CHUNKS[-1])) if alone else batch
+        index = np.resize(np.arange(batch), rows)
+        trial = {name: array[index] for name, array in arrays.items()}
+        candidates = [plan for plan in candidates if plan.chunk <= rows or not alone]
+        times: dict[Plan, list[float]] = {plan: [] for plan in candidates}
+        for _ in range(int(np.clip(TRIAL_SECONDS / (seconds * rows), *ROUNDS))):
+            for plan in candidates:
+                started = clock()
+                self._run_plan(replace(plan, workers=1), trial, rows)
+                times[plan].append(clock() - started)
+        middle = {plan: float(np.median(taken)) for plan, taken in times.items()}
+        chosen = next(plan for plan in candidates if middle[plan] <= (1 + MARGIN) * min(middle.values()))
+        return replace(chosen, rows_per_second=rows / max(middle[chosen], 1e-6), origin="measured")
+
+
+def _graph(bundle: Bundle, source: str | Path | None) -> bytes:
+    """The ONNX file given, else the bundle exported now."""
+    if source is None:
+        from exporters.onnx_export import OnnxExporter  # needs torch; a device with a source does not
+
+        content: bytes = OnnxExporter(weights="float32").graph(bundle).SerializeToString()
+        return content
+    if not Path(source).is_file():
+        raise EdgekitError(f"{source}: no such ONNX file; write one with: edgekit export BUNDLE --to onnx -o DIRECTORY")
+    return Path(source).read_bytes()
+
+
+def _cpu() -> str:
+    """What this machine calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _read_plans(path: Path | None) -> dict[str, Plan]:
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return {key: Plan(**values) for key, values in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EdgekitError(f"{path}: not a file of plans ({error}); delete it, it will be measured again") from None
+
+
+def _write_plans(path: Path | None, plans: Mapping[str, Plan]) -> None:
+    """Two processes that measure at once may lose one plan, never the file."""
+    if path is not None:
+        write_file(path, (json.dumps({key: asdict(plan) for key, plan in plans.items()}, indent=1) + "\n").encode())

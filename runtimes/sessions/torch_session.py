@@ -1,0 +1,56 @@
+"""PyTorch, as the reference that other runtimes are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.errors import EdgekitError
+from edgekit.session import check_inputs
+from exporters.network import Network
+
+
+class TorchSession:
+    """A bundle in PyTorch, float32, eager, on the device asked for."""
+
+    provider = "torch"
+
+    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise EdgekitError(f"torch: threads = {threads}; expected at least 1, or nothing for torch's own choice")
+        try:
+            self._device = torch.device(device)
+            self._network = Network(bundle).eval().to(self._device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            found = ["cpu"] + [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise EdgekitError(
+                f"torch {torch.__version__} has no device {device!r} ({reason}); it has {', '.join(found)}"
+            ) from None
+        self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
+        self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
+        self._threads = threads or torch.get_num_threads()
+        cpu = f"cpu ({self._threads} thread{'s' * (self._threads > 1)})"
+        self.device = cpu if self._device.type == "cpu" else str(self._device)
+
+    def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """Outputs by name, in the order of the inputs' rows."""
+        check_inputs(self.inputs, arrays)
+        tensors = [torch.from_numpy(np.ascontiguousarray(arrays[spec.name])).to(self._device) for spec in self.inputs]
+        others = torch.get_num_threads()  # the number is the process's, not the session's: put it back
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                outputs = self._network(*tensors)
+        finally:
+            torch.set_num_threads(others)
+        return {spec.name: output.cpu().numpy() for spec, output in zip(self.outputs, outputs, strict=True)}
+
+    def warmup(self, batch: int) -> None:
+        """Run once at this batch size, so that the next run pays for nothing but itself."""
+        self.run(golden_inputs(self.inputs, batch))

@@ -1,0 +1,118 @@
+"""Verification: what is right passes, and each way of being wrong is caught and named."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekit.bundle import GOLDEN, Bundle, arrays_to_bytes, with_files
+from edgekit.errors import EdgekitError
+from exporters import verify as module
+from exporters.onnx_export import FLOAT, OnnxExporter
+from exporters.verify import Reference, verify
+
+BATCHES = (1, 4, 40)
+
+
+def graph(bundle: Bundle) -> onnx.ModelProto:
+    return OnnxExporter(weights="float32").graph(bundle)
+
+
+def check(model: onnx.ModelProto, bundle: Bundle) -> list[module.Check]:
+    return verify({FLOAT: model.SerializeToString()}, bundle, batches=BATCHES)
+
+
+def test_a_right_graph_passes_at_every_batch(toy):
+    bundle = toy(context=2)
+    checks = check(graph(bundle), bundle)
+    assert [item.batch for item in checks] == list(BATCHES)
+    assert all(item.difference < 1e-6 and item.spread < 1e-6 and item.changed == 0 for item in checks)
+    assert all(item.allowed == module.TOLERANCE for item in checks)
+
+
+def test_a_weight_off_by_a_thousandth_is_caught(toy):
+    bundle = toy()
+    model = graph(bundle)
+    weight = next(item for item in model.graph.initializer if item.name == "classifier.weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.001), weight.name))
+    with pytest.raises(EdgekitError, match=r"model.onnx at batch 1: its outputs differ .* by [1-9].*allowed 1.0e-05"):
+        check(model, bundle)
+
+
+def test_golden_outputs_that_the_network_does_not_give_are_caught(toy):
+    bundle = toy()
+    inputs, expected = bundle.golden()
+    wrong = {"out.probabilities": np.roll(expected["probabilities"], 1, axis=0)}
+    content = arrays_to_bytes({f"in.{name}": array for name, array in inputs.items()} | wrong)
+    with pytest.raises(EdgekitError, match="golden outputs by"):
+        check(graph(bundle), with_files(bundle, {GOLDEN: content}))
+
+
+def test_empty_golden_data_is_refused(toy):
+    with pytest.raises(EdgekitError, match="no rows"):
+        check(graph(toy()), toy(rows=0))
+
+
+def worse_in_company(model: onnx.ModelProto) -> None:
+    """Adds the batch size times 1e-6 to the logits of one class: right when alone, and wrong in a crowd."""
+    nodes = list(model.graph.node)
+    softmax = nodes.pop()
+    shift = numpy_helper.from_array(np.array([1e-6, 0, 0, 0, 0], np.float32), "shift")
+    model.graph.initializer.append(shift)
+    nodes += [
+        helper.make_node("Shape", [softmax.input[0]], ["shape"], "shape", end=1),
+        helper.make_node("Cast", ["shape"], ["count"], "count", to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["count", "shift"], ["error"], "error"),
+        helper.make_node("Add", [softmax.input[0], "error"], ["shifted"], "shifted"),
+        helper.make_node("Softmax", ["shifted"], softmax.output, "softmax"),
+    ]
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+
+
+def test_a_graph_that_depends_on_the_batch_is_caught_at_the_batch_that_shows_it(toy):
+    bundle = toy()
+    model = graph(bundle)
+    worse_in_company(model)
+    with pytest.raises(EdgekitError, match=r"at batch 1: the same row differs from one batch size to another"):
+        verify({FLOAT: model.SerializeToString()}, bundle, batches=(1, 16, 1000))
+
+
+def compare(outputs: np.ndarray, exact: np.ndarray, allowed: float = 1e-5) -> module.Check:
+    expected = Reference({}, {"probabilities": exact}, {"probabilities": exact[:0]}, 0.0)
+    got = {"probabilities": outputs}
+    return module._compare(FLOAT, b"", len(exact), len(exact), got, got, expected, allowed)
+
+
+def test_ties_are_not_changed_classes_but_clear_calls_are():
+    exact = np.array([[0.5 + 2e-6, 0.5 - 2e-6], [0.6, 0.4]])
+    assert compare(exact[:, ::-1], exact).changed == 1
+    assert compare(exact, exact).changed == 0
+
+
+def test_nan_outputs_are_never_within_tolerance():
+    exact = np.array([[0.6, 0.4]])
+    with pytest.raises(EdgekitError, match="by nan; allowed"):
+        module._judge(compare(np.array([[np.nan, 0.4]]), exact), "toy")
+
+
+def test_an_unstable_network_gets_the_room_it_takes_itself_and_no_more(toy, monkeypatch):
+    bundle = toy()
+    steady: Callable[..., Reference] = module.reference
+    monkeypatch.setattr(module, "reference", lambda bundle: replace(steady(bundle), noise=4e-5))
+    assert check(graph(bundle), bundle)[0].allowed == pytest.approx(8e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "CEILING", 0.0)
+    with pytest.raises(EdgekitError, match="float32 moves this network's own outputs"):
+        check(graph(bundle), bundle)
+
+
+def test_nothing_is_left_behind_when_verification_fails(toy, tmp_path, monkeypatch):
+    bundle = toy()
+    monkeypatch.setattr(module, "_judge", lambda check, model: (_ for _ in ()).throw(EdgekitError("planted")))
+    with pytest.raises(EdgekitError, match="planted"):
+        OnnxExporter().export(bundle, tmp_path / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []

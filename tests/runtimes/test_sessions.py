@@ -1,0 +1,241 @@
+"""Both runtimes against the golden outputs, and ONNX Runtime's plans: same numbers whatever the plan."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from edgekit.bundle import golden_inputs, write_bundle
+from edgekit.errors import EdgekitError
+from edgekit.session import open_session
+from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
+from runtimes.sessions import onnxruntime_session as module
+from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession, Plan
+from runtimes.sessions.torch_session import TorchSession
+from tests.exporters.conftest import toy_bundle
+
+SESSIONS = [OnnxRuntimeSession, TorchSession]
+MODELS = {
+    "plain": toy_bundle(),
+    "context": toy_bundle(context=2),
+    "layers": toy_bundle(layers=2),
+    "pruned heads": toy_bundle(heads=3, context=1),
+    "affine": toy_bundle("affine rows"),
+    "palette": toy_bundle("palette"),
+    "logits": toy_bundle(output="logits"),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Short trials, and no plan remembered from another test."""
+    monkeypatch.setattr(module, "TRIAL_SECONDS", 0.001)
+    monkeypatch.setattr(module, "_measured", {})
+
+
+@pytest.mark.parametrize("session_class", SESSIONS)
+@pytest.mark.parametrize("bundle", MODELS.values(), ids=MODELS)
+def test_golden_outputs(session_class, bundle):
+    session = session_class(bundle)
+    inputs, expected = bundle.golden()
+    got = session.run(inputs)
+    assert list(got) == list(expected)
+    for name, array in expected.items():
+        np.testing.assert_allclose(got[name], array, atol=2e-6)
+
+
+@pytest.mark.parametrize("session_class", SESSIONS)
+def test_no_rows_give_empty_outputs(session_class):
+    bundle = MODELS["context"]
+    empty = {name: array[:0] for name, array in bundle.golden()[0].items()}
+    assert session_class(bundle).run(empty)["probabilities"].shape == (0, 5)
+
+
+@pytest.mark.parametrize("session_class", SESSIONS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {"light_curves": a["light_curve"]}, "unknown input 'light_curves'.*did you mean 'light_curve'"),
+        (lambda a: {}, "'light_curve' is missing"),
+        (lambda a: {"light_curve": a["light_curve"][:, :5]}, r"shape \(6, 5, 2\); expected \(batch, 12, 2\)"),
+        (lambda a: {"light_curve": a["light_curve"].astype(float)}, "dtype float64; expected float32"),
+        (lambda a: {"light_curve": a["light_curve"] * np.float32("nan")}, "NaN"),
+    ],
+)
+def test_wrong_inputs_are_named(session_class, change, message):
+    """By a session's first run and by the shorter ways of later ones."""
+    inputs = change(MODELS["plain"].golden()[0])
+    session = session_class(MODELS["plain"])
+    for _ in range(2):
+        with pytest.raises(EdgekitError, match=message):
+            session.run(inputs)
+        session.warmup(1)
+
+
+@pytest.mark.parametrize("session_class", SESSIONS)
+def test_inputs_must_agree_on_the_batch(session_class):
+    inputs = MODELS["context"].golden()[0]
+    session = session_class(MODELS["context"])
+    for rows in (1, 3):
+        with pytest.raises(EdgekitError, match="differ in batch size"):
+            session.run(inputs | {"context": inputs["context"][:rows]})
+        session.warmup(1)
+
+
+@pytest.mark.parametrize("session_class", SESSIONS)
+def test_sessions_say_what_they_are(session_class):
+    session = session_class(MODELS["plain"], threads=1)
+    assert session.device == "cpu (1 thread)"
+    assert session.provider == {OnnxRuntimeSession: "CPUExecutionProvider", TorchSession: "torch"}[session_class]
+    with pytest.raises(EdgekitError, match="threads = 0; expected at least 1"):
+        session_class(MODELS["plain"], threads=0)
+
+
+def test_both_open_by_name():
+    for name in ("onnxruntime", "torch"):
+        open_session(MODELS["plain"], name, threads=1).warmup(3)
+    with pytest.raises(EdgekitError, match=r"unknown runtime 'onnxruntme'.*did you mean 'onnxruntime'"):
+        open_session(MODELS["plain"], "onnxruntme")
+
+
+def test_torch_leaves_the_process_threads_alone():
+    before = torch.get_num_threads()
+    TorchSession(MODELS["plain"], threads=before + 1).warmup(2)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "tpu"])
+def test_unknown_torch_device_is_refused(device):
+    with pytest.raises(EdgekitError, match=f"no device '{device}'.*it has cpu"):
+        TorchSession(MODELS["plain"], device=device)
+
+
+def test_absent_provider_is_refused_with_what_is_there():
+    with pytest.raises(EdgekitError, match=r"has no 'NoSuchProvider' here; it has .*CPUExecutionProvider"):
+        OnnxRuntimeSession(MODELS["plain"], provider="NoSuchProvider")
+
+
+def test_provider_that_does_not_take_the_model_is_refused(monkeypatch):
+    """ONNX Runtime would run all of it on the CPU and say nothing."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["Azure", "CPUExecutionProvider"])
+    with pytest.raises(EdgekitError, match=r"cannot run this model on Azure|did not start Azure"):
+        OnnxRuntimeSession(MODELS["plain"], provider="Azure")
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(1, 1, 1), Plan(1, 2, 7), Plan(2, 1, 3), Plan(3, 1, 64), Plan(1, 1, 100)], ids=str
+)
+def test_rows_come_out_the_same_and_in_order_whatever_the_plan(plan):
+    bundle = MODELS["context"]
+    rows = golden_inputs(bundle.manifest.inputs, 53)
+    expected = TorchSession(bundle).run(rows)["probabilities"]
+    got = OnnxRuntimeSession(bundle)._run_plan(plan, rows, 53)["probabilities"]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert np.abs(got - np.roll(got, 1, axis=0)).max() > 1e-4  # the rows differ, so an exchange would have shown
+
+
+def test_first_large_batch_chooses_a_plan_and_small_ones_have_their_own():
+    bundle = MODELS["plain"]
+    session = OnnxRuntimeSession(bundle, threads=2)
+    assert session.plan is None
+    session.warmup(1)
+    assert session.plan is None
+    assert session.small_plan.workers == 1
+    session.warmup(40)
+    assert session.plan.origin == "measured"
+    assert session.plan.rows_per_second > 0
+    assert session.plan.workers * session.plan.threads == 2
+    assert OnnxRuntimeSession(bundle, threads=2)._choose("large", bundle.golden()[0], 6) is session.plan  # per process
+
+
+def test_measuring_picks_the_fastest(monkeypatch):
+    """On a clock of the test's own."""
+    session = OnnxRuntimeSession(MODELS["plain"], threads=2)
+    inputs = MODELS["plain"].golden()[0]
+    now, cost = [0.0], {}
+
+    def run_plan(plan, arrays, batch):
+        now[0] += cost.get((plan.threads, plan.chunk), 0.050)
+        return {}
+
+    def call(threads, arrays):
+        now[0] += 1e-5
+        return {}
+
+    monkeypatch.setattr(session, "_run_plan", run_plan)
+    monkeypatch.setattr(session, "_call", call)
+    monkeypatch.setattr(module, "TRIAL_SECONDS", 0.02)
+    for clock in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(module.time, clock, lambda: now[0])
+
+    def chosen(size):
+        module._measured.clear()
+        plan = session._choose(size, inputs, 6)
+        return plan.workers, plan.threads, plan.chunk
+
+    cost[1, 4] = 0.010
+    assert chosen("large") == (2, 1, 4)
+    cost[1, 4] = 0.049  # within the noise: the plan that needs the least memory
+    assert chosen("large") == (2, 1, 1)
+    assert chosen("small") == (1, 1, 8)  # nor is a second core taken for nothing
+    cost[2, 8] = 0.030
+    assert chosen("small") == (1, 2, 8)
+
+
+def test_given_numbers_are_taken_and_not_measured():
+    session = OnnxRuntimeSession(MODELS["plain"], threads=1, chunk=5)
+    session.warmup(3)
+    assert str(session.plan) == "1 worker of 1 thread, 5 rows at a time (given)"
+    with pytest.raises(EdgekitError, match="chunk = 0"):
+        OnnxRuntimeSession(MODELS["plain"], chunk=0)
+
+
+def test_plans_are_kept_in_a_file_and_belong_to_one_model(tmp_path):
+    path = tmp_path / "cache" / "plans.json"
+    OnnxRuntimeSession(MODELS["plain"], threads=2, plan_file=path).warmup(20)
+    module._measured.clear()
+    again = OnnxRuntimeSession(MODELS["plain"], threads=2, plan_file=path)
+    again.warmup(20)
+    assert again.plan.origin == "cached"
+    other = OnnxRuntimeSession(MODELS["layers"], threads=2, plan_file=path)
+    other.warmup(20)
+    assert other.plan.origin == "measured"
+    assert len(json.loads(path.read_text())) == 2
+    module._measured.clear()
+    path.write_text("{'")
+    with pytest.raises(EdgekitError, match="not a file of plans"):
+        OnnxRuntimeSession(MODELS["plain"], threads=2, plan_file=path).warmup(20)
+
+
+@pytest.mark.parametrize("file", [FLOAT, QUANTISED])
+def test_an_exported_file_runs_and_only_for_its_own_bundle(file, tmp_path, monkeypatch):
+    bundle = MODELS["palette"]
+    OnnxExporter().export(bundle, tmp_path / "out")
+    monkeypatch.setattr(OnnxExporter, "graph", lambda *_: pytest.fail("exported again"))
+    inputs, expected = bundle.golden()
+    session = OnnxRuntimeSession(bundle, source=tmp_path / "out" / file)
+    np.testing.assert_allclose(session.run(inputs)["probabilities"], expected["probabilities"], atol=2e-6)
+    with pytest.raises(EdgekitError, match="not an export of toy as it is now"):
+        OnnxRuntimeSession(MODELS["plain"], source=tmp_path / "out" / file)
+    with pytest.raises(EdgekitError, match="no such ONNX file"):
+        OnnxRuntimeSession(bundle, source=tmp_path / "nowhere.onnx")
+
+
+def test_a_device_without_torch_runs_an_exported_file(tmp_path):
+    bundle = MODELS["plain"]
+    OnnxExporter().export(bundle, tmp_path / "out")
+    write_bundle(bundle, tmp_path / "toy.edge")
+    program = """
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+from edgekit.bundle import open_bundle
+from edgekit.session import open_session
+open_session(open_bundle(sys.argv[1]), "onnxruntime", source=sys.argv[2]).warmup(9)
+"""
+    command = [sys.executable, "-c", program, tmp_path / "toy.edge", tmp_path / "out" / FLOAT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
