@@ -39,9 +39,11 @@ def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float
         raise unknown("model family", family, FAMILIES)
     try:
         import torch
-    except ImportError:
-        raise missing_extra("torch", "compress", f"building a {family} network") from None
-    model: nn.Module = importlib.import_module(FAMILIES[family]).build(**arguments)
+
+        module = importlib.import_module(FAMILIES[family])
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "torch", "compress", f"building a {family} network") from None
+    model: nn.Module = module.build(**arguments)
     if weights is not None:
         try:
             model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})

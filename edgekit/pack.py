@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle import Bundle, Manifest, assemble
+from edgekit.bundle import FORMAT, Bundle, Manifest, assemble
 from edgekit.encoding import from_arrays, to_arrays
 from edgekit.errors import EdgekitError
 
@@ -55,20 +55,28 @@ def unpack(content: bytes, source: str) -> Bundle:
     """The bundle in a packed file, verified."""
     if content[: len(MAGIC)] != MAGIC:
         raise EdgekitError(f"{source}: not a packed bundle, it does not begin with {MAGIC.decode()}")
-    if content[len(MAGIC)] != VERSION:
+    if len(content) > len(MAGIC) and content[len(MAGIC)] != VERSION:
         raise EdgekitError(f"{source}: packed format {content[len(MAGIC)]}; this edgekit reads {VERSION}")
     body, digest = content[:-32], content[-32:]
     if hashlib.sha256(body).digest() != digest:
         raise EdgekitError(
             f"{source}: the SHA-256 at its end does not match; the file is damaged or cut off, copy it again"
         )
+    try:
+        return _parse(body, source)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, struct.error, zlib.error) as error:
+        raise EdgekitError(f"{source}: not a packed bundle that edgekit wrote ({error}); pack it again") from None
+
+
+def _parse(body: bytes, source: str) -> Bundle:
+    """The bundle in a verified file."""
     streams, at = [], len(MAGIC) + 1
     while at < len(body):
         (size,) = struct.unpack_from("<I", body, at)
         streams.append(body[at + 4 : at + 4 + size])
         at += 4 + size
     header = json.loads(zlib.decompress(streams[0]))
-    manifest = Manifest.from_json(json.dumps({"format": 1, **header["manifest"]}).encode(), source)
+    manifest = Manifest.from_json(json.dumps({"format": FORMAT, **header["manifest"]}).encode(), source)
     stored = from_arrays(_unpack_arrays(streams[1], header["weights"]), manifest.bits)
     weights = {name: value if isinstance(value, np.ndarray) else value.decode() for name, value in stored.items()}
     encodings = {name: value for name, value in stored.items() if not isinstance(value, np.ndarray)}

@@ -24,6 +24,11 @@ import tomli_w
 from edgekit import plugins
 from edgekit.errors import EdgekitError, unknown
 
+TOML_NAMES = {
+    int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "an array",
+    dict: "a table", Mapping: "a table",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -58,7 +63,7 @@ def read(path: str | Path) -> list[Step]:
     if not path.is_file():
         raise EdgekitError(f"{path}: no such recipe; write one (see `edgekit compress --help`) or leave --recipe out")
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EdgekitError(f"{path}: not valid TOML: {error}") from None
     return parse(values, str(path))
@@ -98,12 +103,19 @@ def to_toml(steps: Sequence[Step]) -> str:
 
 def _converted(value: Any, hint: Any, where: str) -> Any:
     """The value as the parameter's type; TOML's arrays become tuples, whole numbers may stand for floats."""
-    origin = typing.get_origin(hint) or hint
+    origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if origin is tuple and isinstance(value, list):
-        return tuple(value)
-    wanted = Mapping if origin in (dict, Mapping) else origin
-    if not isinstance(value, wanted) or (isinstance(value, bool) and origin is not bool):
-        raise EdgekitError(f"{where} = {value!r}; expected {getattr(origin, '__name__', origin)}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_converted(item, parts[0], f"{where}[{number}]") for number, item in enumerate(value))
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {name: _converted(item, parts[1], f"{where}.{name}") for name, item in value.items()}
+    if (
+        origin in (dict, Mapping, tuple)
+        or not isinstance(value, origin)
+        or (isinstance(value, bool) and origin is not bool)
+    ):
+        raise EdgekitError(f"{where} = {value!r}; expected {TOML_NAMES.get(origin, origin)}")
     return value

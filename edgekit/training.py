@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import pickle
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
@@ -30,7 +31,7 @@ class Schedule:
     learning_rate: float = 3e-3  # peak of a one-cycle schedule; the best of 1e-3, 3e-3, 1e-2 for t2
     weight_decay: float = 1e-2
     clip_norm: float = 1.0  # as the paper trains
-    averaging: float = 0.995  # weights shipped are an exponential average over about 200 steps
+    averaging: float = 0.995  # weights shipped are an exponential average over about 200 steps, fewer at the start
     distillation: float = 0.0  # weight of the teacher's probabilities against the labels
 
 
@@ -51,12 +52,15 @@ def fit(
     """
     if (teacher is None) == (schedule.distillation > 0):
         raise EdgekitError(f"distillation = {schedule.distillation} and a teacher go together; pass both or neither")
-    weights = balanced_class_weights(data.labels)
+    with torch.no_grad():
+        classes = model.eval()(*tensors(data.take(np.arange(1)))).shape[-1]
+    weights = balanced_class_weights(data.labels, classes)
     model.train()
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.averaging))
+    averaged = AveragedModel(model, multi_avg_fn=_moving_average(schedule.averaging))
     optimiser = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     total = schedule.epochs * -(-len(data) // schedule.batch)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.learning_rate, total_steps=total, pct_start=0.1)
+    rise = 0.1 if total != 10 else 0.2  # a rise of exactly one step divides by zero in torch
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.learning_rate, total_steps=total, pct_start=rise)
     parts = {"model": model, "averaged": averaged, "optimiser": optimiser, "rate": rate}
     first = _resume(checkpoint, parts, schedule, seed)
     for epoch in range(first, schedule.epochs):
@@ -103,9 +107,10 @@ def probabilities(model: nn.Module, data: Dataset, *, batch: int = 256) -> npt.N
     return torch.cat(rows).numpy()
 
 
-def balanced_class_weights(labels: npt.NDArray[np.int64]) -> Tensor:
-    """(classes,) weights under which every class counts alike, as the challenge's metric counts them."""
-    counts = np.bincount(labels)
+def balanced_class_weights(labels: npt.NDArray[np.int64], classes: int) -> Tensor:
+    """(classes,) weights under which every class counts alike, as the challenge's metric counts them; 0 for a class
+    that does not occur."""
+    counts = np.bincount(labels, minlength=classes)
     present = counts > 0
     weights = np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 0.0)
     return torch.from_numpy(weights.astype(np.float32))
@@ -114,6 +119,19 @@ def balanced_class_weights(labels: npt.NDArray[np.int64]) -> Tensor:
 def tensors(data: Dataset) -> list[Tensor]:
     """Inputs in the order in which the network takes them."""
     return [torch.from_numpy(array) for array in data.inputs.values()]
+
+
+def _moving_average(limit: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """Exponential average over a tenth of the steps so far, up to `limit`: a fixed 0.995 would still be mostly the
+    starting weights after a short recovery."""
+
+    @torch.no_grad()
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor | int) -> None:
+        done = int(steps)
+        for mean, value in zip(averaged, current, strict=True):
+            mean.lerp_(value, 1 - min(limit, (1 + done) / (10 + done)))
+
+    return update
 
 
 def _batches(rows: npt.NDArray[np.integer], size: int) -> Iterable[npt.NDArray[np.integer]]:
@@ -134,9 +152,16 @@ def _resume(path: Path | None, parts: dict[str, object], schedule: Schedule, see
     """Epochs already done."""
     if path is None or not path.is_file():
         return 0
-    saved = torch.load(path, weights_only=True)
-    if saved["schedule"] != asdict(schedule) or saved["seed"] != seed:
+    try:
+        saved = torch.load(path, weights_only=True)
+        same = saved["schedule"] == asdict(schedule) and saved["seed"] == seed
+    except (RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
+        raise EdgekitError(f"{path}: not a checkpoint of edgekit, or damaged; delete it to start over") from None
+    if not same:
         raise EdgekitError(f"{path}: written by a run with another schedule or seed; delete it to start over")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])  # type: ignore[attr-defined]
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])  # type: ignore[attr-defined]
+    except (RuntimeError, LookupError, ValueError):
+        raise EdgekitError(f"{path}: written by a run with another network; delete it to start over") from None
     return int(saved["epoch"])

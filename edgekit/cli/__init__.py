@@ -71,6 +71,9 @@ def main() -> None:
         if debug:
             raise
         sys.exit(_fail(str(error), 1))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except click.UsageError as error:
         hint = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
         sys.exit(_fail(error.format_message().rstrip(".") + hint, 2))
@@ -81,6 +84,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # no permission, disk full, a file where a folder should be
+        if debug:
+            raise
+        sys.exit(_fail(f"{error.filename or 'file system'}: {error.strerror or error}", 1))
 
 
 def _fail(message: str, status: int) -> int:

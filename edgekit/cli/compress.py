@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compress(
-    model: str, target: Path | None, recipe_file: Path | None, max_loss: float, max_size: int | None, data_file: str | None,
-    metric: str, runtime: str, seed: int, dry_run: bool, force: bool, as_json: bool,
+    model: str, target: Path | None, recipe_file: Path | None, max_loss: float, max_size: int | None,
+    data_file: str | None, metric: str, runtime: str, seed: int, dry_run: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make MODEL (a bundle or a model's name) smaller and faster, and keep only what measures better.
 
@@ -52,8 +53,8 @@ def compress(
     from edgekit.search.ladder import narrowed
     from edgekit.zoo import folders, resolve
 
-    if max_loss < 0 or (max_size is not None and max_size <= 0):
-        raise click.UsageError(f"--max-loss {max_loss} and --max-size {max_size} must be positive")
+    if not 0 <= max_loss < math.inf or (max_size is not None and max_size <= 0):
+        raise click.UsageError(f"--max-loss {max_loss} and --max-size {max_size} must be positive and finite")
     if target is None and not dry_run:
         raise click.UsageError("-o/--output is missing: name the bundle to write, such as -o t2.edge")
     if target and target.exists() and not force and not dry_run:
@@ -124,12 +125,17 @@ def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
         print_json({"bundle": str(target), "digest": bundle.digest, "packed_bytes": packed,
                     "source_packed_bytes": original, "records": list(records)})  # fmt: skip
         return
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)  # None: was not a finite number
+
     rows = []
     for record in records:
         after = record.get("after", record["before"])
-        speed = "/".join(f"{1 / item['ratio']:.2f}" for item in record.get("latency", []))
-        rows.append([record["pass"], "kept" if record["kept"] else "rolled back", f"{after['quality']['value']:.4f}",
-                     f"{after['bytes']:,}", speed, record["reason"]])  # fmt: skip
+        speed = "/".join(number(item["ratio"] and 1 / item["ratio"], ".2f") for item in record.get("latency", []))
+        verdict = "kept" if record["kept"] else "rolled back"
+        quality = number(after["quality"]["value"], ".4f")
+        rows.append([record["pass"], verdict, quality, f"{after['bytes']:,}", speed, record["reason"]])
     print_table(["pass", "verdict", "quality", "packed bytes", "speed-up", "reason"], rows)
     output.print(f"\n{target}: {original:,} to {packed:,} bytes packed")
     output.print(f"report: {target}/report.html")

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-output = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-status = Console(file=sys.stderr, highlight=False)
+# no markup and no emoji: a path such as data[1].npz or a reason in brackets is printed as it is
+output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+status = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def progress(*, enabled: bool = True) -> Progress:

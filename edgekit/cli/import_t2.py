@@ -22,6 +22,8 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
     The published scaling constants were never stored, so the bundle names no preprocessing and cannot classify alerts;
     `edgekit run` feeds it arrays.
     """
+    from dataclasses import asdict
+
     import numpy as np
 
     from alert_broker.plasticc import CLASSES
@@ -50,6 +52,8 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
         arrays_from_bytes(weights.read_bytes(), str(weights)), context=2 * redshift, source=str(weights)
     )
     config = model.config
+    if config.classes != len(CLASSES):
+        raise EdgekitError(f"{weights}: {config.classes} classes; the published models have PLAsTiCC's {len(CLASSES)}")
     specs = [TensorSpec("light_curve", ("batch", config.sequence, config.bands), unit="scaled flux")]
     if redshift:
         specs.append(TensorSpec("context", ("batch", 2), unit="scaled redshift, scaled redshift error"))
@@ -58,16 +62,14 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
     manifest = Manifest(
         name=default_name(target),
         family="t2",
-        arguments={"bands": config.bands, "context": config.context, "embed_dim": config.embed_dim,
-                   "heads": config.heads, "head_dim": config.head_dim, "ff_dim": config.ff_dim},
+        arguments=asdict(config),
         inputs=tuple(specs),
         outputs=(TensorSpec("probabilities", ("batch", config.classes)),),
         classes=tuple(CLASSES.values()),
         class_ids=tuple(CLASSES),
         versions=versions(),
-    )  # fmt: skip
+    )
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     bundle = write_bundle(assemble(manifest, state, {}, (inputs, outputs)), target, force=force)
-    output.print(
-        f"{target}: t2 for {config.bands} bands, {sum(v.size for v in state.values()):,} parameters, {bundle.size:,} bytes"
-    )
+    parameters = sum(value.size for value in state.values())
+    output.print(f"{target}: t2 for {config.bands} bands, {parameters:,} parameters, {bundle.size:,} bytes")

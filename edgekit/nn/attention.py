@@ -51,7 +51,7 @@ def _arrays(*tensors: Tensor) -> list[Float]:
     return [tensor.detach().numpy() for tensor in tensors]
 
 
-@njit(inline="always", fastmath=True)
+@njit(inline="always", fastmath=True, error_model="numpy")
 def _exp2(x: np.float32) -> np.float32:
     """2**x for x <= 0 to 1e-7 relative: a polynomial on [-0.5, 0.5] and an exponent built from bits, both of which
     LLVM vectorises (it does not vectorise libm's)."""
@@ -68,7 +68,7 @@ def _exp2(x: np.float32) -> np.float32:
     return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(inline="always", fastmath=True)
+@njit(inline="always", fastmath=True, error_model="numpy")
 def _scores(row: Float, query: Float, key: Float, group: int, i: int) -> None:
     """row[j] = query_i . key_j, unscaled: scores reach thousands, where scaling first would round differently"""
     _, dim, tokens = query.shape
@@ -81,7 +81,7 @@ def _scores(row: Float, query: Float, key: Float, group: int, i: int) -> None:
             row[j] += q * key[group, d, j]
 
 
-@njit(fastmath=True, nogil=True, cache=True)
+@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
 def _forward(query: Float, key: Float, value: Float, mixed: Float, log_sum: Float, scale: np.float32) -> None:
     groups, dim, tokens = query.shape
     row, power = np.empty(tokens, np.float32), scale * LOG2_E
@@ -103,7 +103,7 @@ def _forward(query: Float, key: Float, value: Float, mixed: Float, log_sum: Floa
             log_sum[group, i] = top * power + np.float32(math.log2(total))
 
 
-@njit(fastmath=True, nogil=True, cache=True)
+@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
 def _backward(
     query: Float, key: Float, value: Float, mixed: Float, log_sum: Float, gradient: Float,
     query_gradient: Float, key_gradient: Float, value_gradient: Float, scale: np.float32,

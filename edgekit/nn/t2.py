@@ -125,7 +125,7 @@ class T2(nn.Module):
 def positional_encoding(tokens: int, embed_dim: int) -> Tensor:
     """(tokens, embed_dim) sines in even and cosines in odd columns (Vaswani et al. 2017, section 3.5)."""
     position = torch.arange(tokens, dtype=torch.float64).unsqueeze(1)
-    column = torch.arange(embed_dim)
+    column = torch.arange(embed_dim, dtype=torch.float64)
     angle = position / 10000.0 ** (2 * (column // 2) / embed_dim)
     return torch.where(column % 2 == 0, torch.sin(angle), torch.cos(angle)).to(torch.float32)
 

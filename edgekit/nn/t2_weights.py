@@ -37,10 +37,15 @@ def from_published(arrays: Mapping[str, npt.NDArray[np.float32]], *, context: in
             "expected an .npz of named arrays in Keras layout such as 'att.query.kernel'"
         )
     for name in needed:
+        if (got := arrays[name]).dtype.kind != "f" or got.ndim < (2 if name.endswith("kernel") else 1):
+            raise EdgekitError(
+                f"{source}: array {name!r} has shape {got.shape} and dtype {got.dtype}; expected floats in Keras "
+                "layout, kernels as (in, out)"
+            )
         if not np.isfinite(arrays[name]).all():
             raise EdgekitError(f"{source}: array {name!r} holds NaN or infinite values; the file cannot be used")
     bands, embed_dim = arrays["conv_embedding.kernel"].shape[-2:]
-    attention = arrays["att.query.kernel"].shape[1]
+    attention = arrays["att.query.kernel"].shape[-1]
     config = T2Config(
         bands=bands,
         classes=len(arrays["classifier.bias"]),
@@ -51,7 +56,7 @@ def from_published(arrays: Mapping[str, npt.NDArray[np.float32]], *, context: in
         ff_dim=len(arrays["ffn.0.bias"]),
     )
     state = {f"{ours}.bias": arrays[f"{theirs}.bias"] for ours, theirs in NAMES.items()}
-    state |= {f"{ours}.weight": _kernel(arrays[f"{theirs}.kernel"]) for ours, theirs in NAMES.items()}
+    state |= {f"{ours}.weight": _kernel(arrays[f"{theirs}.kernel"], source) for ours, theirs in NAMES.items()}
     state |= {f"{ours}.weight": arrays[f"{theirs}.gamma"] for ours, theirs in NORMS.items()}
     state |= {f"{ours}.bias": arrays[f"{theirs}.beta"] for ours, theirs in NORMS.items()}
     model = T2(config)
@@ -62,6 +67,8 @@ def from_published(arrays: Mapping[str, npt.NDArray[np.float32]], *, context: in
     return model.eval()
 
 
-def _kernel(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _kernel(array: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.float32]:
     """Keras (1, in, out) or (in, out) to PyTorch (out, in)."""
+    if array.size != array.shape[-2] * array.shape[-1]:
+        raise EdgekitError(f"{source}: a kernel has shape {array.shape}; every published t2 kernel is (in, out)")
     return array.reshape(array.shape[-2:]).T

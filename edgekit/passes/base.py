@@ -7,7 +7,7 @@ A pass is one file with one frozen dataclass of parameters. To add one, see CONT
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -103,6 +103,12 @@ def at_least(name: str, value: float, low: float, high: float) -> None:
     """Raise unless low <= value <= high."""
     if not (isinstance(value, (int, float)) and low <= value <= high):
         raise EdgekitError(f"{name} = {value!r}; expected {low:g} to {high:g}")
+
+
+def frozen(model: nn.Module, names: Iterable[str]) -> None:
+    """Keep training away from parameters whose encodings stay as they are."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
 
 
 def decoded(encodings: Mapping[str, Encoding], model: nn.Module) -> None:

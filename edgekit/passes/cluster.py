@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from edgekit.encoding import Encoding, Float, Palette
-from edgekit.passes.base import Candidate, Change, Context, at_least, decoded, matrices, owner, recover
+from edgekit.passes.base import Candidate, Change, Context, at_least, decoded, frozen, matrices, owner, recover
 
-ITERATIONS = 50  # of Lloyd's algorithm, which settles in 10 to 30 in one dimension
+ITERATIONS = 50  # of Lloyd's algorithm; 300 gain nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Cluster:
     def __post_init__(self) -> None:
         at_least("bits", self.bits, 1, 8)
         at_least("epochs", self.epochs, 0, 10_000)
+        at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
 
     def plan(self, candidate: Candidate) -> list[Change]:
         state = candidate.model.state_dict()
@@ -54,8 +55,9 @@ class Cluster:
             codes[name], palette = kmeans(getattr(module, attribute).detach().numpy(), 2**self.bits)
             lookup = Lookup(torch.from_numpy(codes[name].astype(np.int64)), torch.from_numpy(palette))
             parametrize.register_parametrization(module, attribute, lookup)
-        model = recover(model, context, self.epochs, self.learning_rate, self.name)
         encodings: dict[str, Encoding] = {name: e for name, e in candidate.encodings.items() if name not in names}
+        frozen(model, encodings)
+        model = recover(model, context, self.epochs, self.learning_rate, self.name)
         for name in names:
             module, attribute = owner(model, name)
             lookup = module.parametrizations[attribute][0]  # type: ignore[index, assignment]
@@ -67,19 +69,17 @@ class Cluster:
 
 
 def kmeans(weight: Float, clusters: int) -> tuple[npt.NDArray[np.uint8], Float]:
-    """Codes of the weight's shape and a sorted codebook: Lloyd's algorithm from evenly spaced quantiles, exact zeros in
-    a cluster of their own."""
+    """Codes of the weight's shape and a sorted codebook, exact zeros in a cluster of their own. Lloyd's algorithm, from
+    centres as dense as the cube root of the values' own density (Panter & Dite 1951): at 16 clusters it ends within a
+    tenth of the optimum, where quantiles, as dense as the values themselves, end at up to twice the error."""
     values = weight.astype(np.float64).ravel()
-    nonzero = values[values != 0]
-    zeros = len(nonzero) < len(values)
-    unique = np.unique(nonzero)
-    centres = (
-        np.quantile(nonzero, (np.arange(min(clusters - zeros, len(unique))) + 0.5) / (clusters - zeros))
-        if len(unique)
-        else unique
-    )
-    centres = unique if len(unique) <= clusters - zeros else np.unique(centres)
-    ordered = np.sort(nonzero)
+    ordered = np.sort(values[values != 0])
+    zeros = len(ordered) < len(values)
+    free = clusters - zeros
+    centres = np.unique(ordered)
+    if len(centres) > free:
+        spread = np.concatenate([[0.0], np.cumsum(np.diff(ordered) ** (2 / 3))])  # a gap is 1 / density
+        centres = np.unique(np.interp((np.arange(free) + 0.5) / free * spread[-1], spread, ordered))
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     for _ in range(ITERATIONS):
         # in one dimension a cluster is a run of the sorted values: between the midpoints of the centres

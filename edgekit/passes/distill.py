@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from edgekit.errors import EdgekitError
 from edgekit.families import build
 from edgekit.passes.base import Candidate, Change, Context, at_least, recover
+from edgekit.training import tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,8 @@ class Distill:
     def __post_init__(self) -> None:
         if not isinstance(self.student, Mapping) or not self.student:
             raise EdgekitError(f"student = {self.student!r}; expected a table such as {{embed_dim = 16, heads = 4}}")
-        at_least("epochs", self.epochs, 1, 10_000)
+        at_least("epochs", self.epochs, 0, 10_000)
+        at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
 
     def plan(self, candidate: Candidate) -> list[Change]:
         before = sum(value.numel() for value in candidate.model.parameters())
@@ -39,5 +42,16 @@ class Distill:
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         arguments = {**candidate.arguments, **self.student}
         torch.manual_seed(context.seed)
-        model = recover(build(candidate.family, arguments), context, self.epochs, self.learning_rate, self.name)
+        student = build(candidate.family, arguments)
+        row = tensors(context.train.take(np.arange(1)))
+        try:
+            fits = student(*row).shape == context.teacher(*row).shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise EdgekitError(
+                f"student = {dict(self.student)}: such a {candidate.family} has other inputs or outputs than the "
+                "model; change its width and depth only"
+            )
+        model = recover(student, context, self.epochs, self.learning_rate, self.name)
         return Candidate(candidate.family, arguments, model)

@@ -28,6 +28,7 @@ class MagnitudePrune:
     def __post_init__(self) -> None:
         at_least("sparsity", self.sparsity, 0.01, 0.99)
         at_least("epochs", self.epochs, 0, 10_000)
+        at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
 
     def _masks(self, candidate: Candidate) -> dict[str, Tensor]:
         parameters = dict(candidate.model.named_parameters())
@@ -56,7 +57,7 @@ class MagnitudePrune:
 
 
 class Masked(nn.Module):
-    """Weight times a fixed mask of zeros and ones."""
+    """The weight where a fixed mask is true, zero elsewhere."""
 
     mask: Tensor
 
@@ -65,4 +66,4 @@ class Masked(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
+        return torch.where(self.mask, weight, 0.0)  # a product would leave -0.0, which packs worse

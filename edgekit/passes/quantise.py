@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from edgekit.encoding import Affine, Encoding
-from edgekit.passes.base import Candidate, Change, Context, at_least, decoded, matrices, owner, recover
+from edgekit.passes.base import Candidate, Change, Context, at_least, decoded, frozen, matrices, owner, recover
 
 CLIPS = np.linspace(0.5, 1.0, 26)  # shares of a row's largest weight tried as the end of its grid
 
@@ -32,6 +32,7 @@ class Quantise:
     def __post_init__(self) -> None:
         at_least("bits", self.bits, 2, 8)
         at_least("epochs", self.epochs, 0, 10_000)
+        at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
 
     def plan(self, candidate: Candidate) -> list[Change]:
         state = candidate.model.state_dict()
@@ -50,16 +51,18 @@ class Quantise:
         grids = {}
         for name in names:
             module, attribute = owner(model, name)
-            grids[name] = Grid(best_scale(getattr(module, attribute).detach(), self.bits), self.bits)
+            grids[name] = Grid(getattr(module, attribute).detach(), self.bits)
             parametrize.register_parametrization(module, attribute, grids[name])
-        model = recover(model, context, self.epochs, self.learning_rate, self.name)
         encodings: dict[str, Encoding] = {name: e for name, e in candidate.encodings.items() if name not in names}
+        frozen(model, encodings)
+        model = recover(model, context, self.epochs, self.learning_rate, self.name)
         for name in names:
             module, attribute = owner(model, name)
             weight = module.parametrizations[attribute].original.detach()  # type: ignore[index, union-attr]
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-            codes = grids[name].codes(weight).to(torch.int8)
-            encodings[name] = Affine(self.bits, codes.numpy(), grids[name].scale.numpy())
+            grid = grids[name]
+            codes = rounded(weight * grid.movable, grid.scale, self.bits).to(torch.int8)
+            encodings[name] = Affine(self.bits, codes.numpy(), grid.scale.numpy())
         decoded(encodings, model)
         return Candidate(candidate.family, candidate.arguments, model, encodings)
 
@@ -71,23 +74,30 @@ def best_scale(weight: Tensor, bits: int) -> Tensor:
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for clip in CLIPS:
         scale = largest * float(clip) / (2 ** (bits - 1) - 1)
-        error = ((Grid(scale, bits).codes(weight) * scale - weight) ** 2).sum(dim=axes, keepdim=True)
+        error = ((rounded(weight, scale, bits) * scale - weight) ** 2).sum(dim=axes, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
 
+def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest whole numbers of steps that the grid has."""
+    limit = 2 ** (bits - 1) - 1
+    return torch.round(weight / scale).clamp(-limit, limit)
+
+
 class Grid(nn.Module):
-    """Weight rounded to its grid; gradients pass through as if it were not."""
+    """Weight rounded to its grid; gradients pass through as if it were not. A weight of exactly zero is a pruned one
+    and does not move."""
 
     scale: Tensor
+    movable: Tensor
 
-    def __init__(self, scale: Tensor, bits: int) -> None:
+    def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__()
-        self.limit = 2 ** (bits - 1) - 1
-        self.register_buffer("scale", scale)
-
-    def codes(self, weight: Tensor) -> Tensor:
-        return torch.round(weight / self.scale).clamp(-self.limit, self.limit)
+        self.bits = bits
+        self.register_buffer("scale", best_scale(weight, bits))
+        self.register_buffer("movable", (weight != 0).to(weight.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.codes(weight) * self.scale - weight).detach()
+        weight = weight * self.movable
+        return weight + (rounded(weight, self.scale, self.bits) * self.scale - weight).detach()

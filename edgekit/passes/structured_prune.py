@@ -37,6 +37,7 @@ class StructuredPrune:
         if not isinstance(self.keep, Mapping) or not self.keep:
             raise EdgekitError(f"keep = {self.keep!r}; expected a table such as {{heads = 8, ff_dim = 64}}")
         at_least("epochs", self.epochs, 0, 10_000)
+        at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
 
     def _groups(self, candidate: Candidate) -> list[PrunableGroup]:
         groups = prunable_groups(candidate.family, candidate.model)
@@ -92,12 +93,15 @@ def importance(model: nn.Module, groups: list[PrunableGroup], context: Context) 
         for group, gate in zip(groups, gates, strict=True)
     ]
     scores = [torch.zeros(group.size) for group in groups]
-    weights = balanced_class_weights(context.train.labels)
+    weights: Tensor | None = None
     rows = torch.randperm(len(context.train), generator=torch.Generator().manual_seed(context.seed))[:SAMPLES].numpy()
     try:
         for start in range(0, len(rows), BATCH):
             batch = context.train.take(rows[start : start + BATCH])
-            loss = F.cross_entropy(model(*tensors(batch)), torch.from_numpy(batch.labels), weight=weights)
+            logits = model(*tensors(batch))
+            if weights is None:
+                weights = balanced_class_weights(context.train.labels, logits.shape[-1])
+            loss = F.cross_entropy(logits, torch.from_numpy(batch.labels), weight=weights)
             for score, gradient in zip(scores, torch.autograd.grad(loss, gates), strict=True):
                 score += gradient**2
     finally:

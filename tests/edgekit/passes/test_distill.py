@@ -1,0 +1,48 @@
+"""Distillation: a smaller network that learns the teacher's probabilities."""
+
+import numpy as np
+import pytest
+
+from edgekit.errors import EdgekitError
+from edgekit.passes.distill import Distill
+from edgekit.training import probabilities
+
+STUDENT = {"embed_dim": 8, "heads": 2}
+
+
+def test_the_plan_and_what_happened(tiny_candidate, tiny_context):
+    compression = Distill(student=STUDENT, epochs=1)
+    (change,) = compression.plan(tiny_candidate)
+    after = compression.apply(tiny_candidate, tiny_context)
+    sizes = [sum(value.size for value in item.weights().values()) for item in (tiny_candidate, after)]
+    assert change.before == f"{sizes[0]} parameters"
+    assert change.after == f"{sizes[1]} parameters, trained for 1 epochs"
+    assert sizes[1] < sizes[0]
+    assert after.arguments == {**tiny_candidate.arguments, **STUDENT}
+
+
+def test_the_student_comes_near_its_teacher(tiny_candidate, tiny_context, tiny_data):
+    teacher = probabilities(tiny_candidate.model, tiny_data[1])
+
+    def agreement(epochs):
+        student = Distill(student=STUDENT, epochs=epochs, learning_rate=2e-2).apply(tiny_candidate, tiny_context)
+        return (probabilities(student.model, tiny_data[1]).argmax(axis=1) == teacher.argmax(axis=1)).mean()
+
+    assert agreement(25) > 0.9
+    assert agreement(0) < 0.7, "an untrained student agrees as well, so the test shows nothing"
+
+
+@pytest.mark.parametrize("student", [{"bands": 3}, {"classes": 5}, {"sequence": 9}, {"context": 2}])
+def test_a_student_with_other_inputs_or_outputs_is_refused(student, tiny_candidate, tiny_context):
+    with pytest.raises(EdgekitError, match="other inputs or outputs"):
+        Distill(student=student, epochs=1).apply(tiny_candidate, tiny_context)
+
+
+def test_the_student_starts_from_its_own_seed(tiny_candidate, tiny_context):
+    import torch
+
+    results = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)  # what ran before must not matter
+        results.append(Distill(student=STUDENT, epochs=1).apply(tiny_candidate, tiny_context).weights())
+    assert all(np.array_equal(results[0][name], results[1][name]) for name in results[0])

@@ -1,0 +1,138 @@
+"""Quality: the global class-averaged log-loss, its interval, and the trap of averaging it inside batches."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss
+
+from edgekit import quality
+from edgekit.errors import EdgekitError
+from edgekit.quality import ClassAveragedLogLoss, ErrorRate, class_means, measure, measure_change, metric
+
+LOSS = ClassAveragedLogLoss()
+
+
+def problem(samples=400, classes=5, seed=0):
+    """Random probabilities and labels; class 0 is common, class 4 rare."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(classes, samples, p=np.array([16, 8, 4, 2, 1]) / 31)
+    probabilities = rng.dirichlet(np.ones(classes), samples)
+    probabilities[np.arange(samples), labels] += rng.random(samples)
+    return (probabilities / probabilities.sum(axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def naive(probabilities, labels):
+    """Class by class, sample by sample."""
+    means = []
+    for wanted in sorted(set(labels.tolist())):
+        losses = [
+            -math.log(row[wanted]) for row, label in zip(probabilities.tolist(), labels, strict=True) if label == wanted
+        ]
+        means.append(sum(losses) / len(losses))
+    return sum(means) / len(means)
+
+
+def test_log_loss_agrees_with_a_loop_and_with_scikit_learn():
+    probabilities, labels = problem()
+    expected = naive(probabilities, labels)
+    assert LOSS.value(probabilities, labels) == pytest.approx(expected, rel=1e-6)
+    weights = 1 / np.bincount(labels)[labels]
+    exact = probabilities.astype(np.float64)
+    exact /= exact.sum(axis=1, keepdims=True)
+    assert log_loss(labels, exact, sample_weight=weights) == pytest.approx(expected, rel=1e-5)
+    # the planted failure: without class weights it is another number
+    assert log_loss(labels, exact) != pytest.approx(expected, rel=1e-2)
+
+
+def test_averaging_inside_batches_flatters():
+    """What the reference reported: a class that is absent from a batch counts as a loss of zero there."""
+    probabilities, labels = problem()
+
+    def batch_mean(rows):
+        losses = quality.sample_losses(probabilities[rows], labels[rows])
+        present = class_means(losses, labels[rows])
+        return present.sum() / 5
+
+    batched = np.mean([batch_mean(np.arange(start, start + 16)) for start in range(0, 400, 16)])
+    assert batched < 0.9 * LOSS.value(probabilities, labels)
+
+
+def test_log_loss_by_hand():
+    probabilities = np.array([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]])
+    labels = np.array([0, 0, 1])
+    assert LOSS.value(probabilities, labels) == pytest.approx(((math.log(2) + math.log(4)) / 2 + math.log(10)) / 2)
+    assert LOSS.value(np.array([[1.0, 0.0]]), np.array([1])) == pytest.approx(-math.log(1e-15))
+
+
+def test_a_class_that_is_absent_does_not_count():
+    probabilities = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
+    assert LOSS.value(probabilities, np.array([0, 1])) == pytest.approx(math.log(2))
+
+
+def test_error_rate():
+    probabilities = np.array([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9]])
+    assert ErrorRate().value(probabilities, np.array([0, 1, 1])) == pytest.approx(1 / 3)
+
+
+def test_metrics_by_name():
+    assert metric("error-rate").name == "error rate"
+    with pytest.raises(EdgekitError, match=r"unknown metric 'logloss'.*did you mean 'log-loss'"):
+        metric("logloss")
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """95 % of the intervals; with 100 problems and a bootstrap of 60 at least 80 must, and not all of them."""
+    covered = 0
+    truth = LOSS.value(*problem(20_000, seed=999))
+    for seed in range(100):
+        found = measure(LOSS, *problem(300, seed=seed), resamples=60)
+        covered += found.low <= truth <= found.high
+    assert 80 <= covered < 100
+
+
+def test_a_paired_change_is_narrower_than_two_intervals_side_by_side():
+    probabilities, labels = problem()
+    rng = np.random.default_rng(1)
+    after = probabilities * rng.uniform(0.99, 1.0, (len(labels), 1)).astype(np.float32)
+    change = measure_change(LOSS, probabilities, after, labels)
+    assert change.low <= change.value <= change.high
+    assert change.value == pytest.approx(LOSS.value(after, labels) - LOSS.value(probabilities, labels))
+    alone = measure(LOSS, after, labels)
+    assert change.high - change.low < 0.05 * (alone.high - alone.low)
+    assert change.low > 0, "so small a loss is seen only because it is paired"
+    same = measure_change(LOSS, probabilities, probabilities, labels)
+    assert (same.low, same.value, same.high) == (0, 0, 0)
+
+
+def test_measuring_repeats_itself_and_prints_its_sample_count():
+    first, second = (measure(LOSS, *problem()) for _ in range(2))
+    assert first == second
+    assert "n = 400" in str(first)
+    assert measure(LOSS, *problem(), seed=1) != first
+
+
+def test_rare_classes_never_vanish_from_a_resample():
+    labels = np.array([0] * 50 + [1])
+    for rows in quality._resamples(labels, 20, 0):
+        assert np.count_nonzero(labels[rows] == 1) == 1
+        assert len(rows) == 51
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "words"),
+    [
+        (np.array([[0.5, np.nan], [0.5, 0.5]]), np.array([0, 1]), "NaN.*1 of 2"),
+        (np.array([[np.inf, 0.0]]), np.array([0]), "NaN or infinite"),
+        (np.ones((2, 2)), np.array([0]), "1 labels"),
+        (np.ones((0, 2)), np.zeros(0, int), "0 labels"),
+        (np.ones(3), np.array([0, 0, 0]), r"\(3,\)"),
+        (np.ones((1, 2)), np.array([2]), "labels span 2"),
+        (np.ones((1, 2)), np.array([-1]), "labels span -1"),
+    ],
+)
+def test_what_is_no_classifiers_output_is_an_error(probabilities, labels, words):
+    for use in (lambda: measure(LOSS, probabilities, labels), lambda: LOSS.value(probabilities, labels),
+                lambda: measure_change(LOSS, probabilities, probabilities, labels)):  # fmt: skip
+        with pytest.raises(EdgekitError, match=words):
+            use()
