@@ -77,7 +77,10 @@ def fit(
             if teacher is not None:
                 with torch.no_grad():
                     wanted = teacher(*inputs).softmax(dim=-1)
-                soft = F.cross_entropy(logits, wanted, weight=weights)
+                # balanced by sample: weights on the classes of soft targets would pull towards weight x probability
+                soft = (F.cross_entropy(logits, wanted, reduction="none") * weights[labels]).sum() / weights[
+                    labels
+                ].sum()
                 loss = (1 - schedule.distillation) * loss + schedule.distillation * soft
             if not torch.isfinite(loss):
                 raise EdgekitError(

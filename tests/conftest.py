@@ -127,7 +127,7 @@ class FakeSession:
 
     device = provider = "fake"
 
-    def __init__(self, bundle, *, threads=None):
+    def __init__(self, bundle, *, threads=None, chunk=None):
         self.inputs, self.outputs = bundle.manifest.inputs, bundle.manifest.outputs
         self.model = bundle.model()
         self.seconds = 1e-6 * sum(value.size for value in bundle.weights().values())

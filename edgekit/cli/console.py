@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 # no markup and no emoji: a path such as data[1].npz or a reason in brackets is printed as it is
 output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 status = Console(stderr=True, highlight=False, markup=False, emoji=False)
+NUMBER = re.compile(r"[+\-<>~]?[\d,./]+ ?[%x]?")
 
 
 def progress(*, enabled: bool = True) -> Progress:
@@ -33,11 +35,11 @@ def print_json(value: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
-    """A plain table; columns whose cells all start with a digit or sign are right-aligned."""
+    """A plain table; columns of numbers are right-aligned."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, header in enumerate(headers):
         cells = [str(row[number]) for row in rows]
-        numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "+-<>~" for cell in cells if cell)
+        numeric = bool(cells) and all(NUMBER.fullmatch(cell) for cell in cells if cell)
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))

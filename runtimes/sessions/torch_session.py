@@ -20,9 +20,12 @@ class TorchSession:
 
     provider = "torch"
 
-    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise EdgekitError(f"torch: threads = {threads}; expected at least 1, or nothing for torch's own choice")
+    def __init__(
+        self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None, chunk: int | None = None
+    ) -> None:
+        for name, value in (("threads", threads), ("chunk", chunk)):
+            if value is not None and value < 1:
+                raise EdgekitError(f"torch: {name} = {value}; expected at least 1, or nothing for torch's own choice")
         try:
             self._device = torch.device(device)
             self._network = Network(bundle).eval().to(self._device)
@@ -34,19 +37,21 @@ class TorchSession:
             ) from None
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
+        self._chunk = chunk  # rows at a time; None for all of them
         self._threads = threads or torch.get_num_threads()
         cpu = f"cpu ({self._threads} thread{'s' * (self._threads > 1)})"
         self.device = cpu if self._device.type == "cpu" else str(self._device)
 
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Outputs by name, in the order of the inputs' rows."""
-        check_inputs(self.inputs, arrays)
+        rows = check_inputs(self.inputs, arrays)
         tensors = [torch.from_numpy(np.ascontiguousarray(arrays[spec.name])).to(self._device) for spec in self.inputs]
         others = torch.get_num_threads()  # the number is the process's, not the session's: put it back
         torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
-                outputs = self._network(*tensors)
+                parts = zip(*(tensor.split(self._chunk or max(rows, 1)) for tensor in tensors), strict=True)
+                outputs = [torch.cat(pieces) for pieces in zip(*(self._network(*part) for part in parts), strict=True)]
         finally:
             torch.set_num_threads(others)
         return {spec.name: output.cpu().numpy() for spec, output in zip(self.outputs, outputs, strict=True)}

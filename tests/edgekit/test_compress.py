@@ -115,7 +115,7 @@ def test_what_comes_after_a_bad_pass_still_runs(tiny_job, register, tmp_path):
 class SlowWhenClustered:
     """Mixed into the fake session: a codebook costs twice the time, as dequantising does in some runtimes."""
 
-    def __init__(self, bundle, *, threads=None):
+    def __init__(self, bundle, *, threads=None, chunk=None):
         super().__init__(bundle, threads=threads)
         self.seconds *= 2 if bundle.encodings() else 1
 
@@ -123,7 +123,7 @@ class SlowWhenClustered:
 class BatchDependent:
     """Mixed into the fake session: wrong from 16 rows on, once there is a codebook."""
 
-    def __init__(self, bundle, *, threads=None):
+    def __init__(self, bundle, *, threads=None, chunk=None):
         super().__init__(bundle, threads=threads)
         self.broken = bool(bundle.encodings())
 
