@@ -147,16 +147,14 @@ def evaluate(
     curves, labels = data.curves.take(test), data.label[test]
     whole = predict(model, features, curves, data, test)
     np.savez_compressed(folder / "test_probabilities.npz", probabilities=whole, labels=labels)
-    early = {
-        str(days): METRIC.value(
-            predict(model, features, as_seen_after(features.select(curves), days), data, test), labels
-        )
-        for days in DAYS
-    }
     # such a survey alerts on what it detects, so what it would not have detected does not count
     own = in_bands(curves, features.seen)
     detected = np.bincount(own.object_of_point[own.detected], minlength=len(own)) > 0
-    own, rows = own.take(np.flatnonzero(detected)), test[detected]
+    own, rows = features.select(own.take(np.flatnonzero(detected))), test[detected]
+    early = {
+        str(days): METRIC.value(predict(model, features, as_seen_after(own, days), data, rows), data.label[rows])
+        for days in DAYS
+    }
     return {
         "log_loss": asdict(measure(METRIC, whole, labels)),
         "error_rate": asdict(measure(ErrorRate(), whole, labels)),
