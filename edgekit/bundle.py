@@ -302,6 +302,8 @@ def arrays_to_bytes(arrays: Arrays) -> bytes:
 
 
 def arrays_from_bytes(content: bytes, source: str) -> Arrays:
+    if content[:4] not in (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM"):  # numpy takes anything else for a pickle
+        raise EdgekitError(f"{source}: not an .npz archive; write named arrays with numpy.savez")
     try:
         archive = np.load(BytesIO(content), allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
