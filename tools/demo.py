@@ -77,9 +77,10 @@ def main() -> None:
     table.add_row("t2-gr compressed by", ", ".join(kept) or "nothing: every pass was rolled back")
     table.add_row("log-loss", f"{quality[0]['quality']['value']:.4f} to {quality[-1]['quality']['value']:.4f}")
     table.add_row("packed file", f"{compressed['source_packed_bytes']:,} to {pack['bytes']:,} bytes")
-    table.add_row(
-        "ONNX export", json.dumps(export.get("verified", "verified")) if isinstance(export, dict) else "verified"
-    )
+    checks = export["manifest"]["checks"]
+    largest, changed = max(check["difference"] for check in checks), sum(check["changed"] for check in checks)
+    sizes = ", ".join(map(str, sorted({check["batch"] for check in checks})))
+    table.add_row("ONNX export", f"verified at batch {sizes}: largest |dp| {largest:.1e}, {changed} classes changed")
     for name, run in runs.items():
         counts = " + ".join(f"{run[key]:,} {key}" for key in ("classified", "skipped", "corrupt"))
         table.add_row(name, f"{run['in']:,} in = {counts}")
