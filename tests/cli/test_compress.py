@@ -172,7 +172,7 @@ BAD = {
     "NaN weights": (nan_weights, 1, ["embed.bias", "NaN"]),
     "no data": (lambda job, _: job.update({"--data": "none.npz"}), 1, ["none.npz", "no such data file"]),
     "no data named": (lambda job, _: job.update({"--data": None}), 1, ["names no data set", "--data FILE"]),
-    "data is no npz": (lambda job, _: job["--data"].write_text("hello"), 1, ["toy.npz", "not a readable .npz"]),
+    "data is no npz": (lambda job, _: job["--data"].write_text("hello"), 1, ["toy.npz", "not an .npz archive"]),
     "no such metric": (lambda job, _: job.update({"--metric": "f1"}), 1, ["unknown metric 'f1'"]),
     "no such runtime": (lambda job, _: job.update({"--runtime": "tpu"}), 1, ["unknown runtime 'tpu'"]),
     "no output": (lambda job, _: job.pop("-o"), 2, ["-o/--output is missing"]),

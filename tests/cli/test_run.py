@@ -67,6 +67,6 @@ def test_files_are_respected(edgekit, tiny_file, tmp_path, curves):
     assert edgekit(*missing).failed_with(1, "no such file")
     (tmp_path / "text.npz").write_text("not an archive")
     text = ("run", tiny_file, "--inputs", tmp_path / "text.npz", "--outputs", tmp_path / "new.npz")
-    assert edgekit(*text).failed_with(1, "not a readable .npz")
+    assert edgekit(*text).failed_with(1, "not an .npz archive")
     assert edgekit(*run, "--force", "--runtime", "tensorrt").failed_with(1, "unknown runtime 'tensorrt'")
     assert edgekit(*run, "--force", "--batch", "0").failed_with(2, "--batch")
