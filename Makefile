@@ -28,7 +28,9 @@ demo: setup ## train set, compress, export, verify, classify thousands of alerts
 
 bench: setup ## speed against the reference path and onnxruntime's defaults, one run, JSON in benchmarks/
 	$(BIN)/python tools/bench_gp.py --json benchmarks/gp.json
-	$(BIN)/python tools/bench_inference.py --json benchmarks/inference.json
+	$(BIN)/python tools/check_gp_parity.py --json benchmarks/gp_parity.json
+	$(BIN)/python tools/bench_inference.py t2-gr --json benchmarks/inference.json
+	$(BIN)/python tools/bench_training.py --json benchmarks/training.json
 
 train: setup ## train the models of the zoo again (an hour or two on two cores; resumable)
 	for model in t2-gr t2-ugrizy t2-ugrizy-z; do $(BIN)/python tools/train_t2.py $$model || exit 1; done
