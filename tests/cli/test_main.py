@@ -74,7 +74,7 @@ def test_nothing_at_all_prints_the_help_in_lines(edgekit):
         (click.UsageError("what?"), 2, "what?"),
         (click.ClickException("no"), 1, "no"),
         (KeyboardInterrupt(), 130, "stopped"),
-        (PermissionError(13, "Permission denied", "/root/x"), 1, "/root/x: Permission denied"),
+        (PermissionError(13, "Permission denied", "/somewhere/x"), 1, "/somewhere/x: Permission denied"),
         (OSError(28, "No space left on device"), 1, "No space left"),
     ],
 )
