@@ -117,8 +117,8 @@ and shares below count objects as they come, not classes alike.
 Intervals of one seed are bootstrapped over test objects, class by class. The shipped seed was chosen before any \
 result was known.
 {% if folds %}
-Cross-validation over all {{ "{:,}".format(folds.log_loss.samples) }} objects, {{ folds.folds }} stratified folds of {{ folds.epochs }} \
-epochs each: \
+Cross-validation over all {{ "{:,}".format(folds.log_loss.samples) }} objects, {{ folds.folds }} stratified \
+folds of {{ folds.epochs }} epochs each: \
 **{{ folds.log_loss|measured }}**.
 {% endif %}
 
