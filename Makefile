@@ -33,4 +33,4 @@ bench: setup ## speed against the reference path and onnxruntime's defaults, one
 	$(BIN)/python tools/bench_training.py --json benchmarks/training.json
 
 train: setup ## train the models of the zoo again (an hour or two on two cores; resumable)
-	for model in t2-gr t2-ugrizy t2-ugrizy-z; do $(BIN)/python tools/train_t2.py $$model || exit 1; done
+	for model in t2-gr t2-ugrizy t2-ugrizy-z; do $(BIN)/python tools/train_t2.py $$model && $(BIN)/python tools/make_model_card.py $$model || exit 1; done
