@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import types
 import typing
 import zipfile
@@ -32,6 +30,7 @@ from safetensors.numpy import save as save_safetensors
 
 from edgekit.encoding import Encoding, Float, from_arrays, to_arrays
 from edgekit.errors import EdgekitError
+from edgekit.files import write_directory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -253,22 +252,7 @@ def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bu
             raise EdgekitError(
                 f"{path} exists and is not a bundle, so --force will not replace it; choose another name"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    stale = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed and had the same id
-    try:
-        for name, content in {**bundle.contents, MANIFEST: bundle.manifest.to_json()}.items():
-            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-            (fresh / name).write_bytes(content)
-        if path.exists():
-            path.rename(stale)
-        fresh.rename(path)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if stale.exists() and not path.exists():
-            stale.rename(path)
-        shutil.rmtree(stale, ignore_errors=True)
+    write_directory(path, {**bundle.contents, MANIFEST: bundle.manifest.to_json()})
     return replace(bundle, path=path)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgekit.errors import EdgekitError
@@ -25,3 +27,24 @@ def write_file(path: Path, content: bytes) -> None:
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new directory beside `path` and move it into place: a reader sees the old files or the new ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    stale = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed and had the same id
+    try:
+        fresh.mkdir()
+        for name, content in files.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_bytes(content)
+        if path.exists():
+            path.rename(stale)
+        fresh.rename(path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if stale.exists() and not path.exists():
+            stale.rename(path)
+        shutil.rmtree(stale, ignore_errors=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from edgekit.bundle import WEIGHTS, Bundle
 from edgekit.errors import EdgekitError
+from edgekit.files import write_directory
 
 MANIFEST = "manifest.json"
 KEY = "edgekit.model"  # metadata entry that holds model_key: a session cannot be handed another model's file
@@ -58,18 +57,4 @@ def check_destination(directory: Path, *, force: bool) -> None:
 def publish(files: Mapping[str, bytes], directory: Path, *, force: bool) -> None:
     """Write the files beside the directory and move them into place in one step: a reader sees all of them or none."""
     check_destination(directory, force=force)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = directory.with_name(f".{directory.name}.{os.getpid()}.new")
-    stale = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    try:
-        fresh.mkdir()
-        for name, content in files.items():
-            (fresh / name).write_bytes(content)
-        if directory.exists():
-            directory.rename(stale)
-        fresh.rename(directory)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if stale.exists() and not directory.exists():
-            stale.rename(directory)
-        shutil.rmtree(stale, ignore_errors=True)
+    write_directory(directory, files)

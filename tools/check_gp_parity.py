@@ -297,7 +297,7 @@ def main() -> None:
     everything = plasticc(options.data)
     chosen = np.random.default_rng(0).choice(len(everything.objects), options.objects, replace=False)
     with threadpool_limits(1):
-        report["fits"] = [compare(ztf(options.data)), compare(everything.take(chosen))]
+        report["fits"] = [compare(ztf(options.data, parquet=True)), compare(everything.take(chosen))]
         for part in report["fits"]:
             print(
                 f"\n{part['sample']}: {part['objects']} objects, status {part['status']}, george failed on "

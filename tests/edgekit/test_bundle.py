@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgekit import bundle as module
+from edgekit import files
 from edgekit.bundle import (
     GOLDEN,
     MANIFEST,
@@ -266,7 +266,7 @@ def test_a_crash_while_writing_leaves_the_old_bundle(moment, tiny_bundle, tiny_f
 
 
 def test_what_a_killed_process_left_is_not_mixed_in(tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.os, "getpid", lambda: 42)
+    monkeypatch.setattr(files.os, "getpid", lambda: 42)
     (tmp_path / ".x.edge.42.new").mkdir()
     (tmp_path / ".x.edge.42.new" / "stranger").write_text("")
     write_bundle(tiny_bundle, tmp_path / "x.edge")
