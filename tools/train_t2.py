@@ -52,13 +52,15 @@ METRIC = ClassAveragedLogLoss()
 class Augmentation:
     """Each epoch: half of the light curves whole, half degraded; all with a random brightness and a little noise."""
 
-    def __init__(self, variants: list[Features]) -> None:
+    def __init__(self, variants: list[Features], whole: int) -> None:
+        self.whole = whole  # the first so many variants are not degraded
         self.curves = np.stack([variant.light_curve for variant in variants])
         self.context = np.stack([variant.context for variant in variants])
 
     def __call__(self, data: Dataset, rng: np.random.Generator) -> Dataset:
         count = len(data)
-        pick = np.where(rng.random(count) < 0.5, 0, rng.integers(1, len(self.curves), count))
+        whole, degraded = rng.integers(self.whole, size=count), rng.integers(self.whole, len(self.curves), count)
+        pick = np.where(rng.random(count) < 0.5, whole, degraded)
         curve, context = self.curves[pick, np.arange(count)], self.context[pick, np.arange(count)]
         brighter = np.exp(rng.normal(0, 0.3, (count, 1, 1)))
         curve = np.arcsinh(np.sinh(curve) * brighter) + rng.normal(0, 0.02, curve.shape)
@@ -81,10 +83,11 @@ def train_one(
     features = replace(unscaled, scale=tuple(float(f"{value:.3g}") for value in size))
     rng = np.random.default_rng([seed, 1])
     redshift = data.redshift[train]
-    copies = [curves, *(degraded(curves, rng) for _ in range(VARIANTS))]
-    if len(channels) < len(survey.bands):  # as a survey without the other bands sees them: whole, and half of the rest
-        copies[1::2] = [in_bands(copy, channels) for copy in copies[1::2]]
-        copies += [in_bands(curves, channels)] * 2
+    whole = [curves]
+    if len(channels) < len(survey.bands):  # as a survey without the other bands sees them, with forced photometry or not
+        own = in_bands(curves, channels)
+        whole += [own, own.where(own.detected)]
+    copies = [*whole, *(degraded(whole[k % len(whole)], rng) for k in range(VARIANTS))]
     variants = [features(copy, redshift=redshift) for copy in copies]
     torch.manual_seed(seed)
     model = build("t2", {"bands": len(channels), "context": len(spec["context"])})
@@ -102,7 +105,7 @@ def train_one(
             Dataset(variants[0].inputs(), data.label[train]),
             replace(SCHEDULE, epochs=epochs),
             seed=seed,
-            augment=Augmentation(variants),
+            augment=Augmentation(variants, len(whole)),
             progress=show,
             checkpoint=folder / "checkpoint.pt",
         )
