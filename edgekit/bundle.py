@@ -2,6 +2,7 @@
 
     edgekit.json          manifest: family, inputs, classes, preprocessing, a record per pass, SHA-256 of all files
     weights.safetensors   parameters, encoded as the passes left them
+    graph.onnx            instead of it, once the model is a graph: imported, or lowered by a pass on graphs
     golden.npz            inputs and the outputs they must give
 
 Nothing in it is executable and nothing is a pickle. Opening verifies every hash; writing is atomic.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 import zipfile
@@ -36,18 +38,25 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
-MANIFEST, WEIGHTS, GOLDEN = "edgekit.json", "weights.safetensors", "golden.npz"
+MANIFEST, WEIGHTS, GRAPH, GOLDEN = "edgekit.json", "weights.safetensors", "graph.onnx", "golden.npz"
+ONNX = "onnx"  # the family of bundles that hold a graph
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One named input or output. A string in `shape` names an axis that may have any length, such as "batch"."""
+    """One named input or output. A string in `shape` names an axis that may have any length, such as "batch", or any
+    multiple of a number, such as "9*faces"."""
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
     unit: str = ""
+
+    def __post_init__(self) -> None:
+        for axis in self.shape:
+            if isinstance(axis, str) and not _AXIS.fullmatch(axis):
+                raise EdgekitError(f"{self.name!r}: axis {axis!r}; expected a name, or a multiple such as '9*faces'")
 
     def check(self, array: npt.NDArray[Any]) -> None:
         """Raise if the array does not fit this spec."""
@@ -56,12 +65,30 @@ class TensorSpec:
         )
         if not fits:
             raise EdgekitError(f"input {self.name!r} has shape {array.shape}; expected {self.shape_text}")
+        for number, got in enumerate(array.shape):
+            step = multiple(self.shape[number])
+            if got % step:
+                below, above = got // step * step, (got // step + 1) * step
+                nearest = f"{below} or {above}" if below else f"{above}"
+                raise EdgekitError(
+                    f"input {self.name!r} has length {got} along axis {number}; this model needs a multiple of {step} "
+                    f"({nearest})"
+                )
         if str(array.dtype) != self.dtype:
             raise EdgekitError(f"input {self.name!r} has dtype {array.dtype}; expected {self.dtype}")
 
     @property
     def shape_text(self) -> str:
         return "(" + ", ".join(str(axis) for axis in self.shape) + ")"
+
+
+_AXIS = re.compile(r"(?:([1-9][0-9]*)\*)?[^*\s]+")
+
+
+def multiple(axis: int | str) -> int:
+    """What the length of an axis must be a multiple of: 9 for "9*faces"."""
+    found = _AXIS.fullmatch(axis) if isinstance(axis, str) else None
+    return int(found[1]) if found and found[1] else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +100,7 @@ class Manifest:
     arguments: dict[str, Any]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    state: dict[str, str] = field(default_factory=dict)  # input -> output that a caller hands back in the next call
     classes: tuple[str, ...] = ()
     class_ids: tuple[int, ...] = ()  # the data set's own numbers for the classes, in the same order
     preprocessing: dict[str, Any] | None = None  # {"id": ..., parameters}: what turns raw data into the inputs
@@ -138,8 +166,24 @@ class Bundle:
         """Bytes of manifest and files together."""
         return len(self.manifest.to_json()) + sum(len(content) for content in self.contents.values())
 
+    @property
+    def is_graph(self) -> bool:
+        """Whether it holds an ONNX graph rather than a network that torch can build."""
+        return self.manifest.family == ONNX
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has learnt, however they are stored."""
+        if self.is_graph:
+            from edgekit.graph import load, parameters
+
+            return parameters(load(self.contents[GRAPH], str(self.path or self.manifest.name)))
+        return sum(value.size for value in self.weights().values())
+
     def stored(self) -> dict[str, Float | Encoding]:
         """Parameters as stored: float32 arrays, or encodings."""
+        if self.is_graph:
+            raise EdgekitError(f"{self.path or self.manifest.name} holds an ONNX graph, no network with named weights")
         try:
             arrays = dict(sorted(load_safetensors(self.contents[WEIGHTS]).items()))  # safetensors gives any order
             stored = from_arrays(arrays, self.manifest.bits)
@@ -167,6 +211,12 @@ class Bundle:
         """The network with its weights, in evaluation mode."""
         from edgekit.families import build
 
+        if self.is_graph:
+            raise EdgekitError(
+                f"{self.path or self.manifest.name} holds an ONNX graph, which torch does not run; "
+                "use the runtime onnxruntime"
+            )
+
         return build(self.manifest.family, self.manifest.arguments, self.weights())
 
     def golden(self) -> tuple[Arrays, Arrays]:
@@ -191,15 +241,20 @@ def assemble(
     extra: Mapping[str, bytes] | None = None,
 ) -> Bundle:
     """A bundle in memory; `extra` holds further files such as report.html. Fills in `bits` and `files`."""
-    named = {f"in.{name}": array for name, array in golden[0].items()}
-    named |= {f"out.{name}": array for name, array in golden[1].items()}
-    contents = {
-        WEIGHTS: save_safetensors(to_arrays(weights, encodings)),
-        GOLDEN: arrays_to_bytes(named),
-        **(extra or {}),
-    }
+    contents = {WEIGHTS: save_safetensors(to_arrays(weights, encodings)), GOLDEN: _golden(golden), **(extra or {})}
     bits = {name: encoding.bits for name, encoding in encodings.items()}
     return Bundle(replace(manifest, bits=bits, files=_hashes(contents)), contents)
+
+
+def assemble_graph(manifest: Manifest, graph: bytes, golden: tuple[Arrays, Arrays]) -> Bundle:
+    """A bundle in memory that holds an ONNX graph; its family and arguments are set to say so."""
+    contents = {GRAPH: graph, GOLDEN: _golden(golden)}
+    return Bundle(replace(manifest, family=ONNX, arguments={}, bits={}, files=_hashes(contents)), contents)
+
+
+def _golden(golden: tuple[Arrays, Arrays]) -> bytes:
+    named = {f"in.{name}": array for name, array in golden[0].items()}
+    return arrays_to_bytes(named | {f"out.{name}": array for name, array in golden[1].items()})
 
 
 def with_files(bundle: Bundle, extra: Mapping[str, bytes]) -> Bundle:
@@ -233,7 +288,7 @@ def open_bundle(path: str | Path) -> Bundle:
                 f"{file}: SHA-256 is {got[:12]}..., the manifest says {expected[:12]}...; the file was changed "
                 "or damaged after the bundle was written, restore it or write the bundle again"
             )
-    for needed in (WEIGHTS, GOLDEN):
+    for needed in (GRAPH if manifest.family == ONNX else WEIGHTS, GOLDEN):
         if needed not in contents:
             raise EdgekitError(f"{path}/{MANIFEST}: lists no {needed}; the bundle is incomplete, write it again")
     return Bundle(manifest, contents, path)
@@ -262,14 +317,15 @@ def default_name(path: str | Path) -> str:
 
 
 def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
-    """Inputs for golden data where no real ones are at hand: smooth, bounded, different in every element."""
-    return {
-        spec.name: np.sin(
-            0.37 * np.arange(rows * math.prod(axes), dtype=np.float64) * (1 + number)
-        ).reshape(rows, *axes).astype(spec.dtype)
-        for number, spec in enumerate(specs)
-        for axes in [tuple(axis for axis in spec.shape[1:] if isinstance(axis, int))]
-    }  # fmt: skip
+    """Inputs for golden data where no real ones are at hand: smooth, bounded, different in every element; whole numbers
+    from 0 to 7, which the smallest vocabulary has."""
+    made = {}
+    for number, spec in enumerate(specs):
+        axes = tuple(axis if isinstance(axis, int) else 2 * multiple(axis) for axis in spec.shape[1:])
+        index = np.arange(rows * math.prod(axes), dtype=np.int64)
+        values = np.sin(0.37 * index * (1 + number)) if np.dtype(spec.dtype).kind == "f" else index * (3 + number) % 8
+        made[spec.name] = values.reshape(rows, *axes).astype(spec.dtype)
+    return made
 
 
 def arrays_to_bytes(arrays: Arrays) -> bytes:

@@ -1,4 +1,8 @@
-"""Run a recipe: apply each pass, measure, keep or roll back, record. Stopped at any moment, it goes on where it was."""
+"""Run a recipe: apply each pass, measure, keep or roll back, record. Stopped at any moment, it goes on where it was.
+
+The state after each pass is kept under the hash of everything it depends on, so that neither a run that was killed nor
+another recipe with the same beginning computes it again.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import hashlib
 import json
 import math
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,22 +18,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from edgekit import machine, quality
-from edgekit.bundle import Arrays, Bundle, assemble, open_bundle, write_bundle
+from edgekit import machine, plugins, quality
+from edgekit.bundle import GRAPH, Arrays, Bundle, assemble, assemble_graph, open_bundle, write_bundle
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.files import write_file
-from edgekit.guard import Limits, State, Verdict, check_agreement, compare_latency, judge
+from edgekit.guard import (
+    Latency,
+    Limits,
+    State,
+    Verdict,
+    check_agreement,
+    compare_latency,
+    judge,
+    ratio_interval,
+    time_in_turns,
+)
 from edgekit.pack import pack
-from edgekit.passes.base import Candidate, Context
+from edgekit.passes.base import GRAPH_LEVEL, Candidate, Context, GraphCandidate
 from edgekit.recipe import Step, to_tables
 from edgekit.session import Session, open_session
-from edgekit.training import probabilities
+from edgekit.training import outputs as network_outputs
 
 Notify = Callable[[str], None]
+ShowProgress = Callable[[str, int, int], None]
+AnyCandidate = Candidate | GraphCandidate
 AGREEMENT_ROWS = 64
+QUALITY_ROWS = 512  # at each batch size, where outputs depend on it
+PROBABILITIES = "probabilities"  # an output of this name is the softmax of what the network gives
+ROWS = 256  # at a time, for quality
 MEASURED_CHUNK = 4  # t2's scores of four rows stay in a core's cache
+# Forms of the same float32 model. Exporters differ by 13 % on a small transformer, and a fusion made one slower: int8
+# measured against the worse of them would win without being faster.
+FLOAT_FORMS: dict[str, tuple[dict[str, str], ...]] = {
+    "onnxruntime": (
+        {"exporter": "torchscript", "optimisation": "all"},
+        {"exporter": "torchscript", "optimisation": "basic"},
+        {"exporter": "dynamo", "optimisation": "all"},
+    )
+}
+_best_forms: dict[tuple[str, str, tuple[int, ...]], dict[str, str]] = {}  # in this process
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +75,52 @@ class Job:
     seed: int = 0
 
     def key(self) -> str:
-        """Identity of the work but for the recipe, which may grow: a resumed run must be the same job."""
+        """Identity of the work but for the recipe: what a pass leaves depends on this and on the passes before it."""
         data = hashlib.sha256()
         for part in (self.train, self.test):
             data.update(part.labels.tobytes())
             for array in part.inputs.values():
                 data.update(array.tobytes())
         settings = [self.source.digest, data.hexdigest(), asdict(self.limits), self.metric, self.runtime, self.seed]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        surroundings = [versions(), machine.describe()]
+        return hashlib.sha256(json.dumps([*settings, *surroundings]).encode()).hexdigest()
+
+
+def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
+    """Raise if a pass that trains the network comes where there is only a graph."""
+    lowered = "the model came as a graph" if source.is_graph else ""
+    for number, step in enumerate(recipe, start=1):
+        graph = _level(step.build()) == GRAPH_LEVEL
+        if not graph and lowered:
+            allowed = ", ".join(
+                name for name in plugins.names("edgekit.passes")
+                if _level(plugins.load("edgekit.passes", name)) == GRAPH_LEVEL
+            )  # fmt: skip
+            raise EdgekitError(
+                f"pass {number} ({step.name!r}) works on a network, and {lowered}; passes on graphs: {allowed}"
+                + ("" if source.is_graph else "; put it before them")
+            )
+        if graph and not lowered:
+            lowered = f"pass {number} ({step.name!r}) has turned it into a graph"
 
 
 def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
     """What each pass would do to the model as it is now; changes nothing. Later passes are planned on what earlier ones
     leave, by applying those without recovery training."""
+    check_order(job.source, job.recipe)
     candidate = _start(job.source)
-    context = Context(job.train, candidate.model, job.seed)
+    teacher = candidate.model if isinstance(candidate, Candidate) else None
+    context = Context(job.train, teacher, job.seed)
     result = []
     for step in job.recipe:
         built = step.build()
+        candidate = _for_pass(built, candidate, job)
         result.append((step, [asdict(change) for change in built.plan(candidate)]))
         if "epochs" in {item.name for item in fields(built)}:
-            candidate = replace(built, epochs=0).apply(candidate, context)
+            built = replace(built, epochs=0)
+        elif not isinstance(candidate, GraphCandidate):
+            continue
+        candidate = built.apply(candidate, context)
     return result
 
 
@@ -76,38 +129,46 @@ def run(
     work: Path,
     *,
     notify: Notify = lambda message: None,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: ShowProgress = lambda what, done, total: None,
 ) -> Bundle:
-    """The compressed bundle, records included. `work`: folder for the state after each pass, removed by the caller."""
+    """The compressed bundle, records included. `work`: folder for the state after each pass."""
+    check_order(job.source, job.recipe)  # a mistake in the recipe is an error now, not a pass rolled back
     measured = quality.metric(job.metric)
-    passes = [step.build() for step in job.recipe]  # a mistake in the recipe is an error now, not a pass rolled back
-    teacher = job.source.model()
-    original = probabilities(teacher, job.test)
-    bundle = _resume(job, work, notify)
+    source = _start(job.source)
+    teacher = source.model if isinstance(source, Candidate) else None
+    forms = best_float_form(job, notify)
+    original = _outputs(job, job.source, source)
+    expected = job.test.labels if measured.labelled else original
+    paths = _state_paths(job, work)
+    done, bundle = _resume(job, paths)
     records = list(bundle.manifest.records)
-    done = len(records) - len(job.source.manifest.records)
     if done:
         notify(f"resuming after pass {done} of {len(job.recipe)}")
-    candidate = Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
-    before = _state(bundle, quality.measure(measured, probabilities(candidate.model, job.test), job.test.labels))
+    candidate = _start(bundle)
+    before = _state(bundle, quality.measure(measured, _outputs(job, bundle, candidate), expected))
     inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
+    best = _session(job, job.source, forms)
     for number, step in enumerate(job.recipe[done:], start=done + 1):
         started = time.perf_counter()
         notify(f"pass {number} of {len(job.recipe)}: {step.name}")
-        context = Context(job.train, teacher, job.seed + number, progress)
-        record: dict[str, Any] = {"pass": step.name, "parameters": dict(step.parameters), "before": asdict(before)}
-        session = _session(job, bundle)  # a runtime that is not there is no pass's fault
-        built = passes[number - 1]
+        seed = job.seed + number if step.seed is None else step.seed
+        context = Context(job.train, teacher, seed, progress)
+        record: dict[str, Any] = {
+            "pass": step.name, "parameters": dict(step.parameters), "seed": seed, "before": asdict(before)
+        }  # fmt: skip
+        session = _session(job, bundle, forms)  # a runtime that is not there is no pass's fault
+        built = step.build()
         try:
-            record["plan"] = [asdict(change) for change in built.plan(candidate)]
-            fresh = built.apply(candidate, context)
+            subject = _for_pass(built, candidate, job)
+            record["plan"] = [asdict(change) for change in built.plan(subject)]
+            fresh = built.apply(subject, context)
             fresh_bundle = _bundle(job, fresh, records)
-            outputs = probabilities(fresh.model, job.test)
-            after = _state(fresh_bundle, quality.measure(measured, outputs, job.test.labels))
-            loss = quality.measure_change(measured, original, outputs, job.test.labels)
-            fresh_session = _session(job, fresh_bundle)
-            latency = compare_latency(session, fresh_session, inputs, job.limits.batches)
-            disagreement = check_agreement(fresh_session, inputs, job.limits)
+            outputs = _outputs(job, fresh_bundle, fresh)
+            after = _state(fresh_bundle, quality.measure(measured, outputs, expected))
+            loss = quality.measure_change(measured, original, outputs, expected)
+            fresh_session = _session(job, fresh_bundle, forms)
+            latency = compare_latency(session, fresh_session, inputs, job.limits.batches, best=best)
+            disagreement = _disagreement(job, fresh_bundle, forms, measured, expected)
             verdict = Verdict(False, disagreement) if disagreement else judge(before, after, loss, latency, job.limits)
             record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
         except EdgekitError as error:
@@ -118,22 +179,55 @@ def run(
         if verdict.kept:
             candidate, before = fresh, after
         bundle = _bundle(job, candidate, records)
-        write_bundle(bundle, work / f"pass-{number}.edge", force=True)
-    return _with_metrics(job, bundle, original, inputs)
+        write_bundle(bundle, paths[number - 1], force=True)
+    return _with_metrics(job, bundle, original, expected, inputs, forms)
 
 
-def _with_metrics(job: Job, bundle: Bundle, original: Any, inputs: Arrays) -> Bundle:
+def best_float_form(job: Job, notify: Notify = lambda message: None) -> dict[str, str]:
+    """Session options under which the float32 original is fastest, by the geometric mean over the batch sizes. The
+    first form stays unless another is faster beyond the noise."""
+    forms = FLOAT_FORMS.get(job.runtime, ({},))
+    if job.source.is_graph:
+        forms = tuple({"optimisation": item["optimisation"]} for item in forms if item.get("exporter") != "dynamo")
+    known = (job.source.digest, job.runtime, job.limits.batches)
+    if len(forms) < 2 or known in _best_forms:
+        return dict(_best_forms.get(known, forms[0]))
+    inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
+    sessions: list[tuple[dict[str, str], Session]] = []
+    for form in forms:
+        try:
+            sessions.append((form, _session(job, job.source, form)))
+        except EdgekitError as error:
+            if not sessions:
+                raise
+            notify(f"{form} is left out of the comparison: {error}")
+    logarithms = np.zeros(len(sessions))
+    for batch in job.limits.batches:
+        times = time_in_turns([session for _, session in sessions], inputs, batch, seconds=0.5)
+        for index in range(1, len(sessions)):
+            _, _, high = ratio_interval(times[:, 0], times[:, index])
+            logarithms[index] += math.log(high)
+    _best_forms[known] = dict(sessions[int(logarithms.argmin())][0])
+    return _best_forms[known]
+
+
+def _with_metrics(
+    job: Job, bundle: Bundle, original: npt.NDArray[Any], expected: npt.NDArray[Any], inputs: Arrays,
+    forms: Mapping[str, str],
+) -> Bundle:  # fmt: skip
     """The finished bundle with what the whole job did: source and result side by side, measured in one run."""
     measured = quality.metric(job.metric)
-    outputs = probabilities(bundle.model(), job.test)
-    before, after = (_session(job, item) for item in (job.source, bundle))
+    outputs = _outputs(job, bundle, _start(bundle))
+    before, after = (_session(job, item, forms) for item in (job.source, bundle))
+    latency: list[Latency] = compare_latency(before, after, inputs, job.limits.batches)
     metrics = {
-        job.metric.replace("-", "_"): asdict(quality.measure(measured, outputs, job.test.labels)),
+        job.metric.replace("-", "_"): asdict(quality.measure(measured, outputs, expected)),
         "compression": {
             "metric": measured.name,
-            "original": asdict(quality.measure(measured, original, job.test.labels)),
-            "change": asdict(quality.measure_change(measured, original, outputs, job.test.labels)),
-            "latency": [asdict(item) for item in compare_latency(before, after, inputs, job.limits.batches)],
+            "original": asdict(quality.measure(measured, original, expected)),
+            "change": asdict(quality.measure_change(measured, original, outputs, expected)),
+            "latency": [asdict(item) for item in latency],
+            "baseline": dict(forms),
             "limits": asdict(job.limits),
             "runtime": job.runtime,
             "machine": machine.describe(),
@@ -142,25 +236,72 @@ def _with_metrics(job: Job, bundle: Bundle, original: Any, inputs: Arrays) -> Bu
     return replace(bundle, manifest=replace(bundle.manifest, metrics=_finite(metrics)))
 
 
-def _session(job: Job, bundle: Bundle) -> Session:
+def _disagreement(
+    job: Job, bundle: Bundle, form: Mapping[str, str], metric: quality.Metric, expected: npt.NDArray[Any]
+) -> str | None:
+    """Why the bundle is not the same model at every batch size, or None. Batches go to the runtime in one piece."""
+    session = _session(job, bundle, form, chunk=max(job.limits.batches))
+    if not bundle.is_graph:
+        inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
+        return check_agreement(session, inputs, job.limits)
+    rows = np.random.default_rng(job.seed).permutation(len(job.test))[:QUALITY_ROWS]
+    primary = job.source.manifest.outputs[0].name
+
+    def change(alone: Arrays, together: Arrays, chosen: npt.NDArray[np.integer]) -> float:
+        held = expected[rows][chosen]
+        return metric.value(together[primary], held) - metric.value(alone[primary], held)
+
+    return check_agreement(session, job.test.take(rows).inputs, job.limits, change)
+
+
+def _session(job: Job, bundle: Bundle, form: Mapping[str, str], chunk: int = MEASURED_CHUNK) -> Session:
     """For measuring: one thread, whose CPU time the guard reads, and a fixed number of rows at a time. Left to itself,
     each session of a comparison would choose its own, and the choices' noise would pass for a gain."""
-    return open_session(bundle, job.runtime, threads=1, chunk=MEASURED_CHUNK)
+    options = {name: value for name, value in form.items() if not (bundle.is_graph and name == "exporter")}
+    return open_session(bundle, job.runtime, threads=1, chunk=chunk, **options)
 
 
-def _start(source: Bundle) -> Candidate:
-    return Candidate(source.manifest.family, source.manifest.arguments, source.model(), source.encodings())
+def _level(built: Any) -> str:
+    return str(getattr(built, "level", "network"))
 
 
-def _bundle(job: Job, candidate: Candidate, records: Sequence[Mapping[str, Any]]) -> Bundle:
+def _for_pass(built: Any, candidate: AnyCandidate, job: Job) -> AnyCandidate:
+    """The candidate as the pass takes it: lowered to a graph for the first pass that works on one."""
+    if _level(built) != GRAPH_LEVEL or isinstance(candidate, GraphCandidate):
+        return candidate
+    exporter = plugins.load("edgekit.exporters", "onnx")()
+    return GraphCandidate(exporter.graph(_bundle(job, candidate, ())))
+
+
+def _start(bundle: Bundle) -> AnyCandidate:
+    if bundle.is_graph:
+        from edgekit.graph import load
+
+        return GraphCandidate(load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name)))
+    return Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
+
+
+def _outputs(job: Job, bundle: Bundle, candidate: AnyCandidate) -> npt.NDArray[Any]:
+    """The first output for every test row: a network's by torch, a graph's by the runtime it is measured on."""
+    first = bundle.manifest.outputs[0].name
+    if isinstance(candidate, Candidate):
+        return network_outputs(candidate.model, job.test, softmax=[first == PROBABILITIES])[0]
+    session = open_session(bundle, job.runtime, threads=1, chunk=ROWS)
+    inputs = job.test.inputs
+    parts = [
+        session.run({name: array[start : start + ROWS] for name, array in inputs.items()})[first]
+        for start in range(0, len(job.test), ROWS)
+    ]
+    return np.concatenate(parts)
+
+
+def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[Mapping[str, Any]]) -> Bundle:
     """The candidate as a bundle, its golden outputs recomputed on the source's golden inputs."""
     inputs, _ = job.source.golden()
-    rows = len(next(iter(inputs.values())))
-    golden = Dataset({spec.name: inputs[spec.name] for spec in job.source.manifest.inputs}, np.zeros(rows, np.int64))
-    outputs = {job.source.manifest.outputs[0].name: probabilities(candidate.model, golden)}
+    inputs = {spec.name: inputs[spec.name] for spec in job.source.manifest.inputs}
+    names = [spec.name for spec in job.source.manifest.outputs]
     manifest = replace(
         job.source.manifest,
-        arguments=dict(candidate.arguments),
         recipe=to_tables(job.recipe),
         records=tuple(dict(record) for record in records),
         parent=job.source.digest,
@@ -168,12 +309,23 @@ def _bundle(job: Job, candidate: Candidate, records: Sequence[Mapping[str, Any]]
         metrics={},
         versions=versions(),
     )
+    if isinstance(candidate, GraphCandidate):
+        from edgekit.graph import serialised
+
+        graph = serialised(candidate.model)
+        empty = {name: np.zeros(0, np.float32) for name in names}
+        outputs = open_session(assemble_graph(manifest, graph, (inputs, empty)), "onnxruntime", threads=1).run(inputs)
+        return assemble_graph(manifest, graph, (inputs, outputs))
+    rows = len(next(iter(inputs.values())))
+    golden = Dataset(inputs, np.zeros(rows, np.int64))
+    softmax = [name == PROBABILITIES for name in names]
+    outputs = dict(zip(names, network_outputs(candidate.model, golden, softmax=softmax), strict=True))
+    manifest = replace(manifest, arguments=dict(candidate.arguments))
     return assemble(manifest, candidate.weights(), candidate.encodings, (inputs, outputs))
 
 
 def _state(bundle: Bundle, measurement: quality.Measurement) -> State:
-    parameters = sum(value.size for value in bundle.weights().values())
-    return State(measurement, len(pack(bundle)), parameters)
+    return State(measurement, len(pack(bundle)), bundle.parameters)
 
 
 def versions() -> dict[str, str]:
@@ -196,24 +348,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _resume(job: Job, work: Path, notify: Notify) -> Bundle:
-    """The state that an earlier run of the same job left after the longest beginning of this recipe, else the source.
-    States of another job in the same folder are discarded."""
-    key = work / "job"
-    if not key.is_file() or key.read_text() != job.key():
-        if key.is_file():
-            notify(f"{work} holds the state of another job (other model, data, limits or seed); starting over")
-        for stale in work.glob("pass-*.edge"):
-            shutil.rmtree(stale)
-        write_file(key, job.key().encode())
-    wanted = [[record["pass"], record["parameters"]] for record in job.source.manifest.records]
-    wanted += json.loads(json.dumps([[step.name, dict(step.parameters)] for step in job.recipe]))
-    for done in range(len(job.recipe), 0, -1):
+def _state_paths(job: Job, work: Path) -> list[Path]:
+    """Where the state after each pass belongs: under the hash of the job and of the passes up to it."""
+    key = hashlib.sha256(job.key().encode())
+    paths = []
+    for step in job.recipe:
+        key.update(json.dumps([step.name, dict(step.parameters), step.seed], sort_keys=True).encode())
+        paths.append(work / f"{key.hexdigest()[:32]}.edge")
+    return paths
+
+
+def _resume(job: Job, paths: Sequence[Path]) -> tuple[int, Bundle]:
+    """Passes done and the state after the longest beginning of this recipe that an earlier run of the job left."""
+    for done in range(len(paths), 0, -1):
         try:
-            state = open_bundle(work / f"pass-{done}.edge")
+            state = open_bundle(paths[done - 1])
         except EdgekitError:  # not reached, or damaged: the state before it will do
             continue
-        passed = [[record["pass"], record["parameters"]] for record in state.manifest.records]
-        if passed == wanted[: len(wanted) - len(job.recipe) + done]:
-            return state
-    return _bundle(job, _start(job.source), job.source.manifest.records)
+        return done, replace(state, manifest=replace(state.manifest, recipe=to_tables(job.recipe)))
+    return 0, _bundle(job, _start(job.source), job.source.manifest.records)

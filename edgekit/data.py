@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +18,27 @@ from edgekit.files import write_file
 from edgekit.session import check_inputs
 
 TRAIN, TEST = 0, 1
+UNKNOWN = -1  # label of a row that has none
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """inputs: arrays by name, (samples, ...); labels: (samples,) int64, index of the class."""
+    """inputs: arrays by name, (samples, ...); labels: (samples,) int64, index of the class, or UNKNOWN; for regression
+    (samples, ...) floats."""
 
-    inputs: Mapping[str, npt.NDArray[np.float32]]
-    labels: npt.NDArray[np.int64]
+    inputs: Mapping[str, npt.NDArray[Any]]
+    labels: npt.NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: npt.NDArray[np.integer]) -> Dataset:
         return Dataset({name: array[rows] for name, array in self.inputs.items()}, self.labels[rows])
+
+
+def is_labelled(data: Dataset) -> bool:
+    """Whether labels were given."""
+    return data.labels.dtype.kind == "f" or bool((data.labels != UNKNOWN).any())
 
 
 def folder() -> Path:

@@ -8,15 +8,15 @@ shared and their clocks wander; the ratio's interval is bootstrapped over the pa
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.bundle import Arrays
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, unknown
 from edgekit.quality import Measurement
 from edgekit.session import Session
 
@@ -29,12 +29,20 @@ class Limits:
     max_slowdown: float = 0.05  # relative, at any batch size, beyond the measurement's own uncertainty
     min_gain: float = 0.01  # relative, in bytes or in latency: less than this is not worth a pass
     batches: tuple[int, ...] = (1, 16, 256)  # the sizes at which latency is measured and outputs must agree
-    agreement: float = 1e-4  # largest difference of a probability between batch sizes: int8 runtimes have broken here
+    agreement: float = 1e-4  # largest difference of an output between batch sizes that needs no second look
+    objective: Literal["any", "size", "latency"] = "any"  # what a pass must gain
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("any", "size", "latency"):
+            raise unknown("objective", self.objective, ("any", "size", "latency"))
+        if not self.batches or any(batch < 1 for batch in self.batches):
+            raise EdgekitError(f"batch sizes {self.batches}: expected one or more, each at least 1")
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """One batch size: median CPU milliseconds before and after, their ratio (after / before), its 95 % interval."""
+    """One batch size: median CPU milliseconds before and after, their ratio (after / before), its 95 % interval; and
+    the ratio to the best float32 form of the original with the lower end of its interval, where that was measured."""
 
     batch: int
     before_ms: float
@@ -42,6 +50,8 @@ class Latency:
     ratio: float
     low: float
     high: float
+    against_best: float | None = None
+    against_best_low: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,59 +87,112 @@ def judge(before: State, after: State, loss: Measurement, latency: Sequence[Late
             f"slower at batch {worst.batch}: {worst.ratio:.2f} times the time [{worst.low:.2f}, {worst.high:.2f}]"
             f", {1 + limits.max_slowdown:.2f} allowed",
         )
-    smaller = after.bytes <= before.bytes * (1 - limits.min_gain)
-    faster = [item for item in latency if item.high < 1 - limits.min_gain]
+    behind = [item for item in latency if (item.against_best_low or 0.0) > 1 + limits.max_slowdown]
+    if behind:
+        worst = max(behind, key=lambda item: item.against_best or 0.0)
+        return Verdict(
+            False,
+            f"at batch {worst.batch} {worst.against_best:.2f} times the time of the original's best float32 form, "
+            f"{1 + limits.max_slowdown:.2f} allowed",
+        )
+    smaller = limits.objective != "latency" and after.bytes <= before.bytes * (1 - limits.min_gain)
+    faster = [item for item in latency if limits.objective != "size" and item.high < 1 - limits.min_gain]
     gains = [f"{before.bytes / after.bytes:.2f} times smaller"] if smaller else []
     gains += [f"{1 / item.ratio:.2f} times faster at batch {item.batch}" for item in faster]
     if not gains:
         return Verdict(
-            False, f"gains nothing: {before.bytes:,} to {after.bytes:,} bytes, and no faster at any batch size"
+            False,
+            f"gains nothing: {before.bytes:,} to {after.bytes:,} bytes, and no faster at any batch size"
+            + (f" (objective: {limits.objective})" if limits.objective != "any" else ""),
         )
     return Verdict(True, ", ".join(gains))
 
 
 def compare_latency(
-    before: Session, after: Session, inputs: Arrays, batches: Sequence[int], *, seconds: float = 1.5, seed: int = 0
+    before: Session,
+    after: Session,
+    inputs: Arrays,
+    batches: Sequence[int],
+    *,
+    best: Session | None = None,
+    seconds: float = 1.5,
+    seed: int = 0,
 ) -> list[Latency]:
-    """Time two sessions in turns, at each batch size for about `seconds`; the first run of each is thrown away."""
-    rng = np.random.default_rng(seed)
+    """Time the sessions in turns, at each batch size for about `seconds`; `best`: of the original in float32."""
     result = []
     for batch in batches:
-        rows = tiled(inputs, batch)
-        pair = (before, after)
-        for session in pair:
-            session.warmup(batch)
-        once = max(_thread_seconds(session, rows) for session in pair)
-        rounds = int(np.clip(seconds / (2 * max(once, 1e-6)), 7, 400))
-        # the one that goes first changes from round to round, so that neither always finds the other's cache
-        times = np.array(
-            [[_thread_seconds(s, rows) for s in pair[:: 1 - 2 * (r % 2)]][:: 1 - 2 * (r % 2)] for r in range(rounds)]
-        )
-        times = np.maximum(times, 1e-9)  # the clock's grain: an empty run must not divide by zero
-        ratios = times[:, 1] / times[:, 0]
-        draws = np.median(ratios[rng.integers(0, rounds, (400, rounds))], axis=1)
-        low, high = np.percentile(draws, [2.5, 97.5])
+        times = time_in_turns([before, after] + ([best] if best else []), inputs, batch, seconds=seconds)
         middle = np.median(times, axis=0) * 1e3
-        result.append(Latency(batch, *map(float, (middle[0], middle[1], np.median(ratios), low, high))))
+        ratio, low, high = ratio_interval(times[:, 0], times[:, 1], seed)
+        against, lower, _ = ratio_interval(times[:, 2], times[:, 1], seed) if best else (None, None, None)
+        result.append(Latency(batch, float(middle[0]), float(middle[1]), ratio, low, high, against, lower))
     return result
 
 
-def check_agreement(session: Session, inputs: Arrays, limits: Limits) -> str | None:
+def time_in_turns(
+    sessions: Sequence[Session], inputs: Arrays, batch: int, *, seconds: float = 1.5
+) -> npt.NDArray[np.float64]:
+    """(rounds, sessions) CPU seconds of a call, taken in turns; the first run of each is thrown away."""
+    rows = tiled(inputs, batch)
+    for session in sessions:
+        session.warmup(batch)
+    once = max(_thread_seconds(session, rows) for session in sessions)
+    rounds = int(np.clip(seconds / (len(sessions) * max(once, 1e-6)), 7, 400))
+    times = np.empty((rounds, len(sessions)))
+    for number in range(rounds):
+        # the one that goes first changes from round to round, so that none always finds another's cache
+        for turn in range(len(sessions)):
+            index = (turn + number) % len(sessions)
+            times[number, index] = _thread_seconds(sessions[index], rows)
+    return np.maximum(times, 1e-9)  # the clock's grain: an empty run must not divide by zero
+
+
+def ratio_interval(
+    before: npt.NDArray[np.float64], after: npt.NDArray[np.float64], seed: int = 0
+) -> tuple[float, float, float]:
+    """Median of after / before over the rounds, and its 95 % bootstrap interval."""
+    ratios = after / before
+    draws = np.median(ratios[np.random.default_rng(seed).integers(0, len(ratios), (400, len(ratios)))], axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def check_agreement(
+    session: Session,
+    inputs: Mapping[str, npt.NDArray[Any]],
+    limits: Limits,
+    change: Callable[[Arrays, Arrays, npt.NDArray[np.integer]], float] | None = None,
+) -> str | None:
     """Why the outputs of the same rows differ with the batch size, or None. One runtime kept 98.6 % of a model's
-    accuracy at batch 32 and 20 % at batch 256, with the same int8 file."""
+    accuracy at batch 32 and 20 % at batch 256, with the same int8 file.
+
+    change: how much worse the second outputs of these rows are than the first, in the metric's unit. With it, outputs
+    may differ as long as quality does not: dynamic quantisation takes its scale from the whole batch.
+    """
     count = len(next(iter(inputs.values())))
     alone = _together(session, inputs, 1)
     for batch in limits.batches:
         together = _together(session, inputs, batch)
-        expected = {name: value[np.arange(-(-count // batch) * batch) % count] for name, value in alone.items()}
+        rows = np.arange(-(-count // batch) * batch) % count
+        expected = {name: value[rows] for name, value in alone.items()}
         for name, value in together.items():
             if value.shape != expected[name].shape:
                 return (
                     f"output {name!r} has shape {value.shape} for batches of {batch}, expected {expected[name].shape}"
                 )
-        gap = float(np.max([np.abs(expected[name] - value).max() for name, value in together.items()]))
-        if not gap <= limits.agreement:  # NaN must not pass, which is why this is not Python's max
+        gap = float(
+            np.max([np.abs(expected[name] - value.astype(np.float64)).max() for name, value in together.items()])
+        )
+        if gap <= limits.agreement:
+            continue
+        if change is None or not np.isfinite(gap):  # NaN must not pass
             return f"outputs at batch {batch} differ from those at batch 1 by {gap:.2g}, {limits.agreement:g} allowed"
+        worse = change(expected, together, rows)
+        if not worse <= limits.max_loss:
+            return (
+                f"quality depends on the batch size: at batch {batch} it is worse by {worse:.4f} than at batch 1, "
+                f"{limits.max_loss:g} allowed"
+            )
     return None
 
 
@@ -142,7 +205,7 @@ def tiled(inputs: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
     return {name: np.ascontiguousarray(array[rows]) for name, array in inputs.items()}
 
 
-def _together(session: Session, inputs: Arrays, batch: int) -> Arrays:
+def _together(session: Session, inputs: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
     """Outputs of every row, computed in batches of this size; the last batch is filled up with the first rows again."""
     count = len(next(iter(inputs.values())))
     rows = tiled(inputs, -(-count // batch) * batch)

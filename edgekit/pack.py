@@ -1,7 +1,8 @@
 """A bundle as one small file: the smallest thing to send to a device, or to store.
 
-    EDGEPACK | version | manifest (JSON) | weights | golden rows, each stream compressed | SHA-256 of all before
+    EDGEPACK | version | manifest (JSON) | weights | golden rows | graph, if it is one | SHA-256 of all before
 
+Each stream is compressed.
 Codes of encoded weights are Huffman-coded (DEFLATE without matches: neighbouring weights do not repeat), as in Han et
 al. 2016, section 4; the few float arrays are stored byte plane by byte plane, which groups the exponents. Lossless:
 weights, inputs and outputs come back bit for bit. History (records, report) and all golden rows but two stay behind.
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle import FORMAT, Bundle, Manifest, assemble
+from edgekit.bundle import FORMAT, GRAPH, ONNX, Bundle, Manifest, assemble, assemble_graph
 from edgekit.encoding import from_arrays, to_arrays
 from edgekit.errors import EdgekitError
 
@@ -32,7 +33,7 @@ Array = npt.NDArray[np.generic]
 
 def pack(bundle: Bundle) -> bytes:
     """The packed bytes of a bundle."""
-    arrays = to_arrays(bundle.weights(), bundle.encodings())
+    skeleton, arrays = _stored(bundle)
     inputs, outputs = bundle.golden()
     golden = {f"in.{name}": array[:GOLDEN_ROWS] for name, array in inputs.items()}
     golden |= {f"out.{name}": array[:GOLDEN_ROWS] for name, array in outputs.items()}
@@ -46,6 +47,7 @@ def pack(bundle: Bundle) -> bytes:
     streams = [
         zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9),
         *(_pack_arrays(group) for group in (arrays, golden)),
+        *([zlib.compress(skeleton, 9)] if skeleton else []),
     ]
     body = MAGIC + bytes([VERSION]) + b"".join(struct.pack("<I", len(stream)) + stream for stream in streams)
     return body + hashlib.sha256(body).digest()
@@ -77,13 +79,27 @@ def _parse(body: bytes, source: str) -> Bundle:
         at += 4 + size
     header = json.loads(zlib.decompress(streams[0]))
     manifest = Manifest.from_json(json.dumps({"format": FORMAT, **header["manifest"]}).encode(), source)
-    stored = from_arrays(_unpack_arrays(streams[1], header["weights"]), manifest.bits)
-    weights = {name: value if isinstance(value, np.ndarray) else value.decode() for name, value in stored.items()}
-    encodings = {name: value for name, value in stored.items() if not isinstance(value, np.ndarray)}
+    arrays = _unpack_arrays(streams[1], header["weights"])
     golden = _unpack_arrays(streams[2], header["golden"])
     inputs = {spec.name: golden[f"in.{spec.name}"] for spec in manifest.inputs}
     outputs = {spec.name: golden[f"out.{spec.name}"] for spec in manifest.outputs}
+    if manifest.family == ONNX:
+        from edgekit.graph import with_weights
+
+        return assemble_graph(manifest, with_weights(zlib.decompress(streams[3]), arrays), (inputs, outputs))
+    stored = from_arrays(arrays, manifest.bits)
+    weights = {name: value if isinstance(value, np.ndarray) else value.decode() for name, value in stored.items()}
+    encodings = {name: value for name, value in stored.items() if not isinstance(value, np.ndarray)}
     return assemble(manifest, weights, encodings, (inputs, outputs))
+
+
+def _stored(bundle: Bundle) -> tuple[bytes, dict[str, Array]]:
+    """The weights as stored and, for a graph, what is left of it without them."""
+    if not bundle.is_graph:
+        return b"", to_arrays(bundle.weights(), bundle.encodings())
+    from edgekit.graph import without_weights
+
+    return without_weights(bundle.contents[GRAPH])
 
 
 def _shapes(arrays: Mapping[str, Array]) -> dict[str, Any]:

@@ -3,7 +3,10 @@ party can add a pass, an exporter or a session in a package of its own."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError, unknown
@@ -30,6 +33,22 @@ def load(group: str, name: str) -> Any:
             f"{KINDS[group]} {name!r} needs the package {error.name!r}, which is not installed; "
             "run: pip install 'edgekit[all]'"
         ) from None
+
+
+def imported(text: str, what: str) -> Any:
+    """What 'package.module:name' stands for, found as Python finds modules, the current directory included."""
+    module, _, name = text.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise EdgekitError(
+            f"{what} {text!r}: {error}; expected package.module:name, importable from here or installed"
+        ) from None
+    return found
 
 
 def _points(group: str) -> dict[str, EntryPoint]:

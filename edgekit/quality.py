@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import EdgekitError, unknown
+from edgekit.plugins import imported
 
+Array = npt.NDArray[Any]
 Float = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.integer]
 FLOOR = 1e-15  # a probability of exactly 0 costs 34.5, not infinity
@@ -29,11 +32,13 @@ class Measurement:
 
 
 class Metric(Protocol):
-    """Lower is better. `value` takes probabilities (samples, classes) and labels (samples,)."""
+    """Lower is better. `value` takes the model's first output, (samples, ...), and what it is held against: labels, or
+    the original model's outputs where `labelled` is False."""
 
     name: str
+    labelled: bool
 
-    def value(self, probabilities: Float, labels: Labels) -> float: ...
+    def value(self, outputs: Float, expected: Array) -> float: ...
 
 
 class ClassAveragedLogLoss:
@@ -43,8 +48,12 @@ class ClassAveragedLogLoss:
     """
 
     name = "class-averaged log-loss"
+    labelled = True
 
     def value(self, probabilities: Float, labels: Labels) -> float:
+        check(probabilities, labels)
+        if not np.allclose(probabilities.sum(axis=1), 1, atol=0.05):
+            raise EdgekitError("log-loss: the outputs are not probabilities, they do not add up to 1; use error-rate")
         return float(class_means(sample_losses(probabilities, labels), labels).mean())
 
 
@@ -52,17 +61,79 @@ class ErrorRate:
     """Share of samples whose most probable class is wrong."""
 
     name = "error rate"
+    labelled = True
 
-    def value(self, probabilities: Float, labels: Labels) -> float:
-        return float((probabilities.argmax(axis=1) != labels).mean())
+    def value(self, scores: Float, labels: Labels) -> float:
+        check(scores, labels)
+        return float((scores.argmax(axis=1) != labels).mean())
 
 
-METRICS: dict[str, Metric] = {"log-loss": ClassAveragedLogLoss(), "error-rate": ErrorRate()}
+class MeanAbsoluteError:
+    """Mean |output - label|: regression, in the label's unit."""
+
+    name = "mean absolute error"
+    labelled = True
+
+    def value(self, outputs: Float, labels: Array) -> float:
+        if outputs.shape != labels.shape:
+            raise EdgekitError(f"mean-absolute-error: outputs {outputs.shape} for labels {labels.shape}")
+        return float(np.abs(outputs.astype(np.float64) - labels).mean())
+
+
+class Changed:
+    """Share of rows, or of tokens where each row has several, whose highest score is another one than the original
+    model's. Needs no labels. One bit of a code in a thousand changes one token in fifty: count tokens, not bits."""
+
+    name = "share changed"
+    labelled = False
+
+    def value(self, outputs: Float, original: Float) -> float:
+        if outputs.dtype.kind in "iub":  # codes, not scores
+            return float((outputs != original).mean())
+        return float((outputs.argmax(axis=-1) != original.argmax(axis=-1)).mean())
+
+
+class RelativeError:
+    """Euclidean distance from the original model's outputs, relative to their length. Needs no labels."""
+
+    name = "relative error"
+    labelled = False
+
+    def value(self, outputs: Float, original: Float) -> float:
+        exact = original.astype(np.float64)
+        return float(np.linalg.norm(outputs - exact) / max(float(np.linalg.norm(exact)), 1e-30))
+
+
+@dataclass(slots=True)
+class Custom:
+    """A function of the user's: (outputs, labels) -> a number, lower is better."""
+
+    name: str
+    function: Callable[[Float, Array], float]
+    labelled: bool = True
+
+    def value(self, outputs: Float, labels: Array) -> float:
+        try:
+            return float(self.function(outputs, labels))
+        except Exception as error:  # anyone's code: whatever it raises is the user's to see
+            raise EdgekitError(f"metric {self.name}: {type(error).__name__}: {error}") from error
+
+
+METRICS: dict[str, Metric] = {
+    "log-loss": ClassAveragedLogLoss(),
+    "error-rate": ErrorRate(),
+    "mean-absolute-error": MeanAbsoluteError(),
+    "changed": Changed(),
+    "relative-error": RelativeError(),
+}
 
 
 def metric(name: str) -> Metric:
+    """A metric by name, or a function of the user's as 'package.module:function'."""
+    if ":" in name:
+        return Custom(name, imported(name, "metric"))
     if name not in METRICS:
-        raise unknown("metric", name, METRICS)
+        raise unknown("metric", name, [*METRICS, "package.module:function"])
     return METRICS[name]
 
 
@@ -87,27 +158,26 @@ def check(probabilities: Float, labels: Labels) -> None:
         )
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         raise EdgekitError(f"labels span {labels.min()} to {labels.max()}; expected 0 to {probabilities.shape[1] - 1}")
-    if not np.isfinite(probabilities).all():
-        bad = int((~np.isfinite(probabilities)).any(axis=1).sum())
-        raise EdgekitError(f"the model gives NaN or infinite probabilities for {bad} of {len(labels)} samples")
+    check_outputs(probabilities, labels)
 
 
 def measure(
     metric: Metric, probabilities: Float, labels: Labels, *, resamples: int = 400, seed: int = 0
 ) -> Measurement:
     """The metric with a stratified bootstrap interval: each class keeps its count, so that rare ones never vanish."""
-    check(probabilities, labels)
+    check_outputs(probabilities, labels)
+    value = metric.value(probabilities, labels)
     values = [metric.value(probabilities[rows], labels[rows]) for rows in _resamples(labels, resamples, seed)]
     low, high = np.percentile(values, [2.5, 97.5])
-    return Measurement(metric.value(probabilities, labels), float(low), float(high), len(labels))
+    return Measurement(value, float(low), float(high), len(labels))
 
 
 def measure_change(
     metric: Metric, before: Float, after: Float, labels: Labels, *, resamples: int = 400, seed: int = 0
 ) -> Measurement:
     """Metric after minus before, on the same samples: paired, so far narrower than two intervals side by side."""
-    check(before, labels)
-    check(after, labels)
+    check_outputs(before, labels)
+    check_outputs(after, labels)
     values = [
         metric.value(after[rows], labels[rows]) - metric.value(before[rows], labels[rows])
         for rows in _resamples(labels, resamples, seed)
@@ -117,7 +187,19 @@ def measure_change(
     return Measurement(value, float(low), float(high), len(labels))
 
 
-def _resamples(labels: Labels, count: int, seed: int) -> list[npt.NDArray[np.int64]]:
+def check_outputs(outputs: Float, expected: Array) -> None:
+    """Raise unless there is a finite output for every row."""
+    if len(outputs) != len(expected) or len(expected) == 0:
+        raise EdgekitError(f"{len(outputs)} outputs for {len(expected)} labels; expected one for each, n > 0")
+    if outputs.dtype.kind == "f" and not np.isfinite(outputs).all():
+        bad = int((~np.isfinite(outputs)).reshape(len(outputs), -1).any(axis=1).sum())
+        raise EdgekitError(f"the model gives NaN or infinite outputs for {bad} of {len(outputs)} samples")
+
+
+def _resamples(labels: Array, count: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Rows drawn again and again; within each class where there are classes."""
     rng = np.random.default_rng(seed)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return [rng.integers(0, len(labels), len(labels)) for _ in range(count)]
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     return [np.concatenate([rng.choice(group, len(group)) for group in groups]) for _ in range(count)]

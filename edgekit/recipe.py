@@ -7,6 +7,8 @@ keep = { heads = 8, ff_dim = 64 }
 [[pass]]
 name = "cluster"
 bits = 4
+
+A pass may have a `seed`; without one it is the job's seed plus the pass's number.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Step:
 
     name: str
     parameters: Mapping[str, Any]
+    seed: int | None = None  # None: the job's seed plus the pass's number
 
     def build(self) -> Any:
         """The pass. Unknown names, unknown parameters and wrong types are errors that name what is allowed."""
@@ -83,7 +86,10 @@ def parse(values: Mapping[str, Any], source: str) -> list[Step]:
             raise EdgekitError(
                 f"{source}: pass {number} has no name; expected one of: {', '.join(plugins.names('edgekit.passes'))}"
             )
-        step = Step(entry["name"], {key: value for key, value in entry.items() if key != "name"})
+        seed = entry.get("seed")
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+            raise EdgekitError(f"{source}: pass {number}: seed = {seed!r}; expected a whole number from 0")
+        step = Step(entry["name"], {key: v for key, v in entry.items() if key not in ("name", "seed")}, seed)
         try:
             step.build()
         except EdgekitError as error:
@@ -94,7 +100,11 @@ def parse(values: Mapping[str, Any], source: str) -> list[Step]:
 
 def to_tables(steps: Sequence[Step]) -> dict[str, Any]:
     """The tables of a recipe, as `parse` reads them."""
-    return {"pass": [{"name": step.name, **step.parameters} for step in steps]}
+    tables = []
+    for step in steps:
+        seed = {} if step.seed is None else {"seed": step.seed}
+        tables.append({"name": step.name, **seed, **step.parameters})
+    return {"pass": tables}
 
 
 def to_toml(steps: Sequence[Step]) -> str:

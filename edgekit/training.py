@@ -55,6 +55,7 @@ def fit(
     with torch.no_grad():
         classes = model.eval()(*tensors(data.take(np.arange(1)))).shape[-1]
     weights = balanced_class_weights(data.labels, classes)
+    by_label = schedule.distillation < 1  # otherwise the rows need no labels
     model.train()
     averaged = AveragedModel(model, multi_avg_fn=_moving_average(schedule.averaging))
     optimiser = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
@@ -73,14 +74,13 @@ def fit(
             batch = epoch_data.take(rows)
             inputs, labels = tensors(batch), torch.from_numpy(batch.labels)
             logits = model(*inputs)
-            loss = F.cross_entropy(logits, labels, weight=weights)
+            loss = F.cross_entropy(logits, labels, weight=weights) if by_label else torch.zeros(())
             if teacher is not None:
                 with torch.no_grad():
                     wanted = teacher(*inputs).softmax(dim=-1)
                 # balanced by sample: weights on the classes of soft targets would pull towards weight x probability
-                soft = (F.cross_entropy(logits, wanted, reduction="none") * weights[labels]).sum() / weights[
-                    labels
-                ].sum()
+                balance = weights[labels] if by_label else torch.ones(len(labels))
+                soft = (F.cross_entropy(logits, wanted, reduction="none") * balance).sum() / balance.sum()
                 loss = (1 - schedule.distillation) * loss + schedule.distillation * soft
             if not torch.isfinite(loss):
                 raise EdgekitError(
@@ -100,22 +100,33 @@ def fit(
     return result.eval()
 
 
-@torch.no_grad()
 def probabilities(model: nn.Module, data: Dataset, *, batch: int = 256) -> npt.NDArray[np.float32]:
     """(samples, classes) softmax outputs of a model in evaluation mode."""
+    return outputs(model, data, softmax=[True], batch=batch)[0]
+
+
+@torch.no_grad()
+def outputs(
+    model: nn.Module, data: Dataset, *, softmax: Sequence[bool], batch: int = 256
+) -> list[npt.NDArray[np.float32]]:
+    """The first outputs of a model in evaluation mode, (samples, ...) each; softmax: over the last axis, for each."""
     was_training = model.training
     model.eval()
-    rows = [model(*tensors(data.take(part))).softmax(dim=-1) for part in _batches(np.arange(len(data)), batch)]
+    columns: list[list[Tensor]] = [[] for _ in softmax]
+    for part in _batches(np.arange(len(data)), batch):
+        raw = model(*tensors(data.take(part)))
+        for column, value, soft in zip(columns, raw if isinstance(raw, tuple) else (raw,), softmax, strict=False):
+            column.append(value.softmax(dim=-1) if soft else value)
     model.train(was_training)
-    return torch.cat(rows).numpy()
+    return [torch.cat(column).numpy() for column in columns]
 
 
 def balanced_class_weights(labels: npt.NDArray[np.int64], classes: int) -> Tensor:
     """(classes,) weights under which every class counts alike, as the challenge's metric counts them; 0 for a class
     that does not occur."""
-    counts = np.bincount(labels, minlength=classes)
+    counts = np.bincount(labels[labels >= 0], minlength=classes)
     present = counts > 0
-    weights = np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 0.0)
+    weights = np.where(present, len(labels) / (max(present.sum(), 1) * np.maximum(counts, 1)), 0.0)
     return torch.from_numpy(weights.astype(np.float32))
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import WEIGHTS, Bundle
+from edgekit.bundle import GRAPH, WEIGHTS, Bundle
 from edgekit.errors import EdgekitError
 from edgekit.files import write_directory
 
@@ -26,7 +26,7 @@ def model_key(bundle: Bundle) -> str:
         "inputs": [asdict(spec) for spec in manifest.inputs],
         "outputs": [asdict(spec) for spec in manifest.outputs],
         "bits": manifest.bits,
-        "weights": hashlib.sha256(bundle.contents[WEIGHTS]).hexdigest(),
+        "weights": hashlib.sha256(bundle.contents[GRAPH if bundle.is_graph else WEIGHTS]).hexdigest(),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -9,9 +9,11 @@ manifest.json          SHA-256 of every file, opset, operators, tolerances, what
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import logging
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,17 +27,19 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgekit import __version__
-from edgekit.bundle import GOLDEN, Bundle, TensorSpec
+from edgekit.bundle import GOLDEN, GRAPH, Bundle, TensorSpec, multiple
 from edgekit.encoding import Affine, Encoding
 from edgekit.errors import EdgekitError
+from edgekit.graph import load
 from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
 from exporters.network import Network
-from exporters.onnx_graph import shapes, tidy
+from exporters.onnx_graph import shapes, strip, tidy
 from exporters.verify import verify
 
 OPSETS = range(
     16, 21
 )  # what torch's TorchScript exporter writes as asked; its successor silently raises 16 and 17 to 18
+DYNAMO_OPSET = 18  # asked for less, it writes 18 and says nothing
 # Operators that ONNX Runtime, TensorRT 8.6 (the last for Pascal cards), OpenVINO and the common converters all read
 PORTABLE = frozenset(
     (
@@ -58,12 +62,15 @@ class OnnxExporter:
 
     opset: int = 17  # the first with LayerNormalization in one node, the last that TensorRT 8.6 (a Tesla P40's) reads
     weights: Literal["encoded", "float32"] = "encoded"  # encoded: also write the codes that compression passes left
+    exporter: Literal["torchscript", "dynamo"] = "torchscript"  # of torch's; dynamo writes opset 18 at least
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
             raise EdgekitError(f"ONNX opset {self.opset} cannot be written; expected {OPSETS[0]} to {OPSETS[-1]}")
         if self.weights not in ("encoded", "float32"):
             raise EdgekitError(f"ONNX weights = {self.weights!r}; expected 'encoded' or 'float32'")
+        if self.exporter not in ("torchscript", "dynamo"):
+            raise EdgekitError(f"ONNX exporter = {self.exporter!r}; expected 'torchscript' or 'dynamo'")
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
         """Write model, golden data, device check and manifest, once ONNX Runtime gives what the network gives.
@@ -72,9 +79,9 @@ class OnnxExporter:
         """
         directory = Path(directory)
         check_destination(directory, force=force)
-        model = self.float_graph(bundle)
+        model = stored_graph(bundle) if bundle.is_graph else self.float_graph(bundle)
         models = {FLOAT: model}
-        if self.weights == "encoded" and (encodings := bundle.encodings()):
+        if not bundle.is_graph and self.weights == "encoded" and (encodings := bundle.encodings()):
             quantised = self.quantised_graph(model, encodings)
             if quantised.ByteSize() < model.ByteSize():  # a few codes save less than the nodes that decode them take
                 models[QUANTISED] = quantised
@@ -88,7 +95,7 @@ class OnnxExporter:
             "model": bundle.manifest.name,
             "bundle": bundle.digest,
             KEY: model_key(bundle),
-            "opset": self.opset,
+            "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
             "inputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.inputs},
             "outputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.outputs},
             "classes": bundle.manifest.classes,
@@ -116,7 +123,10 @@ class OnnxExporter:
         return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
 
     def graph(self, bundle: Bundle) -> ModelProto:
-        """The bundle as a checked ONNX model; weights as codes where it has them, unless `weights` is 'float32'."""
+        """The bundle as a checked ONNX model; weights as codes where it has them, unless `weights` is 'float32'; the
+        graph itself where the bundle holds one."""
+        if bundle.is_graph:
+            return stored_graph(bundle)
         model = self.float_graph(bundle)
         encodings = bundle.encodings() if self.weights == "encoded" else {}
         return self.quantised_graph(model, encodings) if encodings else model
@@ -124,6 +134,13 @@ class OnnxExporter:
     def float_graph(self, bundle: Bundle) -> ModelProto:
         """The bundle as a checked float32 ONNX model."""
         network = Network(bundle).eval()
+        if self.exporter == "dynamo":
+            model = _trace_dynamo(network, bundle, max(self.opset, DYNAMO_OPSET))
+            strip(model)
+            model.graph.name = bundle.manifest.name
+            helper.set_model_props(model, {KEY: model_key(bundle)})
+            onnx.checker.check_model(model, full_check=True)
+            return model
         model = _trace(network, bundle, self.opset)
         buffers = {name.partition(".")[2]: value.numpy() for name, value in network.named_buffers()}
         tidy(model, "network", buffers)
@@ -173,16 +190,19 @@ class OnnxExporter:
                 )
 
 
+def stored_graph(bundle: Bundle) -> ModelProto:
+    """The graph that the bundle holds, marked as this bundle's."""
+    model = load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name))
+    others = {item.key: item.value for item in model.metadata_props if item.key != KEY}
+    helper.set_model_props(model, {**others, KEY: model_key(bundle)})
+    return model
+
+
 def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     """The graph as torch writes it, nothing folded: folding would lose the parameters' names."""
     manifest = bundle.manifest
     specs = (*manifest.inputs, *manifest.outputs)
-    example = tuple(
-        torch.zeros([TRACED.get(axis, 3) if isinstance(axis, str) else axis for axis in spec.shape]).to(
-            getattr(torch, spec.dtype)
-        )
-        for spec in manifest.inputs
-    )
+    example = _example(manifest.inputs)
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
@@ -208,6 +228,50 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
             f"({OPSETS[0]} to {OPSETS[-1]})"
         ) from error
     return onnx.load_from_string(buffer.getvalue())
+
+
+def _example(specs: tuple[TensorSpec, ...]) -> tuple[torch.Tensor, ...]:
+    """Zeros of the inputs' shapes."""
+    return tuple(
+        torch.zeros([TRACED.get(a, 3 * multiple(a)) if isinstance(a, str) else a for a in spec.shape]).to(
+            getattr(torch, spec.dtype)
+        )
+        for spec in specs
+    )
+
+
+def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
+    """The graph as torch.export and onnxscript's optimiser write it."""
+    manifest = bundle.manifest
+    axes = {a: torch.export.Dim(f"axis_{n}") for n, a in enumerate(_named_axes(manifest.inputs))}
+    shapes = tuple({n: axes[a] for n, a in enumerate(spec.shape) if isinstance(a, str)} for spec in manifest.inputs)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it reports optional packages that are not there
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network,
+                _example(manifest.inputs),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[spec.name for spec in manifest.inputs],
+                output_names=[spec.name for spec in manifest.outputs],
+                dynamic_shapes=(shapes,),  # of *inputs
+                verbose=False,
+            )
+            assert program is not None
+            model: ModelProto = program.model_proto
+            return model
+    except Exception as error:  # the exporter wraps whatever its many stages raise
+        raise EdgekitError(f"torch's dynamo exporter cannot write {manifest.family}: {type(error).__name__}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _named_axes(specs: tuple[TensorSpec, ...]) -> list[str]:
+    return list(dict.fromkeys(axis for spec in specs for axis in spec.shape if isinstance(axis, str)))
 
 
 def _decoder(name: str, encoding: Encoding, weight: Array) -> tuple[list[TensorProto], list[NodeProto]]:

@@ -191,9 +191,12 @@ class Finished:
 
 
 @pytest.fixture
-def edgekit(monkeypatch, capsys):
-    """edgekit("models", "--json"): the command line in this process; its exit status and what it printed."""
+def edgekit(monkeypatch, capsys, tmp_path_factory):
+    """edgekit("models", "--json"): the command line in this process; its exit status and what it printed. What it keeps
+    for later goes to a folder of the test's own."""
     from edgekit.cli import main
+
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
     def run(*arguments) -> Finished:
         monkeypatch.setattr(sys, "argv", ["edgekit", *map(str, arguments)])

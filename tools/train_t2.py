@@ -84,7 +84,9 @@ def train_one(
     rng = np.random.default_rng([seed, 1])
     redshift = data.redshift[train]
     whole = [curves]
-    if len(channels) < len(survey.bands):  # as a survey without the other bands sees them, with forced photometry or not
+    if len(channels) < len(
+        survey.bands
+    ):  # as a survey without the other bands sees them, with forced photometry or not
         own = in_bands(curves, channels)
         whole += [own, own.where(own.detected)]
     copies = [*whole, *(degraded(whole[k % len(whole)], rng) for k in range(VARIANTS))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ def compress(
     and the report says why. A run that was stopped goes on after its last finished pass.
     """
     from edgekit import recipe
+    from edgekit.cache import passes_folder, prune
     from edgekit.compress import Job, plan, run
     from edgekit.data import load, locate
     from edgekit.errors import EdgekitError
@@ -71,7 +71,7 @@ def compress(
         _show_plan(plan(job), as_json)
         return
     assert target is not None
-    work = target.with_name(f".{target.name}.work")
+    work = passes_folder()
     with progress() as bar:
         tasks: dict[str, Any] = {}
 
@@ -86,7 +86,7 @@ def compress(
             bundle = narrowed(job, bundle, max_size, work, notify=note, progress=show)
     bundle = with_report(bundle, source)
     bundle = _write(bundle, target, force)
-    shutil.rmtree(work, ignore_errors=True)
+    prune(work)
     _show_result(bundle, source, target, as_json)
 
 

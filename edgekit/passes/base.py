@@ -1,7 +1,9 @@
 """What a compression pass is: it says what it will change, then changes it. The guard, not the pass, decides whether
 the result stays.
 
-A pass is one file with one frozen dataclass of parameters. To add one, see CONTRIBUTING.md.
+A pass is one file with one frozen dataclass of parameters. It works on the network, which can be trained, or on the
+ONNX graph, which any framework gives; the first pass on the graph lowers the network to one. To add one, see
+CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -9,17 +11,20 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from edgekit.data import Dataset
+from edgekit.data import Dataset, is_labelled
 from edgekit.encoding import Encoding, Float
 from edgekit.errors import EdgekitError
 from edgekit.families import build
 from edgekit.training import Schedule, fit
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,25 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphCandidate:
+    """A model that has left its network: an ONNX graph, float32 or what earlier passes made of it."""
+
+    model: ModelProto
+
+    def copy_model(self) -> ModelProto:
+        """A graph of its own for a pass to change."""
+        copied = type(self.model)()
+        copied.CopyFrom(self.model)
+        return copied
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
-    """What passes may use: training data, the model that compression started from, and a way to show progress."""
+    """What passes may use: training data (for calibration too), the network that compression started from, and a way to
+    show progress. A model that came as a graph has no network."""
 
     train: Dataset
-    teacher: nn.Module
+    teacher: nn.Module | None
     seed: int
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
@@ -69,11 +88,30 @@ class Pass(Protocol):
     def apply(self, candidate: Candidate, context: Context) -> Candidate: ...
 
 
+class GraphPass(Protocol):
+    """The same on a graph; its class says so by `level = GRAPH_LEVEL`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    level: ClassVar[str]
+
+    def plan(self, candidate: GraphCandidate) -> list[Change]: ...
+
+    def apply(self, candidate: GraphCandidate, context: Context) -> GraphCandidate: ...
+
+
+GRAPH_LEVEL = "graph"
+
+
 def recover(model: nn.Module, context: Context, epochs: int, learning_rate: float, what: str) -> nn.Module:
     """Fine-tune what a pass left trainable, half on the labels and half on the original model's probabilities."""
     if epochs == 0:
         return model.eval()
-    schedule = Schedule(epochs=epochs, learning_rate=learning_rate, distillation=0.5)
+    if context.teacher is None:
+        raise EdgekitError(f"{what}: there is no network to train; set epochs = 0")
+    # unlabelled rows are learnt from the original model alone
+    distillation = 0.5 if is_labelled(context.train) else 1.0
+    schedule = Schedule(epochs=epochs, learning_rate=learning_rate, distillation=distillation)
     return fit(
         model,
         context.train,

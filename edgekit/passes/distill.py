@@ -43,6 +43,8 @@ class Distill:
         arguments = {**candidate.arguments, **self.student}
         torch.manual_seed(context.seed)
         student = build(candidate.family, arguments)
+        if context.teacher is None:
+            raise EdgekitError("distill: the model came as a graph, which is no network to learn from")
         row = tensors(context.train.take(np.arange(1)))
         try:
             fits = student(*row).shape == context.teacher(*row).shape

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, unknown
 from edgekit.files import write_file
 from edgekit.session import check_inputs
 from exporters.base import KEY, model_key
@@ -34,6 +34,9 @@ SMALL = 8  # below this many rows, or fewer than cores, a batch goes to ONNX Run
 TRIAL_SECONDS = 0.02  # of work in a trial: longer than the clock's and the scheduler's grain
 ROUNDS = (5, 25)  # the median of these counts; more where a trial is a single short call
 MARGIN = 0.1  # what a plan must gain to take more memory, or a second core for a small batch
+OPTIMISATIONS = {
+    "all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC", "off": "ORT_DISABLE_ALL"
+}  # fmt: skip
 _measured: dict[str, Plan] = {}  # in this process, by model, runtime version and machine
 
 
@@ -60,6 +63,7 @@ class OnnxRuntimeSession:
 
     source: an exported model.onnx of this very bundle; by default one is made in memory, which needs torch.
     threads, chunk: what is otherwise measured. plan_file: JSON that keeps measured plans from process to process.
+    exporter: of torch's two, which makes that model; optimisation: how far ONNX Runtime rewrites the graph.
     """
 
     def __init__(
@@ -71,7 +75,11 @@ class OnnxRuntimeSession:
         chunk: int | None = None,
         source: str | Path | None = None,
         plan_file: str | Path | None = None,
+        exporter: Literal["torchscript", "dynamo"] = "torchscript",
+        optimisation: str = "all",
     ) -> None:
+        if optimisation not in OPTIMISATIONS:
+            raise unknown("graph optimisation", optimisation, OPTIMISATIONS)
         for name, value in (("threads", threads), ("chunk", chunk)):
             if value is not None and value < 1:
                 raise EdgekitError(
@@ -87,7 +95,8 @@ class OnnxRuntimeSession:
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self.provider = provider
         self._names = [spec.name for spec in self.outputs]
-        self._key, self._graph = model_key(bundle), _graph(bundle, source)
+        self._key, self._graph = model_key(bundle), _graph(bundle, source, exporter)
+        self._optimisation = optimisation
         self._cores = threads or len(os.sched_getaffinity(0))
         self._chunk = chunk
         self._small = 0 if chunk else max(SMALL, self._cores)  # a given chunk is for batches of every size
@@ -154,6 +163,9 @@ class OnnxRuntimeSession:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             options.log_severity_level = 3
+            options.graph_optimization_level = getattr(
+                onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[self._optimisation]
+            )
             if self.provider != CPU:  # otherwise it would quietly run what the device cannot on the CPU
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             try:
@@ -211,7 +223,7 @@ class OnnxRuntimeSession:
         if len(candidates) == 1:
             return candidates[0]
         cpu = f"{_cpu()}, {self._cores} of {len(os.sched_getaffinity(0))} cores"
-        key = f"{self._key}, onnxruntime {onnxruntime.__version__}, {cpu}, {size} batch"
+        key = f"{self._key}, onnxruntime {onnxruntime.__version__}, {cpu}, {self._optimisation}, {size} batch"
         if key not in _measured:
             known = _read_plans(self._plan_file)
             if key in known:
@@ -251,12 +263,12 @@ class OnnxRuntimeSession:
         return replace(chosen, rows_per_second=rows / max(middle[chosen], 1e-6), origin="measured")
 
 
-def _graph(bundle: Bundle, source: str | Path | None) -> bytes:
+def _graph(bundle: Bundle, source: str | Path | None, exporter: Literal["torchscript", "dynamo"]) -> bytes:
     """The ONNX file given, else the bundle exported now."""
     if source is None:
         from exporters.onnx_export import OnnxExporter  # needs torch; a device with a source does not
 
-        content: bytes = OnnxExporter(weights="float32").graph(bundle).SerializeToString()
+        content: bytes = OnnxExporter(weights="float32", exporter=exporter).graph(bundle).SerializeToString()
         return content
     if not Path(source).is_file():
         raise EdgekitError(f"{source}: no such ONNX file; write one with: edgekit export BUNDLE --to onnx -o DIRECTORY")

@@ -48,7 +48,6 @@ def test_compress_writes_a_bundle_and_a_table(job, edgekit, tmp_path):
     assert "cluster" in done.out
     assert "kept" in done.out
     assert "bytes packed" in done.out
-    assert not (tmp_path / ".out.edge.work").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
