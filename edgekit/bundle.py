@@ -205,6 +205,9 @@ class Bundle:
         return {name: v if isinstance(v, np.ndarray) else v.decode() for name, v in self.stored().items()}
 
     def encodings(self) -> dict[str, Encoding]:
+        """How compressed parameters are stored, by name; a graph holds its own."""
+        if self.is_graph:
+            return {}
         return {name: value for name, value in self.stored().items() if not isinstance(value, np.ndarray)}
 
     def model(self) -> nn.Module:
@@ -250,6 +253,11 @@ def assemble_graph(manifest: Manifest, graph: bytes, golden: tuple[Arrays, Array
     """A bundle in memory that holds an ONNX graph; its family and arguments are set to say so."""
     contents = {GRAPH: graph, GOLDEN: _golden(golden)}
     return Bundle(replace(manifest, family=ONNX, arguments={}, bits={}, files=_hashes(contents)), contents)
+
+
+def replace_golden(bundle: Bundle, golden: tuple[Arrays, Arrays]) -> Bundle:
+    """The bundle with other golden data."""
+    return with_files(bundle, {GOLDEN: _golden(golden)})
 
 
 def _golden(golden: tuple[Arrays, Arrays]) -> bytes:

@@ -73,6 +73,7 @@ class Job:
     metric: str = "log-loss"
     runtime: str = "onnxruntime"  # the one that latency is measured on
     seed: int = 0
+    replay: bool = False  # measure, but keep every pass that does not fail: what an earlier run has judged
 
     def key(self) -> str:
         """Identity of the work but for the recipe: what a pass leaves depends on this and on the passes before it."""
@@ -82,6 +83,7 @@ class Job:
             for array in part.inputs.values():
                 data.update(array.tobytes())
         settings = [self.source.digest, data.hexdigest(), asdict(self.limits), self.metric, self.runtime, self.seed]
+        settings += [self.replay]
         surroundings = [versions(), machine.describe()]
         return hashlib.sha256(json.dumps([*settings, *surroundings]).encode()).hexdigest()
 
@@ -154,8 +156,12 @@ def run(
         seed = job.seed + number if step.seed is None else step.seed
         context = Context(job.train, teacher, seed, progress)
         record: dict[str, Any] = {
-            "pass": step.name, "parameters": dict(step.parameters), "seed": seed, "before": asdict(before)
-        }  # fmt: skip
+            "pass": step.name,
+            "parameters": dict(step.parameters),
+            "seed": seed,
+            "parent": job.source.digest,
+            "before": asdict(before),
+        }
         session = _session(job, bundle, forms)  # a runtime that is not there is no pass's fault
         built = step.build()
         try:
@@ -170,6 +176,8 @@ def run(
             latency = compare_latency(session, fresh_session, inputs, job.limits.batches, best=best)
             disagreement = _disagreement(job, fresh_bundle, forms, measured, expected)
             verdict = Verdict(False, disagreement) if disagreement else judge(before, after, loss, latency, job.limits)
+            if job.replay:
+                verdict = Verdict(True, f"replayed; measured here: {verdict.reason}")
             record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
         except EdgekitError as error:
             verdict = Verdict(False, str(error))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle import Arrays, Manifest, arrays_from_bytes, arrays_to_bytes
+from edgekit.bundle import Arrays, Manifest, arrays_to_bytes
+from edgekit.datasources import EXPECTED, read
 from edgekit.errors import EdgekitError
 from edgekit.files import write_file
 from edgekit.session import check_inputs
@@ -47,13 +48,13 @@ def folder() -> Path:
     return Path(os.environ.get("EDGEKIT_DATA") or Path(home) / "edgekit")
 
 
-def locate(manifest: Manifest, given: str | None) -> Path:
-    """The data file to use: the one given, else the prepared one that the bundle names."""
+def locate(manifest: Manifest, given: str | None) -> str | Path:
+    """The data to use: what was given, else the prepared file that the bundle names."""
     if given is not None:
-        return Path(given)
+        return given
     if manifest.data is None:
         raise EdgekitError(
-            f"{manifest.name} names no data set of its own; pass --data FILE.npz (inputs, labels, split)"
+            f"{manifest.name} names no data set of its own; pass --data with the inputs, labels and split: {EXPECTED}"
         )
     path = folder() / f"{manifest.data}.npz"
     if not path.is_file():
@@ -64,11 +65,12 @@ def locate(manifest: Manifest, given: str | None) -> Path:
     return path
 
 
-def load(path: Path, manifest: Manifest) -> tuple[Dataset, Dataset]:
-    """Training and test part of a data file, checked against what the model takes."""
-    if not path.is_file():
-        raise EdgekitError(f"{path}: no such data file; expected an .npz with the model's inputs, labels and split")
-    arrays = arrays_from_bytes(path.read_bytes(), str(path))
+def load(path: str | Path, manifest: Manifest, *, labelled: bool = True) -> tuple[Dataset, Dataset]:
+    """Training and test part of a data source, checked against what the model takes. Labels may be missing if nobody
+    needs them (`labelled` is False)."""
+    arrays = read(path, manifest)
+    if "labels" not in arrays and not labelled and arrays:
+        arrays["labels"] = np.full(len(next(iter(arrays.values()))), UNKNOWN)
     wanted = {spec.name for spec in manifest.inputs}
     missing = (wanted | {"labels", "split"}) - set(arrays)
     if missing:
@@ -85,16 +87,19 @@ def load(path: Path, manifest: Manifest) -> tuple[Dataset, Dataset]:
     inputs = {spec.name: arrays[spec.name] for spec in manifest.inputs}  # in the order in which the network takes them
     check_inputs(manifest.inputs, inputs)
     for name in ("labels", "split"):
-        if (got := arrays[name]).ndim != 1 or got.dtype.kind not in "iu":
+        numbers = name == "labels" and not manifest.classes and arrays[name].dtype.kind == "f"  # regression
+        if not numbers and ((got := arrays[name]).ndim != 1 or got.dtype.kind not in "iu"):
             raise EdgekitError(
                 f"{path}: {name} has shape {got.shape} and dtype {got.dtype}; expected whole numbers, (samples,)"
             )
-    labels, split = arrays["labels"].astype(np.int64), arrays["split"]
+    labels, split = arrays["labels"], arrays["split"]
+    labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)
     if not len(labels) == len(split) == len(next(iter(inputs.values()))):
         raise EdgekitError(f"{path}: {len(labels)} labels and {len(split)} split values for other numbers of inputs")
     if strange := set(np.unique(split)) - {TRAIN, TEST}:
         raise EdgekitError(f"{path}: split holds {min(strange)}; expected {TRAIN} (training) or {TEST} (test)")
-    if len(labels) and manifest.classes and not (labels.min() >= 0 and labels.max() < len(manifest.classes)):
+    given = len(labels) and manifest.classes and (labelled or (labels != UNKNOWN).any())
+    if given and not (labels.min() >= 0 and labels.max() < len(manifest.classes)):
         raise EdgekitError(
             f"{path}: labels span {labels.min()} to {labels.max()}; expected 0 to {len(manifest.classes) - 1}"
         )

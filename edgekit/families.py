@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # each module has build(**arguments) -> nn.Module, and prunable_groups(model) if units can be removed from it
-FAMILIES = {"t2": "edgekit.nn.t2"}
+FAMILIES = {"t2": "edgekit.nn.t2", "module": "edgekit.nn.module"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from typing import Any
 import tomli_w
 
 from edgekit import plugins
+from edgekit.bundle import MANIFEST, Bundle, open_bundle
 from edgekit.errors import EdgekitError, unknown
 
 TOML_NAMES = {
@@ -61,8 +62,10 @@ class Step:
 
 
 def read(path: str | Path) -> list[Step]:
-    """Read and check a recipe file."""
+    """Read and check a recipe file, or take the recipe of a bundle: the passes it kept, with the seeds they had."""
     path = Path(path)
+    if (path / MANIFEST).is_file():
+        return of_bundle(open_bundle(path))
     if not path.is_file():
         raise EdgekitError(f"{path}: no such recipe; write one (see `edgekit compress --help`) or leave --recipe out")
     try:
@@ -96,6 +99,17 @@ def parse(values: Mapping[str, Any], source: str) -> list[Step]:
             raise EdgekitError(f"{source}: {error}") from None
         steps.append(step)
     return steps
+
+
+def of_bundle(bundle: Bundle) -> list[Step]:
+    """The passes that made a bundle from its parent, so that running them again gives the same bytes."""
+    records = [record for record in bundle.manifest.records if record.get("parent") == bundle.manifest.parent]
+    kept = [Step(record["pass"], record["parameters"], record.get("seed")) for record in records if record["kept"]]
+    if not kept:
+        raise EdgekitError(f"{bundle.path}: no pass has changed it, so there is no recipe to take from it")
+    for step in kept:
+        step.build()
+    return kept
 
 
 def to_tables(steps: Sequence[Step]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from edgekit.bundle import MANIFEST, Bundle, open_bundle
 from edgekit.errors import EdgekitError, unknown
 
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".joblib")
+
 
 @cache
 def folders() -> dict[str, Path]:
@@ -32,7 +34,12 @@ def resolve(text: str) -> Bundle:
     """The bundle that a command line names: a directory, a packed file, or the name of a model of the zoo."""
     if text in folders() and not Path(text).exists():
         return open_bundle(folders()[text])
-    if Path(text).exists() or "/" in text or text.endswith((".edge", ".edgepack")):
+    path = Path(text)
+    if path.suffix in (".onnx", ".pt2", *PICKLES) and not path.is_dir():
+        from edgekit.importers import from_file
+
+        return from_file(path)
+    if path.exists() or "/" in text or text.endswith((".edge", ".edgepack")):
         return open_bundle(text)
     if not folders():
         raise EdgekitError(f"{text!r} is not a path, and no models are installed with this edgekit; reinstall it")

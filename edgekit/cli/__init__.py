@@ -17,11 +17,13 @@ COMMANDS = {
     "models": ("edgekit.cli.models:models", "List the models that come with edgekit."),
     "inspect": ("edgekit.cli.inspect:inspect", "Show what a bundle holds and how it was made."),
     "compress": ("edgekit.cli.compress:compress", "Make a model smaller and faster; keep only what measures better."),
+    "bench": ("edgekit.cli.bench:bench", "Time models beside each other, in turns in one run."),
     "pack": ("edgekit.cli.pack:pack", "Write a bundle as one entropy-coded file."),
     "export": ("edgekit.cli.export:export", "Write a model for a runtime or device, and prove that it still works."),
     "run": ("edgekit.cli.run:run", "Run a bundle on named arrays."),
     "alerts": ("edgekit.cli.alerts:alerts", "Classify or simulate astronomical alerts."),
     "data": ("edgekit.cli.data:data", "Prepare a data set that models are measured on."),
+    "import": ("edgekit.cli.import_:import_", "Make a bundle from an ONNX file, a torch program or a Python function."),
     "import-t2": ("edgekit.cli.import_t2:import_t2", "Make a bundle from published t2 weights."),
 }
 
@@ -51,11 +53,14 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edgekit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def edgekit(debug: bool) -> None:
+@click.option("--trust", multiple=True, help="package.module:function that a bundle may run to build its network.")
+def edgekit(debug: bool, trust: tuple[str, ...]) -> None:
     """Compress, export, verify and run trained networks on hardware people already own.
 
     Start with: edgekit models
     """
+    if trust:
+        os.environ["EDGEKIT_TRUST"] = ",".join([*trust, *filter(None, [os.environ.get("EDGEKIT_TRUST")])])
 
 
 def main() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgekit.cli.console import note, output, print_json, print_table, progress
+from edgekit.cli.console import batch_sizes, note, output, print_json, print_table, progress
 
 EXAMPLE = """\b
 Examples:
@@ -28,22 +30,31 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 )
 @click.option("--max-size", type=int, help="Bytes that the packed file may take; codes get narrower until it fits.")
 @click.option("--data", "data_file", help=".npz with the model's inputs, labels and split (default: its own data set).")
-@click.option("--metric", default="log-loss", show_default=True, help="log-loss or error-rate.")
+@click.option(
+    "--metric",
+    help="log-loss, error-rate, mean-absolute-error; changed or relative-error, which need no labels; or a function "
+    "package.module:name.  [default: log-loss for probabilities, else relative-error]",
+)
+@click.option("--objective", default="any", show_default=True, help="What a pass must gain: size, latency, or any.")
+@click.option("--batch", "batches", default="1,16,256", show_default=True, help="Batch sizes that count.")
 @click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime that latency is measured on.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--replay", "original", help="A bundle: run the passes it kept again, and compare the bytes.")
 @click.option("--dry-run", is_flag=True, help="Print what each pass would do, and do nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compress(
     model: str, target: Path | None, recipe_file: Path | None, max_loss: float, max_size: int | None,
-    data_file: str | None, metric: str, runtime: str, seed: int, dry_run: bool, force: bool, as_json: bool,
+    data_file: str | None, metric: str | None, objective: str, batches: str, runtime: str, seed: int,
+    original: str | None, dry_run: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make MODEL (a bundle or a model's name) smaller and faster, and keep only what measures better.
 
     Every pass is measured for quality, size and latency, before and after in one run; a pass that loses is rolled back
     and the report says why. A run that was stopped goes on after its last finished pass.
     """
-    from edgekit import recipe
+    from edgekit import quality, recipe
+    from edgekit.bundle import GOLDEN, GRAPH, WEIGHTS
     from edgekit.cache import passes_folder, prune
     from edgekit.compress import Job, plan, run
     from edgekit.data import load, locate
@@ -60,18 +71,32 @@ def compress(
     if target and target.exists() and not force and not dry_run:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
     source = resolve(model)
-    if recipe_file is None:
+    before = resolve(original) if original else None
+    if before is not None and before.manifest.parent != source.digest:
+        raise EdgekitError(
+            f"{original} was made from {(before.manifest.parent or 'no bundle')[:12]}, {model} is "
+            f"{source.digest[:12]}; replay it on the bundle that it was made from (edgekit inspect --lineage)"
+        )
+    if before is not None:
+        steps = recipe.of_bundle(before)
+        seed = before.manifest.seed or 0
+    elif recipe_file is None:
         recipe_file = folders().get(source.manifest.name, Path()) / "recipe.toml"
         if not recipe_file.is_file():
             raise EdgekitError(f"{source.manifest.name} comes with no recipe of its own; pass --recipe FILE")
-    steps = recipe.read(recipe_file)
-    train, test = load(locate(source.manifest, data_file), source.manifest)
-    job = Job(source, steps, train, test, Limits(max_loss=max_loss), metric, runtime, seed)
+    if before is None:
+        assert recipe_file is not None
+        steps = recipe.read(recipe_file)
+    metric = metric or default_metric(source.manifest)
+    train, test = load(locate(source.manifest, data_file), source.manifest, labelled=quality.metric(metric).labelled)
+    limits = Limits(max_loss=max_loss, batches=batch_sizes(batches), objective=objective)  # type: ignore[arg-type]
+    job = Job(source, steps, train, test, limits, metric, runtime, seed, replay=before is not None)
     if dry_run:
         _show_plan(plan(job), as_json)
         return
     assert target is not None
-    work = passes_folder()
+    target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is an error before the work
+    work = passes_folder() if before is None else Path(tempfile.mkdtemp(prefix="edgekit-replay-"))
     with progress() as bar:
         tasks: dict[str, Any] = {}
 
@@ -88,6 +113,20 @@ def compress(
     bundle = _write(bundle, target, force)
     prune(work)
     _show_result(bundle, source, target, as_json)
+    if before is not None:
+        shutil.rmtree(work, ignore_errors=True)
+        same = all(bundle.contents.get(name) == before.contents.get(name) for name in (WEIGHTS, GRAPH, GOLDEN))
+        note(f"replayed: {'identical to' if same else 'NOT the same bytes as'} {original}")
+        if not same:
+            raise EdgekitError(
+                f"the passes of {original} gave other bytes here; versions then: {before.manifest.versions}, now: "
+                f"{bundle.manifest.versions}; see that the data and the number of threads are the same too"
+            )
+
+
+def default_metric(manifest: Any) -> str:
+    """Probabilities are measured by their log-loss; of other outputs nothing is known but what the original gives."""
+    return "log-loss" if manifest.outputs[0].name == "probabilities" else "relative-error"
 
 
 def _write(bundle: Any, target: Path, force: bool) -> Any:

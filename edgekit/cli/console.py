@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,6 +28,17 @@ def progress(*, enabled: bool = True) -> Progress:
 def note(message: str) -> None:
     """A line for the person, not for the pipe."""
     status.print(message, markup=False)
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """'1,16,256' as numbers."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"--batch {text!r}: expected whole numbers such as 1,16,256") from None
+    if min(sizes) < 1:
+        raise click.UsageError(f"--batch {text!r}: expected sizes of at least 1")
+    return sizes
 
 
 def print_json(value: Any) -> None:

@@ -22,13 +22,17 @@ Examples:
 
 @click.command(epilog=EXAMPLE)
 @click.argument("bundle")
+@click.option("--lineage", is_flag=True, help="List what it was made from: each bundle, its passes and their seeds.")
 @click.option("--weights", is_flag=True, help="List every tensor: shape, encoding, zeros, bytes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(bundle: str, weights: bool, as_json: bool) -> None:
+def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
     """Show what BUNDLE (a directory, a packed file or a model's name) holds and how it was made."""
     from edgekit.zoo import resolve
 
     opened = resolve(bundle)
+    if lineage:
+        _show_lineage(ancestry(opened), as_json)
+        return
     found = describe(opened)
     tensors = tensor_rows(opened) if weights else None
     if as_json:
@@ -51,11 +55,11 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything that the manifest says, and the sizes; plain values."""
     from dataclasses import asdict
 
-    from edgekit.bundle import GOLDEN, MANIFEST, WEIGHTS
+    from edgekit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS
     from edgekit.pack import pack
 
     manifest = asdict(bundle.manifest)
-    parameters = sum(value.size for value in bundle.weights().values())
+    parameters = bundle.parameters
     folder = bundle.path if bundle.path and bundle.path.is_dir() else None
     packed = bundle.path.stat().st_size if bundle.path and bundle.path.is_file() else len(pack(bundle))
     exports = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder else []
@@ -65,9 +69,38 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": {"bundle": bundle.size, "packed": packed, "float32_weights": 4 * parameters},
         "exports": exports,
-        "other_files": sorted(set(bundle.contents) - {MANIFEST, WEIGHTS, GOLDEN}),
+        "other_files": sorted(set(bundle.contents) - {MANIFEST, WEIGHTS, GRAPH, GOLDEN}),
         "manifest": manifest,
     }
+
+
+def ancestry(bundle: Bundle) -> list[dict[str, Any]]:
+    """From the first ancestor to the bundle itself: digest, the zoo's name for it where it is one of the zoo's, and the
+    passes that were run on it."""
+    from edgekit.zoo import folders, resolve
+
+    names = {resolve(name).digest: name for name in folders()}
+    steps: list[dict[str, Any]] = []
+    for record in bundle.manifest.records:
+        if not steps or steps[-1]["digest"] != record.get("parent"):
+            steps.append({"digest": record.get("parent"), "name": names.get(str(record.get("parent"))), "passes": []})
+        steps[-1]["passes"].append({key: record.get(key) for key in ("pass", "parameters", "seed", "kept", "reason")})
+    if not steps and bundle.manifest.parent:
+        steps.append({"digest": bundle.manifest.parent, "name": names.get(bundle.manifest.parent), "passes": []})
+    return [*steps, {"digest": bundle.digest, "name": bundle.manifest.name, "passes": []}]
+
+
+def _show_lineage(steps: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json(steps)
+        return
+    for step in steps:
+        output.print(f"{step['digest'][:12] if step['digest'] else 'unknown'}  {step['name'] or ''}".rstrip())
+        for item in step["passes"]:
+            given = _pairs(item["parameters"])
+            seed = "" if item["seed"] is None else f", seed {item['seed']}"
+            verdict = "kept" if item["kept"] else "rolled back"
+            output.print(f"  {verdict:11}  {item['pass']}: {given}{seed}; {item['reason']}")
 
 
 def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
@@ -76,6 +109,8 @@ def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
     from edgekit.encoding import stored_bytes
 
+    if bundle.is_graph:
+        return _graph_rows(bundle)
     encodings = bundle.encodings()
     return [
         {
@@ -87,6 +122,18 @@ def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
         }
         for name, value in sorted(bundle.weights().items())
     ]
+
+
+def _graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
+    from edgekit.bundle import GRAPH
+    from edgekit.graph import learnt, load, to_array
+
+    arrays = [(tensor.name, to_array(tensor)) for tensor in learnt(load(bundle.contents[GRAPH], str(bundle.path)))]
+    return [
+        {"name": name, "shape": list(array.shape), "encoding": str(array.dtype), "zeros": float((array == 0).mean()),
+         "bytes": array.nbytes}
+        for name, array in sorted(arrays, key=lambda item: item[0])
+    ]  # fmt: skip
 
 
 def _encoding(encoding: Encoding | None) -> str:

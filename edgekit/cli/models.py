@@ -23,7 +23,7 @@ def models(as_json: bool) -> None:
             {
                 "name": name,
                 "family": manifest.family,
-                "parameters": sum(value.size for value in bundle.weights().values()),
+                "parameters": bundle.parameters,
                 "inputs": {spec.name: spec.shape_text for spec in manifest.inputs},
                 "classes": len(manifest.classes),
                 "log_loss": loss.get("value"),

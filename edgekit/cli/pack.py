@@ -30,7 +30,7 @@ def pack(bundle: str, target: Path, force: bool, as_json: bool) -> None:
     content = packed(source)
     unpack(content, str(target))  # what is written can be read
     write_file(target, content)
-    weights = sum(value.size for value in source.weights().values())
+    weights = source.parameters
     if as_json:
         print_json({"file": str(target), "bytes": len(content), "parameters": weights, "float32_bytes": 4 * weights})
     else:

@@ -29,7 +29,7 @@ def narrowed(
     codes of a small matrix may take more bytes than they save."""
     steps = list(job.recipe)
     bits = min([encoding.bits for encoding in bundle.encodings().values()], default=9)
-    while len(pack(bundle)) > max_size and bits > LOWEST_BITS:
+    while not bundle.is_graph and len(pack(bundle)) > max_size and bits > LOWEST_BITS:
         bits = min(bits - 1, 8)
         notify(f"{len(pack(bundle)):,} bytes packed, {max_size:,} allowed: clustering to {bits} bits")
         steps = [*steps, Step("cluster", {"bits": bits})]

@@ -94,6 +94,7 @@ def test_a_metric_without_a_value_is_shown_as_a_dash(job, edgekit, monkeypatch):
 
     class Broken:
         name = "broken"
+        labelled = True
 
         def value(self, probabilities, labels):
             return math.nan
@@ -170,7 +171,7 @@ BAD = {
     "tampered weights": (lambda job, _: tamper(job["model"] / WEIGHTS), 1, [WEIGHTS, "SHA-256"]),
     "NaN weights": (nan_weights, 1, ["embed.bias", "NaN"]),
     "no data": (lambda job, _: job.update({"--data": "none.npz"}), 1, ["none.npz", "no such data file"]),
-    "no data named": (lambda job, _: job.update({"--data": None}), 1, ["names no data set", "--data FILE"]),
+    "no data named": (lambda job, _: job.update({"--data": None}), 1, ["names no data set", "--data"]),
     "data is no npz": (lambda job, _: job["--data"].write_text("hello"), 1, ["toy.npz", "not an .npz archive"]),
     "no such metric": (lambda job, _: job.update({"--metric": "f1"}), 1, ["unknown metric 'f1'"]),
     "no such runtime": (lambda job, _: job.update({"--runtime": "tpu"}), 1, ["unknown runtime 'tpu'"]),

@@ -1,0 +1,81 @@
+"""edgekit import"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.cli.console import output, print_json
+
+EXAMPLE = """\b
+Examples:
+  edgekit import model.onnx -o model.edge
+  edgekit import program.pt2 -o program.edge --data samples.npz
+  edgekit import my_models.vit:build --weights vit.safetensors \\
+      --arguments '{"depth": 6}' --input image:float32:batch,3,224,224 -o vit.edge
+An axis is a length, a name for any length, or a multiple such as 9*faces.
+"""
+
+
+@click.command("import", epilog=EXAMPLE)
+@click.argument("source")
+@click.option("-o", "--output", "target", type=Path, required=True, help="Bundle to write, such as model.edge.")
+@click.option("--weights", type=Path, help="safetensors for a Python function's network.")
+@click.option("--arguments", default="{}", help="JSON: keyword arguments of that function.")
+@click.option("--input", "inputs", multiple=True, help="NAME:DTYPE:AXES of an input of that network; repeat for more.")
+@click.option("--outputs", default="", help="Names of its outputs; one named probabilities is softmaxed.")
+@click.option("--classes", default="", help="Names of the classes, separated by commas.")
+@click.option("--preprocessing", default="", help='JSON, such as {"id": "image/1", "mean": [0.5], "std": [0.5]}.')
+@click.option("--data", "data_file", type=Path, help=".npz whose first rows become the golden inputs.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def import_(
+    source: str, target: Path, weights: Path | None, arguments: str, inputs: tuple[str, ...], outputs: str,
+    classes: str, preprocessing: str, data_file: Path | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Make a bundle from SOURCE: an .onnx or .pt2 file, or a Python function package.module:function that builds a
+    torch network. Naming the function allows it to be run."""
+    from dataclasses import replace
+
+    from edgekit.bundle import arrays_from_bytes, default_name, write_bundle
+    from edgekit.compress import versions
+    from edgekit.errors import EdgekitError
+    from edgekit.importers import from_factory, from_file, parse_spec
+
+    if target.exists() and not force:
+        raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
+    golden = arrays_from_bytes(data_file.read_bytes(), str(data_file)) if data_file else None
+    if ":" in source and not Path(source).exists():
+        bundle = from_factory(
+            source, arguments=_json(arguments, "--arguments"), weights=weights, inputs=[parse_spec(t) for t in inputs],
+            outputs=[name for name in outputs.split(",") if name], golden=golden,
+        )  # fmt: skip
+    else:
+        bundle = from_file(Path(source), golden=golden)
+    manifest = replace(
+        bundle.manifest,
+        name=default_name(target),
+        classes=tuple(name.strip() for name in classes.split(",") if name.strip()),
+        preprocessing=_json(preprocessing, "--preprocessing") if preprocessing else None,
+        versions=versions(),
+    )
+    written = write_bundle(replace(bundle, manifest=manifest), target, force=force)
+    if as_json:
+        print_json({"bundle": str(target), "digest": written.digest, "parameters": written.parameters})
+        return
+    described = ", ".join(f"{spec.name} {spec.shape_text}" for spec in (*manifest.inputs, *manifest.outputs))
+    output.print(f"{target}: {manifest.family}, {written.parameters:,} parameters; {described}")
+
+
+def _json(text: str, option: str) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise click.UsageError(f"{option} {text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise click.UsageError(f"{option} {text!r}: expected a JSON object")
+    return value

@@ -1,0 +1,197 @@
+"""Models from elsewhere as bundles: an ONNX file, a torch.export program, a Python function with safetensors.
+
+No pickle is ever read: unpickling runs whatever code the file's author put in it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from edgekit.bundle import (
+    ONNX,
+    Arrays,
+    Bundle,
+    Manifest,
+    TensorSpec,
+    assemble,
+    assemble_graph,
+    golden_inputs,
+    replace_golden,
+)
+from edgekit.errors import EdgekitError, missing_extra
+from edgekit.session import check_inputs, open_session
+from edgekit.zoo import PICKLES
+
+GOLDEN_ROWS = 8
+SPEC_HELP = "NAME:DTYPE:AXES, such as image:float32:batch,3,224,224"
+
+
+def from_file(path: Path, *, golden: Arrays | None = None) -> Bundle:
+    """A bundle from an .onnx or .pt2 file."""
+    if not path.is_file():
+        raise EdgekitError(f"{path}: no such file; expected a model as .onnx or .pt2")
+    if path.suffix == ".onnx":
+        return from_onnx(path.read_bytes(), path.stem, str(path), golden=golden)
+    if path.suffix == ".pt2":
+        return from_program(path, golden=golden)
+    raise unsafe(path)
+
+
+def unsafe(path: Path) -> EdgekitError:
+    """Why a model file of this kind is not read."""
+    if path.suffix in PICKLES:
+        return EdgekitError(
+            f"{path}: a {path.suffix} file is a pickle, which runs its author's code when it is read; save the weights "
+            "as safetensors (safetensors.torch.save_model) or the model as .onnx or .pt2 (torch.export.save)"
+        )
+    return EdgekitError(
+        f"{path}: not a model that edgekit reads; expected .onnx, .pt2, a bundle or package.module:function"
+    )
+
+
+def from_onnx(content: bytes, name: str, source: str, *, golden: Arrays | None = None) -> Bundle:
+    """A bundle around an ONNX graph; its golden outputs are what onnxruntime makes of the golden inputs."""
+    from edgekit.graph import load, normalised, serialised, specs
+
+    model = load(content, source)
+    inputs, outputs = specs(model, source)
+    given = _golden_rows(inputs, golden)
+    manifest = Manifest(name=name, family=ONNX, arguments={}, inputs=inputs, outputs=outputs)
+    empty = {spec.name: np.zeros(0, np.float32) for spec in outputs}
+    bundle = assemble_graph(manifest, serialised(normalised(model)), (given, empty))
+    try:
+        found = open_session(bundle, "onnxruntime", threads=1).run(given)
+    except EdgekitError as error:
+        raise EdgekitError(f"{source}: {error}") from None
+    except Exception as error:  # onnxruntime's own, for rows that the graph cannot take
+        raise EdgekitError(
+            f"{source}: does not run on made-up inputs of shapes { ({n: a.shape for n, a in given.items()}) } "
+            f"({str(error).splitlines()[0][:200]}); give real ones: --data FILE.npz"
+        ) from None
+    return replace_golden(bundle, (given, found))
+
+
+def from_program(path: Path, *, golden: Arrays | None = None) -> Bundle:
+    """A bundle from torch.export's archive: its program becomes an ONNX graph."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise missing_extra("torch", "compress", "reading a .pt2 file") from None
+    _refuse_pickles(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.load(path)
+            exported = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
+    except Exception as error:  # both have many stages of their own
+        raise EdgekitError(
+            f"{path}: torch cannot read it and write it as ONNX: {type(error).__name__}: {error}"
+        ) from None
+    assert exported is not None
+    return from_onnx(exported.model_proto.SerializeToString(), path.stem, str(path), golden=golden)
+
+
+def _refuse_pickles(path: Path) -> None:
+    """torch.export.load unpickles what the archive marks as pickled, with nothing between it and the author's code."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for item in archive.namelist():
+                name = item.rpartition("/")[2]
+                if name.endswith("_config.json"):
+                    entries = json.loads(archive.read(item)).get("config", {})
+                    pickled = [key for key, entry in entries.items() if entry.get("use_pickle")]
+                    if pickled:
+                        raise EdgekitError(
+                            f"{path}: {pickled[0]!r} is stored as a pickle, which is never read; {PLAIN}"
+                        )
+                if name.startswith(("custom_obj_", "opaque_")) or name.endswith((".pkl", ".pickle")):
+                    raise EdgekitError(f"{path}: holds {name}, a pickled object, which is never read; {PLAIN}")
+    except (zipfile.BadZipFile, ValueError, AttributeError) as error:
+        raise EdgekitError(f"{path}: not an archive of torch.export.save ({error}); write it again") from None
+
+
+PLAIN = "save a model of plain tensors, or export it to ONNX"
+
+
+def from_factory(
+    factory: str,
+    *,
+    arguments: Mapping[str, Any],
+    weights: Path | None,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[str],
+    golden: Arrays | None = None,
+) -> Bundle:
+    """A bundle from a Python function that builds a network. outputs: their names, in order; one named
+    "probabilities" is the softmax of what the network gives."""
+    from edgekit.data import Dataset
+    from edgekit.families import build
+    from edgekit.nn.module import trust
+    from edgekit.training import outputs as run_network
+
+    if not inputs:
+        raise EdgekitError(f"{factory}: its inputs are not known; pass --input {SPEC_HELP} for each")
+    trust(factory)
+    values = {"factory": factory, "arguments": dict(arguments)}
+    stored = None
+    if weights is not None:
+        if weights.suffix in PICKLES:
+            raise unsafe(weights)
+        try:
+            stored = load_safetensors(weights.read_bytes())
+        except SafetensorError as error:
+            raise EdgekitError(f"{weights}: not a safetensors file ({error})") from None
+    model = build("module", values, stored)
+    given = _golden_rows(tuple(inputs), golden)
+    names = list(outputs) or ["output"]
+    rows = len(next(iter(given.values())))
+    try:
+        found = run_network(
+            model, Dataset(given, np.zeros(rows, np.int64)), softmax=[name == "probabilities" for name in names]
+        )
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        raise EdgekitError(
+            f"{factory}: does not run on inputs of shapes { ({n: a.shape for n, a in given.items()}) }: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    specs = tuple(_output_spec(name, array) for name, array in zip(names, found, strict=True))
+    manifest = Manifest(
+        name=factory.partition(":")[0].rpartition(".")[2], family="module", arguments=values,
+        inputs=tuple(inputs), outputs=specs,
+    )  # fmt: skip
+    state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    return assemble(manifest, state, {}, (given, dict(zip(names, found, strict=True))))
+
+
+def parse_spec(text: str) -> TensorSpec:
+    """'image:float32:batch,3,224,224' as a spec."""
+    parts = text.split(":")
+    if len(parts) != 3 or not parts[2]:
+        raise EdgekitError(f"--input {text!r}: expected {SPEC_HELP}")
+    axes = tuple(int(axis) if axis.isdigit() else axis for axis in parts[2].split(","))
+    try:
+        np.dtype(parts[1])
+    except TypeError:
+        raise EdgekitError(f"--input {text!r}: unknown dtype {parts[1]!r}; expected float32, int64, ...") from None
+    return TensorSpec(parts[0], axes, parts[1])
+
+
+def _golden_rows(specs: Sequence[TensorSpec], given: Arrays | None) -> Arrays:
+    if given is None:
+        return golden_inputs(tuple(specs), GOLDEN_ROWS)
+    rows = {spec.name: given[spec.name][:GOLDEN_ROWS] for spec in specs if spec.name in given}
+    check_inputs(specs, rows)
+    return rows
+
+
+def _output_spec(name: str, array: np.ndarray[Any, Any]) -> TensorSpec:
+    return TensorSpec(name, ("batch", *array.shape[1:]), str(array.dtype))
