@@ -15,10 +15,12 @@ from threading import Timer
 import numpy as np
 import pyarrow as pa
 
+from alert_broker import gaussian_process
+from alert_broker.avro import columns as avro
 from alert_broker.containers import BadPacket
 from alert_broker.features import LightCurveFeatures
-from alert_broker.gaussian_process import Status, is_compiled, warm_up
-from alert_broker.packets import AlertBatch, Packet, batches, find_files, read_packets
+from alert_broker.gaussian_process import Status
+from alert_broker.packets import AlertBatch, Source, batches, find_files, read_blocks
 from alert_broker.results import CLASSIFIED, ERRORS, Account, Table, fill, repeat, result_rows, result_schema, texts
 from alert_broker.surveys.base import Survey, surveys
 from edgekit import __version__
@@ -129,8 +131,8 @@ def classify_files(
 ) -> Account:
     """Classify every alert in these files and folders into one Parquet file; what gives no light curve goes to another.
 
-    bundle: for all surveys; by default each survey's own. stop: asked before every packet; once it is true, what was
-    read is classified and the run ends. Both files appear at the end, complete up to there.
+    bundle: for all surveys; by default each survey's own. stop: asked before every block of packets; once it is true,
+    what was read is classified and the run ends. Both files appear at the end, complete up to there.
     """
     files = find_files(paths)
     errors = errors or output.with_suffix(".errors.parquet")
@@ -142,6 +144,9 @@ def classify_files(
     classifiers: dict[str, Classifier] = {}  # by the bundle's digest; opened when the first alert needs one
     if bundle is not None:
         classifiers[bundle.digest] = Classifier(bundle, runtime)  # now: one that cannot be used shows before the work
+    started = time.perf_counter()
+    _load_kernels(notify)
+    account.seconds["start"] += time.perf_counter() - started
     packets = _counted(files, account, progress, stop)
     with Table(output, schema) as results, Table(errors, ERRORS) as bad_packets:
         for item in _timed(batches(packets, batch), account.seconds):
@@ -156,7 +161,6 @@ def classify_files(
                 rows = result_rows(item, schema, {"status": repeat(reason, len(item.curves))})
             else:
                 started = time.perf_counter()
-                _load_kernels(notify)
                 if model.digest not in classifiers:
                     classifiers[model.digest] = Classifier(model, runtime)
                 account.seconds["start"] += time.perf_counter() - started
@@ -202,28 +206,31 @@ def _check_shapes(bundle: Bundle, features: LightCurveFeatures, source: str) -> 
 
 
 def _load_kernels(notify: Callable[[str], None]) -> None:
-    """Have the Gaussian process compiled; with a note where that takes long, since nothing else seems to happen."""
-    if is_compiled():
+    """Have the decoder and the Gaussian process compiled; with a note where that takes long, since nothing else seems
+    to happen."""
+    missing = [kernel for kernel in (avro, gaussian_process) if not kernel.is_compiled()]
+    if not missing:
         return
     timer = Timer(NOTE_AFTER_SECONDS, notify, ["compiling the light-curve kernels, once on this machine; some seconds"])
     timer.start()
     try:
-        warm_up()
+        for kernel in missing:
+            kernel.warm_up()
     finally:
         timer.cancel()
 
 
 def _counted(
     files: Sequence[Path], account: Account, progress: Progress, stop: Callable[[], bool]
-) -> Iterator[Packet | BadPacket]:
+) -> Iterator[Source | BadPacket]:
     """The packets of these files, counted as they come, until `stop`."""
     ends = np.cumsum([file.stat().st_size for file in files]).tolist()
     start_of = dict(zip(map(str, files), [0, *ends], strict=False))
-    for item in read_packets(files):
+    for item in read_blocks(files):
         if stop():
             account.stopped = True
             return
-        account.packets += item.packets if isinstance(item, BadPacket) else 1
+        account.packets += item.packets if isinstance(item, BadPacket) else item.count
         progress(start_of[item.file] + item.offset, ends[-1], account.packets)
         yield item
     progress(ends[-1], ends[-1], account.packets)

@@ -13,10 +13,11 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from fastavro.schema import parse_schema
 
+from alert_broker.avro.plan import Plan, SchemaError, compile_plan
 from alert_broker.surveys import lsst
 from alert_broker.surveys.base import PacketError, Survey, surveys
 
@@ -44,11 +45,11 @@ class BadPacket:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A writer's schema: its full name, the form fastavro reads with, and the survey that it belongs to, if any."""
+    """A writer's schema: its full name, and where it is a survey's alert, that and the plan for reading it."""
 
     name: str
-    parsed: Any
-    survey: Survey | None
+    survey: Survey | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Block:
     offset: int
     schema: Schema
     count: int
-    data: bytes = field(repr=False)
+    data: bytes | memoryview = field(repr=False)
     compressed: bool = False
 
 
@@ -106,7 +107,7 @@ def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
             at = following + SYNC_BYTES if following >= 0 else len(data)
             continue
         at = end + SYNC_BYTES
-        content = data[start:end]
+        content: bytes | memoryview = memoryview(data)[start:end]  # not copied: most of it is images, never looked at
         if codec == "deflate":
             inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
             try:
@@ -188,42 +189,14 @@ def _container_schema(text: bytes) -> Schema:
     """Parsed once for each distinct schema text: ZTF repeats 23 kB of it in every packet."""
     try:
         parsed = parse_schema(json.loads(text))
-        _least_bytes(parsed, ())
-    except PacketError:
-        raise
+        if not isinstance(parsed, dict) or parsed.get("type") != "record":
+            return Schema("a union" if isinstance(parsed, list) else "not a record")
+        survey = next(_matching(parsed["name"]), None)
+        return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths) if survey else None)
+    except SchemaError as error:
+        raise PacketError(f"its schema cannot be used: {error}") from error
     except Exception as error:  # arbitrary JSON: fastavro raises what it happens to meet
         raise PacketError(f"its schema does not parse ({type(error).__name__}: {error})") from error
-    if isinstance(parsed, dict) and parsed.get("type") == "record":
-        return Schema(parsed["name"], parsed, next(_matching(parsed["name"]), None))
-    return Schema("a union" if isinstance(parsed, list) else "not a record", parsed, None)
-
-
-def _least_bytes(schema: Any, enclosing: tuple[str, ...]) -> int:
-    """The fewest bytes that a value takes; PacketError for a schema on which a decoder could crash or hang.
-
-    A record inside itself lets the data set the depth of recursion, which overflows fastavro's C stack; an array of
-    values without bytes lets one number claim any length.
-    """
-    if isinstance(schema, list):
-        return 1 + min((_least_bytes(branch, enclosing) for branch in schema), default=0)
-    if not isinstance(schema, dict):
-        if schema in enclosing:
-            raise PacketError(f"its schema is recursive: {schema} contains itself")
-        return 0 if schema == "null" else 1
-    kind = schema.get("type")
-    if kind in ("record", "error"):
-        inside = (*enclosing, schema["name"])
-        least = sum(_least_bytes(item["type"], inside) for item in schema["fields"])
-        if least == 0:
-            raise PacketError(f"its schema has a record that takes no bytes: {schema['name']}")
-        return least
-    if kind == "array" and _least_bytes(schema["items"], enclosing) == 0:
-        raise PacketError("its schema has an array of values that take no bytes")
-    if kind == "fixed":
-        return int(schema["size"])
-    if kind == "map":
-        _least_bytes(schema["values"], enclosing)
-    return _least_bytes(kind, enclosing) if isinstance(kind, (dict, list)) or kind == "null" else 1
 
 
 def _matching(schema_name: str) -> Iterator[Survey]:
@@ -235,8 +208,13 @@ def _unwrap_message(data: Buffer, file: str) -> Block | BadPacket:
         return BadPacket(file, 0, f"a Confluent message of {len(data)} bytes; expected 5 of header and a packet")
     _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])
     try:
-        parsed = lsst.schema(identifier)
+        schema = _message_schema(identifier)
     except PacketError as error:
         return BadPacket(file, 0, str(error))
-    schema = Schema(parsed["name"], parsed, surveys()["lsst"])
-    return Block(file, WIRE_HEADER.size, schema, 1, data[WIRE_HEADER.size :])
+    return Block(file, WIRE_HEADER.size, schema, 1, memoryview(data)[WIRE_HEADER.size :])
+
+
+@functools.cache
+def _message_schema(identifier: int) -> Schema:
+    survey, parsed = surveys()["lsst"], lsst.schema(identifier)
+    return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths))

@@ -1,27 +1,26 @@
 """Alert packets from files and folders, and their light curves in batches; what cannot be read becomes a `BadPacket`.
 
-`containers.split` cuts bytes into blocks, `decode` turns a block into packets: the step to replace by a compiled one.
+Packets come in `Block`s of Avro data or in `ParquetRows`. Either becomes Arrow columns of the fields that the survey
+reads, and those become light curves, many packets at a time.
 """
 
 from __future__ import annotations
 
-import io
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import fastavro
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alert_broker.avro.columns import Columns
+from alert_broker.avro.plan import Plan
 from alert_broker.containers import BadPacket, Block, Buffer, split
-from alert_broker.lightcurve import LightCurves
-from alert_broker.surveys.base import LightCurve, PacketError, Survey, join, surveys
+from alert_broker.lightcurve import LightCurves, concatenate
+from alert_broker.surveys.base import Extracted, PacketError, Survey, surveys
 from edgekit.errors import EdgekitError
 
 PARQUET_MAGIC = b"PAR1"
@@ -30,17 +29,20 @@ TRUTH_KEY = b"edgekit.truth"  # in the metadata of a simulator's table of true c
 
 
 @dataclass(frozen=True, slots=True)
-class Packet:
-    """One decoded alert.
-
-    content: all fields of an Avro packet, of a Parquet row only those in the survey's `fields`; offset: the packet's
-    byte in an Avro file (inside a compressed block, the block's), its row in Parquet.
-    """
+class ParquetRows:
+    """Rows of a Parquet file, a packet each, with the fields that the survey reads; offset: the first row's number."""
 
     survey: Survey
-    content: dict[str, Any]
     file: str
     offset: int
+    columns: pa.RecordBatch
+
+    @property
+    def count(self) -> int:
+        return int(self.columns.num_rows)
+
+
+Source = Block | ParquetRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,86 +88,137 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def read_packets(paths: Iterable[str | Path]) -> Iterator[Packet | BadPacket]:
-    """Every packet of these files and folders, decoded, in order; a path that does not exist is an EdgekitError now."""
+def read_blocks(paths: Iterable[str | Path]) -> Iterator[Source | BadPacket]:
+    """All packets of these files and folders, in order; a path that does not exist is an EdgekitError now."""
     return _read_files(find_files(paths))
 
 
-def batches(packets: Iterable[Packet | BadPacket], size: int = 1024) -> Iterator[AlertBatch | BadPacket]:
-    """Light curves of up to `size` alerts of one survey; bad packets pass through as they come. Packets are emptied."""
+def batches(blocks: Iterable[Source | BadPacket], size: int = 1024) -> Iterator[AlertBatch | BadPacket]:
+    """Light curves of up to `size` alerts of one survey; bad packets pass through as they come.
+
+    A packet that cannot be decoded takes the rest of its block along: nothing marks where the next one begins. One that
+    can be, but gives no light curve, comes as a BadPacket before its batch.
+    """
     if size < 1:
         raise EdgekitError(f"batch size is {size}; expected 1 or more")
-    pending: dict[str, list[tuple[Packet, LightCurve]]] = {}
-    for packet in packets:
-        if isinstance(packet, BadPacket):
-            yield packet
+    waiting: dict[str, _Waiting] = {}
+    for block in blocks:
+        if isinstance(block, BadPacket):
+            yield block
             continue
-        try:
-            curve = packet.survey.light_curve(packet.content)
-        except PacketError as error:
-            yield BadPacket(packet.file, packet.offset, str(error))
+        if isinstance(block, ParquetRows):
+            survey = block.survey
+        elif block.schema.survey is not None:
+            survey = block.schema.survey
+        else:
+            yield _unsupported(block)
             continue
-        rows = pending.setdefault(packet.survey.name, [])
-        packet.content.clear()  # its light curve has been taken; a decoded LSST alert is megabytes of Python objects
-        rows.append((packet, curve))
-        if len(rows) == size:
-            yield assemble(pending.pop(packet.survey.name))
-    for rows in pending.values():
-        yield assemble(rows)
+        if survey.name not in waiting:
+            waiting[survey.name] = _Waiting(survey)
+        if bad := waiting[survey.name].add(block):
+            yield bad
+        if len(waiting[survey.name]) >= size:
+            yield from waiting.pop(survey.name).take(size)
+    for queue in waiting.values():
+        yield from queue.take(size)
 
 
-def assemble(alerts: Sequence[tuple[Packet, LightCurve]]) -> AlertBatch:
-    """One batch of alerts that share their survey."""
-    assert alerts
-    survey = alerts[0][0].survey
-    assert all(packet.survey is survey for packet, _ in alerts)
-    curves = [curve for _, curve in alerts]
-    joined = join(curves, survey.bands)
-    columns = [
-        [curve.alert_id for curve in curves],
-        [curve.object_id for curve in curves],
-        [survey.name] * len(alerts),
-        [packet.file for packet, _ in alerts],
-        [packet.offset for packet, _ in alerts],
-        list(_count_by_band(joined, detected=True)),
-        list(_count_by_band(joined, detected=False)),
-        [curve.upper_limits for curve in curves],
-        [curve.dropped for curve in curves],
-    ]
-    arrays = [pa.array(values, column.type) for values, column in zip(columns, ALERT_COLUMNS, strict=True)]
-    return AlertBatch(survey, joined, pa.RecordBatch.from_arrays(arrays, schema=ALERT_COLUMNS))
+class _Waiting:
+    """Packets of one survey that wait for their batch, read into columns: a set for each Avro schema, and Parquet's."""
+
+    def __init__(self, survey: Survey) -> None:
+        self.survey = survey
+        self._files: list[str] = []  # of each packet, in the order in which they came
+        self._offsets: list[int] = []
+        self._columns: dict[Plan, tuple[Columns, list[int]]] = {}  # and the packets' places in that order
+        self._tables: list[tuple[pa.RecordBatch, list[int]]] = []
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(self, block: Source) -> BadPacket | None:
+        """Read a block; what could not be decoded of it."""
+        if isinstance(block, ParquetRows):
+            places = self._place(block.file, range(block.offset, block.offset + block.count))
+            self._tables.append((block.columns, places))
+            return None
+        plan = block.schema.plan
+        assert plan is not None
+        if plan not in self._columns:
+            self._columns[plan] = (Columns(plan), [])
+        columns, places = self._columns[plan]
+        ends, fault = columns.read(block.data, block.count)
+        starts = [0, *ends.tolist()]
+        inside = [0] * len(starts) if block.compressed else starts
+        places += self._place(block.file, [block.offset + start for start in inside[: len(ends)]])
+        if fault is None:
+            return None
+        name, lost = block.schema.name, block.count - len(ends)
+        if not fault.field:
+            reason = f"decodes as {name} with {fault.reason}: it was written with another schema"
+        else:
+            byte = f"{fault.at} of the decompressed block" if block.compressed else block.offset + fault.at
+            reason = f"does not decode as {name}: {fault.reason} (byte {byte}, in {fault.field})"
+        return BadPacket(block.file, block.offset + inside[len(ends)], reason, packets=lost)
+
+    def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
+        """All that waits, as batches of up to `size`."""
+        sources = [(columns.take(), places) for columns, places in self._columns.values()] + self._tables
+        found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
+        for columns, places in sources:
+            try:
+                extracted = self.survey.light_curves(columns)
+                errors = extracted.errors
+            except PacketError as error:
+                errors = dict.fromkeys(range(len(places)), str(error))
+            for alert, reason in sorted(errors.items()):
+                yield BadPacket(self._files[places[alert]], self._offsets[places[alert]], reason)
+            if len(errors) < len(places):
+                good = [alert for alert in range(len(places)) if alert not in errors]
+                kept = [places[alert] for alert in good]
+                found.append((*self._alerts(extracted, good, kept), kept))
+        if not found:
+            return
+        curves = concatenate(part for part, _, _ in found)
+        alerts = pa.Table.from_batches([part for _, part, _ in found])
+        if len(found) > 1:
+            order = np.argsort([place for _, _, kept in found for place in kept])
+            curves, alerts = curves.take(order), alerts.take(order)
+        (rows,) = alerts.combine_chunks().to_batches()
+        for start in range(0, len(curves), size):
+            stop = min(start + size, len(curves))
+            part = curves.take(np.arange(start, stop)) if stop - start < len(curves) else curves
+            yield AlertBatch(self.survey, part, rows.slice(start, stop - start))
+
+    def _place(self, file: str, offsets: Sequence[int]) -> list[int]:
+        """Note where packets come from."""
+        first = len(self._files)
+        self._files += [file] * len(offsets)
+        self._offsets += offsets
+        return list(range(first, len(self._files)))
+
+    def _alerts(self, found: Extracted, good: list[int], places: list[int]) -> tuple[LightCurves, pa.RecordBatch]:
+        """The light curves of some of the alerts, and their rows of `ALERT_COLUMNS`."""
+        curves = found.curves.take(good)
+        columns = [
+            found.alert_id[good],
+            [found.object_id[alert] for alert in good],
+            [self.survey.name] * len(good),
+            [self._files[place] for place in places],
+            [self._offsets[place] for place in places],
+            _count_by_band(curves, detected=True),
+            _count_by_band(curves, detected=False),
+            found.upper_limits[good],
+            found.dropped[good],
+        ]
+        arrays = [pa.array(values, column.type) for values, column in zip(columns, ALERT_COLUMNS, strict=True)]
+        return curves, pa.RecordBatch.from_arrays(arrays, schema=ALERT_COLUMNS)
 
 
-def decode(block: Block) -> Iterator[Packet | BadPacket]:
-    """The packets of a block. One that fails takes the rest of the block along: nothing marks where the next begins."""
-    schema = block.schema
-    if schema.survey is None:
-        known = ", ".join(surveys())
-        reason = f"unsupported survey: the schema is {schema.name!r}; supported: {known}"
-        yield BadPacket(block.file, block.offset, reason, "skipped", block.count)
-        return
-    body = io.BytesIO(block.data)
-    packets: list[Packet] = []
-    failure: BadPacket | None = None
-    for index in range(block.count):
-        offset = block.offset + (0 if block.compressed else body.tell())
-        try:
-            content = fastavro.schemaless_reader(body, schema.parsed, None)
-        except Exception as error:  # arbitrary bytes: whatever the decoder raises is the packet's reason
-            reason = f"does not decode as {schema.name} ({type(error).__name__}: {error})"
-            failure = BadPacket(block.file, offset, reason, packets=block.count - index)
-            break
-        assert isinstance(content, dict), schema  # a survey's schema is a record
-        packets.append(Packet(schema.survey, content, block.file, offset))
-    left = len(block.data) - body.tell()
-    if failure is None and left:
-        # The lengths do not add up, so where packets start is not known either: none of them is to be trusted.
-        reason = f"decodes as {schema.name} with {left} bytes left over: it was written with another schema"
-        yield BadPacket(block.file, block.offset, reason, packets=block.count)
-        return
-    yield from packets
-    if failure is not None:
-        yield failure
+def _unsupported(block: Block) -> BadPacket:
+    known = ", ".join(surveys())
+    reason = f"unsupported survey: the schema is {block.schema.name!r}; supported: {known}"
+    return BadPacket(block.file, block.offset, reason, "skipped", block.count)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -180,7 +233,7 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _read_files(files: Sequence[Path]) -> Iterator[Packet | BadPacket]:
+def _read_files(files: Sequence[Path]) -> Iterator[Source | BadPacket]:
     for path in files:
         try:
             with path.open("rb") as stream:
@@ -192,15 +245,11 @@ def _read_files(files: Sequence[Path]) -> Iterator[Packet | BadPacket]:
             continue
         if data[:4] == PARQUET_MAGIC:
             yield from _read_parquet(path)
-            continue
-        for block in split(data, str(path)):
-            if isinstance(block, BadPacket):
-                yield block
-            else:
-                yield from decode(block)
+        else:
+            yield from split(data, str(path))
 
 
-def _read_parquet(path: Path) -> Iterator[Packet | BadPacket]:
+def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
     row = 0
     rows = 1
     try:
@@ -216,12 +265,11 @@ def _read_parquet(path: Path) -> Iterator[Packet | BadPacket]:
                 reason = f"unsupported table: its columns begin {named}; supported layouts: {known}"
                 yield BadPacket(str(path), 0, reason if rows else "the table has no rows", "skipped", rows)
                 return
-            wanted = {name for top, inner in survey.fields.items() for name in _join(top, inner)}
+            wanted = set(survey.paths)
             chosen = [parquet.schema.column(index).path for index, name in enumerate(columns) if name in wanted]
             for batch in parquet.iter_batches(PARQUET_ROWS, columns=chosen):
-                for content in batch.to_pylist():
-                    yield Packet(survey, content, str(path), row)
-                    row += 1
+                yield ParquetRows(survey, str(path), row, batch)
+                row += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = f"cannot be read as Parquet from row {row} on: {error}"
         yield BadPacket(str(path), row, reason, packets=max(rows - row, 1))
@@ -238,12 +286,9 @@ def _leaves(name: str, kind: pa.DataType) -> Iterator[str]:
         yield name
 
 
-def _join(top: str, inner: Sequence[str]) -> list[str]:
-    return [f"{top}.{name}" for name in inner] or [top]
-
-
-def _count_by_band(curves: LightCurves, *, detected: bool) -> npt.NDArray[np.int64]:
-    """(alerts, bands) number of points of either kind."""
-    chosen = curves.detected == detected
-    cell = curves.object_of_point[chosen] * len(curves.bands) + curves.band[chosen]
-    return np.bincount(cell, minlength=len(curves) * len(curves.bands)).reshape(len(curves), -1)
+def _count_by_band(curves: LightCurves, *, detected: bool) -> pa.Array:
+    """(alerts,) lists of the number of points of either kind in each band."""
+    chosen, bands = curves.detected == detected, len(curves.bands)
+    cell = curves.object_of_point[chosen] * bands + curves.band[chosen]
+    counts = np.bincount(cell, minlength=len(curves) * bands).astype(np.int32)
+    return pa.ListArray.from_arrays(np.arange(len(curves) + 1, dtype=np.int32) * np.int32(bands), counts)

@@ -14,7 +14,7 @@ class Elasticc(Lsst):
     """The released set: LSST's old field names, fluxes in nJy (its r-band noise of 190 is a depth of 24.0)."""
 
     name: ClassVar = "elasticc"
-    band_of_label: ClassVar = {"u": 0, "g": 1, "r": 2, "i": 3, "z": 4, "Y": 5}
+    labels: ClassVar = ("u", "g", "r", "i", "z", "Y")
 
     def recognises_schema(self, name: str) -> bool:
         return False  # seen only as Parquet

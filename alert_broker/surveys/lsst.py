@@ -6,24 +6,15 @@ import functools
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from typing import Any, ClassVar
 
+import numpy as np
 from fastavro.schema import parse_schema
 
 from alert_broker.lightcurve import FLUX_ZERO_POINT
-from alert_broker.surveys.base import (
-    LightCurve,
-    PacketError,
-    Points,
-    Row,
-    Survey,
-    band_indices,
-    curve_of_points,
-    fluxcal,
-    table,
-)
+from alert_broker.surveys.base import PacketError, Packets, Photometry, Points, Rows, Survey, fluxcal
 from edgekit.errors import missing_extra
 
 NANOJANSKY_ZERO_POINT = 31.4  # AB magnitude of 1 nJy
@@ -56,7 +47,7 @@ class Lsst(Survey):
         "prvDiaNondetectionLimits": (NAMES[0][0], NAMES[1][0]),
     }
     zero_point: ClassVar[float] = NANOJANSKY_ZERO_POINT
-    band_of_label: ClassVar[Mapping[str, int]] = {band: index for index, band in enumerate(bands)}
+    labels: ClassVar[tuple[str, ...]] = bands  # of the bands in the packets
 
     def recognises_schema(self, name: str) -> bool:
         return re.fullmatch(r"lsst\.v\d+_\d+\.alert", name) is not None
@@ -64,29 +55,36 @@ class Lsst(Survey):
     def recognises_columns(self, columns: frozenset[str]) -> bool:
         return {"diaSource.midpointMjdTai", "diaSource.band", "diaSource.psfFlux"} <= columns
 
-    def extract(self, packet: Row) -> LightCurve:
-        source = packet["diaSource"]
-        names = NAMES[0] if NAMES[0][0] in source else NAMES[1]
-        parts = [
-            self._points([source, *(packet["prvDiaSources"] or [])], names, detected=True),
-            self._points(packet["prvDiaForcedSources"] or [], names, detected=False),
-        ]
-        limits = packet.get("prvDiaNondetectionLimits") or []
-        return curve_of_points(source["diaSourceId"], self._object_id(source), parts, len(limits))
+    def extract(self, packets: Packets) -> Photometry:
+        source, history = packets.record("diaSource"), packets.lists("prvDiaSources")
+        forced = packets.lists("prvDiaForcedSources")
+        limits = packets.lists("prvDiaNondetectionLimits", optional=True)
+        names = NAMES[0] if NAMES[0][0] in source.columns else NAMES[1]
+        parts = [self._points(source, names, detected=True), self._points(history, names, detected=True)]
+        parts.append(self._points(forced, names, detected=False))
+        identifier = source.columns["diaSourceId"]
+        upper_limits = np.bincount(limits.owner, minlength=len(packets))
+        return Photometry(identifier, self._object_ids(source, packets), parts, upper_limits)
 
-    def _points(self, rows: Sequence[Row], names: tuple[str, str, str, str], *, detected: bool) -> Points:
+    def _points(self, rows: Rows, names: tuple[str, str, str, str], *, detected: bool) -> Points:
         time_name, band_name, flux_name, error_name = names
-        time, flux, error = table(rows, (time_name, flux_name, error_name))
-        band = band_indices([row[band_name] for row in rows], self.band_of_label)
+        time, flux, error = (rows.numbers(name) for name in (time_name, flux_name, error_name))
         scale = fluxcal(self.zero_point - FLUX_ZERO_POINT)
-        return Points(time, band, scale * flux, scale * error, detected)
+        band = rows.positions(band_name, self.labels)
+        return Points(rows.owner, time, band, scale * flux, scale * error, detected)
 
-    def _object_id(self, source: Row) -> str:
-        if source["diaObjectId"]:  # 0 and null both mean that the source belongs to no object
-            return str(source["diaObjectId"])
-        if source.get("ssObjectId"):
-            return f"ss{source['ssObjectId']}"
-        raise PacketError(f"diaSource {source['diaSourceId']} has neither a diaObjectId nor an ssObjectId")
+    def _object_ids(self, source: Rows, packets: Packets) -> list[str]:
+        names = []
+        moving = source.integers("ssObjectId", optional=True)
+        for alert, (fixed, solar) in enumerate(
+            zip(source.integers("diaObjectId").tolist(), moving.tolist(), strict=True)
+        ):
+            # 0 and null both mean that the source belongs to no object
+            names.append(str(fixed) if fixed else f"ss{solar}")
+            if not fixed and not solar:
+                number = source.columns["diaSourceId"][alert]
+                packets.fail(alert, f"diaSource {number} has neither a diaObjectId nor an ssObjectId")
+        return names
 
 
 @functools.cache

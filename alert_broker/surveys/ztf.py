@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from alert_broker.lightcurve import FLUX_ZERO_POINT
-from alert_broker.surveys.base import (
-    LightCurve,
-    PacketError,
-    Points,
-    Row,
-    Survey,
-    band_indices,
-    curve_of_points,
-    fluxcal,
-    table,
-)
+from alert_broker.surveys.base import Packets, Photometry, Points, Rows, Survey, fluxcal
 
 MJD_OF_JD_ZERO = -2_400_000.5
 ERROR_OF_MAGNITUDE = 0.4 * np.log(10.0)  # relative flux error of one magnitude of error, to first order
-SIGN = {"t": 1.0, "1": 1.0, "f": -1.0, "0": -1.0}  # isdiffpos: science minus reference, or the reverse
+# isdiffpos: science minus reference, or the reverse. The last sign is that of a value which is none of these.
+LABELS_OF_SIGN, SIGNS = ("t", "1", "f", "0"), np.array([1.0, 1.0, -1.0, -1.0, np.nan])
+FIDS = (1, 2, 3)  # g, r, i
 FORCED_PHOTOMETRY_OK = "0"  # procstatus; 55, 56 and 61 flag missing or bad pixels, with fluxes of -99999
 DETECTION = ("jd", "fid", "magpsf", "sigmapsf", "isdiffpos")
 FORCED = ("jd", "fid", "forcediffimflux", "forcediffimfluxunc", "magzpsci", "procstatus")
@@ -42,7 +33,6 @@ class Ztf(Survey):
     fields: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "objectId": (), "candid": (), "candidate": DETECTION, "prv_candidates": DETECTION, "fp_hists": FORCED,
     }  # fmt: skip
-    band_of_fid: ClassVar = {1: 0, 2: 1, 3: 2}
 
     def recognises_schema(self, name: str) -> bool:
         return name == "ztf.alert"
@@ -50,30 +40,34 @@ class Ztf(Survey):
     def recognises_columns(self, columns: frozenset[str]) -> bool:
         return {"objectId", "candid", "candidate.magpsf", "prv_candidates.magpsf"} <= columns
 
-    def extract(self, packet: Row) -> LightCurve:
-        if not isinstance(packet["objectId"], str) or not packet["objectId"]:
-            raise PacketError(f"objectId is {packet['objectId']!r}; expected the object's name")
-        history = packet["prv_candidates"] or []
-        found = [row for row in history if row["magpsf"] is not None]
-        detections = self._detections([packet["candidate"], *found])
-        forced = self._forced(packet.get("fp_hists") or [])  # absent before schema 4.01
-        return curve_of_points(packet["candid"], packet["objectId"], [detections, forced], len(history) - len(found))
+    def extract(self, packets: Packets) -> Photometry:
+        names = packets.column("objectId").to_pylist()
+        for alert, name in enumerate(names):
+            if not isinstance(name, str) or not name:
+                packets.fail(alert, f"objectId is {name!r}; expected the object's name")
+        candidates, history = packets.record("candidate"), packets.lists("prv_candidates")
+        found, upper_limits = history, np.zeros(len(packets), np.int64)
+        if len(history.owner):
+            detected = history.columns["magpsf"].is_valid().to_numpy(zero_copy_only=False)
+            found = history.where(detected)
+            upper_limits = np.bincount(history.owner[~detected], minlength=len(packets))
+        forced = packets.lists("fp_hists", optional=True)  # absent before schema 4.01
+        parts = [self._detections(candidates), self._detections(found), self._forced(forced)]
+        return Photometry(packets.column("candid"), names, parts, upper_limits)
 
-    def _detections(self, rows: Sequence[Row]) -> Points:
-        jd, magnitude, magnitude_error = table(rows, ("jd", "magpsf", "sigmapsf"))
-        sign = np.array([SIGN.get(row["isdiffpos"], np.nan) for row in rows])
+    def _detections(self, rows: Rows) -> Points:
+        jd, magnitude, magnitude_error = (rows.numbers(name) for name in ("jd", "magpsf", "sigmapsf"))
+        sign = SIGNS[rows.positions("isdiffpos", LABELS_OF_SIGN)]
         with np.errstate(over="ignore"):
             flux = sign * fluxcal(magnitude - FLUX_ZERO_POINT)
             error = np.abs(flux) * ERROR_OF_MAGNITUDE * magnitude_error
-        return Points(jd + MJD_OF_JD_ZERO, self._bands(rows), flux, error, detected=True)
+        return Points(rows.owner, jd + MJD_OF_JD_ZERO, rows.positions("fid", FIDS), flux, error, detected=True)
 
-    def _forced(self, rows: Sequence[Row]) -> Points:
-        jd, counts, counts_error, zero_point = table(rows, ("jd", "forcediffimflux", "forcediffimfluxunc", "magzpsci"))
-        ok = np.array([row["procstatus"] == FORCED_PHOTOMETRY_OK for row in rows], dtype=np.bool_)
+    def _forced(self, rows: Rows) -> Points:
+        counts, counts_error = rows.numbers("forcediffimflux"), rows.numbers("forcediffimfluxunc")
+        ok = rows.positions("procstatus", (FORCED_PHOTOMETRY_OK,)) == 0
         with np.errstate(over="ignore", invalid="ignore"):
-            scale = fluxcal(zero_point - FLUX_ZERO_POINT)
+            scale = fluxcal(rows.numbers("magzpsci") - FLUX_ZERO_POINT)
             flux, error = np.where(ok, counts * scale, np.nan), counts_error * scale
-        return Points(jd + MJD_OF_JD_ZERO, self._bands(rows), flux, error, detected=False)
-
-    def _bands(self, rows: Sequence[Row]) -> npt.NDArray[np.int8]:
-        return band_indices([row["fid"] for row in rows], self.band_of_fid)
+        time = rows.numbers("jd") + MJD_OF_JD_ZERO
+        return Points(rows.owner, time, rows.positions("fid", FIDS), flux, error, detected=False)

@@ -1,4 +1,5 @@
-"""Small things that several tests need: a t2 with random weights as a bundle, and a PLAsTiCC of 56 objects."""
+"""Small things that several tests need: a t2 with random weights as a bundle, a PLAsTiCC of 56 objects, the light curve
+of a packet that is a dict."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 
 from alert_broker import plasticc
 from alert_broker.features import LightCurveFeatures
-from alert_broker.surveys.base import survey_named
+from alert_broker.surveys.base import LightCurve, PacketError, Survey, survey_named
 from edgekit.bundle import Bundle, Manifest, TensorSpec, assemble
 from edgekit.families import build
 
@@ -20,6 +21,18 @@ def features_of(bands=("g", "r"), **changes) -> LightCurveFeatures:
     wavelengths = tuple(lsst.wavelengths[lsst.bands.index(band)] for band in bands)
     scale = tuple(20.0 + 3 * number for number in range(len(bands)))  # each band its own
     return LightCurveFeatures(tuple(bands), wavelengths, scale, **({"grid_points": 20} | changes))
+
+
+def light_curve(survey: Survey, packet) -> LightCurve:
+    """What the survey reads in one packet; PacketError where it gives no light curve."""
+    found = survey.light_curves(pa.RecordBatch.from_pylist([packet]))
+    if found.errors:
+        raise PacketError(found.errors[0])
+    curves = found.curves
+    return LightCurve(
+        found.alert_id[0], found.object_id[0], curves.time, curves.band, curves.flux, curves.flux_error,
+        curves.detected, found.upper_limits[0], found.dropped[0],
+    )  # fmt: skip
 
 
 def small_bundle(bands=("g", "r"), *, name="small", seed=0, features=None, **changes) -> Bundle:

@@ -12,7 +12,7 @@ import pytest
 from alert_broker import classify, plasticc
 from alert_broker.classify import Classifier, classify_files, for_survey
 from alert_broker.gaussian_process import Status
-from alert_broker.packets import AlertBatch, batches, read_packets
+from alert_broker.packets import AlertBatch, batches, read_blocks
 from alert_broker.results import ERRORS, Table, all_bands, result_schema
 from alert_broker.simulate import simulate, write
 from alert_broker.surveys.base import survey_named
@@ -35,7 +35,7 @@ def simulated(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def ztf(simulated) -> AlertBatch:
-    (batch,) = batches(read_packets([simulated["ztf"]]))
+    (batch,) = batches(read_blocks([simulated["ztf"]]))
     return batch
 
 
@@ -355,24 +355,24 @@ def test_a_table_is_whole_or_not_there(tmp_path):
 
 
 def test_slow_compilation_is_said(monkeypatch):
-    monkeypatch.setattr(classify, "is_compiled", lambda: False)
+    kernels = (classify.avro, classify.gaussian_process)
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "is_compiled", lambda: False)
+        monkeypatch.setattr(kernel, "warm_up", lambda: classify.time.sleep(0.3))
     monkeypatch.setattr(classify, "NOTE_AFTER_SECONDS", 0.01)
     said: list[str] = []
-    monkeypatch.setattr(classify, "warm_up", lambda: classify.time.sleep(0.5))
     classify._load_kernels(said.append)
     assert "compiling the light-curve kernels" in said[0]
     monkeypatch.setattr(classify, "NOTE_AFTER_SECONDS", 60.0)
-    monkeypatch.setattr(classify, "warm_up", lambda: None)
+    called = []
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "warm_up", lambda kernel=kernel: called.append(kernel))
     classify._load_kernels(said.append)
     assert len(said) == 1
-
-
-def test_memory_holds_light_curves_not_packets(simulated):
-    files = sorted(simulated["ztf"].glob("*.avro"))
-    packets = list(read_packets(files[:1]))
-    assert all(packet.content for packet in packets)
-    next(batches(packets, size=len(packets)))
-    assert not any(packet.content for packet in packets)
+    assert called == list(kernels)
+    monkeypatch.setattr(classify.avro, "is_compiled", lambda: True)
+    classify._load_kernels(said.append)
+    assert called[2:] == [classify.gaussian_process]
 
 
 # What is in the real folders, and what a two-band and a six-band model make of it. The poison files hold 39 packets.

@@ -14,7 +14,7 @@ from alert_broker.lightcurve import FLUX_ZERO_POINT, LightCurves, concatenate
 from alert_broker.simulate import simulate
 from alert_broker.surveys.base import join, survey_named
 from edgekit.errors import EdgekitError
-from tests.alert_broker.small import features_of
+from tests.alert_broker.small import features_of, light_curve
 
 LSST, ZTF = survey_named("lsst"), survey_named("ztf")
 SIX = features_of(plasticc.BANDS)
@@ -66,7 +66,7 @@ def trained(packets) -> LightCurves:
 
 @pytest.mark.parametrize("features", [SIX, GR, features_of(("i", "g", "y"))])
 def test_training_and_serving_give_the_same_tensor(packets, trained, features):
-    served = join([LSST.light_curve(packet) for packet in packets], LSST.bands)
+    served = join([light_curve(LSST, packet) for packet in packets], LSST.bands)
     first, second = features(trained), features(served)
     assert np.array_equal(first.light_curve, second.light_curve)
     assert np.array_equal(first.context, second.context)
@@ -241,7 +241,7 @@ def test_upper_limits_are_not_points():
         return {"objectId": "ZTF24aaaaaaa", "candid": 1, "candidate": row(20, 18.0), "prv_candidates": history}
 
     found, limits = [row(5, 19.0), row(12, 18.5)], [row(1, None), row(7, None)]
-    one, two = (join([ZTF.light_curve(packet(rows))], ZTF.bands) for rows in (found, found + limits))
+    one, two = (join([light_curve(ZTF, packet(rows))], ZTF.bands) for rows in (found, found + limits))
     assert np.array_equal(GR(one).light_curve, GR(two).light_curve)
     assert np.array_equal(GR(one).context, GR(two).context)
 

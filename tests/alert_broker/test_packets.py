@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from alert_broker.containers import BadPacket, split
-from alert_broker.packets import ALERT_COLUMNS, AlertBatch, Packet, batches, decode, find_files, read_packets
+from alert_broker.packets import ALERT_COLUMNS, AlertBatch, ParquetRows, batches, find_files, read_blocks
 from alert_broker.simulate import simulate, write
+from alert_broker.surveys.base import survey_named
 from edgekit.errors import EdgekitError
 
 SHARED = Path(os.environ.get("EDGEKIT_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
@@ -52,11 +53,17 @@ def container(packets, *, avro_schema=None, **options) -> bytes:
     return stream.getvalue()
 
 
-def read(data: bytes) -> list[Packet | BadPacket]:
+def read(data: bytes) -> list[dict | BadPacket]:
+    """A row of `ALERT_COLUMNS` for each alert, and the bad packets, by their place in the file."""
     found = []
-    for block in split(data, "bytes"):
-        found += [block] if isinstance(block, BadPacket) else list(decode(block))
-    return found
+    for item in batches(split(data, "bytes")):
+        found += [item] if isinstance(item, BadPacket) else item.alerts.to_pylist()
+    return sorted(found, key=lambda item: item.offset if isinstance(item, BadPacket) else item["offset"])
+
+
+def ids(data: bytes) -> list[int | None]:
+    """The alerts' ids, None for a bad packet."""
+    return [None if isinstance(item, BadPacket) else item["alert_id"] for item in read(data)]
 
 
 def only_bad(data: bytes) -> BadPacket:
@@ -81,14 +88,14 @@ def simulated(tmp_path_factory) -> dict[str, Path]:
 def test_packets_of_a_container_with_their_bytes():
     data = container([alert(1), alert(2)])
     first, second = read(data)
-    assert (first.content["candid"], second.content["candid"]) == (1, 2)
-    assert data[second.offset : second.offset + 13] == b"\x18ZTF24aaaaaaa"  # a string's length in zigzag, then it
+    assert (first["alert_id"], second["alert_id"]) == (1, 2)
+    assert data[second["offset"] :][:13] == b"\x18ZTF24aaaaaaa"  # a string's length in zigzag, then it
 
 
 def test_deflate_is_read_and_other_codecs_are_named():
     packets = read(container([alert(1), alert(2)], codec="deflate"))
-    assert [packet.content["candid"] for packet in packets] == [1, 2]
-    assert packets[0].offset == packets[1].offset
+    assert [packet["alert_id"] for packet in packets] == [1, 2]
+    assert packets[0]["offset"] == packets[1]["offset"]
     data = container([alert()]).replace(b"null", b"lzma", 1)
     assert "codec is 'lzma'; supported: null, deflate" in only_bad(data).reason
 
@@ -126,19 +133,35 @@ def test_bytes_that_are_not_packets(data, reason):
 def test_lost_bytes_cost_one_block_and_reading_goes_on():
     """Each block ends in the sync marker, so a text-mode copy that drops bytes does not cost the rest of the night."""
     data = container([alert(1), alert(2), alert(3)], sync_interval=1)
-    second = read(data)[1].offset
-    packets = read(data[: second + 5] + data[second + 6 :])
-    assert [getattr(packet, "content", {}).get("candid") for packet in packets] == [1, None, 3]
+    second = read(data)[1]["offset"]
+    damaged = data[: second + 5] + data[second + 6 :]
+    assert ids(damaged) == [1, None, 3]
+    packets = read(damaged)
     assert "ends 1 bytes earlier than it says: bytes were lost" in packets[1].reason
 
 
 def test_a_packet_that_fails_takes_the_rest_of_its_block_and_says_how_many():
     data = bytearray(container([alert(number) for number in range(1, 5)]))
-    third = read(bytes(data))[2].offset
+    third = read(bytes(data))[2]["offset"]
     data[third] = 0x7F  # the length of its name, now negative
-    *good, bad = read(bytes(data))
-    assert [packet.content["candid"] for packet in good] == [1, 2]
+    assert ids(bytes(data)) == [1, 2, None]
+    bad = read(bytes(data))[-1]
     assert (bad.offset, bad.packets, bad.status) == (third, 2, "error")
+    assert bad.reason == f"does not decode as ztf.alert: a length is negative (byte {third}, in objectId)"
+
+
+@pytest.mark.parametrize(
+    ("codec", "place"), [("null", "(byte {}, in"), ("deflate", "(byte 29 of the decompressed block, in")]
+)
+def test_what_does_not_decode_says_where(codec, place):
+    """A name read as a number shifts everything behind it."""
+    data = container([alert(1), alert(2)], codec=codec).replace(b'"string"', b'"double"', 1)
+    bad = only_bad(data)
+    assert (bad.status, bad.packets) == ("error", 2)
+    assert (
+        f"a length reaches beyond the end of the data {place.format(bad.offset + 29)} candidate.isdiffpos)"
+        in bad.reason
+    )
 
 
 def test_a_block_with_bytes_left_over_is_not_trusted():
@@ -191,18 +214,18 @@ def test_flipped_bytes_never_escape(simulated, form):
         damaged = bytearray(data)
         for _ in range(rng.choice([1, 1, 2, 10])):
             damaged[rng.randrange(min(len(data), rng.choice([100, 20_000, len(data)])))] = rng.randrange(256)
-        rows = list(batches(read(bytes(damaged))))
+        rows = list(batches(split(bytes(damaged), "bytes")))
         assert sum(len(row.curves) if isinstance(row, AlertBatch) else 1 for row in rows) >= 1
 
 
 def test_paths_are_checked_before_any_work(tmp_path):
     with pytest.raises(EdgekitError, match=r"path .*nowhere does not exist"):
-        read_packets([tmp_path / "nowhere"])
+        read_blocks([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(EdgekitError, match="holds no files"):
-        read_packets([tmp_path / "empty"])
+        read_blocks([tmp_path / "empty"])
     with pytest.raises(EdgekitError, match="no path was given"):
-        read_packets([])
+        read_blocks([])
     with pytest.raises(EdgekitError, match="batch size is 0"):
         next(batches([], 0))
 
@@ -220,7 +243,9 @@ def test_content_not_extension_decides(tmp_path, simulated):
     shutil.copy(simulated["ztf"], tmp_path / "b.parquet")
     (tmp_path / "c.bin").write_text("notes")
     (tmp_path / "d").write_bytes(b"")
-    names = [item.survey.name if isinstance(item, Packet) else item.reason[:11] for item in read_packets([tmp_path])]
+    names = [
+        item.reason[:11] if isinstance(item, BadPacket) else item.schema.survey.name for item in read_blocks([tmp_path])
+    ]
     assert names == ["lsst", "ztf", "begins with", "empty: 0 by"]
 
 
@@ -228,9 +253,11 @@ def test_parquet_rows_are_packets(tmp_path):
     rows = [alert(number) for number in range(600)]
     history = [row | {"prv_candidates": [row["candidate"] | {"jd": 2_459_000.5}]} for row in rows]
     pq.write_table(pa.Table.from_pylist([row | {"noise": "x"} for row in history]), tmp_path / "x", row_group_size=100)
-    packets = list(read_packets([tmp_path / "x"]))
-    assert [packet.offset for packet in packets] == list(range(600))
-    (batch,) = batches(packets)
+    blocks = list(read_blocks([tmp_path / "x"]))
+    assert all(isinstance(block, ParquetRows) for block in blocks)
+    assert sum(block.count for block in blocks) == 600
+    (batch,) = batches(blocks)
+    assert batch.alerts["offset"].to_pylist() == batch.alerts["alert_id"].to_pylist() == list(range(600))
     assert batch.curves.points.tolist() == [2] * 600
 
 
@@ -240,28 +267,57 @@ def test_parquet_that_is_damaged_or_foreign(tmp_path):
     pq.write_table(pa.Table.from_pylist([history] * 1000), path, compression="none")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    assert "cannot be read as Parquet from row 0 on" in next(read_packets([path])).reason
+    assert "cannot be read as Parquet from row 0 on" in next(read_blocks([path])).reason
     pq.write_table(pa.table({"ra": [1.0, 2.0], "dec": [0.0, 1.0]}), path)
-    (bad,) = read_packets([path])
+    (bad,) = read_blocks([path])
     assert (bad.status, bad.packets) == ("skipped", 2)
     assert "its columns begin ra, dec" in bad.reason
     pq.write_table(pa.Table.from_pylist([history]).slice(0, 0), path)
-    assert next(read_packets([path])).reason == "the table has no rows"
+    assert next(read_blocks([path])).reason == "the table has no rows"
 
 
 def test_batches_keep_surveys_apart_and_bad_packets_in_line(simulated):
-    packets = read(container([alert(1), alert(2), alert(3)]))
-    packets += [BadPacket("f", 0, "why"), *read(simulated["lsst"].read_bytes())]
-    packets[1].content["candid"] = None
-    found = list(batches(packets, size=2))
-    assert [type(item).__name__ for item in found] == ["BadPacket", "AlertBatch", "BadPacket", "AlertBatch"]
-    assert found[1].alerts.schema.equals(ALERT_COLUMNS)
-    row = found[1].alerts.to_pylist()[1]
+    data = container([alert(1), alert(2, ""), alert(3)], sync_interval=1)
+    blocks = [*split(data, "ztf"), BadPacket("f", 0, "why"), *split(simulated["lsst"].read_bytes(), "lsst")]
+    found = list(batches(blocks, size=2))
+    kinds = ["BadPacket", "AlertBatch", "BadPacket", "AlertBatch", "AlertBatch"]
+    assert [type(item).__name__ for item in found] == kinds
+    assert (found[0].reason, found[2].reason) == ("objectId is ''; expected the object's name", "why")
+    assert (found[0].file, found[0].packets, found[0].status) == ("ztf", 1, "error")
+    assert found[0].offset == blocks[1].offset
+    assert found[3].alerts.schema.equals(ALERT_COLUMNS)
+    (row,) = found[3].alerts.to_pylist()
     assert (row["alert_id"], row["object_id"], row["survey"]) == (3, "ZTF24aaaaaaa", "ztf")
     assert (row["n_detections"], row["n_forced"], row["n_upper_limits"]) == ([1, 0, 0], [0, 0, 0], 0)
-    lsst_row = found[3].alerts.to_pylist()[0]
-    assert sum(lsst_row["n_detections"]) == found[3].curves.detected.sum()
-    assert sum(lsst_row["n_forced"]) == (~found[3].curves.detected).sum()
+    (lsst_row,) = found[4].alerts.to_pylist()
+    assert sum(lsst_row["n_detections"]) == found[4].curves.detected.sum()
+    assert sum(lsst_row["n_forced"]) == (~found[4].curves.detected).sum()
+
+
+def test_schemas_of_one_survey_share_a_batch_in_order():
+    """An old and a new schema, a Parquet row and back: the alerts stay in the order in which they were read."""
+    forced = dict.fromkeys(("jd", "fid", "forcediffimflux", "forcediffimfluxunc", "magzpsci"), "double")
+    rows = [{"name": name, "type": kind} for name, kind in (forced | {"procstatus": "string"}).items()]
+    record = {"type": "record", "name": "forced", "fields": rows}
+    newer = schema(fp_hists={"type": "array", "items": record})
+    measured = {"jd": 2_460_400.5, "fid": 2, "forcediffimflux": 5.0, "forcediffimfluxunc": 1.0, "magzpsci": 26.0}
+    blocks = []
+    for number in range(1, 8):
+        if number == 4:
+            table = pa.RecordBatch.from_pylist([alert(number) | {"prv_candidates": [alert()["candidate"]]}])
+            blocks.append(ParquetRows(survey_named("ztf"), "table", 0, table))
+        elif number % 2:
+            blocks += split(container([alert(number)]), "old")
+        else:
+            packet = alert(number) | {"fp_hists": [measured | {"procstatus": "0"}]}
+            blocks += split(container([packet], avro_schema=newer), "new")
+    (batch,) = batches(blocks)
+    assert batch.alerts["alert_id"].to_pylist() == list(range(1, 8))
+    assert batch.alerts["file"].to_pylist() == ["old", "new", "old", "table", "old", "new", "old"]
+    assert batch.curves.points.tolist() == [1, 2, 1, 2, 1, 2, 1]
+    assert batch.curves.time[batch.curves.detected].tolist()[:2] == [60_001.0, 60_002.0]
+    halves = [item.alerts["alert_id"].to_pylist() for item in batches(blocks, 4)]
+    assert halves == [[1, 2, 3, 4], [5, 6, 7]]
 
 
 # What is in the real folders: survey -> alerts, "error" and "skipped" -> rows.
@@ -280,7 +336,7 @@ REAL = {
 @pytest.mark.parametrize("folder", REAL)
 def test_every_real_packet_is_accounted_for(folder):
     count: Counter[str] = Counter()
-    for item in batches(read_packets([real(folder)]), 64):
+    for item in batches(read_blocks([real(folder)]), 64):
         if isinstance(item, BadPacket):
             count[item.status] += 1
         else:
@@ -297,7 +353,7 @@ def test_poison_lost_one_byte_at_every_crlf():
     """As after a copy in text mode: no CR LF is left in 0.5 MB. Two even decode, but with a cutout that is damaged."""
     files = find_files([real("poison")])
     assert all(path.read_bytes().count(b"\r\n") == 0 for path in files)
-    reasons = [item.reason for item in read_packets(files)]
+    reasons = [item.reason for item in read_blocks(files)]
     assert all("earlier than it says: bytes were lost" in reason for reason in reasons)
     lost = [int(reason.split(" ends ")[1].split()[0]) for reason in reasons]
     assert lost == [1, 1, 1, 1, 1, 8, 14, 1, 11]

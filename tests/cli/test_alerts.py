@@ -124,18 +124,18 @@ def test_the_first_signal_asks_and_the_second_insists():
 # The command line, in a process that is sent a signal while it decodes its 100th packet.
 INTERRUPTED = """
 import os, sys
-from alert_broker import packets
+from alert_broker.avro.columns import Columns
 from edgekit.cli import main
 
-decode, seen, number = packets.decode, [], int(sys.argv.pop(1))
+read, seen, number = Columns.read, [], int(sys.argv.pop(1))
 
-def interrupted(block):
-    seen.append(block)
+def interrupted(columns, data, count):
+    seen.append(count)
     if len(seen) == 100:
         os.kill(os.getpid(), number)
-    return decode(block)
+    return read(columns, data, count)
 
-packets.decode = interrupted
+Columns.read = interrupted
 main()
 """
 

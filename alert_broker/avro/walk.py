@@ -1,0 +1,353 @@
+"""The loop that runs a plan's operations over bytes, compiled; every byte is checked before it is read.
+
+Format: Apache Avro 1.12 specification, "Binary encoding". Where it leaves room, the strict reading is taken: an int has
+32 bits, a boolean is 0 or 1, text is UTF-8 (if it is read), and a block of items with a size in bytes has that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Operations, each with a column (-1 where the value is skipped), two operands and a tag: what the number before an
+# optional value is XORed with to give 2 for a value and 0 for null, -1 where the value is not optional.
+(
+    RUN,  # skip: first item, items; an item has the bytes before its tag, those of the value, the tag, bits that are 0
+    SKIP,  # bytes
+    NUMBER,  # most bytes, whether it becomes a double
+    SIZED,  # whether it is text
+    FIXED,  # bytes
+    FLOAT,  # -, whether it becomes a double
+    DOUBLE,
+    BOOLEAN,
+    ENUM,  # symbols
+    NULL,  # level of an array's rows or 0
+    PRESENT,
+    UNION,  # branches, for each of which a JUMP follows
+    JUMP,  # where to
+    BEGIN,  # the NEXT of an array or a map
+    NEXT,  # body, level of its rows or -1, fewest bytes of an item in the place of a tag
+    END,
+) = range(16)
+COLUMN, FIRST, SECOND, TAG = range(1, 5)
+
+# What `walk` ends with. FULL: a level or a column needs more room, and the datum is to be begun again; LEFT: there are
+# bytes after the last datum.
+OK, FULL, LEFT, ENDS, LONG, NEGATIVE, BEYOND, BRANCH, SYMBOL, BOOL, COUNT, SIZE, TEXT = range(13)
+REASONS = {
+    ENDS: "the data ends inside a value",
+    LONG: "a number has too many bits",
+    NEGATIVE: "a length is negative",
+    BEYOND: "a length reaches beyond the end of the data",
+    BRANCH: "a union has no such branch",
+    SYMBOL: "an enum has no such symbol",
+    BOOL: "a boolean is neither 0 nor 1",
+    COUNT: "an array or a map claims more items than the data can hold",
+    SIZE: "the items of an array or a map do not fill the size that it claims",
+    TEXT: "a text is not UTF-8",
+}
+
+# Columns of the tables of columns and of levels, and places in the report.
+BASE, LEVEL, TEXT_BASE, TEXT_ROOM, TEXT_USED, TEXT_BEFORE, TEXT_AT_START = range(7)
+ROWS, ROOM, ROWS_BEFORE, ROWS_AT_START = range(4)
+DATUM, AT, PLACE, OPERATION, WHICH, NEEDED = range(6)
+
+
+def _compiled(function: Function) -> Function:
+    return cast(Function, njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
+@_compiled
+def _byte(data: Bytes, at: int) -> Any:
+    return np.int64(data[np.uint64(at)])  # unsigned: a negative index would cost a comparison for each byte
+
+
+@_compiled
+def _number(data: Bytes, at: int, end: int, most: int) -> tuple[Any, int]:
+    """A zigzag number of at most 5 or 10 bytes, and the byte after it or minus the error's code."""
+    value = np.uint64(0)
+    for k in range(most):
+        if at >= end:
+            return 0, -ENDS
+        byte = _byte(data, at)
+        at += 1
+        value |= np.uint64(byte & 0x7F) << np.uint64(7 * k)
+        if byte < 0x80:
+            if k == most - 1 and byte > (1 if most == 10 else 15):
+                return 0, -LONG
+            return np.int64(value >> np.uint64(1)) ^ -np.int64(value & np.uint64(1)), at
+    return 0, -LONG
+
+
+@_compiled
+def _length(data: Bytes, at: int, end: int) -> tuple[int, int]:
+    """A length that fits, and the byte after it or minus the error's code."""
+    size, at = _number(data, at, end, 10)
+    if at < 0:
+        return 0, at
+    if size < 0:
+        return 0, -NEGATIVE
+    if size > end - at:
+        return 0, -BEYOND
+    return size, at
+
+
+@_compiled
+def _is_text(data: Bytes, at: int, end: int) -> bool:
+    """Whether this is UTF-8 (RFC 3629, section 4)."""
+    while at < end:
+        first = _byte(data, at)
+        at += 1
+        if first < 0x80:
+            continue
+        low, high = 0x80, 0xBF
+        if 0xC2 <= first <= 0xDF:
+            more = 1
+        elif 0xE0 <= first <= 0xEF:
+            more = 2
+            if first == 0xE0:
+                low = 0xA0
+            elif first == 0xED:  # surrogates
+                high = 0x9F
+        elif 0xF0 <= first <= 0xF4:
+            more = 3
+            if first == 0xF0:
+                low = 0x90
+            elif first == 0xF4:
+                high = 0x8F
+        else:
+            return False
+        if more > end - at:
+            return False
+        for _ in range(more):
+            byte = _byte(data, at)
+            if byte < low or byte > high:
+                return False
+            low, high = 0x80, 0xBF
+            at += 1
+    return True
+
+
+@_compiled
+def _four(data: Bytes, at: int) -> Any:
+    return _byte(data, at) | _byte(data, at + 1) << 8 | _byte(data, at + 2) << 16 | _byte(data, at + 3) << 24
+
+
+@_compiled
+def walk(
+    data: Bytes, end: int, count: int, program: Integers, items: Integers, cells: Integers, valid: Bytes, text: Bytes,
+    columns: Integers, levels: Integers, stack: Integers, scratch: Integers, ends: Integers, report: Integers,
+) -> int:  # fmt: skip
+    """Read datums up to number `count`, which fill data[:end], from where `report` says; a code, OK if all went well.
+
+    cells: values of all columns, column by column, as 64 bits; valid: 0 for null; text: bytes of the columns of
+    strings, whose cells are where each ends; ends: where each datum ends. A datum that fails leaves nothing behind; the
+    report then says at which byte and in which operation. If bytes are left, no datum does: where each starts is then
+    not known either.
+    """
+    double, double_bits = scratch[:1].view(np.float64), scratch[:1]
+    single, single_bits = scratch[1:].view(np.float32), scratch[1:].view(np.uint32)
+    code = OK
+    datum, start = report[DATUM], report[AT]
+    at = start
+    if datum == 0:
+        levels[:, ROWS_AT_START] = levels[:, ROWS]
+        columns[:, TEXT_AT_START] = columns[:, TEXT_USED]
+    while datum < count:
+        start = at
+        levels[:, ROWS_BEFORE] = levels[:, ROWS]
+        columns[:, TEXT_BEFORE] = columns[:, TEXT_USED]
+        pc = 0
+        here: Any = np.uint64(0)  # as an index; signed ones cost a comparison each
+        depth = -1
+        if levels[0, ROWS] == levels[0, ROOM]:
+            report[WHICH], report[NEEDED] = 0, levels[0, ROWS] + 1
+            code = FULL
+        while code == OK:
+            here = np.uint64(pc)
+            operation, column, first = program[here, 0], program[here, COLUMN], program[here, FIRST]
+            pc += 1
+            if operation == RUN:
+                for k in range(first, first + program[here, SECOND]):
+                    item = np.uint64(k)
+                    if items[item, 0] >= end - at:
+                        code = ENDS
+                        break
+                    at += items[item, 0]
+                    tag = _byte(data, at) ^ items[item, 2]
+                    at += 1
+                    if tag == 2:
+                        if items[item, 1] > end - at:
+                            code = ENDS
+                            break
+                        if _byte(data, at) & items[item, 3]:
+                            code = BOOL
+                            break
+                        at += items[item, 1]
+                    elif tag != 0:
+                        code = BRANCH
+                        break
+            elif operation == SKIP:
+                if first > end - at:
+                    code = ENDS
+                else:
+                    at += first
+            elif operation <= NULL:
+                present = operation != NULL
+                value = columns[column, TEXT_USED] if column >= 0 else 0  # where a null string ends; 0 in others
+                if program[here, TAG] >= 0:
+                    if at >= end:
+                        code = ENDS
+                        continue
+                    tag = _byte(data, at) ^ program[here, TAG]
+                    if tag & ~2:
+                        code = BRANCH
+                        continue
+                    at += 1
+                    present = tag == 2
+                after = at
+                if not present:
+                    if operation == NULL and first > 0:
+                        value = levels[first, ROWS]
+                elif operation == NUMBER:
+                    value, after = _number(data, at, end, first)
+                    if program[here, SECOND]:
+                        double[0] = value
+                        value = double_bits[0]
+                elif operation in (SIZED, FIXED):
+                    size = first
+                    if operation == SIZED:
+                        size, after = _length(data, at, end)
+                    elif size > end - at:
+                        after = -ENDS
+                    if after >= 0 and column >= 0:
+                        if operation == SIZED and first and not _is_text(data, after, after + size):
+                            code = TEXT
+                            continue
+                        if value + size > columns[column, TEXT_ROOM]:
+                            report[WHICH], report[NEEDED] = len(levels) + column, value + size
+                            code = FULL
+                            continue
+                        target = columns[column, TEXT_BASE] + value
+                        for k in range(size):
+                            text[np.uint64(target + k)] = data[np.uint64(after + k)]
+                        value += size
+                        columns[column, TEXT_USED] = value
+                    if after >= 0:
+                        after += size
+                elif operation == FLOAT:
+                    if end - at < 4:
+                        after = -ENDS
+                    else:
+                        value = _four(data, at)
+                        if program[here, SECOND]:
+                            single_bits[0] = value
+                            double[0] = single[0]
+                            value = double_bits[0]
+                        after = at + 4
+                elif operation == DOUBLE:
+                    if end - at < 8:
+                        after = -ENDS
+                    else:
+                        value = _four(data, at) | _four(data, at + 4) << 32
+                        after = at + 8
+                elif operation == BOOLEAN:
+                    if at >= end:
+                        after = -ENDS
+                    else:
+                        value = _byte(data, at)
+                        after = at + 1 if value <= 1 else -BOOL
+                else:  # ENUM
+                    value, after = _number(data, at, end, 5)
+                    if after >= 0 and (value < 0 or value >= first):
+                        after = -SYMBOL
+                if after < 0:
+                    code = -after
+                    continue
+                at = after
+                if column >= 0:
+                    cell = np.uint64(columns[column, BASE] + levels[columns[column, LEVEL], ROWS])
+                    cells[cell] = value
+                    valid[cell] = present
+            elif operation == NEXT:
+                level = program[here, SECOND]
+                if stack[depth, 0] > 0:
+                    stack[depth, 0] -= 1
+                    if level >= 0:
+                        levels[level, ROWS] += 1
+                if stack[depth, 0] > 0:
+                    pc = first
+                    continue
+                if stack[depth, 1] >= 0 and at != stack[depth, 1]:
+                    code = SIZE
+                    continue
+                number, after = _number(data, at, end, 10)
+                limit = end
+                stack[depth, 1] = -1
+                if after >= 0 and number < 0:
+                    size, after = _length(data, after, end)
+                    limit = stack[depth, 1] = after + size
+                    number = -number
+                if after < 0:
+                    code = -after
+                elif number < 0 or number > (limit - after) // program[here, TAG]:  # -2^63 is its own negative
+                    code = COUNT
+                elif number == 0:
+                    at = after
+                    if level >= 0:
+                        cell = columns[column, BASE] + levels[columns[column, LEVEL], ROWS]
+                        cells[cell] = levels[level, ROWS]
+                        valid[cell] = 1
+                    depth -= 1
+                elif level < 0 and stack[depth, 1] >= 0:
+                    at = limit
+                    pc -= 1
+                elif level >= 0 and number > levels[level, ROOM] - levels[level, ROWS]:
+                    report[WHICH], report[NEEDED] = level, levels[level, ROWS] + number
+                    code = FULL
+                else:
+                    at = after
+                    stack[depth, 0] = number
+                    pc = first
+            elif operation == UNION:
+                branch, after = _number(data, at, end, 10)
+                if after < 0:
+                    code = -after
+                elif branch < 0 or branch >= first:
+                    code = BRANCH
+                else:
+                    at = after
+                    pc += branch
+            elif operation == JUMP:
+                pc = first
+            elif operation == BEGIN:
+                depth += 1
+                stack[depth, 0] = 0  # items left in the block
+                stack[depth, 1] = -1  # where the block says that it ends
+                pc = first
+            elif operation == PRESENT:
+                valid[columns[column, BASE] + levels[columns[column, LEVEL], ROWS]] = 1
+            else:  # END
+                break
+        if code != OK:
+            levels[:, ROWS] = levels[:, ROWS_BEFORE]
+            columns[:, TEXT_USED] = columns[:, TEXT_BEFORE]
+            report[PLACE], report[OPERATION] = at, here
+            break
+        levels[0, ROWS] += 1
+        ends[datum] = at
+        datum += 1
+    if code == OK and at != end:
+        levels[:, ROWS] = levels[:, ROWS_AT_START]
+        columns[:, TEXT_USED] = columns[:, TEXT_AT_START]
+        datum, start, report[PLACE], code = 0, 0, at, LEFT
+    report[DATUM], report[AT] = datum, start
+    return code
