@@ -38,7 +38,9 @@ def alerts() -> None:
     "-o", "--output", "target", type=Path, required=True, help="Parquet file to write: a row for every alert."
 )
 @click.option("--model", help="Bundle or model's name [default: t2-gr for ZTF, t2-ugrizy for LSST and ELAsTiCC]")
-@click.option("--runtime", default="onnxruntime", show_default=True, help="What runs the network.")
+@click.option(
+    "--runtime", default="auto", show_default=True, help="c, onnxruntime, torch; auto: c if it can be compiled here."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1024, show_default=True, help="Alerts at a time.")
 @click.option("--errors", type=Path, help="Parquet file for what gave no light curve [default: OUTPUT.errors.parquet]")
 @click.option("--force", is_flag=True, help="Replace existing files.")

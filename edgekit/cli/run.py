@@ -20,7 +20,9 @@ Examples:
 @click.argument("bundle")
 @click.option("--inputs", "source", type=Path, required=True, help=".npz with the model's inputs, by name.")
 @click.option("--outputs", "target", type=Path, required=True, help=".npz to write the model's outputs to, by name.")
-@click.option("--runtime", default="onnxruntime", show_default=True, help="onnxruntime or torch.")
+@click.option(
+    "--runtime", default="auto", show_default=True, help="c, onnxruntime, torch; auto: c if it can be compiled here."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows at a time.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

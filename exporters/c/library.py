@@ -1,0 +1,86 @@
+"""Compile model.c with the machine's own compiler, and load it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.errors import EdgekitError
+
+Array = npt.NDArray[np.float32]
+COMPILERS = ("cc", "gcc", "clang")
+NATIVE = ("-std=c99", "-O3", "-march=native")  # the machine's own instructions; what they are is in the cache's key
+PLAIN = ("-std=c99", "-O2")  # the architecture's least: SSE2 on x86, NEON on 64-bit ARM
+
+
+class Compiler:
+    """A C compiler of this machine. command: its name or path; by default $CC, or the first of cc, gcc, clang."""
+
+    def __init__(self, command: str | None = None) -> None:
+        names = [command] if command else [name for name in (os.environ.get("CC"), *COMPILERS) if name]
+        path = next((found for found in map(shutil.which, names) if found), None)
+        if path is None:
+            raise EdgekitError(
+                f"no C compiler: none of {', '.join(names)} is here; install one (on Debian and Ubuntu: "
+                "apt-get install gcc), name it in $CC, or use the runtime onnxruntime"
+            )
+        self.path: str = path
+
+    def version(self) -> str:
+        """The first line of what --version says."""
+        return self._run(["--version"], "say its version").partition("\n")[0]
+
+    def macros(self, flags: Sequence[str]) -> str:
+        """What the compiler predefines: its version and, for -march=native, what this CPU can do."""
+        return self._run([*flags, "-dM", "-E", "-x", "c", os.devnull], "say what it is")
+
+    def shared_library(self, model: str, header: str, flags: Sequence[str]) -> bytes:
+        """model.c as a shared library."""
+        return self._build(model, header, [*flags, "-shared", "-fPIC"], ["-lm"])
+
+    def object_size(self, model: str, header: str, flags: Sequence[str]) -> int:
+        """Bytes of the object file."""
+        return len(self._build(model, header, [*flags, "-c"], []))
+
+    def _build(self, model: str, header: str, flags: Sequence[str], libraries: Sequence[str]) -> bytes:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            (folder / "model.c").write_text(model)
+            (folder / "model.h").write_text(header)
+            result = folder / "model.out"
+            command = [*flags, str(folder / "model.c"), "-o", str(result), *libraries]
+            self._run(command, "compile the model")
+            return result.read_bytes()
+
+    def _run(self, arguments: Sequence[str], purpose: str) -> str:
+        done = subprocess.run([self.path, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            reason = next((line for line in lines if "error" in line), lines[0])
+            raise EdgekitError(f"{self.path} cannot {purpose}: {reason}; name another compiler in $CC")
+        return done.stdout
+
+
+class Library:
+    """A compiled model, loaded from a shared library. It does not know its shapes: callers check them."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._run = self._library.model_run
+        self._run.restype = None
+        self.workspace = ctypes.c_size_t.in_dll(self._library, "model_workspace").value  # floats, one for each thread
+        self.lanes = ctypes.c_int.in_dll(self._library, "model_lanes").value  # floats in a vector
+        self.key = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(self._library, "model_key"))).decode()
+
+    def run(self, rows: int, arrays: Sequence[Array], workspace: Array) -> None:
+        """arrays: the inputs and then the output to write, contiguous, `rows` each. Releases the interpreter's lock."""
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, workspace)]
+        self._run(ctypes.c_size_t(rows), *pointers)

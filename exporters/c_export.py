@@ -1,0 +1,154 @@
+"""Export a bundle to C: one file with the weights in it, C99 and libm, proved against the network it came from.
+
+model.c, model.h    the network; README of its interface in the header
+check.c             golden rows, and a program that holds model.c to them
+golden.npz          the same rows as arrays
+verify.py           compiles and runs check.c on the device; needs Python and a C compiler only
+manifest.json       SHA-256 of every file, compilers, tolerance, what was measured
+
+One sample at a time goes through a workspace of some hundred kilobytes, which stays in a core's second cache; runtimes
+that hand whole batches from operator to operator stream them through memory. Softmax is computed in registers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from edgekit import __version__
+from edgekit.bundle import GOLDEN, Arrays, Bundle
+from edgekit.errors import EdgekitError
+from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
+from exporters.c.library import NATIVE, PLAIN, Compiler, Library
+from exporters.c.program import Program, program
+from exporters.c.source import FOLDER, Source, write_check, write_source
+from exporters.verify import BATCHES, CALLS, TOLERANCE, Check, Reference, _compare, _repeated, reference
+
+MODEL, HEADER, CHECK = "model.c", "model.h", "check.c"
+
+
+@dataclass(frozen=True, slots=True)
+class CExporter:
+    """Parameters of a C export."""
+
+    # encoded: the codes that compression passes left, decoded by each call into the caller's workspace; several times
+    # smaller in flash, and a few per cent slower at one row a call
+    weights: Literal["float32", "encoded"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("encoded", "float32"):
+            raise EdgekitError(f"C weights = {self.weights!r}; expected 'encoded' or 'float32'")
+
+    def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
+        """Write sources, golden data, device check and manifest, once the compiled model gives what the network gives.
+
+        Raises, and writes nothing, if there is no C compiler, if the bundle's family is not known in C, or if an
+        output is beyond tolerance at any batch size, with this machine's instructions or with the architecture's least.
+        """
+        directory = Path(directory)
+        check_destination(directory, force=force)
+        compiler = Compiler()
+        network = program(bundle)
+        source = self._write(bundle, network)
+        expected = reference(bundle)
+        allowed = max(TOLERANCE, 2 * expected.noise)
+        checks, builds = [], []
+        for flags in (NATIVE, PLAIN):
+            library = compiler.shared_library(source.model, source.header, flags)
+            found, lanes = _verify(library, bundle, expected, allowed)
+            checks += found
+            size = compiler.object_size(source.model, source.header, flags)
+            builds.append({"flags": " ".join(flags), "lanes": lanes, "object_bytes": size})
+        records = [asdict(check) for check in checks]
+        inputs, outputs = bundle.golden()
+        files = {
+            MODEL: source.model.encode(),
+            HEADER: source.header.encode(),
+            CHECK: write_check(network, inputs, outputs, allowed).encode(),
+            GOLDEN: bundle.contents[GOLDEN],
+            "verify.py": (FOLDER / "device_check.py").read_bytes(),
+        }
+        manifest = {
+            "format": "edgekit-c-1",
+            "model": bundle.manifest.name,
+            "bundle": bundle.digest,
+            KEY: model_key(bundle),
+            "weights": self.weights,
+            "workspace_bytes": 4 * source.workspace,
+            "inputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.inputs},
+            "outputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.outputs},
+            "classes": bundle.manifest.classes,
+            "preprocessing": bundle.manifest.preprocessing,
+            "tolerance": allowed,
+            "builds": builds,
+            "checks": records,
+            "versions": {
+                "edgekit": __version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "compiler": compiler.version(),
+            },
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
+        publish(files, directory, force=force)
+        return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
+
+    def source(self, bundle: Bundle) -> Source:
+        """The bundle as C, not yet compiled or verified."""
+        return self._write(bundle, program(bundle))
+
+    def _write(self, bundle: Bundle, network: Program) -> Source:
+        encodings = bundle.encodings() if self.weights == "encoded" else {}
+        return write_source(network, encodings, bundle.manifest.name, model_key(bundle))
+
+
+def _verify(library: bytes, bundle: Bundle, expected: Reference, allowed: float) -> tuple[list[Check], int]:
+    """Hold a compiled model to the network in float64, at each batch size; raise at the first beyond tolerance.
+
+    Returns the checks, and the floats in a vector of this build.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.so"
+        path.write_bytes(library)
+        model = Library(path)
+    whole = _run(model, bundle, expected.inputs, max(BATCHES), max(BATCHES))
+    checks = []
+    for batch in BATCHES:
+        rows = min(max(BATCHES), batch * CALLS)
+        outputs = _run(model, bundle, expected.inputs, batch, rows)
+        check = _compare(f"{MODEL}, {model.lanes} lanes", library, batch, rows, outputs, whole, expected, allowed)
+        _judge(check, bundle.manifest.name)
+        checks.append(check)
+    return checks, model.lanes
+
+
+def _run(model: Library, bundle: Bundle, inputs: Arrays, batch: int, rows: int) -> Arrays:
+    """The first `rows` rows, from the start again where there are fewer, `batch` in a call."""
+    repeated = [_repeated(inputs[spec.name], rows) for spec in bundle.manifest.inputs]
+    spec = bundle.manifest.outputs[0]
+    output = np.full((rows, *map(int, spec.shape[1:])), np.nan, np.float32)
+    workspace = np.empty(model.workspace, np.float32)
+    for start in range(0, rows, batch):
+        part = slice(start, start + batch)
+        model.run(len(output[part]), [*(array[part] for array in repeated), output[part]], workspace)
+    return {spec.name: output}
+
+
+def _judge(check: Check, model: str) -> None:
+    found = (check.difference, check.spread, check.golden)
+    if all(value <= check.allowed for value in found) and not check.changed:  # NaN is not within tolerance
+        return
+    raise EdgekitError(
+        f"{model}: {check.file} at batch {check.batch}: its outputs differ from the network's by {found[0]:.1e}, from "
+        f"other batch sizes by {found[1]:.1e}, from the bundle's golden outputs by {found[2]:.1e}; allowed "
+        f"{check.allowed:.1e}; {check.changed} of {check.rows} rows change class, allowed 0. Nothing was written; if "
+        "the bundle's weights and golden data are right, name another compiler in $CC"
+    )

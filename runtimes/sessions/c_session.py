@@ -1,0 +1,188 @@
+"""The exported C, compiled for this machine: for networks so small that a runtime's memory traffic is most of its time.
+
+The shared library is compiled once and kept in the user's cache directory, under a name that depends on the model, on
+edgekit's generator, and on all that the compiler says of itself and of this CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import exporters
+from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.errors import EdgekitError
+from edgekit.files import write_file
+from edgekit.session import Session, check_inputs, open_session
+from exporters.base import model_key
+from exporters.c.library import NATIVE, Compiler, Library
+
+CHUNK = 16  # rows that a thread takes at a time: some milliseconds, beside which handing them out is nothing
+AGREEMENT = 1e-5  # of a probability, on the bundle's golden rows; t2's float32 is up to 2e-6 away from float64
+FAMILIES = ("t2",)  # what open_fastest tries in C; exporters.c.program has the list, but loads torch
+
+
+class CSession:
+    """A bundle as compiled C, float32, on the CPU.
+
+    threads: rows are shared out among so many, by default all cores. chunk: rows at a time. compiler: its command, by
+    default $CC or the first of cc, gcc, clang. cache: folder for compiled models. Safe to run from several threads.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        chunk: int | None = None,
+        compiler: str | None = None,
+        cache: str | Path | None = None,
+    ) -> None:
+        for name, value in (("threads", threads), ("chunk", chunk)):
+            if value is not None and value < 1:
+                raise EdgekitError(f"c: {name} = {value}; expected at least 1, or nothing for the default")
+        self.inputs: Sequence[TensorSpec] = bundle.manifest.inputs
+        self.outputs: Sequence[TensorSpec] = bundle.manifest.outputs
+        self._library = _library(bundle, Compiler(compiler), Path(cache) if cache is not None else cache_folder())
+        self._shapes = {spec.name: spec.shape[1:] for spec in self.inputs}
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._chunk = chunk or CHUNK
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), "edgekit-c")  # beside the thread that calls
+        self._local = threading.local()  # a workspace for each
+        self.provider = f"c ({self._library.lanes} lanes)"
+        self.device = f"cpu ({self._threads} thread{'s' * (self._threads > 1)})"
+
+    def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """Outputs by name, in the order of the inputs' rows."""
+        rows = self._rows(arrays)
+        spec = self.outputs[0]
+        output = np.empty((rows, *map(int, spec.shape[1:])), np.float32)
+        buffers = [*(np.ascontiguousarray(arrays[name]) for name in self._shapes), output]
+        if self._threads == 1 or rows <= self._chunk:
+            self._call(buffers, 0, rows)
+            return {spec.name: output}
+        starts = iter(range(0, rows, self._chunk))
+
+        def work() -> None:
+            while (start := next(starts, None)) is not None:
+                self._call(buffers, start, min(start + self._chunk, rows))
+
+        helpers = [self._pool.submit(work) for _ in range(min(self._threads, -(-rows // self._chunk)) - 1)]
+        work()
+        for helper in helpers:
+            helper.result()
+        return {spec.name: output}
+
+    def warmup(self, batch: int) -> None:
+        """Run once at this batch size, so that the next run pays for nothing but itself."""
+        self.run(golden_inputs(tuple(self.inputs), batch))
+
+    def _rows(self, arrays: Mapping[str, npt.NDArray[Any]]) -> int:
+        """The batch size. What is right is seen at a glance, for `check_inputs` takes a third of a row's time; it is
+        left to say what is wrong."""
+        sizes = set()
+        for name, shape in self._shapes.items():
+            array = arrays.get(name)
+            if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.shape[1:] != shape:
+                break
+            if not np.logical_and.reduce(np.isfinite(array), axis=None):
+                break
+            sizes.add(len(array))
+        else:
+            if len(sizes) == 1 and len(arrays) == len(self._shapes):
+                return sizes.pop()
+        return check_inputs(self.inputs, arrays)
+
+    def _call(self, buffers: list[npt.NDArray[np.float32]], start: int, end: int) -> None:
+        """Run rows `start` to `end` in this thread."""
+        if not hasattr(self._local, "workspace"):
+            self._local.workspace = np.empty(self._library.workspace, np.float32)
+        self._library.run(end - start, [buffer[start:end] for buffer in buffers], self._local.workspace)
+
+
+def open_fastest(bundle: Bundle, *, threads: int | None = None, chunk: int | None = None) -> Session:
+    """The runtime `auto`: C where there is a compiler and the family is known, else ONNX Runtime.
+
+    C is several times faster per core (tools/bench_c.py). Before it is trusted with a bundle, it has to give the
+    bundle's golden outputs on this machine; if it does not, or cannot be compiled, a warning says so.
+    """
+    if bundle.manifest.family in FAMILIES and has_compiler():
+        try:
+            session = CSession(bundle, threads=threads, chunk=chunk)
+            check_golden(session, bundle)
+            return session
+        except EdgekitError as error:
+            warnings.warn(f"{error}; using onnxruntime", RuntimeWarning, stacklevel=2)
+    return open_session(bundle, "onnxruntime", threads=threads, chunk=chunk)
+
+
+def has_compiler() -> bool:
+    try:
+        Compiler()
+    except EdgekitError:
+        return False
+    return True
+
+
+def check_golden(session: Session, bundle: Bundle) -> None:
+    """Raise unless the session gives the bundle's golden outputs, at batch 1 and with all rows at once."""
+    inputs, expected = bundle.golden()
+    first = {name: array[:1] for name, array in inputs.items()}
+    for rows in (inputs, first):
+        for name, got in session.run(rows).items():
+            wanted = expected[name][: len(got)]
+            allowed = AGREEMENT * max(1.0, float(np.abs(wanted).max(initial=0)))
+            difference = float(np.abs(got - wanted).max(initial=0))
+            if not difference <= allowed:  # NaN included
+                raise EdgekitError(
+                    f"{bundle.manifest.name} on {session.provider}: {name} is {difference:.1e} from its golden value, "
+                    f"allowed {allowed:.1e}; another compiler ($CC) or runtime may do better"
+                )
+
+
+def cache_folder() -> Path:
+    """Where compiled models are kept: edgekit's folder in the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit" / "c"
+
+
+def _library(bundle: Bundle, compiler: Compiler, cache: Path) -> Library:
+    """The bundle's compiled model, from the cache or compiled now."""
+    path = cache / f"{_digest(model_key(bundle), compiler)}.so"
+    if not _whole(path):
+        from exporters.c_export import CExporter  # loads torch, which a compiled model does without
+
+        source = CExporter().source(bundle)
+        content = compiler.shared_library(source.model, source.header, NATIVE)
+        try:
+            write_file(path, content + hashlib.sha256(content).digest())  # loaders ignore what follows the library
+        except OSError as error:
+            raise EdgekitError(
+                f"{cache}: compiled models cannot be kept there ({error.strerror}); set XDG_CACHE_HOME to a folder "
+                "that can be written"
+            ) from None
+    return Library(path)
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is there as it was written: loading one that was cut off can end the process."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _digest(key: str, compiler: Compiler) -> str:
+    """What the machine code depends on: model, generator, compiler, flags, and the CPU as the compiler sees it."""
+    folder = Path(exporters.__file__).parent
+    parts = [key.encode(), " ".join(NATIVE).encode(), compiler.macros(NATIVE).encode()]
+    parts += [file.read_bytes() for file in (folder / "c_export.py", *sorted((folder / "c").glob("*.[cp]*")))]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]

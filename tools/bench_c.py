@@ -1,0 +1,199 @@
+"""Milliseconds per batch on one thread: the exported C, edgekit's ONNX Runtime session, and PyTorch eager.
+
+    python tools/bench_c.py --json c_export.json
+    python tools/bench_c.py models/t2-ugrizy
+
+All run in turns in one process, and CPU time of the thread is counted, so that whatever else the machine does falls on
+each alike; ratios are medians of the ratios of neighbouring runs. Inputs are the bundle's golden rows over and over.
+Last, outputs are compared on random rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgekit import machine
+from edgekit.bundle import Arrays, Bundle
+from edgekit.session import Session
+from edgekit.zoo import resolve
+from exporters.c.library import NATIVE, PLAIN, Compiler
+from exporters.c.program import Buffer, Program, program
+from exporters.c.source import FOLDER
+from exporters.c_export import CExporter
+from exporters.network import Network
+from runtimes.sessions.c_session import CSession
+from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
+from runtimes.sessions.torch_session import TorchSession
+
+BATCHES = (1, 16, 256, 1000)
+SECONDS = 12.0  # per batch size, all together
+MOST_ROUNDS = 400
+C, ORT, TORCH = "c", "onnxruntime", "torch"
+PEAK = """
+void peak(size_t rounds, float *out)
+{
+    vector sum[10]; /* enough to hide the latency of two units */
+    UNROLL
+    for (size_t i = 0; i < 10; i++)
+        sum[i] = splat((float)i);
+    for (size_t round = 0; round < rounds; round++)
+        UNROLL
+        for (size_t i = 0; i < 10; i++)
+            sum[i] = multiply_add(sum[i], splat(0.5f), sum[i]);
+    for (size_t i = 0; i < 10; i++)
+        store(out + i * LANES, sum[i]);
+}
+"""
+
+
+def measure(sessions: dict[str, Session], rows: Arrays, batch: int) -> dict[str, Any]:
+    """CPU milliseconds of each session, in turns, and how many times as long as C the others take."""
+    taken: dict[str, list[float]] = {name: [] for name in sessions}
+    for session in sessions.values():
+        session.run(rows)
+        session.run(rows)
+    order = list(sessions)
+    until = time.perf_counter() + SECONDS
+    while (time.perf_counter() < until and len(taken[C]) < MOST_ROUNDS) or len(taken[C]) < 3:
+        for name in order:
+            started = time.thread_time()
+            sessions[name].run(rows)
+            taken[name].append((time.thread_time() - started) * 1e3)
+        order.append(order.pop(0))  # so that nobody always runs behind the same neighbour
+    result: dict[str, Any] = {"batch": batch, "rounds": len(taken[C])}
+    for name, values in taken.items():
+        ratios = np.divide(values, taken[C])
+        result[name] = {
+            "p50_ms": float(np.percentile(values, 50)),
+            "p95_ms": float(np.percentile(values, 95)),
+            "ratio": float(np.median(ratios)),
+            "ratio_quartiles": [float(value) for value in np.percentile(ratios, [25, 75])],
+        }
+    return result
+
+
+def differences(bundle: Bundle, session: Session, count: int) -> dict[str, Any]:
+    """How far C and PyTorch's float32 are from PyTorch's float64 on normal random inputs, and rows of another class."""
+    rng = np.random.default_rng(0)
+    specs = bundle.manifest.inputs
+    rows = {spec.name: rng.standard_normal((count, *spec.shape[1:])).astype(np.float32) for spec in specs}
+    outputs = {C: session.run(rows)[bundle.manifest.outputs[0].name]}
+    network = Network(bundle).eval()
+    for name, dtype in ((TORCH, torch.float32), ("exact", torch.float64)):
+        parts = zip(*(torch.from_numpy(array).to(dtype).split(16) for array in rows.values()), strict=True)
+        network.to(dtype)
+        with torch.inference_mode():
+            outputs[name] = torch.cat([network(*part)[0] for part in parts]).numpy()
+    exact = outputs.pop("exact")
+    return {"rows": count, "classes_changed": int((outputs[C].argmax(-1) != outputs[TORCH].argmax(-1)).sum())} | {
+        name: {"largest": float(np.abs(got - exact).max()), "rms": float(np.sqrt(np.square(got - exact).mean()))}
+        for name, got in outputs.items()
+    }
+
+
+def megaflops(network: Program) -> float:
+    """Multiplications and additions of one row's matrix products; exponentials, some thirty per cent of the time or
+    more, are not counted."""
+    total = 0
+    for call in network.calls:
+        if call.kernel == "dense":
+            *_, inputs, outputs, _ = call.arguments
+            assert isinstance(inputs, int)
+            assert isinstance(outputs, int)
+            total += 2 * network.tokens * inputs * outputs
+        elif call.kernel == "attention":
+            mixed = call.arguments[0]
+            assert isinstance(mixed, Buffer)
+            total += 4 * network.tokens**2 * mixed.features
+    return total / 1e6
+
+
+def peak_gigaflops(compiler: Compiler) -> float:
+    """What this core does of multiply-adds in registers, the best of several tries."""
+    rounds, best = 200_000, 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "peak.so"
+        path.write_bytes(compiler.shared_library((FOLDER / "kernels.c").read_text() + PEAK, "", NATIVE))
+        peak = ctypes.CDLL(str(path)).peak
+        out = np.empty(10 * 16, np.float32)
+        lanes = 0
+        for _ in range(20):
+            out[:] = np.nan
+            started = time.thread_time()
+            peak(ctypes.c_size_t(rounds), ctypes.c_void_p(out.ctypes.data))
+            seconds = time.thread_time() - started
+            lanes = int((~np.isnan(out)).sum()) // 10
+            best = max(best, 2 * 10 * lanes * rounds / seconds / 1e9)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", nargs="?", default="t2-gr", help="bundle or name of a model of the zoo")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--rows", type=int, default=10_000, help="random rows to compare outputs on")
+    options = parser.parse_args()
+    bundle, compiler = resolve(options.bundle), Compiler()
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    described = {**machine.describe(), "load": f"{os.getloadavg()[0]:.1f}", "compiler": compiler.version()}
+    described |= {package: version(package) for package in ("edgekit", "onnxruntime", "torch", "numpy")}
+    described["commit"] = commit or "unknown"
+    print(*(f"{name} {value}" for name, value in described.items()), sep=", ")
+    sizes = {}
+    for weights in ("float32", "encoded") if bundle.encodings() else ("float32",):
+        source = CExporter(weights=weights).source(bundle)
+        sizes[weights] = {
+            "object_bytes": compiler.object_size(source.model, source.header, NATIVE),
+            "object_bytes_plain": compiler.object_size(source.model, source.header, PLAIN),
+            "workspace_bytes": 4 * source.workspace,
+        }
+    work, peak = megaflops(program(bundle)), peak_gigaflops(compiler)
+    print(f"model {bundle.manifest.name}, digest {bundle.digest[:12]}; {sizes}")
+    print(f"{work:.2f} MFLOP a row in matrix products; this core's peak {peak:.0f} GFLOP/s\n")
+    ours = CSession(bundle, threads=1)
+    ort = OnnxRuntimeSession(bundle, threads=1)
+    sessions: dict[str, Session] = {C: ours, ORT: ort, TORCH: TorchSession(bundle, threads=1, chunk=4)}
+    golden, _ = bundle.golden()
+    print(f"batch  session        CPU p50 ms    p95 ms    rows/s   time / {C}  quartiles     share of peak")
+    results = []
+    for batch in BATCHES:
+        rows = {name: np.resize(array, (batch, *array.shape[1:])) for name, array in golden.items()}
+        result = measure(sessions, rows, batch)
+        results.append(result)
+        for name in sessions:
+            row = result[name]
+            row["rows_per_second"] = batch / row["p50_ms"] * 1e3
+            row["share_of_peak"] = row["rows_per_second"] * work / 1e3 / peak
+            low, high = row["ratio_quartiles"]
+            print(
+                f"{batch:5d}  {name:12s} {row['p50_ms']:12.3f} {row['p95_ms']:9.3f} {row['rows_per_second']:9,.0f}"
+                f"   {row['ratio']:8.2f}  {low:.2f} to {high:.2f} {row['share_of_peak']:12.0%}",
+                flush=True,
+            )
+    apart = differences(bundle, ours, options.rows)
+    print(f"\nfrom float64: {apart}")
+    plans = {"small batches": str(ort.small_plan), "large batches": str(ort.plan)}
+    print(f"{ours.provider}; onnxruntime's plans: {plans}")
+    if options.json:
+        report = {"machine": described, "model": bundle.manifest.name, "digest": bundle.digest, "sizes": sizes,
+                  "megaflops_per_row": work, "peak_gigaflops": peak, "provider": ours.provider,
+                  "onnxruntime_plans": plans, "differences": apart}  # fmt: skip
+        options.json.write_text(json.dumps({**report, "batches": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
