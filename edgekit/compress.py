@@ -110,7 +110,7 @@ def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
     """What each pass would do to the model as it is now; changes nothing. Later passes are planned on what earlier ones
     leave, by applying those without recovery training."""
     check_order(job.source, job.recipe)
-    candidate = _start(job.source)
+    candidate = candidate_of(job.source)
     teacher = candidate.model if isinstance(candidate, Candidate) else None
     context = Context(job.train, teacher, job.seed)
     result = []
@@ -136,18 +136,18 @@ def run(
     """The compressed bundle, records included. `work`: folder for the state after each pass."""
     check_order(job.source, job.recipe)  # a mistake in the recipe is an error now, not a pass rolled back
     measured = quality.metric(job.metric)
-    source = _start(job.source)
+    source = candidate_of(job.source)
     teacher = source.model if isinstance(source, Candidate) else None
     forms = best_float_form(job, notify)
-    original = _outputs(job, job.source, source)
+    original = outputs_of(job, job.source, source)
     expected = job.test.labels if measured.labelled else original
     paths = _state_paths(job, work)
     done, bundle = _resume(job, paths)
     records = list(bundle.manifest.records)
     if done:
         notify(f"resuming after pass {done} of {len(job.recipe)}")
-    candidate = _start(bundle)
-    before = _state(bundle, quality.measure(measured, _outputs(job, bundle, candidate), expected))
+    candidate = candidate_of(bundle)
+    before = _state(bundle, quality.measure(measured, outputs_of(job, bundle, candidate), expected))
     inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
     best = _session(job, job.source, forms)
     for number, step in enumerate(job.recipe[done:], start=done + 1):
@@ -169,7 +169,7 @@ def run(
             record["plan"] = [asdict(change) for change in built.plan(subject)]
             fresh = built.apply(subject, context)
             fresh_bundle = _bundle(job, fresh, records)
-            outputs = _outputs(job, fresh_bundle, fresh)
+            outputs = outputs_of(job, fresh_bundle, fresh)
             after = _state(fresh_bundle, quality.measure(measured, outputs, expected))
             loss = quality.measure_change(measured, original, outputs, expected)
             fresh_session = _session(job, fresh_bundle, forms)
@@ -189,6 +189,14 @@ def run(
         bundle = _bundle(job, candidate, records)
         write_bundle(bundle, paths[number - 1], force=True)
     return _with_metrics(job, bundle, original, expected, inputs, forms)
+
+
+def applied(job: Job, step: Step) -> Bundle:
+    """What one pass makes of the source, neither timed nor judged."""
+    candidate = candidate_of(job.source)
+    context = Context(job.train, candidate.model if isinstance(candidate, Candidate) else None, job.seed)
+    built = step.build()
+    return _bundle(job, built.apply(_for_pass(built, candidate, job), context), ())
 
 
 def best_float_form(job: Job, notify: Notify = lambda message: None) -> dict[str, str]:
@@ -225,7 +233,7 @@ def _with_metrics(
 ) -> Bundle:  # fmt: skip
     """The finished bundle with what the whole job did: source and result side by side, measured in one run."""
     measured = quality.metric(job.metric)
-    outputs = _outputs(job, bundle, _start(bundle))
+    outputs = outputs_of(job, bundle, candidate_of(bundle))
     before, after = (_session(job, item, forms) for item in (job.source, bundle))
     latency: list[Latency] = compare_latency(before, after, inputs, job.limits.batches)
     metrics = {
@@ -281,7 +289,8 @@ def _for_pass(built: Any, candidate: AnyCandidate, job: Job) -> AnyCandidate:
     return GraphCandidate(exporter.graph(_bundle(job, candidate, ())))
 
 
-def _start(bundle: Bundle) -> AnyCandidate:
+def candidate_of(bundle: Bundle) -> AnyCandidate:
+    """The bundle's model as passes take it."""
     if bundle.is_graph:
         from edgekit.graph import load
 
@@ -289,7 +298,7 @@ def _start(bundle: Bundle) -> AnyCandidate:
     return Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
 
 
-def _outputs(job: Job, bundle: Bundle, candidate: AnyCandidate) -> npt.NDArray[Any]:
+def outputs_of(job: Job, bundle: Bundle, candidate: AnyCandidate) -> npt.NDArray[Any]:
     """The first output for every test row: a network's by torch, a graph's by the runtime it is measured on."""
     first = bundle.manifest.outputs[0].name
     if isinstance(candidate, Candidate):
@@ -374,4 +383,4 @@ def _resume(job: Job, paths: Sequence[Path]) -> tuple[int, Bundle]:
         except EdgekitError:  # not reached, or damaged: the state before it will do
             continue
         return done, replace(state, manifest=replace(state.manifest, recipe=to_tables(job.recipe)))
-    return 0, _bundle(job, _start(job.source), job.source.manifest.records)
+    return 0, _bundle(job, candidate_of(job.source), job.source.manifest.records)

@@ -38,7 +38,7 @@ def from_parquet(path: Path, manifest: Manifest) -> Arrays:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise missing_extra("pyarrow", "alerts", "reading a Parquet table") from None
+        raise missing_extra("pyarrow", "data", "reading a Parquet table") from None
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
@@ -70,7 +70,7 @@ def from_images(folder: Path, manifest: Manifest) -> Arrays:
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ModuleNotFoundError:
-        raise missing_extra("pillow", "images", "reading images") from None
+        raise missing_extra("pillow", "data", "reading images") from None
     spec = manifest.inputs[0]
     settings = manifest.preprocessing or {}
     if len(manifest.inputs) != 1 or len(spec.shape) != 4 or spec.shape[1] not in (1, 3):

@@ -54,6 +54,15 @@ def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float
     return model.eval()
 
 
+def countable_units(family: str, model: nn.Module) -> dict[str, int]:
+    """Constructor arguments that count units which can be removed, and how many there are; none for a network whose
+    family does not say."""
+    module = importlib.import_module(FAMILIES[family])
+    if not hasattr(module, "prunable_groups"):
+        return {}
+    return {group.argument: group.size for group in module.prunable_groups(model)}
+
+
 def prunable_groups(family: str, model: nn.Module) -> list[PrunableGroup]:
     """What can be removed from a network of the family, layer by layer."""
     module = importlib.import_module(FAMILIES[family])

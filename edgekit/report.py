@@ -74,6 +74,7 @@ def summary(bundle: Bundle, source: Bundle) -> dict[str, Any]:
         "latency_measured": bool(measured),
         "metric": compression.get("metric", "quality metric"),
         "limits": compression.get("limits", {}),
+        "search": manifest.metrics.get("search"),
         "runtime": compression.get("runtime"),
         "machine": compression.get("machine") or machine.describe(),
     }
@@ -132,6 +133,15 @@ def _pictures(values: Mapping[str, Any]) -> dict[str, Markup]:
         figure = plots.trajectory(start, steps, values["limits"].get("max_loss"), values["metric"])
         found["trajectory"] = _inline(figure, "Quality against packed size, pass by pass")
         found["bytes"] = _inline(plots.bytes_per_pass(start, steps), "Packed bytes after each pass")
+    if search := values["search"]:
+        limit = search["targets"]["max_loss"]
+        found["pareto"] = _inline(
+            plots.pareto(search["trials"], search["chosen"], limit, values["metric"]), "Trials of the search"
+        )
+        if search["sensitivity"]:
+            found["sensitivity"] = _inline(
+                plots.sensitivity_bars(search["sensitivity"], values["metric"]), "Sensitivity of each weight"
+            )
     if values["latency"]:
         found["latency"] = _inline(plots.latency_bars(values["latency"]), "CPU time per call before and after")
     return found

@@ -16,6 +16,7 @@ EXAMPLE = """\b
 Examples:
   edgekit compress t2-gr -o t2.edge
   edgekit compress t2-gr --max-size 12000 --max-loss 0.01 -o t2.edge
+  edgekit compress t2-gr --auto --max-loss 0.02 --trials 30 -o t2.edge
   edgekit compress t2-gr --recipe recipe.toml --dry-run
 A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 """
@@ -29,6 +30,9 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
     "--max-loss", type=float, default=0.01, show_default=True, help="Quality it may cost, in the metric's unit."
 )
 @click.option("--max-size", type=int, help="Bytes that the packed file may take; codes get narrower until it fits.")
+@click.option("--auto", is_flag=True, help="Search for the recipe; needs no --recipe.")
+@click.option("--trials", type=click.IntRange(min=1), default=40, show_default=True, help="Recipes that --auto tries.")
+@click.option("--max-latency", type=float, help="CPU milliseconds of a call at the first batch size, for --auto.")
 @click.option("--data", "data_file", help=".npz with the model's inputs, labels and split (default: its own data set).")
 @click.option(
     "--metric",
@@ -45,6 +49,7 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compress(
     model: str, target: Path | None, recipe_file: Path | None, max_loss: float, max_size: int | None,
+    auto: bool, trials: int, max_latency: float | None,
     data_file: str | None, metric: str | None, objective: str, batches: str, runtime: str, seed: int,
     original: str | None, dry_run: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -54,7 +59,7 @@ def compress(
     and the report says why. A run that was stopped goes on after its last finished pass.
     """
     from edgekit import quality, recipe
-    from edgekit.bundle import GOLDEN, GRAPH, WEIGHTS
+    from edgekit.bundle import GOLDEN, GRAPH, WEIGHTS, with_files
     from edgekit.cache import passes_folder, prune
     from edgekit.compress import Job, plan, run
     from edgekit.data import load, locate
@@ -77,15 +82,18 @@ def compress(
             f"{original} was made from {(before.manifest.parent or 'no bundle')[:12]}, {model} is "
             f"{source.digest[:12]}; replay it on the bundle that it was made from (edgekit inspect --lineage)"
         )
+    steps: list[recipe.Step] = []
     if before is not None:
         steps = recipe.of_bundle(before)
         seed = before.manifest.seed or 0
+    elif auto:
+        if recipe_file is not None or dry_run:
+            raise click.UsageError("--auto finds a recipe of its own; leave --recipe and --dry-run out")
     elif recipe_file is None:
         recipe_file = folders().get(source.manifest.name, Path()) / "recipe.toml"
         if not recipe_file.is_file():
             raise EdgekitError(f"{source.manifest.name} comes with no recipe of its own; pass --recipe FILE")
-    if before is None:
-        assert recipe_file is not None
+    if before is None and recipe_file is not None:
         steps = recipe.read(recipe_file)
     metric = metric or default_metric(source.manifest)
     train, test = load(locate(source.manifest, data_file), source.manifest, labelled=quality.metric(metric).labelled)
@@ -103,11 +111,18 @@ def compress(
         def show(what: str, done: int, total: int) -> None:
             task = tasks.get(what)
             if task is None or bar.tasks[task].total != total or done < bar.tasks[task].completed:
-                task = tasks[what] = bar.add_task(f"  {what}: epochs", total=total)
+                task = tasks[what] = bar.add_task(f"  {what}", total=total)
             bar.update(task, completed=done, visible=done < total)
 
-        bundle = run(job, work, notify=note, progress=show)
-        if max_size is not None:
+        if auto:
+            from edgekit.search.auto import Targets, search
+
+            targets = Targets(max_loss, max_size, max_latency)
+            found = search(job, targets, work, trials=trials, notify=note, progress=show)
+            bundle = with_files(found.bundle, {"recipe.toml": recipe.to_toml(found.recipe).encode()})
+        else:
+            bundle = run(job, work, notify=note, progress=show)
+        if max_size is not None and not auto:
             bundle = narrowed(job, bundle, max_size, work, notify=note, progress=show)
     bundle = with_report(bundle, source)
     bundle = _write(bundle, target, force)

@@ -91,7 +91,7 @@ def test_which_file_is_used(monkeypatch, tmp_path, tiny_bundle):
     monkeypatch.setenv("EDGEKIT_DATA", str(tmp_path))
     named = replace(tiny_bundle.manifest, data="toys")
     assert locate(tiny_bundle.manifest, "mine.npz") == "mine.npz"
-    with pytest.raises(EdgekitError, match="--data FILE"):
+    with pytest.raises(EdgekitError, match="pass --data"):
         locate(tiny_bundle.manifest, None)
     with pytest.raises(EdgekitError, match="edgekit data toys"):
         locate(named, None)

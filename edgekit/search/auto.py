@@ -1,0 +1,354 @@
+"""`edgekit compress --auto`: find the recipe. Sensitivity of every weight first, then a multi-objective search
+(NSGA-II, Deb et al. 2002) over passes and their parameters; every trial is a real run, guarded and measured.
+
+Trials are judged on rows held out of the training part; the test rows see only the recipe that is chosen, so that the
+choice does not flatter itself. The study is a journal on disk: a search that was killed goes on and loses at most the
+trial it was in, and the states that trials share are computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit import quality
+from edgekit.bundle import Bundle
+from edgekit.compress import Job, Notify, ShowProgress, applied, candidate_of, outputs_of, run
+from edgekit.data import Dataset
+from edgekit.errors import EdgekitError, missing_extra
+from edgekit.recipe import Step
+
+try:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import FrozenTrial, TrialState
+except ModuleNotFoundError as error:
+    raise missing_extra(error.name or "optuna", "search", "--auto") from None
+
+HELD_OUT = 0.25  # of the training rows, for trials
+PROBE_BITS = 3  # coarse enough that a weight that matters shows
+PATIENCE = 12  # trials without a new point on the Pareto front after which the search stops
+SHORT, FULL = {"structured_prune": 2, "cluster": 1, "quantise": 1}, {"structured_prune": 8, "cluster": 2, "quantise": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """How much worse the metric gets when this weight alone is put on a grid of PROBE_BITS bits."""
+
+    name: str
+    change: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One trial. speedup: geometric mean over the batch sizes, against the original in the same run; loss: change of
+    the metric on held-out rows."""
+
+    number: int
+    recipe: tuple[Step, ...]
+    loss: float
+    bytes: int
+    speedup: float
+    latency_ms: float
+    on_front: bool = False
+
+    def fits(self, limits: Targets) -> bool:
+        return (
+            self.loss <= limits.max_loss
+            and (limits.max_size is None or self.bytes <= limits.max_size)
+            and (limits.max_latency is None or self.latency_ms <= limits.max_latency)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the result must keep to. max_size: packed bytes; max_latency: CPU milliseconds of a call at the first batch
+    size."""
+
+    max_loss: float
+    max_size: int | None = None
+    max_latency: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The result of a search: the compressed bundle, its recipe, and what was tried on the way."""
+
+    bundle: Bundle
+    recipe: tuple[Step, ...]
+    outcomes: tuple[Outcome, ...]
+    sensitivity: tuple[Sensitivity, ...]
+
+
+def search(
+    job: Job,
+    targets: Targets,
+    work: Path,
+    *,
+    trials: int = 40,
+    notify: Notify = lambda message: None,
+    progress: ShowProgress = lambda what, done, total: None,
+) -> Found:
+    """Search, then run the best recipe within the targets on the job's own data. Where that one fails on the test rows,
+    the next best has its turn; where none is left, an error says how far they were."""
+    trial_job = held_out(job)
+    ranked = sensitivities(trial_job, progress)
+    study = _study(job, work)
+    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(stale.number, state=TrialState.FAIL)  # of a search that was killed
+    done = len(_complete(study))
+    if done:
+        notify(f"resuming the search after {done} trials")
+    stopped = ""
+    while (done := len(_complete(study))) < trials:
+        progress("search", done, trials)
+        if _stale(study):
+            stopped = f"no better recipe in the last {PATIENCE} trials"
+            break
+        trial = study.ask()
+        steps = suggest(trial, job.source, ranked, SHORT)
+        trial.set_user_attr("recipe", [[step.name, dict(step.parameters), step.seed] for step in steps])
+        outcome = _tried(trial_job, trial.number, steps, work, progress)
+        for name in ("loss", "bytes", "speedup", "latency_ms"):
+            trial.set_user_attr(name, getattr(outcome, name))
+        study.tell(trial, [outcome.loss, math.log(outcome.bytes), -math.log(outcome.speedup)])
+        notify(
+            f"trial {done + 1} of {trials}: {outcome.loss:+.4f}, {outcome.bytes:,} bytes, {outcome.speedup:.2f} times "
+            f"as fast: {', '.join(step.name for step in steps) or 'as it is'}"
+        )
+    progress("search", trials, trials)
+    if stopped:
+        notify(f"search stopped: {stopped}")
+    outcomes = _outcomes(study)
+    return _finish(job, targets, outcomes, tuple(ranked), work, notify, progress)
+
+
+def held_out(job: Job) -> Job:
+    """The job on the training rows alone, a quarter of them held out."""
+    rows = np.random.default_rng(job.seed).permutation(len(job.train))
+    cut = max(1, round(HELD_OUT * len(rows)))
+    if len(rows) < 2:
+        raise EdgekitError(f"--auto needs training rows to hold out; the data has {len(rows)}")
+    limits = replace(job.limits, max_loss=math.inf, max_slowdown=math.inf, min_gain=-math.inf)  # judged as a whole
+    return replace(job, train=job.train.take(rows[cut:]), test=job.train.take(rows[:cut]), limits=limits)
+
+
+def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
+    """Every weight that can be quantised, most sensitive first."""
+    metric = quality.metric(job.metric)
+    candidate = candidate_of(job.source)
+    rows = _some(job.test)
+    small = replace(job, test=rows)
+    original = outputs_of(small, job.source, candidate)
+    expected = rows.labels if metric.labelled else original
+    before = metric.value(original, expected)
+    probes = _probes(job.source, candidate)
+    found = []
+    for number, (name, step) in enumerate(probes):
+        progress("sensitivity", number, len(probes))
+        bundle = applied(small, step)
+        after = metric.value(outputs_of(small, bundle, candidate_of(bundle)), expected)
+        found.append(Sensitivity(name, after - before if math.isfinite(after) else math.inf))
+    progress("sensitivity", len(probes), len(probes))
+    return sorted(found, key=lambda item: -item.change)
+
+
+def suggest(
+    trial: optuna.trial.BaseTrial, source: Bundle, ranked: Sequence[Sensitivity], epochs: Mapping[str, int]
+) -> tuple[Step, ...]:
+    """A recipe from the space of those that make sense: fewer units, then codes for the weights or a form of the graph.
+    Nothing is suggested for the most sensitive weights if they are exempt."""
+    steps: list[Step] = []
+    names = [item.name for item in ranked]
+    exempt = names[: trial.suggest_int("exempt", 0, min(4, max(0, len(names) - 1)))]
+    if not source.is_graph:
+        removed = trial.suggest_categorical("removed", [0.0, 0.25, 0.375, 0.5, 0.625])
+        pruned = _pruned(source, float(removed), epochs)
+        steps += [pruned] if pruned else []
+        form = trial.suggest_categorical("form", ["float32", "cluster", "quantise", "dynamic_int8", "half"])
+    else:
+        form = trial.suggest_categorical("form", ["float32", "dynamic_int8", "static_int8", "weight_only", "half"])
+    if form in ("cluster", "quantise"):
+        bits = trial.suggest_int(f"{form} bits", 3, 8)
+        coded = [name for name in names if name not in exempt]
+        if coded:
+            steps.append(Step(form, {"bits": bits, "epochs": epochs[form], "include": coded}))
+        if exempt and bits < 8:
+            steps.append(Step("quantise", {"bits": 8, "epochs": 0, "include": exempt}))
+    elif form == "dynamic_int8":
+        steps.append(Step(form, {"exclude": exempt} if source.is_graph else {}))
+    elif form == "static_int8":
+        steps.append(Step(form, {"exclude": exempt}))
+    elif form == "weight_only":
+        steps.append(Step(form, {"bits": trial.suggest_categorical("weight_only bits", [8, 4])}))
+    elif form == "half":
+        steps.append(Step(form, {"storage": True}))
+    return tuple(steps)
+
+
+def _pruned(source: Bundle, removed: float, epochs: Mapping[str, int]) -> Step | None:
+    """Structured pruning of that share, in the words of the family."""
+    from edgekit.families import countable_units
+
+    if removed == 0:
+        return None
+    rate = {"epochs": epochs["structured_prune"]}
+    units = countable_units(source.manifest.family, source.model())
+    if units:
+        keep = {name: max(1, round(size * (1 - removed))) for name, size in units.items()}
+        return Step("structured_prune", {"keep": keep, **rate})
+    return Step("structured_prune", {"sparsity": removed, **rate})
+
+
+def _probes(source: Bundle, candidate: Any) -> list[tuple[str, Step]]:
+    if source.is_graph:
+        from edgekit.graph import weights
+
+        uses = [use for weight in weights(candidate.model) for use in weight.uses]
+        nodes = [use.node.name for use in uses if use.node.op_type in ("MatMul", "Gemm")]
+        return [
+            (name, Step("dynamic_int8", {"exclude": [other for other in nodes if other != name]})) for name in nodes
+        ]
+    from edgekit.passes.base import matrices
+
+    return [
+        (name, Step("quantise", {"bits": PROBE_BITS, "epochs": 0, "include": [name]}))
+        for name in matrices(candidate.model, ("*",))
+    ]
+
+
+def _some(data: Dataset, most: int = 1024) -> Dataset:
+    return data.take(np.arange(min(len(data), most)))
+
+
+def _tried(job: Job, number: int, steps: Sequence[Step], work: Path, progress: ShowProgress) -> Outcome:
+    """A trial's run. A pass that fails is rolled back by `run` and leaves its mark in the numbers."""
+    bundle = run(replace(job, recipe=steps), work, progress=progress)
+    summary = bundle.manifest.metrics["compression"]
+    ratios = [item["ratio"] for item in summary["latency"]]
+    records = [record for record in bundle.manifest.records if record.get("parent") == job.source.digest]
+    kept = [record for record in records if record["kept"]]
+    size = kept[-1]["after"]["bytes"] if kept else _packed(job.source)
+    loss = summary["change"]["value"]
+    return Outcome(
+        number, tuple(steps), math.inf if loss is None else float(loss), int(size),
+        float(np.exp(-np.mean(np.log(ratios)))), float(summary["latency"][0]["after_ms"]),
+    )  # fmt: skip
+
+
+def _packed(bundle: Bundle) -> int:
+    from edgekit.pack import pack
+
+    return len(pack(bundle))
+
+
+def _study(job: Job, work: Path) -> optuna.Study:
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / f"search-{job.key()[:32]}.log"
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    names = optuna.study.get_all_study_names(storage)
+    done = len(optuna.load_study(study_name="auto", storage=storage).trials) if names else 0
+    # the trials so far are part of the seed: a search that goes on must not draw the same recipes again
+    sampler = optuna.samplers.NSGAIISampler(population_size=16, seed=job.seed + done)
+    return optuna.create_study(
+        study_name="auto", storage=storage, sampler=sampler, directions=["minimize"] * 3, load_if_exists=True
+    )
+
+
+def _complete(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _stale(study: optuna.Study) -> bool:
+    complete = _complete(study)
+    if len(complete) <= PATIENCE:
+        return False
+    newest = max(trial.number for trial in study.best_trials)
+    return len([trial for trial in complete if trial.number > newest]) >= PATIENCE
+
+
+def _outcomes(study: optuna.Study) -> tuple[Outcome, ...]:
+    front = {trial.number for trial in study.best_trials}
+    return tuple(
+        Outcome(
+            trial.number,
+            tuple(Step(name, parameters, seed) for name, parameters, seed in trial.user_attrs["recipe"]),
+            **{name: trial.user_attrs[name] for name in ("loss", "bytes", "speedup", "latency_ms")},
+            on_front=trial.number in front,
+        )
+        for trial in _complete(study)
+    )
+
+
+def _finish(
+    job: Job, targets: Targets, outcomes: tuple[Outcome, ...], ranked: tuple[Sensitivity, ...], work: Path,
+    notify: Notify, progress: ShowProgress,
+) -> Found:  # fmt: skip
+    """Run the candidates in order of merit, at full length, until one keeps to the targets on the test rows."""
+    original = _packed(job.source)
+
+    def merit(outcome: Outcome) -> float:
+        size, speed = math.log(original / outcome.bytes), math.log(outcome.speedup)
+        return {"size": size, "latency": speed, "any": size + speed}[job.limits.objective]
+
+    # held-out loss after a short recovery is pessimistic and noisy: half as much again may pass to the last round
+    hopeful = [item for item in outcomes if item.recipe and item.fits(replace_loss(targets, 1.5))]
+    tried: list[str] = []
+    for outcome in sorted(hopeful, key=merit, reverse=True)[:5]:
+        recipe = tuple(_lengthened(step) for step in outcome.recipe)
+        notify(f"final run of trial {outcome.number}: {', '.join(step.name for step in recipe)}")
+        final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=targets.max_loss))
+        bundle = run(final, work, notify=notify, progress=progress)
+        result = _result(final, outcome.number, recipe, bundle)
+        if result.fits(targets) and any(record["kept"] for record in bundle.manifest.records):
+            facts = {
+                "trials": [_plain(item) for item in outcomes],
+                "sensitivity": [
+                    {"name": item.name, "change": item.change if math.isfinite(item.change) else None}
+                    for item in ranked
+                ],
+                "chosen": outcome.number,
+                "targets": asdict(targets),
+            }
+            manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, "search": facts})
+            return Found(replace(bundle, manifest=manifest), recipe, outcomes, ranked)
+        tried.append(f"{result.loss:+.4f}, {result.bytes:,} bytes, {result.latency_ms:.3g} ms")
+    best = "; ".join(tried) or "no trial came near"
+    raise EdgekitError(
+        f"no recipe keeps to max-loss {targets.max_loss:g}, max-size {targets.max_size or 'any'}, max-latency "
+        f"{targets.max_latency or 'any'} on the test rows; best: {best}. Allow more, or give it more --trials"
+    )
+
+
+def replace_loss(targets: Targets, factor: float) -> Targets:
+    return replace(targets, max_loss=factor * targets.max_loss)
+
+
+def _lengthened(step: Step) -> Step:
+    """The step with the recovery that the result deserves, where trials had a short one."""
+    if "epochs" not in step.parameters or not step.parameters["epochs"]:
+        return step
+    return replace(step, parameters={**step.parameters, "epochs": FULL[step.name]})
+
+
+def _result(job: Job, number: int, recipe: tuple[Step, ...], bundle: Bundle) -> Outcome:
+    summary = bundle.manifest.metrics["compression"]
+    ratios = [item["ratio"] for item in summary["latency"]]
+    return Outcome(
+        number, recipe, summary["change"]["value"], _packed(bundle), float(np.exp(-np.mean(np.log(ratios)))),
+        summary["latency"][0]["after_ms"],
+    )  # fmt: skip
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    """For the manifest: JSON has no infinity."""
+    values = asdict(outcome)
+    values["recipe"] = [{"name": step.name, **step.parameters} for step in outcome.recipe]
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}

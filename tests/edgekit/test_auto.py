@@ -1,0 +1,140 @@
+"""The search: what it finds keeps to its targets on rows it never saw, and a killed search goes on."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edgekit import recipe
+from edgekit.compress import run
+from edgekit.errors import EdgekitError
+from edgekit.pack import pack
+from edgekit.search import auto
+from edgekit.search.auto import Outcome, Targets, held_out, search, sensitivities, suggest
+
+
+@pytest.fixture
+def job(tiny_job):
+    return tiny_job([])
+
+
+def silent(what, done, total):
+    pass
+
+
+def test_the_search_finds_a_smaller_model_within_its_targets(job, tmp_path):
+    said = []
+    found = search(job, Targets(max_loss=0.05), tmp_path / "w", trials=8, notify=said.append)
+    assert len(pack(found.bundle)) < 0.7 * len(pack(job.source))
+    summary = found.bundle.manifest.metrics["compression"]
+    assert summary["change"]["value"] <= 0.05
+    assert len(found.outcomes) == 8
+    assert any(outcome.on_front for outcome in found.outcomes)
+    chosen = found.bundle.manifest.metrics["search"]["chosen"]
+    assert chosen in {outcome.number for outcome in found.outcomes}
+    assert sum(line.startswith("trial ") for line in said) == 8
+
+
+def test_its_recipe_gives_the_same_bytes_again(job, tmp_path):
+    found = search(job, Targets(max_loss=0.05), tmp_path / "w", trials=4)
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml(found.recipe))
+    again = run(replace(job, recipe=recipe.read(path)), tmp_path / "elsewhere")
+    assert again.contents == {name: found.bundle.contents[name] for name in again.contents}
+
+
+def test_a_search_goes_on_where_it_was(job, tmp_path):
+    first = search(job, Targets(max_loss=0.05), tmp_path / "w", trials=3)
+    said = []
+    more = search(job, Targets(max_loss=0.05), tmp_path / "w", trials=5, notify=said.append)
+    assert said[0] == "resuming the search after 3 trials"
+    assert more.outcomes[:3] == tuple(
+        replace(o, on_front=n.on_front) for o, n in zip(first.outcomes, more.outcomes[:3], strict=True)
+    )
+    assert len({tuple(map(str, outcome.recipe)) for outcome in more.outcomes}) > 1
+
+
+def test_targets_that_cannot_be_met_are_an_error_that_says_how_near_it_came(job, tmp_path):
+    with pytest.raises(EdgekitError, match=r"no recipe keeps to max-loss 0.05, max-size 10"):
+        search(job, Targets(max_loss=0.05, max_size=10), tmp_path / "w", trials=2)
+
+
+def test_trials_never_see_the_test_rows(job):
+    inner = held_out(job)
+    seen = {row.tobytes() for part in (inner.train, inner.test) for row in part.inputs["light_curve"]}
+    assert not seen & {row.tobytes() for row in job.test.inputs["light_curve"]}
+    assert len(inner.train) + len(inner.test) == len(job.train)
+    assert not {row.tobytes() for row in inner.train.inputs["light_curve"]} & {
+        row.tobytes() for row in inner.test.inputs["light_curve"]
+    }
+
+
+def test_one_row_cannot_be_split(job):
+    with pytest.raises(EdgekitError, match="hold out; the data has 1"):
+        held_out(replace(job, train=job.train.take(np.arange(1))))
+
+
+def test_the_weight_that_matters_most_comes_first(job):
+    import torch
+
+    model = job.source.model()
+    with torch.no_grad():  # planted: one outlier leaves three bits of the classifier nothing for the rest
+        model.classifier.weight[0, 0] += 200
+    from edgekit.bundle import assemble
+
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    bundle = assemble(job.source.manifest, weights, {}, job.source.golden())
+    rng = np.random.default_rng(0)
+    rows = job.test.take(rng.permutation(len(job.test))[:60])
+    ranked = sensitivities(replace(job, source=bundle, test=rows), silent)
+    assert {item.name for item in ranked} == {name for name, value in model.named_parameters() if value.ndim >= 2}
+    assert [item.change for item in ranked] == sorted((item.change for item in ranked), reverse=True)
+
+
+def test_what_fits():
+    outcome = Outcome(0, (), loss=0.01, bytes=1000, speedup=1.2, latency_ms=3.0)
+    assert outcome.fits(Targets(0.01, 1000, 3.0))
+    for targets in (Targets(0.009), Targets(0.01, 999), Targets(0.01, None, 2.9)):
+        assert not outcome.fits(targets)
+    assert not replace(outcome, loss=math.nan).fits(Targets(1.0))
+
+
+def test_only_recipes_that_can_be_built_are_suggested(job):
+    import optuna
+
+    ranked = [auto.Sensitivity(name, 0.0) for name in ("embed.weight", "classifier.weight")]
+    for seed in range(30):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        for step in suggest(study.ask(), job.source, ranked, auto.SHORT):
+            step.build()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_killed_search_loses_at_most_its_trial(tiny_file, data_file, tmp_path):
+    """The real command, killed in the middle of a trial."""
+    command = [
+        sys.executable, "-c", "from edgekit.cli import main; main()", "compress", str(tiny_file), "--auto", "--trials", "5", "--max-loss", "0.5",
+        "--batch", "1,16", "--data", str(data_file), "--runtime", "torch", "-o", str(tmp_path / "out.edge"),
+    ]  # fmt: skip
+    environment = {**os.environ, "EDGEKIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert child.stderr is not None
+    finished = 0
+    for line in child.stderr:
+        finished += line.startswith("trial ")
+        if finished == 2:
+            time.sleep(0.2)  # into the third
+            break
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert finished == 2
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resuming the search after 2 trials" in done.stderr or "resuming the search after 3 trials" in done.stderr
+    assert (tmp_path / "out.edge" / "recipe.toml").is_file()
