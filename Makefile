@@ -31,6 +31,7 @@ bench: setup ## speed against the reference path and onnxruntime's defaults, one
 	$(BIN)/python tools/check_gp_parity.py --json benchmarks/gp_parity.json
 	$(BIN)/python tools/bench_inference.py t2-gr --json benchmarks/inference.json
 	$(BIN)/python tools/bench_c.py t2-gr --json benchmarks/c_export.json
+	$(BIN)/python tools/bench_decode.py --json benchmarks/decode.json
 	$(BIN)/python tools/bench_training.py --json benchmarks/training.json
 
 train: setup ## train the models of the zoo again (an hour or two on two cores; resumable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from edgekit.errors import EdgekitError, missing_extra
 
 try:
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "onnx", "onnx", "reading an ONNX graph") from None
@@ -29,7 +29,7 @@ def load(content: bytes, source: str) -> ModelProto:
     """Parse and check a graph. Weights in files beside it are refused: a bundle holds one file."""
     try:
         model = onnx.load_from_string(content)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's DecodeError, which onnx does not pass on under a name of its own
         raise EdgekitError(f"{source}: not an ONNX model, or cut short ({error}); export it again") from None
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise EdgekitError(
@@ -88,7 +88,7 @@ def normalised(model: ModelProto) -> ModelProto:
         if tensor.data_type in _PLAIN and not tensor.raw_data:
             tensor.CopyFrom(numpy_helper.from_array(to_array(tensor), tensor.name))
     for item in (result, result.graph, *result.graph.node, *result.graph.initializer):
-        item.doc_string = ""
+        item.ClearField("doc_string")
         del item.metadata_props[:]
     return result
 
@@ -153,8 +153,8 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A float32 tensor of the file and all that reads it: products, directly or through a Transpose, and `others` by
-    name. A tied weight is one tensor with several readers; a pass that made a copy for each would undo the tying."""
+    """A float32 tensor of the file and all that reads it: products, directly or (last) through a Transpose, and others
+    by name. A tied weight is one tensor with several readers; a pass that made a copy for each would undo the tying."""
 
     tensor: TensorProto
     uses: tuple[Use, ...]
@@ -189,7 +189,7 @@ def weights(model: ModelProto) -> list[Weight]:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) >= 2:
             uses, others = _uses(tensor.name, len(tensor.dims), readers)
             if uses:
-                result.append(Weight(tensor, tuple(uses), tuple(others)))
+                result.append(Weight(tensor, tuple(sorted(uses, key=lambda use: use.turned)), tuple(others)))
     return result
 
 
@@ -307,6 +307,43 @@ def replace_tensor(model: ModelProto, name: str, tensors: Sequence[TensorProto],
         for index in [number for number, item in enumerate(field) if item.name == name][::-1]:
             del field[index]
     graph.initializer.extend(tensors)
-    rest = list(graph.node)
-    graph.ClearField("node")
-    graph.node.extend([*nodes, *rest])
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+
+
+def drop_unread(model: ModelProto) -> None:
+    """Remove stored tensors and nodes that nothing reads."""
+    graph = model.graph
+    while True:
+        read = readers(model)
+        nodes = [node for node in graph.node if any(name in read for name in node.output)]
+        tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+        if len(nodes) == len(graph.node) and len(tensors) == len(graph.initializer):
+            return
+        for field, kept in (("node", nodes), ("initializer", tensors)):
+            graph.ClearField(field)
+            getattr(graph, field).extend(kept)
+
+
+def chosen_weights(model: ModelProto, include: Sequence[str], *, convolutions: bool = False) -> list[Weight]:
+    """Matrices that MatMul and Gemm read, and on request what Conv reads, whose name matches a shell-style pattern."""
+    found = [
+        weight
+        for weight in weights(model)
+        if (len(weight.shape) == 2 and all(use.node.op_type != "Conv" for use in weight.uses))
+        or (convolutions and all(use.node.op_type == "Conv" for use in weight.uses))
+    ]
+    if not found:
+        raise EdgekitError("the graph has no product with a float32 weight left to treat; leave this pass out")
+    chosen = [weight for weight in found if any(fnmatch.fnmatch(weight.name, pattern) for pattern in include)]
+    if not chosen:
+        names = ", ".join(weight.name for weight in found)
+        raise EdgekitError(f"include: no weight matches {', '.join(include)}; the graph has {names}")
+    return chosen
+
+
+def set_tensor(model: ModelProto, name: str, array: Array) -> None:
+    """Give a stored tensor new values; whatever reads it reads those."""
+    tensor = next(item for item in model.graph.initializer if item.name == name)
+    kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.astype(kind)), name))

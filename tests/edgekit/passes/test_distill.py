@@ -46,3 +46,35 @@ def test_the_student_starts_from_its_own_seed(tiny_candidate, tiny_context):
         torch.manual_seed(noise)  # what ran before must not matter
         results.append(Distill(student=STUDENT, epochs=1).apply(tiny_candidate, tiny_context).weights())
     assert all(np.array_equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_student_by_other_arguments_of_the_factory():
+    from edgekit.families import build
+    from edgekit.passes.base import Candidate, Context
+    from tests.edgekit.passes.networks import accuracy, arguments_of, trained
+
+    model, train, test = trained("transformer", 16)
+    candidate = Candidate("module", arguments_of("transformer"), model)
+    student = {"dim": 16, "depth": 1, "hidden": 32}
+    after, raw = (
+        Distill(student=student, epochs=epochs, learning_rate=1e-2).apply(candidate, Context(train, model, 0))
+        for epochs in (6, 0)
+    )
+    assert after.arguments["arguments"] == student
+    assert sum(value.numel() for value in after.model.parameters()) < 0.2 * sum(v.numel() for v in model.parameters())
+    assert np.array_equal(after.copy_model()(rows_of(test)).detach(), after.model(rows_of(test)).detach())
+    assert accuracy(after.model, test) > 0.6
+    assert accuracy(raw.model, test) < 0.3, "an untrained student does as well, so the test shows nothing"
+    # a pruned model's student is whole: what was cut from the model is not cut from it again
+    pruned = {**candidate.arguments, "pruned": [{"removed": "0", "blocks": "blocks"}]}
+    shorter = Candidate("module", pruned, build("module", pruned))
+    whole = Distill(student=student, epochs=0).apply(shorter, Context(train, shorter.model, 0))
+    assert "pruned" not in whole.arguments
+    with pytest.raises(EdgekitError, match="other inputs or outputs"):
+        Distill(student={"dim": 16}, epochs=0).apply(candidate, Context(train, lambda rows: model(rows)[:, :3], 0))
+
+
+def rows_of(data):
+    import torch
+
+    return torch.from_numpy(data.inputs["curve"][:4])

@@ -1,4 +1,4 @@
-"""What holds for every pass. A new pass joins by one line in PASSES."""
+"""What holds for every pass on networks. A new pass joins by one line in PASSES."""
 
 import math
 from importlib.metadata import entry_points
@@ -9,13 +9,14 @@ import pytest
 from edgekit.bundle import assemble
 from edgekit.encoding import Affine
 from edgekit.errors import EdgekitError
-from edgekit.passes.base import Candidate, Context, decoded, frozen, matrices
+from edgekit.passes.base import GRAPH_LEVEL, Candidate, Context, decoded, frozen, matrices
 from edgekit.passes.cluster import Cluster
 from edgekit.passes.distill import Distill
 from edgekit.passes.magnitude_prune import MagnitudePrune
 from edgekit.passes.quantise import Quantise
 from edgekit.passes.structured_prune import StructuredPrune
 from edgekit.training import probabilities
+from tests.edgekit.passes.test_every_module_pass import MODULE_PASSES
 
 PASSES = {
     "structured_prune": StructuredPrune(keep={"heads": 2, "ff_dim": 8}, epochs=2),
@@ -35,7 +36,8 @@ def snapshot(candidate: Candidate) -> dict[str, bytes]:
 
 def test_the_list_holds_every_registered_pass():
     registered = {point.load() for point in entry_points(group="edgekit.passes") if point.value.startswith("edgekit.")}
-    assert registered == {type(item) for item in PASSES.values()}
+    networks = {kind for kind in registered if getattr(kind, "level", None) != GRAPH_LEVEL}
+    assert networks == {type(item) for item in (*PASSES.values(), *MODULE_PASSES.values())}
 
 
 @every_pass

@@ -67,3 +67,40 @@ def test_recovery_restores_what_pruning_cost(tiny_candidate, tiny_context, tiny_
     cut, recovered = accuracy(pruned(0)), accuracy(pruned(8))
     assert cut < accuracy(tiny_candidate) - 0.04, "pruning costs nothing here, so there is nothing to recover"
     assert recovered > cut + 0.03
+
+
+def test_two_of_four_neighbours_stay(tiny_candidate, tiny_context):
+    after = MagnitudePrune(pattern="2:4", epochs=2, learning_rate=1e-2).apply(tiny_candidate, tiny_context).weights()
+    plan = {change.tensor: change.after for change in MagnitudePrune(pattern="2:4").plan(tiny_candidate)}
+    for name, value in tiny_candidate.weights().items():
+        if value.ndim < 2:
+            continue
+        if value.shape[1] % 4:
+            assert "no multiple of 4" in plan[name]
+            assert np.count_nonzero(after[name]) == value.size
+            continue
+        for row, kept in zip(value, after[name], strict=True):
+            for four, left in zip(row.reshape(-1, 4), kept.reshape(-1, 4), strict=True):
+                assert set(np.flatnonzero(left)) == set(np.argsort(np.abs(four))[2:]), name
+    # the planted failure: half of the weights over all matrices is another pattern
+    usual = MagnitudePrune(sparsity=0.5, epochs=0).apply(tiny_candidate, tiny_context).weights()["classifier.weight"]
+    assert set(np.count_nonzero(usual.reshape(-1, 4), axis=1)) != {2}
+
+
+def test_a_tied_weight_stays_tied_and_pruned():
+    from edgekit.data import Dataset
+    from edgekit.families import build
+    from edgekit.nn.module import tied, trust
+    from edgekit.passes.base import Candidate, Context
+
+    factory = "tests.conformance.models:llama_block"
+    trust(factory)
+    candidate = Candidate("module", {"factory": factory}, build("module", {"factory": factory}))
+    data = Dataset({"ids": np.arange(64).reshape(8, 8) % 64}, np.full(8, -1))
+    context = Context(data, candidate.model, 0)
+    after = MagnitudePrune(sparsity=0.5, epochs=1).apply(candidate, context)
+    assert tied(after.model) == {"head.weight": "embed.weight"}
+    weights = after.copy_model().state_dict()
+    assert np.array_equal(weights["head.weight"], weights["embed.weight"])
+    assert (weights["head.weight"] == 0).float().mean() > 0.05
+    assert not np.array_equal(weights["head.weight"], candidate.weights()["head.weight"])

@@ -1,0 +1,120 @@
+"""Rows from tables, folders of images and the user's own iterables: the same arrays as from an .npz."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from edgekit.bundle import TensorSpec
+from edgekit.data import UNKNOWN, is_labelled, load
+from edgekit.errors import EdgekitError
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    return rng.normal(0, 1, (6, 12, 2)).astype(np.float32), np.arange(6) % 3, np.array([0, 0, 0, 1, 1, 1])
+
+
+def test_a_parquet_table(rows, tiny_bundle, tmp_path):
+    curves, labels, split = rows
+    table = pa.table({"light_curve": curves.reshape(6, -1).tolist(), "labels": labels, "split": split, "other": labels})
+    pq.write_table(table, tmp_path / "t.parquet")
+    train, test = load(tmp_path / "t.parquet", tiny_bundle.manifest)
+    assert np.array_equal(train.inputs["light_curve"], curves[:3])
+    assert np.array_equal(test.inputs["light_curve"], curves[3:])
+    assert test.labels.tolist() == [0, 1, 2]
+
+
+def test_a_parquet_table_of_another_shape(rows, tiny_bundle, tmp_path):
+    curves, labels, split = rows
+    pq.write_table(
+        pa.table({"light_curve": curves[:, :5].reshape(6, -1).tolist(), "labels": labels, "split": split}),
+        tmp_path / "t.parquet",
+    )
+    with pytest.raises(EdgekitError, match=r"'light_curve' has 60 numbers in 6 rows; expected \(batch, 12, 2\)"):
+        load(tmp_path / "t.parquet", tiny_bundle.manifest)
+
+
+def test_a_damaged_parquet_table(tiny_bundle, tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"PAR1....")
+    with pytest.raises(EdgekitError, match="cannot be read as Parquet"):
+        load(tmp_path / "t.parquet", tiny_bundle.manifest)
+
+
+@pytest.fixture
+def pictures(tmp_path, tiny_bundle):
+    """Red and blue pictures in a folder, and the manifest of a model that would see them."""
+    for part, count in (("train", 3), ("test", 2)):
+        for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+            (tmp_path / "pictures" / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (20 + number, 16), colour).save(tmp_path / "pictures" / part / name / f"{number}.png")
+    manifest = replace(
+        tiny_bundle.manifest, inputs=(TensorSpec("image", ("batch", 3, 8, 8)),), classes=("red", "blue"),
+        preprocessing={"id": "image/1", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5]},
+    )  # fmt: skip
+    return tmp_path / "pictures", manifest
+
+
+def test_a_folder_of_images(pictures):
+    folder, manifest = pictures
+    train, test = load(folder, manifest)
+    assert train.inputs["image"].shape == (6, 3, 8, 8)
+    assert len(test) == 4
+    red = train.inputs["image"][train.labels == 0]
+    assert np.allclose(red[:, 0], 2.0)
+    assert np.allclose(red[:, 1], -1.0)
+    assert np.allclose(train.inputs["image"][train.labels == 1][:, 0], -2.0)
+
+
+def test_images_are_not_guessed_at(pictures):
+    folder, manifest = pictures
+    with pytest.raises(EdgekitError, match="a guess would cost accuracy"):
+        load(folder, replace(manifest, preprocessing=None))
+    with pytest.raises(EdgekitError, match="class 'blue' is not one of the model's"):
+        load(folder, replace(manifest, classes=("red",)))
+    (folder / "test" / "red" / "0.png").write_bytes(b"no image")
+    with pytest.raises(EdgekitError, match=r"0\.png: not a readable image"):
+        load(folder, manifest)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "my_rows.py").write_text(
+        "import numpy as np\n"
+        "def rows():\n"
+        "    for k in range(4):\n"
+        "        yield {'light_curve': np.full((12, 2), k, np.float32), 'labels': k % 3, 'split': k % 2}\n"
+        "uneven = [{'a': 1}, {'b': 2}]\n"
+        "number = 5\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield "my_rows"
+    sys.modules.pop("my_rows", None)
+
+
+def test_an_iterable_of_the_users(module, tiny_bundle):
+    train, test = load(f"{module}:rows", tiny_bundle.manifest)
+    assert train.inputs["light_curve"][:, 0, 0].tolist() == [0, 2]
+    assert test.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("name", "words"), [("uneven", "row 1"), ("number", "gives a int"), ("nothing", "nothing")])
+def test_what_is_no_iterable_of_rows(name, words, module, tiny_bundle):
+    with pytest.raises(EdgekitError, match=words):
+        load(f"{module}:{name}", tiny_bundle.manifest)
+
+
+def test_labels_may_be_missing_where_nobody_needs_them(rows, tiny_bundle, tmp_path):
+    curves, _, split = rows
+    np.savez(tmp_path / "x.npz", light_curve=curves, split=split)
+    with pytest.raises(EdgekitError, match="no array 'labels'"):
+        load(tmp_path / "x.npz", tiny_bundle.manifest)
+    train, _ = load(tmp_path / "x.npz", tiny_bundle.manifest, labelled=False)
+    assert set(train.labels.tolist()) == {UNKNOWN}
+    assert not is_labelled(train)
