@@ -198,10 +198,6 @@ normalise. Bars are 95 % Wilson intervals; bins of fewer than ten objects are no
 if bands|length < 6 }}.
 - Batch size, learning rate and the choice of context numbers were made on exploratory runs that were measured on the \
 same test objects: the log-loss is optimistic by a little, how little was not measured.
-{% if bands|length < 6 %}
-- The shipped weights were trained before objects without a point in {{ bands|join(" or ") }} (2 % of them) were given \
-an input of zeros; training again gives slightly other weights.
-{% endif %}
 - The training set imitates a spectroscopic sample: brighter and nearer than what a survey finds.
 - Rare classes: {% for row in rare %}{{ row.name }} ({{ row.train }} training, {{ row.test }} test objects)\
 {{ ", " if not loop.last }}{% endfor %}. Their rows above rest on few objects, and through equal weights they carry \
