@@ -3,16 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup lint test demo bench train
+.PHONY: help setup lint test demo bench bench-compress train
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: .venv/.done ## make .venv with edgekit and all extras in it
 
 .venv/.done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	rm -rf edgekit.egg-info # one left by an earlier build would hide the entry points just installed
 	touch $@
 
 lint: setup ## style, formatting, types
@@ -25,6 +26,9 @@ test: lint ## lint and all tests; what CI runs
 
 demo: setup ## train set, compress, export, verify, classify thousands of alerts (results in demo/)
 	$(BIN)/python tools/demo.py
+
+bench-compress: setup ## what --auto ships beside what the stock tools would, one run (half an hour)
+	$(BIN)/python tools/bench_compress.py --json benchmarks/compress.json
 
 bench: setup ## speed against the reference path and onnxruntime's defaults, one run, JSON in benchmarks/
 	$(BIN)/python tools/bench_gp.py --json benchmarks/gp.json

@@ -176,6 +176,8 @@ def run(
             latency = compare_latency(session, fresh_session, inputs, job.limits.batches, best=best)
             disagreement = _disagreement(job, fresh_bundle, forms, measured, expected)
             verdict = Verdict(False, disagreement) if disagreement else judge(before, after, loss, latency, job.limits)
+            if not verdict.kept and verdict.useless and getattr(built, "prepares", False):
+                verdict = Verdict(True, "loses nothing; it prepares the passes after it")
             if job.replay:
                 verdict = Verdict(True, f"replayed; measured here: {verdict.reason}")
             record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
@@ -203,8 +205,9 @@ def best_float_form(job: Job, notify: Notify = lambda message: None) -> dict[str
     """Session options under which the float32 original is fastest, by the geometric mean over the batch sizes. The
     first form stays unless another is faster beyond the noise."""
     forms = FLOAT_FORMS.get(job.runtime, ({},))
-    if job.source.is_graph:
-        forms = tuple({"optimisation": item["optimisation"]} for item in forms if item.get("exporter") != "dynamo")
+    if job.source.is_graph:  # it was exported elsewhere
+        own = [item for item in forms if item.get("exporter") != "dynamo"]
+        forms = tuple({name: value for name, value in item.items() if name != "exporter"} for item in own)
     known = (job.source.digest, job.runtime, job.limits.batches)
     if len(forms) < 2 or known in _best_forms:
         return dict(_best_forms.get(known, forms[0]))

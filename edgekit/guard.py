@@ -65,8 +65,11 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
+    """useless: nothing was lost and nothing gained."""
+
     kept: bool
     reason: str
+    useless: bool = False
 
 
 def judge(before: State, after: State, loss: Measurement, latency: Sequence[Latency], limits: Limits) -> Verdict:
@@ -104,6 +107,7 @@ def judge(before: State, after: State, loss: Measurement, latency: Sequence[Late
             False,
             f"gains nothing: {before.bytes:,} to {after.bytes:,} bytes, and no faster at any batch size"
             + (f" (objective: {limits.objective})" if limits.objective != "any" else ""),
+            useless=True,
         )
     return Verdict(True, ", ".join(gains))
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
@@ -25,6 +27,7 @@ from edgekit.bundle import (
     assemble,
     assemble_graph,
     golden_inputs,
+    multiple,
     replace_golden,
 )
 from edgekit.errors import EdgekitError, missing_extra
@@ -141,7 +144,8 @@ def from_factory(
     if not inputs:
         raise EdgekitError(f"{factory}: its inputs are not known; pass --input {SPEC_HELP} for each")
     trust(factory)
-    values = {"factory": factory, "arguments": dict(arguments)}
+    described = {spec.name: f"{spec.dtype}:{','.join(map(str, spec.shape))}" for spec in inputs}
+    values = {"factory": factory, "arguments": dict(arguments), "inputs": described}
     stored = None
     if weights is not None:
         if weights.suffix in PICKLES:
@@ -153,17 +157,20 @@ def from_factory(
     model = build("module", values, stored)
     given = _golden_rows(tuple(inputs), golden)
     names = list(outputs) or ["output"]
-    rows = len(next(iter(given.values())))
-    try:
-        found = run_network(
-            model, Dataset(given, np.zeros(rows, np.int64)), softmax=[name == "probabilities" for name in names]
-        )
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        raise EdgekitError(
-            f"{factory}: does not run on inputs of shapes { ({n: a.shape for n, a in given.items()}) }: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    specs = tuple(_output_spec(name, array) for name, array in zip(names, found, strict=True))
+
+    def run(rows: Arrays) -> list[npt.NDArray[Any]]:
+        data = Dataset(rows, np.zeros(len(next(iter(rows.values()))), np.int64))
+        try:
+            return run_network(model, data, softmax=[name == "probabilities" for name in names])
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            raise EdgekitError(
+                f"{factory}: does not run on inputs of shapes { ({n: a.shape for n, a in rows.items()}) }: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+
+    found = run(given)
+    shapes = _output_axes(run, inputs, names)
+    specs = tuple(TensorSpec(name, shapes[name], str(array.dtype)) for name, array in zip(names, found, strict=True))
     manifest = Manifest(
         name=factory.partition(":")[0].rpartition(".")[2], family="module", arguments=values,
         inputs=tuple(inputs), outputs=specs,
@@ -193,5 +200,28 @@ def _golden_rows(specs: Sequence[TensorSpec], given: Arrays | None) -> Arrays:
     return rows
 
 
-def _output_spec(name: str, array: np.ndarray[Any, Any]) -> TensorSpec:
-    return TensorSpec(name, ("batch", *array.shape[1:]), str(array.dtype))
+def _output_axes(
+    run: Callable[[Arrays], list[npt.NDArray[Any]]], inputs: Sequence[TensorSpec], names: Sequence[str]
+) -> dict[str, tuple[int | str, ...]]:
+    """Axes of the outputs by name. Which grow with which free axis of the inputs is found by making that longer."""
+
+    def outputs(longer: str | None) -> list[tuple[int, ...]]:
+        sized = [
+            replace(spec, shape=tuple((2 + (axis == longer)) * multiple(axis) if isinstance(axis, str) else axis
+                                      for axis in spec.shape))
+            for spec in inputs
+        ]  # fmt: skip
+        return [array.shape for array in run(golden_inputs(tuple(sized), 2))]
+
+    usual = outputs(None)
+    shapes: list[list[int | str]] = [["batch", *shape[1:]] for shape in usual]
+    for free in dict.fromkeys(axis for spec in inputs for axis in spec.shape[1:] if isinstance(axis, str)):
+        for number, shape in enumerate(outputs(free)):
+            for axis in range(1, len(shape)):
+                step, start = shape[axis] - usual[number][axis], usual[number][axis]
+                if step:
+                    proportional = start == 2 * step and isinstance(shapes[number][axis], int)
+                    own = free.partition("*")[2] or free
+                    name = own if step == 1 else f"{step}*{own}"
+                    shapes[number][axis] = name if proportional else f"{names[number]}_{axis}"
+    return {name: tuple(shape) for name, shape in zip(names, shapes, strict=True)}

@@ -53,8 +53,9 @@ def fit(
     if (teacher is None) == (schedule.distillation > 0):
         raise EdgekitError(f"distillation = {schedule.distillation} and a teacher go together; pass both or neither")
     with torch.no_grad():
-        classes = model.eval()(*tensors(data.take(np.arange(1)))).shape[-1]
-    weights = balanced_class_weights(data.labels, classes)
+        example = _first(model.eval()(*tensors(data.take(np.arange(1)))))
+    classes = example.shape[-1] if example.ndim == 2 and data.labels.dtype.kind != "f" else 0
+    weights = balanced_class_weights(data.labels, classes) if classes else None
     by_label = schedule.distillation < 1  # otherwise the rows need no labels
     model.train()
     averaged = AveragedModel(model, multi_avg_fn=_moving_average(schedule.averaging))
@@ -73,14 +74,12 @@ def fit(
         for rows in _batches(rng.permutation(len(epoch_data)), schedule.batch):
             batch = epoch_data.take(rows)
             inputs, labels = tensors(batch), torch.from_numpy(batch.labels)
-            logits = model(*inputs)
-            loss = F.cross_entropy(logits, labels, weight=weights) if by_label else torch.zeros(())
+            found = _first(model(*inputs))
+            loss = _label_loss(found, labels, weights) if by_label else torch.zeros(())
             if teacher is not None:
                 with torch.no_grad():
-                    wanted = teacher(*inputs).softmax(dim=-1)
-                # balanced by sample: weights on the classes of soft targets would pull towards weight x probability
-                balance = weights[labels] if by_label else torch.ones(len(labels))
-                soft = (F.cross_entropy(logits, wanted, reduction="none") * balance).sum() / balance.sum()
+                    wanted = _first(teacher(*inputs))
+                soft = _teacher_loss(found, wanted, labels if by_label else None, weights)
                 loss = (1 - schedule.distillation) * loss + schedule.distillation * soft
             if not torch.isfinite(loss):
                 raise EdgekitError(
@@ -98,6 +97,33 @@ def fit(
             progress(epoch + 1, schedule.epochs, loss_sum / len(epoch_data))
     result: nn.Module = averaged.module
     return result.eval()
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output that quality is measured on."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _label_loss(found: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Cross-entropy of (samples, classes) logits, or mean squared error of numbers."""
+    if weights is not None:
+        return F.cross_entropy(found, labels, weight=weights)
+    if labels.is_floating_point():
+        return F.mse_loss(found, labels.reshape(found.shape))
+    raise EdgekitError(
+        f"the network gives outputs of shape {tuple(found.shape[1:])} a row, its data one class; "
+        "leave the labels out to learn from the original model alone"
+    )
+
+
+def _teacher_loss(found: Tensor, wanted: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Distance from the teacher: cross-entropy to its probabilities, or mean squared error where there are none."""
+    if weights is None:
+        return F.mse_loss(found, wanted)
+    # balanced by sample: weights on the classes of soft targets would pull towards weight x probability
+    balance = torch.ones(len(found)) if labels is None else weights[labels]
+    soft: Tensor = (F.cross_entropy(found, wanted.softmax(dim=-1), reduction="none") * balance).sum() / balance.sum()
+    return soft
 
 
 def probabilities(model: nn.Module, data: Dataset, *, batch: int = 256) -> npt.NDArray[np.float32]:

@@ -31,6 +31,7 @@ from edgekit.bundle import GOLDEN, GRAPH, Bundle, TensorSpec, multiple
 from edgekit.encoding import Affine, Encoding
 from edgekit.errors import EdgekitError
 from edgekit.graph import load
+from edgekit.nn.module import tied
 from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
 from exporters.network import Network
 from exporters.onnx_graph import shapes, strip, tidy
@@ -43,12 +44,14 @@ DYNAMO_OPSET = 18  # asked for less, it writes 18 and says nothing
 # Operators that ONNX Runtime, TensorRT 8.6 (the last for Pascal cards), OpenVINO and the common converters all read
 PORTABLE = frozenset(
     (
-        "Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "ConvTranspose",
-        "DequantizeLinear", "Div", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten", "Gather", "Gemm",
-        "GlobalAveragePool", "HardSigmoid", "LayerNormalization", "LeakyRelu", "Log", "MatMul", "Max", "MaxPool",
-        "Min", "Mul", "Neg", "Pad", "Pow", "QuantizeLinear", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum",
-        "Relu", "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
-        "Tile", "Transpose", "Unsqueeze", "Where",
+        "Abs", "Add", "And", "ArgMax", "AveragePool", "BatchNormalization", "Cast", "Ceil", "Clip", "Concat",
+        "ConstantOfShape", "Conv", "ConvTranspose", "Cos", "CumSum", "DequantizeLinear", "Div", "Elu", "Equal", "Erf",
+        "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "Gemm", "GlobalAveragePool", "Greater",
+        "GreaterOrEqual", "HardSigmoid", "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Less",
+        "LessOrEqual", "Log", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "PRelu",
+        "QuantizeLinear", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu",
+        "Reshape", "Resize", "Shape", "Sigmoid", "Sign", "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt",
+        "Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
     )
 )  # fmt: skip
 FLOAT, QUANTISED = "model.onnx", "model.quantised.onnx"
@@ -143,7 +146,7 @@ class OnnxExporter:
             return model
         model = _trace(network, bundle, self.opset)
         buffers = {name.partition(".")[2]: value.numpy() for name, value in network.named_buffers()}
-        tidy(model, "network", buffers)
+        tidy(model, "network", buffers, tied(network.network))
         model.graph.name = bundle.manifest.name
         model.producer_name, model.producer_version = "edgekit", __version__
         helper.set_model_props(model, {KEY: model_key(bundle)})
@@ -206,7 +209,8 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the exporter that honours the opset
+            # deprecated, but it honours the opset; what tracing bakes in, `verify` finds at other lengths
+            warnings.simplefilter("ignore")
             torch.onnx.export(
                 network,
                 example,

@@ -22,11 +22,12 @@ Shape = tuple[int | str | None, ...]
 ROLES = {"Reshape": {1: "shape"}, "Tile": {1: "repeats"}, "Unsqueeze": {1: "axes"}, "ReduceMean": {1: "axes"}}
 
 
-def tidy(model: ModelProto, prefix: str, buffers: Mapping[str, Array]) -> None:
+def tidy(model: ModelProto, prefix: str, buffers: Mapping[str, Array], tied: Mapping[str, str]) -> None:
     """Rewrite the traced graph in place. `prefix` is the tracing wrapper's attribute, dropped from every name;
-    `buffers` names the constants that are neither parameters nor part of the program, such as positional encodings."""
+    `buffers` names the constants that are neither parameters nor part of the program, such as positional encodings;
+    `tied`: other names of a parameter, and the one under which it is stored once."""
     graph = model.graph
-    constants, origins, nodes = _fold(model, prefix)
+    constants, origins, nodes = _fold(model, prefix, tied)
     nodes = _live(nodes, [value.name for value in graph.output])
     names = {value.name: value.name for value in (*graph.input, *graph.output)}
     _name_nodes(nodes, names, prefix)
@@ -34,7 +35,8 @@ def tidy(model: ModelProto, prefix: str, buffers: Mapping[str, Array]) -> None:
     for node in nodes:
         node.input[:] = [names[name] if name else "" for name in node.input]
         node.output[:] = [names[name] if name else "" for name in node.output]
-    initialisers = [numpy_helper.from_array(np.ascontiguousarray(constants[old]), names[old]) for old in used]
+    # not ascontiguousarray, which makes a scalar a list of one
+    initialisers = [numpy_helper.from_array(np.asarray(constants[old], order="C"), names[old]) for old in used]
     unique = {tensor.name: tensor for tensor in initialisers}
     for field, content in (("node", nodes), ("initializer", unique.values()), ("value_info", ())):
         graph.ClearField(field)
@@ -68,23 +70,27 @@ def shapes(model: ModelProto) -> dict[str, Shape]:
     }
 
 
-def _fold(model: ModelProto, prefix: str) -> tuple[dict[str, Array], dict[str, str], list[NodeProto]]:
+def _fold(
+    model: ModelProto, prefix: str, tied: Mapping[str, str]
+) -> tuple[dict[str, Array], dict[str, str], list[NodeProto]]:
     """Constants by value name, which of them are parameters (perhaps transposed), and the nodes that need an input."""
     graph, known = model.graph, shapes(model)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    origins = {name: name.removeprefix(f"{prefix}.") for name in constants if name.startswith(f"{prefix}.")}
+    parameters = _parameters(model, prefix, tied)
+    origins = {name: parameters[name] for name in constants if name in parameters}
+    two_ways = _read_two_ways(model, parameters)
     outputs = {value.name for value in graph.output}
     same: dict[str, str] = {}  # value -> the earlier value it equals
     nodes: list[NodeProto] = []
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
         _fix_target(node, constants, known)
-        if all(not name or name in constants for name in node.input):
+        if node.op_type == "Transpose" and origins.get(node.input[0]) in two_ways:
+            nodes.append(node)  # folded, it would store the parameter a second time
+        elif all(not name or name in constants for name in node.input):
             constants.update(zip(node.output, _evaluate(model, node, constants), strict=True))
-            if node.output[0].startswith(
-                f"{prefix}."
-            ):  # the tracer merged a parameter with an equal one: part them again
-                origins[node.output[0]] = node.output[0].removeprefix(f"{prefix}.")
+            if node.output[0] in parameters:
+                origins[node.output[0]] = parameters[node.output[0]]
             elif node.op_type == "Transpose" and node.input[0] in origins:
                 origins[node.output[0]] = origins[node.input[0]]
         elif _does_nothing(node, known) and node.output[0] not in outputs:
@@ -92,6 +98,25 @@ def _fold(model: ModelProto, prefix: str) -> tuple[dict[str, Array], dict[str, s
         else:
             nodes.append(node)
     return constants, origins, nodes
+
+
+def _parameters(model: ModelProto, prefix: str, tied: Mapping[str, str]) -> dict[str, str]:
+    """Values that are parameters, and their names. The tracer merges equal parameters into one and an Identity: only
+    those that the network ties share a name."""
+    found = [tensor.name for tensor in model.graph.initializer]
+    found += [node.output[0] for node in model.graph.node if node.op_type == "Identity"]
+    names = {name: name.removeprefix(f"{prefix}.") for name in found if name.startswith(f"{prefix}.")}
+    return {value: tied.get(name, name) for value, name in names.items()}
+
+
+def _read_two_ways(model: ModelProto, parameters: Mapping[str, str]) -> set[str]:
+    """Parameters that are read as they are and transposed, such as a dictionary that codes and decodes."""
+    ways: dict[str, set[bool]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            if name in parameters and node.op_type != "Identity":
+                ways.setdefault(parameters[name], set()).add(node.op_type == "Transpose")
+    return {name for name, seen in ways.items() if len(seen) > 1}
 
 
 def _fix_target(node: NodeProto, constants: dict[str, Array], known: Mapping[str, Shape]) -> None:

@@ -8,7 +8,7 @@ source network itself loses to float32 on the same inputs, whichever is more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from edgekit.bundle import GRAPH, Arrays, Bundle, TensorSpec
+from edgekit.bundle import GRAPH, Arrays, Bundle, TensorSpec, golden_inputs, multiple
 from edgekit.errors import EdgekitError
 from exporters.network import PROBABILITIES, Network
 
@@ -26,6 +26,7 @@ CEILING = 1e-3  # a network that loses more than this to float32 is not worth ex
 BATCHES = (1, 16, 1000)  # one alert, a trickle, a backlog: some runtimes are right at one and wrong at another
 CALLS = 16  # at most, at one batch size
 DISTINCT = 251  # rows; a prime, so that however a batch is cut, equal rows land in different places
+LENGTHS = (1, 5)  # of a free axis, in its multiples; tracers have seen another and may have made it a constant
 SLICE = 16  # rows of the reference at a time: attention scores in float64 are large
 
 
@@ -42,6 +43,7 @@ class Check:
     golden: float  # largest, from the bundle's golden outputs
     changed: int  # rows of another class than the network's, ties aside
     allowed: float
+    lengths: Mapping[str, int] = field(default_factory=dict)  # of free axes, where they are not the golden data's
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,43 @@ def verify(
             check = _compare(file, content, batch, rows, outputs, whole, expected, allowed)
             _judge(check, bundle.manifest.name)
             checks.append(check)
+    if not bundle.is_graph:
+        for lengths in _other_lengths(bundle.manifest.inputs):
+            checks += _at_lengths(files, bundle, lengths, allowed)
+    return checks
+
+
+def _other_lengths(specs: Sequence[TensorSpec]) -> list[dict[str, int]]:
+    """Lengths to try, of every free axis but the batch; each axis another, so that none passes for its neighbour."""
+    axes = dict.fromkeys(axis for spec in specs for axis in spec.shape[1:] if isinstance(axis, str))
+    return [
+        {axis: (length + number) * multiple(axis) for number, axis in enumerate(axes)} for length in LENGTHS if axes
+    ]
+
+
+def _at_lengths(files: Mapping[str, bytes], bundle: Bundle, lengths: Mapping[str, int], allowed: float) -> list[Check]:
+    """Each file at other lengths than it was traced with; none where the network itself cannot run."""
+    sized = tuple(
+        replace(spec, shape=tuple(lengths.get(str(axis), axis) for axis in spec.shape))
+        for spec in bundle.manifest.inputs
+    )
+    inputs = golden_inputs(sized, SLICE)
+    names = [spec.name for spec in bundle.manifest.outputs]
+    network = Network(bundle).eval()
+    try:
+        single = _outputs(network, inputs, names)
+        exact = _outputs(network.double(), inputs, names)
+    except (RuntimeError, IndexError, ValueError):
+        return []
+    noise = max(float(_differences(name, single[name], exact[name]).max()) for name in names)
+    expected = Reference(inputs, exact, {name: rows[:0] for name, rows in exact.items()}, noise)
+    checks = []
+    for file, content in files.items():
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        outputs = _run(session, inputs, SLICE, SLICE, bundle.manifest.outputs)
+        check = _compare(file, content, SLICE, SLICE, outputs, outputs, expected, max(allowed, 2 * noise))
+        _judge(check, f"{bundle.manifest.name} at lengths {dict(lengths)}")
+        checks.append(replace(check, lengths=dict(lengths)))
     return checks
 
 
@@ -188,16 +227,25 @@ def _run(
 ) -> Arrays:
     names = [spec.name for spec in specs]
     repeated = {name: _repeated(array, rows) for name, array in inputs.items()}
-    parts = [
-        session.run(names, {name: array[start : start + batch] for name, array in repeated.items()})
-        for start in range(0, rows, batch)
-    ]
+    try:
+        parts = [
+            session.run(names, {name: array[start : start + batch] for name, array in repeated.items()})
+            for start in range(0, rows, batch)
+        ]
+    except Exception as error:  # onnxruntime's have no common base of their own
+        raise EdgekitError(
+            f"the graph does not run on inputs of shapes { ({name: array.shape for name, array in inputs.items()}) }: "
+            f"{str(error).splitlines()[0][-200:]}; where the network does, tracing has made a constant of a length: "
+            "take lengths from tensors' shapes, in operators that torch can trace"
+        ) from error
     return {name: np.concatenate(columns) for name, columns in zip(names, zip(*parts, strict=True), strict=True)}
 
 
 def _differences(name: str, got: Array, expected: Array) -> Array:
     if got.shape != expected.shape:
         raise EdgekitError(f"output {name!r} has shape {got.shape}; the network gives {expected.shape}")
+    if expected.dtype.kind in "iub":  # codes and classes: the share that is another
+        return np.asarray(np.mean(got != expected) if expected.size else 0.0)
     scale = 1.0 if name == PROBABILITIES else max(1.0, float(np.abs(expected).max(initial=0)))
     difference: Array = np.abs(got - expected) / scale
     return difference

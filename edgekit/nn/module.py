@@ -1,16 +1,25 @@
-"""Any torch network, by the Python function that makes it.
+"""Any torch network, by the Python function that makes it and by what passes have removed from it since.
 
 A bundle is data and must not run code that its reader did not choose, so the function is called only if the user named
 it: on the command line that imported the model, by `edgekit --trust`, or in $EDGEKIT_TRUST.
+
+What was removed is a list of steps, so that a bundle alone gives the pruned shape again:
+
+    {"removed": "0,3-5", "from": ["fc1.weight:0", "fc1.bias:0", "fc2.weight:1"]}    positions along a tensor's axis
+    {"removed": "2", "blocks": "layers"}                                           items of a ModuleList or Sequential
+    {"attributes": {"attention.num_heads": 2}}                                     counts that the code reads
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgekit.errors import EdgekitError
 from edgekit.plugins import imported
@@ -23,14 +32,110 @@ def trust(factory: str) -> None:
     _trusted.add(factory)
 
 
-def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """What the function makes of its keyword arguments, with its own fresh weights."""
+def build(
+    factory: str,
+    arguments: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    pruned: Sequence[Mapping[str, Any]] = (),
+) -> nn.Module:
+    """What the function makes of its keyword arguments, with its own fresh weights, less what passes have removed.
+
+    inputs: dtype and axes by name, {"image": "float32:batch,3,32,32"}: what passes trace the network with."""
     if factory not in _trusted and factory not in os.environ.get("EDGEKIT_TRUST", "").split(","):
         raise EdgekitError(
             f"the model is built by the Python function {factory}, which would be run; if you trust it: "
             f"edgekit --trust {factory} COMMAND ..."
         )
-    model = imported(factory, "model")(**(arguments or {}))
+    try:
+        model = imported(factory, "model")(**(arguments or {}))
+    except TypeError as error:  # a keyword that it does not take
+        raise EdgekitError(f"{factory} does not take the arguments {dict(arguments or {})}: {error}") from None
     if not isinstance(model, nn.Module):
         raise EdgekitError(f"{factory} gives a {type(model).__name__}; expected a torch.nn.Module")
+    return remove(model, pruned)
+
+
+def remove(model: nn.Module, steps: Iterable[Mapping[str, Any]]) -> nn.Module:
+    """Cut the model itself, step by step, and return it."""
+    try:
+        for step in steps:
+            if "blocks" in step:
+                blocks: Any = model.get_submodule(step["blocks"])
+                for index in sorted(positions(step["removed"]), reverse=True):
+                    del blocks[index]
+            for place in step.get("from", ()):
+                name, _, axis = place.rpartition(":")
+                _cut(model, name, int(axis), positions(step["removed"]))
+            for name, value in step.get("attributes", {}).items():
+                path, _, attribute = name.rpartition(".")
+                module = model.get_submodule(path)
+                if not isinstance(getattr(module, attribute), int) or not isinstance(value, int):
+                    raise ValueError(f"{name} is no count")
+                setattr(module, attribute, value)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise EdgekitError(
+            f"what was pruned does not fit the network that the factory makes now ({error}); use the version of its "
+            "code that the bundle was made with"
+        ) from None
     return model
+
+
+def _cut(model: nn.Module, name: str, axis: int, removed: Sequence[int]) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = getattr(module, attribute)
+    kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
+    kept[list(removed)] = False
+    depthwise = isinstance(module, _ConvNd) and module.groups == module.out_channels > 1
+    # into the same Parameter, so that one that is tied stays tied
+    tensor.data = tensor.data.index_select(axis, kept.nonzero().flatten())
+    _declare(module, depthwise)
+
+
+def _declare(module: nn.Module, depthwise: bool) -> None:
+    """Make a layer's own counts those of its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _ConvTransposeNd):
+        module.in_channels, module.out_channels = module.weight.shape[:2]
+    elif isinstance(module, _ConvNd):
+        module.out_channels = module.weight.shape[0]
+        module.groups = module.out_channels if depthwise else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, _NormBase):
+        module.num_features = len(module.running_mean if module.weight is None else module.weight)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Other names of parameters that have several, and the first, under which named_parameters() lists them."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(value)]
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(value), name) != name
+    }
+
+
+def positions(text: str) -> list[int]:
+    """'0,3-5' as [0, 3, 4, 5]."""
+    runs = (part.split("-") for part in text.split(","))
+    return [index for run in runs for index in range(int(run[0]), int(run[-1]) + 1)]
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """The inverse of `positions`."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], index]
+        else:
+            runs.append([index])
+    return ",".join("-".join(map(str, run)) for run in runs)

@@ -89,7 +89,8 @@ class Pass(Protocol):
 
 
 class GraphPass(Protocol):
-    """The same on a graph; its class says so by `level = GRAPH_LEVEL`."""
+    """The same on a graph; its class says so by `level = GRAPH_LEVEL`. Either kind may say `prepares = True`: it gains
+    nothing by itself, and is kept for the passes after it if it loses nothing."""
 
     name: ClassVar[str]
     summary: ClassVar[str]

@@ -12,13 +12,15 @@ import torch
 
 from edgekit.errors import EdgekitError
 from edgekit.families import build
+from edgekit.nn.units import results
 from edgekit.passes.base import Candidate, Change, Context, at_least, recover
 from edgekit.training import tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Distill:
-    """`student` overrides constructor arguments of the family: {embed_dim = 16, heads = 4, head_dim = 4}."""
+    """`student` overrides constructor arguments of the family, or of the Python function that builds the network:
+    {embed_dim = 16, heads = 4, head_dim = 4}."""
 
     name: ClassVar[str] = "distill"
     summary: ClassVar[str] = "train a smaller network to give the same probabilities"
@@ -35,19 +37,28 @@ class Distill:
 
     def plan(self, candidate: Candidate) -> list[Change]:
         before = sum(value.numel() for value in candidate.model.parameters())
-        student = build(candidate.family, {**candidate.arguments, **self.student})
+        student = build(candidate.family, self._arguments(candidate))
         after = sum(value.numel() for value in student.parameters())
         return [Change("all", f"{before} parameters", f"{after} parameters, trained for {self.epochs} epochs")]
 
+    def _arguments(self, candidate: Candidate) -> dict[str, Any]:
+        """The student's. What was pruned from the model is not: the student is whole."""
+        if candidate.family != "module":
+            return {**candidate.arguments, **self.student}
+        own = {**candidate.arguments.get("arguments", {}), **self.student}
+        return {**{key: value for key, value in candidate.arguments.items() if key != "pruned"}, "arguments": own}
+
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
-        arguments = {**candidate.arguments, **self.student}
+        arguments = self._arguments(candidate)
         torch.manual_seed(context.seed)
         student = build(candidate.family, arguments)
         if context.teacher is None:
             raise EdgekitError("distill: the model came as a graph, which is no network to learn from")
         row = tensors(context.train.take(np.arange(1)))
         try:
-            fits = student(*row).shape == context.teacher(*row).shape
+            fits = [value.shape for value in results(student, row)] == [
+                value.shape for value in results(context.teacher, row)
+            ]
         except RuntimeError:
             fits = False
         if not fits:

@@ -1,5 +1,8 @@
 """Set the smallest weights to zero, over all matrices together, and recover with the zeros held (Han et al. 2015,
-arXiv 1506.02626). Saves bytes in the packed file; dense kernels run no faster for it."""
+arXiv 1506.02626). Saves bytes in the packed file; dense kernels run no faster for it.
+
+The pattern 2:4 keeps the two largest of every four neighbours of a row, which the sparse tensor cores of NVIDIA cards
+from Ampere on skip (Mishra et al. 2021, arXiv 2104.08378, section 3); no CPU runs it faster."""
 
 from __future__ import annotations
 
@@ -10,50 +13,88 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from edgekit.errors import EdgekitError, unknown
+from edgekit.nn.module import tied
 from edgekit.passes.base import Candidate, Change, Context, at_least, matrices, owner, recover
+
+PATTERNS = ("", "2:4")
 
 
 @dataclass(frozen=True, slots=True)
 class MagnitudePrune:
-    """`sparsity`: share of the matching matrices' weights that becomes zero."""
+    """`sparsity`: share of the matching matrices' weights that becomes zero; `pattern`: "2:4" instead of it, half of
+    the weights of every matrix whose rows are multiples of 4."""
 
     name: ClassVar[str] = "magnitude_prune"
     summary: ClassVar[str] = "set the smallest weights to zero, then recover with the zeros held"
 
-    sparsity: float
+    sparsity: float = 0.5
+    pattern: str = ""
     epochs: int = 4
     learning_rate: float = 1e-3
     include: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
         at_least("sparsity", self.sparsity, 0.01, 0.99)
+        if self.pattern not in PATTERNS:
+            raise unknown("pattern", self.pattern, PATTERNS[1:])
+        if self.pattern and self.sparsity != 0.5:
+            raise EdgekitError(f"sparsity = {self.sparsity}; the pattern 2:4 is one half, leave sparsity out")
         at_least("epochs", self.epochs, 0, 10_000)
         at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
 
     def _masks(self, candidate: Candidate) -> dict[str, Tensor]:
         parameters = dict(candidate.model.named_parameters())
         chosen = {name: parameters[name].detach() for name in matrices(candidate.model, self.include)}
+        if self.pattern:
+            masks = {name: two_of_four(value) for name, value in chosen.items() if value[0].numel() % 4 == 0}
+            if not masks:
+                raise EdgekitError("pattern = '2:4'; no matching weight has rows of a multiple of 4")
+            return masks
         sizes = torch.cat([value.abs().flatten() for value in chosen.values()])
         limit = sizes.kthvalue(max(1, round(self.sparsity * len(sizes)))).values
         return {name: value.abs() > limit for name, value in chosen.items()}
 
     def plan(self, candidate: Candidate) -> list[Change]:
-        return [
+        masks = self._masks(candidate)
+        changes = [
             Change(name, f"{mask.numel()} weights", f"{int(mask.sum())} left, {1 - mask.float().mean():.0%} zeros")
-            for name, mask in self._masks(candidate).items()
+            for name, mask in masks.items()
+        ]
+        parameters = dict(candidate.model.named_parameters())
+        return changes + [
+            Change(name, str(tuple(parameters[name].shape)), "left alone: its rows are no multiple of 4")
+            for name in matrices(candidate.model, self.include)
+            if name not in masks
         ]
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         model = candidate.copy_model()
         masks = self._masks(candidate)
+        others = {name: [other for other, first in tied(model).items() if first == name] for name in masks}
         for name, mask in masks.items():
             module, attribute = owner(model, name)
             parametrize.register_parametrization(module, attribute, Masked(mask))
+            for other in others[name]:  # a tied weight is one parameter behind one mask, however many modules read it
+                reader, key = owner(model, other)
+                parametrize.register_parametrization(reader, key, Masked(mask))
+                reader.parametrizations[key].original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
         model = recover(model, context, self.epochs, self.learning_rate, self.name)
         for name in masks:
             module, attribute = owner(model, name)
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            for other in others[name]:
+                reader, key = owner(model, other)
+                parametrize.remove_parametrizations(reader, key, leave_parametrized=True)
+                setattr(reader, key, getattr(module, attribute))
         return Candidate(candidate.family, candidate.arguments, model)
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """True for the two largest of every four neighbours along a row: the inputs of an output."""
+    fours = weight.abs().reshape(-1, 4)
+    kept = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.topk(2, dim=1).indices, True)
+    return kept.reshape(weight.shape)
 
 
 class Masked(nn.Module):

@@ -40,6 +40,8 @@ class StructuredPrune:
         at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
 
     def _groups(self, candidate: Candidate) -> list[PrunableGroup]:
+        if candidate.family == "module":
+            raise EdgekitError("a network that a Python function builds names no such units; use dependency_prune")
         groups = prunable_groups(candidate.family, candidate.model)
         for argument, left in self.keep.items():
             sizes = {group.size for group in groups if group.argument == argument}

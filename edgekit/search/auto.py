@@ -19,7 +19,7 @@ import numpy as np
 from edgekit import quality
 from edgekit.bundle import Bundle
 from edgekit.compress import Job, Notify, ShowProgress, applied, candidate_of, outputs_of, run
-from edgekit.data import Dataset
+from edgekit.data import Dataset, is_labelled
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.recipe import Step
 
@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
 HELD_OUT = 0.25  # of the training rows, for trials
 PROBE_BITS = 3  # coarse enough that a weight that matters shows
 PATIENCE = 12  # trials without a new point on the Pareto front after which the search stops
-SHORT, FULL = {"structured_prune": 2, "cluster": 1, "quantise": 1}, {"structured_prune": 8, "cluster": 2, "quantise": 2}
+SHORT, FULL = {"prune": 2, "codes": 1}, {"prune": 8, "codes": 2}  # epochs of recovery, in trials and at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def search(
             stopped = f"no better recipe in the last {PATIENCE} trials"
             break
         trial = study.ask()
-        steps = suggest(trial, job.source, ranked, SHORT)
+        steps = suggest(trial, job, ranked, SHORT)
         trial.set_user_attr("recipe", [[step.name, dict(step.parameters), step.seed] for step in steps])
         outcome = _tried(trial_job, trial.number, steps, work, progress)
         for name in ("loss", "bytes", "speedup", "latency_ms"):
@@ -160,16 +160,17 @@ def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
 
 
 def suggest(
-    trial: optuna.trial.BaseTrial, source: Bundle, ranked: Sequence[Sensitivity], epochs: Mapping[str, int]
+    trial: optuna.trial.BaseTrial, job: Job, ranked: Sequence[Sensitivity], epochs: Mapping[str, int]
 ) -> tuple[Step, ...]:
     """A recipe from the space of those that make sense: fewer units, then codes for the weights or a form of the graph.
     Nothing is suggested for the most sensitive weights if they are exempt."""
     steps: list[Step] = []
     names = [item.name for item in ranked]
     exempt = names[: trial.suggest_int("exempt", 0, min(4, max(0, len(names) - 1)))]
+    source = job.source
     if not source.is_graph:
         removed = trial.suggest_categorical("removed", [0.0, 0.25, 0.375, 0.5, 0.625])
-        pruned = _pruned(source, float(removed), epochs)
+        pruned = _pruned(job.source, float(removed), is_labelled(job.train), epochs)
         steps += [pruned] if pruned else []
         form = trial.suggest_categorical("form", ["float32", "cluster", "quantise", "dynamic_int8", "half"])
     else:
@@ -178,7 +179,7 @@ def suggest(
         bits = trial.suggest_int(f"{form} bits", 3, 8)
         coded = [name for name in names if name not in exempt]
         if coded:
-            steps.append(Step(form, {"bits": bits, "epochs": epochs[form], "include": coded}))
+            steps.append(Step(form, {"bits": bits, "epochs": epochs["codes"], "include": coded}))
         if exempt and bits < 8:
             steps.append(Step("quantise", {"bits": 8, "epochs": 0, "include": exempt}))
     elif form == "dynamic_int8":
@@ -192,18 +193,19 @@ def suggest(
     return tuple(steps)
 
 
-def _pruned(source: Bundle, removed: float, epochs: Mapping[str, int]) -> Step | None:
+def _pruned(source: Bundle, removed: float, labelled: bool, epochs: Mapping[str, int]) -> Step | None:
     """Structured pruning of that share, in the words of the family."""
     from edgekit.families import countable_units
 
     if removed == 0:
         return None
-    rate = {"epochs": epochs["structured_prune"]}
+    rate = {"epochs": epochs["prune"]}
     units = countable_units(source.manifest.family, source.model())
     if units:
         keep = {name: max(1, round(size * (1 - removed))) for name, size in units.items()}
         return Step("structured_prune", {"keep": keep, **rate})
-    return Step("structured_prune", {"sparsity": removed, **rate})
+    importance = "taylor" if labelled else "magnitude"  # without labels there is no loss to be expanded
+    return Step("dependency_prune", {"sparsity": removed, "importance": importance, **rate})
 
 
 def _probes(source: Bundle, candidate: Any) -> list[tuple[str, Step]]:
@@ -335,7 +337,7 @@ def _lengthened(step: Step) -> Step:
     """The step with the recovery that the result deserves, where trials had a short one."""
     if "epochs" not in step.parameters or not step.parameters["epochs"]:
         return step
-    return replace(step, parameters={**step.parameters, "epochs": FULL[step.name]})
+    return replace(step, parameters={**step.parameters, "epochs": FULL["prune" if "prune" in step.name else "codes"]})
 
 
 def _result(job: Job, number: int, recipe: tuple[Step, ...], bundle: Bundle) -> Outcome:

@@ -97,6 +97,8 @@ class OnnxRuntimeSession:
         self._names = [spec.name for spec in self.outputs]
         self._key, self._graph = model_key(bundle), _graph(bundle, source, exporter)
         self._optimisation = optimisation
+        # onnxruntime 1.32 crashes while it lays out float16 graphs for convolutions (its issue 28392)
+        self._avoided = ["NchwcTransformer"] if bundle.is_graph and holds_float16(self._graph) else None
         self._cores = threads or len(os.sched_getaffinity(0))
         self._chunk = chunk
         self._small = 0 if chunk else max(SMALL, self._cores)  # a given chunk is for batches of every size
@@ -169,7 +171,9 @@ class OnnxRuntimeSession:
             if self.provider != CPU:  # otherwise it would quietly run what the device cannot on the CPU
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             try:
-                session = onnxruntime.InferenceSession(self._graph, options, providers=[self.provider])
+                session = onnxruntime.InferenceSession(
+                    self._graph, options, providers=[self.provider], disabled_optimizers=self._avoided
+                )
             except Exception as error:  # onnxruntime's exceptions have no common base of their own
                 reason = str(error).splitlines()[0]
                 raise EdgekitError(f"onnxruntime cannot run this model on {self.provider}: {reason}") from error
@@ -273,6 +277,16 @@ def _graph(bundle: Bundle, source: str | Path | None, exporter: Literal["torchsc
     if not Path(source).is_file():
         raise EdgekitError(f"{source}: no such ONNX file; write one with: edgekit export BUNDLE --to onnx -o DIRECTORY")
     return Path(source).read_bytes()
+
+
+def holds_float16(graph: bytes) -> bool:
+    """Whether any value that the graph stores or casts to is float16."""
+    from onnx import TensorProto, load_from_string
+
+    model = load_from_string(graph).graph
+    cast = (item.i for node in model.node if node.op_type == "Cast" for item in node.attribute if item.name == "to")
+    kinds = {tensor.data_type for tensor in model.initializer} | set(cast)
+    return int(TensorProto.FLOAT16) in kinds
 
 
 def _cpu() -> str:

@@ -111,7 +111,7 @@ def test_only_recipes_that_can_be_built_are_suggested(job):
     ranked = [auto.Sensitivity(name, 0.0) for name in ("embed.weight", "classifier.weight")]
     for seed in range(30):
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-        for step in suggest(study.ask(), job.source, ranked, auto.SHORT):
+        for step in suggest(study.ask(), job, ranked, auto.SHORT):
             step.build()
 
 

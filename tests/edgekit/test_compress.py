@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit import quality
+from edgekit import quality, recipe
 from edgekit.bundle import GOLDEN, WEIGHTS, open_bundle, write_bundle
 from edgekit.compress import plan, run
 from edgekit.data import Dataset
@@ -78,6 +78,32 @@ class PlanRaises(Shrink):
 class GainsNothing(Shrink):
     def apply(self, candidate, context):
         return Candidate(candidate.family, candidate.arguments, candidate.copy_model(), candidate.encodings)
+
+
+class Prepares(GainsNothing):
+    prepares: ClassVar[bool] = True
+
+
+class PreparesBadly(Prepares, Destroys):
+    def apply(self, candidate, context):
+        return self.mischief(candidate)
+
+
+def test_a_pass_that_prepares_others_is_kept_if_it_loses_nothing(tiny_job, register, tmp_path):
+    register("edgekit.passes", "planted", Prepares)
+    assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "a")) == [("planted", True)]
+    register("edgekit.passes", "planted", PreparesBadly)
+    assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "b")) == [("planted", False)]
+
+
+def test_a_bundles_recipe_gives_its_bytes_again(tiny_job, tmp_path):
+    made = run(tiny_job(RECIPE), tmp_path / "a")
+    steps = recipe.of_bundle(write_bundle(made, tmp_path / "made.edge"))
+    assert [step.seed for step in steps] == [number for number, (_, kept) in enumerate(verdicts(made), 1) if kept]
+    again = run(replace(tiny_job([]), recipe=steps, replay=True), tmp_path / "b")
+    assert computed(again) == computed(made)
+    other = [replace(step, seed=99) for step in steps]  # planted: the seed matters
+    assert computed(run(replace(tiny_job([]), recipe=other, replay=True), tmp_path / "c")) != computed(made)
 
 
 def test_the_shrinking_that_the_planted_passes_do_is_kept_on_its_own(tiny_job, register, tmp_path):

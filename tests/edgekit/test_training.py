@@ -182,3 +182,50 @@ def test_probabilities_do_not_depend_on_the_batch_and_leave_the_mode(tiny_bundle
     assert model.training
     assert np.abs(one - all_).max() < 1e-5
     assert all_.sum(axis=1) == pytest.approx(np.ones(len(all_)), abs=1e-5)
+
+
+def test_numbers_are_learnt_by_squared_error():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(256, 3)).astype(np.float32)
+    wanted = (inputs @ np.float32([[1, 0], [0, -2], [3, 0]])).astype(np.float32)
+    schedule = Schedule(epochs=12, learning_rate=5e-2, averaging=0.5)
+
+    def loss(data, **how):
+        torch.manual_seed(0)
+        model = fit(torch.nn.Linear(3, 2), data, replace(schedule, **how), seed=0, teacher=teacher if how else None)
+        return float(((model(torch.from_numpy(inputs)).detach().numpy() - wanted) ** 2).mean())
+
+    teacher = torch.nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        teacher.weight.copy_(torch.tensor([[1.0, 0, 3], [0, -2, 0]]))
+    start = float((wanted**2).mean())
+    assert loss(Dataset({"x": inputs}, wanted)) < 0.05 * start
+    # from the teacher alone the labels may say anything; half and half they pull
+    assert loss(Dataset({"x": inputs}, -wanted), distillation=1.0) < 0.05 * start
+    assert loss(Dataset({"x": inputs}, -wanted), distillation=0.5) > 0.2 * start
+
+
+def test_the_first_output_of_a_sequence_is_learnt_from_the_teacher():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 4)
+
+        def forward(self, x):
+            return self.layer(x), x  # (samples, steps, 4), and what is no business of training
+
+    data = Dataset({"x": np.random.default_rng(0).normal(size=(64, 5, 2)).astype(np.float32)}, np.full(64, -1))
+    torch.manual_seed(0)
+    teacher, student = Two().eval(), Two()
+    before = float((student.layer.weight - teacher.layer.weight).detach().abs().max())
+    schedule = Schedule(epochs=20, batch=8, learning_rate=3e-2, averaging=0.5, distillation=1.0)
+    fit(student, data, schedule, seed=0, teacher=teacher)
+    assert float((student.layer.weight - teacher.layer.weight).detach().abs().max()) < 0.1 * before
+    with pytest.raises(EdgekitError, match=r"outputs of shape \(5, 4\) a row"):
+        fit(
+            Two(),
+            replace(data, labels=np.zeros(64, np.int64)),
+            replace(schedule, distillation=0.5),
+            seed=0,
+            teacher=teacher,
+        )

@@ -26,8 +26,8 @@ def test_ranges(indices, text):
 
 def test_what_is_removed_is_gone_and_layers_say_so():
     whole = perceptron().eval()
-    steps = [{"removed": "1,4-5", "from": ["0.weight:0", "0.bias:0", "3.weight:1"]},
-             {"removed": "1,4-5", "from": [f"1.{key}:0" for key in ("weight", "bias", "running_mean", "running_var")]}]  # fmt: skip
+    norm = [f"1.{key}:0" for key in ("weight", "bias", "running_mean", "running_var")]
+    steps = [{"removed": "1,4-5", "from": ["0.weight:0", "0.bias:0", "3.weight:1"]}, {"removed": "1,4-5", "from": norm}]
     cut = remove(perceptron(), steps).eval()
     assert (cut[0].out_features, cut[1].num_features, cut[3].in_features) == (3, 3, 3)
     kept = [0, 2, 3]
@@ -53,8 +53,9 @@ def test_a_tied_weight_stays_tied():
 @pytest.mark.parametrize(
     "step",
     [
-        {"removed": "9", "from": ["0.weight:0"]}, {"removed": "0", "from": ["9.weight:0"]}, {"removed": "x", "from": ["0.weight:0"]},
-        {"removed": "0", "from": ["0.weight:7"]}, {"removed": "9", "blocks": ""}, {"attributes": {"0.forward": 1}},
+        {"removed": "9", "from": ["0.weight:0"]}, {"removed": "0", "from": ["9.weight:0"]},
+        {"removed": "x", "from": ["0.weight:0"]}, {"removed": "0", "from": ["0.weight:7"]},
+        {"removed": "9", "blocks": ""}, {"attributes": {"0.forward": 1}},
         {"attributes": {"0.nothing": 1}}, {"attributes": {"0.in_features": "import os"}},
     ],
 )  # fmt: skip

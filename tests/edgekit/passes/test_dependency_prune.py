@@ -20,7 +20,7 @@ from edgekit.training import probabilities
 from tests.edgekit.passes.networks import Attention, accuracy, arguments_of, bundled, trained
 
 pytest.importorskip("torch_pruning")
-SCHEDULES = {"transformer": 16, "convnet": 6}
+SCHEDULES = {"transformer": 12, "convnet": 6}
 
 
 @pytest.fixture(scope="module", params=SCHEDULES)

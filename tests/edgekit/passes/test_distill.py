@@ -53,7 +53,7 @@ def test_a_student_by_other_arguments_of_the_factory():
     from edgekit.passes.base import Candidate, Context
     from tests.edgekit.passes.networks import accuracy, arguments_of, trained
 
-    model, train, test = trained("transformer", 16)
+    model, train, test = trained("transformer", 12)
     candidate = Candidate("module", arguments_of("transformer"), model)
     student = {"dim": 16, "depth": 1, "hidden": 32}
     after, raw = (

@@ -1,4 +1,4 @@
-"""What holds for every pass on networks that a Python function builds. A new pass joins by one line in MODULE_PASSES."""
+"""What holds for every pass on networks that a Python function builds. A new one joins by a line in MODULE_PASSES."""
 
 import numpy as np
 import pytest

@@ -244,3 +244,24 @@ def test_an_old_graph_is_refused():
     )
     with pytest.raises(EdgekitError, match="opset 11"):
         Half().plan(candidate)
+
+
+def test_only_a_transpose_of_a_weight_is_in_half():
+    """One of an activation before a product makes onnxruntime crash as it opens the graph."""
+    candidate = graph(
+        [
+            ("Transpose", "x", "t", {"perm": [1, 0, 2]}),
+            ("Transpose", "w", "v", {"perm": [1, 0]}),
+            ("MatMul", "t v", "a", {}),
+            ("Transpose", "a", "y", {"perm": [1, 0, 2]}),
+        ],
+        {"w": normal(1, 16, 16)},
+        {"x": ("batch", 1, 16)},
+        {"y": ("batch", 1, 16)},
+    )
+    after = Half().apply(candidate, context(1, 16))
+    kinds = types(after)
+    transposed = [kinds[node.input[0]] for node in after.model.graph.node if node.op_type == "Transpose"]
+    assert sorted(transposed) == sorted([TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.FLOAT])
+    x = normal(2, 5, 1, 16)
+    assert relative(run(after, x), run(candidate, x)) < 3e-3

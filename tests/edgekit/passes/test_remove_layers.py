@@ -20,7 +20,7 @@ IDLE = 1
 @pytest.fixture(scope="module")
 def problem():
     """A trained transformer of two blocks with a third between them that passes its input on."""
-    short, train, test = trained("transformer", 16)
+    short, train, test = trained("transformer", 12)
     arguments = {**arguments_of("transformer"), "arguments": {"depth": 3}}
     model = build("module", arguments)
     model.blocks[0].load_state_dict(short.blocks[0].state_dict())

@@ -1,0 +1,357 @@
+"""Take out of a graph what need not be there: values that depend on no input are computed once, operators that scale or
+shift are folded into the weights beside them, what does nothing is removed, equal tensors are stored once.
+
+    Conv -> BatchNormalization                    Conv
+    MatMul, Gemm, LayerNormalization -> Mul c     the same with scaled weights
+    Gemm, LayerNormalization -> Add c             the same with another bias
+    Mul c -> MatMul, Gemm                         the same with scaled rows
+    Add c -> Add d, Mul c -> Mul d                one of them
+
+Nothing is folded that makes the file larger. A weight that several nodes read is never changed for one of them, and a
+Transpose of it is never written out: tied stays tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
+
+from edgekit.errors import EdgekitError
+from edgekit.graph import attribute, drop_unread, fresh, name_nodes, readers, value_names
+from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
+
+Array = npt.NDArray[Any]
+RANDOM = (
+    "RandomNormal",
+    "RandomUniform",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+    "Dropout",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """No parameters: every rule leaves the function as it is, to rounding."""
+
+    name: ClassVar[str] = "fold"
+    summary: ClassVar[str] = "fold constants and scaling operators into weights, store equal tensors once"
+    level: ClassVar[str] = GRAPH_LEVEL
+    prepares: ClassVar[bool] = True  # kept if it loses nothing, for the sake of the passes after it
+
+    def plan(self, candidate: GraphCandidate) -> list[Change]:
+        return _folded(candidate)[1]
+
+    def apply(self, candidate: GraphCandidate, context: Context) -> GraphCandidate:
+        return GraphCandidate(_folded(candidate)[0])
+
+
+def _folded(candidate: GraphCandidate) -> tuple[ModelProto, list[Change]]:
+    """The graph after every rule that applies, again and again until none does, and what was done."""
+    model = candidate.copy_model()
+    if any(item.HasField("g") or item.graphs for node in model.graph.node for item in node.attribute):
+        raise EdgekitError("fold: the graph has branches or loops, which this pass does not follow; leave it out")
+    name_nodes(model)
+    changes: list[Change] = []
+    parts = len(model.graph.node) + len(model.graph.initializer)
+    drop_unread(model)
+    if unread := parts - len(model.graph.node) - len(model.graph.initializer):
+        changes.append(Change("graph", f"{unread} nodes and tensors that nothing reads", "removed"))
+    widths, refused = _widths(model), set[str]()
+    while True:
+        graph = _Graph(model, widths, refused)
+        found = next((done for node in model.graph.node for rule in RULES if (done := rule(graph, node))), None)
+        if found is None:
+            break
+        changes.append(found)
+        drop_unread(model)
+    changes += [Change(name, "a tensor of its own", f"one with {first}") for name, first in graph.merge_equal()]
+    drop_unread(model)
+    if not changes:
+        raise EdgekitError("fold: there is nothing to fold in this graph; leave this pass out")
+    model.graph.ClearField("value_info")  # of values that are no more
+    return model, changes
+
+
+def _widths(model: ModelProto) -> dict[str, int]:
+    """Length of each value's last axis, where ONNX can tell."""
+    inferred = shape_inference.infer_shapes(model).graph
+    axes = {value.name: value.type.tensor_type.shape.dim for value in (*inferred.value_info, *inferred.input)}
+    return {name: axis[-1].dim_value for name, axis in axes.items() if len(axis) and axis[-1].dim_value}
+
+
+class _Graph:
+    """What rules ask about a graph, and what they do to it."""
+
+    def __init__(self, model: ModelProto, widths: Mapping[str, int], refused: set[str]) -> None:
+        self.model, self.widths = model, widths
+        self.refused = refused  # nodes whose result would make the file larger: not computed again in every round
+        self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.makers = {name: node for node in model.graph.node for name in node.output}
+        self.reads = readers(model)
+        self.outputs = {value.name for value in model.graph.output}
+
+    def array(self, name: str) -> Array | None:
+        """A stored float32 tensor."""
+        tensor = self.stored.get(name)
+        return numpy_helper.to_array(tensor) if tensor is not None and tensor.data_type == TensorProto.FLOAT else None
+
+    def own(self, name: str) -> Array | None:
+        """A stored float32 tensor that one node alone reads, which a rule may therefore change; a vector may also be
+        shared, such as the ones that normalisations begin with."""
+        found = self.array(name)
+        return found if found is not None and (self.reads.get(name) == 1 or found.ndim < 2) else None
+
+    def store(self, near: str, array: Array) -> str:
+        """A new tensor, named after one that it takes the place of."""
+        name = fresh(f"{near}.folded", value_names(self.model)) if near in value_names(self.model) else near
+        self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def only_reader(self, name: str) -> NodeProto | None:
+        """The node that alone reads a value, if it is no output of the graph."""
+        if self.reads.get(name) != 1 or name in self.outputs:
+            return None
+        return next((node for node in self.model.graph.node if name in node.input), None)
+
+    def take_out(self, node: NodeProto, before: NodeProto) -> None:
+        """Remove a node whose work the one before it now does."""
+        self.model.graph.node.remove(node)
+        before.output[0] = node.output[0]
+
+    def bypass(self, node: NodeProto) -> bool:
+        """Remove a node whose output is its input; False where the graph's own names are in the way."""
+        source, target = node.input[0], node.output[0]
+        if target in self.outputs:
+            maker = self.makers.get(source)
+            if maker is None or source in self.outputs:
+                return False
+            maker.output[list(maker.output).index(source)] = target
+            source, target = target, source
+        self.model.graph.node.remove(node)
+        for other in self.model.graph.node:
+            other.input[:] = [source if name == target else name for name in other.input]
+        return True
+
+    def merge_equal(self) -> list[tuple[str, str]]:
+        """Make readers of equal tensors read the first of them; pairs of names."""
+        seen: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+        same: dict[str, str] = {}
+        for name, tensor in self.stored.items():
+            key = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+            if name not in self.outputs and seen.setdefault(key, name) != name:
+                same[name] = seen[key]
+        for node in self.model.graph.node:
+            node.input[:] = [same.get(name, name) for name in node.input]
+        return [(name, first) for name, first in same.items() if np.prod(self.stored[name].dims) > 1]
+
+
+def _constant(graph: _Graph, node: NodeProto) -> Change | None:
+    """A node that reads stored tensors alone, where its result takes no more bytes than it and what it alone read."""
+    if node.op_type == "Constant":
+        values = _evaluate(graph, node)
+    else:
+        reads = [name for name in node.input if name]
+        if node.op_type in RANDOM or node.domain not in ("", "ai.onnx") or not reads or node.name in graph.refused:
+            return None
+        if not all(name in graph.stored for name in reads):
+            return None
+        if node.op_type == "Transpose" and graph.reads[reads[0]] != 1:
+            return None  # the tensor stays for its other readers: this would be a second copy
+        freed = sum(graph.stored[name].ByteSize() for name in set(reads) if graph.reads[name] == reads.count(name))
+        values = _evaluate(graph, node)
+        if sum(value.nbytes for value in values) > freed + node.ByteSize():
+            graph.refused.add(node.name)
+            return None
+    if graph.outputs & set(node.output):
+        return None
+    graph.model.graph.node.remove(node)
+    graph.model.graph.initializer.extend(
+        numpy_helper.from_array(value, name) for value, name in zip(values, node.output, strict=True) if name
+    )
+    return Change(node.name, node.op_type, "computed once")
+
+
+def _evaluate(graph: _Graph, node: NodeProto) -> list[Array]:
+    """What a node makes of stored tensors, by ONNX's reference implementation."""
+    feeds = {name: numpy_helper.to_array(graph.stored[name]) for name in node.input if name}
+    inputs = [
+        helper.make_tensor_value_info(name, graph.stored[name].data_type, array.shape) for name, array in feeds.items()
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in node.output]
+    single = helper.make_model(
+        helper.make_graph([node], "constant", inputs, outputs), opset_imports=graph.model.opset_import
+    )
+    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
+
+
+def _same_again(graph: _Graph, node: NodeProto) -> Change | None:
+    """A Transpose of a stored tensor after an equal one."""
+    if node.op_type != "Transpose" or node.input[0] not in graph.stored or node.output[0] in graph.outputs:
+        return None
+    for other in graph.model.graph.node:
+        if other.name == node.name:
+            return None
+        same = other.op_type == "Transpose" and other.input[0] == node.input[0]
+        if same and list(attribute(other, "perm", [])) == list(attribute(node, "perm", [])):
+            graph.model.graph.node.remove(node)
+            for reader in graph.model.graph.node:
+                reader.input[:] = [other.output[0] if name == node.output[0] else name for name in reader.input]
+            return Change(node.name, "Transpose", f"one with {other.name}")
+    return None
+
+
+def _does_nothing(graph: _Graph, node: NodeProto) -> Change | None:
+    """Identity, and Dropout outside training."""
+    training = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]
+    mask = len(node.output) > 1 and bool(graph.reads.get(node.output[1]))
+    if node.op_type not in ("Identity", "Dropout") or training or mask or not graph.bypass(node):
+        return None
+    return Change(node.name, node.op_type, "removed")
+
+
+def _batch_normalisation(graph: _Graph, node: NodeProto) -> Change | None:
+    """Conv, then BatchNormalization: y = (w x + b - mean) gamma / sqrt(variance + epsilon) + beta."""
+    after = graph.only_reader(node.output[0]) if node.op_type == "Conv" else None
+    if after is None or after.op_type != "BatchNormalization" or after.input[0] != node.output[0]:
+        return None
+    weight = graph.own(node.input[1])
+    parameters = [graph.array(name) for name in after.input[1:5]]
+    bias = graph.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.float32)
+    if weight is None or bias is None or any(item is None for item in parameters):
+        return None
+    if len(after.output) > 1 or attribute(after, "training_mode", 0):
+        return None
+    gamma, beta, mean, variance = (item.astype(np.float64) for item in parameters if item is not None)
+    factor = gamma / np.sqrt(variance + attribute(after, "epsilon", 1e-5))
+    shape = (-1, *[1] * (weight.ndim - 1))
+    _reads(graph, node, 1, weight * factor.reshape(shape))
+    _reads(graph, node, 2, (bias - mean) * factor + beta, f"{node.name}.bias")
+    graph.take_out(after, node)
+    return Change(after.name, "BatchNormalization", f"folded into {node.name}")
+
+
+def _scaled_after(graph: _Graph, node: NodeProto) -> Change | None:
+    """A product or a normalisation, then Mul or Add with a constant per feature."""
+    if node.op_type not in ("MatMul", "Gemm", "LayerNormalization") or len(node.output) > 1:
+        return None
+    after = graph.only_reader(node.output[0])
+    if after is None or after.op_type not in ("Mul", "Add"):
+        return None
+    weight = graph.own(node.input[1])
+    constant = graph.array(after.input[1] if after.input[0] == node.output[0] else after.input[0])
+    if weight is None or constant is None or (node.op_type == "MatMul" and weight.ndim != 2):
+        return None
+    if node.op_type == "LayerNormalization":
+        features, output = weight.size, weight.ndim == 1 and attribute(node, "axis", -1) == -1
+        rank = 1
+    else:
+        turned = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+        features, output, rank = weight.shape[0 if turned else 1], True, 2 if node.op_type == "Gemm" else 1
+    vector = _per_feature(constant, features, rank)
+    if vector is None or not output or (node.op_type == "Gemm" and not _plain(node)):
+        return None
+    bias = graph.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(features, np.float32)
+    if bias is None or bias.shape != (features,):
+        return None
+    if after.op_type == "Add":
+        if node.op_type == "MatMul":
+            return None  # it has no bias of its own
+        _reads(graph, node, 2, bias + vector, f"{node.name}.bias")
+    else:
+        turned = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+        _reads(graph, node, 1, weight * (vector[:, None] if turned else vector))
+        if len(node.input) > 2:
+            _reads(graph, node, 2, bias * vector)
+    graph.take_out(after, node)
+    return Change(after.name, after.op_type, f"folded into {node.name}")
+
+
+def _scaled_before(graph: _Graph, node: NodeProto) -> Change | None:
+    """Mul with a constant per feature, then a product that alone reads it."""
+    after = graph.only_reader(node.output[0]) if node.op_type == "Mul" else None
+    if after is None or after.op_type not in ("MatMul", "Gemm") or after.input[0] != node.output[0]:
+        return None
+    constant = graph.array(node.input[1])
+    slot = 0 if constant is not None else 1
+    constant = constant if constant is not None else graph.array(node.input[0])
+    weight = graph.own(after.input[1])
+    if weight is None or constant is None or weight.ndim != 2 or attribute(after, "transA", 0):
+        return None
+    turned = after.op_type == "Gemm" and bool(attribute(after, "transB", 0))
+    vector = _per_feature(constant, weight.shape[1 if turned else 0], 2 if after.op_type == "Gemm" else 1)
+    if vector is None or graph.widths.get(node.input[slot]) != len(vector):  # it might widen a value of width 1
+        return None
+    _reads(graph, after, 1, weight * (vector if turned else vector[:, None]))
+    after.input[0] = node.input[slot]
+    graph.model.graph.node.remove(node)
+    return Change(node.name, "Mul", f"folded into {after.name}")
+
+
+def _twice(graph: _Graph, node: NodeProto) -> Change | None:
+    """Add and Add, or Mul and Mul, with constants of one shape."""
+    after = graph.only_reader(node.output[0]) if node.op_type in ("Add", "Mul") else None
+    if after is None or after.op_type != node.op_type:
+        return None
+    first = next((name for name in node.input if graph.array(name) is not None), None)
+    second = next((name for name in after.input if graph.array(name) is not None), None)
+    if first is None or second is None:
+        return None
+    one, other = graph.array(first), graph.array(second)
+    assert one is not None
+    assert other is not None
+    if one.shape != other.shape and 1 not in (one.size, other.size):
+        return None
+    both = one.astype(np.float64) + other if node.op_type == "Add" else one.astype(np.float64) * other
+    _reads(graph, node, list(node.input).index(first), both)
+    graph.take_out(after, node)
+    return Change(after.name, after.op_type, f"folded into {node.name}")
+
+
+def _plain(node: NodeProto) -> bool:
+    return all(attribute(node, key, 1.0) == 1 for key in ("alpha", "beta")) and not attribute(node, "transA", 0)
+
+
+def _factors(graph: _Graph, node: NodeProto) -> Change | None:
+    """alpha and beta of a Gemm, into its weights."""
+    if node.op_type != "Gemm" or all(attribute(node, key, 1.0) == 1 for key in ("alpha", "beta")):
+        return None
+    weight = graph.own(node.input[1])
+    bias = graph.own(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(0, np.float32)
+    if weight is None or bias is None:
+        return None
+    _reads(graph, node, 1, weight * attribute(node, "alpha", 1.0))
+    if bias.size:
+        _reads(graph, node, 2, bias * attribute(node, "beta", 1.0))
+    for item in [item for item in node.attribute if item.name in ("alpha", "beta")]:
+        node.attribute.remove(item)
+    return Change(node.name, "Gemm with alpha or beta", "folded into its weights")
+
+
+def _per_feature(constant: Array, features: int, rank: int) -> Array | None:
+    """A constant that broadcasts along the last axis alone, as (features,) float64; None for any other shape, and for
+    one of more axes than the result surely has."""
+    if constant.ndim > rank or constant.size not in (1, features) or constant.shape[-1:] not in ((), (1,), (features,)):
+        return None
+    return np.broadcast_to(constant.reshape(-1).astype(np.float64), (features,))
+
+
+def _reads(graph: _Graph, node: NodeProto, slot: int, array: Array, name: str | None = None) -> None:
+    """Give a node a new float32 tensor as its input; the old one goes when nothing reads it."""
+    near = name or node.input[slot]
+    while len(node.input) <= slot:
+        node.input.append("")
+    node.input[slot] = graph.store(near, array.astype(np.float32))
+
+
+RULES: tuple[Callable[[_Graph, NodeProto], Change | None], ...] = (
+    _does_nothing, _same_again, _constant, _batch_normalisation, _factors, _scaled_after, _scaled_before, _twice
+)  # fmt: skip

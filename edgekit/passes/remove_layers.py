@@ -1,0 +1,135 @@
+"""Remove whole residual blocks, the ones without which the loss rises least, then recover (Men et al. 2024, "ShortGPT",
+arXiv 2403.03853, section 3.2, whose block influence is measured here as what the loss becomes)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgekit.errors import EdgekitError, unknown
+from edgekit.nn.module import ranges, remove
+from edgekit.nn.units import results
+from edgekit.passes.base import Candidate, Change, Context, at_least, recover
+from edgekit.passes.dependency_prune import example_inputs, loss
+from edgekit.training import tensors
+
+SAMPLES, BATCH = 512, 64  # for the loss without a block: differences between blocks are large
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveLayers:
+    """`count`: how many blocks to remove; `blocks`: the ModuleList or Sequential that holds them, needed where the
+    network has several."""
+
+    name: ClassVar[str] = "remove_layers"
+    summary: ClassVar[str] = "remove the residual blocks that the loss misses least, then recover"
+
+    count: int
+    blocks: str = ""
+    epochs: int = 8
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        at_least("count", self.count, 1, 1000)
+        at_least("epochs", self.epochs, 0, 10_000)
+        at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
+
+    def plan(self, candidate: Candidate) -> list[Change]:
+        path, able = self._stack(candidate)
+        each = sum(value.numel() for value in candidate.model.get_submodule(f"{path}.{able[0]}").parameters())
+        return [
+            Change(path, f"{len(candidate.model.get_submodule(path))} blocks", f"{self.count} of blocks "  # type: ignore[arg-type]
+                   f"{ranges(able)} less, about {each:,} parameters each"),
+        ]  # fmt: skip
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        path, able = self._stack(candidate)
+        chosen = sorted(sensitivity(candidate.model, path, able, context), key=lambda item: item[1])[: self.count]
+        step = {"removed": ranges(index for index, _ in chosen), "blocks": path}
+        model = remove(candidate.copy_model(), [step])
+        _check(model, candidate, path)
+        pruned = [*candidate.arguments.get("pruned", ()), step]
+        model = recover(model, context, self.epochs, self.learning_rate, self.name)
+        return Candidate(candidate.family, {**candidate.arguments, "pruned": pruned}, model)
+
+    def _stack(self, candidate: Candidate) -> tuple[str, list[int]]:
+        """The container of blocks, and the blocks whose inputs and outputs have the same shape."""
+        if candidate.family != "module":
+            raise EdgekitError(
+                f"a {candidate.family} is no model built by a Python function; use distill with fewer layers instead"
+            )
+        stacks = {path: able for path, able in _stacks(candidate).items() if len(able) > 1}
+        if not stacks:
+            raise EdgekitError("no ModuleList or Sequential holds two blocks that keep their input's shape")
+        if self.blocks and self.blocks not in stacks:
+            raise unknown("container of blocks", self.blocks, stacks, where="blocks")
+        if not self.blocks and len(stacks) > 1:
+            raise EdgekitError(f"several containers hold blocks: {', '.join(stacks)}; name one: blocks = ...")
+        path = self.blocks or next(iter(stacks))
+        if self.count >= len(stacks[path]):
+            raise EdgekitError(f"count = {self.count}; {path} has {len(stacks[path])} such blocks, one must stay")
+        return path, stacks[path]
+
+
+def sensitivity(model: nn.Module, path: str, able: list[int], context: Context) -> list[tuple[int, float]]:
+    """(block, mean loss on training rows when the block passes its input on) for each."""
+    rows = np.random.default_rng(context.seed).permutation(len(context.train))[:SAMPLES]
+    batches = [context.train.take(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+    stack: Any = model.get_submodule(path)
+    found = []
+    with torch.no_grad():
+        whole = [results(model, tensors(batch))[0] for batch in batches]
+        for index in able:
+            hook = stack[index].register_forward_hook(lambda block, inputs, output: inputs[0])
+            try:
+                losses = [
+                    len(batch) * loss(results(model, tensors(batch))[0], batch.labels, context.train.labels, original)
+                    for batch, original in zip(batches, whole, strict=True)
+                ]
+            finally:
+                hook.remove()
+            found.append((index, float(sum(losses)) / len(rows)))
+    return found
+
+
+def _stacks(candidate: Candidate) -> dict[str, list[int]]:
+    """Containers, and which of their items keep their input's shape and are of the kind that most of these are of."""
+    model = candidate.copy_model()
+    calls: dict[nn.Module, list[bool]] = {}
+
+    def note(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        both = bool(inputs) and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
+        calls.setdefault(block, []).append(both and inputs[0].shape == output.shape)
+
+    stacks = {path: item for path, item in model.named_modules() if isinstance(item, (nn.ModuleList, nn.Sequential))}
+    for stack in stacks.values():
+        for block in stack:
+            block.register_forward_hook(note)
+    with torch.no_grad():
+        results(model, example_inputs(candidate))
+    found = {}
+    for path, stack in stacks.items():
+        able = [index for index, block in enumerate(stack) if calls.get(block) == [True] and list(block.parameters())]
+        kinds = Counter(type(stack[index]) for index in able)
+        found[path] = [index for index in able if type(stack[index]) is kinds.most_common(1)[0][0]]
+    return found
+
+
+def _check(model: nn.Module, candidate: Candidate, path: str) -> None:
+    """Raise unless the shorter network gives outputs of the same shapes."""
+    example = example_inputs(candidate)
+    with torch.no_grad():
+        before = [value.shape for value in results(candidate.copy_model(), example)]
+        try:
+            after = [value.shape for value in results(model, example)]
+        except Exception as error:  # whatever somebody's code raises
+            raise EdgekitError(
+                f"the network does not run with fewer {path} ({str(error).splitlines()[0][:120]}); its code counts them"
+            ) from error
+    if before != after:
+        raise EdgekitError(f"with fewer {path} the network's outputs have other shapes; leave {path} whole")
