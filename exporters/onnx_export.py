@@ -247,7 +247,7 @@ def _example(specs: tuple[TensorSpec, ...]) -> tuple[torch.Tensor, ...]:
 def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     """The graph as torch.export and onnxscript's optimiser write it."""
     manifest = bundle.manifest
-    axes = {a: torch.export.Dim(f"axis_{n}") for n, a in enumerate(_named_axes(manifest.inputs))}
+    axes = {a: multiple(a) * torch.export.Dim(f"axis_{n}") for n, a in enumerate(_named_axes(manifest.inputs))}
     shapes = tuple({n: axes[a] for n, a in enumerate(spec.shape) if isinstance(a, str)} for spec in manifest.inputs)
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -13,6 +13,7 @@ EXAMPLE = """\b
 Examples:
   edgekit import model.onnx -o model.edge
   edgekit import program.pt2 -o program.edge --data samples.npz
+  edgekit import deit-tiny/ -o deit.edge        # a folder of transformers
   edgekit import my_models.vit:build --weights vit.safetensors \\
       --arguments '{"depth": 6}' --input image:float32:batch,3,224,224 -o vit.edge
 An axis is a length, a name for any length, or a multiple such as 9*faces.
@@ -35,14 +36,14 @@ def import_(
     source: str, target: Path, weights: Path | None, arguments: str, inputs: tuple[str, ...], outputs: str,
     classes: str, preprocessing: str, data_file: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Make a bundle from SOURCE: an .onnx or .pt2 file, or a Python function package.module:function that builds a
-    torch network. Naming the function allows it to be run."""
+    """Make a bundle from SOURCE: an .onnx or .pt2 file, a Hugging Face folder, or a Python function
+    package.module:function that builds a torch network. Naming the function allows it to be run."""
     from dataclasses import replace
 
     from edgekit.bundle import arrays_from_bytes, default_name, write_bundle
     from edgekit.compress import versions
     from edgekit.errors import EdgekitError
-    from edgekit.importers import from_factory, from_file, parse_spec
+    from edgekit.importers import from_factory, from_file, from_hugging_face, parse_spec
 
     if target.exists() and not force:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
@@ -53,12 +54,16 @@ def import_(
             outputs=[name for name in outputs.split(",") if name], golden=golden,
         )  # fmt: skip
     else:
-        bundle = from_file(Path(source), golden=golden)
+        path = Path(source)
+        specs = [parse_spec(text) for text in inputs]
+        bundle = (
+            from_hugging_face(path, inputs=specs, golden=golden) if path.is_dir() else from_file(path, golden=golden)
+        )
     manifest = replace(
         bundle.manifest,
         name=default_name(target),
-        classes=tuple(name.strip() for name in classes.split(",") if name.strip()),
-        preprocessing=_json(preprocessing, "--preprocessing") if preprocessing else None,
+        classes=tuple(name.strip() for name in classes.split(",") if name.strip()) or bundle.manifest.classes,
+        preprocessing=_json(preprocessing, "--preprocessing") if preprocessing else bundle.manifest.preprocessing,
         versions=versions(),
     )
     written = write_bundle(replace(bundle, manifest=manifest), target, force=force)

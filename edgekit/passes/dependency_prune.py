@@ -114,11 +114,13 @@ class DependencyPrune:
             if not fnmatch.filter(names, pattern):
                 raise unknown("layer", pattern, names, where="layers")
         chosen = []
+        with torch.no_grad():
+            shapes = [value.shape for value in results(model, example)]
         for group in found:
             if self._left(group) == group.size:
                 if self._share(group) > 0:
                     alone[group.name] = f"{group.size} {group.kind}; none can go at multiples of {group.step}"
-            elif reason := _obstacle(model, example, group, self._left(group)):
+            elif reason := _obstacle(model, example, shapes, group, self._left(group)):
                 alone[group.name] = reason
             else:
                 chosen.append(group)
@@ -148,17 +150,20 @@ class DependencyPrune:
         return kept
 
 
-def _obstacle(model: nn.Module, example: list[Tensor], group: Group, left: int) -> str:
-    """Why the network cannot do without the group's first units, or nothing."""
+def _obstacle(model: nn.Module, example: list[Tensor], shapes: list[torch.Size], group: Group, left: int) -> str:
+    """Why the network, whose outputs have these shapes, cannot do without the group's first units, or nothing."""
+    if group.counts:  # heads, which have been cut on trial when they were found
+        return ""
     units = _least(group, torch.arange(group.size, dtype=torch.float32), group.size - left)
-    with torch.no_grad():
-        before = [value.shape for value in results(model, example)]
-        try:
-            cut = remove(copy.deepcopy(model), removal(model, [(group, units)]))
+    try:
+        cut = remove(copy.deepcopy(model), removal(model, [(group, units)]))
+        with torch.no_grad():
             after = [value.shape for value in results(cut, example)]
-        except Exception as error:  # whatever somebody's code raises
-            return f"the network does not run without them ({str(error).splitlines()[0][:120]})"
-    return "" if after == before else "they are outputs of the network"
+    except EdgekitError:
+        return "they are read in an order that torch-pruning does not see"
+    except Exception as error:  # whatever somebody's code raises
+        return f"the network does not run without them ({str(error).splitlines()[0][:120]})"
+    return "" if after == shapes else "they are outputs of the network"
 
 
 def _least(group: Group, scores: Tensor, count: int) -> list[int]:

@@ -310,3 +310,29 @@ def test_a_length_that_tracing_made_a_constant_is_noticed(tmp_path):
     with pytest.raises(EdgekitError, match="tracing has made a constant of a length"):
         OnnxExporter().export(bundle, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def thirds() -> torch.nn.Module:
+    """Three tokens become one."""
+
+    class Thirds(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(12, 4)
+
+        def forward(self, x):
+            return self.layer(x.reshape(x.shape[0], x.shape[1] // 3, 12)).relu()
+
+    return Thirds()
+
+
+def test_the_other_exporter_takes_multiples_too():
+    bundle = from_factory(
+        f"{__name__}:thirds", arguments={}, weights=None, outputs=(),
+        inputs=[TensorSpec("x", ("batch", "3*vertices", 4))],
+    )  # fmt: skip
+    assert bundle.manifest.outputs[0].shape == ("batch", "vertices", 4)
+    graph = OnnxExporter(exporter="dynamo").graph(bundle).SerializeToString()
+    for length in (1, 5):
+        inputs = rows_of(bundle, 3, length)
+        assert difference(in_onnxruntime(graph, inputs), in_torch(bundle, inputs)) < PARITY

@@ -157,3 +157,25 @@ def test_recipe_is_shown_as_toml(tiny_bundle, no_pictures):
     recipe = {"pass": [{"name": "cluster", "bits": 4, "include": ["*.weight"]}]}
     html = report.render(compressed(tiny_bundle, KEPT, recipe=recipe), tiny_bundle)
     assert "[[pass]]\nname = &#34;cluster&#34;\nbits = 4\ninclude = [&#34;*.weight&#34;]" in html
+
+
+SEARCH = {
+    "trials": [
+        {"number": 0, "recipe": [], "loss": 0.004, "bytes": 2000, "speedup": 1.2, "latency_ms": 0.3, "on_front": True},
+        {"number": 1, "recipe": [], "loss": 0.9, "bytes": 900, "speedup": 2.5, "latency_ms": 0.2, "on_front": True},
+        {"number": 2, "recipe": [], "loss": None, "bytes": 900, "speedup": 2.5, "latency_ms": 0.2, "on_front": False},
+    ],
+    "sensitivity": [{"name": "embed.weight", "change": 0.3}, {"name": "<b>", "change": None}],
+    "chosen": 0, "targets": {"max_loss": 0.01, "max_size": None, "max_latency": None},
+}  # fmt: skip
+
+
+def test_a_search_shows_its_front_and_what_was_sensitive(tiny_bundle):
+    metrics = {"compression": COMPRESSION, "search": SEARCH}
+    html = report.render(compressed(tiny_bundle, KEPT, metrics=metrics), tiny_bundle)
+    without = report.render(compressed(tiny_bundle, KEPT, metrics={"compression": COMPRESSION}), tiny_bundle)
+    assert html.count("<svg") == without.count("<svg") + 2
+    for words in ("3 trials of the search", "embed.weight", "chosen, 1.20 x as fast"):
+        assert words in html
+        assert words not in without.split("<h2>Passes")[0]
+    assert not PLACES.search(html)

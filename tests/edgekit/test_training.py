@@ -188,7 +188,7 @@ def test_numbers_are_learnt_by_squared_error():
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(256, 3)).astype(np.float32)
     wanted = (inputs @ np.float32([[1, 0], [0, -2], [3, 0]])).astype(np.float32)
-    schedule = Schedule(epochs=12, learning_rate=5e-2, averaging=0.5)
+    schedule = Schedule(epochs=30, batch=32, learning_rate=1e-1, averaging=0.5)
 
     def loss(data, **how):
         torch.manual_seed(0)

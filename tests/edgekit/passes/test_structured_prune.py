@@ -117,3 +117,11 @@ def test_a_class_without_training_samples_is_no_obstacle(tiny_candidate, tiny_co
     context = Context(two_classes, tiny_context.teacher, 0)
     after = StructuredPrune(keep={"heads": 2}, epochs=1).apply(tiny_candidate, context)
     assert np.isfinite(probabilities(after.model, tiny_data[1])).all()
+
+
+def test_a_network_of_a_python_function_is_sent_to_the_pass_that_knows_it(tiny_candidate):
+    from edgekit.errors import EdgekitError
+
+    foreign = Candidate("module", {"factory": "a:b"}, tiny_candidate.model)
+    with pytest.raises(EdgekitError, match="use dependency_prune"):
+        StructuredPrune(keep={"heads": 2}).plan(foreign)
