@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("edgekit", "exporters", "runtimes", "alert_broker")
-DISTRIBUTIONS = {"PIL": "pillow", 
+DISTRIBUTIONS = {
+    "PIL": "pillow",
     "lsst": "lsst_alert_packet",
     "markupsafe": "jinja2",
     "llvmlite": "numba",

@@ -94,7 +94,7 @@ class DependencyPrune:
         except Exception as error:  # whatever somebody's code raises
             raise EdgekitError(
                 f"the network runs without the units of any one group, not without those of all "
-                f'({str(error).splitlines()[0][:120]}); leave some alone, such as layers = {{"{groups[0].name}" = 0}}'
+                f'({str(error)[:120]}); leave some alone, such as layers = {{"{groups[0].name}" = 0}}'
             ) from error
         pruned = [*candidate.arguments.get("pruned", ()), *steps]
         model = recover(model, context, self.epochs, self.learning_rate, self.name)
@@ -162,7 +162,7 @@ def _obstacle(model: nn.Module, example: list[Tensor], shapes: list[torch.Size],
     except EdgekitError:
         return "they are read in an order that torch-pruning does not see"
     except Exception as error:  # whatever somebody's code raises
-        return f"the network does not run without them ({str(error).splitlines()[0][:120]})"
+        return f"the network does not run without them ({str(error)[:120]})"
     return "" if after == shapes else "they are outputs of the network"
 
 

@@ -129,7 +129,7 @@ def _check(model: nn.Module, candidate: Candidate, path: str) -> None:
             after = [value.shape for value in results(model, example)]
         except Exception as error:  # whatever somebody's code raises
             raise EdgekitError(
-                f"the network does not run with fewer {path} ({str(error).splitlines()[0][:120]}); its code counts them"
+                f"the network does not run with fewer {path} ({str(error)[:120]}); its code counts them"
             ) from error
     if before != after:
         raise EdgekitError(f"with fewer {path} the network's outputs have other shapes; leave {path} whole")

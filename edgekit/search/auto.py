@@ -21,7 +21,7 @@ from edgekit.bundle import Bundle
 from edgekit.compress import Job, Notify, ShowProgress, applied, candidate_of, outputs_of, run
 from edgekit.data import Dataset, is_labelled
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.recipe import Step
+from edgekit.recipe import Step, of_bundle
 
 try:
     import optuna
@@ -119,8 +119,8 @@ def search(
             trial.set_user_attr(name, getattr(outcome, name))
         study.tell(trial, [outcome.loss, math.log(outcome.bytes), -math.log(outcome.speedup)])
         notify(
-            f"trial {done + 1} of {trials}: {outcome.loss:+.4f}, {outcome.bytes:,} bytes, {outcome.speedup:.2f} times "
-            f"as fast: {', '.join(step.name for step in steps) or 'as it is'}"
+            f"recipe {trial.number + 1}, trial {done + 1} of {trials}: {outcome.loss:+.4f}, {outcome.bytes:,} bytes, "
+            f"{outcome.speedup:.2f} times as fast: {', '.join(step.name for step in steps) or 'as it is'}"
         )
     progress("search", trials, trials)
     if stopped:
@@ -172,7 +172,8 @@ def suggest(
         removed = trial.suggest_categorical("removed", [0.0, 0.25, 0.375, 0.5, 0.625])
         pruned = _pruned(job.source, float(removed), is_labelled(job.train), epochs)
         steps += [pruned] if pruned else []
-        form = trial.suggest_categorical("form", ["float32", "cluster", "quantise", "dynamic_int8", "half"])
+        on_graphs = ["dynamic_int8", "half"] if job.runtime == "onnxruntime" else []  # others run networks only
+        form = trial.suggest_categorical("form", ["float32", "cluster", "quantise", *on_graphs])
     else:
         form = trial.suggest_categorical("form", ["float32", "dynamic_int8", "static_int8", "weight_only", "half"])
     if form in ("cluster", "quantise"):
@@ -305,7 +306,7 @@ def _finish(
     tried: list[str] = []
     for outcome in sorted(hopeful, key=merit, reverse=True)[:5]:
         recipe = tuple(_lengthened(step) for step in outcome.recipe)
-        notify(f"final run of trial {outcome.number}: {', '.join(step.name for step in recipe)}")
+        notify(f"final run of recipe {outcome.number + 1}: {', '.join(step.name for step in recipe)}")
         final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=targets.max_loss))
         bundle = run(final, work, notify=notify, progress=progress)
         result = _result(final, outcome.number, recipe, bundle)
@@ -320,7 +321,7 @@ def _finish(
                 "targets": asdict(targets),
             }
             manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, "search": facts})
-            return Found(replace(bundle, manifest=manifest), recipe, outcomes, ranked)
+            return Found(replace(bundle, manifest=manifest), tuple(of_bundle(bundle)), outcomes, ranked)
         tried.append(f"{result.loss:+.4f}, {result.bytes:,} bytes, {result.latency_ms:.3g} ms")
     best = "; ".join(tried) or "no trial came near"
     raise EdgekitError(
