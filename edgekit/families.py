@@ -45,8 +45,12 @@ def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float
         raise missing_extra(error.name or "torch", "compress", f"building a {family} network") from None
     model: nn.Module = module.build(**arguments)
     if weights is not None:
+        from edgekit.nn.module import tied
+
+        state = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+        state |= {alias: state[name] for alias, name in tied(model).items() if name in state}
         try:
-            model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})
+            model.load_state_dict(state)
         except RuntimeError as error:
             raise EdgekitError(
                 f"weights do not fit {family} {dict(arguments)}: {str(error).splitlines()[-1].strip()}"

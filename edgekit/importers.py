@@ -141,7 +141,7 @@ def from_factory(
     "probabilities" is the softmax of what the network gives."""
     from edgekit.data import Dataset
     from edgekit.families import build
-    from edgekit.nn.module import trust
+    from edgekit.nn.module import tied, trust
     from edgekit.training import outputs as run_network
 
     if not inputs:
@@ -178,7 +178,8 @@ def from_factory(
         name=factory.partition(":")[0].rpartition(".")[2], family="module", arguments=values,
         inputs=tuple(inputs), outputs=specs,
     )  # fmt: skip
-    state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    aliases = tied(model)
+    state = {name: value.detach().numpy() for name, value in model.state_dict().items() if name not in aliases}
     return assemble(manifest, state, {}, (given, dict(zip(names, found, strict=True))))
 
 

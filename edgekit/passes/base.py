@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from edgekit.data import Dataset, is_labelled
 from edgekit.encoding import Encoding, Float
 from edgekit.errors import EdgekitError
 from edgekit.families import build
+from edgekit.nn.module import tied
 from edgekit.training import Schedule, fit
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ class Candidate:
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Float]:
-        return {name: value.detach().numpy().copy() for name, value in self.model.state_dict().items()}
+        aliases = tied(self.model)  # stored once, under the first of its names
+        state = self.model.state_dict()
+        return {name: value.detach().numpy().copy() for name, value in state.items() if name not in aliases}
 
     def copy_model(self) -> nn.Module:
         """A model of its own for a pass to change, so that rolling back costs nothing."""
@@ -148,6 +152,40 @@ def frozen(model: nn.Module, names: Iterable[str]) -> None:
     """Keep training away from parameters whose encodings stay as they are."""
     for name in names:
         model.get_parameter(name).requires_grad_(False)
+
+
+def register(model: nn.Module, name: str, parametrisation: nn.Module) -> None:
+    """Put a parametrisation on a weight. One that several modules share stays one parameter behind it."""
+    module, attribute = owner(model, name)
+    readers = [owner(model, other) for other, first in tied(model).items() if first == name]
+    for reader, key in readers:  # torch changes the parameter in place, under the feet of the others
+        setattr(reader, key, nn.Parameter(getattr(module, attribute).detach().clone()))
+    parametrize.register_parametrization(module, attribute, parametrisation)
+    for reader, key in readers:
+        parametrize.register_parametrization(reader, key, parametrisation)
+        reader.parametrizations[key].original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
+
+
+def unregister(model: nn.Module, name: str) -> Tensor:
+    """Take it off again, leaving its result as the weight, shared as before; what was trained behind it."""
+    module, attribute = owner(model, name)
+    original: Tensor = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
+    others = [
+        f"{path}.{key}"
+        for path, reader in model.named_modules()
+        if reader is not module and parametrize.is_parametrized(reader)
+        for key, item in reader.parametrizations.items()
+        if item.original is original
+    ]
+    trained = original.detach().clone()
+    readers = [owner(model, other) for other in others]
+    for reader, key in readers:
+        reader.parametrizations[key].original = nn.Parameter(trained.clone())  # type: ignore[index, union-attr]
+    for holder, key in [(module, attribute), *readers]:
+        parametrize.remove_parametrizations(holder, key, leave_parametrized=True)
+    for reader, key in readers:
+        setattr(reader, key, getattr(module, attribute))
+    return trained
 
 
 def decoded(encodings: Mapping[str, Encoding], model: nn.Module) -> None:

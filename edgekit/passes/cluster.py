@@ -10,10 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from edgekit.encoding import Encoding, Float, Palette
-from edgekit.passes.base import Candidate, Change, Context, at_least, decoded, frozen, matrices, owner, recover
+from edgekit.passes.base import (
+    Candidate,
+    Change,
+    Context,
+    at_least,
+    decoded,
+    frozen,
+    matrices,
+    owner,
+    recover,
+    register,
+    unregister,
+)
 
 ITERATIONS = 50  # of Lloyd's algorithm; 300 gain nothing
 
@@ -54,15 +65,14 @@ class Cluster:
             module, attribute = owner(model, name)
             codes[name], palette = kmeans(getattr(module, attribute).detach().numpy(), 2**self.bits)
             lookup = Lookup(torch.from_numpy(codes[name].astype(np.int64)), torch.from_numpy(palette))
-            parametrize.register_parametrization(module, attribute, lookup)
+            register(model, name, lookup)
         encodings: dict[str, Encoding] = {name: e for name, e in candidate.encodings.items() if name not in names}
         frozen(model, encodings)
         model = recover(model, context, self.epochs, self.learning_rate, self.name)
         for name in names:
             module, attribute = owner(model, name)
             lookup = module.parametrizations[attribute][0]  # type: ignore[index, assignment]
-            trained = module.parametrizations[attribute].original.detach() * lookup.movable  # type: ignore[index, union-attr]
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            trained = unregister(model, name) * lookup.movable
             encodings[name] = Palette(self.bits, codes[name], trained.numpy().astype(np.float32))
         decoded(encodings, model)
         return Candidate(candidate.family, candidate.arguments, model, encodings)

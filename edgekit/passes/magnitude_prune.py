@@ -11,11 +11,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.nn.module import tied
-from edgekit.passes.base import Candidate, Change, Context, at_least, matrices, owner, recover
+from edgekit.passes.base import Candidate, Change, Context, at_least, matrices, recover, register, unregister
 
 PATTERNS = ("", "2:4")
 
@@ -71,22 +69,11 @@ class MagnitudePrune:
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         model = candidate.copy_model()
         masks = self._masks(candidate)
-        others = {name: [other for other, first in tied(model).items() if first == name] for name in masks}
         for name, mask in masks.items():
-            module, attribute = owner(model, name)
-            parametrize.register_parametrization(module, attribute, Masked(mask))
-            for other in others[name]:  # a tied weight is one parameter behind one mask, however many modules read it
-                reader, key = owner(model, other)
-                parametrize.register_parametrization(reader, key, Masked(mask))
-                reader.parametrizations[key].original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
+            register(model, name, Masked(mask))
         model = recover(model, context, self.epochs, self.learning_rate, self.name)
         for name in masks:
-            module, attribute = owner(model, name)
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-            for other in others[name]:
-                reader, key = owner(model, other)
-                parametrize.remove_parametrizations(reader, key, leave_parametrized=True)
-                setattr(reader, key, getattr(module, attribute))
+            unregister(model, name)
         return Candidate(candidate.family, candidate.arguments, model)
 
 

@@ -9,10 +9,21 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from edgekit.encoding import Affine, Encoding
-from edgekit.passes.base import Candidate, Change, Context, at_least, decoded, frozen, matrices, owner, recover
+from edgekit.passes.base import (
+    Candidate,
+    Change,
+    Context,
+    at_least,
+    decoded,
+    frozen,
+    matrices,
+    owner,
+    recover,
+    register,
+    unregister,
+)
 
 CLIPS = np.linspace(0.5, 1.0, 26)  # shares of a row's largest weight tried as the end of its grid
 
@@ -52,14 +63,12 @@ class Quantise:
         for name in names:
             module, attribute = owner(model, name)
             grids[name] = Grid(getattr(module, attribute).detach(), self.bits)
-            parametrize.register_parametrization(module, attribute, grids[name])
+            register(model, name, grids[name])
         encodings: dict[str, Encoding] = {name: e for name, e in candidate.encodings.items() if name not in names}
         frozen(model, encodings)
         model = recover(model, context, self.epochs, self.learning_rate, self.name)
         for name in names:
-            module, attribute = owner(model, name)
-            weight = module.parametrizations[attribute].original.detach()  # type: ignore[index, union-attr]
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            weight = unregister(model, name)
             grid = grids[name]
             codes = rounded(weight * grid.movable, grid.scale, self.bits).to(torch.int8)
             encodings[name] = Affine(self.bits, codes.numpy(), grid.scale.numpy())
