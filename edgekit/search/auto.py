@@ -103,6 +103,9 @@ def search(
     for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(stale.number, state=TrialState.FAIL)  # of a search that was killed
     done = len(_complete(study))
+    if not study.get_trials(deepcopy=False):
+        for start in starts(job):
+            study.enqueue_trial(start)
     if done:
         notify(f"resuming the search after {done} trials")
     stopped = ""
@@ -192,6 +195,17 @@ def suggest(
     elif form == "half":
         steps.append(Step(form, {"storage": True}))
     return tuple(steps)
+
+
+def starts(job: Job) -> list[dict[str, Any]]:
+    """What an expert would try first, so that a short search is no worse than that."""
+    coded = [{"exempt": 0, "form": "cluster", "cluster bits": 5}]
+    if job.source.is_graph:
+        return [{"exempt": 0, "form": "dynamic_int8"}, {"exempt": 0, "form": "weight_only", "weight_only bits": 8}]
+    if job.runtime != "onnxruntime":
+        return [{**start, "removed": removed} for removed in (0.375, 0.5) for start in coded]
+    int8 = {"exempt": 0, "form": "dynamic_int8"}
+    return [{**int8, "removed": removed} for removed in (0.0, 0.5, 0.625)] + [{**coded[0], "removed": 0.375}]
 
 
 def _pruned(source: Bundle, removed: float, labelled: bool, epochs: Mapping[str, int]) -> Step | None:
