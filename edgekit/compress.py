@@ -83,7 +83,7 @@ class Job:
             for array in part.inputs.values():
                 data.update(array.tobytes())
         settings = [self.source.digest, data.hexdigest(), asdict(self.limits), self.metric, self.runtime, self.seed]
-        settings += [self.replay]
+        settings += [self.replay, quality.source(self.metric)]
         surroundings = [versions(), machine.describe()]
         return hashlib.sha256(json.dumps([*settings, *surroundings]).encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -135,6 +136,16 @@ def metric(name: str) -> Metric:
     if name not in METRICS:
         raise unknown("metric", name, [*METRICS, "package.module:function"])
     return METRICS[name]
+
+
+def source(name: str) -> str:
+    """What a metric's values depend on besides its name: the text of a function of the user's."""
+    if ":" not in name:
+        return ""
+    try:
+        return inspect.getsource(imported(name, "metric"))
+    except (TypeError, OSError):  # compiled, or made on the fly
+        return ""
 
 
 def sample_losses(probabilities: Float, labels: Labels) -> npt.NDArray[np.float64]:

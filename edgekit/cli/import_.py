@@ -29,12 +29,13 @@ An axis is a length, a name for any length, or a multiple such as 9*faces.
 @click.option("--outputs", default="", help="Names of its outputs; one named probabilities is softmaxed.")
 @click.option("--classes", default="", help="Names of the classes, separated by commas.")
 @click.option("--preprocessing", default="", help='JSON, such as {"id": "image/1", "mean": [0.5], "std": [0.5]}.')
+@click.option("--state", multiple=True, help="INPUT=OUTPUT that a caller hands back in the next call; repeat for more.")
 @click.option("--data", "data_file", type=Path, help=".npz whose first rows become the golden inputs.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def import_(
     source: str, target: Path, weights: Path | None, arguments: str, inputs: tuple[str, ...], outputs: str,
-    classes: str, preprocessing: str, data_file: Path | None, force: bool, as_json: bool,
+    classes: str, preprocessing: str, state: tuple[str, ...], data_file: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make a bundle from SOURCE: an .onnx or .pt2 file, a Hugging Face folder, or a Python function
     package.module:function that builds a torch network. Naming the function allows it to be run."""
@@ -61,6 +62,7 @@ def import_(
         )
     manifest = replace(
         bundle.manifest,
+        state=_state(state, bundle.manifest),
         name=default_name(target),
         classes=tuple(name.strip() for name in classes.split(",") if name.strip()) or bundle.manifest.classes,
         preprocessing=_json(preprocessing, "--preprocessing") if preprocessing else bundle.manifest.preprocessing,
@@ -72,6 +74,25 @@ def import_(
         return
     described = ", ".join(f"{spec.name} {spec.shape_text}" for spec in (*manifest.inputs, *manifest.outputs))
     output.print(f"{target}: {manifest.family}, {written.parameters:,} parameters; {described}")
+
+
+def _state(pairs: tuple[str, ...], manifest: Any) -> dict[str, str]:
+    """Which output feeds which input; their shapes must be the same."""
+    inputs, outputs = ({spec.name: spec for spec in specs} for specs in (manifest.inputs, manifest.outputs))
+    found = {}
+    for pair in pairs:
+        name, _, source = pair.partition("=")
+        if name not in inputs or source not in outputs:
+            raise click.UsageError(
+                f"--state {pair!r}: expected INPUT=OUTPUT, of {', '.join(inputs)} and {', '.join(outputs)}"
+            )
+        if inputs[name].shape != outputs[source].shape or inputs[name].dtype != outputs[source].dtype:
+            raise click.UsageError(
+                f"--state {pair!r}: {inputs[name].shape_text} {inputs[name].dtype} cannot be fed with "
+                f"{outputs[source].shape_text} {outputs[source].dtype}"
+            )
+        found[name] = source
+    return found
 
 
 def _json(text: str, option: str) -> dict[str, Any]:

@@ -88,3 +88,21 @@ def test_bad_input_is_one_line(arguments, status, words, net, edgekit, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"x")
     assert edgekit("import", *arguments, "-o", tmp_path / "x.edge").failed_with(status, words)
+
+
+def test_state_pairs_an_input_with_an_output_of_the_same_shape(edgekit, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", 2)) for name in ("x", "before", "after")]
+    wide = helper.make_tensor_value_info("wide", TensorProto.FLOAT, ("n", 4))
+    nodes = [helper.make_node("Add", ["x", "before"], ["after"]),
+             helper.make_node("Concat", ["x", "before"], ["wide"], axis=1)]  # fmt: skip
+    graph = helper.make_graph(nodes, "sum", values[:2], [values[2], wide])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "sum.onnx")
+    source = tmp_path / "sum.onnx"
+    assert edgekit("import", source, "--state", "before=after", "-o", tmp_path / "s.edge").status == 0
+    assert open_bundle(tmp_path / "s.edge").manifest.state == {"before": "after"}
+    for pair, words in (("before=wide", "cannot be fed"), ("after=before", "expected INPUT=OUTPUT"), ("x", "expected")):
+        assert edgekit("import", source, "--state", pair, "-o", tmp_path / "t.edge").failed_with(2, words)

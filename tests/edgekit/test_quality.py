@@ -136,3 +136,56 @@ def test_what_is_no_classifiers_output_is_an_error(probabilities, labels, words)
                 lambda: measure_change(LOSS, probabilities, probabilities, labels)):  # fmt: skip
         with pytest.raises(EdgekitError, match=words):
             use()
+
+
+METRIC = """
+def worst(outputs, labels):
+    return float((outputs.argmax(axis=1) != labels).max())
+
+def broken(outputs, labels):
+    raise ZeroDivisionError("no labels")
+"""
+
+
+@pytest.fixture
+def my_metrics(tmp_path, monkeypatch):
+    import sys
+
+    (tmp_path / "my_metrics.py").write_text(METRIC)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield "my_metrics"
+    sys.modules.pop("my_metrics", None)
+
+
+def test_a_metric_of_the_users(my_metrics):
+    probabilities, labels = problem()
+    worst = quality.metric("my_metrics:worst")
+    assert measure(worst, probabilities, labels).value == float((probabilities.argmax(axis=1) != labels).any())
+    assert "def worst" in quality.source("my_metrics:worst")
+    with pytest.raises(EdgekitError, match=r"metric my_metrics:broken: ZeroDivisionError: no labels"):
+        measure(quality.metric("my_metrics:broken"), probabilities, labels)
+    with pytest.raises(EdgekitError, match="my_metrics:nothing"):
+        quality.metric("my_metrics:nothing")
+
+
+def test_metrics_without_labels_compare_with_the_original():
+    original = np.array([[0.1, 0.9], [0.8, 0.2]])
+    changed, relative = quality.metric("changed"), quality.metric("relative-error")
+    assert not changed.labelled
+    assert changed.value(original[:, ::-1], original) == 1
+    assert changed.value(original, original) == relative.value(original, original) == 0
+    assert relative.value(1.1 * original, original) == pytest.approx(0.1)
+    codes = np.array([[1, 2, 3], [4, 5, 6]])
+    assert changed.value(np.where(codes == 5, 0, codes), codes) == pytest.approx(1 / 6)
+
+
+def test_regression_is_measured_in_the_labels_unit():
+    metric = quality.metric("mean-absolute-error")
+    assert measure(metric, np.array([[1.0], [3.0]]), np.array([[1.5], [3.0]])).value == 0.25
+    with pytest.raises(EdgekitError, match="mean-absolute-error"):
+        metric.value(np.ones((2, 1)), np.ones(2))
+
+
+def test_scores_that_are_no_probabilities_have_no_log_loss():
+    with pytest.raises(EdgekitError, match="do not add up to 1; use error-rate"):
+        LOSS.value(np.array([[3.0, -1.0]]), np.array([0]))

@@ -13,6 +13,7 @@ from edgekit.passes.base import GRAPH_LEVEL, Candidate, Context, decoded, frozen
 from edgekit.passes.cluster import Cluster
 from edgekit.passes.distill import Distill
 from edgekit.passes.magnitude_prune import MagnitudePrune
+from edgekit.passes.qat import Qat
 from edgekit.passes.quantise import Quantise
 from edgekit.passes.structured_prune import StructuredPrune
 from edgekit.training import probabilities
@@ -21,6 +22,7 @@ from tests.edgekit.passes.test_every_module_pass import MODULE_PASSES
 PASSES = {
     "structured_prune": StructuredPrune(keep={"heads": 2, "ff_dim": 8}, epochs=2),
     "magnitude_prune": MagnitudePrune(sparsity=0.5, epochs=2),
+    "qat": Qat(epochs=2),
     "cluster": Cluster(bits=4, epochs=2),
     "cluster the classifier": Cluster(bits=2, epochs=2, include=("classifier.*",)),
     "quantise to 8 bits": Quantise(bits=8, epochs=2),
