@@ -1,9 +1,9 @@
-"""Milliseconds per batch: ONNX Runtime as it comes, edgekit's session on the same graph, and PyTorch eager.
+"""Milliseconds per batch: ONNX Runtime as it comes, edgekit's sessions (ONNX Runtime, C), and PyTorch eager.
 
     python tools/bench_inference.py --json inference.json
     python tools/bench_inference.py models/t2-gr
 
-All three run in turns in one process, so that whatever else the machine does falls on each alike; ratios are medians of
+All run in turns in one process, so that whatever else the machine does falls on each alike; ratios are medians of
 the ratios of neighbouring runs. Without a bundle a t2 with random weights is timed: speed does not depend on them.
 """
 
@@ -28,14 +28,16 @@ from edgekit.families import build
 from edgekit.session import Session
 from edgekit.zoo import resolve
 from exporters.onnx_export import OnnxExporter
+from runtimes.sessions.c_session import CSession
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
 from runtimes.sessions.torch_session import TorchSession
 
 BATCHES = (1, 16, 1000)
-SECONDS = 12.0  # per batch size, all three together
+SECONDS = 12.0  # per batch size, all together
 PAUSE = 0.005  # between runs: OpenMP and ONNX Runtime threads spin on for a millisecond or two, at a neighbour's cost
 MOST_ROUNDS = 300
-OURS, STOCK, EAGER = "edgekit", "onnxruntime defaults", "torch eager"
+OURS, COMPILED = "edgekit, onnxruntime", "edgekit, C (default)"
+STOCK, EAGER = "onnxruntime defaults", "torch eager"
 
 
 class Stock:
@@ -120,7 +122,7 @@ def main() -> None:
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
     print(f"model {bundle.manifest.name}, digest {bundle.digest[:12]}\n")
     ours = OnnxRuntimeSession(bundle)
-    sessions: dict[str, Session] = {OURS: ours, EAGER: TorchSession(bundle)}
+    sessions: dict[str, Session] = {OURS: ours, COMPILED: CSession(bundle), EAGER: TorchSession(bundle)}
     runners: dict[str, Any] = {STOCK: Stock(bundle), **sessions}
     golden, _ = bundle.golden()
     print("batch  runner                   p50 ms    p95 ms    CPU ms   ratio   CPU ratio")
