@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def write_source(program: Program, encodings: Mapping[str, Encoding], name: str,
     ]  # fmt: skip
     workspace = size + LANES
     model = [
-        f"/* {name}, written by edgekit {__version__}. model.h says how to use it. */",
+        f"/* {in_comment(name)}, written by edgekit {__version__}. model.h says how to use it. */",
         '#include "model.h"',
         "",
         f"#define TOKENS {program.tokens}",
@@ -75,6 +76,12 @@ def write_source(program: Program, encodings: Mapping[str, Encoding], name: str,
         "}",
     ]
     return Source("\n".join(model) + "\n", _header(program, name, workspace), workspace)
+
+
+def in_comment(text: str) -> str:
+    """Text from a bundle as a comment may hold it. A bundle is data: a name that ended the comment would be a program,
+    compiled and run by whoever opened the bundle."""
+    return re.sub(r"[^\w .,:;()+=<>\[\]-]+", " ", text, flags=re.ASCII)
 
 
 def write_check(program: Program, inputs: Arrays, expected: Arrays, tolerance: float) -> str:
@@ -105,12 +112,12 @@ def write_check(program: Program, inputs: Arrays, expected: Arrays, tolerance: f
 
 def _header(program: Program, name: str, workspace: int) -> str:
     described = [
-        f" *   {spec.name}: rows x {' x '.join(map(str, spec.shape[1:]))}{f', {spec.unit}' if spec.unit else ''}"
+        in_comment(f"  {spec.name}: rows x {' x '.join(map(str, spec.shape[1:]))}{', ' * bool(spec.unit)}{spec.unit}")
         for spec in (*program.inputs, program.output)
     ]
     return "\n".join(
         [
-            f"/* {name}, written by edgekit {__version__}",
+            f"/* {in_comment(name)}, written by edgekit {__version__}",
             " *",
             " *     cc -std=c99 -O3 -march=native -c model.c        (and -lm where you link)",
             " *",
@@ -130,7 +137,7 @@ def _header(program: Program, name: str, workspace: int) -> str:
             "#endif",
             "",
             "/* One after the other, row by row, in float32:",
-            *described,
+            *(f" * {line}" for line in described),
             " * Rows do not influence one another. Inputs must be finite. */",
             f"void model_run({_parameters(program)});",
             "",

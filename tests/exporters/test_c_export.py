@@ -257,3 +257,21 @@ def test_the_command_line_writes_codes_and_refuses_what_means_nothing_to_c(edgek
     assert json.loads(done.out)["manifest"]["weights"] == "encoded"
     assert edgekit(*export, "--opset", "17").failed_with(2, "--opset means nothing to the format c")
     assert edgekit(*export, "--weights", "int8").failed_with(1, "'int8'", "expected 'encoded' or 'float32'")
+
+
+@pytest.mark.parametrize(
+    "attack", ['*/ int evil = system("true"); /*', "x\n*/int evil;/*", "*\\\n/ int evil; /*", "??/\n*/ int evil;"]
+)
+def test_text_from_a_bundle_cannot_become_code(toy, tmp_path, attack):
+    """A name or a unit that ends its comment would be compiled and run by whoever opens the bundle."""
+    bundle = toy()
+    inputs = tuple(replace(spec, unit=attack) for spec in bundle.manifest.inputs)
+    hostile = replace(bundle, manifest=replace(bundle.manifest, name=attack, inputs=inputs))
+    source = CExporter().source(hostile)
+    for text in (source.model, source.header):
+        assert "evil" in text, "the attack is not in the file: the test shows nothing"
+        code = re.sub(r"/\*.*?\*/", "", text.replace("\\\n", "").replace("??/\n", ""), flags=re.DOTALL)
+        assert "evil" not in code
+    golden, _ = bundle.golden()
+    honest = compiled(CExporter().source(bundle), tmp_path)
+    assert np.array_equal(run(compiled(source, tmp_path), bundle, golden), run(honest, bundle, golden))
