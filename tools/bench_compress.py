@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -148,7 +149,9 @@ def main() -> None:
     for name in options.models:
         if name not in BATCHES:
             raise EdgekitError(f"{name!r}: expected {' or '.join(BATCHES)}")
-    facts = machine.describe()
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    facts = {**machine.describe(), "commit": commit}
     print(*(f"{key} {value}" for key, value in {**facts, **versions()}.items()), sep=", ")
     work = options.work or Path(tempfile.mkdtemp(prefix="edgekit-bench-"))
     results = []
