@@ -6,6 +6,8 @@ accounts for every packet that it was given.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -213,11 +215,20 @@ def _load_kernels(notify: Callable[[str], None]) -> None:
         return
     timer = Timer(NOTE_AFTER_SECONDS, notify, ["compiling the light-curve kernels, once on this machine; some seconds"])
     timer.start()
+    child = None
     try:
+        if len(missing) == 2 and not avro.is_cached():
+            # a process of its own has the other core compile the reader, which is then loaded from numba's cache
+            code = f"from {avro.__name__} import warm_up; warm_up()"
+            child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            gaussian_process.warm_up()
+            child.wait()
         for kernel in missing:
             kernel.warm_up()
     finally:
         timer.cancel()
+        if child is not None:
+            child.kill()
 
 
 def _counted(

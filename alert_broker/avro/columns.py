@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,11 @@ def _values(cells: npt.NDArray[np.int64], kind: pa.DataType) -> npt.NDArray[Any]
 def is_compiled() -> bool:
     """Whether this process has the loop; the first read otherwise loads it from numba's cache or compiles it."""
     return bool(walk.walk.signatures)  # type: ignore[attr-defined]
+
+
+def is_cached() -> bool:
+    """Whether numba has compiled the loop on this machine before."""
+    return any(Path(walk.walk.stats.cache_path).glob("walk.walk-*.nbi"))  # type: ignore[attr-defined]
 
 
 def warm_up() -> None:
