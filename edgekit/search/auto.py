@@ -117,7 +117,7 @@ def search(
         trial = study.ask()
         steps = suggest(trial, job, ranked, SHORT)
         trial.set_user_attr("recipe", [[step.name, dict(step.parameters), step.seed] for step in steps])
-        outcome = _tried(trial_job, trial.number, steps, work, progress)
+        outcome = _outcome(trial.number, steps, run(replace(trial_job, recipe=steps), work, progress=progress))
         for name in ("loss", "bytes", "speedup", "latency_ms"):
             trial.set_user_attr(name, getattr(outcome, name))
         study.tell(trial, [outcome.loss, math.log(outcome.bytes), -math.log(outcome.speedup)])
@@ -244,18 +244,14 @@ def _some(data: Dataset, most: int = 1024) -> Dataset:
     return data.take(np.arange(min(len(data), most)))
 
 
-def _tried(job: Job, number: int, steps: Sequence[Step], work: Path, progress: ShowProgress) -> Outcome:
-    """A trial's run. A pass that fails is rolled back by `run` and leaves its mark in the numbers."""
-    bundle = run(replace(job, recipe=steps), work, progress=progress)
+def _outcome(number: int, steps: Sequence[Step], bundle: Bundle) -> Outcome:
+    """What a run came to. A pass that failed was rolled back and leaves its mark in the numbers."""
     summary = bundle.manifest.metrics["compression"]
-    ratios = [item["ratio"] for item in summary["latency"]]
-    records = [record for record in bundle.manifest.records if record.get("parent") == job.source.digest]
-    kept = [record for record in records if record["kept"]]
-    size = kept[-1]["after"]["bytes"] if kept else _packed(job.source)
-    loss = summary["change"]["value"]
+    loss, latency = summary["change"]["value"], summary["latency"]
+    speedup = float(np.exp(-np.mean(np.log([item["ratio"] for item in latency]))))
     return Outcome(
-        number, tuple(steps), math.inf if loss is None else float(loss), int(size),
-        float(np.exp(-np.mean(np.log(ratios)))), float(summary["latency"][0]["after_ms"]),
+        number, tuple(steps), math.inf if loss is None else float(loss), _packed(bundle), speedup,
+        float(latency[0]["after_ms"]),
     )  # fmt: skip
 
 
@@ -316,14 +312,16 @@ def _finish(
         return {"size": size, "latency": speed, "any": size + speed}[job.limits.objective]
 
     # held-out loss after a short recovery is pessimistic and noisy: half as much again may pass to the last round
-    hopeful = [item for item in outcomes if item.recipe and item.fits(replace_loss(targets, 1.5))]
+    hopeful = [
+        item for item in outcomes if item.recipe and item.fits(replace(targets, max_loss=1.5 * targets.max_loss))
+    ]
     tried: list[str] = []
     for outcome in sorted(hopeful, key=merit, reverse=True)[:5]:
         recipe = tuple(_lengthened(step) for step in outcome.recipe)
         notify(f"final run of recipe {outcome.number + 1}: {', '.join(step.name for step in recipe)}")
         final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=targets.max_loss))
         bundle = run(final, work, notify=notify, progress=progress)
-        result = _result(final, outcome.number, recipe, bundle)
+        result = _outcome(outcome.number, recipe, bundle)
         if result.fits(targets) and any(record["kept"] for record in bundle.manifest.records):
             facts = {
                 "trials": [_plain(item) for item in outcomes],
@@ -344,24 +342,11 @@ def _finish(
     )
 
 
-def replace_loss(targets: Targets, factor: float) -> Targets:
-    return replace(targets, max_loss=factor * targets.max_loss)
-
-
 def _lengthened(step: Step) -> Step:
     """The step with the recovery that the result deserves, where trials had a short one."""
     if "epochs" not in step.parameters or not step.parameters["epochs"]:
         return step
     return replace(step, parameters={**step.parameters, "epochs": FULL["prune" if "prune" in step.name else "codes"]})
-
-
-def _result(job: Job, number: int, recipe: tuple[Step, ...], bundle: Bundle) -> Outcome:
-    summary = bundle.manifest.metrics["compression"]
-    ratios = [item["ratio"] for item in summary["latency"]]
-    return Outcome(
-        number, recipe, summary["change"]["value"], _packed(bundle), float(np.exp(-np.mean(np.log(ratios)))),
-        summary["latency"][0]["after_ms"],
-    )  # fmt: skip
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
