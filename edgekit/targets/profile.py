@@ -1,0 +1,246 @@
+"""A target: what a device can do, the last software that works on it, and what it must never be given.
+
+One TOML file per device lies beside this module; a user adds one by dropping a file into `edgekit/targets` in the
+configuration folder ($XDG_CONFIG_HOME, else ~/.config), or by naming the file itself. Every figure says where it is
+from: a published source, "measured", or "computed" with its formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekit.errors import EdgekitError, unknown
+
+PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4", "float8")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number in SI units (bytes, bytes/s, operations/s, seconds, watts) and where it is from."""
+
+    value: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not (self.value >= 0 and self.source.strip()):
+            raise EdgekitError(f"value = {self.value}, source = {self.source!r}; expected a number from 0 and a source")
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Operations per second in one precision, a multiplication and an addition counted as two. A rate that the device
+    has no units for is left out, not 0."""
+
+    dense: Figure
+    sparse: Figure | None = None  # with 2:4 sparsity
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PowerMode:
+    """A clock setting; rates and bandwidth are those of the full one (`share` = 1)."""
+
+    name: str
+    watts: float
+    share: float  # of the full rates
+    source: str
+    bandwidth_share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which precisions to use, best first, and why."""
+
+    order: tuple[str, ...]
+    reason: str
+    round_to: int = 8  # channels are kept in multiples of this: what the matrix units take at a time
+    never: tuple[str, ...] = ()  # precisions that are slower than float32 there, or do not run
+    int8: Literal["u8s8", "s8s8", "none"] = "none"  # form of Q/DQ graphs: see passes/static_int8.py
+
+    def __post_init__(self) -> None:
+        for name in (*self.order, *self.never):
+            if name not in PRECISIONS:
+                raise unknown("precision", name, PRECISIONS)
+        if both := set(self.order) & set(self.never):
+            raise EdgekitError(f"precision {min(both)!r} is both in the plan and never to be used")
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Versions that work together on the device. requirements: lines for pip, pinned; empty where the software comes
+    with the device's system image."""
+
+    name: str
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino", "c"]
+    source: str
+    requirements: tuple[str, ...] = ()
+    python: str = ""  # such as "3.6" or ">=3.11"
+    opset: int | None = None  # newest that its parser takes
+    provider: str = ""  # of onnxruntime, that really runs there
+    tensorrt: str = ""
+    cuda: str = ""
+    cudnn: str = ""
+    driver: str = ""  # such as ">=525,<=580": branches
+    jetpack: str = ""
+    typing: Literal["", "weak", "strong"] = ""  # of TensorRT networks: precision by builder flags, or by the graph
+
+
+@dataclass(frozen=True, slots=True)
+class Never:
+    """What breaks on the device, or is slow without a word."""
+
+    what: str
+    why: str
+    source: str
+    requirement: str = ""  # pip's notation, where it is a package: "nvidia-cudnn-cu12>=9.11"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One device."""
+
+    name: str  # kebab case, as on the command line
+    title: str
+    kind: Literal["gpu", "jetson", "cpu"]
+    machine: Literal["x86_64", "aarch64"]  # of the host that the runtime is installed on
+    memory: Figure  # bytes
+    bandwidth: Figure  # bytes/s
+    launch: Figure  # seconds that a kernel or an operator takes at least, however small
+    rates: Mapping[str, Rate]  # by precision; of a CPU, of one core
+    plan: Plan
+    stacks: tuple[Stack, ...]  # the recommended one first
+    units: Mapping[str, float] = field(default_factory=dict)  # {"SMs": 30, "CUDA cores": 3840}
+    cores: int = 1  # of a CPU: rates are per core
+    compute_capability: str = ""  # "6.1"
+    unified_memory: bool = False  # the host's programs take from it too
+    device_tree: tuple[str, ...] = ()  # what a Jetson's device tree may call it
+    features: tuple[str, ...] = ()  # CPU flags that it stands for
+    power: tuple[PowerMode, ...] = ()
+    never: tuple[Never, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.rates:
+            if name not in PRECISIONS:
+                raise unknown("precision", name, PRECISIONS)
+        if "float32" not in self.rates or not self.stacks:
+            raise EdgekitError("a target needs at least a float32 rate and one stack")
+        if self.kind != "cpu" and not self.compute_capability:
+            raise EdgekitError("compute_capability is missing; every GPU has one, such as '6.1'")
+        for name in self.plan.order:
+            if name not in self.rates:
+                raise EdgekitError(f"the plan uses {name}, for which no rate is given")
+
+    @property
+    def sm(self) -> int | None:
+        """61 for compute capability 6.1."""
+        return int(self.compute_capability.replace(".", "")) if self.compute_capability else None
+
+    @property
+    def stack(self) -> Stack:
+        """The recommended one."""
+        return self.stacks[0]
+
+    def stack_for(self, runtime: str) -> Stack:
+        """The first stack with this runtime."""
+        found = next((stack for stack in self.stacks if stack.runtime == runtime), None)
+        if found is None:
+            raise unknown("runtime", runtime, dict.fromkeys(stack.runtime for stack in self.stacks), where=self.name)
+        return found
+
+    def refuse(self, precision: str) -> None:
+        """Raise if this precision must not be used on the device."""
+        if precision in self.plan.never:
+            allowed = ", ".join(self.plan.order)
+            raise EdgekitError(f"{self.name} must not be given {precision}: {self.plan.reason} Use one of: {allowed}")
+
+
+def names() -> list[str]:
+    """All targets, sorted."""
+    return sorted(_files())
+
+
+def find(text: str) -> Target:
+    """A target by name, or from a TOML file of one's own."""
+    if text.endswith(".toml"):
+        return read(Path(text))
+    files = _files()
+    if text not in files:
+        raise unknown("target", text, sorted(files))
+    return read(files[text])
+
+
+@cache
+def read(path: Path) -> Target:
+    """Read and check a profile; a wrong key or value is an error that names it and what is allowed."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise EdgekitError(f"{path}: no such target file; `edgekit targets` lists the devices that are known") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EdgekitError(f"{path}: not a TOML file that can be read: {error}") from None
+    target: Target = _build(Target, values, str(path))
+    if target.name != path.stem:
+        raise EdgekitError(f"{path}: name = {target.name!r}; expected the file's own name, {path.stem!r}")
+    return target
+
+
+def user_folder() -> Path:
+    """Where a user's own targets lie."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "edgekit" / "targets"
+
+
+def _files() -> dict[str, Path]:
+    """Target name to file; a user's file goes before ours."""
+    folders = (Path(__file__).parent, user_folder())
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """A value of this type from what TOML gave: dataclasses from tables, tuples from arrays, all else as it is."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _build(next(item for item in arguments if item is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise unknown(where.rpartition(": ")[2], value, arguments, where=where.rpartition(": ")[0])
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_build(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _from_table(kind, value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise EdgekitError(f"{where} = {value!r}; expected {TOML_NAMES.get(origin or kind, 'a table')}")
+
+
+TOML_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", tuple: "an array"}
+
+
+def _from_table(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+    hints, known = typing.get_type_hints(kind), {item.name: item for item in dataclasses.fields(kind)}
+    for key in table:
+        if key not in known:
+            raise unknown("key", key, known, where=where)
+    for key, item in known.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and key not in table:
+            raise EdgekitError(f"{where}: key {key!r} is missing; {kind.__name__} takes {', '.join(known)}")
+    values = {key: _build(hints[key], value, f"{where}: {key}") for key, value in table.items()}
+    try:
+        return kind(**values)
+    except EdgekitError as error:
+        raise EdgekitError(f"{where}: {error}") from None
