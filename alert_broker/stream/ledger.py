@@ -1,0 +1,81 @@
+"""The conservation ledger: of every partition, consumed = published + filtered + dead-lettered, once nothing is in flight.
+
+An alert counts as consumed when it enters the pipeline, and in one of the other columns when its fate is sealed: the
+delivery report is in (published, dead-lettered), or a filter has said no (filtered). Offsets are committed only up to
+the last alert of which that is true, and of all before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from threading import Lock
+from typing import Any
+
+from edgekit.errors import EdgekitError
+
+Partition = tuple[str, int]  # topic, number
+
+
+@dataclass(slots=True)
+class Entry:
+    """Alerts of one partition."""
+
+    consumed: int = 0
+    published: int = 0
+    filtered: int = 0
+    dead_lettered: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self.consumed - self.published - self.filtered - self.dead_lettered
+
+
+@dataclass(slots=True)
+class Ledger:
+    """One entry per partition; stages of several threads write to it. revoked: alerts that were in flight when their
+    partition went to another consumer, which consumes them again."""
+
+    entries: dict[Partition, Entry] = field(default_factory=dict)
+    revoked: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def add(
+        self, partition: Partition, *, consumed: int = 0, published: int = 0, filtered: int = 0, dead_lettered: int = 0
+    ) -> None:
+        with self._lock:
+            entry = self.entries.setdefault(partition, Entry())
+            entry.consumed += consumed
+            entry.published += published
+            entry.filtered += filtered
+            entry.dead_lettered += dead_lettered
+
+    def revoke(self, partition: Partition) -> int:
+        """Take what is in flight of a partition off the books; returns how many alerts."""
+        with self._lock:
+            entry = self.entries.get(partition, Entry())
+            lost = entry.in_flight
+            entry.consumed -= lost
+            self.revoked += lost
+            return lost
+
+    def total(self) -> Entry:
+        """Of all partitions."""
+        with self._lock:
+            columns = [asdict(entry) for entry in self.entries.values()]
+        return Entry(**{name: sum(column[name] for column in columns) for name in asdict(Entry())})
+
+    def check(self) -> None:
+        """Raise unless the books of every partition are balanced."""
+        for (topic, number), entry in sorted(self.entries.items()):
+            if entry.in_flight:
+                raise EdgekitError(
+                    f"the ledger of {topic}[{number}] does not add up: {entry.consumed} consumed, {entry.published} "
+                    f"published + {entry.filtered} filtered + {entry.dead_lettered} dead-lettered; offsets were "
+                    "committed only up to the last one whose fate is known: start again to process the rest"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        with self._lock:
+            entries = {f"{topic}[{number}]": asdict(entry) for (topic, number), entry in sorted(self.entries.items())}
+        total = self.total()
+        return {"partitions": entries, "total": asdict(total), "in_flight": total.in_flight, "revoked": self.revoked}

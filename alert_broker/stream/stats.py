@@ -1,0 +1,125 @@
+"""What the pipeline tells of itself while it runs. Stages write; the terminal dashboard, the Prometheus page and the
+health checks read a `Snapshot` and know nothing of the pipeline."""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+
+from alert_broker.stream.ledger import Ledger, Partition
+
+STAGES = ("decode", "features", "inference", "route", "publish", "end-to-end")  # the last: from poll to delivery report
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts in buckets with these upper bounds, as Prometheus has them, and one more for what is above them all."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> float:
+        """The upper bound of the bucket that holds this share of the values; 0 where there are none."""
+        reached, wanted = 0, share * self.count
+        for bound, number in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            reached += number
+            if number and reached >= wanted:
+                return bound
+        return 0.0
+
+    def copy(self) -> Histogram:
+        return Histogram(self.bounds, list(self.counts), self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One moment. lag: messages between the position and the end of each partition that is assigned, as the broker
+    tells it; progress_age: seconds since an alert's fate was last sealed or there was nothing to do."""
+
+    uptime: float
+    progress_age: float
+    ready: bool  # partitions are assigned and the model is loaded
+    ledger: Ledger
+    lag: dict[Partition, int]
+    stages: dict[str, Histogram]  # seconds, by stage
+    batch_sizes: Histogram
+    queue_depths: dict[str, int]
+    classes: Counter[str]
+    reasons: Counter[str]  # of dead letters
+    models: dict[str, str]  # name to digest
+    paused: bool  # by back-pressure
+
+
+class Stats:
+    """Where stages write. Cheap: a batch at a time, one lock."""
+
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        self.ledger = ledger or Ledger()
+        self.lag: dict[Partition, int] = {}
+        self.queue_depths: dict[str, int] = {}
+        self.models: dict[str, str] = {}
+        self.classes: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.ready = self.paused = False
+        self._stages = {name: Histogram(SECONDS) for name in STAGES}
+        self._sizes = Histogram(SIZES)
+        self._started = self._progress = time.monotonic()
+        self._lock = Lock()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what is done inside, as one batch's pass through a stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.observe(name, time.monotonic() - started)
+
+    def observe(self, name: str, seconds: float, times: int = 1) -> None:
+        with self._lock:
+            self._stages[name].add(seconds, times)
+
+    def batch(self, size: int) -> None:
+        with self._lock:
+            self._sizes.add(size)
+
+    def progress(self) -> None:
+        """Something was finished, or there is nothing to do."""
+        self._progress = time.monotonic()
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            now = time.monotonic()
+            return Snapshot(
+                uptime=now - self._started,
+                progress_age=now - self._progress,
+                ready=self.ready,
+                ledger=self.ledger,
+                lag=dict(self.lag),
+                stages={name: histogram.copy() for name, histogram in self._stages.items()},
+                batch_sizes=self._sizes.copy(),
+                queue_depths=dict(self.queue_depths),
+                classes=Counter(self.classes),
+                reasons=Counter(self.reasons),
+                models=dict(self.models),
+                paused=self.paused,
+            )
