@@ -23,8 +23,10 @@ def test_one_target_shows_all_of_its_file(edgekit):
         done = edgekit("targets", name)
         assert done.status == 0
         words = " ".join(done.out.split())
-        for said in (target.title, target.plan.reason, *target.notes, *(item.why for item in target.never),
-                     *(stack.source for stack in target.stacks), *(line for s in target.stacks for line in s.requirements)):  # fmt: skip
+        lines = [line for stack in target.stacks for line in stack.requirements]
+        sources = [stack.source for stack in target.stacks]
+        reasons = [item.why for item in target.never]
+        for said in (target.title, target.plan.reason, *target.notes, *reasons, *sources, *lines):
             assert " ".join(said.split()) in words, said
         assert all(mode.name in words for mode in target.power)
 

@@ -1,4 +1,4 @@
-"""Targets: every shipped file is sound, and a file with a mistake is an error that names the key and the nearest one."""
+"""Targets: every shipped file is sound; a file with a mistake is an error that names the key and the nearest one."""
 
 import math
 import subprocess
