@@ -70,7 +70,7 @@ class Operator:
     their own; then `precision` is that of its factors, else of its result. matrices: products that do not share a
     factor, such as heads of attention; groups of a convolution; rows that a normalisation treats one by one. inner:
     terms of each sum of a product. read, written: bytes of activations; weights: of stored tensors. inputs, outputs:
-    names of those activations. view: it only renames bytes. sizes_only: it computes a shape, on whatever starts the kernels.
+    names of those activations. view: it only renames bytes. sizes_only: it computes a shape, where kernels are started.
     """
 
     name: str

@@ -8,8 +8,8 @@ from memory (Williams et al. 2009, CACM 52(4)). What a launch of a kernel takes 
 
 On GPUs, operators that work value by value (additions of biases and residuals, activations, casts, rounding to int8)
 are counted as part of the operator whose result they change, if they alone read it: compilers such as TensorRT compute
-them on the way out of a kernel, so that neither their launch nor the value in between costs anything. Reshapes cost
-nothing anywhere; arithmetic on shapes costs nothing on GPUs, whose compilers do it beforehand. On CPUs nothing is fused.
+them on the way out of a kernel, so that neither their launch nor the value in between costs anything. On CPUs nothing
+is fused. Reshapes cost nothing anywhere; arithmetic on shapes costs nothing on GPUs, whose compilers do it beforehand.
 
 Real times are longer, mostly by 1.5 to 4 times, more for small products: no kernel reaches the rate. They are shorter
 where values stay in a cache, for bytes are counted as if all came from memory.
@@ -35,7 +35,8 @@ EXACT = ("int8", "int4", "float8")  # products in these have to be in the graph,
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """An operator with what was fused into it. bound: what takes the time: compute, memory or launch."""
+    """An operator with what was fused into it. roofline: seconds that the rates alone account for; bound: what takes the
+    most time: compute, memory or launch."""
 
     name: str
     kind: str
@@ -43,6 +44,7 @@ class Layer:
     operations: float
     bytes: float
     seconds: float
+    roofline: float
     bound: str
     fused: tuple[str, ...] = ()
 
@@ -126,13 +128,12 @@ def estimate(work: Work, target: Target, batch: int, *, precision: str | None = 
         )  # fmt: skip
         computing, moving = operator.operations / rate, moved / target.bandwidth.value
         computing += others.operations / (target.rates["float32"].dense.value * cores)
-        seconds = max(computing, moving) + target.launch.value
-        bound = "launch" if target.launch.value > max(computing, moving) else (
-            "compute" if computing > moving else "memory"
-        )  # fmt: skip
+        least = max(computing, moving)
+        seconds = least + target.launch.value
+        bound = "launch" if target.launch.value > least else "compute" if computing > moving else "memory"
         operations = operator.operations + others.operations
         layers.append(
-            Layer(operator.name, operator.kind, runs_in, operations, moved, seconds, bound, tuple(others.names))
+            Layer(operator.name, operator.kind, runs_in, operations, moved, seconds, least, bound, tuple(others.names))
         )
     return Estimate(target.name, batch, chosen, tuple(layers), memory(work, target, size), work.unknown)
 
