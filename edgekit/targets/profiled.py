@@ -107,7 +107,7 @@ def profiled(model: ModelProto, feeds: Arrays, *, seconds: float = 0.2, threads:
 
 
 def _typical(times: list[float]) -> float:
-    """Of calls that nobody interrupted: on a shared machine most calls of a long kernel are, by other programs. Of short
+    """Of calls that nobody interrupted: on a shared machine most calls of a long kernel are, by others. Of short
     ones, whole microseconds tell more as a mean of many."""
     calls = sorted(times)
     share = 0.25 if calls[len(calls) // 2] > 20e-6 else 0.75

@@ -35,8 +35,8 @@ EXACT = ("int8", "int4", "float8")  # products in these have to be in the graph,
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """An operator with what was fused into it. roofline: seconds that the rates alone account for; bound: what takes the
-    most time: compute, memory or launch."""
+    """An operator with what was fused into it. roofline: seconds that the rates alone account for; bound: what takes
+    the most time: compute, memory or launch."""
 
     name: str
     kind: str
