@@ -91,7 +91,7 @@ def samples() -> list[Sample]:
     for width in (2, 4, 16, 103, 197, 512):
         found.append(_one("Softmax", (8, 50, width), axis=-1))
         found.append(_normalised((8, 50, width)))
-    for channels, size in ((16, 32), (64, 56), (64, 16), (128, 14)):
+    for channels, size in ((16, 32), (64, 56), (64, 16), (128, 14), (8, 64), (32, 24)):
         for kind in ("MaxPool", "AveragePool"):
             found.append(_one(kind, (1, channels, size, size), kernel_shape=[2, 2], strides=[2, 2]))
         found.append(_one("ReduceMean", (1, channels, size, size), axes=[2, 3], keepdims=0))
