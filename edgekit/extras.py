@@ -111,7 +111,7 @@ RULES = (
 
 def conflicts(installed: Mapping[str, str]) -> list[Conflict]:
     """The rules that packages, by name with their versions, break. Names may be spelt as pip allows: Torch_Pruning."""
-    versions = {canonicalize_name(name): version for name, version in installed.items()}
+    versions: dict[str, str] = {canonicalize_name(name): version for name, version in installed.items()}
     return [
         Conflict(tuple(f"{name} {versions[name]}" for name in rule.packages), rule.why, rule.remedy, rule.source)
         for rule in RULES
