@@ -223,7 +223,10 @@ def _agreement(
             f"{limits.agreement:g} allowed"
         )
         return Agreement(runtime, batch, gap, None, problem)
-    worse = change(expected, together, rows)
+    try:
+        worse = change(expected, together, rows)
+    except EdgekitError as error:  # such as probabilities that are none
+        return Agreement(runtime, batch, gap, None, f"on {runtime} at batch {batch}: {error}")
     problem = (
         f"quality depends on runtime and batch size: on {runtime} at batch {batch} it is worse by {worse:.4f} than on "
         f"{where} at batch 1, {limits.max_loss:g} allowed"

@@ -99,7 +99,8 @@ def differences(where: str, run, inputs: dict, expected: dict, tolerance: float)
             difference = float(np.abs(got - want).max()) / scale
             fine = difference <= tolerance  # false for NaN
             wrong += not fine
-            print(f"{where}, batch {batch}: {name} off by {difference:.1e}, allowed {tolerance:.1e}: {'ok' if fine else 'WRONG'}")
+            verdict = "ok" if fine else "WRONG"
+            print(f"{where}, batch {batch}: {name} off by {difference:.1e}, allowed {tolerance:.1e}: {verdict}")
     return wrong
 
 

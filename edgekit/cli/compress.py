@@ -103,7 +103,9 @@ def compress(
     metric = metric or default_metric(source.manifest)
     train, test = load(locate(source.manifest, data_file), source.manifest, labelled=quality.metric(metric).labelled)
     limits = Limits(max_loss=max_loss, batches=batch_sizes(batches), objective=objective)  # type: ignore[arg-type]
-    others = tuple(dict.fromkeys(name.strip() for name in (agree or "").split(",") if name.strip() not in ("", runtime)))
+    others = tuple(
+        dict.fromkeys(name.strip() for name in (agree or "").split(",") if name.strip() not in ("", runtime))
+    )
     job = Job(source, steps, train, test, limits, metric, runtime, seed, others, replay=before is not None)
     if dry_run:
         _show_plan(plan(job), as_json)

@@ -1,8 +1,9 @@
 """OpenVINO, the fastest stock runtime for small transformers on x86: shapes are fixed, and each is compiled once.
 
 A batch is cut into few sizes, each of which has a compiled model of its own. On a CPU with BF16 OpenVINO would compute
-in it unless told otherwise, and where f16 is asked for and absent, it takes bf16 and says nothing: a probability of t2
-then moves by 6e-3. Here it is float32 or what was asked for, never something else.
+in it unless told otherwise, where f16 is asked for and absent it takes bf16 and says nothing (a probability of t2 then
+moves by 6e-3), and beside weights stored as integers it rounds activations to int8. Here it is float32 or what was
+asked for, never something else.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class OpenVinoSession:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": self._precision}
         if self._where == "CPU":  # streams of one thread never wait for one another; pinned, they would meet on a core
             options |= {"NUM_STREAMS": self._workers, "INFERENCE_NUM_THREADS": self._workers,
-                        "ENABLE_CPU_PINNING": False}  # fmt: skip
+                        "ENABLE_CPU_PINNING": False, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # fmt: skip
         model = self._model.clone()
         try:
             model.reshape({name: list(array.shape) for name, array in rows.items()})
@@ -201,8 +202,8 @@ def read_model(core: Any, bundle: Bundle, source: str | Path | None) -> Any:
         found = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else "missing"
         if found != model_key(bundle):
             raise EdgekitError(
-                f"{path}: not an export of {bundle.manifest.name} as it is now: its {KEY} is {found[:12]}, the "
-                f"bundle's is {model_key(bundle)[:12]}; export it again: edgekit export BUNDLE --to openvino -o DIRECTORY"
+                f"{path}: not an export of {bundle.manifest.name} as it is now: its {KEY} is {found[:12]}, not "
+                f"{model_key(bundle)[:12]}; export it again: edgekit export BUNDLE --to openvino -o DIRECTORY"
             )
         return model
     from exporters.onnx_export import OnnxExporter  # needs torch; a device with a source does not
