@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from edgekit import extras
 from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError, unknown
 from edgekit.files import write_file
@@ -30,6 +31,7 @@ from exporters.base import KEY, model_key
 from runtimes.sessions.rows import cut, share_out
 
 CPU = "CPUExecutionProvider"
+GPU = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 CHUNKS = (1, 2, 4, 8, 16, 32)  # rows at a time that are tried
 SMALL = 8  # below this many rows, or fewer than cores, a batch goes to ONNX Runtime in one piece
 TRIAL_SECONDS = 0.02  # of work in a trial: longer than the clock's and the scheduler's grain
@@ -88,9 +90,13 @@ class OnnxRuntimeSession:
                 )
         available = onnxruntime.get_available_providers()
         if provider not in available:
+            extras.check("onnxruntime-gpu")  # a CPU build installed over it is the usual reason
+            remedy = "choose one of these, or install the onnxruntime build for your device"
+            if provider in GPU:
+                remedy += " (pip uninstall -y onnxruntime; pip install 'edgekit[gpu]')"
             raise EdgekitError(
                 f"onnxruntime {onnxruntime.__version__} has no {provider!r} here; it has {', '.join(available)}; "
-                "choose one of these, or install the onnxruntime build for your device"
+                f"{remedy}"
             )
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
@@ -178,7 +184,7 @@ class OnnxRuntimeSession:
             except Exception as error:  # onnxruntime's exceptions have no common base of their own
                 reason = str(error).splitlines()[0]
                 raise EdgekitError(f"onnxruntime cannot run this model on {self.provider}: {reason}") from error
-            if self.provider not in session.get_providers():
+            if session.get_providers()[0] != self.provider:  # which disable_fallback() does not prevent
                 raise EdgekitError(
                     f"onnxruntime did not start {self.provider}, it fell back to {', '.join(session.get_providers())}; "
                     "check the device's driver and libraries, or choose that provider"
