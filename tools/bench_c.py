@@ -1,11 +1,11 @@
-"""Milliseconds per batch on one thread: the exported C, edgekit's ONNX Runtime session, and PyTorch eager.
+"""Milliseconds per batch on one thread: the exported C, edgekit's sessions of ONNX Runtime and OpenVINO, PyTorch eager.
 
     python tools/bench_c.py --json c_export.json
     python tools/bench_c.py models/t2-ugrizy
 
 All run in turns in one process, and CPU time of the thread is counted, so that whatever else the machine does falls on
 each alike; ratios are medians of the ratios of neighbouring runs. Inputs are the bundle's golden rows over and over.
-Last, outputs are compared on random rows.
+Last, outputs are compared on random rows, and on the model's own data set where it is prepared (edgekit data).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import subprocess
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ import torch
 
 from edgekit import machine
 from edgekit.bundle import Arrays, Bundle
-from edgekit.session import Session
+from edgekit.data import load, locate
+from edgekit.errors import EdgekitError
+from edgekit.session import Session, open_session
 from edgekit.zoo import resolve
 from exporters.c.library import NATIVE, PLAIN, Compiler
 from exporters.c.program import Buffer, Program, program
@@ -40,7 +42,7 @@ from runtimes.sessions.torch_session import TorchSession
 BATCHES = (1, 16, 256, 1000)
 SECONDS = 12.0  # per batch size, all together
 MOST_ROUNDS = 400
-C, ORT, TORCH = "c", "onnxruntime", "torch"
+C, ORT, OPENVINO, TORCH = "c", "onnxruntime", "openvino", "torch"
 PEAK = """
 void peak(size_t rounds, float *out)
 {
@@ -58,14 +60,14 @@ void peak(size_t rounds, float *out)
 """
 
 
-def measure(sessions: dict[str, Session], rows: Arrays, batch: int) -> dict[str, Any]:
+def measure(sessions: dict[str, Session], rows: Arrays, batch: int, seconds: float = SECONDS) -> dict[str, Any]:
     """CPU milliseconds of each session, in turns, and how many times as long as C the others take."""
     taken: dict[str, list[float]] = {name: [] for name in sessions}
     for session in sessions.values():
         session.run(rows)
         session.run(rows)
     order = list(sessions)
-    until = time.perf_counter() + SECONDS
+    until = time.perf_counter() + seconds
     while (time.perf_counter() < until and len(taken[C]) < MOST_ROUNDS) or len(taken[C]) < 3:
         for name in order:
             started = time.thread_time()
@@ -84,23 +86,39 @@ def measure(sessions: dict[str, Session], rows: Arrays, batch: int) -> dict[str,
     return result
 
 
-def differences(bundle: Bundle, session: Session, count: int) -> dict[str, Any]:
-    """How far C and PyTorch's float32 are from PyTorch's float64 on normal random inputs, and rows of another class."""
-    rng = np.random.default_rng(0)
-    specs = bundle.manifest.inputs
-    rows = {spec.name: rng.standard_normal((count, *spec.shape[1:])).astype(np.float32) for spec in specs}
-    outputs = {C: session.run(rows)[bundle.manifest.outputs[0].name]}
+def differences(bundle: Bundle, session: Session, rows: Arrays) -> dict[str, Any]:
+    """How far C and PyTorch's float32 are from PyTorch's float64 and from one another, and rows of another class."""
+    count, name = len(next(iter(rows.values()))), bundle.manifest.outputs[0].name
+    outputs = {C: session.run(rows)[name]}
     network = Network(bundle).eval()
-    for name, dtype in ((TORCH, torch.float32), ("exact", torch.float64)):
+    for kind, dtype in ((TORCH, torch.float32), ("exact", torch.float64)):
         parts = zip(*(torch.from_numpy(array).to(dtype).split(16) for array in rows.values()), strict=True)
         network.to(dtype)
         with torch.inference_mode():
-            outputs[name] = torch.cat([network(*part)[0] for part in parts]).numpy()
+            outputs[kind] = torch.cat([network(*part)[0] for part in parts]).numpy()
     exact = outputs.pop("exact")
-    return {"rows": count, "classes_changed": int((outputs[C].argmax(-1) != outputs[TORCH].argmax(-1)).sum())} | {
-        name: {"largest": float(np.abs(got - exact).max()), "rms": float(np.sqrt(np.square(got - exact).mean()))}
-        for name, got in outputs.items()
-    }
+    facts: dict[str, Any] = {"rows": count, "c_from_torch": float(np.abs(outputs[C] - outputs[TORCH]).max())}
+    facts["classes_changed"] = int((outputs[C].argmax(-1) != exact.argmax(-1)).sum())
+    for kind, got in outputs.items():
+        off = np.abs(got - exact)
+        facts[kind] = {"largest": float(off.max()), "rms": float(np.sqrt(np.square(off).mean()))}
+    return facts
+
+
+def random_rows(bundle: Bundle, count: int) -> Arrays:
+    rng = np.random.default_rng(0)
+    specs = bundle.manifest.inputs
+    return {spec.name: rng.standard_normal((count, *spec.shape[1:])).astype(np.float32) for spec in specs}
+
+
+def real_rows(bundle: Bundle) -> Arrays:
+    """Every row of the data set that the model is measured on, training rows included; none if it is not prepared."""
+    try:
+        parts = load(locate(bundle.manifest, None), bundle.manifest)
+    except EdgekitError as error:
+        print(f"outputs are compared on random rows only: {error}")
+        return {}
+    return {spec.name: np.concatenate([part.inputs[spec.name] for part in parts]) for spec in bundle.manifest.inputs}
 
 
 def megaflops(network: Program) -> float:
@@ -108,10 +126,8 @@ def megaflops(network: Program) -> float:
     more, are not counted."""
     total = 0
     for call in network.calls:
-        if call.kernel == "dense":
-            *_, inputs, outputs, _ = call.arguments
-            assert isinstance(inputs, int)
-            assert isinstance(outputs, int)
+        if call.kernel in ("dense", "dense_in_double"):
+            inputs, outputs = [item for item in call.arguments if isinstance(item, int)][:2]
             total += 2 * network.tokens * inputs * outputs
         elif call.kernel == "attention":
             mixed = call.arguments[0]
@@ -143,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", nargs="?", default="t2-gr", help="bundle or name of a model of the zoo")
     parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each batch size")
     parser.add_argument("--rows", type=int, default=10_000, help="random rows to compare outputs on")
     options = parser.parse_args()
     bundle, compiler = resolve(options.bundle), Compiler()
@@ -151,6 +168,10 @@ def main() -> None:
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     described = {**machine.describe(), "load": f"{os.getloadavg()[0]:.1f}", "compiler": compiler.version()}
     described |= {package: version(package) for package in ("edgekit", "onnxruntime", "torch", "numpy")}
+    try:
+        described |= {OPENVINO: version(OPENVINO)}
+    except PackageNotFoundError:
+        print("openvino is not installed and so not in the table: pip install 'edgekit[openvino]'")
     described["commit"] = commit or "unknown"
     print(*(f"{name} {value}" for name, value in described.items()), sep=", ")
     sizes = {}
@@ -166,13 +187,16 @@ def main() -> None:
     print(f"{work:.2f} MFLOP a row in matrix products; this core's peak {peak:.0f} GFLOP/s\n")
     ours = CSession(bundle, threads=1)
     ort = OnnxRuntimeSession(bundle, threads=1)
-    sessions: dict[str, Session] = {C: ours, ORT: ort, TORCH: TorchSession(bundle, threads=1, chunk=4)}
+    sessions: dict[str, Session] = {C: ours, ORT: ort}
+    if OPENVINO in described:
+        sessions[OPENVINO] = open_session(bundle, OPENVINO, threads=1)
+    sessions[TORCH] = TorchSession(bundle, threads=1, chunk=4)
     golden, _ = bundle.golden()
     print(f"batch  session        CPU p50 ms    p95 ms    rows/s   time / {C}  quartiles     share of peak")
     results = []
     for batch in BATCHES:
         rows = {name: np.resize(array, (batch, *array.shape[1:])) for name, array in golden.items()}
-        result = measure(sessions, rows, batch)
+        result = measure(sessions, rows, batch, options.seconds)
         results.append(result)
         for name in sessions:
             row = result[name]
@@ -184,8 +208,10 @@ def main() -> None:
                 f"   {row['ratio']:8.2f}  {low:.2f} to {high:.2f} {row['share_of_peak']:12.0%}",
                 flush=True,
             )
-    apart = differences(bundle, ours, options.rows)
-    print(f"\nfrom float64: {apart}")
+    inputs = {"random": random_rows(bundle, options.rows), "real": real_rows(bundle)}
+    apart = {kind: differences(bundle, ours, rows) for kind, rows in inputs.items() if rows}
+    for kind, facts in apart.items():
+        print(f"\nfrom float64 on {kind} rows: {facts}")
     plans = {"small batches": str(ort.small_plan), "large batches": str(ort.plan)}
     print(f"{ours.provider}; onnxruntime's plans: {plans}")
     if options.json:

@@ -31,6 +31,7 @@
 #include <immintrin.h>
 #define LANES 16
 #define TILE_ROWS 8
+#define WIDES 6
 #elif defined(__GNUC__) && defined(__AVX__)
 #include <immintrin.h>
 #define LANES 8
@@ -43,6 +44,7 @@
 #include <arm_neon.h>
 #define LANES 4
 #define TILE_ROWS 8
+#define WIDES 6
 #else
 #define LANES 1
 #define TILE_ROWS 4
@@ -154,6 +156,124 @@ INLINE vector exp2_of_negative(vector x)
     result += exponent << 23;
     memcpy(&p, &result, sizeof p);
     return p;
+}
+
+/* the same in double, half a vector at a time */
+#if LANES > 1
+#define HALF (LANES / 2)
+typedef double wide __attribute__((vector_size(4 * LANES)));
+#else
+#define HALF 1
+typedef double wide;
+#endif
+#define WIDE_ROWS 4 /* by WIDES: sums that stay in registers, 8 of 16 or 24 of 32 */
+#ifndef WIDES
+#define WIDES 2
+#endif
+
+INLINE wide widen(const float *from)
+{
+#if LANES == 16
+    return (wide)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif LANES == 8
+    return (wide)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#elif LANES == 4 && defined(__aarch64__)
+    return (wide)vcvt_f64_f32(vld1_f32(from));
+#elif LANES == 4
+    return (wide)_mm_cvtps_pd(_mm_loadl_pi(_mm_setzero_ps(), (const __m64 *)from));
+#else
+    return *from;
+#endif
+}
+
+INLINE void narrow(float *to, wide value)
+{
+#if LANES == 16
+    _mm256_storeu_ps(to, _mm512_cvtpd_ps((__m512d)value));
+#elif LANES == 8
+    _mm_storeu_ps(to, _mm256_cvtpd_ps((__m256d)value));
+#elif LANES == 4 && defined(__aarch64__)
+    vst1_f32(to, vcvt_f32_f64((float64x2_t)value));
+#elif LANES == 4
+    _mm_storel_pi((__m64 *)to, _mm_cvtpd_ps((__m128d)value));
+#else
+    *to = (float)value;
+#endif
+}
+
+INLINE wide wide_splat(float value)
+{
+    const wide zero = {0};
+    return (double)value - zero;
+}
+
+/* a * b + c, where a and b were floats: their product is exact, so that fused and not it is the same */
+INLINE wide wide_multiply_add(wide a, wide b, wide c)
+{
+#if LANES == 16
+    return (wide)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif LANES == 8 && defined(__FMA__)
+    return (wide)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif LANES == 4 && defined(__aarch64__)
+    return (wide)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+/* rows x wides sums in registers: see dense_in_double */
+INLINE void wide_tile(float *out, const float *x, const float *weight, const float *bias, size_t inputs,
+                      const size_t rows, const size_t wides)
+{
+    wide sum[WIDE_ROWS][WIDES], column[WIDES];
+    UNROLL
+    for (size_t r = 0; r < rows; r++)
+        UNROLL
+        for (size_t v = 0; v < wides; v++)
+            sum[r][v] = wide_splat(bias[r]);
+    for (size_t k = 0; k < inputs; k++) {
+        UNROLL
+        for (size_t v = 0; v < wides; v++)
+            column[v] = widen(x + k * STRIDE + v * HALF);
+        UNROLL
+        for (size_t r = 0; r < rows; r++)
+            UNROLL
+            for (size_t v = 0; v < wides; v++)
+                sum[r][v] = wide_multiply_add(wide_splat(weight[r * inputs + k]), column[v], sum[r][v]);
+    }
+    UNROLL
+    for (size_t r = 0; r < rows; r++)
+        UNROLL
+        for (size_t v = 0; v < wides; v++)
+            narrow(out + r * STRIDE + v * HALF, sum[r][v]);
+}
+
+/* out = weight x + bias like dense, summed in double: for queries and keys. Scores are products of the two, and where
+ * they reach hundreds, float32 sums moved a probability by 2e-6. */
+static void dense_in_double(float *out, const float *x, const float *weight, const float *bias, size_t inputs,
+                            size_t outputs)
+{
+    const size_t all = (VECTORS * LANES) / HALF;
+    for (size_t v = 0, step; v < all; v += step) {
+        step = all - v >= WIDES ? WIDES : all - v >= 2 ? 2 : 1;
+        for (size_t n = 0, rows; n < outputs; n += rows) {
+            float *const to = out + n * STRIDE + v * HALF;
+            const float *const w = weight + n * inputs;
+            rows = outputs - n < WIDE_ROWS ? 1 : WIDE_ROWS;
+            if (step == WIDES && rows == WIDE_ROWS)
+                wide_tile(to, x + v * HALF, w, bias + n, inputs, WIDE_ROWS, WIDES);
+            else if (step == WIDES)
+                wide_tile(to, x + v * HALF, w, bias + n, inputs, 1, WIDES);
+            else if (step == 2 && rows == WIDE_ROWS)
+                wide_tile(to, x + v * HALF, w, bias + n, inputs, WIDE_ROWS, 2);
+            else if (step == 2)
+                wide_tile(to, x + v * HALF, w, bias + n, inputs, 1, 2);
+            else if (rows == WIDE_ROWS)
+                wide_tile(to, x + v * HALF, w, bias + n, inputs, WIDE_ROWS, 1);
+            else
+                wide_tile(to, x + v * HALF, w, bias + n, inputs, 1, 1);
+        }
+    }
 }
 
 /* rows x vectors sums in registers: see dense */
@@ -325,7 +445,8 @@ static void mean_of_tokens(float *out, const float *x, size_t features)
 {
     for (size_t n = 0; n < features; n++) {
         vector sums = splat(0.0f);
-        float lanes[LANES], sum = 0.0f;
+        float lanes[LANES];
+        double sum = 0.0;
         size_t t = 0;
         for (; t + LANES <= TOKENS; t += LANES)
             sums += load(x + n * STRIDE + t);
@@ -334,7 +455,7 @@ static void mean_of_tokens(float *out, const float *x, size_t features)
             sum += lanes[lane];
         for (; t < TOKENS; t++)
             sum += x[n * STRIDE + t];
-        out[n] = sum / (float)TOKENS;
+        out[n] = (float)(sum / TOKENS);
     }
 }
 
@@ -342,10 +463,10 @@ static void mean_of_tokens(float *out, const float *x, size_t features)
 static void dense_of_one(float *out, const float *x, const float *weight, const float *bias, size_t inputs, size_t outputs)
 {
     for (size_t n = 0; n < outputs; n++) {
-        float sum = bias[n];
+        double sum = bias[n];
         for (size_t k = 0; k < inputs; k++)
-            sum += weight[n * inputs + k] * x[k];
-        out[n] = sum;
+            sum += (double)weight[n * inputs + k] * x[k];
+        out[n] = (float)sum;
     }
 }
 
@@ -353,13 +474,14 @@ static void dense_of_one(float *out, const float *x, const float *weight, const 
 /* x (count) in place */
 static void softmax(float *x, size_t count)
 {
-    float top = x[0], sum = 0.0f;
+    float top = x[0];
+    double sum = 0.0;
     for (size_t n = 1; n < count; n++)
         top = x[n] > top ? x[n] : top;
     for (size_t n = 0; n < count; n++)
-        sum += x[n] = expf(x[n] - top);
+        sum += x[n] = (float)exp((double)x[n] - top);
     for (size_t n = 0; n < count; n++)
-        x[n] /= sum;
+        x[n] = (float)(x[n] / sum);
 }
 #endif
 

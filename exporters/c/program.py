@@ -78,6 +78,11 @@ class Program:
         weight, bias = Tensor(f"{name}.weight"), Tensor(f"{name}.bias")
         self.call("dense", out, x, weight, bias, add, layer.in_features, layer.out_features, int(relu))
 
+    def linear_in_double(self, out: Buffer, x: Buffer, layer: nn.Linear, name: str) -> None:
+        """out = layer(x), its sums in double: for what small differences grow from."""
+        weight, bias = Tensor(f"{name}.weight"), Tensor(f"{name}.bias")
+        self.call("dense_in_double", out, x, weight, bias, layer.in_features, layer.out_features)
+
     def layer_norm(self, x: Buffer, layer: nn.LayerNorm, name: str) -> None:
         features = layer.normalized_shape[0]
         self.call("layer_norm", x, Tensor(f"{name}.weight"), Tensor(f"{name}.bias"), features, float(layer.eps))
@@ -147,8 +152,9 @@ def _block(run: Program, x: Buffer, block: Block, name: str) -> Buffer:
     attention = block.attention
     width = attention.heads * attention.head_dim
     parts = [Buffer(part, width) for part in ("query", "key", "value")]
-    for buffer in parts:
-        run.linear(buffer, x, getattr(attention, buffer.name), f"{name}.attention.{buffer.name}")
+    for buffer in parts[:2]:
+        run.linear_in_double(buffer, x, getattr(attention, buffer.name), f"{name}.attention.{buffer.name}")
+    run.linear(parts[2], x, attention.value, f"{name}.attention.value")
     mixed, attended = Buffer("mixed", width), Buffer("attended", x.features)
     run.call("attention", mixed, *parts, attention.heads)
     run.linear(attended, mixed, attention.combine, f"{name}.attention.combine", add=x)

@@ -22,13 +22,16 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from edgekit import extras
 from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError, unknown
 from edgekit.files import write_file
 from edgekit.session import check_inputs
 from exporters.base import KEY, model_key
+from runtimes.sessions.rows import cut, share_out
 
 CPU = "CPUExecutionProvider"
+GPU = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 CHUNKS = (1, 2, 4, 8, 16, 32)  # rows at a time that are tried
 SMALL = 8  # below this many rows, or fewer than cores, a batch goes to ONNX Runtime in one piece
 TRIAL_SECONDS = 0.02  # of work in a trial: longer than the clock's and the scheduler's grain
@@ -87,9 +90,13 @@ class OnnxRuntimeSession:
                 )
         available = onnxruntime.get_available_providers()
         if provider not in available:
+            extras.check("onnxruntime-gpu")  # a CPU build installed over it is the usual reason
+            remedy = "choose one of these, or install the onnxruntime build for your device"
+            if provider in GPU:
+                remedy += " (pip uninstall -y onnxruntime; pip install 'edgekit[gpu]')"
             raise EdgekitError(
                 f"onnxruntime {onnxruntime.__version__} has no {provider!r} here; it has {', '.join(available)}; "
-                "choose one of these, or install the onnxruntime build for your device"
+                f"{remedy}"
             )
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
@@ -177,7 +184,7 @@ class OnnxRuntimeSession:
             except Exception as error:  # onnxruntime's exceptions have no common base of their own
                 reason = str(error).splitlines()[0]
                 raise EdgekitError(f"onnxruntime cannot run this model on {self.provider}: {reason}") from error
-            if self.provider not in session.get_providers():
+            if session.get_providers()[0] != self.provider:  # which disable_fallback() does not prevent
                 raise EdgekitError(
                     f"onnxruntime did not start {self.provider}, it fell back to {', '.join(session.get_providers())}; "
                     "check the device's driver and libraries, or choose that provider"
@@ -190,28 +197,21 @@ class OnnxRuntimeSession:
         return dict(zip(self._names, session.run(self._names, arrays), strict=True))
 
     def _run_plan(self, plan: Plan, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
-        """Workers take the next rows as they become free, so that a core that other programs use holds nobody up."""
         if plan.workers == 1 and batch <= plan.chunk:
             return self._call(plan.threads, arrays)
-        starts = iter(range(0, batch, plan.chunk))
         outputs: Arrays = {}
         lock = Lock()
 
-        def work() -> None:
-            while (start := next(starts, None)) is not None:
-                rows = slice(start, start + plan.chunk)
-                results = self._call(plan.threads, {name: array[rows] for name, array in arrays.items()})
-                with lock:
-                    for name, result in results.items():
-                        if name not in outputs:
-                            outputs[name] = np.empty((batch, *result.shape[1:]), result.dtype)
-                        outputs[name][rows] = result
+        def call(rows: slice) -> None:
+            results = self._call(plan.threads, {name: array[rows] for name, array in arrays.items()})
+            with lock:
+                for name, result in results.items():
+                    if name not in outputs:
+                        outputs[name] = np.empty((batch, *result.shape[1:]), result.dtype)
+                    outputs[name][rows] = result
 
         self._open(plan.threads)  # before the workers meet there
-        helpers = [self._pool.submit(work) for _ in range(min(plan.workers, -(-batch // plan.chunk)) - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
+        share_out(self._pool, plan.workers, cut(batch, plan.chunk), call)
         return {spec.name: outputs[spec.name] for spec in self.outputs}
 
     def _choose(self, size: str, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Plan:

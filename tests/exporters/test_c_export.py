@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from edgekit import zoo
-from edgekit.bundle import GOLDEN, arrays_to_bytes, golden_inputs, with_files, write_bundle
+from edgekit.bundle import GOLDEN, arrays_to_bytes, assemble, golden_inputs, with_files, write_bundle
 from edgekit.errors import EdgekitError
+from edgekit.passes.base import Candidate
+from edgekit.passes.quantise import Quantise
 from exporters.c import source as source_module
 from exporters.c.library import NATIVE, PLAIN, Compiler, Library
 from exporters.c.program import Buffer, program
 from exporters.c_export import CExporter
 from exporters.network import Network
+from tests.conftest import TINY
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here: apt-get install gcc"
@@ -89,6 +92,27 @@ def test_encoded_weights_are_stored_as_codes(toy, tmp_path, arguments, kind):
         assert re.search(rf"const u?int8_t {name.replace('.', '_')}__codes\[{encoding.codes.size}\]", source.model)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_quantise_leaves_is_stored_in_bytes_and_proved(bits, tiny_bundle, tiny_context, tmp_path):
+    """From the compression pass to the check on the device: int8 in the file, decoded to float32 by each call."""
+    found = Quantise(bits=bits, epochs=0).apply(Candidate("t2", TINY, tiny_bundle.model()), tiny_context)
+    inputs, expected = tiny_bundle.golden()
+    empty = assemble(tiny_bundle.manifest, found.weights(), found.encodings, (inputs, expected))
+    exact = network(empty, inputs, torch.float32)
+    assert np.abs(exact - expected["probabilities"]).max() > 1e-5, "as it was before"
+    bundle = assemble(tiny_bundle.manifest, found.weights(), found.encodings, (inputs, {"probabilities": exact}))
+    export = CExporter(weights="encoded").export(bundle, tmp_path / "out")
+    text = (tmp_path / "out" / "model.c").read_text()
+    for name, encoding in found.encodings.items():
+        table = re.search(rf"const int8_t {name.replace('.', '_')}__codes\[\d+\] = \{{([^}}]*)\}}", text)
+        codes = np.array(table[1].split(","), int)
+        assert np.array_equal(codes, encoding.codes.ravel())
+        assert np.abs(codes).max() == 2 ** (bits - 1) - 1
+        assert f"const float {name.replace('.', '_')}_[" not in text, "and not as float32 beside it"
+    assert max(check["difference"] for check in export.checks) < 2e-6
+    assert check_device(tmp_path / "out").returncode == 0
+
+
 def test_codes_make_the_object_file_smaller(toy):
     bundle = toy("palette", ff_dim=128)
     codes = sum(encoding.codes.size for encoding in bundle.encodings().values())
@@ -120,7 +144,25 @@ def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
         inputs = {key: (scale * rng.standard_normal(shape)).astype(np.float32) for key, shape in shapes.items()}
         exact = network(bundle, inputs)
         noise = np.abs(network(bundle, inputs, torch.float32) - exact).max()
-        assert np.abs(run(library, bundle, inputs) - exact).max() <= max(2e-6, 2 * noise)
+        assert np.abs(run(library, bundle, inputs) - exact).max() <= max(2e-6, noise)
+
+
+@pytest.mark.parametrize("flags", [NATIVE, PLAIN, ("-O2", *SCALAR)], ids=["native", "plain", "scalar"])
+def test_queries_and_keys_are_summed_in_double(tmp_path, flags):
+    """Of a real model, whose scores reach hundreds. Planted: the same in float32, like every other layer."""
+    bundle = zoo.resolve("t2-gr")
+    inputs = {spec.name: np.random.default_rng(0).standard_normal((300, *spec.shape[1:])).astype(np.float32)
+              for spec in bundle.manifest.inputs}  # fmt: skip
+    exact = network(bundle, inputs)
+    source = CExporter().source(bundle)
+    text, count = re.subn(r"dense_in_double\((\w+_), (\w+_), (\w+_), (\w+_), (\d+), (\d+)\);",
+                          r"dense(\1, \2, \3, \4, NULL, \5, \6, 0);", source.model)  # fmt: skip
+    assert count == 2
+    off, single = (
+        run(compiled(item, tmp_path, flags), bundle, inputs) - exact for item in (source, replace(source, model=text))
+    )
+    assert np.abs(off).max() < 1e-6
+    assert np.sqrt(np.square(off).mean()) < 0.6 * np.sqrt(np.square(single).mean())
 
 
 def test_every_instruction_set_gives_the_same(toy, tmp_path):
@@ -128,12 +170,35 @@ def test_every_instruction_set_gives_the_same(toy, tmp_path):
     inputs, expected = bundle.golden()
     source = CExporter(weights="encoded").source(bundle)
     lanes = []
-    for flags in (NATIVE, PLAIN, (*STRICT, *SCALAR), ("-std=gnu17", "-O0", "-march=native")):
+    native = Compiler().macros(NATIVE)
+    half = [(*STRICT, *flags) for flags in (("-mavx",), ("-mavx2", "-mfma")) if "__AVX2__" in native]
+    for flags in (NATIVE, PLAIN, (*STRICT, *SCALAR), ("-std=gnu17", "-O0", "-march=native"), *half):
         library = compiled(source, tmp_path, flags)
         lanes.append(library.lanes)
         np.testing.assert_allclose(run(library, bundle, inputs), expected["probabilities"], atol=1e-6, err_msg=flags)
     assert lanes[2] == 1
-    assert lanes[0] >= lanes[1] >= 4 or "x86" not in Compiler().macros(PLAIN)
+    assert lanes[0] >= lanes[1] >= 4 or "x86" not in native
+    assert lanes[0] == 16 or "__AVX512F__" not in native
+    assert lanes[4:] == [8] * len(half)
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("aarch64-linux-gnu-gcc", "qemu-aarch64"))),
+    reason="no compiler and emulator of 64-bit ARM here: apt-get install gcc-aarch64-linux-gnu qemu-user",
+)
+def test_neon_gives_the_same(toy, tmp_path):
+    bundle = toy("palette", **ODD)
+    source = CExporter(weights="encoded").source(bundle)
+    (tmp_path / "model.c").write_text(source.model)
+    (tmp_path / "model.h").write_text(source.header)
+    inputs, expected = bundle.golden()
+    for wanted, golden in ((0, expected), (1, {"probabilities": expected["probabilities"][::-1].copy()})):
+        (tmp_path / "check.c").write_text(source_module.write_check(program(bundle), inputs, golden, 1e-6))
+        command = ["aarch64-linux-gnu-gcc", *STRICT, "-O2", "-static", "model.c", "check.c", "-o", "check", "-lm"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        done = subprocess.run(["qemu-aarch64", tmp_path / "check"], capture_output=True, text=True, check=False)
+        assert done.returncode == wanted, done.stdout + done.stderr
+        assert "4 lanes" in done.stdout
 
 
 def test_fast_math_is_refused(toy):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -12,6 +13,7 @@ import torch
 from edgekit.bundle import golden_inputs, write_bundle
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
+from exporters.base import KEY, model_key
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 from runtimes.sessions import onnxruntime_session as module
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession, Plan
@@ -124,6 +126,59 @@ def test_provider_that_does_not_take_the_model_is_refused(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["Azure", "CPUExecutionProvider"])
     with pytest.raises(EdgekitError, match=r"cannot run this model on Azure|did not start Azure"):
         OnnxRuntimeSession(MODELS["plain"], provider="Azure")
+
+
+class Installed:
+    """onnxruntime-gpu as it might be: `started` is what a session really came up with."""
+
+    def __init__(self, monkeypatch, started):
+        self.started, self.asked, self.entry = started, [], None
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+        monkeypatch.setattr(onnxruntime, "InferenceSession", self.open)
+
+    def open(self, graph, options, providers, disabled_optimizers=None):
+        self.asked = providers
+        self.entry = options.get_session_config_entry("session.disable_cpu_ep_fallback")
+        return self
+
+    def get_providers(self):
+        return self.started
+
+    def get_modelmeta(self):
+        return SimpleNamespace(custom_metadata_map={KEY: model_key(MODELS["plain"])})
+
+    def run(self, names, arrays):
+        return [np.full((len(arrays["light_curve"]), 5), 0.2, np.float32)]
+
+
+CUDA = "CUDAExecutionProvider"
+
+
+def test_a_gpu_that_starts_is_what_the_session_says_it_is(monkeypatch):
+    there = Installed(monkeypatch, [CUDA, "CPUExecutionProvider"])
+    session = OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
+    assert there.asked == [CUDA], "the CPU is no second choice"
+    assert there.entry == "1", "nor may it run single operators"
+    assert session.provider == session.device == CUDA
+    assert session.run(MODELS["plain"].golden()[0])["probabilities"].shape == (6, 5)
+
+
+@pytest.mark.parametrize("started", [["CPUExecutionProvider"], ["CPUExecutionProvider", CUDA]])
+def test_a_gpu_that_does_not_start_is_an_error_and_no_slow_run(monkeypatch, started):
+    """As with CUDA libraries of the wrong version: the provider is listed, and the session runs on the CPU."""
+    Installed(monkeypatch, started)
+    with pytest.raises(EdgekitError, match="did not start CUDAExecutionProvider, it fell back to CPUExecutionProvider"):
+        OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
+
+
+def test_a_gpu_build_that_is_not_there_is_named_with_its_install_line(monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EdgekitError, match=r"has no 'CUDAExecutionProvider' here.*pip install 'edgekit\[gpu\]'"):
+        OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
+    both = [SimpleNamespace(metadata={"Name": name}, version="1.26.0") for name in ("onnxruntime", "onnxruntime-gpu")]
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: both)
+    with pytest.raises(EdgekitError, match=r"onnxruntime 1.26.0 and onnxruntime-gpu 1.26.0 cannot work together"):
+        OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
 
 
 @pytest.mark.parametrize(
