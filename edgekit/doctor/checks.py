@@ -1,0 +1,359 @@
+"""What is wrong with a machine, and what to do about it: pure functions of what was observed and of a target's profile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from edgekit.doctor.providers import CPU
+from edgekit.doctor.stacks import (
+    branch, forbidden, install, jetpack, lacking, names, pins, python_of, remedy, unfit, within,
+)  # fmt: skip
+from edgekit.doctor.system import Gpu, Library, System
+from edgekit.extras import conflicts
+from edgekit.targets.profile import Target
+
+Status = Literal["ok", "warning", "error"]
+# oldest driver branch that runs programs of a CUDA generation (CUDA release notes, minor version compatibility)
+DRIVERS = {11: 450, 12: 525, 13: 580}
+LAST_DRIVER = 580  # branch for GPUs before Turing (7.5): NVIDIA's notice of the end of Maxwell, Pascal and Volta
+TURING = 75
+FEW = 512 << 20  # bytes of free memory with which little can be started
+X86 = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8")
+ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
+PACKAGE_OF = {  # what brings a CUDA library, by the start of its name; %s is the CUDA generation
+    "libcublas": "nvidia-cublas-cu%s", "libcudart": "nvidia-cuda-runtime-cu%s", "libcudnn": "nvidia-cudnn-cu%s",
+    "libcufft": "nvidia-cufft-cu%s", "libcurand": "nvidia-curand-cu%s", "libnvrtc": "nvidia-cuda-nvrtc-cu%s",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. error: it, or the target, cannot work like this; warning: slower than it need be, or not certain."""
+
+    name: str
+    status: Status
+    finding: str
+    remedy: str = ""
+
+
+def judge(system: System, target: Target | None, *, asked: bool) -> list[Check]:
+    """All checks. asked: the target was named, so what it lacks is an error; a guessed one may not be what is wanted."""
+    missing: Status = "error" if asked else "warning"
+    found = [*_device(system, target, asked), *_driver(system, target), *_jetson(system, target)]
+    found += [*_python(system, target), *_packages(system, target), *_code(system, target), *_missing(system, target)]
+    found += [*_providers(system, target), *_tensorrt(system, target), *_memory(system), *_cpu(system)]
+    return [*found, *_compiler(system), *_stacks(system, target, missing)]
+
+
+def gpu_of(system: System, target: Target | None) -> Gpu | None:
+    """The GPU that is meant: the target's, else the first."""
+    if target and target.kind == "cpu":
+        return None
+    same = [gpu for gpu in system.gpus if target and gpu.compute_capability == target.compute_capability]
+    return next(iter(same or system.gpus), None)
+
+
+def sm_of(system: System, target: Target | None) -> int | None:
+    """Compute capability of the GPU that is here, 61 for 6.1. A Jetson's is known by its board."""
+    gpu = gpu_of(system, target)
+    if gpu and gpu.sm:
+        return gpu.sm
+    named = bool(gpu) or system.jetson is not None
+    return target.sm if target and target.kind != "cpu" and named else None
+
+
+def _device(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
+    cpu = f"{system.cpu.name or system.machine}, {system.cpu.cores} core{'s' * (system.cpu.cores > 1)}, {system.os}"
+    if target and target.machine != system.machine:
+        yield Check("machine", "error", f"{system.machine}; {target.name} has {target.machine}", _elsewhere(target))
+        return
+    yield Check("machine", "ok" if system.os == "Linux" else "warning", f"{cpu} on {system.machine}",
+                "" if system.os == "Linux" else "edgekit is tested on Linux alone")  # fmt: skip
+    if target and target.kind == "cpu":
+        lost = [flag for flag in target.features if flag not in system.cpu.flags]
+        if lost:
+            yield Check("device", "error", f"the CPU has no {', '.join(lost)}, which {target.name} stands for",
+                        "name the target that this CPU is: edgekit targets; or none")  # fmt: skip
+        return
+    if target and target.kind == "jetson":
+        if not set(target.device_tree) & set(system.device_tree):
+            what = f"the device tree says {system.device_tree[0]!r}" if system.device_tree else "this is no Jetson"
+            yield Check("device", "error", f"{what}; {target.name} is {target.title}", _elsewhere(target))
+        else:
+            yield Check("device", "ok", f"{system.device_tree[0]}, compute capability {target.compute_capability}")
+        return
+    yield from _gpu(system, target)
+
+
+def _gpu(system: System, target: Target | None) -> Iterator[Check]:
+    wanted = target.stack.driver if target else ""
+    if system.driver_problem:
+        yield Check("GPU", "error", f"the driver's tools fail: {system.driver_problem}",
+                    "after an update of the driver: reboot; else install the driver again")  # fmt: skip
+    elif not system.gpus and system.pci_gpus:
+        yield Check("GPU", "error", f"{system.pci_gpus} NVIDIA GPU on the bus, but no driver shows it",
+                    f"install NVIDIA's driver{f', branch {wanted}' * bool(wanted)}; then: nvidia-smi")  # fmt: skip
+    elif not system.gpus and target:
+        yield Check("GPU", "error", f"there is no NVIDIA GPU; {target.name} is {target.title}", _elsewhere(target))
+    elif not system.gpus and system.jetson is None:
+        yield Check("GPU", "ok", "no NVIDIA GPU: models run on the CPU")
+    gpu = gpu_of(system, target)
+    if gpu is None:
+        return
+    finding = f"{gpu.name}, compute capability {gpu.compute_capability or 'not told'}, {_size(gpu.free)} of " \
+              f"{_size(gpu.memory)} free"  # fmt: skip
+    if target and gpu.compute_capability not in ("", target.compute_capability):
+        yield Check("GPU", "error", f"{finding}; {target.name} has {target.compute_capability}", _elsewhere(target))
+    elif gpu.free < gpu.memory / 5:
+        yield Check("GPU", "warning", finding, "see who holds its memory: nvidia-smi")
+    else:
+        yield Check("GPU", "ok", finding)
+
+
+def _elsewhere(target: Target) -> str:
+    return (
+        f"record that machine there: edgekit doctor --json > there.json; judge it: edgekit doctor --system there.json "
+        f"--target {target.name}"
+    )
+
+
+def _driver(system: System, target: Target | None) -> Iterator[Check]:
+    if not system.driver or (target and target.kind == "cpu"):
+        return
+    found, sm = branch(system.driver), sm_of(system, target)
+    finding = f"{system.driver}{f', CUDA up to {system.cuda}' * bool(system.cuda)}"
+    fitting = [s for s in target.stacks if not s.driver or within(str(found), s.driver)] if target else []
+    pip = next((install(stack.requirements) for stack in fitting if stack.requirements), "")
+    other = f", or install what fits it: {pip}" if pip else ""
+    checks = []
+    for generation, users in sorted(_generations(system).items()):
+        least = DRIVERS.get(generation, 0)
+        if found < least:
+            checks.append(Check(
+                "driver", "error",
+                f"{system.driver} is too old for CUDA {generation}, which {', '.join(sorted(users))} needs",
+                f"update the driver to {least} or later{other}",
+            ))  # fmt: skip
+    if sm and sm < TURING and found > LAST_DRIVER:
+        checks.append(Check("driver", "error", f"{system.driver} has no support for compute capability {sm / 10}",
+                            f"install branch {LAST_DRIVER}, the last that has"))  # fmt: skip
+    elif target and not fitting and not checks:
+        ranges = " or ".join(dict.fromkeys(stack.driver for stack in target.stacks))
+        checks.append(Check("driver", "error", f"{system.driver}; {target.name} needs {ranges}",
+                            f"install a driver of a branch {ranges}"))  # fmt: skip
+    yield from checks or [Check("driver", "ok", finding)]
+
+
+def _generations(system: System) -> dict[int, set[str]]:
+    """CUDA generations that installed libraries are linked to, and the packages that are."""
+    found: dict[int, set[str]] = {}
+    for library in system.libraries:
+        for name in library.needed:
+            if linked := re.fullmatch(r"lib(?:cudart|cublas|cublasLt)\.so\.(\d+)", name):
+                found.setdefault(int(linked[1]), set()).add(f"{library.package} {library.version}".strip())
+    return found
+
+
+def _jetson(system: System, target: Target | None) -> Iterator[Check]:
+    if system.jetson is None or (target and target.kind != "jetson"):
+        return
+    image, release = system.jetson, jetpack(system)
+    finding = f"JetPack {release or 'unknown'} (L4T {image.l4t})"
+    wanted = list(dict.fromkeys(stack.jetpack for stack in target.stacks if stack.jetpack)) if target else []
+    if wanted and not any(text.partition(".")[0] == release.partition(".")[0] for text in wanted):
+        yield Check("JetPack", "error", f"{finding}; {target.name if target else ''} needs {' or '.join(wanted)}",
+                    f"flash JetPack {wanted[0]}")  # fmt: skip
+    else:
+        yield Check("JetPack", "ok", finding)
+    modes = target.power if target else ()
+    full = next((mode for mode in modes if mode.share == 1), None)
+    mode = next((item for item in modes if item.name == image.mode), None)
+    if not image.mode:
+        yield Check("power mode", "warning", "nvpmodel does not tell it", "run edgekit doctor as root, or: nvpmodel -q")
+    elif mode and full and mode is not full:
+        yield Check("power mode", "warning", f"{mode.name}: {mode.share:.0%} of the rates of {full.name}",
+                    f"sudo nvpmodel -m ID, with the ID of {full.name} in /etc/nvpmodel.conf")  # fmt: skip
+    else:
+        yield Check("power mode", "ok", image.mode)
+    if image.clocks != "locked":
+        told = "clocks change with the load" if image.clocks else "jetson_clocks does not tell without root"
+        yield Check("clocks", "warning", f"{told}: a time measured now may not be seen again",
+                    "before measuring: sudo jetson_clocks")  # fmt: skip
+    else:
+        yield Check("clocks", "ok", "locked by jetson_clocks")
+
+
+def _python(system: System, target: Target | None) -> Iterator[Check]:
+    if target is None or not (python := python_of(system, target)):
+        return
+    where = "/usr/bin/python3" if target.kind == "jetson" else "Python"
+    wanted = list(dict.fromkeys(stack.python for stack in target.stacks if stack.python))
+    if wanted and not any(within(python, text) for text in wanted):
+        every = " or ".join(wanted)
+        fix = f"keep the system's own Python {every} as /usr/bin/python3" if target.kind == "jetson" else \
+              f"make an environment with Python {every}"  # fmt: skip
+        yield Check("Python", "error", f"{where} is {python}; software of {target.name} is built for {every}", fix)
+    else:
+        yield Check("Python", "ok", f"{where} is {python}")
+
+
+def _packages(system: System, target: Target | None) -> Iterator[Check]:
+    installed = names(system)
+    clashes = conflicts(installed)
+    for clash in clashes:
+        finding = f"{' and '.join(clash.packages)} cannot work together: {clash.why}"
+        yield Check("packages", "error", finding, clash.remedy)
+    banned = forbidden(target, installed) if target else []
+    for name, version, rule in banned:
+        yield Check("packages", "error", f"{name} {version} must not be used on {target.title if target else ''}: {rule.why}",
+                    _replace(system, target, name))  # fmt: skip
+    if not clashes and not banned:
+        yield Check("packages", "ok", f"{len(system.packages)} in this environment, none that exclude one another")
+
+
+def _replace(system: System, target: Target | None, package: str) -> str:
+    """How to get the right version of a package, or rid of it."""
+    if found := pins(target, [package]):
+        return found
+    if package in system.packages:
+        return f"pip uninstall -y {package}"
+    runtime = next((stack for stack in target.stacks if stack.runtime == package), None) if target else None
+    return remedy(runtime) if runtime else f"remove {package}"
+
+
+def _code(system: System, target: Target | None) -> Iterator[Check]:
+    """Which GPUs the installed libraries have code for, package by package."""
+    if target and target.kind == "cpu":
+        return
+    sm = sm_of(system, target)
+    packages: dict[str, list[Library]] = {}
+    for library in system.libraries:
+        if library.problem:
+            yield Check("GPU code", "error", library.problem, _replace(system, target, library.package))
+        elif library.code:
+            packages.setdefault(f"{library.package} {library.version}".strip(), []).append(library)
+    for title, libraries in packages.items():
+        name = "GPU code" if sm is None else f"sm_{sm} code"
+        wrong = [library for library in libraries if sm is not None and not library.code.runs_on(sm)]
+        if wrong:
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            yield Check(name, "error", f"{title}: none in {wrong[0].name}{more} ({wrong[0].code})",
+                        _replace(system, target, wrong[0].package))  # fmt: skip
+        else:
+            least = min(libraries, key=lambda library: len(library.sms))
+            yield Check(name, "ok", f"{title}: {least.code}")
+
+
+def _missing(system: System, target: Target | None) -> Iterator[Check]:
+    """Libraries that installed ones are linked to and that the loader does not find."""
+    for library in system.libraries:
+        if not library.missing or (target and target.kind == "cpu"):
+            continue
+        finding = f"{library.name} needs {', '.join(library.missing)}, which the loader does not find"
+        of_tensorrt = all(name.startswith(("libnvinfer", "libnvonnx")) for name in library.missing)
+        if of_tensorrt:
+            yield Check("libraries", "warning", finding, "without it there is no TensorrtExecutionProvider; else install "
+                        f"the TensorRT that brings {library.missing[0]}")  # fmt: skip
+            continue
+        generation = max(_generations(system), default=12)
+        wanted = [PACKAGE_OF[stem] % generation for stem in PACKAGE_OF
+                  if any(name.startswith(stem) for name in library.missing)]  # fmt: skip
+        yield Check("libraries", "error", finding, pins(target, wanted) or install(wanted or library.missing))
+
+
+def _providers(system: System, target: Target | None) -> Iterator[Check]:
+    if system.providers_problem:
+        yield Check("onnxruntime", "error", f"it cannot be imported: {system.providers_problem}",
+                    pins(target, ["onnxruntime-gpu", "onnxruntime"]) or "pip install --force-reinstall onnxruntime")  # fmt: skip
+        return
+    wanted = {stack.provider for stack in target.stacks} if target else set()
+    for provider in system.providers:
+        if target and target.kind == "cpu" and provider.name != CPU:
+            continue
+        if provider.active and not provider.preloaded:
+            yield Check("provider", "ok", f"{provider.name} ran a convolution and a product")
+        elif provider.active:
+            yield Check("provider", "warning", f"{provider.name} runs, but only after onnxruntime.preload_dlls()",
+                        "call that first, or put the folders nvidia/*/lib of site-packages into LD_LIBRARY_PATH")  # fmt: skip
+        else:
+            ran = f"the nodes ran on {', '.join(provider.ran)}" if provider.ran else "nothing ran"
+            why = f": {provider.problem}" if provider.problem else ""
+            yield Check("provider", "error" if provider.name in wanted else "warning",
+                        f"{provider.name} is available but not active, {ran}{why}",
+                        pins(target, ["onnxruntime-gpu", "nvidia-cudnn-cu12", "nvidia-cublas-cu12"]) if provider.name in
+                        wanted else "do not ask for it, or install what it needs")  # fmt: skip
+    gpu = system.gpus or system.jetson
+    if system.providers and gpu and all(item.name == CPU for item in system.providers) and sm_of(system, target):
+        yield Check("provider", "warning", "there is a GPU, and this onnxruntime runs on the CPU alone",
+                    pins(target, ["onnxruntime-gpu"]) or "pip install 'edgekit[gpu]'")  # fmt: skip
+
+
+def _tensorrt(system: System, target: Target | None) -> Iterator[Check]:
+    if target and target.kind == "cpu":
+        return
+    if system.tensorrt:
+        tool = f", {system.trtexec}" if system.trtexec else ", no trtexec"
+        yield Check("TensorRT", "ok", f"{system.tensorrt}{tool}")
+    if target and target.kind == "jetson" and not system.trtexec:
+        yield Check("TensorRT", "warning", "there is no trtexec, which builds engines here",
+                    "sudo apt-get install libnvinfer-bin; it lands in /usr/src/tensorrt/bin")  # fmt: skip
+
+
+def _memory(system: System) -> Iterator[Check]:
+    if not system.memory:
+        return
+    shared = ", shared with the GPU" if system.jetson else ""
+    finding = f"{_size(system.available)} of {_size(system.memory)} free{shared}"
+    if system.available < max(FEW, system.memory / 10):
+        desktop = "; a desktop goes with: sudo systemctl isolate multi-user.target" if system.jetson else ""
+        yield Check("memory", "warning", finding, f"end what holds it: ps aux --sort -rss | head{desktop}")
+    else:
+        yield Check("memory", "ok", finding)
+
+
+def _cpu(system: System) -> Iterator[Check]:
+    flags = [flag for flag in (*X86, *ARM) if flag in system.cpu.flags]
+    finding = ", ".join(flags) or "no vector instructions that edgekit knows"
+    if system.machine == "x86_64" and system.cpu.flags and "avx2" not in flags:
+        yield Check("CPU", "warning", f"{finding}; without AVX2 runtimes fall back to 128-bit kernels", "")
+    elif "avx2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags):
+        yield Check("CPU", "ok", f"{finding}; no VNNI: int8 in the form U8S8 saturates, its weights need 7 bits")
+    elif system.cpu.flags:
+        yield Check("CPU", "ok", finding)
+    for library in system.blas:
+        slow = library.library == "openblas" and library.kernel in ("Haswell", "Zen") and "avx512f" in flags
+        finding = f"{library.library} {library.version}, kernels for {library.kernel}"
+        if slow and "OPENBLAS_CORETYPE" not in system.environment:
+            yield Check("BLAS", "warning", f"{finding}: AVX2, on a CPU with AVX-512",
+                        "try and measure: export OPENBLAS_CORETYPE=SkylakeX (twice as fast on Zen 5, no gain on Zen 4)")  # fmt: skip
+        else:
+            yield Check("BLAS", "ok", finding)
+
+
+def _compiler(system: System) -> Iterator[Check]:
+    if system.compiler:
+        yield Check("compiler", "ok", system.compiler)
+    else:
+        yield Check("compiler", "warning", "no C compiler: small networks run on onnxruntime instead of as C",
+                    "apt-get install gcc, or name one in $CC")  # fmt: skip
+
+
+def _stacks(system: System, target: Target | None, missing: Status) -> Iterator[Check]:
+    """Whether one of the target's stacks is complete."""
+    if target is None:
+        return
+    problems = {s: (unfit(system, target, s), lacking(system, target, s)) for s in target.stacks}
+    working = [stack for stack in target.stacks if problems[stack] == ([], [])]
+    for stack in working:
+        yield Check("stack", "ok", f"{stack.name}: complete")
+    if not working:
+        best = next((stack for stack in target.stacks if not problems[stack][0]), target.stack)
+        blocked, lost = problems[best]
+        yield Check("stack", missing, f"{best.name}: {'; '.join([*blocked, *lost])}", remedy(best))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
