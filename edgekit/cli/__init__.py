@@ -19,6 +19,7 @@ COMMANDS = {
     "compress": ("edgekit.cli.compress:compress", "Make a model smaller and faster; keep only what measures better."),
     "doctor": ("edgekit.cli.doctor:doctor", "Say what this machine can run, and what stands in the way."),
     "bench": ("edgekit.cli.bench:bench", "Time models beside each other, in turns in one run."),
+    "targets": ("edgekit.cli.targets:targets", "List devices: what they can, what works on them, what never to use."),
     "pack": ("edgekit.cli.pack:pack", "Write a bundle as one entropy-coded file."),
     "export": ("edgekit.cli.export:export", "Write a model for a runtime or device, and prove that it still works."),
     "run": ("edgekit.cli.run:run", "Run a bundle on named arrays."),
