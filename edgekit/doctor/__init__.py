@@ -1,1 +1,1 @@
-"""What this machine can run, and why not: `system.py` observes, `checks.py` judges, `needs.py` says what a bundle asks."""
+"""What this machine can run, and why not: `observe.py` looks, `checks.py` judges, `needs.py` is what a bundle asks."""

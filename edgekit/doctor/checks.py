@@ -1,4 +1,4 @@
-"""What is wrong with a machine, and what to do about it: pure functions of what was observed and of a target's profile."""
+"""What is wrong with a machine, and what to do: pure functions of what was observed and of a target's profile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Literal
 
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.stacks import (
-    branch, forbidden, install, jetpack, lacking, names, pins, python_of, remedy, unfit, within,
+    branch,
+    forbidden,
+    install,
+    jetpack,
+    lacking,
+    names,
+    pins,
+    python_of,
+    remedy,
+    unfit,
+    within,
 )  # fmt: skip
 from edgekit.doctor.system import Gpu, Library, System
 from edgekit.extras import conflicts
@@ -20,6 +30,7 @@ Status = Literal["ok", "warning", "error"]
 DRIVERS = {11: 450, 12: 525, 13: 580}
 LAST_DRIVER = 580  # branch for GPUs before Turing (7.5): NVIDIA's notice of the end of Maxwell, Pascal and Volta
 TURING = 75
+SHOWN = re.compile(r"(onnxruntime|openvino$|tensorrt|torch$|numpy$)")
 FEW = 512 << 20  # bytes of free memory with which little can be started
 X86 = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8")
 ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
@@ -40,12 +51,36 @@ class Check:
 
 
 def judge(system: System, target: Target | None, *, asked: bool) -> list[Check]:
-    """All checks. asked: the target was named, so what it lacks is an error; a guessed one may not be what is wanted."""
+    """All checks. asked: the target was named, so what it lacks is an error; a guessed one may not be meant."""
+    if target and asked and (reason := _stranger(system, target)):
+        record = f"edgekit doctor --json > there.json; then: edgekit doctor --system there.json --target {target.name}"
+        return [Check("target", "error", f"this machine is no {target.name}: {reason}", f"on that machine: {record}")]
     missing: Status = "error" if asked else "warning"
-    found = [*_device(system, target, asked), *_driver(system, target), *_jetson(system, target)]
-    found += [*_python(system, target), *_packages(system, target), *_code(system, target), *_missing(system, target)]
-    found += [*_providers(system, target), *_tensorrt(system, target), *_memory(system), *_cpu(system)]
-    return [*found, *_compiler(system), *_stacks(system, target, missing)]
+    found = [*_target(system, target, asked), *_gpu(system, target), *_driver(system, target)]
+    found += [*_jetson(system, target), *_python(system, target), *_packages(system, target), *_cuda(system, target)]
+    found += [*_code(system, target), *_missing(system, target), *_providers(system, target)]
+    found += [*_tensorrt(system, target), *_memory(system), *_cpu(system), *_compiler(system)]
+    return [*found, *_stacks(system, target, missing)]
+
+
+def _stranger(system: System, target: Target) -> str:
+    """Why this machine cannot be the target, whatever is installed on it; empty if it can."""
+    if target.machine != system.machine:
+        return f"it is {system.machine}, not {target.machine}"
+    if target.device_tree and not set(target.device_tree) & set(system.device_tree):
+        return f"its device tree says {system.device_tree[0]!r}" if system.device_tree else "it has no device tree"
+    if target.kind == "cpu":
+        lost = [flag for flag in target.features if flag not in system.cpu.flags]
+        return f"its CPU has no {', '.join(lost)}" if lost else ""
+    if target.kind == "jetson" or system.driver_problem:
+        return ""
+    if not system.gpus:
+        return "" if system.pci_gpus else "it has no NVIDIA GPU"
+    capabilities = {gpu.compute_capability: gpu.name for gpu in system.gpus}
+    if target.compute_capability in capabilities or "" in capabilities:
+        return ""
+    shown = ", ".join(f"{name} ({capability})" for capability, name in capabilities.items())
+    return f"its GPU is {shown}, compute capability {target.compute_capability} is wanted"
 
 
 def gpu_of(system: System, target: Target | None) -> Gpu | None:
@@ -65,59 +100,39 @@ def sm_of(system: System, target: Target | None) -> int | None:
     return target.sm if target and target.kind != "cpu" and named else None
 
 
-def _device(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
-    cpu = f"{system.cpu.name or system.machine}, {system.cpu.cores} core{'s' * (system.cpu.cores > 1)}, {system.os}"
-    if target and target.machine != system.machine:
-        yield Check("machine", "error", f"{system.machine}; {target.name} has {target.machine}", _elsewhere(target))
+def _target(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
+    board = f"{system.device_tree[0]}: " if system.device_tree else ""
+    cores = f"{system.cpu.cores} core{'s' * (system.cpu.cores > 1)}"
+    finding = f"{board}{system.cpu.name or system.machine}, {cores}, {system.os} on {system.machine}"
+    if system.os == "Linux":
+        yield Check("machine", "ok", finding)
+    else:
+        yield Check("machine", "warning", finding, "edgekit is tested on Linux alone")
+    if target is None:
+        yield Check("target", "warning", "no profile describes this machine; it is checked without one",
+                    "see edgekit targets, or describe it in a file: edgekit doctor --target FILE.toml")  # fmt: skip
         return
-    yield Check("machine", "ok" if system.os == "Linux" else "warning", f"{cpu} on {system.machine}",
-                "" if system.os == "Linux" else "edgekit is tested on Linux alone")  # fmt: skip
-    if target and target.kind == "cpu":
-        lost = [flag for flag in target.features if flag not in system.cpu.flags]
-        if lost:
-            yield Check("device", "error", f"the CPU has no {', '.join(lost)}, which {target.name} stands for",
-                        "name the target that this CPU is: edgekit targets; or none")  # fmt: skip
-        return
-    if target and target.kind == "jetson":
-        if not set(target.device_tree) & set(system.device_tree):
-            what = f"the device tree says {system.device_tree[0]!r}" if system.device_tree else "this is no Jetson"
-            yield Check("device", "error", f"{what}; {target.name} is {target.title}", _elsewhere(target))
-        else:
-            yield Check("device", "ok", f"{system.device_tree[0]}, compute capability {target.compute_capability}")
-        return
-    yield from _gpu(system, target)
+    plan = f"use {', '.join(target.plan.order)}" + f"; never {', '.join(target.plan.never)}" * bool(target.plan.never)
+    yield Check("target", "ok", f"{target.name}{'' if asked else ', as it seems'}: {plan}")
 
 
 def _gpu(system: System, target: Target | None) -> Iterator[Check]:
-    wanted = target.stack.driver if target else ""
+    if target and target.kind != "gpu":
+        return
     if system.driver_problem:
         yield Check("GPU", "error", f"the driver's tools fail: {system.driver_problem}",
                     "after an update of the driver: reboot; else install the driver again")  # fmt: skip
     elif not system.gpus and system.pci_gpus:
-        yield Check("GPU", "error", f"{system.pci_gpus} NVIDIA GPU on the bus, but no driver shows it",
-                    f"install NVIDIA's driver{f', branch {wanted}' * bool(wanted)}; then: nvidia-smi")  # fmt: skip
-    elif not system.gpus and target:
-        yield Check("GPU", "error", f"there is no NVIDIA GPU; {target.name} is {target.title}", _elsewhere(target))
-    elif not system.gpus and system.jetson is None:
-        yield Check("GPU", "ok", "no NVIDIA GPU: models run on the CPU")
-    gpu = gpu_of(system, target)
-    if gpu is None:
-        return
-    finding = f"{gpu.name}, compute capability {gpu.compute_capability or 'not told'}, {_size(gpu.free)} of " \
-              f"{_size(gpu.memory)} free"  # fmt: skip
-    if target and gpu.compute_capability not in ("", target.compute_capability):
-        yield Check("GPU", "error", f"{finding}; {target.name} has {target.compute_capability}", _elsewhere(target))
-    elif gpu.free < gpu.memory / 5:
-        yield Check("GPU", "warning", finding, "see who holds its memory: nvidia-smi")
-    else:
-        yield Check("GPU", "ok", finding)
-
-
-def _elsewhere(target: Target) -> str:
-    return (
-        f"record that machine there: edgekit doctor --json > there.json; judge it: edgekit doctor --system there.json "
-        f"--target {target.name}"
-    )
+        branches = f" of a branch {target.stack.driver}" if target and target.stack.driver else ""
+        yield Check("GPU", "error", f"{_many(system.pci_gpus, 'NVIDIA GPU')} on the bus, and no driver shows it",
+                    f"install NVIDIA's driver{branches}; then nvidia-smi lists it")  # fmt: skip
+    for gpu in filter(None, [gpu_of(system, target)]):
+        finding = f"{gpu.name}, compute capability {gpu.compute_capability or 'not told'}, {size(gpu.free)} of " \
+                  f"{size(gpu.memory)} free"  # fmt: skip
+        if gpu.free < gpu.memory / 5:
+            yield Check("GPU", "warning", finding, "see who holds its memory: nvidia-smi")
+        else:
+            yield Check("GPU", "ok", finding)
 
 
 def _driver(system: System, target: Target | None) -> Iterator[Check]:
@@ -208,10 +223,12 @@ def _packages(system: System, target: Target | None) -> Iterator[Check]:
         yield Check("packages", "error", finding, clash.remedy)
     banned = forbidden(target, installed) if target else []
     for name, version, rule in banned:
-        yield Check("packages", "error", f"{name} {version} must not be used on {target.title if target else ''}: {rule.why}",
-                    _replace(system, target, name))  # fmt: skip
+        finding = f"{name} {version} must not be used on {target.name if target else ''}: {rule.why}"
+        yield Check("packages", "error", finding, _replace(system, target, name))
     if not clashes and not banned:
-        yield Check("packages", "ok", f"{len(system.packages)} in this environment, none that exclude one another")
+        shown = [f"{name} {version}" for name, version in sorted(installed.items()) if SHOWN.match(name)]
+        every = f"{_many(len(system.packages), 'package')}, none that exclude one another"
+        yield Check("packages", "ok", f"{', '.join(shown)}; {every}" if shown else every)
 
 
 def _replace(system: System, target: Target | None, package: str) -> str:
@@ -222,6 +239,20 @@ def _replace(system: System, target: Target | None, package: str) -> str:
         return f"pip uninstall -y {package}"
     runtime = next((stack for stack in target.stacks if stack.runtime == package), None) if target else None
     return remedy(runtime) if runtime else f"remove {package}"
+
+
+def _cuda(system: System, target: Target | None) -> Iterator[Check]:
+    """CUDA and cuDNN that are installed, wherever they are from."""
+    if target and target.kind == "cpu":
+        return
+    generations = [f"CUDA {number} ({', '.join(sorted(users))})" for number, users in _generations(system).items()]
+    compiler = [f"nvcc {system.nvcc}"] if system.nvcc else []
+    if generations or compiler:
+        yield Check("CUDA", "ok", ", ".join([*generations, *compiler]))
+    known = {f"{name} {version}" for name, version in system.packages.items() if name.startswith("nvidia-cudnn")}
+    known |= {f"{version} of the system" for name, version in system.system_libraries.items() if name == "libcudnn"}
+    if known:
+        yield Check("cuDNN", "ok", ", ".join(sorted(known)))
 
 
 def _code(system: System, target: Target | None) -> Iterator[Check]:
@@ -253,10 +284,9 @@ def _missing(system: System, target: Target | None) -> Iterator[Check]:
         if not library.missing or (target and target.kind == "cpu"):
             continue
         finding = f"{library.name} needs {', '.join(library.missing)}, which the loader does not find"
-        of_tensorrt = all(name.startswith(("libnvinfer", "libnvonnx")) for name in library.missing)
-        if of_tensorrt:
-            yield Check("libraries", "warning", finding, "without it there is no TensorrtExecutionProvider; else install "
-                        f"the TensorRT that brings {library.missing[0]}")  # fmt: skip
+        if all(name.startswith(("libnvinfer", "libnvonnx")) for name in library.missing):
+            yield Check("libraries", "warning", f"{finding}: there is no TensorrtExecutionProvider",
+                        f"only if you want it: install the TensorRT that brings {library.missing[0]}")  # fmt: skip
             continue
         generation = max(_generations(system), default=12)
         wanted = [PACKAGE_OF[stem] % generation for stem in PACKAGE_OF
@@ -266,18 +296,18 @@ def _missing(system: System, target: Target | None) -> Iterator[Check]:
 
 def _providers(system: System, target: Target | None) -> Iterator[Check]:
     if system.providers_problem:
-        yield Check("onnxruntime", "error", f"it cannot be imported: {system.providers_problem}",
-                    pins(target, ["onnxruntime-gpu", "onnxruntime"]) or "pip install --force-reinstall onnxruntime")  # fmt: skip
+        again = pins(target, ["onnxruntime-gpu", "onnxruntime"]) or "pip install --force-reinstall onnxruntime"
+        yield Check("onnxruntime", "error", f"it cannot be imported: {system.providers_problem}", again)
         return
     wanted = {stack.provider for stack in target.stacks} if target else set()
     for provider in system.providers:
         if target and target.kind == "cpu" and provider.name != CPU:
             continue
         if provider.active and not provider.preloaded:
-            yield Check("provider", "ok", f"{provider.name} ran a convolution and a product")
+            yield Check("provider", "ok", f"{provider.name} really ran a convolution and a product")
         elif provider.active:
             yield Check("provider", "warning", f"{provider.name} runs, but only after onnxruntime.preload_dlls()",
-                        "call that first, or put the folders nvidia/*/lib of site-packages into LD_LIBRARY_PATH")  # fmt: skip
+                        "call that first, or name site-packages' folders nvidia/*/lib in LD_LIBRARY_PATH")  # fmt: skip
         else:
             ran = f"the nodes ran on {', '.join(provider.ran)}" if provider.ran else "nothing ran"
             why = f": {provider.problem}" if provider.problem else ""
@@ -306,7 +336,7 @@ def _memory(system: System) -> Iterator[Check]:
     if not system.memory:
         return
     shared = ", shared with the GPU" if system.jetson else ""
-    finding = f"{_size(system.available)} of {_size(system.memory)} free{shared}"
+    finding = f"{size(system.available)} of {size(system.memory)} free{shared}"
     if system.available < max(FEW, system.memory / 10):
         desktop = "; a desktop goes with: sudo systemctl isolate multi-user.target" if system.jetson else ""
         yield Check("memory", "warning", finding, f"end what holds it: ps aux --sort -rss | head{desktop}")
@@ -328,7 +358,7 @@ def _cpu(system: System) -> Iterator[Check]:
         finding = f"{library.library} {library.version}, kernels for {library.kernel}"
         if slow and "OPENBLAS_CORETYPE" not in system.environment:
             yield Check("BLAS", "warning", f"{finding}: AVX2, on a CPU with AVX-512",
-                        "try and measure: export OPENBLAS_CORETYPE=SkylakeX (twice as fast on Zen 5, no gain on Zen 4)")  # fmt: skip
+                        "export OPENBLAS_CORETYPE=SkylakeX (twice as fast on Zen 5, no gain on Zen 4)")  # fmt: skip
         else:
             yield Check("BLAS", "ok", finding)
 
@@ -355,5 +385,10 @@ def _stacks(system: System, target: Target | None, missing: Status) -> Iterator[
         yield Check("stack", missing, f"{best.name}: {'; '.join([*blocked, *lost])}", remedy(best))
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def size(count: float) -> str:
+    """Bytes for a person."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

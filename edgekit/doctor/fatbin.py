@@ -1,8 +1,8 @@
 """Which GPUs a library has code for, read out of the file itself: no GPU, driver or CUDA tool is needed.
 
-nvcc puts device code into the sections .nv_fatbin and __nv_relfatbin: containers (magic 0xBA55ED50, a header of 16 bytes,
-their length), each with entries: kind (1 PTX, 2 machine code), length of header and of payload, and at byte 28 the
-compute capability as a number such as 61. Payloads, compressed or not, are stepped over.
+nvcc puts device code into the sections .nv_fatbin and __nv_relfatbin: containers (magic 0xBA55ED50, a header of 16
+bytes, their length), each with entries: kind (1 PTX, 2 machine code), length of header and of payload, and at byte 28
+the compute capability as a number such as 61. Payloads, compressed or not, are stepped over.
 
 Variants for one GPU alone (sm_90a) count as their number (90).
 """

@@ -196,7 +196,9 @@ def system_libraries(root: Path, run: Run) -> tuple[dict[str, str], tuple[Librar
     """cuDNN, cuBLAS and TensorRT outside of Python: versions by name, and what they have code for."""
     folders = [root / name for name in FOLDERS]
     folders += [Path(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]
-    files = {file.resolve() for folder in folders for file in folder.glob("lib*.so.*") if SYSTEM_LIBRARIES.match(file.name)}
+    files = {
+        file.resolve() for folder in folders for file in folder.glob("lib*.so.*") if SYSTEM_LIBRARIES.match(file.name)
+    }
     versions: dict[str, str] = {}
     found = []
     known = _loadable(run) if files else None

@@ -35,7 +35,7 @@ def observe() -> tuple[tuple[Provider, ...], str]:
     if "available" not in first:
         return (), str(first.get("problem", ""))
     names = [name for name in first["available"] if name not in (CPU, *REMOTE)]
-    return tuple(_provider(name, _ask(name)) for name in names) + (_provider(CPU, first),), ""
+    return (*(_provider(name, _ask(name)) for name in names), _provider(CPU, first)), ""
 
 
 def _provider(name: str, answer: dict[str, Any]) -> Provider:

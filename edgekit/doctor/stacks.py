@@ -72,7 +72,7 @@ def within(version: str, specifier: str) -> bool:
 def forbidden(target: Target, installed: Mapping[str, str]) -> list[tuple[str, str, Never]]:
     """What is installed and must never be used there: name, version, and the profile's word on it."""
     versions = {canonicalize_name(name): version for name, version in installed.items()}
-    found = []
+    found: list[tuple[str, str, Never]] = []
     for rule in target.never:
         if rule.requirement:
             requirement = Requirement(rule.requirement)
@@ -132,13 +132,10 @@ def lacking(system: System, target: Target, stack: Stack) -> list[str]:
     """What a stack still needs to work here."""
     installed = names(system)
     bad = {name for name, _, _ in forbidden(target, installed)}
-    found = []
-    for line in stack.requirements:
-        name = canonicalize_name(Requirement(line).name)
-        if name not in installed:
-            found.append(f"{name} is not installed")
-        elif name in bad:
-            found.append(f"{name} {installed[name]} must not be used")
+    wanted = [canonicalize_name(Requirement(line).name) for line in stack.requirements]
+    found = [f"{name} {installed[name]} must not be used" for name in wanted if name in bad]
+    if absent := [name for name in wanted if name not in installed]:
+        found.append(f"not installed: {', '.join(absent)}")
     if stack.runtime == "tensorrt" and not stack.requirements:
         have = system.tensorrt
         if not have:
