@@ -21,6 +21,7 @@ Examples:
   edgekit doctor --json > there.json
   edgekit doctor --system there.json --target tesla-p40
 """
+LONG = 60  # characters; a remedy of more is printed once
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
@@ -92,8 +93,11 @@ def show(checks: list[Check]) -> None:
     from rich.text import Text
 
     width = max(len(check.name) for check in checks)
+    said: set[str] = set()
     for check in checks:
         line = Text.assemble((f"{check.status:8}", STYLES[check.status]), f"{check.name:{width}}  {check.finding}")
         output.print(line)
         if check.remedy:
-            output.print(f"{'':8}{'':{width}}  fix: {check.remedy}")
+            again = check.remedy in said and len(check.remedy) > LONG
+            output.print(f"{'':8}{'':{width}}  fix: {'the same as above' if again else check.remedy}")
+            said.add(check.remedy)

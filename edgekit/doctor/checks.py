@@ -10,17 +10,20 @@ from typing import Literal
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.stacks import (
     branch,
+    differing,
+    fitting,
     forbidden,
     install,
     jetpack,
     lacking,
     names,
+    packages_of,
     pins,
     python_of,
     remedy,
     unfit,
     within,
-)  # fmt: skip
+)
 from edgekit.doctor.system import Gpu, Library, System
 from edgekit.extras import conflicts
 from edgekit.targets.profile import Target
@@ -56,7 +59,7 @@ def judge(system: System, target: Target | None, *, asked: bool) -> list[Check]:
         record = f"edgekit doctor --json > there.json; then: edgekit doctor --system there.json --target {target.name}"
         return [Check("target", "error", f"this machine is no {target.name}: {reason}", f"on that machine: {record}")]
     missing: Status = "error" if asked else "warning"
-    found = [*_target(system, target, asked), *_gpu(system, target), *_driver(system, target)]
+    found = [*_target(system, target, asked), *_gpu(system, target, asked), *_driver(system, target)]
     found += [*_jetson(system, target), *_python(system, target), *_packages(system, target), *_cuda(system, target)]
     found += [*_code(system, target), *_missing(system, target), *_providers(system, target)]
     found += [*_tensorrt(system, target), *_memory(system), *_cpu(system), *_compiler(system)]
@@ -113,18 +116,19 @@ def _target(system: System, target: Target | None, asked: bool) -> Iterator[Chec
                     "see edgekit targets, or describe it in a file: edgekit doctor --target FILE.toml")  # fmt: skip
         return
     plan = f"use {', '.join(target.plan.order)}" + f"; never {', '.join(target.plan.never)}" * bool(target.plan.never)
-    yield Check("target", "ok", f"{target.name}{'' if asked else ', as it seems'}: {plan}")
+    yield Check("target", "ok", f"{target.name}{'' if asked else ', recognised'}: {plan}")
 
 
-def _gpu(system: System, target: Target | None) -> Iterator[Check]:
-    if target and target.kind != "gpu":
+def _gpu(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
+    if target and (target.kind == "jetson" or (target.kind == "cpu" and asked)):
         return
+    unusable: Status = "warning" if target and target.kind == "cpu" else "error"
     if system.driver_problem:
-        yield Check("GPU", "error", f"the driver's tools fail: {system.driver_problem}",
+        yield Check("GPU", unusable, f"the driver's tools fail: {system.driver_problem}",
                     "after an update of the driver: reboot; else install the driver again")  # fmt: skip
     elif not system.gpus and system.pci_gpus:
         branches = f" of a branch {target.stack.driver}" if target and target.stack.driver else ""
-        yield Check("GPU", "error", f"{_many(system.pci_gpus, 'NVIDIA GPU')} on the bus, and no driver shows it",
+        yield Check("GPU", unusable, f"{_many(system.pci_gpus, 'NVIDIA GPU')} on the bus, and no driver shows it",
                     f"install NVIDIA's driver{branches}; then nvidia-smi lists it")  # fmt: skip
     for gpu in filter(None, [gpu_of(system, target)]):
         finding = f"{gpu.name}, compute capability {gpu.compute_capability or 'not told'}, {size(gpu.free)} of " \
@@ -140,8 +144,8 @@ def _driver(system: System, target: Target | None) -> Iterator[Check]:
         return
     found, sm = branch(system.driver), sm_of(system, target)
     finding = f"{system.driver}{f', CUDA up to {system.cuda}' * bool(system.cuda)}"
-    fitting = [s for s in target.stacks if not s.driver or within(str(found), s.driver)] if target else []
-    pip = next((install(stack.requirements) for stack in fitting if stack.requirements), "")
+    possible = [s for s in target.stacks if not s.driver or within(str(found), s.driver)] if target else []
+    pip = next((install(stack.requirements) for stack in possible if stack.requirements), "")
     other = f", or install what fits it: {pip}" if pip else ""
     checks = []
     for generation, users in sorted(_generations(system).items()):
@@ -155,7 +159,7 @@ def _driver(system: System, target: Target | None) -> Iterator[Check]:
     if sm and sm < TURING and found > LAST_DRIVER:
         checks.append(Check("driver", "error", f"{system.driver} has no support for compute capability {sm / 10}",
                             f"install branch {LAST_DRIVER}, the last that has"))  # fmt: skip
-    elif target and not fitting and not checks:
+    elif target and not possible and not checks:
         ranges = " or ".join(dict.fromkeys(stack.driver for stack in target.stacks))
         checks.append(Check("driver", "error", f"{system.driver}; {target.name} needs {ranges}",
                             f"install a driver of a branch {ranges}"))  # fmt: skip
@@ -226,19 +230,29 @@ def _packages(system: System, target: Target | None) -> Iterator[Check]:
         finding = f"{name} {version} must not be used on {target.name if target else ''}: {rule.why}"
         yield Check("packages", "error", finding, _replace(system, target, name))
     if not clashes and not banned:
-        shown = [f"{name} {version}" for name, version in sorted(installed.items()) if SHOWN.match(name)]
+        shown = [f"{name} {version}" for name, version in sorted(system.packages.items()) if SHOWN.match(name)]
         every = f"{_many(len(system.packages), 'package')}, none that exclude one another"
         yield Check("packages", "ok", f"{', '.join(shown)}; {every}" if shown else every)
 
 
-def _replace(system: System, target: Target | None, package: str) -> str:
+def _replace(system: System, target: Target | None, package: str, library: str = "") -> str:
     """How to get the right version of a package, or rid of it."""
-    if found := pins(target, [package]):
+    if found := pins(system, target, [package]):
         return found
     if package in system.packages:
         return f"pip uninstall -y {package}"
-    runtime = next((stack for stack in target.stacks if stack.runtime == package), None) if target else None
-    return remedy(runtime) if runtime else f"remove {package}"
+    stacks = fitting(system, target)
+    if package == "tensorrt" or library.startswith("libnvinfer"):
+        return next((remedy(system, stack) for stack in stacks if stack.runtime == "tensorrt"), f"remove {package}")
+    if library.startswith("libcudnn") and (number := next((stack.cudnn for stack in stacks if stack.cudnn), "")):
+        return f"install cuDNN {number} in its place"
+    return f"remove {package}"
+
+
+def _getting(system: System, target: Target | None, provider: str) -> str:
+    """How to get an onnxruntime provider that works here."""
+    line = next((remedy(system, stack) for stack in fitting(system, target) if stack.provider == provider), "")
+    return line or "pip install 'edgekit[gpu]'"
 
 
 def _cuda(system: System, target: Target | None) -> Iterator[Check]:
@@ -263,7 +277,7 @@ def _code(system: System, target: Target | None) -> Iterator[Check]:
     packages: dict[str, list[Library]] = {}
     for library in system.libraries:
         if library.problem:
-            yield Check("GPU code", "error", library.problem, _replace(system, target, library.package))
+            yield Check("GPU code", "error", library.problem, _replace(system, target, library.package, library.name))
         elif library.code:
             packages.setdefault(f"{library.package} {library.version}".strip(), []).append(library)
     for title, libraries in packages.items():
@@ -272,7 +286,7 @@ def _code(system: System, target: Target | None) -> Iterator[Check]:
         if wrong:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             yield Check(name, "error", f"{title}: none in {wrong[0].name}{more} ({wrong[0].code})",
-                        _replace(system, target, wrong[0].package))  # fmt: skip
+                        _replace(system, target, wrong[0].package, wrong[0].name))  # fmt: skip
         else:
             least = min(libraries, key=lambda library: len(library.sms))
             yield Check(name, "ok", f"{title}: {least.code}")
@@ -280,9 +294,13 @@ def _code(system: System, target: Target | None) -> Iterator[Check]:
 
 def _missing(system: System, target: Target | None) -> Iterator[Check]:
     """Libraries that installed ones are linked to and that the loader does not find."""
+    sm = sm_of(system, target)
+    banned = {name for name, _, _ in forbidden(target, names(system))} if target else set()
     for library in system.libraries:
         if not library.missing or (target and target.kind == "cpu"):
             continue
+        if library.package in banned or (sm and library.code and not library.code.runs_on(sm)):
+            continue  # it has to go anyway
         finding = f"{library.name} needs {', '.join(library.missing)}, which the loader does not find"
         if all(name.startswith(("libnvinfer", "libnvonnx")) for name in library.missing):
             yield Check("libraries", "warning", f"{finding}: there is no TensorrtExecutionProvider",
@@ -291,12 +309,12 @@ def _missing(system: System, target: Target | None) -> Iterator[Check]:
         generation = max(_generations(system), default=12)
         wanted = [PACKAGE_OF[stem] % generation for stem in PACKAGE_OF
                   if any(name.startswith(stem) for name in library.missing)]  # fmt: skip
-        yield Check("libraries", "error", finding, pins(target, wanted) or install(wanted or library.missing))
+        yield Check("libraries", "error", finding, pins(system, target, wanted) or install(wanted or library.missing))
 
 
 def _providers(system: System, target: Target | None) -> Iterator[Check]:
     if system.providers_problem:
-        again = pins(target, ["onnxruntime-gpu", "onnxruntime"]) or "pip install --force-reinstall onnxruntime"
+        again = pins(system, target, ["onnxruntime-gpu", "onnxruntime"]) or "pip install --force-reinstall onnxruntime"
         yield Check("onnxruntime", "error", f"it cannot be imported: {system.providers_problem}", again)
         return
     wanted = {stack.provider for stack in target.stacks} if target else set()
@@ -313,12 +331,12 @@ def _providers(system: System, target: Target | None) -> Iterator[Check]:
             why = f": {provider.problem}" if provider.problem else ""
             yield Check("provider", "error" if provider.name in wanted else "warning",
                         f"{provider.name} is available but not active, {ran}{why}",
-                        pins(target, ["onnxruntime-gpu", "nvidia-cudnn-cu12", "nvidia-cublas-cu12"]) if provider.name in
-                        wanted else "do not ask for it, or install what it needs")  # fmt: skip
+                        _getting(system, target, provider.name) if provider.name in wanted else
+                        "do not ask for it, or install what it needs")  # fmt: skip
     gpu = system.gpus or system.jetson
     if system.providers and gpu and all(item.name == CPU for item in system.providers) and sm_of(system, target):
         yield Check("provider", "warning", "there is a GPU, and this onnxruntime runs on the CPU alone",
-                    pins(target, ["onnxruntime-gpu"]) or "pip install 'edgekit[gpu]'")  # fmt: skip
+                    _getting(system, target, "CUDAExecutionProvider"))  # fmt: skip
 
 
 def _tensorrt(system: System, target: Target | None) -> Iterator[Check]:
@@ -377,12 +395,18 @@ def _stacks(system: System, target: Target | None, missing: Status) -> Iterator[
         return
     problems = {s: (unfit(system, target, s), lacking(system, target, s)) for s in target.stacks}
     working = [stack for stack in target.stacks if problems[stack] == ([], [])]
+    pinned = {name for stack in working if not differing(system, stack) for name in packages_of(stack)}
     for stack in working:
-        yield Check("stack", "ok", f"{stack.name}: complete")
+        other = ", ".join(differing(system, stack))
+        if other and pinned & set(packages_of(stack)):
+            continue  # what is installed is another of the target's stacks
+        yield Check("stack", "ok", f"{stack.name}: complete{f', with {other}' if other else ''}")
     if not working:
         best = next((stack for stack in target.stacks if not problems[stack][0]), target.stack)
         blocked, lost = problems[best]
-        yield Check("stack", missing, f"{best.name}: {'; '.join([*blocked, *lost])}", remedy(best))
+        yield Check(
+            "stack", missing, f"{best.name}: {'; '.join([*blocked, *lost])}", "" if blocked else remedy(system, best)
+        )
 
 
 def _many(count: int, what: str) -> str:

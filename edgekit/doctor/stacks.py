@@ -82,10 +82,16 @@ def forbidden(target: Target, installed: Mapping[str, str]) -> list[tuple[str, s
     return found
 
 
-def pins(target: Target | None, packages: Iterable[str]) -> str:
+def fitting(system: System, target: Target | None) -> tuple[Stack, ...]:
+    """The target's stacks that this machine's driver, Python and JetPack allow; all, if they allow none."""
+    stacks = target.stacks if target else ()
+    return tuple(stack for stack in stacks if target and not unfit(system, target, stack)) or stacks
+
+
+def pins(system: System, target: Target | None, packages: Iterable[str]) -> str:
     """The line that installs these packages as a stack of the target pins them; empty if none does."""
     wanted = {canonicalize_name(name) for name in packages}
-    for stack in target.stacks if target else ():
+    for stack in fitting(system, target):
         lines = [line for line in stack.requirements if canonicalize_name(Requirement(line).name) in wanted]
         if lines:
             return install(lines)
@@ -132,7 +138,7 @@ def lacking(system: System, target: Target, stack: Stack) -> list[str]:
     """What a stack still needs to work here."""
     installed = names(system)
     bad = {name for name, _, _ in forbidden(target, installed)}
-    wanted = [canonicalize_name(Requirement(line).name) for line in stack.requirements]
+    wanted = packages_of(stack)
     found = [f"{name} {installed[name]} must not be used" for name in wanted if name in bad]
     if absent := [name for name in wanted if name not in installed]:
         found.append(f"not installed: {', '.join(absent)}")
@@ -142,7 +148,7 @@ def lacking(system: System, target: Target, stack: Stack) -> list[str]:
             found.append("TensorRT is not installed")
         elif have.split(".")[:1] != stack.tensorrt.split(".")[:1] or "tensorrt" in bad:
             found.append(f"TensorRT {have} is installed")
-    if stack.provider:
+    if stack.provider and any(name.startswith("onnxruntime") for name in installed):
         provider = next((item for item in system.providers if item.name == stack.provider), None)
         if provider is None:
             found.append(f"onnxruntime has no {stack.provider}")
@@ -153,10 +159,28 @@ def lacking(system: System, target: Target, stack: Stack) -> list[str]:
     return found
 
 
-def remedy(stack: Stack) -> str:
-    """How to get a stack."""
+def packages_of(stack: Stack) -> tuple[str, ...]:
+    """Names of the packages that a stack consists of."""
+    return tuple(canonicalize_name(Requirement(line).name) for line in stack.requirements)
+
+
+def differing(system: System, stack: Stack) -> list[str]:
+    """Packages of a stack that are there in another version than it pins."""
+    installed = names(system)
+    pinned = [Requirement(line) for line in stack.requirements]
+    return [
+        f"{item.name} {installed[canonicalize_name(item.name)]} instead of {item.specifier}"
+        for item in pinned
+        if canonicalize_name(item.name) in installed
+        and not within(installed[canonicalize_name(item.name)], str(item.specifier))
+    ]
+
+
+def remedy(system: System, stack: Stack) -> str:
+    """How to get a stack; two onnxruntimes share a folder, so the one for CPUs goes first."""
     if stack.requirements:
-        return install(stack.requirements)
+        other = "onnxruntime" in system.packages and any(r.startswith("onnxruntime-gpu") for r in stack.requirements)
+        return "pip uninstall -y onnxruntime && " * other + install(stack.requirements)
     if stack.runtime == "c":
         return "apt-get install gcc"
     if stack.jetpack:
