@@ -25,14 +25,16 @@ from edgekit.bundle import GRAPH, Arrays, Bundle, assemble, assemble_graph, open
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.guard import (
+    Agreement,
     Latency,
     Limits,
     State,
     Verdict,
-    check_agreement,
+    compare_batches,
     compare_latency,
     judge,
     ratio_interval,
+    rows_together,
     time_in_turns,
 )
 from edgekit.pack import pack
@@ -73,6 +75,7 @@ class Job:
     metric: str = "log-loss"
     runtime: str = "onnxruntime"  # the one that latency is measured on
     seed: int = 0
+    agree: tuple[str, ...] = ()  # other runtimes on which the result must be as good, at every batch size
     replay: bool = False  # measure, but keep every pass that does not fail: what an earlier run has judged
 
     def key(self) -> str:
@@ -83,7 +86,7 @@ class Job:
             for array in part.inputs.values():
                 data.update(array.tobytes())
         settings = [self.source.digest, data.hexdigest(), asdict(self.limits), self.metric, self.runtime, self.seed]
-        settings += [self.replay, quality.source(self.metric)]
+        settings += [self.agree, self.replay, quality.source(self.metric)]
         surroundings = [versions(), machine.describe()]
         return hashlib.sha256(json.dumps([*settings, *surroundings]).encode()).hexdigest()
 
@@ -150,6 +153,8 @@ def run(
     before = _state(bundle, quality.measure(measured, outputs_of(job, bundle, candidate), expected))
     inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
     best = _session(job, job.source, forms)
+    if job.agree:
+        check_source(job, _agreement(job, job.source, forms, measured, expected))
     for number, step in enumerate(job.recipe[done:], start=done + 1):
         started = time.perf_counter()
         notify(f"pass {number} of {len(job.recipe)}: {step.name}")
@@ -174,13 +179,15 @@ def run(
             loss = quality.measure_change(measured, original, outputs, expected)
             fresh_session = _session(job, fresh_bundle, forms)
             latency = compare_latency(session, fresh_session, inputs, job.limits.batches, best=best)
-            disagreement = _disagreement(job, fresh_bundle, forms, measured, expected)
-            verdict = Verdict(False, disagreement) if disagreement else judge(before, after, loss, latency, job.limits)
+            agreement = _agreement(job, fresh_bundle, forms, measured, expected)
+            problem = next((item.problem for item in agreement if item.problem), None)
+            verdict = Verdict(False, problem) if problem else judge(before, after, loss, latency, job.limits)
             if not verdict.kept and verdict.useless and getattr(built, "prepares", False):
                 verdict = Verdict(True, "loses nothing; it prepares the passes after it")
             if job.replay:
                 verdict = Verdict(True, f"replayed; measured here: {verdict.reason}")
             record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
+            record["agreement"] = [asdict(item) for item in agreement]
         except EdgekitError as error:
             verdict = Verdict(False, str(error))
         record |= {"kept": verdict.kept, "reason": verdict.reason, "seconds": round(time.perf_counter() - started, 1)}
@@ -238,6 +245,7 @@ def _with_metrics(
     measured = quality.metric(job.metric)
     outputs = outputs_of(job, bundle, candidate_of(bundle))
     before, after = (_session(job, item, forms) for item in (job.source, bundle))
+    agreement = _agreement(job, bundle, forms, measured, expected)
     latency: list[Latency] = compare_latency(before, after, inputs, job.limits.batches)
     metrics = {
         job.metric.replace("-", "_"): asdict(quality.measure(measured, outputs, expected)),
@@ -249,28 +257,50 @@ def _with_metrics(
             "baseline": dict(forms),
             "limits": asdict(job.limits),
             "runtime": job.runtime,
+            "agreement": [asdict(item) for item in agreement],
             "machine": machine.describe(),
         },
     }
     return replace(bundle, manifest=replace(bundle.manifest, metrics=_finite(metrics)))
 
 
-def _disagreement(
+def _agreement(
     job: Job, bundle: Bundle, form: Mapping[str, str], metric: quality.Metric, expected: npt.NDArray[Any]
-) -> str | None:
-    """Why the bundle is not the same model at every batch size, or None. Batches go to the runtime in one piece."""
-    session = _session(job, bundle, form, chunk=max(job.limits.batches))
-    if not bundle.is_graph:
-        inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
-        return check_agreement(session, inputs, job.limits)
-    rows = np.random.default_rng(job.seed).permutation(len(job.test))[:QUALITY_ROWS]
+) -> list[Agreement]:
+    """Whether the bundle is the same model at every batch size, on the runtime that is measured and on those that must
+    agree with it, up to the first problem. Batches go to a runtime in one piece."""
+    largest = max(job.limits.batches)
+    session = _session(job, bundle, form, chunk=largest)
+    if bundle.is_graph or job.agree:
+        rows = np.random.default_rng(job.seed).permutation(len(job.test))[:QUALITY_ROWS]
+    else:
+        rows = np.arange(min(AGREEMENT_ROWS, len(job.test)))
+    inputs = job.test.take(rows).inputs
     primary = job.source.manifest.outputs[0].name
 
     def change(alone: Arrays, together: Arrays, chosen: npt.NDArray[np.integer]) -> float:
         held = expected[rows][chosen]
         return metric.value(together[primary], held) - metric.value(alone[primary], held)
 
-    return check_agreement(session, job.test.take(rows).inputs, job.limits, change)
+    own = change if bundle.is_graph else None  # a network's rows have nothing to do with one another
+    found = compare_batches(session, inputs, job.limits, own, runtime=job.runtime)
+    elsewhere = job.runtime, rows_together(session, inputs, 1) if job.agree else {}
+    for runtime in job.agree:
+        if found[-1].problem:
+            break
+        other = open_session(bundle, runtime, threads=1, chunk=largest)
+        found += compare_batches(other, inputs, job.limits, change, runtime=runtime, elsewhere=elsewhere)
+    return found
+
+
+def check_source(job: Job, found: Sequence[Agreement]) -> None:
+    """Raise if the original itself is not the same model everywhere: that is no pass's fault."""
+    problem = next((item.problem for item in found if item.problem and item.runtime in job.agree), None)
+    if problem:
+        raise EdgekitError(
+            f"{job.source.manifest.name}, before any pass: {problem}; leave that runtime out of --agree, or allow more "
+            "with --max-loss"
+        )
 
 
 def _session(job: Job, bundle: Bundle, form: Mapping[str, str], chunk: int = MEASURED_CHUNK) -> Session:
@@ -351,7 +381,7 @@ def _state(bundle: Bundle, measurement: quality.Measurement) -> State:
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     found = {"python": platform.python_version()}
-    for name in ("edgekit", "torch", "numpy", "onnxruntime"):
+    for name in ("edgekit", "torch", "numpy", "onnxruntime", "openvino"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

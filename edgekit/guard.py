@@ -7,6 +7,7 @@ shared and their clocks wander; the ratio's interval is bootstrapped over the pa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,18 @@ class Latency:
     high: float
     against_best: float | None = None
     against_best_low: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """A runtime at one batch size. gap: largest difference of an output from what it should be; worse: what that costs
+    in the metric's unit, None where the gap needs no second look; problem: why the model must not ship, or None."""
+
+    runtime: str
+    batch: int
+    gap: float
+    worse: float | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,43 +174,64 @@ def ratio_interval(
     return float(np.median(ratios)), float(low), float(high)
 
 
-def check_agreement(
+def compare_batches(
     session: Session,
     inputs: Mapping[str, npt.NDArray[Any]],
     limits: Limits,
     change: Callable[[Arrays, Arrays, npt.NDArray[np.integer]], float] | None = None,
-) -> str | None:
-    """Why the outputs of the same rows differ with the batch size, or None. One runtime kept 98.6 % of a model's
-    accuracy at batch 32 and 20 % at batch 256, with the same int8 file.
+    *,
+    runtime: str,
+    elsewhere: tuple[str, Arrays] | None = None,
+) -> list[Agreement]:
+    """The outputs of the same rows at each batch size, held against those at batch 1; up to the first that has a
+    problem. One runtime kept 98.6 % of a model's accuracy at batch 32 and 20 % at batch 256, with the same int8 file.
 
     change: how much worse the second outputs of these rows are than the first, in the metric's unit. With it, outputs
     may differ as long as quality does not: dynamic quantisation takes its scale from the whole batch.
+    elsewhere: a runtime and its outputs of each row, to hold these against instead.
     """
     count = len(next(iter(inputs.values())))
-    alone = _together(session, inputs, 1)
+    where, alone = elsewhere or (runtime, rows_together(session, inputs, 1))
+    found: list[Agreement] = []
     for batch in limits.batches:
-        together = _together(session, inputs, batch)
+        together = rows_together(session, inputs, batch)
         rows = np.arange(-(-count // batch) * batch) % count
         expected = {name: value[rows] for name, value in alone.items()}
-        for name, value in together.items():
-            if value.shape != expected[name].shape:
-                return (
-                    f"output {name!r} has shape {value.shape} for batches of {batch}, expected {expected[name].shape}"
-                )
-        gap = float(
-            np.max([np.abs(expected[name] - value.astype(np.float64)).max() for name, value in together.items()])
+        found.append(_agreement(expected, together, rows, batch, limits, change, runtime, where))
+        if found[-1].problem:
+            break
+    return found
+
+
+def _agreement(
+    expected: Arrays, together: Arrays, rows: npt.NDArray[np.integer], batch: int, limits: Limits,
+    change: Callable[[Arrays, Arrays, npt.NDArray[np.integer]], float] | None, runtime: str, where: str,
+) -> Agreement:  # fmt: skip
+    for name, value in expected.items():
+        if name not in together or together[name].shape != value.shape:
+            shape = together[name].shape if name in together else None
+            problem = f"on {runtime} output {name!r} has shape {shape} for batches of {batch}, expected {value.shape}"
+            return Agreement(runtime, batch, math.inf, None, problem)
+    gap = float(
+        np.max([np.abs(value - together[name].astype(np.float64)).max(initial=0) for name, value in expected.items()])
+    )
+    if gap <= limits.agreement:
+        return Agreement(runtime, batch, gap)
+    if change is None or not np.isfinite(gap):  # NaN must not pass
+        problem = (
+            f"on {runtime} outputs at batch {batch} differ from those on {where} at batch 1 by {gap:.2g}, "
+            f"{limits.agreement:g} allowed"
         )
-        if gap <= limits.agreement:
-            continue
-        if change is None or not np.isfinite(gap):  # NaN must not pass
-            return f"outputs at batch {batch} differ from those at batch 1 by {gap:.2g}, {limits.agreement:g} allowed"
+        return Agreement(runtime, batch, gap, None, problem)
+    try:
         worse = change(expected, together, rows)
-        if not worse <= limits.max_loss:
-            return (
-                f"quality depends on the batch size: at batch {batch} it is worse by {worse:.4f} than at batch 1, "
-                f"{limits.max_loss:g} allowed"
-            )
-    return None
+    except EdgekitError as error:  # such as probabilities that are none
+        return Agreement(runtime, batch, gap, None, f"on {runtime} at batch {batch}: {error}")
+    problem = (
+        f"quality depends on runtime and batch size: on {runtime} at batch {batch} it is worse by {worse:.4f} than on "
+        f"{where} at batch 1, {limits.max_loss:g} allowed"
+    )
+    return Agreement(runtime, batch, gap, worse, None if worse <= limits.max_loss else problem)
 
 
 def tiled(inputs: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
@@ -209,7 +243,7 @@ def tiled(inputs: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
     return {name: np.ascontiguousarray(array[rows]) for name, array in inputs.items()}
 
 
-def _together(session: Session, inputs: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
+def rows_together(session: Session, inputs: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
     """Outputs of every row, computed in batches of this size; the last batch is filled up with the first rows again."""
     count = len(next(iter(inputs.values())))
     rows = tiled(inputs, -(-count // batch) * batch)

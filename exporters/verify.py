@@ -1,4 +1,4 @@
-"""Hold an ONNX export against the network it came from, in the model's own unit: probability moved, class changed.
+"""Hold an export against the network it came from, in the model's own unit: probability moved, class changed.
 
 The yardstick is the network in float64. Float32 cannot always hit 1e-5: where attention scores reach thousands,
 PyTorch's own float32 is up to 1e-4 away from float64. So an export may differ by the tolerance, or by twice what the
@@ -7,7 +7,7 @@ source network itself loses to float32 on the same inputs, whichever is more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,10 +82,15 @@ def reference(bundle: Bundle) -> Reference:
 def _graph_reference(bundle: Bundle, inputs: Arrays, golden: Arrays) -> Reference:
     """A graph is its own reference, row by row. Its noise is how far a row moves with the others beside it: dynamic
     quantisation takes its scale from the whole batch."""
-    session = onnxruntime.InferenceSession(bundle.contents[GRAPH], providers=["CPUExecutionProvider"])
+    session = on_onnxruntime(bundle.contents[GRAPH])
     alone, together = (_run(session, inputs, batch, DISTINCT, bundle.manifest.outputs) for batch in (1, DISTINCT))
     noise = max(float(_differences(name, together[name], alone[name]).max()) for name in alone)
     return Reference(inputs, alone, golden, noise)
+
+
+def on_onnxruntime(content: bytes) -> Any:
+    """An ONNX file, as ONNX Runtime runs it on the CPU."""
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
 
 def verify(
@@ -94,13 +99,15 @@ def verify(
     *,
     tolerance: float = TOLERANCE,
     batches: Sequence[int] = BATCHES,
+    load: Callable[[bytes], Any] = on_onnxruntime,
 ) -> list[Check]:
-    """Run each ONNX file under ONNX Runtime as it comes, at each batch size; raise at the first beyond tolerance."""
+    """Run each file at each batch size; raise at the first beyond tolerance. `load` gives something with ONNX Runtime's
+    run(names, inputs); by default a file is ONNX, and runs as it comes."""
     expected = reference(bundle)
     allowed = max(tolerance, 2 * expected.noise)
     checks = []
     for file, content in files.items():
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        session = load(content)
         whole = _run(session, expected.inputs, max(batches), max(batches), bundle.manifest.outputs)
         for batch in batches:
             rows = min(max(batches), batch * CALLS)
@@ -112,7 +119,7 @@ def verify(
             checks.append(check)
     if not bundle.is_graph:
         for lengths in _other_lengths(bundle.manifest.inputs):
-            checks += _at_lengths(files, bundle, lengths, allowed)
+            checks += _at_lengths(files, bundle, lengths, allowed, load)
     return checks
 
 
@@ -124,7 +131,13 @@ def _other_lengths(specs: Sequence[TensorSpec]) -> list[dict[str, int]]:
     ]
 
 
-def _at_lengths(files: Mapping[str, bytes], bundle: Bundle, lengths: Mapping[str, int], allowed: float) -> list[Check]:
+def _at_lengths(
+    files: Mapping[str, bytes],
+    bundle: Bundle,
+    lengths: Mapping[str, int],
+    allowed: float,
+    load: Callable[[bytes], Any],
+) -> list[Check]:
     """Each file at other lengths than it was traced with; none where the network itself cannot run."""
     sized = tuple(
         replace(spec, shape=tuple(lengths.get(str(axis), axis) for axis in spec.shape))
@@ -142,8 +155,7 @@ def _at_lengths(files: Mapping[str, bytes], bundle: Bundle, lengths: Mapping[str
     expected = Reference(inputs, exact, {name: rows[:0] for name, rows in exact.items()}, noise)
     checks = []
     for file, content in files.items():
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        outputs = _run(session, inputs, SLICE, SLICE, bundle.manifest.outputs)
+        outputs = _run(load(content), inputs, SLICE, SLICE, bundle.manifest.outputs)
         check = _compare(file, content, SLICE, SLICE, outputs, outputs, expected, max(allowed, 2 * noise))
         _judge(check, f"{bundle.manifest.name} at lengths {dict(lengths)}")
         checks.append(replace(check, lengths=dict(lengths)))
@@ -222,9 +234,7 @@ def _outputs(network: Network, inputs: Arrays, names: Sequence[str]) -> Arrays:
     return {name: torch.cat(columns).numpy() for name, columns in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def _run(
-    session: onnxruntime.InferenceSession, inputs: Arrays, batch: int, rows: int, specs: Sequence[TensorSpec]
-) -> Arrays:
+def _run(session: Any, inputs: Arrays, batch: int, rows: int, specs: Sequence[TensorSpec]) -> Arrays:
     names = [spec.name for spec in specs]
     repeated = {name: _repeated(array, rows) for name, array in inputs.items()}
     try:

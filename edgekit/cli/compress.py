@@ -17,6 +17,7 @@ Examples:
   edgekit compress t2-gr -o t2.edge
   edgekit compress t2-gr --max-size 12000 --max-loss 0.01 -o t2.edge
   edgekit compress t2-gr --auto --max-loss 0.02 --trials 30 -o t2.edge
+  edgekit compress t2-gr --agree openvino --batch 1,64,256 -o t2.edge
   edgekit compress t2-gr --recipe recipe.toml --dry-run
 A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 """
@@ -42,6 +43,10 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 @click.option("--objective", default="any", show_default=True, help="What a pass must gain: size, latency, or any.")
 @click.option("--batch", "batches", default="1,16,256", show_default=True, help="Batch sizes that count.")
 @click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime that latency is measured on.")
+@click.option(
+    "--agree",
+    help="Other runtimes, such as openvino,c, on which the result must be as good at every batch size.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--replay", "original", help="A bundle: run the passes it kept again, and compare the bytes.")
 @click.option("--dry-run", is_flag=True, help="Print what each pass would do, and do nothing.")
@@ -50,7 +55,7 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 def compress(
     model: str, target: Path | None, recipe_file: Path | None, max_loss: float, max_size: int | None,
     auto: bool, trials: int, max_latency: float | None,
-    data_file: str | None, metric: str | None, objective: str, batches: str, runtime: str, seed: int,
+    data_file: str | None, metric: str | None, objective: str, batches: str, runtime: str, agree: str | None, seed: int,
     original: str | None, dry_run: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make MODEL (a bundle or a model's name) smaller and faster, and keep only what measures better.
@@ -98,7 +103,10 @@ def compress(
     metric = metric or default_metric(source.manifest)
     train, test = load(locate(source.manifest, data_file), source.manifest, labelled=quality.metric(metric).labelled)
     limits = Limits(max_loss=max_loss, batches=batch_sizes(batches), objective=objective)  # type: ignore[arg-type]
-    job = Job(source, steps, train, test, limits, metric, runtime, seed, replay=before is not None)
+    others = tuple(
+        dict.fromkeys(name.strip() for name in (agree or "").split(",") if name.strip() not in ("", runtime))
+    )
+    job = Job(source, steps, train, test, limits, metric, runtime, seed, others, replay=before is not None)
     if dry_run:
         _show_plan(plan(job), as_json)
         return

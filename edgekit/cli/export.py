@@ -14,6 +14,7 @@ Examples:
   edgekit export t2-gr --to onnx -o t2-onnx
   edgekit export t2.edge --to onnx --opset 16 -o t2-onnx --json
   edgekit export t2.edge --to c --weights encoded -o t2-c
+  edgekit export t2-gr --to openvino -o t2-openvino
   python t2-onnx/verify.py        # on the device; needs numpy and onnxruntime only
   python t2-c/verify.py           # likewise; needs a C compiler only
 """
@@ -21,7 +22,7 @@ Examples:
 
 @click.command(epilog=EXAMPLE)
 @click.argument("bundle")
-@click.option("--to", "form", required=True, help="Format to write: onnx or c.")
+@click.option("--to", "form", required=True, help="Format to write: onnx, openvino or c.")
 @click.option("-o", "--output", "directory", type=Path, required=True, help="Directory to write.")
 @click.option("--opset", type=int, help="ONNX opset, 16 to 20.  [default: 17]")
 @click.option(

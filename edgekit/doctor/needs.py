@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekit.bundle import Bundle, multiple
+from edgekit.bundle import Bundle
 from edgekit.doctor.checks import Check, gpu_of, size
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.system import System
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 FULL = 0.7  # share of the free memory above which a model is at risk: runtimes have buffers of their own
-RUNTIMES = {"t2": ("c", "onnxruntime", "torch")}  # of other families: onnxruntime; of networks torch too
+# of a family; of every other network: those without c; of a graph: those without torch too
+RUNTIMES = {"t2": ("c", "onnxruntime", "openvino", "torch"), "onnx": ("onnxruntime", "openvino")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,35 +45,43 @@ def of(bundle: Bundle, graph: ModelProto | None, batch: int) -> Needs:
         size = bundle.parameters
         return Needs(manifest.name, manifest.family, size, ("float32",), 4 * size, batch)
     own = bundle.is_graph
+    weights, activations = bytes_needed(graph, batch)
     return Needs(
         manifest.name,
         manifest.family,
         bundle.parameters,
         precisions(graph),
-        sum(len(tensor.raw_data) or 4 * math.prod(tensor.dims) for tensor in graph.graph.initializer),
+        int(weights),
         batch,
         next((item.version for item in graph.opset_import if item.domain in ("", "ai.onnx")), None) if own else None,
         tuple(sorted({node.domain for node in graph.graph.node} - {"", "ai.onnx"})),
         _asymmetric(graph),
-        peak_bytes(graph, batch),
+        None if activations is None else int(activations),
     )
 
 
 def precisions(model: ModelProto) -> tuple[str, ...]:
     """The types that a graph stores weights in or casts values to."""
-    from onnx import TensorProto as T
-
+    from edgekit.cost import PRECISION
     from edgekit.graph import learnt
 
-    names: dict[int, str] = {
-        T.FLOAT: "float32", T.FLOAT16: "float16", T.BFLOAT16: "bfloat16", T.INT8: "int8", T.UINT8: "int8",
-        T.INT4: "int4", T.UINT4: "int4", T.FLOAT8E4M3FN: "float8", T.FLOAT8E5M2: "float8",
-    }  # fmt: skip
     found: set[int] = {tensor.data_type for tensor in learnt(model)}
     found |= {
         item.i for node in model.graph.node if node.op_type == "Cast" for item in node.attribute if item.name == "to"
     }
-    return tuple(sorted({names[kind] for kind in found if kind in names}))
+    return tuple(sorted({PRECISION[kind] for kind in found if kind in PRECISION}))
+
+
+def bytes_needed(model: ModelProto, batch: int) -> tuple[float, float | None]:
+    """Bytes of the stored tensors, and the most of activations that are alive at once; None for the latter if a shape
+    cannot be told."""
+    from edgekit.cost import work
+    from edgekit.shapes import sized
+    from edgekit.targets.memory import peak
+
+    operators = work(model, sized(model, batch))
+    weights = sum(value.bytes for value in operators.stored.values())
+    return weights, None if operators.unknown else peak(operators)[0]
 
 
 def _asymmetric(model: ModelProto) -> bool:
@@ -83,40 +91,6 @@ def _asymmetric(model: ModelProto) -> bool:
     points = {node.input[2] for node in model.graph.node
               if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2}  # fmt: skip
     return any(to_array(stored[name]).any() for name in points if name in stored)
-
-
-def peak_bytes(model: ModelProto, batch: int) -> int | None:
-    """The most bytes of activations that are alive at once, run in the graph's order: each from the node that makes it
-    to the last that reads it. None if a shape cannot be told."""
-    import numpy as np
-    from onnx import ModelProto, helper, shape_inference
-
-    sized = ModelProto()
-    sized.CopyFrom(model)
-    for value in (*sized.graph.input, *sized.graph.output):
-        for number, axis in enumerate(value.type.tensor_type.shape.dim):
-            if not axis.HasField("dim_value"):
-                axis.dim_value = batch if number == 0 else 2 * multiple(axis.dim_param or "axis")
-    del sized.graph.value_info[:]
-    graph = shape_inference.infer_shapes(sized, data_prop=True).graph
-    sizes: dict[str, int] = {}
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        kind = value.type.tensor_type
-        if kind.HasField("shape") and all(axis.HasField("dim_value") for axis in kind.shape.dim):
-            item = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).itemsize
-            sizes[value.name] = item * math.prod(axis.dim_value for axis in kind.shape.dim)
-    stored = {tensor.name for tensor in graph.initializer}
-    last = {name: number for number, node in enumerate(graph.node) for name in node.input}
-    last |= {value.name: len(graph.node) for value in graph.output}
-    alive = {value.name for value in graph.input} - stored
-    peak = 0
-    for number, node in enumerate(graph.node):
-        alive |= {name for name in node.output if name}
-        if any(name not in sizes for name in alive):
-            return None
-        peak = max(peak, sum(sizes[name] for name in alive))
-        alive -= {name for name in alive if last.get(name, number) <= number}
-    return peak
 
 
 def judge(needs: Needs, target: Target | None, system: System | None) -> list[Check]:
@@ -193,9 +167,10 @@ def _runtime(needs: Needs, system: System) -> Iterator[Check]:
     have = {
         "c": bool(system.compiler),
         "onnxruntime": any(item.active for item in system.providers),
+        "openvino": "openvino" in system.packages,
         "torch": "torch" in system.packages,
     }
-    wanted = RUNTIMES.get(needs.family, ("onnxruntime",) if needs.family == "onnx" else ("onnxruntime", "torch"))
+    wanted = RUNTIMES.get(needs.family, RUNTIMES["t2"][1:])
     found = [name for name in wanted if have[name]]
     if needs.family != "onnx" and "torch" not in system.packages:
         yield Check("runtime", "warning", "without torch its network cannot be exported here",

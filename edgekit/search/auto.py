@@ -248,9 +248,10 @@ def _outcome(number: int, steps: Sequence[Step], bundle: Bundle) -> Outcome:
     """What a run came to. A pass that failed was rolled back and leaves its mark in the numbers."""
     summary = bundle.manifest.metrics["compression"]
     loss, latency = summary["change"]["value"], summary["latency"]
+    worse = [item["worse"] or 0.0 for item in summary["agreement"]]  # what a runtime or a batch size takes from it
     speedup = float(np.exp(-np.mean(np.log([item["ratio"] for item in latency]))))
     return Outcome(
-        number, tuple(steps), math.inf if loss is None else float(loss), _packed(bundle), speedup,
+        number, tuple(steps), math.inf if loss is None else float(loss) + max([0.0, *worse]), _packed(bundle), speedup,
         float(latency[0]["after_ms"]),
     )  # fmt: skip
 

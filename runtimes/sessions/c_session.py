@@ -25,6 +25,7 @@ from edgekit.files import write_file
 from edgekit.session import Session, check_inputs, open_session
 from exporters.base import model_key
 from exporters.c.library import NATIVE, Compiler, Library
+from runtimes.sessions.rows import cut, share_out
 
 CHUNK = 16  # rows that a thread takes at a time: some milliseconds, beside which handing them out is nothing
 AGREEMENT = 1e-5  # of a probability, on the bundle's golden rows; t2's float32 is up to 2e-6 away from float64
@@ -70,16 +71,8 @@ class CSession:
         if self._threads == 1 or rows <= self._chunk:
             self._call(buffers, 0, rows)
             return {spec.name: output}
-        starts = iter(range(0, rows, self._chunk))
-
-        def work() -> None:
-            while (start := next(starts, None)) is not None:
-                self._call(buffers, start, min(start + self._chunk, rows))
-
-        helpers = [self._pool.submit(work) for _ in range(min(self._threads, -(-rows // self._chunk)) - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
+        pieces = cut(rows, self._chunk)
+        share_out(self._pool, self._threads, pieces, lambda part: self._call(buffers, part.start, part.stop))
         return {spec.name: output}
 
     def warmup(self, batch: int) -> None:

@@ -27,6 +27,7 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.files import write_file
 from edgekit.session import check_inputs
 from exporters.base import KEY, model_key
+from runtimes.sessions.rows import cut, share_out
 
 CPU = "CPUExecutionProvider"
 CHUNKS = (1, 2, 4, 8, 16, 32)  # rows at a time that are tried
@@ -190,28 +191,21 @@ class OnnxRuntimeSession:
         return dict(zip(self._names, session.run(self._names, arrays), strict=True))
 
     def _run_plan(self, plan: Plan, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
-        """Workers take the next rows as they become free, so that a core that other programs use holds nobody up."""
         if plan.workers == 1 and batch <= plan.chunk:
             return self._call(plan.threads, arrays)
-        starts = iter(range(0, batch, plan.chunk))
         outputs: Arrays = {}
         lock = Lock()
 
-        def work() -> None:
-            while (start := next(starts, None)) is not None:
-                rows = slice(start, start + plan.chunk)
-                results = self._call(plan.threads, {name: array[rows] for name, array in arrays.items()})
-                with lock:
-                    for name, result in results.items():
-                        if name not in outputs:
-                            outputs[name] = np.empty((batch, *result.shape[1:]), result.dtype)
-                        outputs[name][rows] = result
+        def call(rows: slice) -> None:
+            results = self._call(plan.threads, {name: array[rows] for name, array in arrays.items()})
+            with lock:
+                for name, result in results.items():
+                    if name not in outputs:
+                        outputs[name] = np.empty((batch, *result.shape[1:]), result.dtype)
+                    outputs[name][rows] = result
 
         self._open(plan.threads)  # before the workers meet there
-        helpers = [self._pool.submit(work) for _ in range(min(plan.workers, -(-batch // plan.chunk)) - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
+        share_out(self._pool, plan.workers, cut(batch, plan.chunk), call)
         return {spec.name: outputs[spec.name] for spec in self.outputs}
 
     def _choose(self, size: str, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Plan:

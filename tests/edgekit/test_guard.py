@@ -8,7 +8,7 @@ import pytest
 
 from edgekit import guard
 from edgekit.errors import EdgekitError
-from edgekit.guard import Latency, Limits, State, check_agreement, compare_latency, judge, tiled
+from edgekit.guard import Latency, Limits, State, compare_batches, compare_latency, judge, tiled
 from edgekit.quality import Measurement
 
 LIMITS = Limits(max_loss=0.01, max_slowdown=0.05, min_gain=0.01)
@@ -171,17 +171,22 @@ BROKEN = {
 }
 
 
+def problem(session, inputs=INPUTS, limits=LIMITS, change=None, **options):
+    """What is wrong with the last batch size that was looked at."""
+    return compare_batches(session, inputs, limits, change, runtime="this", **options)[-1].problem
+
+
 @pytest.mark.parametrize(("spoil", "words"), BROKEN.values(), ids=BROKEN)
 def test_outputs_that_depend_on_the_batch_are_found(spoil, words):
-    reason = check_agreement(Twofold(spoil), INPUTS, LIMITS)
+    reason = problem(Twofold(spoil))
     assert reason is not None
     assert re.search(words, reason), reason
 
 
 def test_outputs_that_agree():
-    assert check_agreement(Twofold(), INPUTS, LIMITS) is None
+    assert problem(Twofold()) is None
     tiny = Twofold(lambda y, batch: y + 1e-6 * batch / 256)
-    assert check_agreement(tiny, INPUTS, LIMITS) is None
+    assert problem(tiny) is None
 
 
 def test_nan_in_the_second_output_is_not_hidden_by_the_first():
@@ -189,7 +194,7 @@ def test_nan_in_the_second_output_is_not_hidden_by_the_first():
         def run(self, arrays):
             return {"y": arrays["x"], "z": arrays["x"] * (np.nan if len(arrays["x"]) > 1 else 1)}
 
-    assert check_agreement(Second(), INPUTS, LIMITS) is not None
+    assert problem(Second()) is not None
 
 
 def test_tiled_repeats_rows_in_order():

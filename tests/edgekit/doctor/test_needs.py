@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import Manifest, TensorSpec, assemble_graph
 from edgekit.doctor.checks import Check
-from edgekit.doctor.needs import Needs, judge, of, peak_bytes, precisions
+from edgekit.doctor.needs import Needs, bytes_needed, judge, of, precisions
 from edgekit.targets.profile import find
 from tests.edgekit.doctor.test_checks import recorded
 
@@ -29,32 +29,30 @@ def bundled(model):
     return assemble_graph(Manifest("m", "onnx", {}, *specs), model.SerializeToString(), golden)
 
 
-CHAIN = [
-    helper.make_node("Relu", ["x"], ["a"]),
-    helper.make_node("Neg", ["a"], ["b"]),
-    helper.make_node("Abs", ["b"], ["y"]),
-]
-SKIP = [*CHAIN[:2], helper.make_node("Abs", ["b"], ["c"]), helper.make_node("Add", ["c", "x"], ["y"])]
+HEAD = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Neg", ["a"], ["b"])]
+CHAIN = [*HEAD, helper.make_node("Abs", ["b"], ["y"])]
+SKIP = [*HEAD, helper.make_node("Abs", ["b"], ["c"]), helper.make_node("Add", ["c", "a"], ["y"])]
 
 
-def test_the_peak_of_a_chain_is_two_values_and_a_skip_holds_a_third():
-    """By hand: a value is 5 rows of 8 numbers of 4 bytes; a chain has one read and one written; x waits in the skip."""
+def test_the_peak_of_a_chain_is_three_values_and_a_skip_holds_a_fourth():
+    """By hand: a value is 5 rows of 8 numbers of 4 bytes. x is the caller's and stays; a chain has one value read and
+    one written beside it; in the skip, a waits too."""
     value = 5 * 8 * 4
-    assert peak_bytes(graph(CHAIN), 5) == 2 * value
-    assert peak_bytes(graph(SKIP), 5) == 3 * value
-    assert peak_bytes(graph(SKIP), 10) == 6 * value
+    assert bytes_needed(graph(CHAIN), 5)[1] == 3 * value
+    assert bytes_needed(graph(SKIP), 5)[1] == 4 * value
+    assert bytes_needed(graph(SKIP), 10)[1] == 8 * value
 
 
 def test_a_peak_that_cannot_be_told():
     unknown = [helper.make_node("NonZero", ["x"], ["n"]), helper.make_node("ReduceSum", ["n"], ["s"], keepdims=0),
                helper.make_node("Cast", ["s"], ["f"], to=1), helper.make_node("Add", ["x", "f"], ["y"])]  # fmt: skip
-    assert peak_bytes(graph(unknown), 1) is None
+    assert bytes_needed(graph(unknown), 1)[1] is None
 
 
 def test_a_stored_weight_is_no_activation():
     weight = np.ones((8, 8), np.float32)
     product = graph([helper.make_node("MatMul", ["x", "w"], ["y"])], [("w", weight)])
-    assert peak_bytes(product, 1) == 2 * 8 * 4
+    assert bytes_needed(product, 1) == (8 * 8 * 4, 2 * 8 * 4)
     needs = of(bundled(product), product, 3)
     assert (needs.weights, needs.activations, needs.opset, needs.precisions) == (256, 3 * 64, 17, ("float32",))
     assert (needs.parameters, needs.domains, needs.asymmetric, needs.batch) == (64, (), False, 3)
@@ -129,9 +127,8 @@ def test_memory_is_that_which_is_free_here():
     system, target = recorded("p40-good"), find("tesla-p40")
     large = replace(NEEDS, weights=23_000_000_000)
     line = next(check for check in judge(large, target, system) if check.name == "model memory")
-    assert (line.status, line.finding) == (
-        "warning", "23.0 GB for weights and activations at batch 1, 23.5 GB free on the GPU: little is left for the runtime",
-    )  # fmt: skip
+    assert line.status == "warning"
+    assert line.finding.startswith("23.0 GB for weights and activations at batch 1, 23.5 GB free on the GPU: little is")
     line = next(check for check in judge(large, find("x86-avx2"), system) if check.name == "model memory")
     assert line.status == "ok"  # the same model in the host's 60 GB
 
@@ -142,7 +139,7 @@ def test_memory_is_that_which_is_free_here():
         ("p40-good", "onnx", {}, ("ok", "onnxruntime (CUDAExecutionProvider)")),
         ("cpu-avx2", "t2", {"torch": "2"}, ("ok", "c, onnxruntime, torch")),
         ("cpu-bare", "t2", {"torch": "2"}, ("ok", "torch")),
-        ("cpu-bare", "onnx", {}, ("error", "none of onnxruntime works here")),
+        ("cpu-bare", "onnx", {}, ("error", "none of onnxruntime, openvino works here")),
     ],
 )
 def test_the_familys_runtime(name, family, packages, expected):

@@ -1,0 +1,131 @@
+"""Export a bundle to OpenVINO's own format, proved against the network it came from as OpenVINO runs it.
+
+model.xml, model.bin   the graph and its weights, float32 unless the bundle's graph says otherwise
+golden.npz             inputs, and the outputs they must give
+verify.py              checks both on the device; needs numpy and openvino only
+manifest.json          SHA-256 of every file, operators, tolerance, what was measured
+
+The batch stays free: sessions compile a model for each size they run. It is verified so, one compiled model for each
+batch size, for that is where OpenVINO has been wrong: right at 32 rows, wrong at 64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from edgekit import __version__
+from edgekit.bundle import GOLDEN, Arrays, Bundle
+from edgekit.errors import EdgekitError, missing_extra
+from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
+from exporters.onnx_export import OnnxExporter
+from exporters.verify import verify
+
+try:
+    import openvino
+except ModuleNotFoundError as error:
+    raise missing_extra(error.name or "openvino", "openvino", "the export format openvino") from None
+
+MODEL, WEIGHTS = "model.xml", "model.bin"
+# at 0: float32 is float32. OpenVINO takes weights that are stored as integers for leave to round *activations* to int8,
+# which moved probabilities by 2e-4
+EXACT = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVinoExporter:
+    """Parameters of an OpenVINO export."""
+
+    # encoded: the codes that compression passes left, which OpenVINO decodes when it compiles: as fast, a smaller file
+    weights: Literal["encoded", "float32"] = "encoded"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("encoded", "float32"):
+            raise EdgekitError(f"OpenVINO weights = {self.weights!r}; expected 'encoded' or 'float32'")
+
+    def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
+        """Write model, golden data, device check and manifest, once OpenVINO gives what the network gives.
+
+        Raises, and writes nothing, if OpenVINO cannot read the graph, or an output is beyond tolerance at any batch.
+        """
+        directory = Path(directory)
+        check_destination(directory, force=force)
+        core = openvino.Core()
+        graph, weights, operators = self._convert(core, bundle)
+        checks = verify({MODEL: graph}, bundle, load=lambda content: Model(core, content, weights))
+        records = [asdict(replace(check, bytes=len(graph) + len(weights))) for check in checks]
+        check_script = (Path(__file__).parent / "device_check.py").read_bytes()
+        files = {MODEL: graph, WEIGHTS: weights, GOLDEN: bundle.contents[GOLDEN], "verify.py": check_script}
+        manifest = {
+            "format": "edgekit-openvino-1",
+            "model": bundle.manifest.name,
+            "bundle": bundle.digest,
+            KEY: model_key(bundle),
+            "weights": self.weights,
+            "inputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.inputs},
+            "outputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.outputs},
+            "classes": bundle.manifest.classes,
+            "preprocessing": bundle.manifest.preprocessing,
+            "models": {
+                MODEL: {
+                    "bytes": len(graph) + len(weights),
+                    "operators": operators,
+                    "tolerance": checks[0].allowed,
+                    "precision": "f32",
+                }
+            },
+            "checks": records,
+            "versions": {
+                "edgekit": __version__,
+                "torch": torch.__version__,
+                "openvino": openvino.__version__,
+                "numpy": np.__version__,
+            },
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
+        publish(files, directory, force=force)
+        return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
+
+    def _convert(self, core: Any, bundle: Bundle) -> tuple[bytes, bytes, list[str]]:
+        """Graph, weights and the graph's operators. From ONNX in memory, because openvino.convert_model has telemetry
+        in it."""
+        source = OnnxExporter(weights=self.weights).graph(bundle).SerializeToString()
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / MODEL
+            try:
+                model = core.read_model(source)
+                model.set_rt_info(model_key(bundle), KEY)
+                model.set_rt_info("0", ["runtime_options", EXACT])
+                openvino.save_model(model, path, compress_to_fp16=False)  # which is its default
+            except RuntimeError as error:  # openvino's only kind
+                reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1][-200:]
+                raise EdgekitError(f"openvino cannot read {bundle.manifest.name} as ONNX: {reason}") from error
+            operators = sorted({operator.get_type_name() for operator in model.get_ops()})
+            return path.read_bytes(), path.with_suffix(".bin").read_bytes(), operators
+
+
+class Model:
+    """An exported model as OpenVINO runs it: compiled for each shape, in float32."""
+
+    def __init__(self, core: Any, graph: bytes, weights: bytes) -> None:
+        self._core, self._model = core, core.read_model(graph, weights)
+        self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def run(self, names: Sequence[str], arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        rows: Arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        shapes = tuple(array.shape for array in rows.values())
+        if shapes not in self._compiled:
+            model = self._model.clone()
+            model.reshape({name: list(array.shape) for name, array in rows.items()})
+            self._compiled[shapes] = self._core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        results = self._compiled[shapes](rows)
+        return [np.array(results[name]) for name in names]
