@@ -9,6 +9,7 @@ from typing import Literal
 
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.stacks import (
+    RUNTIMES,
     branch,
     differing,
     fitting,
@@ -224,7 +225,9 @@ def _packages(system: System, target: Target | None) -> Iterator[Check]:
     clashes = conflicts(installed)
     for clash in clashes:
         finding = f"{' and '.join(clash.packages)} cannot work together: {clash.why}"
-        yield Check("packages", "error", finding, clash.remedy)
+        twins = {text.partition(" ")[0] for text in clash.packages} == set(RUNTIMES)
+        pinned = [s for s in fitting(system, target) if set(packages_of(s)) & set(RUNTIMES)] if twins else []
+        yield Check("packages", "error", finding, remedy(system, pinned[0]) if pinned else clash.remedy)
     banned = forbidden(target, installed) if target else []
     for name, version, rule in banned:
         finding = f"{name} {version} must not be used on {target.name if target else ''}: {rule.why}"
@@ -302,7 +305,7 @@ def _missing(system: System, target: Target | None) -> Iterator[Check]:
         if library.package in banned or (sm and library.code and not library.code.runs_on(sm)):
             continue  # it has to go anyway
         finding = f"{library.name} needs {', '.join(library.missing)}, which the loader does not find"
-        if all(name.startswith(("libnvinfer", "libnvonnx")) for name in library.missing):
+        if any(name.startswith(("libnvinfer", "libnvonnx")) for name in library.missing):
             yield Check("libraries", "warning", f"{finding}: there is no TensorrtExecutionProvider",
                         f"only if you want it: install the TensorRT that brings {library.missing[0]}")  # fmt: skip
             continue

@@ -27,7 +27,8 @@ SYSTEM_LIBRARIES = re.compile(r"(libcudnn\w*|libcublas(?:Lt)?|libnvinfer\w*)\.so
 # distributions whose libraries a network needs on a GPU; NCCL, cuSPARSE and the like are not used by one
 PACKAGES = re.compile(r"(nvidia-(cudnn|cublas|cufft|curand)-cu\d+|onnxruntime\S*|tensorrt\S*|torch)")
 SHARED = re.compile(r"\.so(\.\d+)*$")
-OF_ONE_GPU = re.compile(r"builder_resource")  # TensorRT 10.13 splits these by compute capability
+# TensorRT 10.13 splits its resources by compute capability; cuFFT's interface for FFTW's callers has one stray kernel
+APART = re.compile(r"builder_resource|libcufftw")
 CUDA = re.compile(r"lib(cud|cublas|cufft|curand|nvinfer|nvonnx|nvrtc|nvidia)")
 VARIABLES = (
     "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
@@ -56,7 +57,9 @@ def observe(root: Path = Path("/"), run: Run = run) -> System:
     found = {item.metadata["Name"].lower().replace("_", "-"): item for item in distributions() if item.metadata["Name"]}
     packages = {name: item.version for name, item in sorted(found.items())}
     has_runtime = any(name.startswith("onnxruntime") for name in packages)
-    active, silent = providers.observe() if has_runtime else ((), "")
+    on_bus, image = pci_gpus(root), jetson(root, run)
+    any_gpu = bool(gpus or on_bus or image)
+    active, silent = providers.observe(gpu=any_gpu) if has_runtime else ((), "")
     system, outside = system_libraries(root, run)
     trtexec = shutil.which("trtexec") or next(map(str, (root / "usr/src/tensorrt/bin").glob("trtexec")), "")
     return System(
@@ -68,8 +71,8 @@ def observe(root: Path = Path("/"), run: Run = run) -> System:
         memory=memory,
         available=available,
         device_tree=tree,
-        jetson=jetson(root, run),
-        pci_gpus=pci_gpus(root),
+        jetson=image,
+        pci_gpus=on_bus,
         gpus=gpus,
         driver=driver,
         driver_problem=problem,
@@ -221,7 +224,7 @@ def packaged_libraries(found: Mapping[str, Distribution], run: Run) -> Iterator[
             paths = sorted(Path(str(item.locate_file("torch/lib"))).glob("libtorch_cuda*.so"))
         else:
             paths = [Path(str(file.locate())) for file in item.files or () if SHARED.search(file.name)]
-        files |= {path: name for path in paths if path.is_file() and not OF_ONE_GPU.search(path.name)}
+        files |= {path: name for path in paths if path.is_file() and not APART.search(path.name)}
     known = _loadable(run) if files else None
     if known is not None:
         known |= {path.name for path in files}

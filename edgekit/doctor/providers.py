@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from edgekit.doctor.system import Provider
 
 CPU = "CPUExecutionProvider"
 REMOTE = ("AzureExecutionProvider",)  # sends requests to a service; not a device of this machine
+NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+AGAIN = "second attempt, with the libraries that pip installed"  # what was printed before it is settled
 SECONDS = 120  # TensorRT builds an engine first
 # y = c @ c with c = conv(x), whose kernel is the identity; opset 13, (1, 1, 4, 4); the test builds it with onnx
 NETWORK = bytes.fromhex(
@@ -29,13 +32,18 @@ NETWORK = bytes.fromhex(
 )
 
 
-def observe() -> tuple[tuple[Provider, ...], str]:
-    """Every provider that is available, and why onnxruntime could not be asked, if so."""
+def observe(*, gpu: bool) -> tuple[tuple[Provider, ...], str]:
+    """Every provider that is available, and why onnxruntime could not be asked, if so. gpu: whether there is one of
+    NVIDIA's; without it, its providers are not tried."""
     first = _ask(CPU)
     if "available" not in first:
         return (), str(first.get("problem", ""))
     names = [name for name in first["available"] if name not in (CPU, *REMOTE)]
-    return (*(_provider(name, _ask(name)) for name in names), _provider(CPU, first)), ""
+    tried = [name for name in names if gpu or name not in NVIDIA]
+    with ThreadPoolExecutor(max(1, len(tried))) as pool:  # each waits for a process of its own
+        answers = dict(zip(tried, pool.map(_ask, tried), strict=True))
+    absent = {"problem": "there is no NVIDIA GPU, so it was not tried"}
+    return (*(_provider(name, answers.get(name, absent)) for name in names), _provider(CPU, first)), ""
 
 
 def _provider(name: str, answer: dict[str, Any]) -> Provider:
@@ -53,17 +61,20 @@ def _ask(name: str) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         return {"problem": complaint(done.stderr) or f"the process ended with status {done.returncode}"}
-    if answer.get("ran") != [name] and (logged := complaint(done.stderr)):
-        answer["problem"] = logged
+    if answer.get("ran") != [name]:
+        answer["problem"] = complaint(f"{done.stderr}\n{answer.get('problem', '')}")
     return answer
 
 
 def complaint(log: str) -> str:
-    """The most telling line of what onnxruntime printed: the library that could not be loaded, else the last line."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in log.splitlines() if line.strip()]
-    telling = next((line for line in lines if "cannot open shared object" in line), lines[-1] if lines else "")
-    found = re.search(r"[\w.+-]+: cannot open shared object file", telling)
-    return found[0] if found else telling[:300]
+    """The most telling part of what onnxruntime said: the library that could not be loaded, or CUDA's own error, else
+    the last line."""
+    log = re.sub(r"\x1b\[[0-9;]*m", "", log.rpartition(AGAIN)[2])
+    for telling in (r"[\w.+-]+: cannot open shared object file", r"(?:CUDA|CUDNN|CUBLAS) (?:failure|error) [^;\n]+"):
+        if found := re.search(telling, log):
+            return found[0].strip()
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 def _run(name: str) -> list[str]:
@@ -75,7 +86,7 @@ def _run(name: str) -> list[str]:
         options = onnxruntime.SessionOptions()
         options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / "profile")
         options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(NETWORK, options, providers=[name])
+        session = onnxruntime.InferenceSession(NETWORK, options, providers=[name], enable_fallback=0)
         x = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
         (y,) = session.run(None, {"x": x})
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -89,14 +100,19 @@ def main(name: str) -> dict[str, Any]:
     import onnxruntime
 
     answer: dict[str, Any] = {"available": onnxruntime.get_available_providers()}
-    try:
-        answer["ran"] = _run(name)
-        if answer["ran"] != [name] and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA and cuDNN from pip lie where the loader does not look
-            answer["ran"] = _run(name)
-            answer["preloaded"] = answer["ran"] == [name]
-    except Exception as error:  # onnxruntime's exceptions have no common base of their own
-        answer["problem"] = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    for preloaded in (False, True):
+        if preloaded:  # CUDA and cuDNN from pip lie where the loader does not look
+            if not hasattr(onnxruntime, "preload_dlls"):
+                break
+            print(AGAIN, file=sys.stderr, flush=True)
+            onnxruntime.preload_dlls()
+        try:
+            answer |= {"ran": _run(name), "problem": ""}
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            answer |= {"ran": [], "problem": complaint(str(error)) or type(error).__name__}
+        if answer["ran"] == [name]:
+            answer["preloaded"] = preloaded
+            break
     return answer
 
 

@@ -16,6 +16,7 @@ from edgekit.targets.profile import Never, Stack, Target
 
 # generation of NVIDIA's image for Jetsons to JetPack (NVIDIA's JetPack archive)
 JETPACKS = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7"}
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
 def guess(system: System, targets: Iterable[Target]) -> Target | None:
@@ -177,10 +178,12 @@ def differing(system: System, stack: Stack) -> list[str]:
 
 
 def remedy(system: System, stack: Stack) -> str:
-    """How to get a stack; two onnxruntimes share a folder, so the one for CPUs goes first."""
+    """How to get a stack; two onnxruntimes share a folder, so where there is another, all of them go first."""
     if stack.requirements:
-        other = "onnxruntime" in system.packages and any(r.startswith("onnxruntime-gpu") for r in stack.requirements)
-        return "pip uninstall -y onnxruntime && " * other + install(stack.requirements)
+        present = [name for name in RUNTIMES if name in system.packages]
+        wanted = set(packages_of(stack)) & set(RUNTIMES)
+        other = bool(wanted and set(present) - wanted)
+        return f"pip uninstall -y {' '.join(present)} && " * other + install(stack.requirements)
     if stack.runtime == "c":
         return "apt-get install gcc"
     if stack.jetpack:

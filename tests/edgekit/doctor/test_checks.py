@@ -1,6 +1,7 @@
 """Recorded machines, each with exactly what is wrong with it and what to do; and their good twins, with nothing wrong.
 
-The lists of compute capabilities are those read out of the real wheels; of cuDNN 9.28, that of 9.27, the nearest read.
+The lists of compute capabilities are those that tools/check_sm_lists.py reads out of the real wheels (those of TensorRT
+and of Jetson's libraries are assumed).
 """
 
 from dataclasses import replace
@@ -19,6 +20,7 @@ P40 = (
     "'nvidia-cuda-runtime-cu12>=12,<12.10' 'nvidia-cuda-nvrtc-cu12>=12,<12.10' 'nvidia-cufft-cu12>=11,<12' "
     "'nvidia-curand-cu12>=10,<11'"
 )
+BOTH = f"pip uninstall -y onnxruntime onnxruntime-gpu && {P40}"
 INSTEAD = f"pip uninstall -y onnxruntime && {P40}"
 TENSORRT_8 = "install TensorRT 8.6.1 from NVIDIA's archive (CUDA 11.8, 12.0 or 12.1, cuDNN 8.9)"
 ORIN_WHEEL = (
@@ -35,8 +37,8 @@ RECORDED = {
     "p40-cudnn-9.28": ("tesla-p40", 1, [
         Check("packages", "error", "nvidia-cudnn-cu12 9.28.0.42 must not be used on tesla-p40: no code below sm_75; "
               "plain pip installs it beside onnxruntime-gpu[cuda,cudnn]", "pip install nvidia-cudnn-cu12==9.10.2.21"),
-        Check("sm_61 code", "error", "nvidia-cudnn-cu12 9.28.0.42: none in libcudnn_adv.so.9, and 3 more "
-              "(sm 75 80 86 90 100 120 121, PTX 121)", "pip install nvidia-cudnn-cu12==9.10.2.21"),
+        Check("sm_61 code", "error", "nvidia-cudnn-cu12 9.28.0.42: none in libcudnn_adv.so.9, and 4 more "
+              "(sm 75 80 86 90 100 120, PTX 120)", "pip install nvidia-cudnn-cu12==9.10.2.21"),
         Check("provider", "error", f"{INACTIVE}, nothing ran: CUDNN failure 5003: "
               "CUDNN_STATUS_EXECUTION_FAILED_CUDART", P40),
         Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: nvidia-cudnn-cu12 9.28.0.42 must not be used; "
@@ -64,11 +66,9 @@ RECORDED = {
     ]),
     "p40-both-onnxruntimes": ("tesla-p40", 1, [
         Check("packages", "error", "onnxruntime 1.32.0 and onnxruntime-gpu 1.26.0 cannot work together: both install "
-              "the folder onnxruntime/: the later one overwrites the earlier, removing either breaks both",
-              "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you need: pip install "
-              "onnxruntime-gpu, or pip install onnxruntime"),
-        Check("provider", "warning", CPU_ALONE, INSTEAD),
-        Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: onnxruntime has no CUDAExecutionProvider", INSTEAD),
+              "the folder onnxruntime/: the later one overwrites the earlier, removing either breaks both", BOTH),
+        Check("provider", "warning", CPU_ALONE, BOTH),
+        Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: onnxruntime has no CUDAExecutionProvider", BOTH),
     ]),
     "p40-no-driver": ("tesla-p40", 1, [
         Check("GPU", "error", "1 NVIDIA GPU on the bus, and no driver shows it",
@@ -205,7 +205,7 @@ def test_a_library_that_the_loader_does_not_find():
     assert found == [Check("libraries", "error", finding, pip)]
     tensorrt = replace(library, missing=("libnvinfer.so.10",))  # TensorRT is optional
     (check,) = findings(replace(system, libraries=(tensorrt,)), "tesla-p40")
-    assert check.status == "warning"
+    assert (check.name, check.status) == ("libraries", "warning")
 
 
 def test_a_damaged_library():
@@ -273,3 +273,15 @@ def test_a_check_without_teeth_would_be_seen():
     system = recorded("rtx-3060-good")
     found = findings(replace(system, providers=(replace(system.providers[0], ran=()),)), "rtx-3060-12gb")
     assert [(check.name, check.status) for check in found] == [("provider", "error"), ("stack", "error")]
+
+
+def test_two_onnxruntimes_on_a_machine_that_no_profile_describes():
+    """Then only the rule's own remedy is known."""
+    system = recorded("p40-both-onnxruntimes")
+    system = replace(system, gpus=(replace(system.gpus[0], name="Tesla P4"),))
+    found = next(check for check in findings(system, None, asked=False) if check.name == "packages")
+    assert found.remedy.startswith("pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you need")
+    system = recorded("cpu-avx2")
+    system = replace(system, packages={**system.packages, "onnxruntime-gpu": "1.31.1"})
+    (found,) = findings(system, "x86-avx2")
+    assert found.remedy == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime==1.32.0"

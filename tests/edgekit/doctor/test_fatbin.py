@@ -38,8 +38,14 @@ def test_every_entry_of_every_container_in_both_sections_is_found(library):
     assert read(library(file)) == Code((60, 61, 70, 86), (61,), ("libcudart.so.12", "libc.so.6"))
 
 
-def test_code_outside_its_sections_does_not_count(library):
-    assert not read(library(elf({".rodata": PASCAL})))
+def test_containers_among_other_data_count_and_what_only_looks_like_one_does_not(library):
+    data = b"abc\0" + container(entry(MACHINE_CODE, 87)) + b"text" + container(entry(MACHINE_CODE, 61, size=9_999))
+    assert read(library(elf({".rodata": data + container(entry(PTX, 70))}))) == Code((87,), (70,))
+    assert not read(library(elf({".rodata": PASCAL[:60]})))
+
+
+def test_code_elsewhere_does_not_count(library):
+    assert not read(library(elf({".text": PASCAL})))
     assert not read(library(elf({".nv_fatbin": b"", ".data": b"abc"})))
 
 
@@ -77,6 +83,9 @@ def test_the_interpreter_itself_is_read_as_readelf_reads_it():
         (Code((87,)), (87,), (86, 89)),  # an Orin's code is for Orins
         (Code((), (70,)), (70, 72, 75, 87, 120), (61, 62)),  # PTX is compiled by the driver
         (Code((80,), (90,)), (80, 86, 90, 100, 120), (75, 87)),
+        (Code((75, 80), (52, 80)), (75, 80, 89, 90, 120), (52, 61, 72)),  # nvcc's default beside the chosen ones
+        (Code((52, 75), (52,)), (52, 61, 72, 75, 90), (50,)),
+        (Code((), (52,)), (52, 61, 87), (50,)),
         (Code(), (), (61,)),
     ],
 )

@@ -59,7 +59,7 @@ def no_nvml(monkeypatch):
 
 def test_a_machine_with_nothing_on_it(tmp_path, monkeypatch):
     """No /proc, no programs, no compiler: an empty system, no exception."""
-    monkeypatch.setattr(module.providers, "observe", lambda: ((), "silent"))
+    monkeypatch.setattr(module.providers, "observe", lambda gpu: ((), "silent"))
     system = observe(tmp_path, programs({}))
     assert (system.memory, system.gpus, system.driver, system.compiler, system.jetson) == (0, (), "", "", None)
     assert system.providers_problem == "silent"
@@ -67,7 +67,7 @@ def test_a_machine_with_nothing_on_it(tmp_path, monkeypatch):
 
 
 def test_this_machine(monkeypatch):
-    monkeypatch.setattr(module.providers, "observe", lambda: ((), ""))
+    monkeypatch.setattr(module.providers, "observe", lambda gpu: ((), ""))
     system = observe()
     assert system.machine
     assert "numpy" in system.packages

@@ -29,7 +29,7 @@ def test_the_network_is_what_its_comment_says():
 
 
 def test_the_cpu_really_runs():
-    found, problem = observe()
+    found, problem = observe(gpu=True)
     assert problem == ""
     assert found[-1] == Provider(CPU, (CPU,))
     assert not {item.name for item in found} & set(providers.REMOTE)
@@ -66,7 +66,7 @@ def finished(out="", err="", status=0):
 )  # fmt: skip
 def test_a_process_that_dies(process, expected, monkeypatch):
     monkeypatch.setattr(subprocess, "run", process)
-    assert observe() == ((), expected)
+    assert observe(gpu=True) == ((), expected)
 
 
 def test_one_that_hangs(monkeypatch):
@@ -74,7 +74,7 @@ def test_one_that_hangs(monkeypatch):
         raise subprocess.TimeoutExpired("x", 1)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    assert observe() == ((), f"gave no answer within {providers.SECONDS} s")
+    assert observe(gpu=True) == ((), f"gave no answer within {providers.SECONDS} s")
 
 
 def test_the_reason_is_taken_from_the_log(monkeypatch):
@@ -85,12 +85,24 @@ def test_the_reason_is_taken_from_the_log(monkeypatch):
     )
     assert complaint(log) == "libcublasLt.so.12: cannot open shared object file"
     assert complaint("a\nb\n") == "b"
+    assert complaint(f"{log}{providers.AGAIN}\nCUDA failure 35\n") == "CUDA failure 35"  # the first attempt is settled
     assert complaint("") == ""
     cuda = "CUDAExecutionProvider"
     answers = {CPU: {"available": [cuda, CPU], "ran": [CPU]}, cuda: {"available": [cuda, CPU], "ran": [CPU]}}
     monkeypatch.setattr(
         subprocess, "run", lambda command, **k: finished("noise\n" + json.dumps(answers[command[-1]]), log)()
     )
-    assert observe()[0] == (
+    assert observe(gpu=True)[0] == (
         Provider(cuda, (CPU,), problem="libcublasLt.so.12: cannot open shared object file"), Provider(CPU, (CPU,)),
     )  # fmt: skip
+
+
+def test_without_a_gpu_its_providers_are_not_tried(monkeypatch):
+    answer = {"available": ["CUDAExecutionProvider", CPU], "ran": [CPU]}
+    asked = []
+    monkeypatch.setattr(providers, "_ask", lambda name: asked.append(name) or answer)
+    found, _ = observe(gpu=False)
+    assert asked == [CPU]
+    assert found[0] == Provider("CUDAExecutionProvider", problem="there is no NVIDIA GPU, so it was not tried")
+    observe(gpu=True)
+    assert asked == [CPU, CPU, "CUDAExecutionProvider"]
