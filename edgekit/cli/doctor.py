@@ -10,7 +10,7 @@ import click
 from edgekit.cli.console import output, print_json, status
 
 if TYPE_CHECKING:
-    from edgekit.doctor.checks import Check
+    from edgekit.doctor.check import Check
     from edgekit.doctor.needs import Needs
 
 EXAMPLE = """\b

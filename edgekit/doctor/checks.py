@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
+from edgekit.doctor import host
+from edgekit.doctor.check import Check, Status, size
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.stacks import (
     RUNTIMES,
@@ -29,29 +29,15 @@ from edgekit.doctor.system import Gpu, Library, System
 from edgekit.extras import conflicts
 from edgekit.targets.profile import Target
 
-Status = Literal["ok", "warning", "error"]
 # oldest driver branch that runs programs of a CUDA generation (CUDA release notes, minor version compatibility)
 DRIVERS = {11: 450, 12: 525, 13: 580}
 LAST_DRIVER = 580  # branch for GPUs before Turing (7.5): NVIDIA's notice of the end of Maxwell, Pascal and Volta
 TURING = 75
 SHOWN = re.compile(r"(onnxruntime|openvino$|tensorrt|torch$|numpy$)")
-FEW = 512 << 20  # bytes of free memory with which little can be started
-X86 = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8")
-ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
 PACKAGE_OF = {  # what brings a CUDA library, by the start of its name; %s is the CUDA generation
     "libcublas": "nvidia-cublas-cu%s", "libcudart": "nvidia-cuda-runtime-cu%s", "libcudnn": "nvidia-cudnn-cu%s",
     "libcufft": "nvidia-cufft-cu%s", "libcurand": "nvidia-curand-cu%s", "libnvrtc": "nvidia-cuda-nvrtc-cu%s",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding. error: it, or the target, cannot work like this; warning: slower than it need be, or not certain."""
-
-    name: str
-    status: Status
-    finding: str
-    remedy: str = ""
 
 
 def judge(system: System, target: Target | None, *, asked: bool) -> list[Check]:
@@ -63,7 +49,7 @@ def judge(system: System, target: Target | None, *, asked: bool) -> list[Check]:
     found = [*_target(system, target, asked), *_gpu(system, target, asked), *_driver(system, target)]
     found += [*_jetson(system, target), *_python(system, target), *_packages(system, target), *_cuda(system, target)]
     found += [*_code(system, target), *_missing(system, target), *_providers(system, target)]
-    found += [*_tensorrt(system, target), *_memory(system), *_cpu(system), *_compiler(system)]
+    found += [*_tensorrt(system, target), *host.memory(system), *host.cpu(system), *host.compiler(system)]
     return [*found, *_stacks(system, target, missing)]
 
 
@@ -353,45 +339,6 @@ def _tensorrt(system: System, target: Target | None) -> Iterator[Check]:
                     "sudo apt-get install libnvinfer-bin; it lands in /usr/src/tensorrt/bin")  # fmt: skip
 
 
-def _memory(system: System) -> Iterator[Check]:
-    if not system.memory:
-        return
-    shared = ", shared with the GPU" if system.jetson else ""
-    finding = f"{size(system.available)} of {size(system.memory)} free{shared}"
-    if system.available < max(FEW, system.memory / 10):
-        desktop = "; a desktop goes with: sudo systemctl isolate multi-user.target" if system.jetson else ""
-        yield Check("memory", "warning", finding, f"end what holds it: ps aux --sort -rss | head{desktop}")
-    else:
-        yield Check("memory", "ok", finding)
-
-
-def _cpu(system: System) -> Iterator[Check]:
-    flags = [flag for flag in (*X86, *ARM) if flag in system.cpu.flags]
-    finding = ", ".join(flags) or "no vector instructions that edgekit knows"
-    if system.machine == "x86_64" and system.cpu.flags and "avx2" not in flags:
-        yield Check("CPU", "warning", f"{finding}; without AVX2 runtimes fall back to 128-bit kernels", "")
-    elif "avx2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags):
-        yield Check("CPU", "ok", f"{finding}; no VNNI: int8 in the form U8S8 saturates, its weights need 7 bits")
-    elif system.cpu.flags:
-        yield Check("CPU", "ok", finding)
-    for library in system.blas:
-        slow = library.library == "openblas" and library.kernel in ("Haswell", "Zen") and "avx512f" in flags
-        finding = f"{library.library} {library.version}, kernels for {library.kernel}"
-        if slow and "OPENBLAS_CORETYPE" not in system.environment:
-            yield Check("BLAS", "warning", f"{finding}: AVX2, on a CPU with AVX-512",
-                        "export OPENBLAS_CORETYPE=SkylakeX (twice as fast on Zen 5, no gain on Zen 4)")  # fmt: skip
-        else:
-            yield Check("BLAS", "ok", finding)
-
-
-def _compiler(system: System) -> Iterator[Check]:
-    if system.compiler:
-        yield Check("compiler", "ok", system.compiler)
-    else:
-        yield Check("compiler", "warning", "no C compiler: small networks run on onnxruntime instead of as C",
-                    "apt-get install gcc, or name one in $CC")  # fmt: skip
-
-
 def _stacks(system: System, target: Target | None, missing: Status) -> Iterator[Check]:
     """Whether one of the target's stacks is complete."""
     if target is None:
@@ -414,8 +361,3 @@ def _stacks(system: System, target: Target | None, missing: Status) -> Iterator[
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
-
-
-def size(count: float) -> str:
-    """Bytes for a person."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekit.bundle import Bundle
-from edgekit.doctor.checks import Check, gpu_of, size
+from edgekit.doctor.check import Check, size
+from edgekit.doctor.checks import gpu_of
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.system import System
 from edgekit.targets.profile import Target

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.doctor.checks import Check, judge
+from edgekit.doctor.check import Check
+from edgekit.doctor.checks import judge
 from edgekit.doctor.stacks import guess
 from edgekit.doctor.system import Jetson, Provider, read
 from edgekit.targets.profile import find, names

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import Manifest, TensorSpec, assemble_graph
-from edgekit.doctor.checks import Check
+from edgekit.doctor.check import Check
 from edgekit.doctor.needs import Needs, bytes_needed, judge, of, precisions
 from edgekit.targets.profile import find
 from tests.edgekit.doctor.test_checks import recorded

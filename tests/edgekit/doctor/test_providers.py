@@ -37,11 +37,10 @@ def test_the_cpu_really_runs():
 
 def test_a_provider_that_is_not_there_is_seen_to_fall_back():
     """onnxruntime only warns, and runs on the CPU."""
-    answer = main("CUDAExecutionProvider")
-    if "CUDAExecutionProvider" in answer["available"]:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has it")
     with pytest.warns(UserWarning, match="not in available"):
-        assert providers._run("CUDAExecutionProvider") == [CPU]
+        answer = main("CUDAExecutionProvider")
     assert answer["ran"] == [CPU]
     assert not Provider("CUDAExecutionProvider", tuple(answer["ran"])).active
 
