@@ -117,9 +117,14 @@ def _gpu(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
         branches = f" of a branch {target.stack.driver}" if target and target.stack.driver else ""
         yield Check("GPU", unusable, f"{_many(system.pci_gpus, 'NVIDIA GPU')} on the bus, and no driver shows it",
                     f"install NVIDIA's driver{branches}; then nvidia-smi lists it")  # fmt: skip
-    for gpu in filter(None, [gpu_of(system, target)]):
-        finding = f"{gpu.name}, compute capability {gpu.compute_capability or 'not told'}, {size(gpu.free)} of " \
-                  f"{size(gpu.memory)} free"  # fmt: skip
+    chosen = gpu_of(system, target)
+    if chosen is None:
+        return
+    for gpu in sorted(system.gpus, key=lambda gpu: gpu is not chosen):
+        memory = f"{size(gpu.free)} of {size(gpu.memory)} free"
+        finding = f"{gpu.name}, compute capability {gpu.compute_capability or 'not told'}, {memory}"
+        if gpu is not chosen and gpu.compute_capability != chosen.compute_capability:
+            finding += f"; what follows is about the {chosen.name}"
         if gpu.free < gpu.memory / 5:
             yield Check("GPU", "warning", finding, "see who holds its memory: nvidia-smi")
         else:
@@ -127,8 +132,8 @@ def _gpu(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
 
 
 def _driver(system: System, target: Target | None) -> Iterator[Check]:
-    if not system.driver or (target and target.kind == "cpu"):
-        return
+    if not system.driver or system.jetson or (target and target.kind == "cpu"):
+        return  # a Jetson's is part of its JetPack
     found, sm = branch(system.driver), sm_of(system, target)
     finding = f"{system.driver}{f', CUDA up to {system.cuda}' * bool(system.cuda)}"
     possible = [s for s in target.stacks if not s.driver or within(str(found), s.driver)] if target else []

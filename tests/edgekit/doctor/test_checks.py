@@ -12,7 +12,7 @@ import pytest
 from edgekit.doctor.check import Check
 from edgekit.doctor.checks import judge
 from edgekit.doctor.stacks import guess
-from edgekit.doctor.system import Jetson, Provider, read
+from edgekit.doctor.system import Gpu, Jetson, Provider, read
 from edgekit.targets.profile import find, names
 
 SYSTEMS = Path(__file__).parent / "systems"
@@ -286,3 +286,21 @@ def test_two_onnxruntimes_on_a_machine_that_no_profile_describes():
     system = replace(system, packages={**system.packages, "onnxruntime-gpu": "1.31.1"})
     (found,) = findings(system, "x86-avx2")
     assert found.remedy == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime==1.32.0"
+
+
+def test_two_cards_of_two_generations():
+    system = recorded("p40-good")
+    other = Gpu("NVIDIA GeForce RTX 3060", "8.6", 12_880_000_000, 12_000_000_000)
+    found = judge(replace(system, gpus=(other, *system.gpus)), find("tesla-p40"), asked=True)
+    assert [check.finding for check in found if check.name == "GPU"] == [
+        "Tesla P40, compute capability 6.1, 23.5 GB of 24.0 GB free",
+        "NVIDIA GeForce RTX 3060, compute capability 8.6, 12.0 GB of 12.9 GB free; what follows is about the Tesla P40",
+    ]
+    assert {check.name for check in found} >= {"sm_61 code"}
+    assert all(check.status == "ok" for check in found)
+
+
+def test_a_jetsons_driver_is_not_judged_as_a_desktops():
+    """JetPack 6's nvidia-smi says 540, and its GPU has no memory of its own."""
+    system = replace(recorded("orin-good"), driver="540.4.0", gpus=(Gpu("Orin (nvgpu)", "8.7"),))
+    assert findings(system, "jetson-orin-nano-8gb") == []
