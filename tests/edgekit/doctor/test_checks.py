@@ -304,3 +304,23 @@ def test_a_jetsons_driver_is_not_judged_as_a_desktops():
     """JetPack 6's nvidia-smi says 540, and its GPU has no memory of its own."""
     system = replace(recorded("orin-good"), driver="540.4.0", gpus=(Gpu("Orin (nvgpu)", "8.7"),))
     assert findings(system, "jetson-orin-nano-8gb") == []
+
+
+def test_cards_of_one_name_are_told_apart_by_their_memory():
+    system = recorded("rtx-3060-good")
+    for memory, name in ((12_880_000_000, "rtx-3060-12gb"), (8_590_000_000, "rtx-3060-8gb")):
+        found = guess(replace(system, gpus=(replace(system.gpus[0], memory=memory),)), map(find, names()))
+        assert found is not None
+        assert found.name == name
+    laptop = replace(system, gpus=(replace(system.gpus[0], name="NVIDIA GeForce RTX 3060 Ti"),))
+    assert guess(laptop, map(find, names())) is None
+
+
+def test_the_hint_for_openblas_is_not_repeated_to_who_followed_it():
+    system = recorded("cpu-zen5")
+    assert findings(replace(system, environment={"OPENBLAS_CORETYPE": "SkylakeX"}), "x86-avx512") == []
+
+
+def test_an_onnxruntime_that_is_not_there_is_not_said_to_run_on_the_cpu():
+    system = replace(recorded("p40-good"), providers=(), packages={})
+    assert [check.name for check in findings(system, "tesla-p40")] == ["stack"]

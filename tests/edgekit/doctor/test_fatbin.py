@@ -114,6 +114,17 @@ BAD = {
 }
 
 
+def test_a_section_that_ends_after_the_file_is_refused(library):
+    """Each in turn: of the dynamic section, entries would be read from behind the file's end."""
+    whole = elf({".nv_fatbin": PASCAL}, ("libcudart.so.12",))
+    table, count = int.from_bytes(whole[40:48], "little"), int.from_bytes(whole[60:62], "little")
+    for number in range(count):
+        at = table + 64 * number + 32
+        size = int.from_bytes(whole[at : at + 8], "little") + len(whole)
+        with pytest.raises(EdgekitError, match=f"section {number} ends at"):
+            read(library(whole[:at] + size.to_bytes(8, "little") + whole[at + 8 :]))
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_a_file_that_lies_is_refused(library, kind):
     with pytest.raises(EdgekitError, match=r"lib\.so: (damaged|not |cannot be read|its table)") as caught:
