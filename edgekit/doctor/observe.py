@@ -9,7 +9,10 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import Distribution, distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ VARIABLES = (
     "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
     "CUDA_MODULE_LOADING", "ORT_DISABLE_ALL", "CC",
 )  # fmt: skip
+NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
 VENDOR = "0x10de"  # NVIDIA's on the PCI bus
 
 
@@ -51,44 +55,41 @@ def run(*command: str) -> tuple[int, str]:
 
 def observe(root: Path = Path("/"), run: Run = run) -> System:
     """This machine. root and run stand for the file system and the programs on it."""
-    tree = device_tree(root)
-    memory, available = memory_bytes(root)
     gpus, driver, cuda, problem = nvidia(run)
-    found = {item.metadata["Name"].lower().replace("_", "-"): item for item in distributions() if item.metadata["Name"]}
-    packages = {name: item.version for name, item in sorted(found.items())}
-    has_runtime = any(name.startswith("onnxruntime") for name in packages)
     on_bus, image = pci_gpus(root), jetson(root, run)
-    any_gpu = bool(gpus or on_bus or image)
-    active, silent = providers.observe(gpu=any_gpu) if has_runtime else ((), "")
-    system, outside = system_libraries(root, run)
-    trtexec = shutil.which("trtexec") or next(map(str, (root / "usr/src/tensorrt/bin").glob("trtexec")), "")
-    return System(
-        machine=platform.machine(),
-        os=platform.system(),
-        python=platform.python_version(),
-        system_python=version(run("/usr/bin/python3", "--version")),
-        cpu=cpu(root),
-        memory=memory,
-        available=available,
-        device_tree=tree,
-        jetson=image,
-        pci_gpus=on_bus,
-        gpus=gpus,
-        driver=driver,
-        driver_problem=problem,
-        cuda=cuda,
-        nvcc=version(run("nvcc", "--version"), r"release (\d[\d.]*)")
-        or version(run("/usr/local/cuda/bin/nvcc", "--version"), r"release (\d[\d.]*)"),
-        trtexec=trtexec,
-        system_libraries=system,
-        libraries=(*outside, *packaged_libraries(found, run)),
-        packages=packages,
-        providers=active,
-        providers_problem=silent,
-        blas=blas(),
-        compiler=compiler(run),
-        environment={name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
-    )
+    with ThreadPoolExecutor(1) as pool:  # onnxruntime takes as long as all the rest
+        asked = pool.submit(providers.observe, gpu=bool(gpus or on_bus or image)) if find_spec("onnxruntime") else None
+        found = {i.metadata["Name"].lower().replace("_", "-"): i for i in distributions() if i.metadata["Name"]}
+        memory, available = memory_bytes(root)
+        system, outside = system_libraries(root, run)
+        trtexec = shutil.which("trtexec") or next(map(str, (root / "usr/src/tensorrt/bin").glob("trtexec")), "")
+        nvcc = next(filter(None, (version(run(name, "--version"), r"release (\d[\d.]*)") for name in NVCC)), "")
+        partial = System(
+            machine=platform.machine(),
+            os=platform.system(),
+            python=platform.python_version(),
+            system_python=version(run("/usr/bin/python3", "--version")),
+            cpu=cpu(root),
+            memory=memory,
+            available=available,
+            device_tree=device_tree(root),
+            jetson=image,
+            pci_gpus=on_bus,
+            gpus=gpus,
+            driver=driver,
+            driver_problem=problem,
+            cuda=cuda,
+            nvcc=nvcc,
+            trtexec=trtexec,
+            system_libraries=system,
+            libraries=(*outside, *packaged_libraries(found, run)),
+            packages={name: item.version for name, item in sorted(found.items())},
+            blas=blas(),
+            compiler=compiler(run),
+            environment={name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
+        )
+        active, silent = asked.result() if asked else ((), "")
+    return replace(partial, providers=active, providers_problem=silent)
 
 
 def version(answer: tuple[int, str], pattern: str = r"(\d+\.\d[\d.]*)") -> str:
