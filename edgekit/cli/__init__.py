@@ -17,6 +17,7 @@ COMMANDS = {
     "models": ("edgekit.cli.models:models", "List the models that come with edgekit."),
     "inspect": ("edgekit.cli.inspect:inspect", "Show what a bundle holds and how it was made."),
     "compress": ("edgekit.cli.compress:compress", "Make a model smaller and faster; keep only what measures better."),
+    "doctor": ("edgekit.cli.doctor:doctor", "Say what this machine can run, and what stands in the way."),
     "bench": ("edgekit.cli.bench:bench", "Time models beside each other, in turns in one run."),
     "targets": ("edgekit.cli.targets:targets", "List devices: what they can, what works on them, what never to use."),
     "pack": ("edgekit.cli.pack:pack", "Write a bundle as one entropy-coded file."),

@@ -238,7 +238,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return _from_table(kind, value, where)
+        return from_table(kind, value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
@@ -249,7 +249,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 TOML_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", tuple: "an array"}
 
 
-def _from_table(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+def from_table(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from a table of TOML or JSON; a wrong key or value is an error that names it and `where` it is."""
     hints, known = typing.get_type_hints(kind), {item.name: item for item in dataclasses.fields(kind)}
     for key in table:
         if key not in known:

@@ -1,0 +1,103 @@
+"""edgekit doctor"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.cli.console import output, print_json, status
+
+if TYPE_CHECKING:
+    from edgekit.doctor.check import Check
+    from edgekit.doctor.needs import Needs
+
+EXAMPLE = """\b
+Examples:
+  edgekit doctor
+  edgekit doctor --target tesla-p40
+  edgekit doctor t2-gr --target jetson-nano
+  edgekit doctor --json > there.json
+  edgekit doctor --system there.json --target tesla-p40
+"""
+LONG = 60  # characters; a remedy of more is printed once
+STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("bundle", required=False)
+@click.option("--target", "target_name", help="What it must work as: a name of `edgekit targets`, or a TOML file.")
+@click.option("--system", "recorded", type=click.Path(path_type=Path), help="Judge a machine recorded with --json.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of BUNDLE's estimate.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: what was observed, and the checks.")
+def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, batch: int, as_json: bool) -> int:
+    """Say what this machine can run, what stands in the way, and what to do about it.
+
+    Without --target the machine's own is looked for. With BUNDLE: what the model asks for, held against the machine, or
+    with --target against that device's profile. Exit status 1 if something cannot work.
+    """
+    from dataclasses import asdict
+
+    from edgekit.doctor import needs as model
+    from edgekit.doctor.checks import judge
+    from edgekit.doctor.observe import observe
+    from edgekit.doctor.stacks import guess
+    from edgekit.doctor.system import read
+    from edgekit.targets.profile import find, names
+
+    target, system = find(target_name) if target_name else None, None
+    if recorded:
+        system = read(recorded)
+    elif not (bundle and target):
+        with status.status("looking at this machine"):
+            system = observe()
+    meant = target or (guess(system, map(find, names())) if system else None)
+    checks = judge(system, meant, asked=target is not None) if system else []
+    report: dict[str, Any] = {"target": meant.name if meant else None, "guessed": target is None}
+    if bundle:
+        needs = _needs(bundle, batch)
+        checks += model.judge(needs, meant, system)
+        report["needs"] = asdict(needs)
+    report["checks"] = [asdict(check) for check in checks]
+    if as_json:
+        print_json(report | ({"system": system.to_dict()} if system else {}))
+    else:
+        show(checks)
+    return int(any(check.status == "error" for check in checks))
+
+
+def _needs(bundle: str, batch: int) -> Needs:
+    """What a bundle asks for; a network's graph is exported for it where torch is here."""
+    from importlib.util import find_spec
+
+    from edgekit.bundle import GRAPH
+    from edgekit.doctor.needs import of
+    from edgekit.zoo import resolve
+
+    opened, graph = resolve(bundle), None
+    if opened.is_graph:
+        from edgekit.graph import load
+
+        graph = load(opened.contents[GRAPH], bundle)
+    elif find_spec("torch") and find_spec("onnx") and find_spec("onnxruntime"):
+        from exporters.onnx_export import OnnxExporter
+
+        with status.status("exporting the model, to see what it needs"):
+            graph = OnnxExporter(weights="float32").graph(opened)
+    return of(opened, graph, batch)
+
+
+def show(checks: list[Check]) -> None:
+    """A line each, and below it what to do."""
+    from rich.text import Text
+
+    width = max(len(check.name) for check in checks)
+    said: set[str] = set()
+    for check in checks:
+        line = Text.assemble((f"{check.status:8}", STYLES[check.status]), f"{check.name:{width}}  {check.finding}")
+        output.print(line)
+        if check.remedy:
+            again = check.remedy in said and len(check.remedy) > LONG
+            output.print(f"{'':8}{'':{width}}  fix: {'the same as above' if again else check.remedy}")
+            said.add(check.remedy)

@@ -1,0 +1,183 @@
+"""What a model asks of a device, and whether the device, or this machine, has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgekit.bundle import Bundle
+from edgekit.doctor.check import Check, size
+from edgekit.doctor.checks import gpu_of
+from edgekit.doctor.providers import CPU
+from edgekit.doctor.system import System
+from edgekit.targets.profile import Target
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+FULL = 0.7  # share of the free memory above which a model is at risk: runtimes have buffers of their own
+# of a family; of every other network: those without c; of a graph: those without torch too
+RUNTIMES = {"t2": ("c", "onnxruntime", "openvino", "torch"), "onnx": ("onnxruntime", "openvino")}
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a model asks for. opset: of a graph that is stored as it is; None for a network, which exports are made of
+    as the target wants them. domains: operators of one runtime alone. weights, activations: bytes, the latter at
+    `batch` rows; None where only the exported graph would tell."""
+
+    name: str
+    family: str
+    parameters: int
+    precisions: tuple[str, ...]
+    weights: int
+    batch: int = 1
+    opset: int | None = None
+    domains: tuple[str, ...] = ()
+    asymmetric: bool = False  # Q/DQ with zero points other than 0
+    activations: int | None = None
+
+
+def of(bundle: Bundle, graph: ModelProto | None, batch: int) -> Needs:
+    """A bundle's needs. graph: its own, or what an exporter makes of its network; None without one."""
+    manifest = bundle.manifest
+    if graph is None:
+        size = bundle.parameters
+        return Needs(manifest.name, manifest.family, size, ("float32",), 4 * size, batch)
+    own = bundle.is_graph
+    weights, activations = bytes_needed(graph, batch)
+    return Needs(
+        manifest.name,
+        manifest.family,
+        bundle.parameters,
+        precisions(graph),
+        int(weights),
+        batch,
+        next((item.version for item in graph.opset_import if item.domain in ("", "ai.onnx")), None) if own else None,
+        tuple(sorted({node.domain for node in graph.graph.node} - {"", "ai.onnx"})),
+        _asymmetric(graph),
+        None if activations is None else int(activations),
+    )
+
+
+def precisions(model: ModelProto) -> tuple[str, ...]:
+    """The types that a graph stores weights in or casts values to."""
+    from edgekit.cost import PRECISION
+    from edgekit.graph import learnt
+
+    found: set[int] = {tensor.data_type for tensor in learnt(model)}
+    found |= {
+        item.i for node in model.graph.node if node.op_type == "Cast" for item in node.attribute if item.name == "to"
+    }
+    return tuple(sorted({PRECISION[kind] for kind in found if kind in PRECISION}))
+
+
+def bytes_needed(model: ModelProto, batch: int) -> tuple[float, float | None]:
+    """Bytes of the stored tensors, and the most of activations that are alive at once; None for the latter if a shape
+    cannot be told."""
+    from edgekit.cost import work
+    from edgekit.shapes import sized
+    from edgekit.targets.memory import peak
+
+    operators = work(model, sized(model, batch))
+    weights = sum(value.bytes for value in operators.stored.values())
+    return weights, None if operators.unknown else peak(operators)[0]
+
+
+def _asymmetric(model: ModelProto) -> bool:
+    from edgekit.graph import to_array
+
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    points = {node.input[2] for node in model.graph.node
+              if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2}  # fmt: skip
+    return any(to_array(stored[name]).any() for name in points if name in stored)
+
+
+def judge(needs: Needs, target: Target | None, system: System | None) -> list[Check]:
+    """The model on a target, or, with a system, on the machine at hand."""
+    opset = f", opset {needs.opset}" if needs.opset else ""
+    kinds = ", ".join(needs.precisions)
+    found = [Check("model", "ok", f"{needs.name}: {needs.family}, {needs.parameters:,} parameters, {kinds}{opset}")]
+    if target:
+        found += [*_precision(needs, target), *_graph(needs, target)]
+    return [*found, *_memory(needs, target, system), *(_runtime(needs, system) if system else ())]
+
+
+def _precision(needs: Needs, target: Target) -> Iterator[Check]:
+    allowed = ", ".join(target.plan.order)
+    for name in needs.precisions:
+        if name in target.plan.never:
+            yield Check("precision", "error", f"{name} must not be used on {target.name}: {target.plan.reason}",
+                        f"export or compress it in one of: {allowed}")  # fmt: skip
+        elif name not in target.rates:
+            yield Check(
+                "precision", "warning", f"{target.name} has no units for {name} that are known", f"use {allowed}"
+            )
+    if not set(needs.precisions) & {*target.plan.never} and set(needs.precisions) <= set(target.rates):
+        yield Check("precision", "ok", f"{', '.join(needs.precisions)} on {target.name}; best first: {allowed}")
+
+
+def _graph(needs: Needs, target: Target) -> Iterator[Check]:
+    readers = [stack for stack in target.stacks if stack.opset]
+    if needs.opset and readers:
+        fitting = [stack for stack in readers if stack.opset is not None and stack.opset >= needs.opset]
+        newest = max(stack.opset or 0 for stack in readers)
+        if not fitting:
+            yield Check("opset", "error", f"opset {needs.opset}; runtimes of {target.name} read up to {newest}",
+                        f"export the model again from its source with opset {newest} or older")  # fmt: skip
+        elif fitting[0] is not readers[0]:
+            yield Check("opset", "warning", f"opset {needs.opset}: {readers[0].name} reads up to {readers[0].opset}",
+                        f"use {fitting[0].name}, or export the model again with opset {readers[0].opset}")  # fmt: skip
+        else:
+            yield Check("opset", "ok", f"{needs.opset}; {fitting[0].name} reads up to {fitting[0].opset}")
+    first = target.stack
+    of_tensorrt = first.runtime in ("tensorrt", "tensorrt-rtx")
+    if needs.domains and target.kind != "cpu":
+        yield Check("operators", "error" if of_tensorrt else "warning",
+                    f"operators of {', '.join(needs.domains)}, which TensorRT does not read",
+                    "export the model without a runtime's own optimisations")  # fmt: skip
+    if needs.asymmetric and target.plan.int8 == "s8s8":
+        yield Check("int8 form", "error" if of_tensorrt else "warning",
+                    "zero points other than 0, which TensorRT refuses", "quantise it in the form s8s8")  # fmt: skip
+
+
+def _memory(needs: Needs, target: Target | None, system: System | None) -> Iterator[Check]:
+    need = needs.weights + (needs.activations or 0)
+    where, room = "", 0.0
+    if system:
+        gpu = gpu_of(system, target)
+        where, room = ("the GPU", float(gpu.free)) if gpu and gpu.free else ("this machine", float(system.available))
+    elif target:
+        where, room = target.name, target.memory.value
+    if not room:
+        return
+    told = f"activations at batch {needs.batch}" if needs.activations is not None else "activations not known"
+    free = "free on" if system else "in all on"
+    finding = f"{size(need)} for weights and {told}, {size(room)} {free} {where}"
+    if need > room:
+        yield Check("model memory", "error", finding, "a smaller batch, or compress it: edgekit compress")
+    elif need > FULL * room:
+        yield Check("model memory", "warning", f"{finding}: little is left for the runtime", "try a smaller batch")
+    else:
+        yield Check("model memory", "ok", finding)
+
+
+def _runtime(needs: Needs, system: System) -> Iterator[Check]:
+    """Which of the runtimes that can run this family are there."""
+    have = {
+        "c": bool(system.compiler),
+        "onnxruntime": any(item.active for item in system.providers),
+        "openvino": "openvino" in system.packages,
+        "torch": "torch" in system.packages,
+    }
+    wanted = RUNTIMES.get(needs.family, RUNTIMES["t2"][1:])
+    found = [name for name in wanted if have[name]]
+    if needs.family != "onnx" and "torch" not in system.packages:
+        yield Check("runtime", "warning", "without torch its network cannot be exported here",
+                    "export it where torch is, or: pip install 'edgekit[compress]'")  # fmt: skip
+    if found:
+        devices = [item.name for item in system.providers if item.active and item.name != CPU]
+        yield Check("runtime", "ok", f"{', '.join(found)}{f' ({devices[0]})' if devices else ''}")
+    else:
+        yield Check("runtime", "error", f"none of {', '.join(wanted)} works here", "pip install 'edgekit[onnx]'")

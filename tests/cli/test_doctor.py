@@ -1,0 +1,88 @@
+"""edgekit doctor: what it prints, its exit status, and that it starts quickly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SYSTEMS = Path(__file__).parents[1] / "edgekit/doctor/systems"
+P40, CUDNN = SYSTEMS / "p40-good.json", SYSTEMS / "p40-cudnn-9.28.json"
+
+
+def test_this_machine(edgekit):
+    done = edgekit("doctor", "--json")
+    report = json.loads(done.out)
+    statuses = [check["status"] for check in report["checks"]]
+    assert done.status == int("error" in statuses)
+    assert {"name", "status", "finding", "remedy"} == set(report["checks"][0])
+    assert report["guessed"] is True
+    assert {"machine", "memory", "CPU"} <= {check["name"] for check in report["checks"]}
+    assert report["system"]["packages"]["numpy"]
+
+
+def test_a_report_can_be_judged_elsewhere(edgekit, tmp_path):
+    report = edgekit("doctor", "--json").out
+    (tmp_path / "there.json").write_text(report)
+    again = edgekit("doctor", "--system", tmp_path / "there.json", "--json").out
+    assert json.loads(again) == json.loads(report)
+
+
+def test_a_line_for_each_check_and_its_remedy_below(edgekit):
+    done = edgekit("doctor", "--system", CUDNN, "--target", "tesla-p40")
+    lines = done.out.splitlines()
+    assert done.status == 1
+    assert done.err == ""
+    at = next(number for number, line in enumerate(lines) if "none in libcudnn_adv.so.9" in line)
+    assert lines[at].startswith("error   sm_61 code  nvidia-cudnn-cu12 9.28.0.42")
+    assert lines[at + 1].strip() == "fix: pip install nvidia-cudnn-cu12==9.10.2.21"
+    assert sum("onnxruntime-gpu==1.26.0" in line for line in lines) == 1  # a long remedy is printed once
+    assert "fix: the same as above" in done.out
+
+
+def test_the_good_twin_passes(edgekit):
+    done = edgekit("doctor", "--system", P40, "--target", "tesla-p40")
+    assert done.status == 0
+    assert all(line.startswith("ok ") for line in done.out.splitlines())
+
+
+def test_a_bundle_on_a_target_needs_no_such_machine(edgekit, tiny_file):
+    done = edgekit("doctor", tiny_file, "--target", "jetson-nano", "--json")
+    report = json.loads(done.out)
+    assert done.status == 0, done.out
+    assert "system" not in report
+    assert [check["name"] for check in report["checks"]] == ["model", "precision", "model memory"]
+    assert report["needs"]["activations"] > 0
+    assert report["needs"]["opset"] is None
+    assert edgekit("doctor", tiny_file, "--target", "jetson-nano", "--batch", 10_000_000).status == 1
+
+
+def test_a_bundle_on_a_recorded_machine(edgekit, tiny_file):
+    done = edgekit("doctor", tiny_file, "--system", P40, "--target", "tesla-p40")
+    assert done.status == 0
+    assert "free on the GPU" in done.out
+    assert "onnxruntime (CUDAExecutionProvider)" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "tesla-p4"], ["unknown target 'tesla-p4'", "did you mean 'tesla-p40'"]),
+        (["--system", "none.json"], ["none.json", "no such file", "edgekit doctor --json"]),
+        (["no-such-model"], ["unknown model 'no-such-model'"]),
+    ],
+)
+def test_mistakes_are_one_line(edgekit, arguments, words):
+    assert edgekit("doctor", *arguments).failed_with(1, *words)
+
+
+def test_it_starts_without_torch_and_onnx():
+    code = (
+        "import sys; sys.argv = ['edgekit', 'doctor']\n"
+        "from edgekit.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
