@@ -143,7 +143,7 @@ def test_this_machine_is_measured_beside_the_estimate(models, edgekit, monkeypat
     from edgekit.targets.measured import TERMS, Table
 
     law = tuple(1e-6 if term == "calls" else 0.0 for term in TERMS)
-    table = Table({"Add": law, "product with weights": law}, 5e-6, 0.0, 1 << 20, {}, {}, {}, "test")
+    table = Table({"Add": law, "product with weights": law}, 5e-6, 0.0, 1 << 20, 16, 1.0, {}, {}, {}, "test")
     monkeypatch.setattr(measured, "table", lambda **options: table)
     monkeypatch.setattr(local, "is_here", lambda target: target.name == "x86-avx512")
     large, _ = models
