@@ -171,3 +171,4 @@ def test_a_target_of_no_such_name_and_options_without_a_target(models, edgekit):
     large, _ = models
     assert edgekit("bench", large, "--target", "rtx-3060").failed_with(1, "unknown target 'rtx-3060'", "rtx-3060-12gb")
     assert edgekit("bench", large, "--layers").failed_with(2, "go with --target NAME")
+    assert edgekit("bench", large, "--target", "h200", "--runtime", "c").failed_with(2, "--runtime c: with --target")
