@@ -69,8 +69,9 @@ class Operator:
     operations: as in Cost. product: whether it is a matrix product or convolution, for which devices have units of
     their own; then `precision` is that of its factors, else of its result. matrices: products that do not share a
     factor, such as heads of attention; groups of a convolution; rows that a normalisation treats one by one. inner:
-    terms of each sum of a product. read, written: bytes of activations; weights: of stored tensors. inputs, outputs:
-    names of those activations. view: it only renames bytes. sizes_only: it computes a shape, where kernels are started.
+    terms of each sum of a product; columns: of its result, or channels of a group. read, written: bytes of activations;
+    weights: of stored tensors. inputs, outputs: names of those activations. view: it only renames bytes. sizes_only: it
+    computes a shape, where kernels are started.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Operator:
     product: bool
     matrices: int
     inner: int
+    columns: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     read: Bytes
@@ -182,6 +184,7 @@ def _operator(node: NodeProto, sizes: Sizes, constants: set[str], codes: Mapping
     sizes_only = all(name in sizes.known for name in outputs)
     out = values[outputs[0]]
     product, operations, matrices, inner = _operations(node, values)
+    columns = (out.shape[1] // matrices if "Conv" in node.op_type else out.shape[-1]) if product and out.shape else 1
     first = codes.get(node.input[0], node.input[0]) if node.input else ""
     kind = values[first].kind if product and first in values else out.kind
     precision = "int8" if node.op_type in INTEGER else PRECISION.get(kind, "other")
@@ -194,8 +197,8 @@ def _operator(node: NodeProto, sizes: Sizes, constants: set[str], codes: Mapping
     if view:
         operations, read, written, weights = 0.0, {}, {}, {}
     return Operator(
-        node.name or node.op_type, node.op_type, operations, precision, product, matrices, inner, activations, outputs,
-        read, written, weights, view, sizes_only,
+        node.name or node.op_type, node.op_type, operations, precision, product, matrices, inner, columns, activations,
+        outputs, read, written, weights, view, sizes_only,
     )  # fmt: skip
 
 
@@ -244,7 +247,8 @@ def _operations(node: NodeProto, values: Mapping[str, Value]) -> tuple[bool, flo
     if kind in ("Softmax", "LogSoftmax") or "Normalization" in kind:
         return False, count, math.prod(out[:-1]), 1
     if kind in ("Shape", "Constant", "Transpose", "Concat", "Pad", *VIEWS, *MOVES):
-        return False, 0.0, math.prod(out[:-1]) if out else 1, 1
+        rows = math.prod(out[:-1]) if kind in MOVES else 1
+        return False, 0.0, rows, 1
     return False, count, math.prod(out[:-1]) if out else 1, 1
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -203,16 +204,10 @@ def measured(chosen: Sequence[tuple[str, onnx.ModelProto, int]], rounds: int) ->
     return np.median(times, axis=0)
 
 
-def ranks(values: Any) -> Any:
-    order = np.empty(len(values))
-    order[np.argsort(values)] = np.arange(len(values))
-    return order
-
-
 def quality(predicted: Any, truth: Any) -> dict[str, float]:
     """Spearman's rank correlation; median, and ninth decile, of the relative error."""
     error = np.abs(predicted / truth - 1)
-    spearman = float(np.corrcoef(ranks(predicted), ranks(truth))[0, 1])
+    spearman = float(spearmanr(predicted, truth).statistic)
     return {"spearman": spearman, "median_error": float(np.median(error)), "p90_error": float(np.quantile(error, 0.9))}
 
 

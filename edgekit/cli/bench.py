@@ -49,6 +49,8 @@ def bench(
 
     if target_name is None and (precision or power or layers):
         raise click.UsageError("--precision, --power and --layers go with --target NAME")
+    if target_name is not None and runtime != "onnxruntime":
+        raise click.UsageError(f"--runtime {runtime}: with --target, models are estimated, or measured on onnxruntime")
     names = [model, *others]
     sizes = batch_sizes(batches)
     if target_name is not None:

@@ -5,9 +5,13 @@ and a sum of what they do is fitted to the times:
 
     seconds = a + b matrices + c bytes written + d operations + e bytes + f bytes beyond the core's own cache
 
-with no negative term (Lawson and Hanson 1974, "Solving least squares problems", chapter 23), by relative error. The
-time of a model is the sum over the operators that the runtime makes of it, plus what a call and each operator take
-besides. The table is kept in the user's cache, under the machine and the version of the runtime.
+(operations of products with their columns filled up to whole vector registers, as kernels compute them), with no
+negative term (Lawson and Hanson 1974, "Solving least squares problems", chapter 23), by relative error. The time of a
+model is the sum over the operators that the runtime makes of it, plus what a call and each operator take besides; and
+that times one factor, found on a few small networks: in a model, an operator finds its weights and inputs further away
+than when it runs alone, over and over.
+
+The table is kept in the user's cache, under the machine and the version of the runtime.
 """
 
 from __future__ import annotations
@@ -16,22 +20,23 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import helper
+from onnx import ModelProto, helper
 
 from edgekit import cache, machine
 from edgekit.cost import Operator, Work
 from edgekit.errors import EdgekitError
 from edgekit.files import write_file
+from edgekit.targets.local import cpu_flags
 from edgekit.targets.profiled import open_model, optimised_work, profiled, random_feeds
-from edgekit.targets.samples import ALIKE, ROWS, Sample, graph_of, samples
+from edgekit.targets.samples import ALIKE, ROWS, Sample, composites, graph_of, samples
 
-FORMAT = 1
+FORMAT = 2  # of the table and of what it is fitted to
 OWN_CACHE = 1 << 20  # bytes of a core's second cache, where the system does not say
 TERMS = ("calls", "matrices", "written", "operations", "bytes", "spilled")
 PLAIN = "Add"  # for what is in neither
@@ -48,6 +53,8 @@ class Table:
     call: float
     node: float
     own_cache: int
+    lanes: int  # float32 numbers of a vector register
+    company: float  # times as long as alone
     samples: Mapping[str, int]
     error: Mapping[str, float]
     machine: Mapping[str, Any]
@@ -56,15 +63,15 @@ class Table:
     def seconds(self, operator: Operator) -> float:
         """Of the operator's kernel."""
         weights = self.weights.get(family(operator)) or self.weights[PLAIN]
-        return float(np.dot(weights, terms(operator, self.own_cache)))
+        return float(np.dot(weights, terms(operator, self.own_cache, self.lanes)))
 
     def total(self, work: Work) -> float:
         """Of a call."""
         return self.call + sum(self.of(operator) for operator in work.operators)
 
     def of(self, operator: Operator) -> float:
-        """Of the operator in a call: its kernel, and what starting it takes."""
-        return max(0.0, self.node + self.seconds(operator))
+        """Of the operator in a model: its kernel, and what starting it takes."""
+        return self.company * max(0.0, self.node + self.seconds(operator))
 
 
 def family(operator: Operator) -> str:
@@ -91,11 +98,12 @@ def _spread(operator: Operator) -> bool:
     return sum(operator.read.values()) + sum(operator.weights.values()) < 1.99 * written
 
 
-def terms(operator: Operator, own_cache: int) -> Terms:
+def terms(operator: Operator, own_cache: int, lanes: int) -> Terms:
     """What the fitted sum is over, as TERMS names it."""
-    moved = operator.bytes
-    written = sum(operator.written.values())
-    return np.array([1.0, operator.matrices, written, operator.operations, moved, max(0.0, moved - own_cache)])
+    moved, written, operations = operator.bytes, sum(operator.written.values()), operator.operations
+    if operator.product and family(operator) != "depthwise":
+        operations *= -(-operator.columns // lanes) * lanes / operator.columns
+    return np.array([1.0, operator.matrices, written, operations, moved, max(0.0, moved - own_cache)])
 
 
 def table(
@@ -125,7 +133,7 @@ def measure(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Table:
     """Time the samples and fit a row for each family."""
-    own_cache = _own_cache()
+    own_cache, lanes = _own_cache(), 16 if "avx512f" in cpu_flags() else 8
     rows: dict[str, list[Terms]] = {}
     times: dict[str, list[float]] = {}
     for number, sample in enumerate(chosen):
@@ -136,7 +144,7 @@ def measure(
         }
         for operator in optimised_work(sample.model, 1).operators:
             if operator.name in taken and family(operator) == sample.family:
-                rows.setdefault(sample.family, []).append(terms(operator, own_cache))
+                rows.setdefault(sample.family, []).append(terms(operator, own_cache, lanes))
                 times.setdefault(sample.family, []).append(taken[operator.name])
     progress("timing operators", len(chosen), len(chosen))
     fitted, error = {}, {}
@@ -147,9 +155,11 @@ def measure(
         error[name] = float(np.median(np.abs(matrix @ weights / target - 1)))
     if PLAIN not in fitted:
         raise EdgekitError(f"no sample of {PLAIN!r} was timed; the table needs one for operators that it does not know")
-    call, node = _overheads(fitted, own_cache)
     counts = {name: len(vectors) for name, vectors in rows.items()}
-    return Table(fitted, call, node, own_cache, counts, error, facts, runtime)
+    found = Table(fitted, 0.0, 0.0, own_cache, lanes, 1.0, counts, error, facts, runtime)
+    call, node = _overheads(found)
+    found = replace(found, call=call, node=node)
+    return replace(found, company=_company(found, composites()))
 
 
 def relative_fit(matrix: Terms, target: Terms) -> Terms:
@@ -184,7 +194,7 @@ def non_negative(matrix: Terms, target: Terms, rounds: int = 1000) -> Terms:
     return weights
 
 
-def _overheads(weights: Mapping[str, tuple[float, ...]], own_cache: int) -> tuple[float, float]:
+def _overheads(kernels: Table) -> tuple[float, float]:
     """Seconds that a call, and each operator in it, take besides the kernels: from chains of small operators."""
     times = {}
     for length in (2, 42):
@@ -200,13 +210,25 @@ def _overheads(weights: Mapping[str, tuple[float, ...]], own_cache: int) -> tupl
             started = time.thread_time()
             session.run(None, feeds)
             taken.append(time.thread_time() - started)
-        fixed = Table(weights, 0.0, 0.0, own_cache, {}, {}, {}, "")
         operators = optimised_work(model, 1).operators
-        kernels = sum(fixed.seconds(operator) for operator in operators)
-        times[len(operators)] = float(np.median(taken)) - kernels
+        times[len(operators)] = float(np.median(taken)) - sum(kernels.seconds(operator) for operator in operators)
     (few, short), (many, long) = sorted(times.items())
     node = (long - short) / (many - few)
     return short - few * node, node
+
+
+def _company(alone: Table, networks: Sequence[ModelProto], rounds: int = 15) -> float:
+    """How many times as long as the sum of their operators alone whole networks take, each after others have run."""
+    sessions = [(open_model(model), dict(random_feeds(model, 1))) for model in networks]
+    taken = np.empty((rounds, len(networks)))
+    for number in range(rounds):
+        for index, (session, feeds) in enumerate(sessions):
+            session.run(None, feeds)
+            started = time.thread_time()
+            session.run(None, feeds)
+            taken[number, index] = time.thread_time() - started
+    expected = [alone.total(optimised_work(model, 1)) for model in networks]
+    return float(np.median(np.median(taken, axis=0) / expected))
 
 
 def _own_cache(path: Path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")) -> int:

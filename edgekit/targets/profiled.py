@@ -25,14 +25,15 @@ except ModuleNotFoundError as error:
     raise missing_extra(error.name or "onnxruntime", "onnx", "timing a graph") from None
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-GRAIN = 0.5e-6  # the profiler cuts off fractions of a microsecond; on average that is half of one
+GRAIN = 0.5e-6  # seconds; the profiler cuts off fractions of a microsecond; on average that is half of one
 LEAST_RUNS, MOST_RUNS, WARM_RUNS = 7, 400, 3
+WHOLE = 0.95  # of the clock's time, spent on the run itself
 BLOCKED = "_nchwc"  # what ONNX Runtime appends to the result's name where it lays channels out in blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One operator as it ran. seconds: of a call that nobody interrupted."""
+    """One operator as it ran. seconds: of a call that no other program interrupted."""
 
     name: str
     kind: str
@@ -88,10 +89,11 @@ def profiled(model: ModelProto, feeds: Arrays, *, seconds: float = 0.2, threads:
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         session = open_model(model, threads, enable_profiling=True, profile_file_prefix=str(Path(folder) / "run"))
         until = time.perf_counter() + seconds
-        runs = 0
-        while (time.perf_counter() < until and runs < MOST_RUNS) or runs < LEAST_RUNS + WARM_RUNS:
+        alone: list[float] = []  # for each run, how much of the time on the clock the thread had
+        while (time.perf_counter() < until and len(alone) < MOST_RUNS) or len(alone) < LEAST_RUNS + WARM_RUNS:
+            clock, spent = time.perf_counter(), time.thread_time()
             session.run(None, dict(feeds))
-            runs += 1
+            alone.append((time.thread_time() - spent) / max(time.perf_counter() - clock, 1e-9))
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     taken: dict[str, list[float]] = {}
     kinds: dict[str, str] = {}
@@ -100,18 +102,25 @@ def profiled(model: ModelProto, feeds: Arrays, *, seconds: float = 0.2, threads:
             name = event["name"].removesuffix("_kernel_time")
             kinds.setdefault(name, event["args"]["op_name"])
             taken.setdefault(name, []).append(event["dur"] * 1e-6)
+    whole = _uninterrupted(alone) if threads == 1 else list(range(WARM_RUNS, len(alone)))
     kernels = []
     for name, times in taken.items():
-        kernels.append(Kernel(name, kinds[name], _typical(times[WARM_RUNS * len(times) // runs :]) + GRAIN))
+        chosen = [times[run] for run in whole] if len(times) == len(alone) else times
+        kernels.append(Kernel(name, kinds[name], _middle(chosen) + GRAIN))
     return kernels
 
 
-def _typical(times: list[float]) -> float:
-    """Of calls that nobody interrupted: on a shared machine most calls of a long kernel are, by others. Of short
-    ones, whole microseconds tell more as a mean of many."""
+def _uninterrupted(alone: list[float]) -> list[int]:
+    """Runs in which no other program had the core: the profiler reads the clock, which goes on meanwhile."""
+    order = sorted(range(WARM_RUNS, len(alone)), key=lambda run: -alone[run])
+    return [run for run in order if alone[run] > WHOLE] or order[: max(1, len(order) // 4)]
+
+
+def _middle(times: list[float]) -> float:
+    """The mean of the middle half: whole microseconds of short kernels tell more as a mean of many than as a median."""
     calls = sorted(times)
-    share = 0.25 if calls[len(calls) // 2] > 20e-6 else 0.75
-    return float(np.mean(calls[: max(1, round(share * len(calls)))]))
+    cut = len(calls) // 4
+    return float(np.mean(calls[cut : len(calls) - cut]))
 
 
 def _holds_float16(model: ModelProto) -> bool:

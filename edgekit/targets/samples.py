@@ -42,19 +42,22 @@ def samples() -> list[Sample]:
     for rows, inner, columns in (
         (1, 32, 32), (1, 256, 256), (1, 1024, 1000), (16, 64, 64), (16, 512, 512), (64, 32, 128), (100, 192, 192),
         (200, 192, 768), (200, 768, 192), (256, 64, 64), (1000, 32, 32), (1600, 8, 64), (1600, 64, 128), (3000, 16, 32),
+        (1, 2048, 2048), (8, 3000, 1100), (4000, 64, 256), (200, 32, 3), (200, 64, 10),
     ):  # fmt: skip
         found.append(_product("MatMul", (rows, inner), (inner, columns)))
         if columns <= 256 or rows <= 16:
             found.append(_product("Gemm", (rows, inner), (inner, columns)))
     for matrices, rows, inner, columns in (
-        (4, 16, 16, 16), (3, 197, 64, 197), (3, 197, 197, 64), (16, 103, 2, 103), (16, 103, 103, 2), (64, 50, 8, 50),
+        (4, 16, 16, 16), (3, 180, 64, 180), (3, 180, 180, 64), (16, 110, 2, 110), (16, 110, 110, 2), (64, 50, 8, 50),
         (64, 50, 50, 8), (256, 20, 16, 20), (32, 100, 16, 100), (32, 100, 100, 16), (1, 256, 256, 256),
-        (8, 64, 32, 64), (512, 8, 8, 8),
+        (8, 64, 32, 64), (512, 8, 8, 8), (300, 110, 2, 110), (300, 110, 110, 2), (96, 180, 64, 180), (96, 180, 180, 64),
+        (200, 90, 4, 90), (200, 90, 90, 4),
     ):  # fmt: skip
         found.append(_two("MatMul", (matrices, rows, inner), (matrices, inner, columns), "product of activations"))
     for channels, out, size, kernel in (
         (3, 16, 32, 3), (3, 64, 64, 7), (16, 16, 16, 3), (32, 64, 32, 3), (64, 64, 16, 3), (64, 128, 14, 1),
         (128, 128, 14, 3), (32, 64, 56, 1), (256, 256, 7, 1), (256, 64, 28, 1), (8, 16, 64, 5), (1, 8, 28, 3),
+        (20, 3, 40, 3), (48, 4, 24, 3), (24, 20, 32, 3), (32, 32, 96, 3),
     ):  # fmt: skip
         found.append(_convolution(channels, out, size, kernel, 1))
     for channels, size, kernel in (
@@ -67,7 +70,16 @@ def samples() -> list[Sample]:
         (8, 8, 3),
     ):
         found.append(_convolution(channels, channels, size, kernel, channels))
-    shapes = ((1, 16, 32), (1, 100, 64), (4, 100, 64), (16, 100, 64), (64, 103, 32), (8, 197, 192), (64, 256, 64))
+    shapes = (
+        (1, 16, 32),
+        (1, 100, 64),
+        (4, 100, 64),
+        (16, 100, 64),
+        (64, 110, 32),
+        (8, 180, 192),
+        (64, 256, 64),
+        (64, 240, 256),
+    )
     for shape in shapes:
         found += [
             _two("Add", shape, shape),
@@ -88,7 +100,7 @@ def samples() -> list[Sample]:
         found.append(_turned((*shape[:2], 4, shape[2] // 4), (0, 2, 3, 1)))
     for rows, width in ((16, 8), (100, 192), (200, 768), (1600, 16), (6000, 32), (1000, 256)):
         found += [_weighted(kind, (rows, width)) for kind in ROWS]
-    for width in (2, 4, 16, 103, 197, 512):
+    for width in (2, 4, 16, 110, 180, 512):
         found.append(_one("Softmax", (8, 50, width), axis=-1))
         found.append(_normalised((8, 50, width)))
     for channels, size in ((16, 32), (64, 56), (64, 16), (128, 14), (8, 64), (32, 24)):
@@ -108,6 +120,66 @@ def samples() -> list[Sample]:
         found.append(_dynamic(rows, inner, columns))
         found.append(_static(rows, inner, columns))
     return found
+
+
+def composites() -> list[ModelProto]:
+    """Small networks: what operators take in each other's company, their weights and inputs no longer in the cache."""
+    found = [_dense(rows, width, depth) for rows, width, depth in ((1, 400, 5), (40, 200, 6), (500, 72, 8))]
+    found += [_convolutions(channels, size) for channels, size in ((28, 40), (72, 20), (12, 72))]
+    found += [_attention(rows, tokens, width) for rows, tokens, width in ((1, 80, 80), (6, 80, 80), (12, 30, 144))]
+    return found
+
+
+def _dense(rows: int, width: int, depth: int) -> ModelProto:
+    nodes, weights = [], dict[str, Any]()
+    for layer in range(depth):
+        reads, writes = f"v{layer}" if layer else "a", f"v{layer + 1}" if layer + 1 < depth else "y"
+        weights |= {f"w{layer}": _random(width, width) / width**0.5, f"b{layer}": _random(width)}
+        nodes.append(helper.make_node("MatMul", [reads, f"w{layer}"], [f"m{layer}"], f"product{layer}"))
+        nodes.append(helper.make_node("Add", [f"m{layer}", f"b{layer}"], [f"s{layer}"], f"bias{layer}"))
+        nodes.append(helper.make_node("Relu" if layer % 2 else "Tanh", [f"s{layer}"], [writes], f"activation{layer}"))
+    return graph_of(nodes, [(rows, width)], weights)
+
+
+def _convolutions(channels: int, size: int) -> ModelProto:
+    weights = {
+        "w0": _random(channels, 3, 3, 3), "w1": _random(channels, channels, 3, 3) / channels,
+        "w2": _random(channels, 1, 3, 3), "w3": _random(channels, channels, 1, 1) / channels,
+    }  # fmt: skip
+    nodes = []
+    for number, groups in enumerate((1, 1, channels, 1)):
+        reads, pads = f"r{number - 1}" if number else "a", [0 if number == 3 else 1] * 4
+        conv = [reads, f"w{number}"]
+        nodes.append(helper.make_node("Conv", conv, [f"c{number}"], f"conv{number}", group=groups, pads=pads))
+        nodes.append(helper.make_node("Relu", [f"c{number}"], [f"r{number}"], f"relu{number}"))
+    nodes.append(helper.make_node("Add", ["r1", "r3"], ["y"], "sum"))
+    return graph_of(nodes, [(1, 3, size, size)], weights)
+
+
+def _attention(rows: int, tokens: int, width: int, heads: int = 4) -> ModelProto:
+    """A block of a transformer, before its feed-forward layer's second half."""
+    weights: dict[str, Any] = {name: _random(width, width) / width**0.5 for name in ("q", "k", "v", "o")}
+    weights |= {"up": _random(width, 2 * width), "scale": _random(width), "bias": _random(width)}
+    weights |= {"split": np.array([0, 0, heads, -1]), "joined": np.array([0, 0, width])}
+    nodes = [helper.make_node("LayerNormalization", ["a", "scale", "bias"], ["n"], "norm", axis=-1)]
+    for name, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])):
+        nodes += [
+            helper.make_node("MatMul", ["n", name], [f"{name}1"], f"product {name}"),
+            helper.make_node("Reshape", [f"{name}1", "split"], [f"{name}2"], f"split {name}"),
+            helper.make_node("Transpose", [f"{name}2"], [f"{name}3"], f"turn {name}", perm=order),
+        ]
+    nodes += [
+        helper.make_node("MatMul", ["q3", "k3"], ["scores"], "scores"),
+        helper.make_node("Softmax", ["scores"], ["shares"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["shares", "v3"], ["mixed"], "mix"),
+        helper.make_node("Transpose", ["mixed"], ["turned"], "turn back", perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["turned", "joined"], ["flat"], "join"),
+        helper.make_node("MatMul", ["flat", "o"], ["out"], "product o"),
+        helper.make_node("Add", ["a", "out"], ["residual"], "residual"),
+        helper.make_node("MatMul", ["residual", "up"], ["wide"], "product up"),
+        helper.make_node("Sigmoid", ["wide"], ["y"], "sigmoid"),
+    ]
+    return graph_of(nodes, [(rows, tokens, width)], weights)
 
 
 def graph_of(

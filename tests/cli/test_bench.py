@@ -143,7 +143,7 @@ def test_this_machine_is_measured_beside_the_estimate(models, edgekit, monkeypat
     from edgekit.targets.measured import TERMS, Table
 
     law = tuple(1e-6 if term == "calls" else 0.0 for term in TERMS)
-    table = Table({"Add": law, "product with weights": law}, 5e-6, 0.0, 1 << 20, {}, {}, {}, "test")
+    table = Table({"Add": law, "product with weights": law}, 5e-6, 0.0, 1 << 20, 16, 1.0, {}, {}, {}, "test")
     monkeypatch.setattr(measured, "table", lambda **options: table)
     monkeypatch.setattr(local, "is_here", lambda target: target.name == "x86-avx512")
     large, _ = models
@@ -171,3 +171,4 @@ def test_a_target_of_no_such_name_and_options_without_a_target(models, edgekit):
     large, _ = models
     assert edgekit("bench", large, "--target", "rtx-3060").failed_with(1, "unknown target 'rtx-3060'", "rtx-3060-12gb")
     assert edgekit("bench", large, "--layers").failed_with(2, "go with --target NAME")
+    assert edgekit("bench", large, "--target", "h200", "--runtime", "c").failed_with(2, "--runtime c: with --target")

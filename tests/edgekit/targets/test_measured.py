@@ -74,17 +74,19 @@ def test_a_table_finds_the_law_that_times_follow(counted, monkeypatch):
     def made_up(model, feeds, **options):
         operators = optimised_work(model, 1).operators
         return [
-            Kernel(item.name, item.kind, float(np.dot(list(law.values()), terms(item, 1 << 20)))) for item in operators
+            Kernel(item.name, item.kind, float(np.dot(list(law.values()), terms(item, 1 << 20, 16))))
+            for item in operators
         ]
 
     monkeypatch.setattr(measured, "profiled", made_up)
     monkeypatch.setattr(measured, "_own_cache", lambda: 1 << 20)
+    monkeypatch.setattr(measured, "cpu_flags", lambda: {"avx512f"})
     chosen = [
         sample for sample in SAMPLES if sample.family in ("product with weights", "Softmax", "Add", "Relu", "Sigmoid")
     ]
     table = measured.measure(chosen, facts={}, runtime="none")
     held_out = work(model := product(77, 200, 300), sized(model, 1)).operators[0]
-    expected = float(np.dot(list(law.values()), terms(held_out, 1 << 20)))
+    expected = float(np.dot(list(law.values()), terms(held_out, 1 << 20, 16)))
     assert table.seconds(held_out) == pytest.approx(expected, rel=1e-3)
     assert all(error < 1e-3 for error in table.error.values())
 
@@ -121,7 +123,9 @@ def table_of(folder):
 
 def test_a_table_is_kept_and_a_damaged_one_measured_again(tmp_path, monkeypatch):
     calls = []
-    fake = Table({"Add": (1e-6,) * len(TERMS)}, 1e-6, 0.0, 1 << 20, {"Add": 3}, {"Add": 0.1}, {"cpu": "x"}, "ort")
+    fake = Table(
+        {"Add": (1e-6,) * len(TERMS)}, 1e-6, 0.0, 1 << 20, 16, 1.0, {"Add": 3}, {"Add": 0.1}, {"cpu": "x"}, "ort"
+    )
     monkeypatch.setattr(measured, "measure", lambda *a, **k: calls.append(1) or fake)
     assert table_of(tmp_path) == fake
     assert table_of(tmp_path) == fake

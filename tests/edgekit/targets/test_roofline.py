@@ -160,6 +160,18 @@ def test_a_faster_card_is_faster_and_a_larger_batch_slower():
     assert all(estimate(done[1], profile.find(n), 1).seconds < t for n, t in zip(names, times, strict=True))
 
 
+def test_every_operator_of_a_real_model_is_sized(tiny_bundle):
+    """As exported: sizes are computed in the graph, around attention."""
+    from edgekit.bench import float_graph
+
+    graph = float_graph(tiny_bundle)
+    one, nine = (estimate(work(graph, sized(graph, batch)), profile.find("tesla-p40"), batch) for batch in (1, 9))
+    assert one.unknown == nine.unknown == ()
+    assert sum(layer.operations for layer in nine.layers) == 9 * sum(layer.operations for layer in one.layers)
+    assert nine.memory.weights == one.memory.weights
+    assert nine.memory.activations == 9 * one.memory.activations
+
+
 def test_planted_a_model_without_fusion_would_be_found():
     """What the first test counts is not what the separate kernels would move."""
     rows, width = 64, 256
