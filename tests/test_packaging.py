@@ -19,6 +19,7 @@ DISTRIBUTIONS = {
     "lsst": "lsst_alert_packet",
     "markupsafe": "jinja2",
     "llvmlite": "numba",
+    "optimum": "optimum_onnx",
 }  # import name -> what brings it
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -134,7 +135,7 @@ def declared(*extras: str) -> set[str]:
 def test_every_package_that_is_imported_is_declared():
     """numba was once missing from the extra that t2 needs: it was there by chance, for the alerts."""
     extras = set(PROJECT["project"]["optional-dependencies"]) - {"all", "dev"}
-    assert third_party("edgekit") <= declared("compress", "prune", "search", "data", "onnx", "transformers")
+    assert third_party("edgekit") <= declared("compress", "prune", "search", "data", "onnx", "transformers", "optimum")
     assert third_party(*PACKAGES) <= declared(*extras)
     assert "numba" not in declared()
     assert "numba" in third_party("edgekit")
