@@ -215,14 +215,7 @@ def from_factory(
 def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden: Arrays | None = None) -> Bundle:
     """A bundle from a folder of transformers: config.json and safetensors. Classes and the scaling of pixels come
     along. `inputs` need only be given for models that take neither images nor token ids."""
-    config = _read_json(folder / "config.json")
-    if "auto_map" in config:
-        raise EdgekitError(
-            f"{folder}: its model is code of its author's (auto_map), which is not run; export it to ONNX"
-        )
-    if not list(folder.glob("*.safetensors")):
-        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-        raise unsafe(pickles[0]) if pickles else EdgekitError(f"{folder}: holds no safetensors; save the model again")
+    config = safe_config(folder)
     from edgekit.nn import hugging_face
 
     specs = tuple(inputs) or _usual_inputs(config, hugging_face.model_class(config).main_input_name, folder)
@@ -240,6 +233,24 @@ def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden
         bundle = from_factory(
             hugging_face.FACTORY, arguments=arguments, weights=weights, inputs=specs, outputs=["logits"], golden=golden
         )
+    return described(bundle, folder, config)
+
+
+def safe_config(folder: Path) -> dict[str, Any]:
+    """What config.json says. Raises if the model is its author's code, or its weights are not safetensors."""
+    config = _read_json(folder / "config.json")
+    if "auto_map" in config:
+        raise EdgekitError(
+            f"{folder}: its model is code of its author's (auto_map), which is not run; export it to ONNX"
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+        raise unsafe(pickles[0]) if pickles else EdgekitError(f"{folder}: holds no safetensors; save the model again")
+    return config
+
+
+def described(bundle: Bundle, folder: Path, config: Mapping[str, Any]) -> Bundle:
+    """The bundle with what the folder says of its classes and of the scaling of pixels."""
     labels = config.get("id2label") or {}
     pixels = folder / "preprocessor_config.json"
     scaling = _read_json(pixels) if pixels.is_file() else {}

@@ -14,6 +14,7 @@ Examples:
   edgekit import model.onnx -o model.edge
   edgekit import program.pt2 -o program.edge --data samples.npz
   edgekit import deit-tiny/ -o deit.edge        # a folder of transformers
+  edgekit import deit-tiny/ --via optimum -o deit.edge        # where transformers' own network cannot be traced
   edgekit import my_models.vit:build --weights vit.safetensors \\
       --arguments '{"depth": 6}' --input image:float32:batch,3,224,224 -o vit.edge
 An axis is a length, a name for any length, or a multiple such as 9*faces.
@@ -23,6 +24,7 @@ An axis is a length, a name for any length, or a multiple such as 9*faces.
 @click.command("import", epilog=EXAMPLE)
 @click.argument("source")
 @click.option("-o", "--output", "target", type=Path, required=True, help="Bundle to write, such as model.edge.")
+@click.option("--via", help="optimum: a Hugging Face folder becomes a graph by optimum's ONNX exporter.")
 @click.option("--weights", type=Path, help="safetensors for a Python function's network.")
 @click.option("--arguments", default="{}", help="JSON: keyword arguments of that function.")
 @click.option("--input", "inputs", multiple=True, help="NAME:DTYPE:AXES of an input of that network; repeat for more.")
@@ -34,8 +36,9 @@ An axis is a length, a name for any length, or a multiple such as 9*faces.
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def import_(
-    source: str, target: Path, weights: Path | None, arguments: str, inputs: tuple[str, ...], outputs: str,
-    classes: str, preprocessing: str, state: tuple[str, ...], data_file: Path | None, force: bool, as_json: bool,
+    source: str, target: Path, via: str | None, weights: Path | None, arguments: str, inputs: tuple[str, ...],
+    outputs: str, classes: str, preprocessing: str, state: tuple[str, ...], data_file: Path | None, force: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Make a bundle from SOURCE: an .onnx or .pt2 file, a Hugging Face folder, or a Python function
     package.module:function that builds a torch network. Naming the function allows it to be run."""
@@ -48,8 +51,15 @@ def import_(
 
     if target.exists() and not force:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
+    if via is not None and (via != "optimum" or not Path(source).is_dir()):
+        raise click.UsageError(f"--via {via}: expected optimum, and a Hugging Face folder; {source} is "
+                               f"{'a' if Path(source).is_dir() else 'no'} folder")  # fmt: skip
     golden = arrays_from_bytes(data_file.read_bytes(), str(data_file)) if data_file else None
-    if ":" in source and not Path(source).exists():
+    if via is not None:
+        from edgekit.from_optimum import from_optimum
+
+        bundle = from_optimum(Path(source), golden=golden)
+    elif ":" in source and not Path(source).exists():
         bundle = from_factory(
             source, arguments=_json(arguments, "--arguments"), weights=weights, inputs=[parse_spec(t) for t in inputs],
             outputs=[name for name in outputs.split(",") if name], golden=golden,
