@@ -26,7 +26,7 @@ RTX = "rtx"
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generation. `flags`: options of its trtexec, without the dashes; `dialect`: how it says what build.sh needs."""
+    """One generation. `flags`: options of its trtexec, without dashes; `dialect`: its word for what build.sh needs."""
 
     name: str
     opset: int
@@ -66,7 +66,10 @@ class Generation:
                 yield node, why
             for number in self.stored.get(node.op_type, ()):
                 if number < len(node.input) and node.input[number] and node.input[number] not in fixed:
-                    yield node, f"input {node.input[number]!r} must be stored in the graph, not computed from its inputs"
+                    yield (
+                        node,
+                        f"input {node.input[number]!r} must be stored in the graph, not computed",
+                    )
 
 
 def _nodes(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:

@@ -27,7 +27,17 @@ from exporters.onnx_graph import shapes
 OLDEST = 13  # the first with a scale per channel in DequantizeLinear and axes of Squeeze as an input
 # their meaning changed under the same signature; written in the old one they would compute something else
 CHANGED = {"RoiAlign": 16, "GridSample": 20}
-REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")  # not Sum: an input since 13
+REDUCTIONS = (
+    "L1",
+    "L2",
+    "LogSum",
+    "LogSumExp",
+    "Max",
+    "Mean",
+    "Min",
+    "Prod",
+    "SumSquare",
+)  # Sum: since 13
 Array = npt.NDArray[Any]
 
 
@@ -84,13 +94,14 @@ class Lowered:
 
 
 def to_opset(model: ModelProto, version: int, known: Collection[str] | None = None) -> Lowered:
-    """A copy in this opset, which must not be newer than the graph's. `known`: operators that the parser has; others are
-    written out where that is possible, and left for `Generation.refuse` to name where it is not."""
+    """A copy in this opset, which must not be newer than the graph's. `known`: operators that the parser has; others
+    are written out where that is possible, and left for `Generation.refuse` to name where it is not."""
     result = ModelProto()
     result.CopyFrom(model)
     if not OLDEST <= version <= opset(model):
         raise EdgekitError(f"opset {version} cannot be written; expected {OLDEST} to {opset(model)}, the graph's own")
     name_nodes(result)
+    _store_constants(result)
     sums = _lower(result, result.graph, version, known)
     for entry in result.opset_import:
         if entry.domain in ("", "ai.onnx"):
@@ -103,6 +114,21 @@ def to_opset(model: ModelProto, version: int, known: Collection[str] | None = No
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise EdgekitError(f"the graph cannot be written in opset {version}: {str(error).splitlines()[0]}") from error
     return Lowered(result, tuple(sums))
+
+
+def _store_constants(model: ModelProto) -> None:
+    """Constant nodes become stored tensors."""
+    kept = []
+    for node in model.graph.node:
+        value = attribute(node, "value", None) if node.op_type == "Constant" else None
+        if isinstance(value, onnx.TensorProto):
+            stored = model.graph.initializer.add()
+            stored.CopyFrom(value)
+            stored.name = node.output[0]
+        else:
+            kept.append(_copy(node))
+    model.graph.ClearField("node")
+    model.graph.node.extend(kept)
 
 
 def _lower(model: ModelProto, graph: GraphProto, version: int, known: Collection[str] | None) -> list[str]:
@@ -133,10 +159,16 @@ def _lower(model: ModelProto, graph: GraphProto, version: int, known: Collection
             sums += [made.name for made in draft.nodes] if node.op_type.endswith("Normalization") else []
         else:
             nodes.append(_same(node, now, version))
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    kept = [_copy(node) for node in nodes]
     graph.ClearField("node")
     graph.node.extend(kept)
     return sums
+
+
+def _copy(node: NodeProto) -> NodeProto:
+    copied = NodeProto()
+    copied.CopyFrom(node)
+    return copied
 
 
 def _exists(operator: str, version: int) -> bool:
@@ -158,7 +190,7 @@ def _same(node: NodeProto, now: int, version: int) -> NodeProto:
         return node
     if version < CHANGED.get(node.op_type, 0) <= now:
         raise EdgekitError(f"node {node.name!r}: {node.op_type} means something else in ONNX opset {version}")
-    kept = NodeProto.FromString(node.SerializeToString())
+    kept = _copy(node)
     kept.ClearField("attribute")
     for item in node.attribute:
         if item.name in old.attributes:

@@ -94,13 +94,17 @@ def verify(
     *,
     tolerance: float = TOLERANCE,
     batches: Sequence[int] = BATCHES,
+    beside: Mapping[str, bytes] | None = None,
 ) -> list[Check]:
-    """Run each ONNX file under ONNX Runtime as it comes, at each batch size; raise at the first beyond tolerance."""
+    """Run each ONNX file under ONNX Runtime as it comes, at each batch size; raise at the first beyond tolerance.
+
+    `beside`: files that hold weights of theirs.
+    """
     expected = reference(bundle)
     allowed = max(tolerance, 2 * expected.noise)
     checks = []
     for file, content in files.items():
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        session = open_session(content, beside)
         whole = _run(session, expected.inputs, max(batches), max(batches), bundle.manifest.outputs)
         for batch in batches:
             rows = min(max(batches), batch * CALLS)
@@ -112,8 +116,17 @@ def verify(
             checks.append(check)
     if not bundle.is_graph:
         for lengths in _other_lengths(bundle.manifest.inputs):
-            checks += _at_lengths(files, bundle, lengths, allowed)
+            checks += _at_lengths(files, bundle, lengths, allowed, beside)
     return checks
+
+
+def open_session(content: bytes, beside: Mapping[str, bytes] | None = None) -> onnxruntime.InferenceSession:
+    """A graph on the CPU; `beside`: files that hold its weights."""
+    options = onnxruntime.SessionOptions()
+    if beside:
+        sizes = [len(weights) for weights in beside.values()]
+        options.add_external_initializers_from_files_in_memory(list(beside), list(beside.values()), sizes)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def _other_lengths(specs: Sequence[TensorSpec]) -> list[dict[str, int]]:
@@ -124,7 +137,13 @@ def _other_lengths(specs: Sequence[TensorSpec]) -> list[dict[str, int]]:
     ]
 
 
-def _at_lengths(files: Mapping[str, bytes], bundle: Bundle, lengths: Mapping[str, int], allowed: float) -> list[Check]:
+def _at_lengths(
+    files: Mapping[str, bytes],
+    bundle: Bundle,
+    lengths: Mapping[str, int],
+    allowed: float,
+    beside: Mapping[str, bytes] | None,
+) -> list[Check]:
     """Each file at other lengths than it was traced with; none where the network itself cannot run."""
     sized = tuple(
         replace(spec, shape=tuple(lengths.get(str(axis), axis) for axis in spec.shape))
@@ -142,7 +161,7 @@ def _at_lengths(files: Mapping[str, bytes], bundle: Bundle, lengths: Mapping[str
     expected = Reference(inputs, exact, {name: rows[:0] for name, rows in exact.items()}, noise)
     checks = []
     for file, content in files.items():
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        session = open_session(content, beside)
         outputs = _run(session, inputs, SLICE, SLICE, bundle.manifest.outputs)
         check = _compare(file, content, SLICE, SLICE, outputs, outputs, expected, max(allowed, 2 * noise))
         _judge(check, f"{bundle.manifest.name} at lengths {dict(lengths)}")

@@ -23,7 +23,7 @@ Examples:
 @click.argument("bundle")
 @click.option("--to", "form", required=True, help="Format to write: onnx or c.")
 @click.option("-o", "--output", "directory", type=Path, required=True, help="Directory to write.")
-@click.option("--opset", type=int, help="ONNX opset, 16 to 20.  [default: 17]")
+@click.option("--opset", type=int, help="ONNX opset, 13 to 20.  [default: 17]")
 @click.option(
     "--weights",
     help="float32, or encoded: as codes, onnx in a second file.  [default: encoded for onnx, float32 for c]",

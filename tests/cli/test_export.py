@@ -40,7 +40,7 @@ def test_errors_name_what_is_allowed(edgekit, tiny_file, tmp_path):
     target = tmp_path / "out"
     export = ("export", tiny_file, "-o", target, "--json")
     assert edgekit(*export, "--to", "onnxx").failed_with(1, "unknown export format 'onnxx'", "did you mean 'onnx'")
-    assert edgekit(*export, "--to", "onnx", "--opset", "12").failed_with(1, "opset 12", "16 to 20")
+    assert edgekit(*export, "--to", "onnx", "--opset", "12").failed_with(1, "opset 12", "13 to 20")
     assert edgekit(*export).failed_with(2, "--to")
     target.mkdir()
     (target / "mine").touch()
