@@ -112,7 +112,9 @@ def test_operators_that_a_parser_lacks_are_written_out_in_the_same_opset():
     assert kinds == ["ReduceMean", "Sub", "Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Add"]
     assert lowered.sums == tuple(node.name for node in lowered.model.graph.node)
     assert "LayerNormalization" in [node.op_type for node in to_opset(model, 17).model.graph.node]
-    assert [node.op_type for node in to_opset(single("Reciprocal", 17, (3, 4)), 13, {"Div"}).model.graph.node] == ["Div"]
+    assert [node.op_type for node in to_opset(single("Reciprocal", 17, (3, 4)), 13, {"Div"}).model.graph.node] == [
+        "Div"
+    ]
 
 
 def test_the_original_is_left_alone():
