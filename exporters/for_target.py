@@ -27,6 +27,10 @@ WRITTEN = ("float32", "float16", "int8")  # what is verified here: onnxruntime h
 # difference from the network in float64 that is allowed: float16 has 11 bits; in int8 an activation may fall on the
 # other side of a step, and the step is 1/127 of its range
 TOLERANCES = {"float32": TOLERANCE, "float16": 1e-2, "int8": 2e-2}
+CHOICES = frozenset(
+    ("TopK", "ArgMax", "ArgMin", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "NonMaxSuppression")
+)
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 KINDS: dict[int, str] = {
     TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.INT4: "int4",
     TensorProto.UINT4: "int4", TensorProto.FLOAT8E4M3FN: "float8", TensorProto.FLOAT8E5M2: "float8",
@@ -58,6 +62,11 @@ class Typed:
     place: Place
     precision: str
     tolerance: float
+
+    @property
+    def advice(self) -> str:
+        """What to do where the numbers do not come out."""
+        return "try --precision float32" if self.precision == "float16" else "try another --opset"
 
     def described(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -104,8 +113,8 @@ def typed(model: ModelProto, where: Place, precision: str = "", version: int | N
     quantised = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     kind = _precision(where, precision, quantised)
     if kind == "float16" and "float16" not in arithmetic(graph):
-        keep = tuple(glob.escape(name) for name in lowered.sums)
-        graph = Half(keep_nodes=keep).converted(graph)
+        keep = tuple(glob.escape(name) for name in (*lowered.sums, *_deciding(graph)))
+        graph = Half(keep_nodes=keep, overflow="keep").converted(graph)  # masks of -1e9 stay in float32
         onnx.checker.check_model(graph, full_check=True)
     refuse(graph, where)
     return Typed(graph, where, kind, TOLERANCES[kind])
@@ -146,6 +155,20 @@ def arithmetic(model: ModelProto) -> set[str]:
         elif node.op_type not in ("Cast", "DequantizeLinear"):
             found |= {KINDS[kinds[name]] for name in node.input if kinds.get(name) in KINDS}
     return found
+
+
+def _deciding(graph: ModelProto) -> list[str]:
+    """Nodes whose values are compared, back to the nearest product: rounded to half, a router would take another expert
+    and a code another sign."""
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    waiting = [name for node in graph.graph.node if node.op_type in CHOICES for name in node.input]
+    found: dict[str, None] = {}
+    while waiting:
+        node = makers.get(waiting.pop())
+        if node is not None and node.name not in found:
+            found[node.name] = None
+            waiting += () if node.op_type in PRODUCTS else node.input
+    return list(found)
 
 
 def _codes(node: NodeProto, kinds: dict[str, int]) -> set[str]:

@@ -83,7 +83,7 @@ def base(bundle: Bundle, graph: Typed, profile: Profile, largest: int, *pins: st
     """
     written = files(graph.model, MODEL, largest)
     beside = {name: content for name, content in written.items() if name != MODEL}
-    checks = verify({MODEL: written[MODEL]}, bundle, tolerance=graph.tolerance, beside=beside)
+    checks = verify({MODEL: written[MODEL]}, bundle, tolerance=graph.tolerance, beside=beside, advice=graph.advice)
     written |= {
         PROFILE: (json.dumps(profile, indent=1) + "\n").encode(),
         GOLDEN: bundle.contents[GOLDEN],

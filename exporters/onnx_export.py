@@ -117,7 +117,9 @@ class OnnxExporter:
             graphs |= files(graph, name, self.largest)
         beside = {name: content for name, content in graphs.items() if name not in models}
         tolerance = aimed.tolerance if aimed else TOLERANCE
-        checks = verify({name: graphs[name] for name in models}, bundle, tolerance=tolerance, beside=beside)
+        advice = aimed.advice if aimed else "try another --opset"
+        sources = {name: graphs[name] for name in models}
+        checks = verify(sources, bundle, tolerance=tolerance, beside=beside, advice=advice)
         records = [asdict(check) for check in checks]
         check_script = (Path(__file__).parent / "device_check.py").read_bytes()
         written = {**graphs, GOLDEN: bundle.contents[GOLDEN], "verify.py": check_script}

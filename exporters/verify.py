@@ -95,10 +95,11 @@ def verify(
     tolerance: float = TOLERANCE,
     batches: Sequence[int] = BATCHES,
     beside: Mapping[str, bytes] | None = None,
+    advice: str = "try another --opset",
 ) -> list[Check]:
     """Run each ONNX file under ONNX Runtime as it comes, at each batch size; raise at the first beyond tolerance.
 
-    `beside`: files that hold weights of theirs.
+    `beside`: files that hold weights of theirs. `advice`: what an error tells the person to do.
     """
     expected = reference(bundle)
     allowed = max(tolerance, 2 * expected.noise)
@@ -112,11 +113,11 @@ def verify(
                 whole if batch == max(batches) else _run(session, expected.inputs, batch, rows, bundle.manifest.outputs)
             )
             check = _compare(file, content, batch, rows, outputs, whole, expected, allowed)
-            _judge(check, bundle.manifest.name)
+            _judge(check, bundle.manifest.name, advice)
             checks.append(check)
     if not bundle.is_graph:
         for lengths in _other_lengths(bundle.manifest.inputs):
-            checks += _at_lengths(files, bundle, lengths, allowed, beside)
+            checks += _at_lengths(files, bundle, lengths, allowed, beside, advice)
     return checks
 
 
@@ -143,6 +144,7 @@ def _at_lengths(
     lengths: Mapping[str, int],
     allowed: float,
     beside: Mapping[str, bytes] | None,
+    advice: str,
 ) -> list[Check]:
     """Each file at other lengths than it was traced with; none where the network itself cannot run."""
     sized = tuple(
@@ -164,7 +166,7 @@ def _at_lengths(
         session = open_session(content, beside)
         outputs = _run(session, inputs, SLICE, SLICE, bundle.manifest.outputs)
         check = _compare(file, content, SLICE, SLICE, outputs, outputs, expected, max(allowed, 2 * noise))
-        _judge(check, f"{bundle.manifest.name} at lengths {dict(lengths)}")
+        _judge(check, f"{bundle.manifest.name} at lengths {dict(lengths)}", advice)
         checks.append(replace(check, lengths=dict(lengths)))
     return checks
 
@@ -193,7 +195,7 @@ def _compare(
     return Check(file, len(content), batch, rows, difference, spread, golden, changed, allowed)
 
 
-def _judge(check: Check, model: str) -> None:
+def _judge(check: Check, model: str, advice: str) -> None:
     complaints = {
         "its outputs differ from the source network's by": check.difference,
         "the same row differs from one batch size to another by": check.spread,
@@ -203,12 +205,12 @@ def _judge(check: Check, model: str) -> None:
         if not value <= check.allowed:  # NaN included
             raise EdgekitError(
                 f"{model}: {check.file} at batch {check.batch}: {complaint} {value:.1e}; allowed {check.allowed:.1e}. "
-                "Nothing was written; if the bundle's weights and golden data are right, try another --opset"
+                f"Nothing was written; if the bundle's weights and golden data are right, {advice}"
             )
     if check.changed:
         raise EdgekitError(
             f"{model}: {check.file} at batch {check.batch}: {check.changed} of {check.rows} rows change class; "
-            "allowed 0. Nothing was written; try another --opset"
+            f"allowed 0. Nothing was written; {advice}"
         )
 
 

@@ -1,16 +1,14 @@
-"""The matrix: every network of the zoo and of the conformance list, and DeiT-tiny, for every target that can hold it.
+"""The matrix: every network of the zoo and the conformance list, and DeiT-tiny, for every target that can hold it.
 
-Each graph passes ONNX's checker, the operator table of its target's parser and the numerics; for cards that TensorRT-RTX
-knows, it compiles. Minutes: pytest -m targets.
+Each graph passes ONNX's checker, the operator table of its target's parser and the numerics; for cards that
+TensorRT-RTX knows, it compiles. Minutes: pytest -m targets.
 """
 
 import functools
 
 import onnx
 import pytest
-import torch
 
-from edgekit.bundle import Manifest, TensorSpec, assemble, golden_inputs
 from edgekit.errors import EdgekitError
 from edgekit.importers import from_factory, parse_spec
 from edgekit.targets import profile
@@ -20,7 +18,7 @@ from exporters.for_target import arithmetic, place, typed
 from exporters.onnx_export import OnnxExporter
 from exporters.tensorrt_rtx_export import compile_engine
 from exporters.verify import verify
-from tests.conformance.models import INPUTS, OUTPUTS, STATE
+from tests.conformance.models import INPUTS
 
 pytestmark = pytest.mark.targets
 

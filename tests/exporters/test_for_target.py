@@ -207,3 +207,21 @@ def test_an_onnx_export_for_a_target_says_so_and_proves_itself(bundle, toy, tmp_
 def test_a_stack_without_a_target_is_an_error():
     with pytest.raises(EdgekitError, match="a stack or a precision is a target's"):
         OnnxExporter(precision="float16")
+
+
+def test_what_is_compared_is_not_rounded(monkeypatch):
+    """A router in half takes another expert than the network's; the planted failure lets it."""
+    from exporters import for_target
+    from tests.conformance.test_conformance import imported
+
+    bundle = imported("mixture")
+    model = OnnxExporter().graph(bundle)
+
+    def worst():
+        got = typed(model, place("rtx-3060-12gb"))
+        checks = verify({"m": got.model.SerializeToString()}, bundle, tolerance=1.0, batches=(1, 16))
+        return max(check.difference for check in checks)
+
+    assert worst() < 5e-3
+    monkeypatch.setattr(for_target, "_deciding", lambda graph: [])
+    assert worst() > 5e-2
