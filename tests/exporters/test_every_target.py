@@ -62,7 +62,9 @@ def known():
 
 
 @pytest.mark.parametrize("name", [*ZOO, "deit-tiny", *CONFORMANCE])
-def test_every_target_holds_it(name, known):
+def test_every_target_holds_it(name, known, monkeypatch):
+    if name == "deit-tiny":  # 2.5 GFLOP a row, in float64 too
+        monkeypatch.setattr("exporters.verify.DISTINCT", 3)
     bundle, model = source(name)
     refused = {}
     for key, where in PLACES.items():
