@@ -14,6 +14,7 @@ from exporters.base import hashes
 from exporters.tensorrt_export import TensorRtExporter
 
 SOURCE = Path(exporters.__file__).parent / "engine_check.py"
+SCRIPTS = [SOURCE, SOURCE.with_name("device_check.py")]  # a Jetson Nano has Python 3.6
 NEWER = {"capture_output", "text", "missing_ok"}  # arguments that Python 3.6 does not know
 
 
@@ -27,8 +28,9 @@ def grammar(source: str) -> None:
             raise SyntaxError(f"{node.arg}= came later")
 
 
-def test_it_is_written_in_python_3_6():
-    grammar(SOURCE.read_text())
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_what_travels_is_written_in_python_3_6(script):
+    grammar(script.read_text())
 
 
 @pytest.mark.parametrize(
