@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import GRAPH, WEIGHTS, Bundle
+from edgekit.bundle import GRAPH, WEIGHTS, Bundle, multiple
 from edgekit.errors import EdgekitError
 from edgekit.files import write_directory
 
@@ -29,6 +29,37 @@ def model_key(bundle: Bundle) -> str:
         "weights": hashlib.sha256(bundle.contents[GRAPH if bundle.is_graph else WEIGHTS]).hexdigest(),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def described(bundle: Bundle) -> dict[str, Any]:
+    """What every manifest says of the model. axes: those of any length, where they are, and what the length must be a
+    multiple of."""
+    axes: dict[str, dict[str, Any]] = {}
+    for spec in (*bundle.manifest.inputs, *bundle.manifest.outputs):
+        for number, axis in enumerate(spec.shape):
+            if isinstance(axis, str):
+                entry = axes.setdefault(axis, {"multiple_of": multiple(axis), "at": {}})
+                entry["at"].setdefault(spec.name, []).append(number)
+    return {
+        "model": bundle.manifest.name,
+        "bundle": bundle.digest,
+        KEY: model_key(bundle),
+        "inputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.inputs},
+        "outputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.outputs},
+        "axes": axes,
+        "state": bundle.manifest.state,
+        "classes": bundle.manifest.classes,
+        "preprocessing": bundle.manifest.preprocessing,
+    }
+
+
+def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each file."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Check an export on the device that will run it. Needs Python 3.8 or newer, numpy, and onnxruntime for a .onnx or
+"""Check an export on the device that will run it. Needs Python 3.6 or newer, numpy, and onnxruntime for a .onnx or
 openvino for a .xml; nothing else.
 
     python verify.py                                    every model of the export, on the CPU
@@ -6,8 +6,6 @@ openvino for a .xml; nothing else.
 
 Exit status: 0 if every model gives its golden outputs, at batch 1 and at all stored rows; 1 if not.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -45,7 +43,7 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def sha256(path: Path) -> str | None:
+def sha256(path: Path) -> "str | None":
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 

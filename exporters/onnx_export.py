@@ -1,21 +1,22 @@
 """Export a bundle to ONNX: a small, portable, readable graph, proved against the network it came from.
 
-model.onnx             float32
+model.onnx             float32; for a target, in the precision of its plan
+model.onnx.data        its weights, where one file would be too large
 model.quantised.onnx   the same network with its encoded weights stored as 8-bit codes, decoded inside the graph
 golden.npz             inputs, and the outputs they must give
 verify.py              checks both on the device; needs numpy and onnxruntime only
+requirements-NAME.txt  for a target: what to install there, pinned
 manifest.json          SHA-256 of every file, opset, operators, tolerances, what was measured
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,15 +32,30 @@ from edgekit.bundle import GOLDEN, GRAPH, Bundle, TensorSpec, multiple
 from edgekit.encoding import Affine, Encoding
 from edgekit.errors import EdgekitError
 from edgekit.graph import load
+from edgekit.graph import opset as opset_of
 from edgekit.nn.module import tied
-from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
+from exporters.base import (
+    KEY,
+    MANIFEST,
+    Export,
+    check_destination,
+    described,
+    hashes,
+    manifest_bytes,
+    model_key,
+    publish,
+)  # fmt: skip
+from exporters.external import LARGEST, files
+from exporters.for_target import FAVOURED, Typed, place, requirements, typed
 from exporters.network import Network
 from exporters.onnx_graph import shapes, strip, tidy
-from exporters.verify import verify
+from exporters.onnx_opset import OLDEST, to_opset
+from exporters.verify import TOLERANCE, on_onnxruntime, verify
 
-OPSETS = range(
+TRACED_OPSETS = range(
     16, 21
 )  # what torch's TorchScript exporter writes as asked; its successor silently raises 16 and 17 to 18
+OPSETS = range(OLDEST, TRACED_OPSETS.stop)  # older ones are rewritten from 17
 DYNAMO_OPSET = 18  # asked for less, it writes 18 and says nothing
 # Operators that ONNX Runtime, TensorRT 8.6 (the last for Pascal cards), OpenVINO and the common converters all read
 PORTABLE = frozenset(
@@ -63,17 +79,24 @@ Array = npt.NDArray[Any]
 class OnnxExporter:
     """Parameters of an ONNX export."""
 
-    opset: int = 17  # the first with LayerNormalization in one node, the last that TensorRT 8.6 (a Tesla P40's) reads
+    # none: 17, the first with LayerNormalization in one node, the last that TensorRT 8.6 (a Tesla P40's) reads
+    opset: int | None = None
     weights: Literal["encoded", "float32"] = "encoded"  # encoded: also write the codes that compression passes left
     exporter: Literal["torchscript", "dynamo"] = "torchscript"  # of torch's; dynamo writes opset 18 at least
+    target: str = ""  # a device's name: its opset, operators and precision
+    stack: str = ""  # one of the target's, by name; else its first
+    precision: str = ""  # of the target's plan; else the plan's first
+    largest: int = LARGEST  # bytes of model.onnx; above, its weights go into a second file
 
     def __post_init__(self) -> None:
-        if self.opset not in OPSETS:
+        if self.opset is not None and self.opset not in OPSETS:
             raise EdgekitError(f"ONNX opset {self.opset} cannot be written; expected {OPSETS[0]} to {OPSETS[-1]}")
         if self.weights not in ("encoded", "float32"):
             raise EdgekitError(f"ONNX weights = {self.weights!r}; expected 'encoded' or 'float32'")
         if self.exporter not in ("torchscript", "dynamo"):
             raise EdgekitError(f"ONNX exporter = {self.exporter!r}; expected 'torchscript' or 'dynamo'")
+        if (self.stack or self.precision) and not self.target:
+            raise EdgekitError("ONNX: a stack or a precision is a target's; name one: `edgekit targets` lists them")
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
         """Write model, golden data, device check and manifest, once ONNX Runtime gives what the network gives.
@@ -82,30 +105,37 @@ class OnnxExporter:
         """
         directory = Path(directory)
         check_destination(directory, force=force)
-        model = stored_graph(bundle) if bundle.is_graph else self.float_graph(bundle)
+        aimed = self.aimed(bundle) if self.target else None
+        model = aimed.model if aimed else stored_graph(bundle) if bundle.is_graph else self.float_graph(bundle)
         models = {FLOAT: model}
-        if not bundle.is_graph and self.weights == "encoded" and (encodings := bundle.encodings()):
+        plain = aimed is None or (aimed.precision == "float32" and aimed.place.stack.runtime == "onnxruntime")
+        if plain and not bundle.is_graph and self.weights == "encoded" and (encodings := bundle.encodings()):
             quantised = self.quantised_graph(model, encodings)
             if quantised.ByteSize() < model.ByteSize():  # a few codes save less than the nodes that decode them take
                 models[QUANTISED] = quantised
-        graphs = {name: graph.SerializeToString(deterministic=True) for name, graph in models.items()}
-        checks = verify(graphs, bundle)
+        graphs: dict[str, bytes] = {}
+        for name, graph in models.items():
+            graphs |= files(graph, name, self.largest)
+        beside = {name: content for name, content in graphs.items() if name not in models}
+        tolerance = aimed.tolerance if aimed else TOLERANCE
+        advice = aimed.advice if aimed else "try another --opset"
+        sources = {name: graphs[name] for name in models}
+        checks = verify(
+            sources, bundle, tolerance=tolerance, load=partial(on_onnxruntime, beside=beside), advice=advice
+        )
         records = [asdict(check) for check in checks]
         check_script = (Path(__file__).parent / "device_check.py").read_bytes()
-        files = {**graphs, GOLDEN: bundle.contents[GOLDEN], "verify.py": check_script}
+        written = {**graphs, GOLDEN: bundle.contents[GOLDEN], "verify.py": check_script}
+        if aimed:
+            written[f"requirements-{aimed.place.target.name}.txt"] = requirements(aimed.place)
         manifest = {
             "format": "edgekit-onnx-1",
-            "model": bundle.manifest.name,
-            "bundle": bundle.digest,
-            KEY: model_key(bundle),
-            "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
-            "inputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.inputs},
-            "outputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.outputs},
-            "classes": bundle.manifest.classes,
-            "preprocessing": bundle.manifest.preprocessing,
+            **described(bundle),
+            **(aimed.described() if aimed else {}),
+            "opset": opset_of(model),
             "models": {
                 name: {
-                    "bytes": len(graphs[name]),
+                    "bytes": len(graphs[name]) + len(graphs.get(f"{name}.data", b"")),
                     "operators": sorted({node.op_type for node in graph.graph.node}),
                     "tolerance": next(check.allowed for check in checks if check.file == name),
                 }
@@ -119,11 +149,20 @@ class OnnxExporter:
                 "onnxruntime": onnxruntime.__version__,
                 "numpy": np.__version__,
             },
-            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+            "files": hashes(written),
         }
-        files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
-        publish(files, directory, force=force)
-        return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
+        written[MANIFEST] = manifest_bytes(manifest)
+        publish(written, directory, force=force)
+        return Export(directory, {name: len(content) for name, content in written.items()}, manifest, records)
+
+    def aimed(self, bundle: Bundle, runtime: str = "") -> Typed:
+        """The graph as the target's stack reads it, the first stack with this runtime if one is named."""
+        where = place(self.target, runtime, self.stack)
+        source = replace(self, opset=None, target="", stack="", precision="")
+        model = stored_graph(bundle) if bundle.is_graph else source.float_graph(bundle)
+        if self.opset is not None and self.opset > opset_of(model) and not bundle.is_graph:
+            model = replace(source, opset=self.opset).float_graph(bundle)
+        return typed(model, where, self.precision, self.opset)
 
     def graph(self, bundle: Bundle) -> ModelProto:
         """The bundle as a checked ONNX model; weights as codes where it has them, unless `weights` is 'float32'; the
@@ -136,20 +175,22 @@ class OnnxExporter:
 
     def float_graph(self, bundle: Bundle) -> ModelProto:
         """The bundle as a checked float32 ONNX model."""
-        network = Network(bundle).eval()
+        network, wanted = Network(bundle).eval(), self.opset or FAVOURED
         if self.exporter == "dynamo":
-            model = _trace_dynamo(network, bundle, max(self.opset, DYNAMO_OPSET))
+            model = _trace_dynamo(network, bundle, max(wanted, DYNAMO_OPSET))
             strip(model)
             model.graph.name = bundle.manifest.name
             helper.set_model_props(model, {KEY: model_key(bundle)})
             onnx.checker.check_model(model, full_check=True)
             return model
-        model = _trace(network, bundle, self.opset)
+        model = _trace(network, bundle, wanted if wanted in TRACED_OPSETS else FAVOURED)
         buffers = {name.partition(".")[2]: value.numpy() for name, value in network.named_buffers()}
         tidy(model, "network", buffers, tied(network.network))
         model.graph.name = bundle.manifest.name
         model.producer_name, model.producer_version = "edgekit", __version__
         helper.set_model_props(model, {KEY: model_key(bundle)})
+        if wanted < TRACED_OPSETS.start:
+            model = to_opset(model, wanted).model
         self._check(model, bundle.manifest.inputs, bundle.manifest.outputs)
         return model
 
@@ -174,12 +215,12 @@ class OnnxExporter:
             else:
                 graph.initializer.append(tensor)
         graph.node.extend(model.graph.node)
-        _check_graph(quantised, self.opset)
+        _check_graph(quantised, opset_of(model))
         return quantised
 
     def _check(self, model: ModelProto, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         """Raise unless the graph is valid, portable, of the opset asked for and of the shapes promised."""
-        _check_graph(model, self.opset)
+        _check_graph(model, self.opset or FAVOURED)
         found = shapes(model)
         for spec in (*inputs, *outputs):
             got = found.get(spec.name)
@@ -229,7 +270,7 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
         reason = next(line for line in f"{error}\n(no reason given)".splitlines() if line.strip())
         raise EdgekitError(
             f"torch cannot write {manifest.family} as ONNX opset {opset}: {reason}; try another opset "
-            f"({OPSETS[0]} to {OPSETS[-1]})"
+            f"({TRACED_OPSETS[0]} to {TRACED_OPSETS[-1]})"
         ) from error
     return onnx.load_from_string(buffer.getvalue())
 

@@ -88,9 +88,13 @@ def _graph_reference(bundle: Bundle, inputs: Arrays, golden: Arrays) -> Referenc
     return Reference(inputs, alone, golden, noise)
 
 
-def on_onnxruntime(content: bytes) -> Any:
-    """An ONNX file, as ONNX Runtime runs it on the CPU."""
-    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+def on_onnxruntime(content: bytes, beside: Mapping[str, bytes] | None = None) -> Any:
+    """An ONNX file, as ONNX Runtime runs it on the CPU; `beside`: files that hold its weights."""
+    options = onnxruntime.SessionOptions()
+    if beside:
+        sizes = [len(weights) for weights in beside.values()]
+        options.add_external_initializers_from_files_in_memory(list(beside), list(beside.values()), sizes)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def verify(
@@ -100,9 +104,13 @@ def verify(
     tolerance: float = TOLERANCE,
     batches: Sequence[int] = BATCHES,
     load: Callable[[bytes], Any] = on_onnxruntime,
+    advice: str = "try another --opset",
 ) -> list[Check]:
-    """Run each file at each batch size; raise at the first beyond tolerance. `load` gives something with ONNX Runtime's
-    run(names, inputs); by default a file is ONNX, and runs as it comes."""
+    """Run each file at each batch size; raise at the first beyond tolerance.
+
+    `load` gives something with ONNX Runtime's run(names, inputs); by default a file is ONNX, and runs as it comes.
+    `advice`: what an error tells the person to do.
+    """
     expected = reference(bundle)
     allowed = max(tolerance, 2 * expected.noise)
     checks = []
@@ -115,11 +123,11 @@ def verify(
                 whole if batch == max(batches) else _run(session, expected.inputs, batch, rows, bundle.manifest.outputs)
             )
             check = _compare(file, content, batch, rows, outputs, whole, expected, allowed)
-            _judge(check, bundle.manifest.name)
+            _judge(check, bundle.manifest.name, advice)
             checks.append(check)
     if not bundle.is_graph:
         for lengths in _other_lengths(bundle.manifest.inputs):
-            checks += _at_lengths(files, bundle, lengths, allowed, load)
+            checks += _at_lengths(files, bundle, lengths, allowed, load, advice)
     return checks
 
 
@@ -137,6 +145,7 @@ def _at_lengths(
     lengths: Mapping[str, int],
     allowed: float,
     load: Callable[[bytes], Any],
+    advice: str,
 ) -> list[Check]:
     """Each file at other lengths than it was traced with; none where the network itself cannot run."""
     sized = tuple(
@@ -157,7 +166,7 @@ def _at_lengths(
     for file, content in files.items():
         outputs = _run(load(content), inputs, SLICE, SLICE, bundle.manifest.outputs)
         check = _compare(file, content, SLICE, SLICE, outputs, outputs, expected, max(allowed, 2 * noise))
-        _judge(check, f"{bundle.manifest.name} at lengths {dict(lengths)}")
+        _judge(check, f"{bundle.manifest.name} at lengths {dict(lengths)}", advice)
         checks.append(replace(check, lengths=dict(lengths)))
     return checks
 
@@ -186,7 +195,7 @@ def _compare(
     return Check(file, len(content), batch, rows, difference, spread, golden, changed, allowed)
 
 
-def _judge(check: Check, model: str) -> None:
+def _judge(check: Check, model: str, advice: str) -> None:
     complaints = {
         "its outputs differ from the source network's by": check.difference,
         "the same row differs from one batch size to another by": check.spread,
@@ -196,12 +205,12 @@ def _judge(check: Check, model: str) -> None:
         if not value <= check.allowed:  # NaN included
             raise EdgekitError(
                 f"{model}: {check.file} at batch {check.batch}: {complaint} {value:.1e}; allowed {check.allowed:.1e}. "
-                "Nothing was written; if the bundle's weights and golden data are right, try another --opset"
+                f"Nothing was written; if the bundle's weights and golden data are right, {advice}"
             )
     if check.changed:
         raise EdgekitError(
             f"{model}: {check.file} at batch {check.batch}: {check.changed} of {check.rows} rows change class; "
-            "allowed 0. Nothing was written; try another --opset"
+            f"allowed 0. Nothing was written; {advice}"
         )
 
 

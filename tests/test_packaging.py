@@ -19,11 +19,8 @@ DISTRIBUTIONS = {
     "lsst": "lsst_alert_packet",
     "markupsafe": "jinja2",
     "llvmlite": "numba",
-<<<<<<< HEAD
     "pynvml": "nvidia_ml_py",
-=======
     "optimum": "optimum_onnx",
->>>>>>> ov
 }  # import name -> what brings it
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -139,11 +136,8 @@ def declared(*extras: str) -> set[str]:
 def test_every_package_that_is_imported_is_declared():
     """numba was once missing from the extra that t2 needs: it was there by chance, for the alerts."""
     every = set(PROJECT["project"]["optional-dependencies"]) - {"all", "dev"}
-<<<<<<< HEAD
-    assert third_party("edgekit") <= declared("compress", "prune", "search", "data", "onnx", "transformers", "doctor")
-=======
-    assert third_party("edgekit") <= declared("compress", "prune", "search", "data", "onnx", "transformers", "optimum")
->>>>>>> ov
+    extras = ("compress", "prune", "search", "data", "onnx", "transformers", "doctor", "optimum")
+    assert third_party("edgekit") <= declared(*extras)
     assert third_party(*PACKAGES) <= declared(*every)
     assert "numba" not in declared()
     assert "numba" in third_party("edgekit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,29 +13,37 @@ from edgekit.cli.console import note, output, print_json, print_table
 EXAMPLE = """\b
 Examples:
   edgekit export t2-gr --to onnx -o t2-onnx
-  edgekit export t2.edge --to onnx --opset 16 -o t2-onnx --json
+  edgekit export t2-gr --to onnx --target tesla-p40 -o t2-p40
+  edgekit export t2-gr --to tensorrt --target jetson-nano --axis batch=1:16:64 -o t2-nano
+  edgekit export t2-gr --to tensorrt --target rtx-3060-12gb --stack "TensorRT 11" -o t2-11
+  edgekit export t2-gr --to tensorrt-rtx --target rtx-3060-12gb -o t2-rtx
   edgekit export t2.edge --to c --weights encoded -o t2-c
   edgekit export t2-gr --to openvino -o t2-openvino
   python t2-onnx/verify.py        # on the device; needs numpy and onnxruntime only
+  sh t2-nano/build.sh && python3 t2-nano/verify.py
   python t2-c/verify.py           # likewise; needs a C compiler only
 """
 
 
 @click.command(epilog=EXAMPLE)
 @click.argument("bundle")
-@click.option("--to", "form", required=True, help="Format to write: onnx, openvino or c.")
+@click.option("--to", "form", required=True, help="Format to write: onnx, openvino, tensorrt, tensorrt-rtx or c.")
 @click.option("-o", "--output", "directory", type=Path, required=True, help="Directory to write.")
-@click.option("--opset", type=int, help="ONNX opset, 16 to 20.  [default: 17]")
+@click.option("--target", help="Device: its opset, operators and precision (see: edgekit targets).")
+@click.option("--stack", help="One of the target's stacks, by name.  [default: the first that suits]")
+@click.option("--precision", help="float32, float16 or int8.  [default: the first of the target's plan]")
+@click.option("--opset", type=int, help="ONNX opset, 13 to 20.  [default: 17, or the newest that the target reads]")
+@click.option("--axis", "axes", multiple=True, help="NAME=LEAST:BEST:LARGEST, lengths of a free axis in an engine.")
+@click.option("--workspace", type=int, help="MiB that building an engine may use.  [default: 1/8 of its memory]")
+@click.option("--level", type=int, help="How long TensorRT searches for kernels, 0 to 5.  [default: 3]")
 @click.option(
     "--weights",
     help="float32, or encoded: as codes, onnx in a second file.  [default: encoded for onnx, float32 for c]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing export.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def export(
-    bundle: str, form: str, directory: Path, opset: int | None, weights: str | None, force: bool, as_json: bool
-) -> None:
-    """Write BUNDLE (a bundle or a model's name) for a runtime, and prove that it still works.
+def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, **given: Any) -> None:
+    """Write BUNDLE (a bundle or a model's name) for a runtime or a device, and prove that it still works.
 
     The exported model is run at batch 1, 16 and 1000 and held against the network itself. Beyond tolerance nothing is
     written and the exit status is 1. The proof travels: the directory holds golden data and a script that checks it.
@@ -43,9 +52,10 @@ def export(
     from edgekit.zoo import resolve
 
     exporter_class = load("edgekit.exporters", form)
-    options = {name: value for name, value in (("opset", opset), ("weights", weights)) if value is not None}
+    options = {name: value for name, value in given.items() if value not in (None, ())}
     if strange := set(options) - {field.name for field in fields(exporter_class)}:
-        raise click.UsageError(f"--{min(strange)} means nothing to the format {form}; leave it out")
+        flag = {"axes": "axis"}.get(min(strange), min(strange))
+        raise click.UsageError(f"--{flag} means nothing to the format {form}; leave it out")
     exporter = exporter_class(**options)
     source = resolve(bundle)
     if not as_json:
@@ -60,5 +70,12 @@ def export(
         for check in result.checks
     ]  # fmt: skip
     print_table(["file", "bytes", "batch", "rows", "max |dp|", "allowed", "classes changed"], rows)
+    if "target" in result.manifest:
+        manifest = result.manifest
+        output.print(f"\n{manifest['target']}: {manifest['stack']['name']}, {manifest['precision']}")
+        if engine := manifest.get("engine"):
+            built = f"{engine['file']}: " + ("built" if engine["built"] else "not built")
+            output.print(f"{built}; {engine['reason']}" if "reason" in engine else built)
     output.print(f"\n{result.directory}: {', '.join(result.files)}")
-    output.print(f"on the device: python {result.directory / 'verify.py'}")
+    build = f"sh {result.directory / 'build.sh'} && " if "build.sh" in result.files else ""
+    output.print(f"on the device: {build}python {result.directory / 'verify.py'}")

@@ -80,7 +80,10 @@ class Half:
         return changes + [Change(f"{count} {kind}", "float32", self.kind) for kind, count in sorted(kinds.items())]
 
     def apply(self, candidate: GraphCandidate, context: Context) -> GraphCandidate:
-        model = candidate.copy_model()
+        return GraphCandidate(self.converted(candidate.copy_model()))
+
+    def converted(self, model: ModelProto) -> ModelProto:
+        """The graph itself, rewritten in place."""
         narrow, nodes = self._chosen(model)
         if self.storage:
             for tensor in [item for item in model.graph.initializer if item.name in narrow]:
@@ -92,7 +95,7 @@ class Half:
         else:
             self._convert(model, narrow, nodes)
         drop_unread(model)
-        return GraphCandidate(model)
+        return model
 
     def _chosen(self, model: ModelProto) -> tuple[set[str], set[str]]:
         """Names of the tensors to store in half and of the nodes to compute in it."""

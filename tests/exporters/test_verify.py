@@ -96,7 +96,7 @@ def test_ties_are_not_changed_classes_but_clear_calls_are():
 def test_nan_outputs_are_never_within_tolerance():
     exact = np.array([[0.6, 0.4]])
     with pytest.raises(EdgekitError, match="by nan; allowed"):
-        module._judge(compare(np.array([[np.nan, 0.4]]), exact), "toy")
+        module._judge(compare(np.array([[np.nan, 0.4]]), exact), "toy", "give up")
 
 
 def test_an_unstable_network_gets_the_room_it_takes_itself_and_no_more(toy, monkeypatch):
@@ -112,7 +112,7 @@ def test_an_unstable_network_gets_the_room_it_takes_itself_and_no_more(toy, monk
 
 def test_nothing_is_left_behind_when_verification_fails(toy, tmp_path, monkeypatch):
     bundle = toy()
-    monkeypatch.setattr(module, "_judge", lambda check, model: (_ for _ in ()).throw(EdgekitError("planted")))
+    monkeypatch.setattr(module, "_judge", lambda *_: (_ for _ in ()).throw(EdgekitError("planted")))
     with pytest.raises(EdgekitError, match="planted"):
         OnnxExporter().export(bundle, tmp_path / "deep" / "out")
     assert list(tmp_path.iterdir()) == []

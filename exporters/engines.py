@@ -1,0 +1,87 @@
+"""Compile a graph with TensorRT's Python interface, or TensorRT-RTX's, which is the same: parse, profile, build.
+
+What the parser or the builder says is the error, with the node's name; nothing of it is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from onnx import ModelProto
+
+from edgekit.errors import EdgekitError
+
+Profile = Mapping[str, Mapping[str, list[int]]]  # input: min, opt, max: shape
+
+
+def parse(trt: Any, model: ModelProto, content: bytes, *, strong: bool, what: str) -> tuple[Any, Any, list[str]]:
+    """(builder, network) of a graph, and the log they write to. Raises with every complaint of the parser's."""
+    log: list[str] = []
+    logger = _logger(trt, log)
+    builder = trt.Builder(logger)
+    network = builder.create_network(_flags(trt, strong))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(content):
+        raise EdgekitError(f"{what} refuses the graph: {'; '.join(complaints(parser, model)) or '; '.join(log)}")
+    network.name = model.graph.name or "network"
+    log.clear()
+    # the parser holds the weights that the network points to
+    return (builder, parser), network, log
+
+
+def build(
+    trt: Any,
+    model: ModelProto,
+    content: bytes,
+    profile: Profile,
+    configure: Callable[[Any], None],
+    *,
+    strong: bool,
+    what: str,
+) -> bytes:
+    """The engine. `configure` sets what is the version's own on the builder's configuration."""
+    (builder, _parser), network, log = parse(trt, model, content, strong=strong, what=what)
+    config = builder.create_builder_config()
+    shapes = builder.create_optimization_profile()
+    for name, ranges in profile.items():
+        shapes.set_shape(name, tuple(ranges["min"]), tuple(ranges["opt"]), tuple(ranges["max"]))
+    config.add_optimization_profile(shapes)
+    configure(config)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise EdgekitError(f"{what} parses the graph but cannot build it: {'; '.join(log) or 'it gives no reason'}")
+    return bytes(engine)
+
+
+def complaints(parser: Any, model: ModelProto) -> list[str]:
+    """What the parser says is wrong, each with its node. Versions before 10 give the node's number only."""
+    found = []
+    for number in range(parser.num_errors):
+        error = parser.get_error(number)
+        at = error.node() if hasattr(error, "node") else -1
+        known = model.graph.node[at] if 0 <= at < len(model.graph.node) else None
+        name = error.node_name() if hasattr(error, "node_name") else known.name if known else ""
+        kind = error.node_operator() if hasattr(error, "node_operator") else known.op_type if known else ""
+        place = f"node {name!r} ({kind}): " if name or kind else ""
+        found.append(place + " ".join(str(error.desc()).split()))
+    return list(dict.fromkeys(found))
+
+
+def _flags(trt: Any, strong: bool) -> int:
+    """Bits of a network's creation: what an old version needs and a new one no longer knows."""
+    names = ["EXPLICIT_BATCH", *(["STRONGLY_TYPED"] if strong else [])]
+    known = trt.NetworkDefinitionCreationFlag
+    return sum(1 << int(getattr(known, name)) for name in names if hasattr(known, name))
+
+
+def _logger(trt: Any, log: list[str]) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                log.append(" ".join(message.split()))
+
+    return Log()

@@ -1,0 +1,204 @@
+"""The graph that a target's software reads: its opset, its operators, its precision.
+
+bundle --> ONNX --> opset and operators of the stack --> half precision, if the plan says so --> checked
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto
+
+from edgekit.errors import EdgekitError, unknown
+from edgekit.graph import attribute, opset
+from edgekit.passes.half import Half
+from edgekit.targets import profile
+from edgekit.targets.profile import Stack, Target
+from exporters.generations import Generation, generation
+from exporters.onnx_opset import to_opset
+from exporters.verify import TOLERANCE
+
+FAVOURED = 17  # every runtime since 2022 reads it; LayerNormalization is one node from here on
+WRITTEN = ("float32", "float16", "int8")  # what is verified here: onnxruntime has no bfloat16 arithmetic on CPUs
+# difference from the network in float64 that is allowed: float16 has 11 bits; in int8 an activation may fall on the
+# other side of a step, and the step is 1/127 of its range
+TOLERANCES = {"float32": TOLERANCE, "float16": 1e-2, "int8": 2e-2}
+CHOICES = frozenset(
+    ("TopK", "ArgMax", "ArgMin", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "NonMaxSuppression")
+)
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+KINDS: dict[int, str] = {
+    TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.INT4: "int4",
+    TensorProto.UINT4: "int4", TensorProto.FLOAT8E4M3FN: "float8", TensorProto.FLOAT8E5M2: "float8",
+    TensorProto.FLOAT8E4M3FNUZ: "float8", TensorProto.FLOAT8E5M2FNUZ: "float8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A target, the stack of its that is exported for, and that stack's parser if it has one of its own."""
+
+    target: Target
+    stack: Stack
+    generation: Generation | None
+
+    @property
+    def opset(self) -> int:
+        """The newest that is read there."""
+        return min(
+            self.stack.opset or FAVOURED, self.generation.opset if self.generation else self.stack.opset or FAVOURED
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """A graph as a place reads it. `tolerance`: what its verification may allow."""
+
+    model: ModelProto
+    place: Place
+    precision: str
+    tolerance: float
+
+    @property
+    def advice(self) -> str:
+        """What to do where the numbers do not come out."""
+        return "try --precision float32" if self.precision == "float16" else "try another --opset"
+
+    def described(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        target, stack = self.place.target, self.place.stack
+        return {
+            "target": target.name,
+            "sm": target.sm,
+            "stack": {key: value for key, value in asdict(stack).items() if value},
+            "precision": self.precision,
+            "opset": opset(self.model),
+        }
+
+
+def place(target: str, runtime: str = "", stack: str = "") -> Place:
+    """A target by name, and its first stack with this runtime, or the one of this name."""
+    found = profile.find(target)
+    stacks = [item for item in found.stacks if not runtime or item.runtime == runtime]
+    if not stacks:
+        able = [name for name in profile.names() if any(s.runtime == runtime for s in profile.find(name).stacks)]
+        there = ", ".join(dict.fromkeys(item.runtime for item in found.stacks))
+        raise EdgekitError(
+            f"{found.name} has no {runtime}: its runtimes are {there}; targets with {runtime}: {', '.join(able)}"
+        )
+    chosen = next((item for item in stacks if not stack or item.name == stack), None)
+    if chosen is None:
+        raise unknown("stack", stack, [item.name for item in stacks], where=found.name)
+    return Place(found, chosen, generation(chosen))
+
+
+def typed(model: ModelProto, where: Place, precision: str = "", version: int | None = None) -> Typed:
+    """The graph in the opset and the precision of a place. `precision`: one of `WRITTEN`, else the first of the plan;
+    `version`: an opset, else 17 or the newest that the place reads.
+
+    Raises where the plan forbids the precision, the opset is too new, or the parser lacks an operator.
+    """
+    newest = where.opset
+    if version is not None and version > newest:
+        raise EdgekitError(
+            f"opset {version} is newer than {where.target.name} reads: {where.stack.name} takes up to {newest}"
+        )
+    wanted = min(version or FAVOURED, newest, opset(model))
+    lowered = to_opset(model, wanted, where.generation.operators if where.generation else None)
+    graph = lowered.model
+    quantised = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+    kind = _precision(where, precision, quantised)
+    if kind == "float16" and "float16" not in arithmetic(graph):
+        keep = tuple(glob.escape(name) for name in (*lowered.sums, *_deciding(graph)))
+        graph = Half(keep_nodes=keep, overflow="keep").converted(graph)  # masks of -1e9 stay in float32
+        onnx.checker.check_model(graph, full_check=True)
+    refuse(graph, where)
+    return Typed(graph, where, kind, TOLERANCES[kind])
+
+
+def requirements(where: Place, *lines: str) -> bytes:
+    """requirements.txt for the device, pinned; `lines` in place of those of the stack."""
+    stack = where.stack
+    needed = lines or stack.requirements
+    head = f"# {where.target.title}: {stack.name}" + (f", Python {stack.python}" if stack.python else "")
+    if not needed:
+        head += f"\n# {stack.runtime} comes with {'JetPack ' + stack.jetpack if stack.jetpack else 'its own installer'}"
+    never = [f"# never: {item.requirement} ({item.why})" for item in where.target.never if item.requirement]
+    return "\n".join([head, *never, *needed, "numpy", ""]).encode()
+
+
+def refuse(graph: ModelProto, where: Place) -> None:
+    """Raise for what the target must not be given, or its parser does not take."""
+    for kind in sorted(arithmetic(graph)):
+        where.target.refuse(kind)
+    if where.generation:
+        where.generation.refuse(graph)
+    elif opset(graph) > where.opset:
+        raise EdgekitError(f"{where.stack.name} reads ONNX opsets up to {where.opset}; the graph is in {opset(graph)}")
+
+
+def arithmetic(model: ModelProto) -> set[str]:
+    """Precisions below float32 that nodes compute in. What is merely stored so, and cast before it is used, does not
+    count; codes count as int8 where activations are quantised."""
+    found: set[str] = set()
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    for value in (*inferred.input, *inferred.output, *inferred.value_info):
+        kinds.setdefault(value.name, value.type.tensor_type.elem_type)
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            found |= _codes(node, kinds)
+        elif node.op_type not in ("Cast", "DequantizeLinear"):
+            found |= {KINDS[kinds[name]] for name in node.input if kinds.get(name) in KINDS}
+    return found
+
+
+def _deciding(graph: ModelProto) -> list[str]:
+    """Nodes whose values are compared, back to the nearest product: rounded to half, a router would take another expert
+    and a code another sign."""
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    waiting = [name for node in graph.graph.node if node.op_type in CHOICES for name in node.input]
+    found: dict[str, None] = {}
+    while waiting:
+        node = makers.get(waiting.pop())
+        if node is not None and node.name not in found:
+            found[node.name] = None
+            waiting += () if node.op_type in PRODUCTS else node.input
+    return list(found)
+
+
+def _codes(node: NodeProto, kinds: dict[str, int]) -> set[str]:
+    zero = node.input[2] if len(node.input) > 2 else ""
+    kind: int = kinds.get(zero) or attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    return {KINDS.get(kind, "int8")}
+
+
+def _precision(where: Place, asked: str, quantised: bool) -> str:
+    plan = where.target.plan
+    if quantised:
+        where.target.refuse("int8")
+        if asked not in ("", "int8"):
+            raise EdgekitError(f"the model is quantised to int8; it cannot be exported in {asked}")
+        return "int8"
+    if asked:
+        where.target.refuse(asked)
+        if asked == "int8":
+            form = "none is fast there" if plan.int8 == "none" else f"--recipe with static_int8, form = '{plan.int8}'"
+            raise EdgekitError(f"the model is not quantised; int8 comes from `edgekit compress`: {form}")
+        if asked == "bfloat16":
+            raise EdgekitError("bfloat16 cannot be verified here: onnxruntime has no such arithmetic on CPUs")
+        if asked not in WRITTEN:
+            raise unknown("precision", asked, WRITTEN)
+        return asked
+    return next(_floats(where), "float32")
+
+
+def _floats(where: Place) -> Iterator[str]:
+    """The plan's precisions that a float graph can be put into. A CPU computes half in float32, between casts."""
+    for name in where.target.plan.order:
+        if name == "float32" or (name == "float16" and where.target.kind != "cpu"):
+            yield name

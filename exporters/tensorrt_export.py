@@ -1,0 +1,255 @@
+"""Export a bundle as a kit that builds a TensorRT engine on the device, and proves it there.
+
+Engines fit one GPU model and one release: what travels is the graph, the shapes and the way to build it.
+
+    kit (exporters/kit.py) + build.sh, in the dialect of that TensorRT's trtexec
+
+    8.2, 8.5, 8.6   weak typing: precision by flags (--fp16, --int8) beside what the graph says
+    10              strong typing (--stronglyTyped), or flags, as the target's stack says
+    11              strong typing; there are no flags
+
+Where the Python package `tensorrt` is installed beside a GPU of the target's kind, the engine is also built here, kept
+in the cache, and run through the kit's own verify.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+
+from edgekit.bundle import Bundle
+from edgekit.cache import folder as cache_folder
+from edgekit.errors import EdgekitError
+from edgekit.files import write_directory, write_file
+from exporters import engine_check, engines, kit
+from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
+from exporters.external import LARGEST
+from exporters.for_target import Place
+from exporters.onnx_export import OnnxExporter
+from exporters.tensorrt_rtx_export import preflight
+
+ENGINE, SCRIPT = "model.plan", "build.sh"
+WORKSPACE = 4096  # MiB, at most; more finds no faster kernels for networks of this size
+JETSON = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it, outside PATH
+AMPERE = 80  # from here on, float32 products run in TF32 (10 bits) unless forbidden
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRtExporter:
+    """Parameters of a TensorRT kit."""
+
+    target: str = ""
+    stack: str = ""  # one of the target's with TensorRT, by name; else its first
+    precision: str = ""  # of the target's plan; else the plan's first
+    opset: int | None = None  # none: 17, or the newest that is read there
+    axes: tuple[str, ...] = ()  # NAME=LEAST:BEST:LARGEST
+    workspace: int | None = None  # MiB that the build may use; none: an eighth of the device's memory
+    level: int = 3  # of TensorRT's search for kernels, 0 to 5: 8.6 and later
+    largest: int = LARGEST  # bytes of model.onnx; above, its weights go into a second file
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            raise EdgekitError("a TensorRT kit is for one device; name it: --target (`edgekit targets` lists them)")
+        if not 0 <= self.level <= 5:
+            raise EdgekitError(f"level = {self.level}; expected 0 to 5")
+        if self.workspace is not None and self.workspace < 1:
+            raise EdgekitError(f"workspace = {self.workspace} MiB; expected at least 1")
+
+    def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
+        """Write the kit once its graph is accepted and gives what the network gives; build it too where it can be."""
+        directory = Path(directory)
+        check_destination(directory, force=force)
+        onnx_exporter = OnnxExporter(
+            opset=self.opset, weights="float32", target=self.target, stack=self.stack, precision=self.precision
+        )
+        graph = onnx_exporter.aimed(bundle, "tensorrt")
+        profile = kit.profile_of(bundle, self.axes)
+        assert graph.place.generation is not None
+        parsed = ""
+        if graph.place.generation.typing != "weak":
+            parsed = preflight(graph.model)
+        written, manifest = kit.base(bundle, graph, profile, self.largest)
+        workspace = self.workspace or self._workspace(graph.place)
+        script = build_script(graph.place, graph.precision, profile, workspace, self.level, hashes(written)[kit.MODEL])
+        written[SCRIPT] = script.encode()
+        manifest = {
+            "format": "edgekit-tensorrt-1",
+            **manifest,
+            "generation": graph.place.generation.name,
+            "parser": parsed or "not asked: its family's parser is in the extra rtx, and speaks for TensorRT 10 and 11",
+            "workspace_mib": workspace,
+            "engine": {"file": ENGINE},
+            "files": hashes(written),
+        }
+        manifest["engine"].update(
+            self._built_here(graph.place, graph.model, graph.precision, profile, workspace, written, manifest)
+        )
+        written[MANIFEST] = manifest_bytes(manifest)
+        publish(written, directory, force=force)
+        sizes = {name: len(content) for name, content in written.items()}
+        return Export(directory, sizes, manifest, manifest["checks"])
+
+    def _workspace(self, place: Place) -> int:
+        return min(WORKSPACE, int(place.target.memory.value / 8) >> 20)
+
+    def _built_here(
+        self,
+        place: Place,
+        model: ModelProto,
+        precision: str,
+        profile: kit.Profile,
+        workspace: int,
+        written: dict[str, bytes],
+        manifest: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Build and verify, if TensorRT and the target's GPU are here; what came of it. The engine joins the files."""
+        if importlib.util.find_spec("tensorrt") is None:
+            return {"built": False, "reason": "TensorRT is not installed here; build.sh builds it on the device"}
+        trt = importlib.import_module("tensorrt")
+        generation = place.generation
+        assert generation is not None
+        if not str(trt.__version__).startswith(f"{generation.name}."):
+            return {"built": False, "reason": f"TensorRT {trt.__version__} is here, the kit is for {generation.name}"}
+        try:
+            capability = engine_check.Cuda(os.environ.get("EDGEKIT_CUDART", "")).compute_capability()
+        except engine_check.Failed as error:
+            return {"built": False, "reason": f"no GPU can be used here: {error}"}
+        if capability != place.target.sm:
+            return {"built": False, "reason": f"the GPU here is sm_{capability}, the target is sm_{place.target.sm}"}
+        key = engine_key(
+            written[kit.MODEL], profile, precision, workspace, self.level, str(trt.__version__), capability
+        )
+        stored = cache_folder() / "tensorrt" / f"{key}.plan"
+        if cached := stored.is_file():
+            engine = stored.read_bytes()
+        else:
+            strong = is_strong(place)
+
+            def configure(config: Any) -> None:
+                _limit(trt, config, workspace)
+                if hasattr(config, "builder_optimization_level"):
+                    config.builder_optimization_level = self.level
+                for flag in () if strong else _builder_flags(place, precision):
+                    config.set_flag(getattr(trt.BuilderFlag, flag))
+                if precision == "float32" and (place.target.sm or 0) >= AMPERE:
+                    config.clear_flag(trt.BuilderFlag.TF32)
+
+            what = f"TensorRT {trt.__version__}"
+            engine = engines.build(trt, model, kit.content_of(written), profile, configure, strong=strong, what=what)
+            write_file(stored, engine)
+        report = self._verified({**written, ENGINE: engine}, manifest)
+        written[ENGINE] = engine
+        return {"built": True, "tensorrt": str(trt.__version__), "sm": capability, "cached": cached, "report": report}
+
+    def _verified(self, files: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, Any]:
+        """Run the kit's own check on its engine; its report. Raises with what it printed."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "kit"
+            write_directory(folder, {**files, MANIFEST: manifest_bytes(manifest)})
+            command = [sys.executable, str(folder / kit.CHECK), "--runtime", "tensorrt"]
+            command += ["--cudart", os.environ.get("EDGEKIT_CUDART", "")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = " ".join((done.stdout + done.stderr).split())
+                raise EdgekitError(f"the engine that was built here does not pass its check: {said[-400:]}")
+            report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+            return report
+
+
+def engine_key(
+    content: bytes, profile: kit.Profile, precision: str, workspace: int, level: int, version: str, capability: int
+) -> str:
+    """What an engine depends on, hashed: another model, shape, precision, release or GPU is another engine."""
+    parts = [hashlib.sha256(content).hexdigest(), profile, precision, workspace, level, version, capability]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def is_strong(place: Place) -> bool:
+    """Whether the precision is the graph's alone."""
+    assert place.generation is not None
+    return place.generation.typing == "strong" or (place.generation.typing == "either" and place.stack.typing != "weak")
+
+
+def build_script(place: Place, precision: str, profile: kit.Profile, workspace: int, level: int, digest: str) -> str:
+    """build.sh: checks the graph and the release, then calls trtexec as that release wants it."""
+    generation, target = place.generation, place.target
+    assert generation is not None
+    command = " \\\n    ".join(
+        ['"$TRTEXEC"', *(shlex.quote(option) for option in options(place, precision, profile, workspace, level))]
+    )
+    program = JETSON if target.kind == "jetson" else "trtexec"
+    compact = generation.name.replace(".", "")
+    return f"""#!/bin/sh
+# Builds {ENGINE} for {target.title} with {place.stack.name}.
+# Run it on the device: an engine fits one GPU and one release.
+#   sh build.sh && python3 {kit.CHECK}
+# $TRTEXEC names another trtexec.
+set -eu
+cd "$(dirname "$0")"
+TRTEXEC="${{TRTEXEC:-{program}}}"
+if ! command -v "$TRTEXEC" > /dev/null; then
+    echo "build.sh: $TRTEXEC is not here; it comes with TensorRT (on Jetsons {JETSON}); name it in \\$TRTEXEC" >&2
+    exit 1
+fi
+found=$("$TRTEXEC" --help 2>&1 | sed -n 's/.*\\[TensorRT v\\([0-9.]*\\)\\].*/\\1/p' | head -n 1)
+case "$found" in
+    {compact}*|{generation.name}.*) ;;
+    "") echo "build.sh: $TRTEXEC does not say which TensorRT it is; going on, as if it were {generation.name}" >&2 ;;
+    *) echo "build.sh: this is TensorRT $found; this kit is for {generation.name}; export another" >&2
+       exit 1 ;;
+esac
+echo "{digest}  {kit.MODEL}" | sha256sum -c - > /dev/null || {{
+    echo "build.sh: {kit.MODEL} is not the file that was exported; copy it again" >&2
+    exit 1
+}}
+{command}
+echo "built {ENGINE}; now: python3 {kit.CHECK}"
+"""
+
+
+def options(place: Place, precision: str, profile: kit.Profile, workspace: int, level: int) -> list[str]:
+    """Options of trtexec, in the dialect of the place's generation."""
+    generation = place.generation
+    assert generation is not None
+    dialect = generation.dialect
+    pool = dialect["workspace"]
+    size = f"--workspace={workspace}" if pool == "workspace" else f"--{pool}=workspace:{workspace}"
+    found = [f"--onnx={kit.MODEL}", f"--saveEngine={ENGINE}", "--timingCacheFile=timing.cache", size]
+    for key in ("min", "opt", "max"):
+        shapes = ",".join(f"{name}:{'x'.join(map(str, ranges[key]))}" for name, ranges in profile.items())
+        found.append(f"--{key}Shapes={shapes}")
+    if "level" in dialect:
+        found.append(f"--{dialect['level']}={level}")
+    if is_strong(place):
+        found += [f"--{dialect['strong']}"] if "strong" in dialect else []
+    else:
+        found += [f"--{flag.lower()}" for flag in _builder_flags(place, precision)]
+    if precision == "float32" and (place.target.sm or 0) >= AMPERE:
+        found.append("--noTF32")
+    return [*found, f"--{dialect['stop']}"]
+
+
+def _builder_flags(place: Place, precision: str) -> list[str]:
+    """Precisions that the builder may choose from, where typing is weak. Beside int8 it may take float16 for the rest,
+    if the plan has it."""
+    flags = {"float32": [], "float16": ["FP16"], "int8": ["INT8"]}[precision]
+    return [*flags, "FP16"] if precision == "int8" and "float16" in place.target.plan.order else flags
+
+
+def _limit(trt: Any, config: Any, workspace: int) -> None:
+    if hasattr(config, "set_memory_pool_limit"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace << 20)
+    else:
+        config.max_workspace_size = workspace << 20
