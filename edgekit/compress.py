@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,10 @@ from edgekit.passes.base import GRAPH_LEVEL, Candidate, Context, GraphCandidate
 from edgekit.recipe import Step, to_tables
 from edgekit.session import Session, open_session
 from edgekit.training import outputs as network_outputs
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
 
 Notify = Callable[[str], None]
 ShowProgress = Callable[[str, int, int], None]
@@ -92,7 +96,8 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
     """Raise if a pass that trains the network comes where there is only a graph."""
     lowered = "the model came as a graph" if source.is_graph else ""
     for number, step in enumerate(recipe, start=1):
-        graph = _level(step.build()) == GRAPH_LEVEL
+        built = step.build()
+        graph = _level(built) == GRAPH_LEVEL
         if not graph and lowered:
             allowed = ", ".join(
                 name for name in plugins.names("edgekit.passes")
@@ -102,7 +107,7 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
                 f"pass {number} ({step.name!r}) works on a network, and {lowered}; passes on graphs: {allowed}"
                 + ("" if source.is_graph else "; put it before them")
             )
-        if graph and not lowered:
+        if (graph or getattr(built, "lowers", False)) and not lowered:
             lowered = f"pass {number} ({step.name!r}) has turned it into a graph"
 
 
@@ -112,7 +117,7 @@ def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
     check_order(job.source, job.recipe)
     candidate = candidate_of(job.source)
     teacher = candidate.model if isinstance(candidate, Candidate) else None
-    context = Context(job.train, teacher, job.seed)
+    context = _context(job, teacher, job.seed)
     result = []
     for step in job.recipe:
         built = step.build()
@@ -154,7 +159,7 @@ def run(
         started = time.perf_counter()
         notify(f"pass {number} of {len(job.recipe)}: {step.name}")
         seed = job.seed + number if step.seed is None else step.seed
-        context = Context(job.train, teacher, seed, progress)
+        context = _context(job, teacher, seed, progress)
         record: dict[str, Any] = {
             "pass": step.name,
             "parameters": dict(step.parameters),
@@ -196,7 +201,7 @@ def run(
 def applied(job: Job, step: Step) -> Bundle:
     """What one pass makes of the source, neither timed nor judged."""
     candidate = candidate_of(job.source)
-    context = Context(job.train, candidate.model if isinstance(candidate, Candidate) else None, job.seed)
+    context = _context(job, candidate.model if isinstance(candidate, Candidate) else None, job.seed)
     built = step.build()
     return _bundle(job, built.apply(_for_pass(built, candidate, job), context), ())
 
@@ -278,6 +283,16 @@ def _session(job: Job, bundle: Bundle, form: Mapping[str, str], chunk: int = MEA
     each session of a comparison would choose its own, and the choices' noise would pass for a gain."""
     options = {name: value for name, value in form.items() if not (bundle.is_graph and name == "exporter")}
     return open_session(bundle, job.runtime, threads=1, chunk=chunk, **options)
+
+
+def _context(
+    job: Job, teacher: nn.Module | None, seed: int, progress: ShowProgress = lambda what, done, total: None
+) -> Context:
+    def lower(network: nn.Module) -> ModelProto:
+        exporter = plugins.load("edgekit.exporters", "onnx")(exporter="dynamo")
+        return cast("ModelProto", exporter.float_graph(job.source, network))
+
+    return Context(job.train, teacher, seed, progress, job.source.manifest.inputs, lower)
 
 
 def _level(built: Any) -> str:

@@ -25,12 +25,14 @@ import onnx
 import onnxruntime
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch import nn
 
 from edgekit import __version__
-from edgekit.bundle import GOLDEN, GRAPH, Bundle, TensorSpec, multiple
+from edgekit.bundle import GOLDEN, GRAPH, Bundle, TensorSpec
 from edgekit.encoding import Affine, Encoding
 from edgekit.errors import EdgekitError
 from edgekit.graph import load
+from edgekit.nn.exported import dynamic_shapes, example
 from edgekit.nn.module import tied
 from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
 from exporters.network import Network
@@ -55,7 +57,6 @@ PORTABLE = frozenset(
     )
 )  # fmt: skip
 FLOAT, QUANTISED = "model.onnx", "model.quantised.onnx"
-TRACED = {"batch": 2}  # any length other than 1 will do: tracers bake ones in
 Array = npt.NDArray[Any]
 
 
@@ -134,9 +135,10 @@ class OnnxExporter:
         encodings = bundle.encodings() if self.weights == "encoded" else {}
         return self.quantised_graph(model, encodings) if encodings else model
 
-    def float_graph(self, bundle: Bundle) -> ModelProto:
-        """The bundle as a checked float32 ONNX model."""
-        network = Network(bundle).eval()
+    def float_graph(self, bundle: Bundle, network: nn.Module | None = None) -> ModelProto:
+        """The bundle as a checked float32 ONNX model; on request with another network behind the same inputs and
+        outputs."""
+        network = Network(bundle, network).eval()
         if self.exporter == "dynamo":
             model = _trace_dynamo(network, bundle, max(self.opset, DYNAMO_OPSET))
             strip(model)
@@ -205,7 +207,6 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     """The graph as torch writes it, nothing folded: folding would lose the parameters' names."""
     manifest = bundle.manifest
     specs = (*manifest.inputs, *manifest.outputs)
-    example = _example(manifest.inputs)
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
@@ -213,7 +214,7 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 network,
-                example,
+                example(manifest.inputs),
                 buffer,  # type: ignore[arg-type]
                 dynamo=False,
                 opset_version=opset,
@@ -234,21 +235,9 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     return onnx.load_from_string(buffer.getvalue())
 
 
-def _example(specs: tuple[TensorSpec, ...]) -> tuple[torch.Tensor, ...]:
-    """Zeros of the inputs' shapes."""
-    return tuple(
-        torch.zeros([TRACED.get(a, 3 * multiple(a)) if isinstance(a, str) else a for a in spec.shape]).to(
-            getattr(torch, spec.dtype)
-        )
-        for spec in specs
-    )
-
-
 def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     """The graph as torch.export and onnxscript's optimiser write it."""
     manifest = bundle.manifest
-    axes = {a: multiple(a) * torch.export.Dim(f"axis_{n}") for n, a in enumerate(_named_axes(manifest.inputs))}
-    shapes = tuple({n: axes[a] for n, a in enumerate(spec.shape) if isinstance(a, str)} for spec in manifest.inputs)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it reports optional packages that are not there
@@ -257,12 +246,12 @@ def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network,
-                _example(manifest.inputs),
+                example(manifest.inputs),
                 dynamo=True,
                 opset_version=opset,
                 input_names=[spec.name for spec in manifest.inputs],
                 output_names=[spec.name for spec in manifest.outputs],
-                dynamic_shapes=(shapes,),  # of *inputs
+                dynamic_shapes=(dynamic_shapes(manifest.inputs),),  # of *inputs
                 verbose=False,
             )
             assert program is not None
@@ -272,10 +261,6 @@ def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
         raise EdgekitError(f"torch's dynamo exporter cannot write {manifest.family}: {type(error).__name__}") from error
     finally:
         logger.setLevel(level)
-
-
-def _named_axes(specs: tuple[TensorSpec, ...]) -> list[str]:
-    return list(dict.fromkeys(axis for spec in specs for axis in spec.shape if isinstance(axis, str)))
 
 
 def _decoder(name: str, encoding: Encoding, weight: Array) -> tuple[list[TensorProto], list[NodeProto]]:
