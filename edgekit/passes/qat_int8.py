@@ -145,11 +145,14 @@ def stored(model: ModelProto, form: str) -> ModelProto:
         if node.op_type != "DequantizeLinear":
             continue
         scale = numpy_helper.to_array(floats[node.input[1]]).astype(np.float64)
-        source = makers.get(node.input[0])
-        weight = floats.get(source.input[0]) if source is not None else None
+        rounder, low, high = makers.get(node.input[0]), -128.0, 127.0
+        if rounder is not None and rounder.op_type == "Clip":  # to a narrower grid
+            low, high = (float(numpy_helper.to_array(floats[name])) for name in rounder.input[1:3])
+            rounder = makers[rounder.input[0]]
+        weight = floats.get(rounder.input[0]) if rounder is not None else None
         scales[node.output[0]] = scale, weight is not None
         if weight is not None:
-            _store_weight(model, node, weight, scale)
+            _store_weight(model, node, weight, scale, (low, high))
     if form == "u8s8":
         for node in list(graph.node):
             if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2] in floats:
@@ -158,11 +161,13 @@ def stored(model: ModelProto, form: str) -> ModelProto:
     return model
 
 
-def _store_weight(model: ModelProto, node: NodeProto, weight: TensorProto, scale: npt.NDArray[np.float64]) -> None:
+def _store_weight(
+    model: ModelProto, node: NodeProto, weight: TensorProto, scale: npt.NDArray[np.float64], ends: tuple[float, float]
+) -> None:
     """Codes in place of a weight and its rounding; turned, where a product reads them through a Transpose."""
     value, axis = numpy_helper.to_array(weight).astype(np.float64), int(attribute(node, "axis", 1))
     shape = [-1 if number == axis else 1 for number in range(value.ndim)]
-    codes = np.round(value / scale.reshape(shape)).astype(np.int8)
+    codes = np.round(value / scale.reshape(shape)).clip(*ends).astype(np.int8)
     readers = [other for other in model.graph.node if node.output[0] in other.input]
     name = node.output[0]
     if len(readers) == 1 and readers[0].op_type == "Transpose" and value.ndim == 2:
@@ -189,5 +194,3 @@ def _store_bias(
         model.graph.initializer.extend(tensors_)
         model.graph.node.insert(0, nodes[0])
         node.input[2] = name
-
-
