@@ -171,8 +171,8 @@ def run(
         built = step.build()
         try:
             subject = _for_pass(built, candidate, job)
-            record["plan"] = [asdict(change) for change in built.plan(subject)]
-            fresh = built.apply(subject, context)
+            changes, fresh = _tried(built, subject, context)
+            record["plan"] = changes
             fresh_bundle = _bundle(job, fresh, records)
             outputs = outputs_of(job, fresh_bundle, fresh)
             after = _state(fresh_bundle, quality.measure(measured, outputs, expected))
@@ -196,6 +196,21 @@ def run(
         bundle = _bundle(job, candidate, records)
         write_bundle(bundle, paths[number - 1], force=True)
     return _with_metrics(job, bundle, original, expected, inputs, forms)
+
+
+def _tried(built: Any, subject: AnyCandidate, context: Context) -> tuple[list[dict[str, str]], AnyCandidate]:
+    """A pass's plan and result. Whatever somebody's pass, or a library behind it, raises is that pass's failure: it is
+    rolled back with the reason, and the passes after it have their turn."""
+    try:
+        changes, fresh = [asdict(change) for change in built.plan(subject)], built.apply(subject, context)
+        if not isinstance(fresh, (Candidate, GraphCandidate)):
+            raise EdgekitError(f"gave a {type(fresh).__name__}; a pass gives a Candidate or a GraphCandidate")
+        return changes, fresh
+    except EdgekitError:
+        raise
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise EdgekitError(f"failed: {type(error).__name__}{first and ': '}{first[:300]}") from error
 
 
 def applied(job: Job, step: Step) -> Bundle:
@@ -366,7 +381,7 @@ def _state(bundle: Bundle, measurement: quality.Measurement) -> State:
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     found = {"python": platform.python_version()}
-    for name in ("edgekit", "torch", "numpy", "onnxruntime"):
+    for name in ("edgekit", "torch", "numpy", "onnxruntime", "onnx", "onnxscript", "torch-pruning", "torchao"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""A network as torch.export captures it: what it is traced with, and how the result is trained like any other module."""
+"""A network as torch.export captures it: what it is traced with, and how the result is trained like any other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def example(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
 
 
 def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
-    """Which axes of each input may have any length, as torch.export wants to be told; axes of one name are one length."""
+    """Which axes of each input may have any length, as torch.export wants it; axes of one name have one length."""
     names = dict.fromkeys(axis for spec in specs for axis in spec.shape if isinstance(axis, str))
     axes = {name: multiple(name) * torch.export.Dim(f"axis_{number}") for number, name in enumerate(names)}
     return tuple({n: axes[a] for n, a in enumerate(spec.shape) if isinstance(a, str)} for spec in specs)
