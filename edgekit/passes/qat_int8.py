@@ -10,8 +10,10 @@ into the faster graph on most CPUs, or which is exported below opset 18. That on
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,19 +70,18 @@ class QatInt8:
         return changes
 
     def apply(self, candidate: Candidate, context: Context) -> GraphCandidate:
-        try:
-            from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
-
-            from edgekit.passes.qat_quantizer import Int8Quantizer
-        except ModuleNotFoundError as error:
-            raise missing_extra(error.name or "torchao", "qat", "qat_int8") from None
         self.plan(candidate)
         names = [name for name, why in self._obstacles(candidate).items() if not why]
         model = candidate.copy_model()
         frozen(model, candidate.encodings)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch speaks of its own future
-            quantiser = Int8Quantizer(self.form, self.weight_bits, names)
+        with _silence():
+            try:
+                from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+
+                from edgekit.passes.qat_quantiser import Int8Quantiser
+            except ModuleNotFoundError as error:
+                raise missing_extra(error.name or "torchao", "qat", "qat_int8") from None
+            quantiser = Int8Quantiser(self.form, self.weight_bits, names)
             network: nn.Module = Exported(prepare_qat_pt2e(_captured(model, context), quantiser))
             _start_ranges(network, context, self.samples)
             network = recover(network, context, self.epochs, self.learning_rate, self.name)
@@ -98,6 +99,18 @@ class QatInt8:
             reason = reason or ("tied, it stays one tensor" if name in shared else "")
             result[name] = reason or ("encoded by an earlier pass" if name in candidate.encodings else "")
         return result
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what torch says of its own future, and torchao of the GPU libraries that are not there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _captured(model: nn.Module, context: Context) -> GraphModule:

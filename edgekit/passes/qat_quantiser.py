@@ -23,7 +23,7 @@ AVERAGING = 0.01  # of an activation's running range: about the last hundred bat
 PRESENT = 1.0  # of a weight's: the range it has now
 
 
-class Int8Quantizer(Quantizer):  # type: ignore[misc]
+class Int8Quantiser(Quantizer):  # type: ignore[misc]
     """Rounds weights of these names, one scale per output channel, and what they are multiplied with."""
 
     def __init__(self, form: str, weight_bits: int, names: Collection[str]) -> None:
