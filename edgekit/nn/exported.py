@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from edgekit.bundle import TensorSpec, multiple
 
@@ -31,10 +32,10 @@ def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
 
 
 class Exported(nn.Module):
-    """A captured network. Dropout and batch normalisation are operators of its graph, so that its mode is set by
-    rewriting them; torch's own train() and eval() refuse."""
+    """A captured network. Dropout and batch normalisation are operators of its graph, so that its mode is an argument
+    of theirs; torch's own train() and eval() refuse. torchao's functions for it rewrite every dropout to p = 0.5."""
 
-    def __init__(self, graph: torch.fx.GraphModule) -> None:
+    def __init__(self, graph: GraphModule) -> None:
         super().__init__()
         self.graph = graph
 
@@ -42,8 +43,23 @@ class Exported(nn.Module):
         return self.graph(*inputs)
 
     def train(self, mode: bool = True) -> Exported:
-        from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
-
         self.training = mode
-        (move_exported_model_to_train if mode else move_exported_model_to_eval)(self.graph)
+        for node in self.graph.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            for index, argument in enumerate(schema.arguments if schema else ()):
+                if argument.name in ("train", "training"):
+                    _give(node, index, argument.name, mode)
+                elif argument.name == "dropout_p":  # of attention, which has no mode
+                    rate = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+                    rate = node.meta.setdefault("dropout_p", rate)
+                    if rate:
+                        _give(node, index, argument.name, rate if mode else 0.0)
+        self.graph.recompile()
         return self
+
+
+def _give(node: Node, index: int, name: str, value: float) -> None:
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(name, value)
