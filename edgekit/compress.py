@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,10 @@ from edgekit.recipe import Step, to_tables
 from edgekit.session import Session, open_session
 from edgekit.targets.profile import Target
 from edgekit.training import outputs as network_outputs
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
 
 Notify = Callable[[str], None]
 ShowProgress = Callable[[str, int, int], None]
@@ -115,7 +119,8 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
     """Raise if a pass that trains the network comes where there is only a graph."""
     lowered = "the model came as a graph" if source.is_graph else ""
     for number, step in enumerate(recipe, start=1):
-        graph = _level(step.build()) == GRAPH_LEVEL
+        built = step.build()
+        graph = _level(built) == GRAPH_LEVEL
         if not graph and lowered:
             allowed = ", ".join(
                 name for name in plugins.names("edgekit.passes")
@@ -125,7 +130,7 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
                 f"pass {number} ({step.name!r}) works on a network, and {lowered}; passes on graphs: {allowed}"
                 + ("" if source.is_graph else "; put it before them")
             )
-        if graph and not lowered:
+        if (graph or getattr(built, "lowers", False)) and not lowered:
             lowered = f"pass {number} ({step.name!r}) has turned it into a graph"
 
 
@@ -136,7 +141,7 @@ def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
     check_order(job.source, job.recipe)
     candidate = candidate_of(job.source)
     teacher = candidate.model if isinstance(candidate, Candidate) else None
-    context = Context(job.train, teacher, job.seed)
+    context = _context(job, teacher, job.seed)
     result = []
     for step in job.recipe:
         built = step.build()
@@ -181,7 +186,7 @@ def run(
         started = time.perf_counter()
         notify(f"pass {number} of {len(job.recipe)}: {step.name}")
         seed = job.seed + number if step.seed is None else step.seed
-        context = Context(job.train, teacher, seed, progress)
+        context = _context(job, teacher, seed, progress)
         record: dict[str, Any] = {
             "pass": step.name,
             "parameters": dict(step.parameters),
@@ -193,8 +198,8 @@ def run(
         built = step.build()
         try:
             subject = _for_pass(built, candidate, job)
-            record["plan"] = [asdict(change) for change in built.plan(subject)]
-            fresh = built.apply(subject, context)
+            changes, fresh = _tried(built, subject, context)
+            record["plan"] = changes
             fresh_bundle = _bundle(job, fresh, records)
             outputs = outputs_of(job, fresh_bundle, fresh)
             after = _state(fresh_bundle, quality.measure(measured, outputs, expected))
@@ -225,10 +230,25 @@ def run(
     return _with_metrics(job, bundle, original, expected, inputs, forms)
 
 
+def _tried(built: Any, subject: AnyCandidate, context: Context) -> tuple[list[dict[str, str]], AnyCandidate]:
+    """A pass's plan and result. Whatever somebody's pass, or a library behind it, raises is that pass's failure: it is
+    rolled back with the reason, and the passes after it have their turn."""
+    try:
+        changes, fresh = [asdict(change) for change in built.plan(subject)], built.apply(subject, context)
+        if not isinstance(fresh, (Candidate, GraphCandidate)):
+            raise EdgekitError(f"gave a {type(fresh).__name__}; a pass gives a Candidate or a GraphCandidate")
+        return changes, fresh
+    except EdgekitError:
+        raise
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise EdgekitError(f"failed: {type(error).__name__}{first and ': '}{first[:300]}") from error
+
+
 def applied(job: Job, step: Step) -> Bundle:
     """What one pass makes of the source, neither timed nor judged."""
     candidate = candidate_of(job.source)
-    context = Context(job.train, candidate.model if isinstance(candidate, Candidate) else None, job.seed)
+    context = _context(job, candidate.model if isinstance(candidate, Candidate) else None, job.seed)
     built = step.build()
     return _bundle(job, built.apply(_for_pass(built, candidate, job), context), ())
 
@@ -360,6 +380,16 @@ def _session(job: Job, bundle: Bundle, form: Mapping[str, str], chunk: int = MEA
     return open_session(bundle, job.runtime, threads=1, chunk=chunk, **options)
 
 
+def _context(
+    job: Job, teacher: nn.Module | None, seed: int, progress: ShowProgress = lambda what, done, total: None
+) -> Context:
+    def lower(network: nn.Module) -> ModelProto:
+        exporter = plugins.load("edgekit.exporters", "onnx")(exporter="dynamo")
+        return cast("ModelProto", exporter.float_graph(job.source, network))
+
+    return Context(job.train, teacher, seed, progress, job.source.manifest.inputs, lower)
+
+
 def _level(built: Any) -> str:
     return str(getattr(built, "level", "network"))
 
@@ -432,7 +462,8 @@ def _state(bundle: Bundle, measurement: quality.Measurement) -> State:
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     found = {"python": platform.python_version()}
-    for name in ("edgekit", "torch", "numpy", "onnxruntime", "openvino"):
+    tools = ("onnxruntime", "openvino", "onnx", "onnxscript", "torch-pruning", "torchao")
+    for name in ("edgekit", "torch", "numpy", *tools):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

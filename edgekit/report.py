@@ -75,10 +75,19 @@ def summary(bundle: Bundle, source: Bundle) -> dict[str, Any]:
         "metric": compression.get("metric", "quality metric"),
         "limits": compression.get("limits", {}),
         "search": manifest.metrics.get("search"),
+        "front": front(manifest.metrics.get("search")),
         "runtime": compression.get("runtime"),
         "estimated_on": compression.get("estimated_on"),
         "machine": compression.get("machine") or machine.describe(),
     }
+
+
+def front(search: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The trials on the Pareto front of a search, smallest loss first, each with its passes in words."""
+    found = [dict(trial) for trial in search["trials"] if trial["on_front"]] if search else []
+    for trial in found:
+        trial["passes"] = ", ".join(step["name"] for step in trial["recipe"]) or "as it is"
+    return sorted(found, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])
 
 
 def chained(passes: Sequence[Sequence[Latency]]) -> list[Latency]:

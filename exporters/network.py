@@ -12,11 +12,11 @@ PROBABILITIES = "probabilities"  # an output of this name is the softmax of what
 
 
 class Network(nn.Module):
-    """A bundle's network, giving the outputs that its manifest names, in that order."""
+    """A bundle's network, or one made of it, giving the outputs that the manifest names, in that order."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, network: nn.Module | None = None) -> None:
         super().__init__()
-        self.network = bundle.model()
+        self.network = bundle.model() if network is None else network
         self.softmaxed = [spec.name == PROBABILITIES for spec in bundle.manifest.outputs]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:

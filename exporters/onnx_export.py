@@ -26,13 +26,15 @@ import onnx
 import onnxruntime
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch import nn
 
 from edgekit import __version__
-from edgekit.bundle import GOLDEN, GRAPH, Bundle, TensorSpec, multiple
+from edgekit.bundle import GOLDEN, GRAPH, Bundle, TensorSpec
 from edgekit.encoding import Affine, Encoding
 from edgekit.errors import EdgekitError
 from edgekit.graph import load
 from edgekit.graph import opset as opset_of
+from edgekit.nn.exported import dynamic_shapes, example
 from edgekit.nn.module import tied
 from exporters.base import (
     KEY,
@@ -71,7 +73,6 @@ PORTABLE = frozenset(
     )
 )  # fmt: skip
 FLOAT, QUANTISED = "model.onnx", "model.quantised.onnx"
-TRACED = {"batch": 2}  # any length other than 1 will do: tracers bake ones in
 Array = npt.NDArray[Any]
 
 
@@ -173,9 +174,10 @@ class OnnxExporter:
         encodings = bundle.encodings() if self.weights == "encoded" else {}
         return self.quantised_graph(model, encodings) if encodings else model
 
-    def float_graph(self, bundle: Bundle) -> ModelProto:
-        """The bundle as a checked float32 ONNX model."""
-        network, wanted = Network(bundle).eval(), self.opset or FAVOURED
+    def float_graph(self, bundle: Bundle, network: nn.Module | None = None) -> ModelProto:
+        """The bundle as a checked float32 ONNX model; on request with another network behind the same inputs and
+        outputs."""
+        network, wanted = Network(bundle, network).eval(), self.opset or FAVOURED
         if self.exporter == "dynamo":
             model = _trace_dynamo(network, bundle, max(wanted, DYNAMO_OPSET))
             strip(model)
@@ -246,7 +248,6 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     """The graph as torch writes it, nothing folded: folding would lose the parameters' names."""
     manifest = bundle.manifest
     specs = (*manifest.inputs, *manifest.outputs)
-    example = _example(manifest.inputs)
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
@@ -254,7 +255,7 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 network,
-                example,
+                example(manifest.inputs),
                 buffer,  # type: ignore[arg-type]
                 dynamo=False,
                 opset_version=opset,
@@ -275,21 +276,9 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     return onnx.load_from_string(buffer.getvalue())
 
 
-def _example(specs: tuple[TensorSpec, ...]) -> tuple[torch.Tensor, ...]:
-    """Zeros of the inputs' shapes."""
-    return tuple(
-        torch.zeros([TRACED.get(a, 3 * multiple(a)) if isinstance(a, str) else a for a in spec.shape]).to(
-            getattr(torch, spec.dtype)
-        )
-        for spec in specs
-    )
-
-
 def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
     """The graph as torch.export and onnxscript's optimiser write it."""
     manifest = bundle.manifest
-    axes = {a: multiple(a) * torch.export.Dim(f"axis_{n}") for n, a in enumerate(_named_axes(manifest.inputs))}
-    shapes = tuple({n: axes[a] for n, a in enumerate(spec.shape) if isinstance(a, str)} for spec in manifest.inputs)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it reports optional packages that are not there
@@ -298,12 +287,12 @@ def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network,
-                _example(manifest.inputs),
+                example(manifest.inputs),
                 dynamo=True,
                 opset_version=opset,
                 input_names=[spec.name for spec in manifest.inputs],
                 output_names=[spec.name for spec in manifest.outputs],
-                dynamic_shapes=(shapes,),  # of *inputs
+                dynamic_shapes=(dynamic_shapes(manifest.inputs),),  # of *inputs
                 verbose=False,
             )
             assert program is not None
@@ -313,10 +302,6 @@ def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
         raise EdgekitError(f"torch's dynamo exporter cannot write {manifest.family}: {type(error).__name__}") from error
     finally:
         logger.setLevel(level)
-
-
-def _named_axes(specs: tuple[TensorSpec, ...]) -> list[str]:
-    return list(dict.fromkeys(axis for spec in specs for axis in spec.shape if isinstance(axis, str)))
 
 
 def _decoder(name: str, encoding: Encoding, weight: Array) -> tuple[list[TensorProto], list[NodeProto]]:

@@ -207,15 +207,26 @@ def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
     from edgekit.pack import pack
 
     packed, original = len(pack(bundle)), len(pack(source))
-    records = bundle.manifest.records
+    records, search = bundle.manifest.records, bundle.manifest.metrics.get("search")
     if as_json:
         print_json({"bundle": str(target), "digest": bundle.digest, "packed_bytes": packed,
-                    "source_packed_bytes": original, "records": list(records)})  # fmt: skip
+                    "source_packed_bytes": original, "records": list(records), "search": search})  # fmt: skip
         return
 
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)  # None: was not a finite number
 
+    if search:
+        from edgekit.report import front
+
+        best = [
+            [trial["passes"], number(trial["loss"], "+.4f"), f"{trial['bytes']:,}", f"{trial['speedup']:.2f}",
+             "chosen" if trial["number"] == search["chosen"] else ""]
+            for trial in front(search)
+        ]  # fmt: skip
+        title = f"Pareto front of {len(search['trials'])} trials, on held-out rows"
+        print_table(["recipe", "loss", "packed bytes", "times as fast", ""], best, title=title)
+        output.print()
     rows = []
     for record in records:
         after = record.get("after", record["before"])

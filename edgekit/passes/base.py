@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from edgekit.bundle import TensorSpec
 from edgekit.data import Dataset, is_labelled
 from edgekit.encoding import Encoding, Float
 from edgekit.errors import EdgekitError
@@ -61,15 +62,22 @@ class GraphCandidate:
         return copied
 
 
+def _nowhere(network: nn.Module) -> ModelProto:
+    raise EdgekitError("this pass ends in a graph, and nothing was given that makes one of a network")
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What passes may use: training data (for calibration too), the network that compression started from, and a way to
-    show progress. A model that came as a graph has no network."""
+    """What passes may use: training data (for calibration too), the network that compression started from, a way to
+    show progress; for a pass that ends in a graph, the inputs and what makes a graph of a network by torch.export. A
+    model that came as a graph has no network."""
 
     train: Dataset
     teacher: nn.Module | None
     seed: int
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    inputs: tuple[TensorSpec, ...] = ()
+    lower: Callable[[nn.Module], ModelProto] = _nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +90,15 @@ class Change:
 
 
 class Pass(Protocol):
-    """`plan` must not change the candidate and `apply` must return a new one."""
+    """`plan` must not change the candidate and `apply` must return a new one, of the network or, in a pass that says
+    `lowers = True`, of the graph that it has made of it."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
 
     def plan(self, candidate: Candidate) -> list[Change]: ...
 
-    def apply(self, candidate: Candidate, context: Context) -> Candidate: ...
+    def apply(self, candidate: Candidate, context: Context) -> Candidate | GraphCandidate: ...
 
 
 class GraphPass(Protocol):

@@ -2,7 +2,8 @@
 a grid per output channel, what goes into each product rounded on its running range, gradients straight through.
 
 The weights that it leaves are on the grid that `static_int8` and `dynamic_int8` take, so that their rounding of weights
-changes nothing; put one of them after this pass.
+changes nothing; put one of them after this pass. `qat_int8` goes from the network to a Q/DQ graph in one pass instead,
+with the ranges of activations that it was trained with.
 """
 
 from __future__ import annotations

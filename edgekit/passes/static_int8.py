@@ -108,13 +108,13 @@ class StaticInt8:
         scale = np.where(scale == 0, 1.0, scale).astype(np.float32).astype(np.float64)
         shape = [-1 if axis == channel else 1 for axis in range(value.ndim)]
         codes = np.round(value / scale.reshape(shape)).astype(np.int8)
-        tensors, nodes = _dequantised(model, name, codes, scale, channel)
+        tensors, nodes = dequantised(model, name, codes, scale, channel)
         replace_tensor(model, name, tensors, nodes)
         for index, bias in biases.items():
             use = weight.uses[index]
             steps = scale * grids[use.activation][0]
             to = fresh(f"{use.node.name}.bias", value_names(model))
-            tensors, nodes = _dequantised(model, to, np.round(bias / steps).astype(np.int32), steps, 0)
+            tensors, nodes = dequantised(model, to, np.round(bias / steps).astype(np.int32), steps, 0)
             replace_tensor(model, to, tensors, nodes)
             use.node.input[2] = to
 
@@ -173,7 +173,7 @@ def _biases(model: ModelProto, weight: Weight) -> dict[int, Float64]:
     return result
 
 
-def _dequantised(
+def dequantised(
     model: ModelProto, name: str, codes: npt.NDArray[Any], scale: Float64, axis: int
 ) -> tuple[list[TensorProto], list[NodeProto]]:
     taken = value_names(model)

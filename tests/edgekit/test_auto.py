@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -116,26 +116,38 @@ def test_only_recipes_that_can_be_built_are_suggested(job):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_killed_search_loses_at_most_its_trial(tiny_file, data_file, tmp_path):
-    """The real command, killed in the middle of a trial."""
+def test_a_killed_search_loses_at_most_its_trial(tiny_file, data_file, tmp_path, record_property):
+    """The real command, killed twice at random moments of the search; then it goes to the end."""
+    trials, seed = 6, int.from_bytes(os.urandom(4), "little")
+    record_property("seed", seed)
+    rng = np.random.default_rng(seed)
     command = [
         sys.executable, "-c", "from edgekit.cli import main; main()", "compress", str(tiny_file),
-        "--auto", "--trials", "3", "--max-loss", "0.5",
+        "--auto", "--trials", str(trials), "--max-loss", "0.5",
         "--batch", "1", "--data", str(data_file), "--runtime", "torch", "-o", str(tmp_path / "out.edge"),
     ]  # fmt: skip
     environment = {**os.environ, "EDGEKIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert child.stderr is not None
-    finished = 0
-    for line in child.stderr:
-        finished += line.startswith("recipe ")
-        if finished == 1:
-            time.sleep(0.2)  # into the second
-            break
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert finished == 1
+    told = resumed = 0
+    for kill in range(2):
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        timer = threading.Timer(rng.uniform(0, 1), child.kill)
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("resuming the search after"):
+                resumed = int(line.split()[4])
+                assert told <= resumed <= told + 1, f"seed {seed}: a finished trial was lost"  # told is told after it
+                told = resumed
+            if line.startswith("recipe "):
+                told += 1
+            if told > kill and timer.ident is None:
+                timer.start()  # into a search that has something to lose
+        timer.cancel()
+        child.wait()
+        assert child.returncode == -signal.SIGKILL, f"seed {seed}: it ended by itself"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "resuming the search after 1 trials" in done.stderr or "resuming the search after 2 trials" in done.stderr
+    resumed = next(int(line.split()[4]) for line in done.stderr.splitlines() if line.startswith("resuming the search"))
+    assert told <= resumed <= told + 1, f"seed {seed}: a finished trial was lost"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("recipe ")]
+    assert len(lines) == trials - resumed
     assert (tmp_path / "out.edge" / "recipe.toml").is_file()

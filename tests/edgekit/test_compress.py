@@ -70,6 +70,21 @@ class Raises(Shrink):
         raise EdgekitError("training diverged in epoch 1")
 
 
+class Crashes(Shrink):
+    def mischief(self, candidate):
+        return candidate.arguments["no such thing"]
+
+
+class GivesNothing(Shrink):
+    def mischief(self, candidate):
+        return None
+
+
+class PlanCrashes(Shrink):
+    def plan(self, candidate):
+        return [1 // 0]
+
+
 class PlanRaises(Shrink):
     def plan(self, candidate):
         raise EdgekitError("no such tower")
@@ -116,6 +131,9 @@ PLANTED = {
     "gives NaN": (MakesNan, "NaN"),
     "raises": (Raises, "training diverged in epoch 1"),
     "raises while planning": (PlanRaises, "no such tower"),
+    "crashes": (Crashes, "failed: KeyError: 'no such thing'"),
+    "crashes while planning": (PlanCrashes, "failed: ZeroDivisionError"),
+    "gives nothing": (GivesNothing, "gave a NoneType"),
     "gains nothing": (GainsNothing, "gains nothing"),
 }
 

@@ -175,7 +175,8 @@ def test_a_search_shows_its_front_and_what_was_sensitive(tiny_bundle):
     html = report.render(compressed(tiny_bundle, KEPT, metrics=metrics), tiny_bundle)
     without = report.render(compressed(tiny_bundle, KEPT, metrics={"compression": COMPRESSION}), tiny_bundle)
     assert html.count("<svg") == without.count("<svg") + 2
-    for words in ("3 trials of the search", "embed.weight", "chosen, 1.20 x as fast"):
+    assert [trial["number"] for trial in report.front(SEARCH)] == [0, 1]  # the best first, and no trial behind it
+    for words in ("3 trials of the search", "embed.weight", "chosen, 1.20 x as fast", "Pareto front of the search"):
         assert words in html
         assert words not in without.split("<h2>Passes")[0]
     assert not PLACES.search(html)

@@ -39,6 +39,7 @@ def snapshot(candidate: Candidate) -> dict[str, bytes]:
 def test_the_list_holds_every_registered_pass():
     registered = {point.load() for point in entry_points(group="edgekit.passes") if point.value.startswith("edgekit.")}
     networks = {kind for kind in registered if getattr(kind, "level", None) != GRAPH_LEVEL}
+    networks -= {kind for kind in networks if getattr(kind, "lowers", False)}  # they leave a graph: test_qat_int8.py
     assert networks == {type(item) for item in (*PASSES.values(), *MODULE_PASSES.values())}
 
 

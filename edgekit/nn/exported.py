@@ -1,0 +1,65 @@
+"""A network as torch.export captures it: what it is traced with, and how the result is trained like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from edgekit.bundle import TensorSpec, multiple
+
+TRACED = {"batch": 2}  # any length other than 1 will do: tracers bake ones in
+
+
+def example(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+    """Zeros of the inputs' shapes."""
+    return tuple(
+        torch.zeros([TRACED.get(a, 3 * multiple(a)) if isinstance(a, str) else a for a in spec.shape]).to(
+            getattr(torch, spec.dtype)
+        )
+        for spec in specs
+    )
+
+
+def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
+    """Which axes of each input may have any length, as torch.export wants it; axes of one name have one length."""
+    names = dict.fromkeys(axis for spec in specs for axis in spec.shape if isinstance(axis, str))
+    axes = {name: multiple(name) * torch.export.Dim(f"axis_{number}") for number, name in enumerate(names)}
+    return tuple({n: axes[a] for n, a in enumerate(spec.shape) if isinstance(a, str)} for spec in specs)
+
+
+class Exported(nn.Module):
+    """A captured network. Dropout and batch normalisation are operators of its graph, so that its mode is an argument
+    of theirs; torch's own train() and eval() refuse. torchao's functions for it rewrite every dropout to p = 0.5."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.graph(*inputs)
+
+    def train(self, mode: bool = True) -> Exported:
+        self.training = mode
+        for node in self.graph.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            for index, argument in enumerate(schema.arguments if schema else ()):
+                if argument.name in ("train", "training"):
+                    _give(node, index, argument.name, mode)
+                elif argument.name == "dropout_p":  # of attention, which has no mode
+                    rate = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+                    rate = node.meta.setdefault("dropout_p", rate)
+                    if rate:
+                        _give(node, index, argument.name, rate if mode else 0.0)
+        self.graph.recompile()
+        return self
+
+
+def _give(node: Node, index: int, name: str, value: float) -> None:
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(name, value)

@@ -1,0 +1,209 @@
+"""Train the network through the int8 arithmetic that it will run in, and leave the graph that says so (Jacob et al.
+2018, arXiv 1712.05877, section 3), by torch.export and torchao's PT2E.
+
+    network --export--> captured --prepare--> rounds while it trains --convert--> Q/DQ --> graph, codes stored
+
+Forms, products and what else is rounded are those of `static_int8`, but the scales of activations are the ones that the
+weights were trained with. Beside it stands `qat`, for what this cannot do: leave a network, which `dynamic_int8` turns
+into the faster graph on most CPUs, or which is exported below opset 18. That one needs no torchao.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from torch import nn
+from torch.fx import GraphModule
+
+from edgekit.errors import EdgekitError, missing_extra, unknown
+from edgekit.graph import attribute, drop_unread, fresh, name_nodes, value_names
+from edgekit.nn.exported import Exported, dynamic_shapes, example
+from edgekit.nn.module import tied
+from edgekit.passes.base import Candidate, Change, Context, GraphCandidate, at_least, frozen, matrices, owner, recover
+from edgekit.passes.qat import PRODUCTS
+from edgekit.passes.static_int8 import FORMS, dequantised
+from edgekit.training import tensors
+
+WIDEST_BIAS = 2**30  # in int32, with room to add
+
+
+@dataclass(frozen=True, slots=True)
+class QatInt8:
+    """`form`: as in `static_int8`; `weight_bits`: the grid of the weights, whose codes are int8 whatever it is: 7 for
+    any CPU, 8 for VNNI, ARM and TensorRT. `samples`: training rows that the ranges of activations start from."""
+
+    name: ClassVar[str] = "qat_int8"
+    summary: ClassVar[str] = "train through int8 by torchao's PT2E, and leave its graph in Q/DQ form"
+    lowers: ClassVar[bool] = True
+
+    form: str = "u8s8"
+    weight_bits: int = 7
+    epochs: int = 3
+    learning_rate: float = 5e-4
+    samples: int = 256
+    include: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise unknown("form", self.form, FORMS)
+        at_least("weight_bits", self.weight_bits, 2, 8)
+        at_least("epochs", self.epochs, 0, 10_000)
+        at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
+        at_least("samples", self.samples, 1, 1_000_000)
+
+    def plan(self, candidate: Candidate) -> list[Change]:
+        after = f"int8 ({self.weight_bits} bit), trained; inputs {self.form[:2]}"
+        found = self._obstacles(candidate)
+        changes = [Change(name, "float32", f"left in float32: {why}" if why else after) for name, why in found.items()]
+        if all(found.values()):
+            left = "; ".join(f"{change.tensor}: {change.after}" for change in changes[:5])
+            raise EdgekitError(f"qat_int8: no weight that matches {', '.join(self.include)} can be quantised ({left})")
+        return changes
+
+    def apply(self, candidate: Candidate, context: Context) -> GraphCandidate:
+        self.plan(candidate)
+        names = [name for name, why in self._obstacles(candidate).items() if not why]
+        model = candidate.copy_model()
+        frozen(model, candidate.encodings)
+        with _silence():
+            try:
+                from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+
+                from edgekit.passes.qat_quantiser import Int8Quantiser
+            except ModuleNotFoundError as error:
+                raise missing_extra(error.name or "torchao", "qat", "qat_int8") from None
+            quantiser = Int8Quantiser(self.form, self.weight_bits, names)
+            network: nn.Module = Exported(prepare_qat_pt2e(_captured(model, context), quantiser))
+            _start_ranges(network, context, self.samples)
+            network = recover(network, context, self.epochs, self.learning_rate, self.name)
+            _settle(network, context)
+            converted = convert_pt2e(network.graph, fold_quantize=False)
+            return GraphCandidate(stored(context.lower(Exported(converted)), self.form))
+
+    def _obstacles(self, candidate: Candidate) -> dict[str, str]:
+        """Weights that match, and why each cannot be quantised, or nothing."""
+        aliases = tied(candidate.model)
+        shared = set(aliases) | set(aliases.values())
+        result = {}
+        for name in matrices(candidate.model, self.include):
+            reason = "" if isinstance(owner(candidate.model, name)[0], PRODUCTS) else "not of a Linear or Conv layer"
+            reason = reason or ("tied, it stays one tensor" if name in shared else "")
+            result[name] = reason or ("encoded by an earlier pass" if name in candidate.encodings else "")
+        return result
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what torch says of its own future, and torchao of the GPU libraries that are not there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _captured(model: nn.Module, context: Context) -> GraphModule:
+    """The network as operators, in training mode, for batches of any length."""
+    try:
+        program = torch.export.export(
+            model.train(), example(context.inputs), dynamic_shapes=dynamic_shapes(context.inputs)
+        )
+        return program.module(check_guards=False)
+    except Exception as error:  # torch.export raises what the network's own code does, and much else
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise EdgekitError(f"qat_int8: torch.export cannot capture the network ({reason[0]}); use qat") from error
+
+
+def _start_ranges(network: nn.Module, context: Context, samples: int) -> None:
+    """Ranges of what flows on training rows, drawn by the seed, all at once: the first batch counts in full."""
+    rows = np.sort(np.random.default_rng(context.seed).permutation(len(context.train))[:samples])
+    with torch.no_grad():
+        network.eval()(*tensors(context.train.take(rows)))
+
+
+def _settle(network: nn.Module, context: Context) -> None:
+    """Scales of weights from the average that training returns, not from its last step; then no range moves again."""
+    from torchao.quantization.pt2e import FakeQuantize
+
+    rounders = [module for module in network.modules() if isinstance(module, FakeQuantize)]
+    for module in rounders:
+        if not module.is_per_channel:
+            module.disable_observer()
+    with torch.no_grad():
+        network.eval()(*tensors(context.train.take(np.arange(1))))
+    for module in rounders:
+        module.disable_observer()
+
+
+def stored(model: ModelProto, form: str) -> ModelProto:
+    """The exported graph with its weights as codes, the way the products read them; biases in int32 where the form has
+    them."""
+    name_nodes(model)
+    graph = model.graph
+    makers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
+    floats = {tensor.name: tensor for tensor in graph.initializer}
+    scales: dict[str, tuple[npt.NDArray[np.float64], bool]] = {}  # of a rounded value; whether it is a weight
+    for node in list(graph.node):
+        if node.op_type != "DequantizeLinear":
+            continue
+        scale = numpy_helper.to_array(floats[node.input[1]]).astype(np.float64)
+        rounder, low, high = makers.get(node.input[0]), -128.0, 127.0
+        if rounder is not None and rounder.op_type == "Clip":  # to a narrower grid
+            low, high = (float(numpy_helper.to_array(floats[name])) for name in rounder.input[1:3])
+            rounder = makers[rounder.input[0]]
+        weight = floats.get(rounder.input[0]) if rounder is not None else None
+        scales[node.output[0]] = scale, weight is not None
+        if weight is not None:
+            _store_weight(model, node, weight, scale, (low, high))
+    if form == "u8s8":
+        for node in list(graph.node):
+            if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2] in floats:
+                _store_bias(model, node, floats[node.input[2]], scales)
+    drop_unread(model)
+    return model
+
+
+def _store_weight(
+    model: ModelProto, node: NodeProto, weight: TensorProto, scale: npt.NDArray[np.float64], ends: tuple[float, float]
+) -> None:
+    """Codes in place of a weight and its rounding; turned, where a product reads them through a Transpose."""
+    value, axis = numpy_helper.to_array(weight).astype(np.float64), int(attribute(node, "axis", 1))
+    shape = [-1 if number == axis else 1 for number in range(value.ndim)]
+    codes = np.round(value / scale.reshape(shape)).clip(*ends).astype(np.int8)
+    readers = [other for other in model.graph.node if node.output[0] in other.input]
+    name = node.output[0]
+    if len(readers) == 1 and readers[0].op_type == "Transpose" and value.ndim == 2:
+        codes, axis, name = codes.T, 1 - axis, readers[0].output[0]
+        model.graph.node.remove(readers[0])
+    tensors_, nodes = dequantised(model, fresh(weight.name, value_names(model)), codes, scale, axis)
+    model.graph.node.remove(node)
+    model.graph.initializer.extend(tensors_)
+    nodes[0].output[0] = name
+    model.graph.node.insert(0, nodes[0])
+
+
+def _store_bias(
+    model: ModelProto, node: NodeProto, bias: TensorProto, scales: Mapping[str, tuple[npt.NDArray[np.float64], bool]]
+) -> None:
+    """int32 in steps of the product's, if both factors are rounded and 31 bits hold it."""
+    if not all(name in scales for name in node.input[:2]):
+        return
+    (activation, _), (weight, stored_) = (scales[name] for name in node.input[:2])
+    codes = np.round(numpy_helper.to_array(bias).astype(np.float64) / (activation * weight))
+    if stored_ and np.abs(codes).max() < WIDEST_BIAS:
+        name = fresh(f"{node.name}.bias", value_names(model))
+        tensors_, nodes = dequantised(model, name, codes.astype(np.int32), activation * weight, 0)
+        model.graph.initializer.extend(tensors_)
+        model.graph.node.insert(0, nodes[0])
+        node.input[2] = name
