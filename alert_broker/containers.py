@@ -66,9 +66,7 @@ class Block:
     compressed: bool = False
 
 
-def split(
-    data: Buffer, file: str, schema_text: Callable[[int], str] | None = None
-) -> Iterator[Block | BadPacket]:
+def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = None) -> Iterator[Block | BadPacket]:
     """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes.
 
     schema_text: asked for schemas of Confluent messages that are not LSST's installed ones (`Registry.schema`). Its
@@ -211,9 +209,7 @@ def _matching(schema_name: str) -> Iterator[Survey]:
     return (survey for survey in surveys().values() if survey.recognises_schema(schema_name))
 
 
-def _unwrap_message(
-    data: Buffer, file: str, schema_text: Callable[[int], str] | None
-) -> Block | BadPacket:
+def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] | None) -> Block | BadPacket:
     if len(data) <= WIRE_HEADER.size:
         return BadPacket(file, 0, f"a Confluent message of {len(data)} bytes; expected 5 of header and a packet")
     _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])

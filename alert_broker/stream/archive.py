@@ -79,7 +79,9 @@ class Archive:
         arrays = [*rows.columns, pa.array(positions.topic, pa.string()), pa.array(positions.partition, pa.int32())]
         whole = pa.Table.from_arrays([*arrays, pa.array(positions.offset, pa.int64())], schema=self.schema)
         groups: dict[Path, list[int]] = {}
-        nights = ((positions.timestamp - NIGHT_SHIFT // datetime.timedelta(milliseconds=1)) // DAY_MILLISECONDS).tolist()
+        nights = (
+            (positions.timestamp - NIGHT_SHIFT // datetime.timedelta(milliseconds=1)) // DAY_MILLISECONDS
+        ).tolist()
         segments = (positions.offset // SEGMENT * SEGMENT).tolist()
         partitions = positions.partition.tolist()
         for row, place in enumerate(zip(nights, positions.topic, partitions, segments, strict=True)):

@@ -201,7 +201,7 @@ class _Compiler:
     def _membership(self, left: ast.expr, right: ast.expr, depth: int, *, negate: bool) -> _Part:
         items = right.elts if isinstance(right, (ast.Tuple, ast.List)) else [right]  # ("ztf") is "ztf"
         if not items:
-            raise self.error(right, "is empty; expected values in parentheses, such as (\"ztf\", \"lsst\")")
+            raise self.error(right, 'is empty; expected values in parentheses, such as ("ztf", "lsst")')
         first = self.part(left, depth + 1)
         found = []
         for item in items:

@@ -179,7 +179,9 @@ def _type(item: pa.Field) -> tuple[str, int]:
 def _check(rows: pa.RecordBatch, schema: pa.Schema) -> None:
     """Raise unless the rows are of the schema, and without null where it allows none."""
     if not rows.schema.equals(schema):
-        raise EdgekitError(f"rows with the columns {rows.schema.names} for an encoder of {schema.names}, or other types")
+        raise EdgekitError(
+            f"rows with the columns {rows.schema.names} for an encoder of {schema.names}, or other types"
+        )
     for item, column in zip(schema, rows.columns, strict=True):
         if column.null_count and not item.nullable:
             raise EdgekitError(f"the column {item.name!r} has a null, which its schema does not allow")

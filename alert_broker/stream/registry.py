@@ -30,7 +30,9 @@ CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
 TIMEOUT_SECONDS = 5.0  # of one request
 DELAYS = (0.2, 0.5, 1.0)  # seconds before each further try, for a hiccup; what lasts longer is the caller's to wait for
 LARGEST_ANSWER = 16 << 20  # bytes; LSST's schema takes 0.2 MB
-FORGET_UNKNOWN_SECONDS = 60.0  # an id that was unknown is asked for again after this: its schema may have been registered
+FORGET_UNKNOWN_SECONDS = (
+    60.0  # an id that was unknown is asked for again after this: its schema may have been registered
+)
 MOST_UNKNOWN = 10_000  # of them remembered
 LARGEST_ID = 2**31 - 1
 ADVICE = {

@@ -139,5 +139,6 @@ class Router:
         encode = self._encoders[route]
         values = encode.encode(pa.RecordBatch.from_arrays(arrays, schema=encode.schema))
         return [
-            Message(place, route.topic, keys[place], value) for place, value in zip(places.tolist(), values, strict=True)
+            Message(place, route.topic, keys[place], value)
+            for place, value in zip(places.tolist(), values, strict=True)
         ]
