@@ -5,7 +5,7 @@ of bounds, and what is accepted is what fastavro reads.
 
 Packets are real ones where the data is, and simulated ones, without images; most damage is done to bytes that matter to
 the structure: tags, counts, lengths. Each lies against a page that cannot be touched, its end before one or its start
-behind one, in turns, and so do the arrays that columns are written to: one byte beyond kills this process with a signal.
+behind one, in turns, and so do the arrays that columns are written to: one byte beyond kills the process with a signal.
 A reader that does not come back is killed after a minute. Samples of what is accepted and of what is refused are given
 to fastavro. `tests/alert_broker/test_fuzz_decode.py` plants failures of each kind.
 """
@@ -27,7 +27,6 @@ from typing import Any
 
 import fastavro
 import numpy as np
-import numpy.typing as npt
 from bench_decode import project
 from bench_inference import describe_machine
 from fastavro.schema import parse_schema
