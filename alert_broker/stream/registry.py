@@ -10,6 +10,7 @@ answer is a `RegistryError`: no packet may be lost for that, so the consumer tri
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -129,7 +130,8 @@ class FolderRegistry:
         except OSError as error:
             raise RegistryError(f"the schema registry {self.folder} cannot be written: {error.strerror}") from error
         finally:
-            fresh.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fresh.unlink()
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,6 +211,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path, step):
     store.write(rows_of(range(10)), positions_of(range(10)))
     child = os.fork()
     if child == 0:  # pragma: no cover
+
         def die(*_, **__):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -238,6 +239,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path, step):
 
 def test_two_writers_of_one_segment_do_not_undo_each_other(tmp_path):
     """As when a consumer lost its partition and does not know yet."""
+
     def write(start):
         store = Archive(tmp_path, SCHEMA)
         for offset in range(start, 60, 2):

@@ -64,7 +64,9 @@ def batch_of(alerts, survey=ZTF):
 
 
 def seen(rows):
-    return list(zip(rows["alert_id"].to_pylist(), rows["fresh"].to_pylist(), rows["reused_from"].to_pylist(), strict=True))
+    return list(
+        zip(rows["alert_id"].to_pylist(), rows["fresh"].to_pylist(), rows["reused_from"].to_pylist(), strict=True)
+    )
 
 
 G, R, I = ((61_000.0, 0, 10.0, True), (61_000.5, 1, 20.0, True), (61_001.0, 2, 99.0, True))
@@ -88,7 +90,9 @@ def test_an_alert_without_a_new_detection_takes_the_last_ones_class():
     assert again["n_det_g"].to_pylist() == [3, 2]
 
 
-@pytest.mark.parametrize("change", [(61_000.0, 0, 10.0000001, True), (61_000.0, 1, 10.0, True), (61_000.1, 0, 10.0, True)])
+@pytest.mark.parametrize(
+    "change", [(61_000.0, 0, 10.0000001, True), (61_000.0, 1, 10.0, True), (61_000.1, 0, 10.0, True)]
+)
 def test_a_detection_that_differs_in_the_last_bit_is_new(change):
     assert seen(Reuse(FakeClassifier())(batch_of([(1, "a", [G]), (2, "a", [change])])))[1] == (2, True, None)
 
