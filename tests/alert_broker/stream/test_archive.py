@@ -128,7 +128,7 @@ def test_several_rows_of_one_message_stay_together(tmp_path):
     ],
 )  # fmt: skip
 def test_nights_are_named_after_their_evening(tmp_path, utc, night):
-    moment = datetime.datetime.fromisoformat(utc).replace(tzinfo=datetime.timezone.utc)
+    moment = datetime.datetime.fromisoformat(utc).replace(tzinfo=datetime.UTC)
     (path,) = Archive(tmp_path, SCHEMA).write(rows_of([1]), positions_of([1], timestamp=[moment.timestamp() * 1000]))
     assert path.parent.name == f"night={night}"
 
@@ -256,13 +256,13 @@ def test_two_writers_of_one_segment_do_not_undo_each_other(tmp_path):
 def test_another_models_columns_need_another_folder(tmp_path):
     Archive(tmp_path, SCHEMA).write(rows_of([1]), positions_of([1]))
     other = pa.schema([("alert_id", pa.int64())])
-    with pytest.raises(EdgekitError, match="has other columns: it was written with another model .*a new folder"):
+    with pytest.raises(EdgekitError, match=r"has other columns: it was written with another model .*a new folder"):
         Archive(tmp_path, other).write(pa.RecordBatch.from_pylist([{"alert_id": 2}], schema=other), positions_of([2]))
 
 
 def test_what_cannot_be_an_archive(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EdgekitError, match="the archive cannot write .*file: File exists"):
+    with pytest.raises(EdgekitError, match=r"the archive cannot write .*file: File exists"):
         Archive(tmp_path / "file", SCHEMA)
     with pytest.raises(EdgekitError, match="a column 'night'"):
         Archive(tmp_path, pa.schema([("night", pa.string())]))

@@ -94,7 +94,7 @@ def test_topics_that_kafka_refuses(topic):
 
 
 def test_an_unknown_attachment():
-    with pytest.raises(EdgekitError, match="unknown attachment 'cutout' in the route to a; .*did you mean 'cutouts'"):
+    with pytest.raises(EdgekitError, match=r"unknown attachment 'cutout' in the route to a; .*did you mean 'cutouts'"):
         Route("a", attach="cutout")
 
 
