@@ -111,12 +111,12 @@ class Tally:
     seconds: float = 0.0
 
 
-def seeds(data: Path | None) -> list[Seed]:
+def seeds(data: Path | None, simulated_packets: int = 6) -> list[Seed]:
     """Packets of every survey and schema version that there is, the images taken out."""
     found: list[tuple[str, bytes, Any, list[str]]] = []
     simulated = {"ztf": parse_schema(ztf_schema()), "lsst": lsst.schema(max(lsst.schema_versions()))}
     for survey, schema in simulated.items():
-        for alert in simulate(survey, 6, 3, cutouts=False):
+        for alert in simulate(survey, simulated_packets, 3, cutouts=False):
             found.append((f"simulated {survey}", encoded(shortened(alert.packet), schema), schema, paths(survey)))
     if data is not None:
         for path in sorted([*data.glob("alerts/ztf*/*.avro"), *data.glob("alerts/other/*.avro")]):
