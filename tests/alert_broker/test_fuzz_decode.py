@@ -1,4 +1,4 @@
-"""The fuzzer of `tools/fuzz_decode.py` on a few thousand packets, and a planted failure of each kind that it must see."""
+"""The fuzzer of `tools/fuzz_decode.py` on a few thousand packets; a planted failure of each kind that it must see."""
 
 import faulthandler
 import importlib.util
