@@ -82,7 +82,8 @@ class Service:
 
 
 @pytest.fixture
-def service():
+def service(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     found = Service()
     yield found
     found.stop()
