@@ -254,29 +254,34 @@ class Fuzzer:
     def run(self, seed: int, count: int) -> None:
         """Another `count` packets."""
         started = time.perf_counter()
-        tally, memory = self.tally, self._memory
         for k, (item, datums, data) in enumerate(damaged(self.corpus, seed, count)):
-            start = 0 if k & 1 else ROOM - len(data)
-            memory[start : start + len(data)] = data
-            columns = self._columns[item.plan]
-            before = len(columns)
-            ends, fault = self._read(columns, memory[start : start + len(data)], datums)
-            tally.packets += 1
-            if fault is None:
-                tally.accepted += 1
-                assert len(ends) == datums
-            else:
-                tally.reasons["bytes are left over" if not fault.field else fault.reason] += 1
-                assert 0 <= fault.start <= fault.at <= len(data), fault
-            assert len(columns) - before == len(ends)
+            fault = self.feed(item, datums, data, at_end=k & 1 == 0)
             if k % TAKEN == 0:
                 for some in self._columns.values():
                     some.take().validate(full=True)
             if k % SAMPLE == 0 or (fault is None and k % (SAMPLE // 10) == 0):
-                self._compare(item, datums, data, fault, f"seed {seed}, packet {k}")
-        tally.seconds += time.perf_counter() - started
+                self.compare(item, datums, data, fault, f"seed {seed}, packet {k}")
+        self.tally.seconds += time.perf_counter() - started
 
-    def _compare(self, item: Seed, datums: int, data: bytes, fault: Fault | None, name: str) -> None:
+    def feed(self, item: Seed, datums: int, data: bytes, *, at_end: bool) -> Fault | None:
+        """One packet, against the page behind it or the one before it."""
+        tally = self.tally
+        start = ROOM - len(data) if at_end else 0
+        self._memory[start : start + len(data)] = data
+        columns = self._columns[item.plan]
+        before = len(columns)
+        ends, fault = self._read(columns, self._memory[start : start + len(data)], datums)
+        tally.packets += 1
+        if fault is None:
+            tally.accepted += 1
+            assert len(ends) == datums
+        else:
+            tally.reasons["bytes are left over" if not fault.field else fault.reason] += 1
+            assert 0 <= fault.start <= fault.at <= len(data), fault
+        assert len(columns) - before == len(ends)
+        return fault
+
+    def compare(self, item: Seed, datums: int, data: bytes, fault: Fault | None, name: str) -> None:
         """Against fastavro: accepted packets have the same values, refused ones are refused or strictly read."""
         self.tally.compared += 1
         stream = io.BytesIO(data)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from alert_broker.avro import walk
 from alert_broker.avro.columns import Columns
@@ -52,6 +54,24 @@ def test_the_same_seed_makes_the_same_damage(fuzz, corpus):
     first, again = (list(fuzz.damaged(corpus, 7, 200)) for _ in range(2))
     assert [item[2] for item in first] == [item[2] for item in again]
     assert len({item[2] for item in first}) > 190
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_edits_that_hypothesis_draws_do_no_harm(fuzz, corpus, data):
+    item = data.draw(st.sampled_from(corpus), label="packet")
+    datums = data.draw(st.integers(1, 2))
+    packet = bytearray(item.data * datums)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.sampled_from(item.structure) | st.integers(0, len(packet)), label="at")
+        lie = st.integers(-(2**63), 2**63 - 1).map(fuzz.number) | st.binary(max_size=12)
+        packet[at : at + data.draw(st.integers(0, 12))] = data.draw(lie, label="bytes")
+    damaged = bytes(packet) or b"\0"
+    fuzzer = fuzz.Fuzzer([item])
+    for at_end in (True, False):
+        fault = fuzzer.feed(item, datums, damaged, at_end=at_end)
+    fuzzer.compare(item, datums, damaged, fault, "this")
+    assert fuzzer.tally.disagreements == {}
 
 
 def died_of(action):
