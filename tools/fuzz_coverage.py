@@ -185,13 +185,14 @@ def main() -> None:
     for number, data in enumerate(seeds()):
         (folder / f"seed-{number:03}").write_bytes(data)
     report = folder.parent / "tally.json"
+    machine = describe_machine()  # and commit, as the run begins
     started = time.perf_counter()
     command = [sys.executable, __file__, *sys.argv[1:], "--report", str(report)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     tail = done.stdout.splitlines()
     statistics = dict(line[6:].split(": ", 1) for line in tail if line.startswith("stat::"))
     covered = [line for line in tail if " cov: " in line] or ["cov: 0"]
-    result = {"machine": describe_machine(), "seconds": time.perf_counter() - started, "status": done.returncode}
+    result = {"machine": machine, "seconds": time.perf_counter() - started, "status": done.returncode}
     result |= {name: int(value) for name, value in statistics.items()}
     result |= {"corpus": len(list(folder.iterdir())), "coverage": int(covered[-1].split("cov: ")[1].split()[0])}
     result |= json.loads(report.read_text()) if report.exists() else {}

@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
     faulthandler.enable()
+    machine = describe_machine()  # and commit, as the run begins
     corpus = seeds(options.data if options.data.is_dir() else None)
     print(f"{len(corpus)} packets of {', '.join(sorted({item.name for item in corpus}))}", flush=True)
     fuzzer = Fuzzer(corpus)
@@ -327,7 +328,7 @@ def main() -> None:
             rate = tally.packets / tally.seconds
             print(f"{tally.packets:12,} packets, {tally.accepted:,} accepted, {rate:,.0f}/s", flush=True)
     report = {
-        "machine": describe_machine(), "seed": options.seed, "packets": tally.packets, "accepted": tally.accepted,
+        "machine": machine, "seed": options.seed, "packets": tally.packets, "accepted": tally.accepted,
         "refused": dict(tally.reasons.most_common()), "compared": tally.compared, "disagreements": tally.disagreements,
         "seconds": tally.seconds, "seeds": dict(Counter(item.name for item in corpus)),
     }  # fmt: skip
