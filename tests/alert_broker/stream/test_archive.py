@@ -134,6 +134,15 @@ def test_nights_are_named_after_their_evening(tmp_path, utc, night):
     assert path.parent.name == f"night={night}"
 
 
+@pytest.mark.parametrize("timestamp", [-1, 0, 2**62, -(2**63), 2**63 - 1])
+def test_a_time_that_cannot_be_costs_no_row(tmp_path, timestamp):
+    """Whoever sends a message writes its time; none is -1."""
+    store = Archive(tmp_path, SCHEMA)
+    (path,) = store.write(rows_of([1]), positions_of([1], timestamp=[timestamp]))
+    assert path.parent.name == "night=unknown"
+    assert content(tmp_path)[1] == [1]
+
+
 def test_one_segment_of_two_nights(tmp_path):
     store = Archive(tmp_path, SCHEMA)
     time = [EVENING + k * HOUR for k in range(48)]
