@@ -95,6 +95,8 @@ class Archive:
     def _file(self, night: int, topic: str, partition: int, segment: int) -> Path:
         known = 0 <= night < NIGHTS  # a producer may claim any time, or none
         evening = (datetime.date(1970, 1, 1) + datetime.timedelta(days=night)).isoformat() if known else "unknown"
+        if topic[:1] in (".", "_"):
+            topic = f"~{topic}"  # readers of Parquet folders pass over such names; no topic has a tilde
         return self.folder / f"night={evening}" / f"{topic}-{partition}-{segment:012}.parquet"
 
     def _merge(self, path: Path, rows: pa.Table) -> None:

@@ -113,6 +113,13 @@ def test_partitions_topics_and_gaps_are_kept_apart(tmp_path):
     assert sorted(keys) == [("a", p, k) for p in (0, 1) for k in (3, 5, 9)] + [("b", 1, 3), ("b", 1, 9)]
 
 
+@pytest.mark.parametrize("topic", ["_alerts", ".alerts", "a-1", "a.b_c-0-000000000000"])
+def test_rows_of_any_topic_are_read(tmp_path, topic):
+    Archive(tmp_path, SCHEMA).write(rows_of([3, 9]), positions_of([3, 9], topic=topic))
+    table = read(tmp_path).to_table()
+    assert table["stream_topic"].to_pylist() == [topic] * 2
+
+
 def test_several_rows_of_one_message_stay_together(tmp_path):
     store = Archive(tmp_path, SCHEMA)
     for _ in range(2):
