@@ -11,9 +11,9 @@ import json
 import mmap
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastavro.schema import parse_schema
 
@@ -45,11 +45,13 @@ class BadPacket:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A writer's schema: its full name, and where it is a survey's alert, that and the plan for reading it."""
+    """A writer's schema: its full name, and where it is a survey's alert, that and the plans for reading its photometry
+    and its images, if it has any."""
 
     name: str
     survey: Survey | None = None
     plan: Plan | None = None
+    cutouts: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +66,18 @@ class Block:
     compressed: bool = False
 
 
-def split(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
-    """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes."""
+def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = None) -> Iterator[Block | BadPacket]:
+    """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes.
+
+    schema_text: asked for schemas of Confluent messages that are not LSST's installed ones (`Registry.schema`). Its
+    PacketError makes a BadPacket; what else it raises comes through, since the packet is not to blame.
+    """
     if len(data) == 0:
         yield BadPacket(file, 0, "empty: 0 bytes", packets=0)
     elif data[:4] == AVRO_MAGIC:
         yield from _split_container(data, file)
     elif data[:1] == WIRE_MAGIC:
-        yield _unwrap_message(data, file)
+        yield _unwrap_message(data, file, schema_text)
     else:
         yield BadPacket(
             file, 0,
@@ -192,7 +198,7 @@ def _container_schema(text: bytes) -> Schema:
         if not isinstance(parsed, dict) or parsed.get("type") != "record":
             return Schema("a union" if isinstance(parsed, list) else "not a record")
         survey = next(_matching(parsed["name"]), None)
-        return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths) if survey else None)
+        return _planned(parsed, survey) if survey else Schema(parsed["name"])
     except SchemaError as error:
         raise PacketError(f"its schema cannot be used: {error}") from error
     except Exception as error:  # arbitrary JSON: fastavro raises what it happens to meet
@@ -203,18 +209,34 @@ def _matching(schema_name: str) -> Iterator[Survey]:
     return (survey for survey in surveys().values() if survey.recognises_schema(schema_name))
 
 
-def _unwrap_message(data: Buffer, file: str) -> Block | BadPacket:
+def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] | None) -> Block | BadPacket:
     if len(data) <= WIRE_HEADER.size:
         return BadPacket(file, 0, f"a Confluent message of {len(data)} bytes; expected 5 of header and a packet")
     _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])
     try:
-        schema = _message_schema(identifier)
+        if schema_text is None or identifier in lsst.schema_versions():
+            schema = _message_schema(identifier)
+        else:
+            schema = _registered_schema(schema_text, identifier)
     except PacketError as error:
         return BadPacket(file, 0, str(error))
     return Block(file, WIRE_HEADER.size, schema, 1, memoryview(data)[WIRE_HEADER.size :])
 
 
+@functools.lru_cache(maxsize=64)
+def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema:
+    """By number: to look 0.2 MB of schema up by its text would take longer than to read a packet."""
+    return _container_schema(schema_text(identifier).encode())
+
+
 @functools.cache
 def _message_schema(identifier: int) -> Schema:
-    survey, parsed = surveys()["lsst"], lsst.schema(identifier)
-    return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths))
+    return _planned(lsst.schema(identifier), surveys()["lsst"])
+
+
+def _planned(parsed: Any, survey: Survey) -> Schema:
+    try:
+        images = compile_plan(parsed, survey.cutouts)
+    except SchemaError:
+        images = None  # it has none, or not as columns
+    return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths), images)
