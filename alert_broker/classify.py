@@ -39,6 +39,7 @@ NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the net
 SHORT_DIGEST = 12
 NOTE_AFTER_SECONDS = 1.0  # of compilation; loading the kernels from numba's cache takes less
 
+Stage = Callable[[AlertBatch], pa.RecordBatch]
 Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, packets read
 
 
@@ -116,14 +117,25 @@ class Classifiers:
     """The models of all surveys: batches of any survey to record batches of one schema.
 
     bundle: for all surveys; by default each survey's own. One that is named is opened now, so that it shows before the
-    work if it cannot be used; the others when their first alert comes, or by `open_all`.
+    work if it cannot be used; the others when their first alert comes, or by `open_all`. wrap: put around each
+    classifier, with the columns that it adds.
     """
 
-    def __init__(self, bundle: Bundle | None, runtime: str, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | None,
+        runtime: str,
+        *,
+        threads: int | None = None,
+        wrap: Callable[[Classifier], Stage] = lambda classifier: classifier,
+        columns: Sequence[pa.Field] = (),
+    ) -> None:
         self.models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
-        classes = dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes)
-        self.schema, self.runtime, self._threads = result_schema(tuple(classes)), runtime, threads
+        self.classes = tuple(dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes))
+        self.schema = pa.schema([*result_schema(self.classes), *columns])
         self.opened: dict[str, Classifier] = {}  # by the bundle's digest
+        self._stages: dict[str, Stage] = {}
+        self._runtime, self._threads, self._wrap = runtime, threads, wrap
         self.start_seconds = 0.0
         if bundle is not None:
             self._of(bundle)
@@ -141,12 +153,13 @@ class Classifiers:
         rows = self._of(model)(batch)
         return fill({name: rows[name] for name in rows.schema.names}, self.schema, count)
 
-    def _of(self, bundle: Bundle) -> Classifier:
+    def _of(self, bundle: Bundle) -> Stage:
         if bundle.digest not in self.opened:
             started = time.perf_counter()
-            self.opened[bundle.digest] = Classifier(bundle, self.runtime, threads=self._threads)
+            self.opened[bundle.digest] = Classifier(bundle, self._runtime, threads=self._threads)
+            self._stages[bundle.digest] = self._wrap(self.opened[bundle.digest])
             self.start_seconds += time.perf_counter() - started
-        return self.opened[bundle.digest]
+        return self._stages[bundle.digest]
 
 
 def default_models() -> dict[str, Bundle]:

@@ -11,7 +11,7 @@ import json
 import mmap
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -68,11 +68,11 @@ class Block:
     place: int | None = None
 
 
-def message(data: Buffer, place: int) -> Block | BadPacket:
+def message(data: Buffer, place: int, schema_text: Callable[[int], str] | None = None) -> Block | BadPacket:
     """The one packet in a message, or why there is none; `place` stands for it in what is made of it."""
     packets = 0
     block: Block | None = None
-    for item in split(data, ""):
+    for item in split(data, "", schema_text):
         if isinstance(item, BadPacket):
             return replace(item, offset=place, packets=1)
         packets += item.count
@@ -82,14 +82,18 @@ def message(data: Buffer, place: int) -> Block | BadPacket:
     return replace(block, place=place)
 
 
-def split(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
-    """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes."""
+def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = None) -> Iterator[Block | BadPacket]:
+    """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes.
+
+    schema_text: asked for schemas of Confluent messages that are not LSST's installed ones (`Registry.schema`). Its
+    PacketError makes a BadPacket; what else it raises comes through, since the packet is not to blame.
+    """
     if len(data) == 0:
         yield BadPacket(file, 0, "empty: 0 bytes", packets=0)
     elif data[:4] == AVRO_MAGIC:
         yield from _split_container(data, file)
     elif data[:1] == WIRE_MAGIC:
-        yield _unwrap_message(data, file)
+        yield _unwrap_message(data, file, schema_text)
     else:
         yield BadPacket(
             file, 0,
@@ -140,6 +144,11 @@ def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
             yield BadPacket(file, start, f"the block claims {count} packets in {len(content)} bytes")
         elif count:
             yield Block(file, start, schema, count, content, compressed=codec != "null")
+
+
+def header_end(data: Buffer) -> int:
+    """The byte after a container's header and its sync marker; PacketError if the header is not whole."""
+    return _container_metadata(data)[1] + SYNC_BYTES
 
 
 def _frame(data: Buffer, at: int, sync: bytes) -> tuple[int, int, int, str]:
@@ -221,12 +230,15 @@ def _matching(schema_name: str) -> Iterator[Survey]:
     return (survey for survey in surveys().values() if survey.recognises_schema(schema_name))
 
 
-def _unwrap_message(data: Buffer, file: str) -> Block | BadPacket:
+def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] | None) -> Block | BadPacket:
     if len(data) <= WIRE_HEADER.size:
         return BadPacket(file, 0, f"a Confluent message of {len(data)} bytes; expected 5 of header and a packet")
     _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])
     try:
-        schema = _message_schema(identifier)
+        if schema_text is None or identifier in lsst.schema_versions():
+            schema = _message_schema(identifier)
+        else:
+            schema = _container_schema(schema_text(identifier).encode())
     except PacketError as error:
         return BadPacket(file, 0, str(error))
     return Block(file, WIRE_HEADER.size, schema, 1, memoryview(data)[WIRE_HEADER.size :])
