@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fastavro.schema import parse_schema
 
@@ -45,11 +45,13 @@ class BadPacket:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A writer's schema: its full name, and where it is a survey's alert, that and the plan for reading it."""
+    """A writer's schema: its full name, and where it is a survey's alert, that and the plans for reading its photometry
+    and its images, if it has any."""
 
     name: str
     survey: Survey | None = None
     plan: Plan | None = None
+    cutouts: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,7 @@ def _container_schema(text: bytes) -> Schema:
         if not isinstance(parsed, dict) or parsed.get("type") != "record":
             return Schema("a union" if isinstance(parsed, list) else "not a record")
         survey = next(_matching(parsed["name"]), None)
-        return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths) if survey else None)
+        return _planned(parsed, survey) if survey else Schema(parsed["name"])
     except SchemaError as error:
         raise PacketError(f"its schema cannot be used: {error}") from error
     except Exception as error:  # arbitrary JSON: fastavro raises what it happens to meet
@@ -246,5 +248,12 @@ def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] |
 
 @functools.cache
 def _message_schema(identifier: int) -> Schema:
-    survey, parsed = surveys()["lsst"], lsst.schema(identifier)
-    return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths))
+    return _planned(lsst.schema(identifier), surveys()["lsst"])
+
+
+def _planned(parsed: Any, survey: Survey) -> Schema:
+    try:
+        images = compile_plan(parsed, survey.cutouts)
+    except SchemaError:
+        images = None  # it has none, or not as columns
+    return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths), images)

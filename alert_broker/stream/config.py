@@ -189,7 +189,7 @@ def inline(text: str, where: str) -> dict[str, Any]:
     try:
         table: dict[str, Any] = tomllib.loads(f"table = {{ {text} }}")["table"]
     except tomllib.TOMLDecodeError as error:
-        raise EdgekitError(f"{where} {text!r} is no TOML table: {error}; example: topic = \"x\"") from None
+        raise EdgekitError(f'{where} {text!r} is no TOML table: {error}; example: topic = "x"') from None
     return table
 
 

@@ -27,6 +27,7 @@ from alert_broker import containers
 from alert_broker.classify import Classifiers, load_kernels
 from alert_broker.containers import BadPacket
 from alert_broker.packets import AlertBatch, batches
+from alert_broker.stream.archive import Archive, Positions
 from alert_broker.stream.config import Config
 from alert_broker.stream.dead_letters import Letter, Limits, outgoing, position_headers, stack_digest
 from alert_broker.stream.publish import Outgoing, open_publisher
@@ -125,7 +126,7 @@ class Pipeline:
         routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
         self.router = Router(routes, classifiers.schema, registry=registry) if routes else None
         self._attaches = any(item.attach != "nothing" for item in config.output)
-        self.archive = open_archive(Path(config.archive.folder), classifiers.schema) if config.archive.folder else None
+        self.archive = Archive(Path(config.archive.folder), classifiers.schema) if config.archive.folder else None
         self.source = Source(config, stats)
         try:
             self.publisher = open_publisher(config, self.source)
@@ -258,8 +259,8 @@ class Pipeline:
                 return
             self._limits.check(letters, len(batch))
             if self.archive is not None:
-                keep = pa.array(owned[place])
-                self.archive.write(rows.filter(keep), None)
+                keep = owned[place]
+                self.archive.write(rows.filter(pa.array(keep)), positions_of(batch, place[keep]))
             messages = [message for message in results if owned[message.place]]
             messages += [self._letter(letter, work) for letter in letters if owned[letter.place]]
             dead[[letter.place for letter in letters]] = True
@@ -320,10 +321,13 @@ def open_classifiers(config: Config, bundle: Bundle | None) -> Classifiers:
     return Classifiers(bundle, config.model.runtime, threads=threads, wrap=wrap, columns=COLUMNS)
 
 
-def open_archive(folder: Path, schema: pa.Schema) -> Any:
-    from alert_broker.stream.archive import Archive
-
-    return Archive(folder, schema)
+def positions_of(batch: MessageBatch, place: npt.NDArray[np.int64]) -> Positions:
+    """Where these messages of the batch stood."""
+    topics = [topic for topic, _ in batch.partitions]
+    numbers = np.array([number for _, number in batch.partitions], np.int64)
+    of = batch.partition[place]
+    stamps = np.array([batch.messages[k].timestamp()[1] for k in place.tolist()], np.int64)
+    return Positions([topics[k] for k in of.tolist()], numbers[of], batch.offset[place], stamps)
 
 
 def with_positions(rows: pa.RecordBatch, batch: MessageBatch, place: npt.NDArray[np.int64]) -> pa.RecordBatch:

@@ -55,7 +55,9 @@ def single_packets(data: bytes, name: str) -> Iterator[bytes]:
     if data[:4] == PARQUET_MAGIC:
         if TRUTH_KEY in data[-65536:]:  # a simulator's true classes
             return
-        raise EdgekitError(f"{name} is Parquet, whose rows are no packets any more; classify it, or replay the originals")
+        raise EdgekitError(
+            f"{name} is Parquet, whose rows are no packets any more; classify it, or replay the originals"
+        )
     if data[:4] != AVRO_MAGIC:
         yield data
         return

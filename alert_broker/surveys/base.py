@@ -186,6 +186,7 @@ class Survey(ABC):
     bands: ClassVar[tuple[str, ...]]
     wavelengths: ClassVar[tuple[float, ...]]  # effective, in angstrom, one for each band
     fields: ClassVar[Mapping[str, tuple[str, ...]]]
+    cutouts: ClassVar[tuple[str, str, str]] = ("cutoutScience", "cutoutTemplate", "cutoutDifference")  # bytes, as paths
 
     @abstractmethod
     def recognises_schema(self, name: str) -> bool:

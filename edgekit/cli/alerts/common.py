@@ -43,8 +43,6 @@ def alert_packages() -> Iterator[None]:
         raise missing_extra(name, EXTRA_OF.get(name, "alerts"), "working with alerts") from None
 
 
-
-
 def key_values(pairs: Sequence[str], flag: str) -> dict[str, str]:
     """NAME=VALUE, many times. What is wrong is said without the value, which may be a secret."""
     values = {}

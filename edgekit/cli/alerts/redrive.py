@@ -17,16 +17,16 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--config", "path", type=Path, required=True, help="TOML file of the consumer whose dead letters these are.")
+@click.option(
+    "--config", "path", type=Path, required=True, help="TOML file of the consumer whose dead letters these are."
+)
 @click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
 @click.option("--reason", default="", help="Only those whose reason holds this text.")
 @click.option("--to-topic", default="", help="Send them here [default: the topic that each came from]")
 @click.option("--max-attempts", type=click.IntRange(min=1), default=3, show_default=True,
               help="Pass over what has died more often.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
-def redrive(
-    path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, max_attempts: int, as_json: bool
-) -> None:
+def redrive(path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, max_attempts: int, as_json: bool) -> None:
     """Send dead letters to where they came from, after what killed them is fixed: as they came, up to the last one.
 
     They stay in their topic; the group GROUP-redrive remembers which were sent or passed over.

@@ -21,12 +21,12 @@ Examples:
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--topic", required=True, help="Topic to send to.")
 @click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
-@click.option("--rate", type=click.FloatRange(min=0), default=0.0, help="Packets a second; 0, as fast as they are taken.")
+@click.option(
+    "--rate", type=click.FloatRange(min=0), default=0.0, help="Packets a second; 0, as fast as they are taken."
+)
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Send all so many times.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def replay(
-    paths: tuple[str, ...], topic: str, kafka: tuple[str, ...], rate: float, repeat: int, as_json: bool
-) -> None:
+def replay(paths: tuple[str, ...], topic: str, kafka: tuple[str, ...], rate: float, repeat: int, as_json: bool) -> None:
     """Send the packets in files, folders and tar archives to a topic, one to a message, as a survey sends them.
 
     Damaged files are sent as they are. Files of many packets are taken apart.

@@ -13,7 +13,6 @@ from edgekit.cli.alerts.replay import report
 from edgekit.cli.console import output, progress
 from edgekit.errors import EdgekitError
 
-
 EXAMPLES = """\b
 Examples:
   edgekit alerts simulate -o alerts/ --survey ztf --count 1000
@@ -25,7 +24,9 @@ Examples:
 @click.option("-o", "--output", "target", type=Path, help="Folder to write.")
 @click.option("--to-topic", help="Send them to this topic instead, as the survey would.")
 @click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
-@click.option("--rate", type=click.FloatRange(min=0), default=0.0, help="Packets a second; 0, as fast as they are made.")
+@click.option(
+    "--rate", type=click.FloatRange(min=0), default=0.0, help="Packets a second; 0, as fast as they are made."
+)
 @click.option("--survey", required=True, help="ztf or lsst: whose cadence, depth and packets.")
 @click.option("--count", type=int, required=True, help="How many alerts, each of another object.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
@@ -86,5 +87,3 @@ def _check_folder(target: Path, force: bool) -> None:
     names = [item.name for item in target.iterdir()] if target.is_dir() else []
     if "truth.parquet" not in names or any(not name.endswith((".avro", ".bin", ".parquet")) for name in names):
         raise EdgekitError(f"{target} is not a folder of simulated alerts, so --force will not replace it")
-
-
