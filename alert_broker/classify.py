@@ -112,6 +112,43 @@ class Classifier:
         return result_rows(batch, self.schema, identity | columns)
 
 
+class Classifiers:
+    """The models of all surveys: batches of any survey to record batches of one schema.
+
+    bundle: for all surveys; by default each survey's own. One that is named is opened now, so that it shows before the
+    work if it cannot be used; the others when their first alert comes, or by `open_all`.
+    """
+
+    def __init__(self, bundle: Bundle | None, runtime: str, *, threads: int | None = None) -> None:
+        self.models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
+        classes = dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes)
+        self.schema, self.runtime, self._threads = result_schema(tuple(classes)), runtime, threads
+        self.opened: dict[str, Classifier] = {}  # by the bundle's digest
+        self.start_seconds = 0.0
+        if bundle is not None:
+            self._of(bundle)
+
+    def open_all(self) -> None:
+        for bundle in self.models.values():
+            self._of(bundle)
+
+    def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
+        """A row of `schema` for every alert, in the same order."""
+        model, count = self.models.get(batch.survey.name), len(batch.curves)
+        if model is None:
+            reason = f"skipped: no model by default for {batch.survey.name}, name one with --model"
+            return result_rows(batch, self.schema, {"status": repeat(reason, count)})
+        rows = self._of(model)(batch)
+        return fill({name: rows[name] for name in rows.schema.names}, self.schema, count)
+
+    def _of(self, bundle: Bundle) -> Classifier:
+        if bundle.digest not in self.opened:
+            started = time.perf_counter()
+            self.opened[bundle.digest] = Classifier(bundle, self.runtime, threads=self._threads)
+            self.start_seconds += time.perf_counter() - started
+        return self.opened[bundle.digest]
+
+
 def default_models() -> dict[str, Bundle]:
     """The zoo's model for each survey."""
     bundles = {name: resolve(name) for name in dict.fromkeys(DEFAULT_MODELS.values())}
@@ -139,38 +176,25 @@ def classify_files(
     files = find_files(paths)
     errors = errors or output.with_suffix(".errors.parquet")
     _check_targets(output, errors, files, force)
-    models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
-    classes = dict.fromkeys(name for item in models.values() for name in item.manifest.classes)
-    schema = result_schema(tuple(classes))
     account = Account(files=len(files))
-    classifiers: dict[str, Classifier] = {}  # by the bundle's digest; opened when the first alert needs one
-    if bundle is not None:
-        classifiers[bundle.digest] = Classifier(bundle, runtime)  # now: one that cannot be used shows before the work
+    classifiers = Classifiers(bundle, runtime)
     started = time.perf_counter()
-    _load_kernels(notify)
+    load_kernels(notify)
     account.seconds["start"] += time.perf_counter() - started
     packets = _counted(files, account, progress, stop)
-    with Table(output, schema) as results, Table(errors, ERRORS) as bad_packets:
+    with Table(output, classifiers.schema) as results, Table(errors, ERRORS) as bad_packets:
         for item in _timed(batches(packets, batch), account.seconds):
             if isinstance(item, BadPacket):
                 account.add_bad(item)
                 row = {name: [getattr(item, name)] for name in ERRORS.names}
                 bad_packets.add(pa.RecordBatch.from_pydict(row, schema=ERRORS))
                 continue
-            model = models.get(item.survey.name)
-            if model is None:
-                reason = f"skipped: no model by default for {item.survey.name}, name one with --model"
-                rows = result_rows(item, schema, {"status": repeat(reason, len(item.curves))})
-            else:
-                started = time.perf_counter()
-                if model.digest not in classifiers:
-                    classifiers[model.digest] = Classifier(model, runtime)
-                account.seconds["start"] += time.perf_counter() - started
-                rows = classifiers[model.digest](item)
+            rows = classifiers(item)
             account.add_rows(rows)
-            results.add(fill({name: rows[name] for name in rows.schema.names}, schema, rows.num_rows))
+            results.add(rows)
         account.check(results.rows)
-        for classifier in classifiers.values():
+        account.seconds["start"] += classifiers.start_seconds
+        for classifier in classifiers.opened.values():
             account.models[classifier.bundle.manifest.name] = classifier.bundle.digest
             account.runtime = f"{runtime}, {classifier.session.provider}, {classifier.session.device}"
             for stage, seconds in classifier.seconds.items():
@@ -207,7 +231,7 @@ def _check_shapes(bundle: Bundle, features: LightCurveFeatures, source: str) -> 
         raise EdgekitError(f"{source}: its outputs are {shapes}; expected one, with a column for each class")
 
 
-def _load_kernels(notify: Callable[[str], None]) -> None:
+def load_kernels(notify: Callable[[str], None]) -> None:
     """Have the decoder and the Gaussian process compiled; with a note where that takes long, since nothing else seems
     to happen."""
     missing = [kernel for kernel in (avro, gaussian_process) if not kernel.is_compiled()]

@@ -12,7 +12,7 @@ import mmap
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fastavro.schema import parse_schema
@@ -54,7 +54,10 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Avro data of `count` packets in a row, without framing; offset: byte of the first in the file."""
+    """Avro data of `count` packets in a row, without framing; offset: byte of the first in the file.
+
+    place: what the packet goes by instead of its byte, where it came as a message of its own.
+    """
 
     file: str
     offset: int
@@ -62,6 +65,21 @@ class Block:
     count: int
     data: bytes | memoryview = field(repr=False)
     compressed: bool = False
+    place: int | None = None
+
+
+def message(data: Buffer, place: int) -> Block | BadPacket:
+    """The one packet in a message, or why there is none; `place` stands for it in what is made of it."""
+    packets = 0
+    block: Block | None = None
+    for item in split(data, ""):
+        if isinstance(item, BadPacket):
+            return replace(item, offset=place, packets=1)
+        packets += item.count
+        block = item
+    if block is None or packets != 1:
+        return BadPacket("", place, f"the message holds {packets} packets; expected one, as alerts replay sends them")
+    return replace(block, place=place)
 
 
 def split(data: Buffer, file: str) -> Iterator[Block | BadPacket]:

@@ -150,7 +150,8 @@ class _Waiting:
         ends, fault = columns.read(block.data, block.count)
         starts = [0, *ends.tolist()]
         inside = [0] * len(starts) if block.compressed else starts
-        places += self._place(block.file, [block.offset + start for start in inside[: len(ends)]])
+        where = [block.offset + start for start in inside] if block.place is None else [block.place] * len(starts)
+        places += self._place(block.file, where[: len(ends)])
         if fault is None:
             return None
         name, lost = block.schema.name, block.count - len(ends)
@@ -159,7 +160,7 @@ class _Waiting:
         else:
             byte = f"{fault.at} of the decompressed block" if block.compressed else block.offset + fault.at
             reason = f"does not decode as {name}: {fault.reason} (byte {byte}, in {fault.field})"
-        return BadPacket(block.file, block.offset + inside[len(ends)], reason, packets=lost)
+        return BadPacket(block.file, where[len(ends)], reason, packets=lost)
 
     def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
         """All that waits, as batches of up to `size`."""
@@ -218,7 +219,8 @@ class _Waiting:
 def _unsupported(block: Block) -> BadPacket:
     known = ", ".join(surveys())
     reason = f"unsupported survey: the schema is {block.schema.name!r}; supported: {known}"
-    return BadPacket(block.file, block.offset, reason, "skipped", block.count)
+    where = block.offset if block.place is None else block.place
+    return BadPacket(block.file, where, reason, "skipped", block.count)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""The conservation ledger: of every partition, consumed = published + filtered + dead-lettered, once all is done.
+"""The conservation ledger: of every partition, consumed = published + filtered + dead-lettered at rest.
 
 An alert counts as consumed when it enters the pipeline, and in one of the other columns when its fate is sealed: the
 delivery report is in (published, dead-lettered), or a filter has said no (filtered). Offsets are committed only up to
