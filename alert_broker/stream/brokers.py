@@ -25,7 +25,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from confluent_kafka import KafkaException, Producer
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 
 from edgekit.errors import EdgekitError, missing_extra
 
@@ -249,14 +250,16 @@ def _librdkafka() -> Any:
     for name, result in (
         ("rd_kafka_conf_new", ctypes.c_void_p), ("rd_kafka_new", ctypes.c_void_p),
         ("rd_kafka_mock_cluster_new", ctypes.c_void_p), ("rd_kafka_mock_cluster_bootstraps", ctypes.c_char_p),
-        ("rd_kafka_mock_get_requests", ctypes.POINTER(ctypes.c_void_p)), ("rd_kafka_mock_request_api_key", ctypes.c_int16),
+        ("rd_kafka_mock_get_requests", ctypes.POINTER(ctypes.c_void_p)),
+        ("rd_kafka_mock_request_api_key", ctypes.c_int16),
     ):  # fmt: skip
         getattr(library, name).restype = result
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
     for name, arguments in (
         ("rd_kafka_new", [number, pointer, text, ctypes.c_size_t]), ("rd_kafka_destroy", [pointer]),
         ("rd_kafka_mock_cluster_new", [pointer, number]), ("rd_kafka_mock_cluster_destroy", [pointer]),
-        ("rd_kafka_mock_cluster_bootstraps", [pointer]), ("rd_kafka_mock_topic_create", [pointer, text, number, number]),
+        ("rd_kafka_mock_cluster_bootstraps", [pointer]),
+        ("rd_kafka_mock_topic_create", [pointer, text, number, number]),
         ("rd_kafka_mock_push_request_errors_array", [pointer, ctypes.c_int16, ctypes.c_size_t, pointer]),
         ("rd_kafka_mock_broker_set_up", [pointer, ctypes.c_int32]),
         ("rd_kafka_mock_broker_set_down", [pointer, ctypes.c_int32]),

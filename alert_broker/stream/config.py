@@ -248,7 +248,7 @@ def _kafka(table: Mapping[str, Any], where: str) -> dict[str, Secret]:
     return dict(table)
 
 
-def _table(kind: type[Any], values: Mapping[str, Any], where: str, base: Any = None) -> Any:
+def _table(kind: type[Any], values: Any, where: str, base: Any = None) -> Any:
     types_of = typing.get_type_hints(kind)
     if not isinstance(values, Mapping):
         raise EdgekitError(f"{where}: {values!r}; expected names and values")

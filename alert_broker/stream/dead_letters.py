@@ -4,17 +4,20 @@ why and to send it again. Too many of them stop the consumer: then it is not the
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from confluent_kafka import Message
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
 from alert_broker.containers import WIRE_HEADER, WIRE_MAGIC
-from alert_broker.stream.config import DeadLetters
-from alert_broker.stream.publish import Outgoing
+from alert_broker.stream.config import DeadLetters, Secret
+from alert_broker.stream.ledger import Partition
+from alert_broker.stream.publish import Headers, Outgoing, Sender, of_producer
+from alert_broker.stream.source import HOPELESS, open_consumer, place_of
 from edgekit.errors import EdgekitError
 
 PREFIX = "edgekit."  # of our headers
@@ -22,6 +25,8 @@ REASON, STATUS, SCHEMA_ID, STACK = (PREFIX + name for name in ("reason", "status
 TOPIC, PARTITION, OFFSET = (PREFIX + name for name in ("topic", "partition", "offset"))
 WHEN, ATTEMPTS = PREFIX + "dead-lettered-at", PREFIX + "attempts"
 SHOWN = 300  # characters of a reason in messages to people
+REDRIVE_BATCH = 256  # dead letters that are sent before the next are read: some MB
+SEND_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +45,41 @@ def stack_digest(error: BaseException) -> str:
     return hashlib.sha256("\n".join([type(error).__name__, *frames]).encode()).hexdigest()[:16]
 
 
-def position_headers(message: Message) -> list[tuple[str, bytes]]:
+def kind_of(reason: str) -> str:
+    """A reason without what differs from alert to alert, for counting."""
+    return re.sub(r"\d+", "N", reason.split(":")[0])
+
+
+def text_of(value: str | bytes | None) -> str:
+    """A header's value as text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
+
+
+def position_headers(message: Message) -> Headers:
     """Where a message was read."""
-    topic, partition, offset = message.topic(), message.partition(), message.offset()
+    (topic, partition), offset = place_of(message)
     return [(TOPIC, topic.encode()), (PARTITION, b"%d" % partition), (OFFSET, b"%d" % offset)]
+
+
+def headers_of(message: Message) -> Headers:
+    found = message.headers() or []
+    return list(found.items()) if isinstance(found, dict) else list(found)
+
+
+def attempts(headers: Headers) -> int:
+    """How often it was a dead letter before."""
+    text = text_of(dict(headers).get(ATTEMPTS))
+    return int(text) if text.isdigit() else 0
 
 
 def outgoing(letter: Letter, message: Message, topic: str) -> Outgoing:
     """The dead letter as a message: the same key and bytes, the headers that it had, and ours."""
     value = message.value()
-    theirs = [(name, content) for name, content in message.headers() or () if not name.startswith(PREFIX)]
-    before = dict(message.headers() or ())
-    headers = [
-        *theirs, *position_headers(message), (REASON, letter.reason.encode()), (STATUS, letter.status.encode()),
-        (WHEN, b"%d" % int(time.time() * 1000)), (ATTEMPTS, b"%d" % (int(before.get(ATTEMPTS, b"0")) + 1)),
+    before = headers_of(message)
+    headers: Headers = [
+        *((name, content) for name, content in before if not name.startswith(PREFIX)),
+        *position_headers(message), (REASON, letter.reason.encode()), (STATUS, letter.status.encode()),
+        (WHEN, b"%d" % int(time.time() * 1000)), (ATTEMPTS, b"%d" % (attempts(before) + 1)),
     ]  # fmt: skip
     if value is not None and value[:1] == WIRE_MAGIC and len(value) >= WIRE_HEADER.size:
         headers.append((SCHEMA_ID, b"%d" % WIRE_HEADER.unpack(value[: WIRE_HEADER.size])[1]))
@@ -120,7 +146,8 @@ def redrive(
     """
     consumer = open_consumer({
         **settings, "group.id": group, "enable.auto.commit": False, "enable.auto.offset.store": False,
-        "auto.offset.reset": "earliest", "enable.partition.eof": True, "partition.assignment.strategy": "cooperative-sticky",
+        "auto.offset.reset": "earliest", "enable.partition.eof": True,
+        "partition.assignment.strategy": "cooperative-sticky",
     })  # fmt: skip
     sender = Sender(
         {**of_producer(settings), "message.max.bytes": 8_388_608, "enable.idempotence": True,
@@ -142,7 +169,7 @@ def redrive(
             batch: list[Outgoing] = []
             after: dict[Partition, int] = {}
             for message in consumer.consume(REDRIVE_BATCH, 0.2):
-                where = (str(message.topic()), int(message.partition() or 0))
+                where, offset = place_of(message)
                 error = message.error()
                 if error is not None:
                     if error.code() == KafkaError._PARTITION_EOF:
@@ -151,19 +178,19 @@ def redrive(
                         raise EdgekitError(f"{config.topic} cannot be read: {error.str()}")
                     continue
                 at_end.discard(where)
-                after[where] = int(message.offset() or 0) + 1
-                headers = dict(message.headers() or ())
-                why = text_of(headers.get(REASON))
-                if reason not in why or int(headers.get(ATTEMPTS) or 0) > max_attempts:
+                after[where] = offset + 1
+                headers = headers_of(message)
+                named = dict(headers)
+                if reason not in text_of(named.get(REASON)) or attempts(headers) > max_attempts:
                     passed += 1
                     continue
-                topic = to_topic or text_of(headers.get(TOPIC))
+                topic = to_topic or text_of(named.get(TOPIC))
                 if not topic:
                     raise EdgekitError(
-                        f"{where[0]}[{where[1]}] has a message at {after[where] - 1} that does not say where it came "
+                        f"{where[0]}[{where[1]}] has a message at {offset} that does not say where it came "
                         "from; it is no dead letter of ours: name a topic with --to-topic"
                     )
-                batch.append(Outgoing(topic, message.value(), list(message.headers() or ()), len(batch), message.key()))
+                batch.append(Outgoing(topic, message.value(), headers, len(batch), message.key()))
             if batch and (refused := sender.send(batch)):
                 raise EdgekitError(f"a dead letter cannot be sent: {refused[0][1]}")
             if after:

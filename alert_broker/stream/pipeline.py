@@ -29,7 +29,7 @@ from alert_broker.containers import BadPacket
 from alert_broker.packets import AlertBatch, batches
 from alert_broker.stream.archive import Archive, Positions
 from alert_broker.stream.config import Config
-from alert_broker.stream.dead_letters import Letter, Limits, outgoing, position_headers, stack_digest
+from alert_broker.stream.dead_letters import Letter, Limits, kind_of, outgoing, position_headers, stack_digest
 from alert_broker.stream.publish import Outgoing, open_publisher
 from alert_broker.stream.registry import RegistryError, open_registry
 from alert_broker.stream.reuse import COLUMNS, Reuse
@@ -304,7 +304,7 @@ class Pipeline:
             for where, number in batch.counts(chosen & owned).items():
                 ledger.add(where, **{name: number})
         stats.observe("end-to-end", time.monotonic() - batch.received, int(owned.sum()))
-        stats.reasons.update(letter.reason.split(":")[0] for letter in letters if owned[letter.place])
+        stats.reasons.update(kind_of(letter.reason) for letter in letters if owned[letter.place])
         assert work.rows is not None
         for item in work.rows["best_class"].drop_null().value_counts().to_pylist():
             stats.classes[item["values"]] += item["counts"]

@@ -25,12 +25,15 @@ ATTEMPTS = 5  # at a transaction that the broker asks to have aborted
 UNSENDABLE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD}
 
 
+Headers = list[tuple[str, str | bytes | None]]
+
+
 class Outgoing(NamedTuple):
     """A message to be sent; place: number of the alert in its batch that it was made of."""
 
     topic: str
     value: bytes | None
-    headers: list[tuple[str, bytes]]
+    headers: Headers
     place: int
     key: bytes | None = None
 
@@ -61,7 +64,7 @@ def producer_settings(config: Config) -> dict[str, Secret]:
         "linger.ms": 2,  # a batch is flushed anyway
         "message.max.bytes": 8_388_608,  # a packet with a deep history, as a dead letter
         "queue.buffering.max.kbytes": 131_072,
-        **{name: value for name, value in config.kafka_settings().items() if not _of_consumer(name)},
+        **of_producer(config.kafka_settings()),
         "enable.idempotence": True,
         "acks": "all",
         "delivery.timeout.ms": int(config.publish.seconds * 1000),
@@ -69,10 +72,10 @@ def producer_settings(config: Config) -> dict[str, Secret]:
     }
 
 
-def _of_consumer(name: str) -> bool:
-    """Settings that a producer knows nothing of, and would warn about."""
+def of_producer(settings: Mapping[str, Secret]) -> dict[str, Secret]:
+    """Without what a producer knows nothing of, and would warn about."""
     prefixes = ("session.", "heartbeat.", "max.poll.", "fetch.", "queued.", "group.", "coordinator.", "check.crcs")
-    return name.startswith(prefixes)
+    return {name: value for name, value in settings.items() if not name.startswith(prefixes)}
 
 
 class Sender:

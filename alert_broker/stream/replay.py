@@ -1,4 +1,4 @@
-"""Packets from files to a topic, one to a message, as a survey sends them: at a rate, or as fast as the broker takes them.
+"""Packets from files to a topic, one to a message, at a rate or as fast as the broker takes them.
 
 What a file holds is sent as it is, damaged or not. A container of many packets is taken apart into containers of one.
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from alert_broker import simulated_packets
 from alert_broker.avro.columns import Columns
 from alert_broker.containers import AVRO_MAGIC, SYNC_BYTES, WIRE_HEADER, Block, Schema, header_end, split
 from alert_broker.packets import PARQUET_MAGIC, TRUTH_KEY, find_files
 from alert_broker.simulate import SimulatedAlert
-from alert_broker.simulated_packets import message
 from alert_broker.stream.config import Secret
 from alert_broker.stream.source import reason_of
 from edgekit.errors import EdgekitError
@@ -87,7 +87,7 @@ def single_packets(data: bytes, name: str) -> Iterator[bytes]:
 def simulated(alerts: Iterable[SimulatedAlert]) -> Iterator[bytes]:
     """Simulated alerts as the survey sends them."""
     for alert in alerts:
-        yield message(alert.survey, alert.packet)
+        yield simulated_packets.message(alert.survey, alert.packet)
 
 
 def send(

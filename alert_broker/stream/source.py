@@ -99,15 +99,16 @@ class Source:
         index: dict[Partition, int] = {}
         partition, offset = [], []
         for message in messages:
-            if (error := message.error()) is not None:
-                self._note_error(error, message)
+            if (fault := message.error()) is not None:
+                self._note_error(fault, message)
                 continue
-            where = (message.topic(), message.partition())
+            where, number = place_of(message)
             if where not in self._epochs:  # read before the partition was taken away
                 continue
             partition.append(index.setdefault(where, len(index)))
-            offset.append(message.offset())
+            offset.append(number)
             good.append(message)
+            self._at_end.discard(where)
         self._look_at_lag()
         if not good:
             return None
@@ -115,7 +116,6 @@ class Source:
             good, tuple(index), tuple(self._epochs[where] for where in index),
             np.array(partition, np.int64), np.array(offset, np.int64), time.monotonic(),
         )  # fmt: skip
-        self._at_end.difference_update(index)
         for where, number in batch.counts(np.ones(len(batch), np.bool_)).items():
             self.stats.ledger.add(where, consumed=number)
         self._next |= next_offsets(batch, np.ones(len(batch), np.bool_))
@@ -153,12 +153,12 @@ class Source:
             errors = [item.error for item in results or () if item.error is not None]
         except KafkaException as error:
             errors = [error.args[0]]
-        for error in errors:
-            if error.code() in REBALANCED:
-                LOG.warning("offsets were not committed, as the group has a new generation: %s", error.str())
+        for fault in errors:
+            if fault.code() in REBALANCED:
+                LOG.warning("offsets were not committed, as the group has a new generation: %s", fault.str())
             else:
                 raise EdgekitError(
-                    f"offsets cannot be committed: {error.str()}; what was published since the last commit will be "
+                    f"offsets cannot be committed: {fault.str()}; what was published since the last commit will be "
                     "published again after a restart"
                 )
 
@@ -203,7 +203,7 @@ class Source:
 
     def _note_error(self, error: KafkaError, message: Message) -> None:
         if error.code() == KafkaError._PARTITION_EOF:
-            self._at_end.add((message.topic(), message.partition()))
+            self._at_end.add(place_of(message)[0])
         elif error.code() in HOPELESS or error.fatal():
             where = f" ({message.topic()})" if message.topic() else ""
             raise EdgekitError(f"the broker refuses to be read: {error.str()}{where}")
@@ -226,6 +226,15 @@ REBALANCED = {
     KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS,
     KafkaError._NO_OFFSET, KafkaError._ASSIGNMENT_LOST,
 }  # fmt: skip
+
+
+def place_of(message: Message) -> tuple[Partition, int]:
+    """The partition and the offset of a message that was read."""
+    topic, partition, offset = message.topic(), message.partition(), message.offset()
+    assert topic is not None
+    assert partition is not None
+    assert offset is not None
+    return (topic, partition), offset
 
 
 def next_offsets(batch: MessageBatch, chosen: npt.NDArray[np.bool_]) -> dict[Partition, int]:
