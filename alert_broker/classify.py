@@ -74,12 +74,13 @@ class Classifier:
         _check_shapes(bundle, self.features, source)
         self.session = open_session(bundle, runtime)
         self.schema = result_schema(self.classes)
+        self._digest = bundle.digest[:SHORT_DIGEST]
         self.seconds = {"features": 0.0, "inference": 0.0}
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
         """A row for every alert; where one could not be classified, `status` says why and probabilities are null."""
         name, survey, count = self.bundle.manifest.name, batch.survey, len(batch.curves)
-        identity = {"model": repeat(name, count), "bundle": repeat(self.bundle.digest[:SHORT_DIGEST], count)}
+        identity = {"model": repeat(name, count), "bundle": repeat(self._digest, count)}
         if lacking := [band for band in self.features.seen if band not in survey.bands]:
             reason = f"skipped: {name} needs {', '.join(lacking)}, which {survey.name} does not observe"
             return result_rows(batch, self.schema, identity | {"status": repeat(reason, count)})
@@ -135,31 +136,33 @@ class Classifiers:
         self.schema = pa.schema([*result_schema(self.classes), *columns])
         self.opened: dict[str, Classifier] = {}  # by the bundle's digest
         self._stages: dict[str, Stage] = {}
+        self._digests = {survey: item.digest for survey, item in self.models.items()}
         self._runtime, self._threads, self._wrap = runtime, threads, wrap
         self.start_seconds = 0.0
         if bundle is not None:
-            self._of(bundle)
+            self.open_all()
 
     def open_all(self) -> None:
-        for bundle in self.models.values():
-            self._of(bundle)
+        for survey in self.models:
+            self._of(survey)
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
         """A row of `schema` for every alert, in the same order."""
-        model, count = self.models.get(batch.survey.name), len(batch.curves)
-        if model is None:
+        count = len(batch.curves)
+        if batch.survey.name not in self.models:
             reason = f"skipped: no model by default for {batch.survey.name}, name one with --model"
             return result_rows(batch, self.schema, {"status": repeat(reason, count)})
-        rows = self._of(model)(batch)
+        rows = self._of(batch.survey.name)(batch)
         return fill({name: rows[name] for name in rows.schema.names}, self.schema, count)
 
-    def _of(self, bundle: Bundle) -> Stage:
-        if bundle.digest not in self.opened:
+    def _of(self, survey: str) -> Stage:
+        digest = self._digests[survey]
+        if digest not in self.opened:
             started = time.perf_counter()
-            self.opened[bundle.digest] = Classifier(bundle, self._runtime, threads=self._threads)
-            self._stages[bundle.digest] = self._wrap(self.opened[bundle.digest])
+            self.opened[digest] = Classifier(self.models[survey], self._runtime, threads=self._threads)
+            self._stages[digest] = self._wrap(self.opened[digest])
             self.start_seconds += time.perf_counter() - started
-        return self._stages[bundle.digest]
+        return self._stages[digest]
 
 
 def default_models() -> dict[str, Bundle]:

@@ -24,6 +24,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from alert_broker import containers
+from alert_broker.avro.columns import Columns
+from alert_broker.avro.plan import Plan
 from alert_broker.classify import Classifiers, load_kernels
 from alert_broker.containers import BadPacket
 from alert_broker.packets import AlertBatch, batches
@@ -62,13 +64,14 @@ class Stages:
 
     def __init__(self, classifiers: Classifiers, schema_text: Callable[[int], str] | None = None) -> None:
         self.classifiers, self.schema_text = classifiers, schema_text
+        self._spare: dict[Plan, Columns] = {}
 
     def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[Letter]]:
         """Light curves, whose `offset` is the number of their message, and the messages that give none."""
         alerts: list[AlertBatch] = []
         letters: list[Letter] = []
         blocks = (containers.message(value or b"", place, self.schema_text) for place, value in enumerate(values))
-        for item in batches(blocks, len(values)):
+        for item in batches(blocks, len(values), self._spare):
             if isinstance(item, BadPacket):
                 letters.append(Letter(item.offset, item.reason, item.status))
             else:
