@@ -2,10 +2,11 @@
 
     FOLDER/night=2026-11-25/alerts-3-000000004096.parquet
 
-Each file has the rows of one topic and partition whose offsets are in one segment: 4096 offsets that begin at a multiple
-of 4096, which is in the name. Where a row belongs thus follows from its message alone. Writing rows of a segment that is
-there already replaces those of the same offsets and keeps the others: the file is read, merged and put into place in one
-step. So after a crash the consumer may start at any offset and cut its batches anywhere, and every row is there once.
+Each file has the rows of one topic and partition whose offsets are in one segment: 4096 of them from a multiple of 4096
+on, which is in the name. Where a row belongs thus follows from its message alone. Writing rows of a segment that is
+there already replaces those of the same offsets and keeps the others: the file is read, merged and put into place in
+one step. So after a crash the consumer may start at any offset and cut its batches anywhere, and every row is there
+once.
 
 A batch that has returned is on disk (fsync), and its offsets may be committed. If it fails, what is on disk is the old
 files or the new ones, and writing the batch again repairs it. Consumers on one machine may share a folder: they take
@@ -31,8 +32,8 @@ import pyarrow.parquet as pq
 
 from edgekit.errors import EdgekitError
 
-# Part of the layout, not to be changed: files of another length would overlap. Small enough to be written again for each
-# batch (some 0.5 MB), large enough that a night of ten million alerts is 2,500 files.
+# Part of the layout, not to be changed: files of another length would overlap. Small enough to be written again for
+# each batch (some 0.5 MB), large enough that a night of ten million alerts is 2,500 files.
 SEGMENT = 4096
 # Nights are named after the evening on which they begin. By UTC less 16 hours no night is cut: neither in Chile (22 to
 # 10 h UTC) nor in California (2 to 14 h).
@@ -45,8 +46,8 @@ PARTITIONING = ds.partitioning(pa.schema([("night", pa.string())]), flavor="hive
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Where rows come from, (rows,) each. timestamp: of the message, in milliseconds since 1970 UTC: it names the night,
-    and a replay has the same one."""
+    """Where rows come from, (rows,) each. timestamp: of the message, in milliseconds since 1970 UTC; it names the
+    night, and is the same in a replay."""
 
     topic: list[str]
     partition: npt.NDArray[np.int64]
@@ -157,5 +158,5 @@ def _writing(path: Path) -> Iterator[None]:
         advice = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "see that the folder can be written"
         reason = os.strerror(number) if number else str(error)
         raise EdgekitError(
-            f"the archive cannot write {path}: {reason}; {advice} and start again: no offset of these rows was committed"
+            f"the archive cannot write {path}: {reason}; {advice} and start again: these rows will come again"
         ) from error

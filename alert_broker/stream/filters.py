@@ -5,8 +5,8 @@
     survey in ("ztf", "lsst") and best_class is not null
 
 Python's grammar, read with `ast` and nothing of it run: names of columns, numbers, texts, `true`, `false`, `null`;
-`+ - * /` on numbers, in float64; comparisons, chained ones too; `in` and `not in` a list of values; `is null`; `and`, `or`,
-`not`. A column whose name is no word, `p_SLSN-I`, is written with underscores, `p_SLSN_I`, as in Avro output.
+`+ - * /` on numbers, in float64; comparisons, chained ones too; `in` and `not in` a list of values; `is null`; `and`,
+`or`, `not`. A column whose name is no word, `p_SLSN-I`, is written with underscores, `p_SLSN_I`, as in Avro output.
 
 A comparison with null is neither true nor false, as in SQL, and so are `not` of it, and `and` and `or` that hang on it;
 a filter takes a row only if it is true.
@@ -145,8 +145,10 @@ class _Compiler:
         elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
             found = "text"
         else:
-            raise EdgekitError(f"the filter {shown(self.text)} reads {column!r}, which is of type {kind}; only numbers, "
-                               "texts and booleans can be compared")  # fmt: skip
+            raise EdgekitError(
+                f"the filter {shown(self.text)} reads {column!r}, which is of type {kind}; only numbers, texts and "
+                "booleans can be compared"
+            )
         return _Part(found, lambda rows: rows.column(column))
 
     def _constant(self, node: ast.expr, value: object) -> _Part:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
@@ -141,7 +142,7 @@ class AvroEncoder:
         _write(self._header, self._kinds, self._optional, cells, sizes, valid,
                np.concatenate([*texts, np.empty(0, np.uint8)]), out, ends)  # fmt: skip
         data = out[: ends[-1] if count else 0].tobytes()
-        return [data[start:end] for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
+        return [data[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
 
 class JsonEncoder:
@@ -195,7 +196,7 @@ def _bits(column: pa.Array) -> Integers:
     values = pc.fill_null(column, 0) if column.null_count else column
     array = values.to_numpy(zero_copy_only=False)
     if pa.types.is_floating(kind):
-        return array.view(np.int32 if pa.types.is_float32(kind) else np.int64).astype(np.int64)
+        return np.asarray(array.view(np.int32 if pa.types.is_float32(kind) else np.int64).astype(np.int64))
     return np.asarray(array.astype(np.int64))
 
 

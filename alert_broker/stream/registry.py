@@ -4,12 +4,13 @@
 `file:FOLDER`: `ID.avsc` files in a folder, for one machine. `mock://NAME`: in this process's memory, for tests.
 
 An id that the registry does not know is a `PacketError`: the packet's fault, a dead letter. A registry that does not
-answer is a `RegistryError`: nobody's packet may be lost for it, so the consumer tries again later, from the same offset.
+answer is a `RegistryError`: no packet may be lost for that, so the consumer tries again later, from the same offset.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -129,7 +130,8 @@ class FolderRegistry:
         except OSError as error:
             raise RegistryError(f"the schema registry {self.folder} cannot be written: {error.strerror}") from error
         finally:
-            fresh.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fresh.unlink()
 
 
 @dataclass(frozen=True, slots=True)

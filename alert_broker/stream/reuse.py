@@ -1,4 +1,4 @@
-"""Alerts that bring nothing new take the classification of the object's alert before: `fresh` false, `reused_from` its id.
+"""An alert that brings nothing new has the classification of its object's last one, with `fresh` false.
 
 Nothing new: the detections that the model's light curve is made of are the same, to the bit, as in that alert. A survey
 sends such alerts all the time: the detection that raised it is in a band that the model does not see, or of an exposure
@@ -16,6 +16,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -119,10 +120,7 @@ class Reuse:
         points = np.column_stack([chosen.time, chosen.flux, chosen.flux_error, chosen.band, chosen.detected])
         data, width = points.astype("<f8").tobytes(), 8 * points.shape[1]
         ends = (width * chosen.offsets).tolist()
-        return [
-            hashlib.blake2b(data[start:end], digest_size=16).digest()
-            for start, end in zip(ends[:-1], ends[1:], strict=True)
-        ]
+        return [hashlib.blake2b(data[start:end], digest_size=16).digest() for start, end in pairwise(ends)]
 
     def _assign(self, batch: AlertBatch, keys: list[bytes]) -> tuple[list[int], list[_Entry]]:
         """The alerts to be classified, and for each alert the entry that it has its classification from."""

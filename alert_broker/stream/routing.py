@@ -46,7 +46,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """For one topic. row: the alert's, among those routed; key: its object, so that an object's alerts stay in order."""
+    """For one topic. row: the alert's, among those routed; key: its object, whose alerts thus stay in order."""
 
     row: int
     topic: str
