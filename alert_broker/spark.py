@@ -85,7 +85,7 @@ class Job:
                 yield BadPacket("", place, "the message is null") if content is None else message(content, place)
             return
         names = [item.name for item in rows.schema if item.name not in self.keep]
-        survey = _survey(pa.schema([rows.schema.field(name) for name in names]))
+        survey = _survey(leaves(pa.schema([rows.schema.field(name) for name in names])))
         wanted = [name for name in survey.fields if name in names]
         yield ParquetRows(survey, "", 0, rows.select(wanted))
 
@@ -254,10 +254,11 @@ def _schema(classes: Sequence[str]) -> pa.Schema:
     return pa.schema([item for item in result_schema(classes) if item.name not in LEFT_OUT])
 
 
-def _survey(schema: pa.Schema) -> Survey:
-    found = survey_of(leaves(schema))
+def _survey(columns: Sequence[str]) -> Survey:
+    """The survey of a table with these leaves."""
+    found = survey_of(columns)
     if found is None:
-        named = ", ".join(schema.names[:8])
+        named = ", ".join(dict.fromkeys(name.partition(".")[0] for name in columns))
         raise EdgekitError(
             f"no survey has these columns: {named}; supported: {', '.join(surveys())}. For packets in a binary column, "
             "name it: packets=..."
@@ -268,10 +269,22 @@ def _survey(schema: pa.Schema) -> Survey:
 def _fields(rows: DataFrame) -> list[Any]:
     """The survey's fields as columns, records cut down to what is read; Spark then reads no more from Parquet."""
     from pyspark.sql import functions
-    from pyspark.sql.pandas.types import to_arrow_schema
     from pyspark.sql.types import ArrayType, StructType
 
-    survey = _survey(to_arrow_schema(rows.schema))
+    def names_of(kind: Any, name: str) -> Iterator[str]:
+        if isinstance(kind, ArrayType):
+            yield from names_of(kind.elementType, name)
+        elif isinstance(kind, StructType):
+            yield from (leaf for item in kind for leaf in names_of(item.dataType, f"{name}{name and '.'}{item.name}"))
+        else:
+            yield name
+
+    def cut_to(names: Sequence[str]) -> Callable[[Any], Any]:
+        return lambda record: functions.when(
+            record.isNotNull(), functions.struct(*(record[name].alias(name) for name in names))
+        )
+
+    survey = _survey(list(names_of(rows.schema, "")))
     chosen = []
     for top, inner in survey.fields.items():
         if top not in rows.columns:
@@ -279,11 +292,7 @@ def _fields(rows: DataFrame) -> list[Any]:
         kind, column = rows.schema[top].dataType, functions.col(top)
         record = kind.elementType if isinstance(kind, ArrayType) else kind
         if isinstance(record, StructType) and inner:
-            names = [name for name in inner if name in record.names]
-
-            def cut(item: Any, names: list[str] = names) -> Any:
-                return functions.when(item.isNotNull(), functions.struct(*(item[name].alias(name) for name in names)))
-
+            cut = cut_to([name for name in inner if name in record.names])
             column = functions.transform(column, cut) if isinstance(kind, ArrayType) else cut(column)
         chosen.append(column.alias(top))
     return chosen

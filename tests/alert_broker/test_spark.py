@@ -285,7 +285,7 @@ def session():
     sql = pytest.importorskip("pyspark.sql")
     if shutil.which("java") is None:
         pytest.skip("no java on the path; Spark 4 needs version 17 or newer")
-    os.environ["PYSPARK_PYTHON"] = sys.executable
+    os.environ.update(PYSPARK_PYTHON=sys.executable, SPARK_LOCAL_IP="127.0.0.1")
     builder = sql.SparkSession.builder.master("local[2]").appName("edgekit")
     for name, value in {
         "spark.ui.enabled": "false",
@@ -307,7 +307,8 @@ def as_rows(frame) -> list[dict]:
 def check_spark(rows: list[dict], expected: dict[str, dict]) -> None:
     """Partitions are batches of their own, which moves the last bit of a probability at most."""
     named = {Path(row["path"]).name: row for row in rows}
-    assert len(named) == len(rows) == len(expected) + 4
+    assert len(named) == len(rows)
+    assert named.keys() == expected.keys() | {"bad0", "bad2", "bad3"}  # Spark's file source passes over empty files
     for name, row in named.items():
         if name.startswith("bad"):
             assert row["status"].startswith("error: ")
