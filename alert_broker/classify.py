@@ -58,10 +58,18 @@ def for_survey(features: LightCurveFeatures, survey: Survey) -> LightCurveFeatur
 class Classifier:
     """One model on one runtime: a batch of alerts to a record batch of `result_schema(classes)`, in the same order.
 
-    `seconds` adds up the time spent on features and on inference.
+    threads: of the Gaussian process; session_threads: of the runtime; by default all cores. `seconds` adds up the time
+    spent on features and on inference.
     """
 
-    def __init__(self, bundle: Bundle, runtime: str = "onnxruntime", *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        runtime: str = "onnxruntime",
+        *,
+        threads: int | None = None,
+        session_threads: int | None = None,
+    ) -> None:
         source = str(bundle.path or bundle.manifest.name)
         self.bundle, self._threads = bundle, threads
         self.classes = bundle.manifest.classes
@@ -72,7 +80,7 @@ class Classifier:
                 "use a model without redshift, such as t2-ugrizy"
             )
         _check_shapes(bundle, self.features, source)
-        self.session = open_session(bundle, runtime)
+        self.session = open_session(bundle, runtime, **({"threads": session_threads} if session_threads else {}))
         self.schema = result_schema(self.classes)
         self._digest = bundle.digest[:SHORT_DIGEST]
         self.seconds = {"features": 0.0, "inference": 0.0}

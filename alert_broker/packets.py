@@ -263,8 +263,8 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
             if TRUTH_KEY in (parquet.schema_arrow.metadata or {}):
                 return
             rows = parquet.metadata.num_rows
-            columns = [name for item in parquet.schema_arrow for name in _leaves(item.name, item.type)]
-            survey = next((item for item in surveys().values() if item.recognises_columns(frozenset(columns))), None)
+            columns = leaves(parquet.schema_arrow)
+            survey = survey_of(columns)
             if survey is None or rows == 0:
                 known = ", ".join(surveys())
                 named = ", ".join(parquet.schema_arrow.names[:8])
@@ -281,8 +281,18 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
         yield BadPacket(str(path), row, reason, packets=max(rows - row, 1))
 
 
+def survey_of(columns: Iterable[str]) -> Survey | None:
+    """The survey whose alerts a table with these leaves holds."""
+    names = frozenset(columns)
+    return next((item for item in surveys().values() if item.recognises_columns(names)), None)
+
+
+def leaves(schema: pa.Schema) -> list[str]:
+    """Dotted names of the leaves of all columns, in Parquet's order; lists add no name."""
+    return [name for item in schema for name in _leaves(item.name, item.type)]
+
+
 def _leaves(name: str, kind: pa.DataType) -> Iterator[str]:
-    """Dotted names of a column's leaves, in Parquet's order; lists add no name."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         yield from _leaves(name, kind.value_type)
     elif pa.types.is_struct(kind):

@@ -5,6 +5,7 @@ Rates and latencies are of the last `WINDOW` seconds: percentiles since the star
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections import Counter, deque
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alert_broker.stream.health import STUCK_AFTER, health
+from alert_broker.stream.logs import LOGGER
 from alert_broker.stream.stats import SECONDS, Histogram, Snapshot, Stats
 
 REFRESH, EVERY = 0.5, 10.0  # seconds between two looks, and between two lines
@@ -72,7 +74,8 @@ def show(
 ) -> Iterator[None]:
     """Show the stream's progress until the block ends: a dashboard if `interactive`, else a line every so many seconds.
 
-    By default it is interactive where standard error, to which it is written, is a terminal.
+    By default it is interactive where standard error, to which it is written, is a terminal. Lines are logged if
+    `logs.configure` has been called.
     """
     console = console or Console(stderr=True, highlight=False, markup=False, emoji=False)
     if console.is_terminal if interactive is None else interactive:
@@ -85,7 +88,15 @@ def show(
             with _repeating(stats, draw, REFRESH):
                 yield
     else:
-        with _repeating(stats, lambda view: console.print(line(view), soft_wrap=True), every):
+        logger = logging.getLogger(LOGGER)
+
+        def write(view: View) -> None:
+            if logger.handlers:  # as the other lines are, in JSON if they are
+                logger.info(line(view))
+            else:
+                console.print(line(view), soft_wrap=True)
+
+        with _repeating(stats, write, every):
             yield
 
 

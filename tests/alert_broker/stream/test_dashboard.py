@@ -1,6 +1,7 @@
 """What is on the screen, as text."""
 
 import io
+import json
 import re
 import sys
 import threading
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from alert_broker.stream import logs
 from alert_broker.stream.dashboard import View, dashboard, line, show
 from alert_broker.stream.stats import STAGES, Stats
 from tests.alert_broker.stream.sample import busy_stats
@@ -128,6 +130,19 @@ def test_lines_come_where_there_is_no_terminal():
     assert len(lines) >= 3
     assert all("consumed 1,2" in text for text in lines)
     assert "in flight 13" in lines[-1]  # the last one is of the end
+
+
+def test_lines_are_logged_where_logs_are_configured():
+    stream, console = io.StringIO(), Console(file=io.StringIO())
+    logger = logs.configure(as_json=True, stream=stream)
+    try:
+        with show(busy_stats(), console=console):
+            pass
+    finally:
+        logger.handlers.clear()
+        logger.propagate = True
+    assert "consumed 1,250 = published 1,138" in json.loads(stream.getvalue())["message"]
+    assert console.file.getvalue() == ""
 
 
 def test_a_terminal_gets_the_picture(monkeypatch):
