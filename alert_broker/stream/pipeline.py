@@ -165,11 +165,15 @@ class Pipeline:
             if not isinstance(self._failure, KeyboardInterrupt):
                 for thread in threads:
                     thread.join()
+                if self._failure is None:
+                    try:
+                        self.stats.ledger.check()  # before partitions are given back, and with them what is in flight
+                    except EdgekitError as error:
+                        self._failure = error
                 self.source.close()
                 self.publisher.close()
         if self._failure is not None:
             raise self._failure
-        self.stats.ledger.check()
 
     # --- polling
 

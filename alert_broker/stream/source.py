@@ -42,7 +42,7 @@ HOPELESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED,
     KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
-    KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM,
+    KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
 }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ class Source:
         self._epochs: dict[Partition, int] = {}
         self._epoch = 0
         self._at_end: set[Partition] = set()
-        self._paused = False
+        self._paused = self._closing = False
         self._looked = 0.0
         self._next: dict[Partition, int] = {}
         self._error: EdgekitError | None = None
@@ -134,7 +134,8 @@ class Source:
             self._paused = self.stats.paused = paused
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group. What still is in flight then will never be published: nobody waits for it."""
+        self._closing = True
         self.consumer.close()
 
     # --- the thread that publishes
@@ -178,7 +179,7 @@ class Source:
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Let what is in flight be published and committed; after `drain_seconds` take it off the books."""
         ours = [(item.topic, item.partition) for item in partitions]
-        deadline = time.monotonic() + self.config.source.drain_seconds
+        deadline = time.monotonic() + (0.0 if self._closing else self.config.source.drain_seconds)
         entries = self.stats.ledger.entries
         while time.monotonic() < deadline and any(entries[item].in_flight for item in ours if item in entries):
             time.sleep(DRAIN_STEP)

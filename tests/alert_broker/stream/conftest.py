@@ -15,7 +15,7 @@ REAL = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
     """A small model on disk, for the pipeline."""
-    return write_bundle(small_bundle(), tmp_path_factory.mktemp("model") / "small.edge")
+    return write_bundle(small_bundle(), tmp_path_factory.mktemp("model") / "small.edge").path
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,9 @@ def test_an_unbalanced_ledger_is_an_error(rig, packets, monkeypatch):
     real = Ledger.add
 
     def forgetful(self, partition, **columns):
-        real(self, partition, **{name: number - (name == "published" and number > 1) for name, number in columns.items()})
+        real(
+            self, partition, **{name: number - (name == "published" and number > 1) for name, number in columns.items()}
+        )
 
     monkeypatch.setattr(Ledger, "add", forgetful)
     with pytest.raises(EdgekitError, match="does not add up"):
@@ -201,7 +203,7 @@ def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monk
     from alert_broker.stream.archive import Archive
 
     monkeypatch.setattr("alert_broker.stream.pipeline.PAUSE_AFTER", 0.05)
-    sent = rig.send(repeat(packets, 300))
+    sent = rig.send(repeat(packets, 120))
     most = 0
     paused = False
 
