@@ -169,6 +169,7 @@ class MockCluster:
         if not self._client:
             raise EdgekitError(f"librdkafka does not start: {text.value.decode()}")
         self._cluster = self._library.rd_kafka_mock_cluster_new(self._client, brokers)
+        self._library.rd_kafka_mock_group_initial_rebalance_delay_ms(self._cluster, 0)
         self.address = self._library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
 
     def create_topic(self, name: str, partitions: int = 1) -> None:
@@ -259,6 +260,7 @@ def _librdkafka() -> Any:
         ("rd_kafka_new", [number, pointer, text, ctypes.c_size_t]), ("rd_kafka_destroy", [pointer]),
         ("rd_kafka_mock_cluster_new", [pointer, number]), ("rd_kafka_mock_cluster_destroy", [pointer]),
         ("rd_kafka_mock_cluster_bootstraps", [pointer]),
+        ("rd_kafka_mock_group_initial_rebalance_delay_ms", [pointer, ctypes.c_int32]),
         ("rd_kafka_mock_topic_create", [pointer, text, number, number]),
         ("rd_kafka_mock_push_request_errors_array", [pointer, ctypes.c_int16, ctypes.c_size_t, pointer]),
         ("rd_kafka_mock_broker_set_up", [pointer, ctypes.c_int32]),

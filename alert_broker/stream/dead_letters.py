@@ -16,7 +16,7 @@ from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 from alert_broker.containers import WIRE_HEADER, WIRE_MAGIC
 from alert_broker.stream.config import DeadLetters, Secret
 from alert_broker.stream.ledger import Partition
-from alert_broker.stream.publish import Headers, Outgoing, Sender, of_producer
+from alert_broker.stream.publish import Headers, NotSentError, Outgoing, Sender, of_producer
 from alert_broker.stream.source import HOPELESS, open_consumer, place_of
 from edgekit.errors import EdgekitError
 
@@ -191,7 +191,11 @@ def redrive(
                         "from; it is no dead letter of ours: name a topic with --to-topic"
                     )
                 batch.append(Outgoing(topic, message.value(), headers, len(batch), message.key()))
-            if batch and (refused := sender.send(batch)):
+            try:
+                refused = sender.send(batch)
+            except NotSentError as error:
+                raise EdgekitError(f"dead letters cannot be sent: {error}; {sent} were, start again to go on") from None
+            if refused:
                 raise EdgekitError(f"a dead letter cannot be sent: {refused[0][1]}")
             if after:
                 consumer.commit(

@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.ledger import Partition
-from alert_broker.stream.source import REBALANCED, Source, reason_of
+from alert_broker.stream.source import REBALANCED, Source, note_error, reason_of
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -82,15 +82,16 @@ class Sender:
     """A producer that knows what has failed."""
 
     def __init__(self, settings: dict[str, Secret], seconds: float) -> None:
-        self.failed: list[tuple[Any, str, bool]] = []  # what was to be sent, why it was not, is it to blame itself
+        self.failed: list[tuple[Outgoing, KafkaError]] = []
         self.seconds = seconds
         try:
-            self.producer = Producer(settings, logger=logging.getLogger("edgekit.kafka"))
+            self.producer = Producer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
         except (KafkaException, ValueError, TypeError) as error:
             raise EdgekitError(f"the producer cannot be configured: {reason_of(error)}") from None
 
     def send(self, messages: Sequence[Outgoing]) -> list[tuple[Outgoing, str]]:
-        """Send all and wait for the broker; what it takes from nobody comes back, everything else that fails raises."""
+        """Send all and wait for the broker. What no broker would take comes back with the reason; NotSentError for
+        anything else that fails."""
         self.failed.clear()
         produce = self.producer.produce
         for message in messages:
@@ -102,28 +103,32 @@ class Sender:
                     )  # fmt: skip
                     break
                 except BufferError:  # librdkafka's queue is full: let it send some
-                    self.producer.poll(0.1)
+                    self._serve(self.producer.poll, 0.1)
                 except KafkaException as error:
-                    self._fail(message, error.args[0])
+                    self.failed.append((message, error.args[0]))
                     break
-        left = self.producer.flush(self.seconds + 5.0)  # librdkafka gives up by itself within the first
-        lost = [reason for _, reason, own in self.failed if not own]
+        left = self._serve(self.producer.flush, self.seconds + 5.0)  # librdkafka gives up by itself within the first
+        lost = [error for _, error in self.failed if error.code() not in UNSENDABLE]
         if left or lost:
-            reason = lost[0] if lost else f"{left} messages are not acknowledged"
-            raise EdgekitError(
-                f"results cannot be published: {reason}; nothing of this batch was committed, start again to go on"
-            )
-        return [(message, reason) for message, reason, _ in self.failed]
+            raise NotSentError(lost[0] if lost else KafkaError(KafkaError._MSG_TIMED_OUT))
+        return [(message, f"{message.topic}: {error.str()}") for message, error in self.failed]
+
+    def _serve(self, call: Callable[[float], int], seconds: float) -> int:
+        """Have callbacks called. After a fatal error, such as a fence, the binding raises in the midst of them."""
+        try:
+            return call(seconds)
+        except (KafkaException, SystemError) as error:
+            cause = error if isinstance(error, KafkaException) else error.__cause__
+            if isinstance(cause, KafkaException):
+                raise NotSentError(cause.args[0]) from None
+            raise
 
     def _note(self, message: Outgoing) -> Callable[[KafkaError | None, Message], None]:
         def report(error: KafkaError | None, _: Message) -> None:
             if error is not None:
-                self._fail(message, error)
+                self.failed.append((message, error))
 
         return report
-
-    def _fail(self, message: Outgoing, error: KafkaError) -> None:
-        self.failed.append((message, f"{message.topic}: {error.str()}", error.code() in UNSENDABLE))
 
 
 class AtLeastOnce:
@@ -134,8 +139,13 @@ class AtLeastOnce:
         self._sender = Sender(producer_settings(config), config.publish.seconds)
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
-        while refused := self._sender.send(messages):
-            messages = [instead(message, reason) for message, reason in refused]
+        try:
+            while refused := self._sender.send(messages):
+                messages = [instead(message, reason) for message, reason in refused]
+        except NotSentError as error:
+            raise EdgekitError(
+                f"results cannot be published: {error}; nothing of this batch was committed, start again to go on"
+            ) from None
         if offsets:
             self._source.commit(dict(offsets))
 
@@ -180,7 +190,9 @@ class ExactlyOnce:
                     )  # fmt: skip
                 self._guard(producer.commit_transaction, self._seconds)
                 return
-            except AbortedError as error:
+            except (AbortedError, NotSentError) as error:
+                if isinstance(error, NotSentError) and error.fatal:
+                    raise fenced(error.text) from None
                 LOG.warning("a transaction was aborted (%d of %d): %s", attempt, ATTEMPTS, error)
                 self._guard(producer.abort_transaction, self._seconds)
                 last = error
@@ -202,10 +214,7 @@ class ExactlyOnce:
             except KafkaException as exception:
                 error = exception.args[0]
                 if error.fatal() or error.code() in FENCED:
-                    raise EdgekitError(
-                        f"this member was fenced off: {error.str()}; another one runs with the same "
-                        "publish.transactional_id, nothing unfinished is visible"
-                    ) from None
+                    raise fenced(error.str()) from None
                 if error.txn_requires_abort() or error.code() in REBALANCED:
                     raise AbortedError(error.str()) from None
                 if not error.retriable() or time.monotonic() > deadline:
@@ -214,8 +223,23 @@ class ExactlyOnce:
                     ) from None
 
 
+class NotSentError(Exception):
+    """Messages that the broker did not acknowledge, for a reason that is not theirs."""
+
+    def __init__(self, error: KafkaError) -> None:
+        super().__init__(error.str())
+        self.text, self.fatal = error.str(), error.fatal() or error.code() in FENCED
+
+
 class AbortedError(Exception):
     """The transaction is to be aborted and may be tried again."""
 
 
-FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}
+def fenced(reason: str) -> EdgekitError:
+    return EdgekitError(
+        f"this member was fenced off: {reason}; another one runs with the same publish.transactional_id, and nothing "
+        "unfinished of ours is visible"
+    )
+
+
+FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH, KafkaError._FATAL}

@@ -266,9 +266,14 @@ def consumer_settings(config: Config) -> dict[str, Secret]:
     return settings
 
 
+def note_error(error: KafkaError) -> None:
+    """What librdkafka tells of besides; what matters also comes where it is asked for."""
+    LOG.warning("%s", error.str())
+
+
 def open_consumer(settings: dict[str, Secret]) -> Consumer:
     try:
-        return Consumer(settings, logger=logging.getLogger("edgekit.kafka"))
+        return Consumer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
     except (KafkaException, ValueError, TypeError) as error:
         raise EdgekitError(f"the consumer cannot be configured: {reason_of(error)}") from None
 

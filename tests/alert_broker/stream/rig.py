@@ -1,4 +1,4 @@
-"""A broker, topics of a test's own on it, and the pipeline between them, in this process or in one that can be killed."""
+"""A broker, topics of a test's own on it, and the pipeline between them, here or in a process that can be killed."""
 
 from __future__ import annotations
 
