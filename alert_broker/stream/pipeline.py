@@ -43,7 +43,7 @@ from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 PAUSE_AFTER = 1.0  # seconds of full queues; pausing throws away what librdkafka has read ahead
-IDLE_POLL = 0.1
+IDLE_POLL = 0.01  # seconds between looks at what the publishing thread asks of this one
 REGISTRY_RETRY = 1.0  # seconds between looks at a registry that does not answer
 
 
@@ -142,6 +142,8 @@ class Pipeline:
             name: queue.Queue[Work | None](config.batch.queue) for name in ("decode", "classify", "publish")
         }
         self._stopping = threading.Event()
+        self._waiting: deque[Work] = deque()  # read, and not yet given to a stage
+        self.source.while_draining = self._hand_on
 
     def run(self, stop: Callable[[], bool]) -> None:
         threads = [
@@ -161,10 +163,12 @@ class Pipeline:
                 raise
         finally:
             self._stopping.set()
-            self._put("decode", None)
+            threading.Thread(target=self._put, args=("decode", None), daemon=True).start()  # may have to wait for room
             if not isinstance(self._failure, KeyboardInterrupt):
                 for thread in threads:
-                    thread.join()
+                    while thread.is_alive():
+                        self.source.serve()
+                        thread.join(IDLE_POLL)
                 if self._failure is None:
                     try:
                         self.stats.ledger.check()  # before partitions are given back, and with them what is in flight
@@ -178,7 +182,7 @@ class Pipeline:
     # --- polling
 
     def _poll(self, stop: Callable[[], bool]) -> None:
-        waiting: deque[Work] = deque()
+        waiting = self._waiting
         full_since = 0.0
         while self._failure is None and not stop():
             if not waiting:
@@ -198,13 +202,26 @@ class Pipeline:
                 waiting.popleft()
                 self.source.pause(False)
             except queue.Full:
+                self.source.serve()
                 if time.monotonic() - full_since > PAUSE_AFTER:
                     self.source.pause(True)
                     # nothing comes of it, but the group sees that we live, and can take partitions away
                     if (batch := self.source.poll(self.config.batch.size, 0.0)) is not None:
                         waiting.append(Work(batch))
-        for work in waiting:
-            self._put("decode", work)
+        while waiting and self._failure is None:
+            self._hand_on()
+            self.source.serve()
+            time.sleep(IDLE_POLL)
+
+    def _hand_on(self) -> bool:
+        """Give the stages what waits for them, as far as there is room; whether they still work."""
+        try:
+            while self._waiting:
+                self._queues["decode"].put_nowait(self._waiting[0])
+                self._waiting.popleft()
+        except queue.Full:
+            pass
+        return self._failure is None
 
     # --- stages
 

@@ -173,7 +173,7 @@ class ExactlyOnce:
         self._guard(self._sender.producer.init_transactions, self._seconds)
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
-        producer, consumer = self._sender.producer, self._source.consumer
+        producer = self._sender.producer
         positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -185,7 +185,7 @@ class ExactlyOnce:
                     self._guard(producer.begin_transaction)
                 if positions:
                     self._guard(
-                        producer.send_offsets_to_transaction, positions, consumer.consumer_group_metadata(),
+                        producer.send_offsets_to_transaction, positions, self._source.group_metadata(),
                         self._seconds,
                     )  # fmt: skip
                 self._guard(producer.commit_transaction, self._seconds)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from threading import Lock
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ LOG = logging.getLogger("edgekit.stream")
 ADMIN_SECONDS = 30.0  # for what is asked of the broker outside the flow: offsets, topics
 LAG_SECONDS = 1.0  # between looks at how far behind we are
 DRAIN_STEP = 0.005
+POLL_SECONDS = 0.02  # between looks at what the publishing thread asks for
 # An error of the consumer that no waiting cures. All else librdkafka retries by itself, and says so in its log.
 HOPELESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -67,9 +69,35 @@ class MessageBatch:
         return {partition: number for partition, number in zip(self.partitions, numbers, strict=True) if number}
 
 
+class Request:
+    """Something that another thread asks of the one that polls."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self._done = call, Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def serve(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+
+    def wait(self) -> Any:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
 class Source:
-    """The consumer. `poll` and `close` are called by one thread; `owned` and `commit` by the one that publishes, while
-    it holds `publishing`, so that no partition leaves between the look and the deed."""
+    """The consumer. The thread that made it calls `poll`, `serve` and `close`; the one that publishes calls `owned` and
+    `commit`, while it holds `publishing`, so that no partition leaves between the look and the deed.
+
+    Only one thread may touch the consumer: the binding lets others wait until it is not polling, which may be never.
+    What the publishing thread needs of it is a request, served between polls.
+    """
 
     def __init__(self, config: Config, stats: Stats) -> None:
         self.config, self.stats, self.publishing = config, stats, Lock()
@@ -79,7 +107,11 @@ class Source:
         self._paused = self._closing = False
         self._looked = 0.0
         self._next: dict[Partition, int] = {}
-        self._error: EdgekitError | None = None
+        self.while_draining: Callable[[], bool] = lambda: (
+            True
+        )  # keeps what is in flight moving; False if it has stopped
+        self._thread = get_ident()
+        self._requests: SimpleQueue[Request] = SimpleQueue()
         settings = consumer_settings(config)
         if config.source.start_at not in ("earliest", "latest"):
             reset_group(config, settings)
@@ -92,9 +124,14 @@ class Source:
 
     def poll(self, size: int, seconds: float) -> MessageBatch | None:
         """Up to `size` messages within these seconds; None where there were none."""
-        messages = self.consumer.consume(size, seconds)
-        if self._error is not None:
-            raise self._error
+        messages: list[Message] = []
+        deadline = time.monotonic() + seconds
+        while True:
+            self.serve()
+            slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            messages += self.consumer.consume(size - len(messages), slice_seconds)
+            if len(messages) >= size or time.monotonic() >= deadline:
+                break
         good: list[Message] = []
         index: dict[Partition, int] = {}
         partition, offset = [], []
@@ -133,6 +170,14 @@ class Source:
             (self.consumer.pause if paused else self.consumer.resume)(assigned)
             self._paused = self.stats.paused = paused
 
+    def serve(self) -> None:
+        """Do what the publishing thread has asked for."""
+        while True:
+            try:
+                self._requests.get_nowait().serve()
+            except Empty:
+                return
+
     def close(self) -> None:
         """Leave the group. What still is in flight then will never be published: nobody waits for it."""
         self._closing = True
@@ -150,7 +195,7 @@ class Source:
         new owner reads again what was published since the last commit."""
         positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
         try:
-            results = self.consumer.commit(offsets=positions, asynchronous=False)
+            results = self._ask(lambda: self.consumer.commit(offsets=positions, asynchronous=False))
             errors = [item.error for item in results or () if item.error is not None]
         except KafkaException as error:
             errors = [error.args[0]]
@@ -162,6 +207,16 @@ class Source:
                     f"offsets cannot be committed: {fault.str()}; what was published since the last commit will be "
                     "published again after a restart"
                 )
+
+    def group_metadata(self) -> Any:
+        """What a transaction needs to commit our offsets."""
+        return self._ask(self.consumer.consumer_group_metadata)
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        if get_ident() == self._thread:
+            return call()
+        self._requests.put(request := Request(call))
+        return request.wait()
 
     # --- called back from poll and close
 
@@ -182,6 +237,9 @@ class Source:
         deadline = time.monotonic() + (0.0 if self._closing else self.config.source.drain_seconds)
         entries = self.stats.ledger.entries
         while time.monotonic() < deadline and any(entries[item].in_flight for item in ours if item in entries):
+            self.serve()
+            if not self.while_draining():
+                break
             time.sleep(DRAIN_STEP)
         self._give_up(partitions)
 
@@ -190,7 +248,9 @@ class Source:
         self._give_up(partitions)
 
     def _give_up(self, partitions: list[TopicPartition]) -> None:
-        with self.publishing:
+        while not self.publishing.acquire(timeout=DRAIN_STEP):  # its holder may be waiting for a commit
+            self.serve()
+        try:
             for item in partitions:
                 where = (item.topic, item.partition)
                 self._epochs.pop(where, None)
@@ -199,6 +259,8 @@ class Source:
                 self._next.pop(where, None)
                 if number := self.stats.ledger.revoke(where):
                     LOG.warning("%d alerts of %s[%d] were in flight and go to its next owner", number, *where)
+        finally:
+            self.publishing.release()
         LOG.info("revoked %s", names(partitions))
         self.stats.ready = bool(self._epochs)
 
