@@ -67,6 +67,9 @@ def single_packets(data: bytes, name: str) -> Iterator[bytes]:
         if not isinstance(block, Block) or block.schema.plan is None:
             yield data
             return
+        if block.count == 1:
+            found.append((block.schema, bytes(block.data)))
+            continue
         ends, fault = Columns(block.schema.plan).read(block.data, block.count)
         if fault is not None:
             yield data

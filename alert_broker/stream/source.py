@@ -116,6 +116,8 @@ class Source:
         if config.source.start_at not in ("earliest", "latest"):
             reset_group(config, settings)
         self.consumer = open_consumer(settings)
+        for topic in config.source.topics:
+            partitions_of(self.consumer, topic)  # a broker or a topic that is not there shows now
         self.consumer.subscribe(
             list(config.source.topics), on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
         )
@@ -372,7 +374,11 @@ def reset_group(config: Config, settings: dict[str, Secret]) -> None:
 
 def partitions_of(client: Any, topic: str) -> list[int]:
     """The numbers of a topic's partitions."""
-    known = client.list_topics(topic, timeout=ADMIN_SECONDS).topics.get(topic)
+    try:
+        known = client.list_topics(topic, timeout=ADMIN_SECONDS).topics.get(topic)
+    except KafkaException as error:
+        reason = reason_of(error)
+        raise EdgekitError(f"the broker does not answer: {reason}; see bootstrap.servers and what runs there") from None
     if known is None or known.error is not None:
         raise EdgekitError(f"the topic {topic!r} is not there; create it or name another one")
     return sorted(known.partitions)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
@@ -145,10 +146,21 @@ class Running:
             [*EDGEKIT, "alerts", "consume", "--config", str(path), "--json"], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+        self._log: list[str] = []
+        self.assigned = threading.Event()  # it has partitions
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._log.append(line)
+            if '"assigned ' in line:
+                self.assigned.set()
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
 
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
@@ -160,12 +172,14 @@ class Running:
     def wait(self, seconds: float = 120.0) -> tuple[int, dict, str]:
         """Exit status, the report and the log."""
         try:
-            out, log = self._process.communicate(timeout=seconds)
+            self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            out, log = self._process.communicate()
-            raise AssertionError(f"the consumer does not end; its log:\n{log[-3000:]}") from None
-        return self._process.returncode, json.loads(out) if out else {}, log
+            raise AssertionError(f"the consumer does not end; its log:\n{''.join(self._log[-30:])}") from None
+        assert self._process.stdout is not None
+        out = self._process.stdout.read()  # a page: the pipe holds it
+        self._reader.join()
+        return self._process.returncode, json.loads(out) if out else {}, "".join(self._log)
 
 
 def position(message: Message) -> Position:
