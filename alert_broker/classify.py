@@ -154,6 +154,12 @@ class Classifiers:
         for survey in self.models:
             self._of(survey)
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent so far on features and on inference."""
+        stages = ("features", "inference")
+        return {stage: sum(item.seconds[stage] for item in self.opened.values()) for stage in stages}
+
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
         """A row of `schema` for every alert, in the same order."""
         count = len(batch.curves)
@@ -218,11 +224,10 @@ def classify_files(
             results.add(rows)
         account.check(results.rows)
         account.seconds["start"] += classifiers.start_seconds
+        account.seconds |= classifiers.seconds
         for classifier in classifiers.opened.values():
             account.models[classifier.bundle.manifest.name] = classifier.bundle.digest
             account.runtime = f"{runtime}, {classifier.session.provider}, {classifier.session.device}"
-            for stage, seconds in classifier.seconds.items():
-                account.seconds[stage] += seconds
         results.describe({"edgekit": __version__, **account.to_json()})
     return account
 

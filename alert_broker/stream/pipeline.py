@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,15 +67,46 @@ class Stages:
         self._spare: dict[Plan, Columns] = {}
 
     def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[Letter]]:
-        """Light curves, whose `offset` is the number of their message, and the messages that give none."""
+        """Light curves, whose `offset` is the number of their message, and the messages that give none.
+
+        Columns are read for many alerts at once, and one that breaks the reading must not take the others along: what
+        has failed together is looked at again alone.
+        """
+        places = list(enumerate(values))
+        try:
+            alerts, letters = self._decode(places)
+        except EdgekitError:
+            raise  # a registry that does not answer
+        except Exception:
+            LOG.warning("decoding a batch failed, so each alert of it is looked at alone", exc_info=True)
+            alerts, letters, again = [], [], places
+        else:
+            reasons = Counter(letter.reason for letter in letters)
+            again = [(letter.place, values[letter.place]) for letter in letters if reasons[letter.reason] > 1]
+            letters = [letter for letter in letters if reasons[letter.reason] == 1]
+        for place in again:
+            try:
+                some, others = self._decode([place])
+            except EdgekitError:
+                raise
+            except Exception as error:
+                reason = f"decoding failed ({type(error).__name__}: {error})"
+                some, others = [], [Letter(place[0], reason, stack=stack_digest(error))]
+            alerts += some
+            letters += others
+        return alerts, letters
+
+    def _decode(self, values: Sequence[tuple[int, bytes | None]]) -> tuple[list[AlertBatch], list[Letter]]:
         alerts: list[AlertBatch] = []
         letters: list[Letter] = []
-        blocks = (containers.message(value or b"", place, self.schema_text) for place, value in enumerate(values))
-        for item in batches(blocks, len(values), self._spare):
+        blocks = (containers.message(value or b"", place, self.schema_text) for place, value in values)
+        spare, self._spare = self._spare, {}  # not to be used again if what follows raises
+        for item in batches(blocks, len(values), spare):
             if isinstance(item, BadPacket):
                 letters.append(Letter(item.offset, item.reason, item.status))
             else:
                 alerts.append(item)
+        self._spare = spare
         return alerts, letters
 
     def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[Letter]]:
@@ -261,8 +292,10 @@ class Pipeline:
                 self._stopping.wait(REGISTRY_RETRY)
 
     def _classify(self, work: Work) -> None:
-        with self.stats.stage("inference"):
-            rows, letters = self.stages.classify(work.alerts)
+        before = self.stages.classifiers.seconds
+        rows, letters = self.stages.classify(work.alerts)
+        for stage, seconds in self.stages.classifiers.seconds.items():
+            self.stats.observe(stage, seconds - before[stage])
         work.letters += letters
         work.place = rows["offset"].to_numpy()
         work.rows = with_positions(rows, work.batch, work.place)

@@ -13,9 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet as pq
 import pytest
+from confluent_kafka import TopicPartition
 
 from alert_broker.stream import archive, brokers
 from alert_broker.stream.dead_letters import REASON, headers_of
+from alert_broker.stream.source import open_consumer
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import Rig, position, repeat
 
@@ -44,9 +46,19 @@ class Feed(threading.Thread):
             raise
 
 
-def finish(rig: Rig, sent: int, **changes) -> int:
-    """Consume what is left; returns how many that were. A killed member must first be forgotten by the broker."""
-    return rig.consume(**changes).ledger.total().consumed
+def finish(rig: Rig) -> int:
+    """Consume what is left from the committed offsets on; returns how many that were.
+
+    By a new group: the embedded broker's can be stuck for good when its leader was killed in the midst of a rebalance.
+    """
+    consumer = open_consumer({**rig.kafka, "group.id": rig.name})
+    try:
+        places = [TopicPartition(rig.source, number) for number in range(rig.partitions)]
+        committed = [max(0, item.offset) for item in consumer.committed(places, 30)]
+    finally:
+        consumer.close()
+    start = ",".join(f"{number}={offset}" for number, offset in enumerate(committed))
+    return rig.consume(source={"group": f"{rig.name}-rest", "start_at": start}).ledger.total().consumed
 
 
 def test_sigkill_of_the_consumer_at_random_moments(rig, packets):
@@ -65,7 +77,7 @@ def test_sigkill_of_the_consumer_at_random_moments(rig, packets):
         running.kill()
     feed.join(120)
     assert feed.error is None
-    left = finish(rig, feed.sent)
+    left = finish(rig)
     assert left < feed.sent, "those that were killed have done nothing"
     done = rig.outcome(feed.sent)
     print(f"{KILLS} kills, {feed.sent} alerts: {done.lost} lost, {done.duplicates} published twice")
@@ -105,7 +117,7 @@ def test_rebalances_under_load(rig, packets):
         status, _, log = member.wait(60)
         assert status == 0, log[-2000:]
     assert feed.error is None
-    finish(rig, feed.sent)
+    finish(rig)
     done = rig.outcome(feed.sent)
     print(f"{kills} killed, {leaves} left, {feed.sent} alerts: {done.lost} lost, {done.duplicates} published twice")
     assert kills
@@ -121,7 +133,7 @@ def test_the_broker_is_killed_mid_stream(bundle, packets, tmp_path):
         rig = Rig(broker.address, {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}, tmp_path, bundle)
         sent = rig.send(repeat(packets, 1500))
         running = rig.start(source={"until_eos": False}, batch={"size": BATCH}, publish={"seconds": 60.0})
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 150
         for kill in range(2):
             while len(rig.read(rig.results)) < 100 + 300 * kill:
                 assert running.running, running.wait()
@@ -132,7 +144,7 @@ def test_the_broker_is_killed_mid_stream(bundle, packets, tmp_path):
             broker.start()
         while len(rig.read(rig.results)) < sent:
             assert running.running, running.wait()
-            assert time.monotonic() < deadline + 90
+            assert time.monotonic() < deadline + 100
             time.sleep(0.5)
         running.terminate()
         status, report, log = running.wait(60)

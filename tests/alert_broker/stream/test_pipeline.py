@@ -111,6 +111,28 @@ def test_an_alert_that_breaks_the_program_takes_no_other_along(rig, packets, mon
     assert letter.value() in packets
 
 
+@pytest.mark.parametrize("error", [ValueError, IndexError])
+def test_an_alert_that_breaks_decoding_takes_no_other_along(rig, packets, monkeypatch, error):
+    """A survey's reader that fails on a whole batch because of one alert in it."""
+    from alert_broker.surveys.ztf import Ztf
+
+    rig.send(packets)
+    real, names = Ztf.extract, []
+
+    def extract(self, alerts):
+        found = real(self, alerts)
+        names.extend(found.object_id[3:4] if not names else ())
+        if names[0] in found.object_id:
+            raise error("of the test")
+        return found
+
+    monkeypatch.setattr(Ztf, "extract", extract)
+    total = rig.consume().ledger.total()
+    assert (total.published, total.dead_lettered) == (39, 1)
+    (letter,) = rig.read(rig.dead)
+    assert b"of the test" in dict(headers_of(letter))[REASON]
+
+
 def test_too_many_dead_letters_stop_the_consumer_before_they_are_committed(rig, packets):
     rig.send([*packets[:10], *[BROKEN] * 30])
     limits = {"topic": rig.dead, "max_consecutive": 5}
