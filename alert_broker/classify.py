@@ -32,8 +32,11 @@ from edgekit.files import refuse_to_overwrite
 from edgekit.session import check_inputs, open_session
 from edgekit.zoo import resolve
 
-# ZTF's public survey has two bands; PLAsTiCC, which the six-band model was trained on, is a simulation of LSST.
-DEFAULT_MODELS = {"ztf": "t2-gr", "lsst": "t2-ugrizy", "elasticc": "t2-ugrizy", "elasticc-v0": "t2-ugrizy"}
+# ZTF's public survey has two bands, and DECam has no u and y; PLAsTiCC, which the six-band model was trained on, is a
+# simulation of LSST.
+DEFAULT_MODELS = {
+    "ztf": "t2-gr", "decam": "t2-gr", "lsst": "t2-ugrizy", "elasticc": "t2-ugrizy", "elasticc-v0": "t2-ugrizy",
+}  # fmt: skip
 WHY_NOT = {Status.NO_POINTS: "no points in", Status.NO_FLUX: "no flux in", Status.OVERFLOW: "flux out of range in"}
 NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the network
 SHORT_DIGEST = 12

@@ -283,10 +283,16 @@ def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] |
         if schema_text is None or identifier in lsst.schema_versions():
             schema = _message_schema(identifier)
         else:
-            schema = _container_schema(schema_text(identifier).encode())
+            schema = _registered_schema(schema_text, identifier)
     except PacketError as error:
         return BadPacket(file, 0, str(error))
     return Block(file, WIRE_HEADER.size, schema, 1, memoryview(data)[WIRE_HEADER.size :])
+
+
+@functools.lru_cache(maxsize=64)
+def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema:
+    """By number: to look 0.2 MB of schema up by its text would take longer than to read a packet."""
+    return _container_schema(schema_text(identifier).encode())
 
 
 @functools.cache

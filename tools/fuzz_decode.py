@@ -111,12 +111,12 @@ class Tally:
     seconds: float = 0.0
 
 
-def seeds(data: Path | None) -> list[Seed]:
+def seeds(data: Path | None, simulated_packets: int = 6) -> list[Seed]:
     """Packets of every survey and schema version that there is, the images taken out."""
     found: list[tuple[str, bytes, Any, list[str]]] = []
     simulated = {"ztf": parse_schema(ztf_schema()), "lsst": lsst.schema(max(lsst.schema_versions()))}
     for survey, schema in simulated.items():
-        for alert in simulate(survey, 6, 3, cutouts=False):
+        for alert in simulate(survey, simulated_packets, 3, cutouts=False):
             found.append((f"simulated {survey}", encoded(shortened(alert.packet), schema), schema, paths(survey)))
     if data is not None:
         for path in sorted([*data.glob("alerts/ztf*/*.avro"), *data.glob("alerts/other/*.avro")]):
@@ -254,29 +254,34 @@ class Fuzzer:
     def run(self, seed: int, count: int) -> None:
         """Another `count` packets."""
         started = time.perf_counter()
-        tally, memory = self.tally, self._memory
         for k, (item, datums, data) in enumerate(damaged(self.corpus, seed, count)):
-            start = 0 if k & 1 else ROOM - len(data)
-            memory[start : start + len(data)] = data
-            columns = self._columns[item.plan]
-            before = len(columns)
-            ends, fault = self._read(columns, memory[start : start + len(data)], datums)
-            tally.packets += 1
-            if fault is None:
-                tally.accepted += 1
-                assert len(ends) == datums
-            else:
-                tally.reasons["bytes are left over" if not fault.field else fault.reason] += 1
-                assert 0 <= fault.start <= fault.at <= len(data), fault
-            assert len(columns) - before == len(ends)
+            fault = self.feed(item, datums, data, at_end=k & 1 == 0)
             if k % TAKEN == 0:
                 for some in self._columns.values():
                     some.take().validate(full=True)
             if k % SAMPLE == 0 or (fault is None and k % (SAMPLE // 10) == 0):
-                self._compare(item, datums, data, fault, f"seed {seed}, packet {k}")
-        tally.seconds += time.perf_counter() - started
+                self.compare(item, datums, data, fault, f"seed {seed}, packet {k}")
+        self.tally.seconds += time.perf_counter() - started
 
-    def _compare(self, item: Seed, datums: int, data: bytes, fault: Fault | None, name: str) -> None:
+    def feed(self, item: Seed, datums: int, data: bytes, *, at_end: bool) -> Fault | None:
+        """One packet, against the page behind it or the one before it."""
+        tally = self.tally
+        start = ROOM - len(data) if at_end else 0
+        self._memory[start : start + len(data)] = data
+        columns = self._columns[item.plan]
+        before = len(columns)
+        ends, fault = self._read(columns, self._memory[start : start + len(data)], datums)
+        tally.packets += 1
+        if fault is None:
+            tally.accepted += 1
+            assert len(ends) == datums
+        else:
+            tally.reasons["bytes are left over" if not fault.field else fault.reason] += 1
+            assert 0 <= fault.start <= fault.at <= len(data), fault
+        assert len(columns) - before == len(ends)
+        return fault
+
+    def compare(self, item: Seed, datums: int, data: bytes, fault: Fault | None, name: str) -> None:
         """Against fastavro: accepted packets have the same values, refused ones are refused or strictly read."""
         self.tally.compared += 1
         stream = io.BytesIO(data)
@@ -310,6 +315,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
     faulthandler.enable()
+    machine = describe_machine()  # and commit, as the run begins
     corpus = seeds(options.data if options.data.is_dir() else None)
     print(f"{len(corpus)} packets of {', '.join(sorted({item.name for item in corpus}))}", flush=True)
     fuzzer = Fuzzer(corpus)
@@ -322,7 +328,7 @@ def main() -> None:
             rate = tally.packets / tally.seconds
             print(f"{tally.packets:12,} packets, {tally.accepted:,} accepted, {rate:,.0f}/s", flush=True)
     report = {
-        "machine": describe_machine(), "seed": options.seed, "packets": tally.packets, "accepted": tally.accepted,
+        "machine": machine, "seed": options.seed, "packets": tally.packets, "accepted": tally.accepted,
         "refused": dict(tally.reasons.most_common()), "compared": tally.compared, "disagreements": tally.disagreements,
         "seconds": tally.seconds, "seeds": dict(Counter(item.name for item in corpus)),
     }  # fmt: skip

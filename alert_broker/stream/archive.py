@@ -39,6 +39,7 @@ SEGMENT = 4096
 # 10 h UTC) nor in California (2 to 14 h).
 NIGHT_SHIFT = datetime.timedelta(hours=16)
 DAY_MILLISECONDS = 86_400_000
+NIGHTS = 100_000  # after 1970 that a time can be of: up to the year 2243
 POSITION = (("stream_topic", pa.string()), ("stream_partition", pa.int32()), ("stream_offset", pa.int64()))
 OFFSET = "stream_offset"
 PARTITIONING = ds.partitioning(pa.schema([("night", pa.string())]), flavor="hive")
@@ -92,8 +93,11 @@ class Archive:
         return list(groups)
 
     def _file(self, night: int, topic: str, partition: int, segment: int) -> Path:
-        evening = datetime.date(1970, 1, 1) + datetime.timedelta(days=night)
-        return self.folder / f"night={evening.isoformat()}" / f"{topic}-{partition}-{segment:012}.parquet"
+        known = 0 <= night < NIGHTS  # a producer may claim any time, or none
+        evening = (datetime.date(1970, 1, 1) + datetime.timedelta(days=night)).isoformat() if known else "unknown"
+        if topic[:1] in (".", "_"):
+            topic = f"~{topic}"  # readers of Parquet folders pass over such names; no topic has a tilde
+        return self.folder / f"night={evening}" / f"{topic}-{partition}-{segment:012}.parquet"
 
     def _merge(self, path: Path, rows: pa.Table) -> None:
         """Put rows into a file, in the order of offsets; those that are there with the same offsets go."""

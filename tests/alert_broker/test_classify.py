@@ -377,8 +377,12 @@ def test_slow_compilation_is_said(monkeypatch):
 
 # What is in the real folders, and what a two-band and a six-band model make of it. The poison files hold 39 packets.
 REAL = {
-    "small": {"classified": 702, "no points in g, r": 53},
-    "small-six": {"classified": 552, "skipped: small-six needs u, z, y, which ztf does not observe": 203},
+    "small": {"classified": 703, "no points in g, r": 53},
+    "small-six": {
+        "classified": 552,
+        "skipped: small-six needs u, z, y, which ztf does not observe": 203,
+        "skipped: small-six needs u, y, which decam does not observe": 1,
+    },
 }
 
 
@@ -387,10 +391,10 @@ REAL = {
 def test_every_real_packet_is_accounted_for(shared_data, tmp_path, bundle):
     account = classify_files([shared_data / "alerts"], tmp_path / "out.parquet", bundle=bundle)
     expected = Counter(REAL[bundle.manifest.name])
-    assert account.surveys == {"ztf": 203, "lsst": 74, "elasticc": 449, "elasticc-v0": 29}
+    assert account.surveys == {"ztf": 203, "lsst": 74, "elasticc": 449, "elasticc-v0": 29, "decam": 1}
     assert (account.packets, account.corrupt) == (796, 39)
     assert account.classified == expected.pop("classified")
-    assert account.skipped == expected + Counter({"unsupported survey": 2})
+    assert account.skipped == expected + Counter({"unsupported survey": 1})
     assert account.packets == account.classified + account.skipped.total() + account.corrupt
-    assert len(pq.read_table(tmp_path / "out.parquet")) == 755
-    assert len(pq.read_table(tmp_path / "out.errors.parquet")) == 11
+    assert len(pq.read_table(tmp_path / "out.parquet")) == 756
+    assert len(pq.read_table(tmp_path / "out.errors.parquet")) == 10

@@ -252,7 +252,7 @@ def test_an_unknown_lsst_schema_names_the_known_ones_and_the_remedy():
 
 
 def test_survey_registry():
-    assert set(surveys()) == {"ztf", "lsst", "elasticc", "elasticc-v0"}
+    assert set(surveys()) == {"ztf", "lsst", "elasticc", "elasticc-v0", "decam"}
     for survey in surveys().values():
         assert len(survey.bands) == len(survey.wavelengths) == len(set(survey.bands))
     with pytest.raises(EdgekitError, match="did you mean 'lsst'"):

@@ -46,7 +46,7 @@ class Service:
                 self.end_headers()
                 self.wfile.write(data)
 
-            def do_GET(self):  # noqa: N802
+            def do_GET(self):
                 service.asked.append(self.path)
                 service.headers.append(dict(self.headers))
                 if service.failing:
@@ -60,7 +60,7 @@ class Service:
                     return self.answer(404, {"error_code": 40403, "message": "Schema not found"})
                 return self.answer(200, {"schema": service.schemas[int(match[1])]} | service.extra)
 
-            def do_POST(self):  # noqa: N802
+            def do_POST(self):
                 service.asked.append(self.path)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if service.failing:
@@ -82,7 +82,8 @@ class Service:
 
 
 @pytest.fixture
-def service():
+def service(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     found = Service()
     yield found
     found.stop()
@@ -147,7 +148,7 @@ def test_what_may_pass_is_tried_again(service, waits):
 def test_a_registry_that_does_not_answer_is_nobodys_dead_letter(service, waits, failing):
     """200 with what is no JSON, too: a proxy's page. A redirect is not followed, since it would take the password."""
     service.failing = list(failing)
-    with pytest.raises(RegistryError, match="the schema registry http.*(does not answer|refuses)") as caught:
+    with pytest.raises(RegistryError, match=r"the schema registry http.*(does not answer|refuses)") as caught:
         opened(service, waits).schema(5)
     assert not isinstance(caught.value, PacketError)
     assert len(service.asked) == len(failing)

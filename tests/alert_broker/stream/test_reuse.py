@@ -69,18 +69,20 @@ def seen(rows):
     )
 
 
-G, R, I = ((61_000.0, 0, 10.0, True), (61_000.5, 1, 20.0, True), (61_001.0, 2, 99.0, True))
+G, R, NEAR = ((61_000.0, 0, 10.0, True), (61_000.5, 1, 20.0, True), (61_001.0, 2, 99.0, True))
 FORCED = (60_999.0, 0, 1.0, False)
 
 
 def test_an_alert_without_a_new_detection_takes_the_last_ones_class():
     classifier = FakeClassifier()
     reuse = Reuse(classifier)
-    rows = reuse(batch_of([(1, "a", [G]), (2, "a", [G, I]), (3, "b", [G]), (4, "a", [G, R]), (5, "a", [G, R, I])]))
+    rows = reuse(
+        batch_of([(1, "a", [G]), (2, "a", [G, NEAR]), (3, "b", [G]), (4, "a", [G, R]), (5, "a", [G, R, NEAR])])
+    )
     assert seen(rows) == [(1, True, None), (2, False, 1), (3, True, None), (4, True, None), (5, False, 4)]
     assert classifier.classified == [1, 3, 4]
     assert rows.schema.equals(output_schema(NAMES))
-    again = reuse(batch_of([(6, "a", [G, R, I]), (7, "b", [G, I])]))  # in the next batch
+    again = reuse(batch_of([(6, "a", [G, R, NEAR]), (7, "b", [G, NEAR])]))  # in the next batch
     assert seen(again) == [(6, False, 4), (7, False, 3)]
     assert again["p_SNIa"].to_pylist() == rows["p_SNIa"].take(pa.array([3, 2])).to_pylist()
     assert again["best_class"].to_pylist() == rows["best_class"].take(pa.array([3, 2])).to_pylist()
@@ -109,7 +111,7 @@ def test_a_detection_that_fell_out_of_the_history_is_a_change():
 
 def test_an_alert_that_comes_again_is_fresh_again():
     reuse = Reuse(FakeClassifier())
-    alerts = batch_of([(1, "a", [G]), (2, "a", [G, I])])
+    alerts = batch_of([(1, "a", [G]), (2, "a", [G, NEAR])])
     first = reuse(alerts)
     assert seen(first) == [(1, True, None), (2, False, 1)]
     assert reuse(alerts).equals(first)  # a replay; and within one batch:
@@ -118,7 +120,7 @@ def test_an_alert_that_comes_again_is_fresh_again():
 
 def test_what_could_not_be_classified_is_not_reused_but_has_its_reason():
     reuse = Reuse(FakeClassifier())
-    rows = reuse(batch_of([(1, "a", [I]), (2, "a", [I]), (3, "b", [])]))
+    rows = reuse(batch_of([(1, "a", [NEAR]), (2, "a", [NEAR]), (3, "b", [])]))
     assert seen(rows) == [(1, True, None), (2, True, None), (3, True, None)]
     assert rows["status"].to_pylist() == ["no points in g, r"] * 3
     assert rows["best_class"].null_count == rows["p_SNIa"].null_count == 3
@@ -213,5 +215,5 @@ def test_another_model_has_a_cache_of_its_own():
 def test_settings_that_cannot_be():
     with pytest.raises(EdgekitError, match="capacity of the cache of objects is 0; expected 1 or more"):
         Reuse(FakeClassifier(), 0)
-    with pytest.raises(EdgekitError, match="unknown kind of sameness 'point'.*did you mean 'points'"):
+    with pytest.raises(EdgekitError, match=r"unknown kind of sameness 'point'.*did you mean 'points'"):
         Reuse(FakeClassifier(), same="point")

@@ -94,7 +94,7 @@ def test_topics_that_kafka_refuses(topic):
 
 
 def test_an_unknown_attachment():
-    with pytest.raises(EdgekitError, match="unknown attachment 'cutout' in the route to a; .*did you mean 'cutouts'"):
+    with pytest.raises(EdgekitError, match=r"unknown attachment 'cutout' in the route to a; .*did you mean 'cutouts'"):
         Route("a", attach="cutout")
 
 
@@ -146,3 +146,22 @@ def test_attached_to_those_that_are_routed(packets):
         assert attached == ([messages[row]] if topic == "whole" else images[row])
     with pytest.raises(EdgekitError, match="the route to images attaches cutouts, but there are no packets"):
         router(rows)
+
+
+@pytest.mark.realdata
+def test_cutouts_of_real_packets(shared_data):
+    """Of every survey and schema version that there is, in one call; WINTER's are not known."""
+    alerts = shared_data / "alerts"
+    paths = [*alerts.glob("ztf*/*.avro"), *alerts.glob("other/*.avro"), *alerts.glob("lsst_wire/*.bin")]
+    messages, expected = [path.read_bytes() for path in paths], []
+    for path, data in zip(paths, messages, strict=True):
+        if path.suffix == ".bin":
+            schema = lsst.schema(WIRE_HEADER.unpack(data[:5])[1])
+            packet = fastavro.schemaless_reader(io.BytesIO(data[5:]), schema, None)
+        else:
+            (packet,) = fastavro.reader(io.BytesIO(data))
+        images = [packet.get(f"cutout{name}") for name in ("Science", "Template", "Difference")]
+        expected.append(tuple(image["stampData"] if isinstance(image, dict) else image for image in images))
+    found = list(zip(*(column.to_pylist() for column in cutouts(messages)), strict=True))
+    assert found == expected
+    assert sum(image is not None for images in found for image in images) >= 3 * (85 + 1)
