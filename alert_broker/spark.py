@@ -45,7 +45,6 @@ ArrowFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 class Job:
     """What a Python worker needs to know; small enough to travel with every task. Called on one Arrow batch."""
 
-    name: str
     digest: str  # of the bundle that was packed: what results are stamped with
     packed: bytes = field(repr=False)
     packets: str | None = None
@@ -242,7 +241,7 @@ def _inside_cuts(named: dict[str, pd.Series], hosts: Collection[str]) -> npt.NDA
 
 def _job(bundle: Bundle, packets: str | None, keep: Sequence[str], runtime: str) -> Job:
     Classifier(bundle, runtime, session_threads=1)  # one that cannot be used shows here, not in a worker's traceback
-    return Job(bundle.manifest.name, bundle.digest, pack(bundle), packets, tuple(keep), runtime)
+    return Job(bundle.digest, pack(bundle), packets, tuple(keep), runtime)
 
 
 @functools.lru_cache(maxsize=4)
@@ -267,7 +266,7 @@ def _survey(columns: Sequence[str]) -> Survey:
 
 
 def _fields(rows: DataFrame) -> list[Any]:
-    """The survey's fields as columns, records cut down to what is read; Spark then reads no more from Parquet."""
+    """The survey's fields as columns, records cut down to what is read before they go to Python."""
     from pyspark.sql import functions
     from pyspark.sql.types import ArrayType, StructType
 
