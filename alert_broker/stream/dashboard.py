@@ -23,6 +23,7 @@ from rich.text import Text
 
 from alert_broker.stream.health import STUCK_AFTER, health
 from alert_broker.stream.logs import LOGGER
+from alert_broker.stream.metrics import grouped
 from alert_broker.stream.stats import SECONDS, Histogram, Snapshot, Stats
 
 REFRESH, EVERY = 0.5, 10.0  # seconds between two looks, and between two lines
@@ -160,7 +161,7 @@ def _picture(view: View, rows: int) -> RenderableType:
     head.add_row(Text(state, style=colour), Text(f"{models}   up {_duration(now.uptime)}", style="dim"))
     window = Text(f"rates and times of the last {view.seconds:.0f} s", style="dim")
     lower = [_partitions(view, rows), _counts("most probable class", now.classes, rows)]
-    lower.append(_counts("dead letters", now.reasons, rows))
+    lower.append(_counts("dead letters", grouped(now.reasons), rows))
     side_by_side = [
         Columns(tables, padding=(0, 2, 1, 0))
         for part in ([_ledger(view), _latencies(view)], lower)
