@@ -219,6 +219,9 @@ def test_finks_cuts(alerts, by_columns):
     outside = [number in (1, 2, 3, 4) for number in range(count)]
     assert (frame["status"] == "skipped: outside the cuts").tolist() == outside
     assert frame["alert_id"].tolist() == columns[0].tolist()
+    assert frame["n_det_g"].tolist() == [
+        None if out else row["n_det_g"] for out, row in zip(outside, by_columns, strict=True)
+    ]
     assert frame["best_class"].isna().tolist() == outside
     inside = ~np.array(outside)
     wanted = np.array([[row[p] for p in PROBABILITIES] for row in by_columns])
@@ -344,7 +347,11 @@ def check_spark(rows: list[dict], expected: dict[str, dict]) -> None:
 @pytest.mark.spark
 def test_spark_classifies_packets(session, packets, expected):
     files = session.read.format("binaryFile").load(str(packets))
-    check_spark(as_rows(spark.classify(files, GR, "content", keep=["path"], runtime="onnxruntime")), expected)
+    kept = ["path", "modificationTime", "content"]  # also what is read, and a time, which Arrow knows in several ways
+    rows = as_rows(spark.classify(files, GR, "content", keep=kept, runtime="onnxruntime"))
+    check_spark(rows, expected)
+    times = {row["path"]: (row["modificationTime"], row["content"]) for row in as_rows(files.select(*kept))}
+    assert {row["path"]: (row["modificationTime"], row["content"]) for row in rows} == times
 
 
 @pytest.mark.spark
@@ -384,8 +391,11 @@ def test_spark_classifies_finks_files_all_ways(session, shared_data, tmp_path):
     classify_files([path], tmp_path / "out.parquet", bundle=GR)
     wanted = {row["alert_id"]: row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
     alerts = session.read.parquet(str(path)).coalesce(1)
-    rows = as_rows(spark.classify(alerts, GR, keep=["roid"], runtime="onnxruntime"))
+    rows = as_rows(spark.classify(alerts, GR, keep=["roid", "candid", "mulens"], runtime="onnxruntime"))
     assert len(rows) == len(wanted) == 67
+    assert {(row["candid"], row["mulens"]["class_1"]) for row in rows} == {
+        (row["candid"], row["mulens"]["class_1"]) for row in as_rows(alerts.select("candid", "mulens"))
+    }
     for row in rows:
         assert {name: row[name] for name in SHARED} == {name: wanted[row["alert_id"]][name] for name in SHARED}
 
@@ -404,7 +414,8 @@ def test_spark_classifies_finks_files_all_ways(session, shared_data, tmp_path):
         & (F.col("roid") != 3) & F.col("cdsxmatch").isin(*hosts)
         & (F.col("candidate.jd") - F.col("candidate.jdstarthist") <= 90)
     )  # fmt: skip
-    chosen = history.select("candid", whole, best(*five, *cuts).alias("best"), inside.alias("inside"))
+    cut = spark.t2(GR, hosts=hosts, runtime="onnxruntime")(*five, *cuts).alias("cut")
+    chosen = history.select("candid", whole, cut, best(*five, *cuts).alias("best"), inside.alias("inside"))
     rows = as_rows(chosen)
     assert len(rows) == 67
     assert {row["inside"] for row in rows} == {True, False}
@@ -412,6 +423,9 @@ def test_spark_classifies_finks_files_all_ways(session, shared_data, tmp_path):
         other = wanted[row["candid"]]
         assert {name: row["t2"][name] for name in PROBABILITIES} == {name: other[name] for name in PROBABILITIES}
         assert row["t2"]["best_class"] == other["best_class"]
+        assert row["cut"]["alert_id"] == row["t2"]["alert_id"] == row["candid"]
+        assert row["cut"]["n_det_g"] == (other["n_det_g"] if row["inside"] else None)
+        assert (row["cut"]["status"] == "skipped: outside the cuts") is not row["inside"]
         assert row["best"] == ((other["best_class"] or "None") if row["inside"] else "None")
 
 
