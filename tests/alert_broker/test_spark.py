@@ -1,6 +1,5 @@
 """The functions that Spark calls, called here directly; and, with -m spark, by Spark itself in local mode."""
 
-import os
 import pickle
 import shutil
 import sys
@@ -300,26 +299,6 @@ def test_finks_files_give_the_same_numbers_all_three_ways(shared_data, tmp_path,
 # --- Spark
 
 
-@pytest.fixture(scope="session")
-def session():
-    sql = pytest.importorskip("pyspark.sql")
-    if shutil.which("java") is None:
-        pytest.skip("no java on the path; Spark 4 needs version 17 or newer")
-    os.environ.update(PYSPARK_PYTHON=sys.executable, SPARK_LOCAL_IP="127.0.0.1")
-    builder = sql.SparkSession.builder.master("local[2]").appName("edgekit")
-    for name, value in {
-        "spark.ui.enabled": "false",
-        "spark.driver.host": "127.0.0.1",
-        "spark.driver.bindAddress": "127.0.0.1",
-        "spark.sql.shuffle.partitions": "2",
-    }.items():
-        builder = builder.config(name, value)
-    found = builder.getOrCreate()
-    found.sparkContext.setLogLevel("ERROR")
-    yield found
-    found.stop()
-
-
 def as_rows(frame) -> list[dict]:
     return [row.asDict(recursive=True) for row in frame.collect()]
 
@@ -345,8 +324,8 @@ def check_spark(rows: list[dict], expected: dict[str, dict]) -> None:
 
 
 @pytest.mark.spark
-def test_spark_classifies_packets(session, packets, expected):
-    files = session.read.format("binaryFile").load(str(packets))
+def test_spark_classifies_packets(spark_session, packets, expected):
+    files = spark_session.read.format("binaryFile").load(str(packets))
     kept = ["path", "modificationTime", "content"]  # also what is read, and a time, which Arrow knows in several ways
     rows = as_rows(spark.classify(files, GR, "content", keep=kept, runtime="onnxruntime"))
     check_spark(rows, expected)
@@ -355,9 +334,9 @@ def test_spark_classifies_packets(session, packets, expected):
 
 
 @pytest.mark.spark
-def test_structured_streaming_classifies_packets(session, packets, expected, tmp_path):
-    schema = session.read.format("binaryFile").load(str(packets)).schema
-    files = session.readStream.format("binaryFile").schema(schema).load(str(packets))
+def test_structured_streaming_classifies_packets(spark_session, packets, expected, tmp_path):
+    schema = spark_session.read.format("binaryFile").load(str(packets)).schema
+    files = spark_session.readStream.format("binaryFile").schema(schema).load(str(packets))
     classified = spark.classify(files, GR, "content", keep=["path"], runtime="onnxruntime")
     query = (
         classified.writeStream.format("parquet")
@@ -370,8 +349,8 @@ def test_structured_streaming_classifies_packets(session, packets, expected, tmp
 
 
 @pytest.mark.spark
-def test_spark_names_what_is_wrong_before_the_job(session, packets):
-    files = session.read.format("binaryFile").load(str(packets))
+def test_spark_names_what_is_wrong_before_the_job(spark_session, packets):
+    files = spark_session.read.format("binaryFile").load(str(packets))
     with pytest.raises(EdgekitError, match=r"unknown column 'contents'.* did you mean 'content'"):
         spark.classify(files, GR, "contents", runtime="onnxruntime")
     with pytest.raises(EdgekitError, match="'path' is of type string; expected binary"):
@@ -384,13 +363,13 @@ def test_spark_names_what_is_wrong_before_the_job(session, packets):
 
 @pytest.mark.spark
 @pytest.mark.realdata
-def test_spark_classifies_finks_files_all_ways(session, shared_data, tmp_path):
+def test_spark_classifies_finks_files_all_ways(spark_session, shared_data, tmp_path):
     from pyspark.sql import functions as F
 
     path = shared_data / "alerts" / "parquet" / "fink_datatest_part2_67.parquet"
     classify_files([path], tmp_path / "out.parquet", bundle=GR)
     wanted = {row["alert_id"]: row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
-    alerts = session.read.parquet(str(path)).coalesce(1)
+    alerts = spark_session.read.parquet(str(path)).coalesce(1)
     rows = as_rows(spark.classify(alerts, GR, keep=["roid", "candid", "mulens"], runtime="onnxruntime"))
     assert len(rows) == len(wanted) == 67
     assert {(row["candid"], row["mulens"]["class_1"]) for row in rows} == {
