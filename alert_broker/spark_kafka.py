@@ -4,7 +4,7 @@
     stream = spark.readStream.format("edgekit-kafka").option("subscribe", "ztf").option("kafka.bootstrap.servers", ...)
     classified = classify(stream.load(), bundle, "value", keep=["topic", "partition"])
 
-Options are those of Spark's connector: `subscribe` (topics, with commas between), `startingOffsets` (earliest or latest),
+Options are those of Spark's connector: `subscribe` (topics, with commas between), `startingOffsets` (earliest, latest),
 `maxOffsetsPerTrigger`, and `kafka.*`, which librdkafka gets. Where the reading stands is in Spark's checkpoint; nothing
 is committed to Kafka. Needs Spark 4. Python fetches the messages here: where the connector is there, it is quicker.
 """
