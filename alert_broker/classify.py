@@ -39,6 +39,7 @@ NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the net
 SHORT_DIGEST = 12
 NOTE_AFTER_SECONDS = 1.0  # of compilation; loading the kernels from numba's cache takes less
 
+Stage = Callable[[AlertBatch], pa.RecordBatch]
 Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, packets read
 
 
@@ -81,12 +82,13 @@ class Classifier:
         _check_shapes(bundle, self.features, source)
         self.session = open_session(bundle, runtime, **({"threads": session_threads} if session_threads else {}))
         self.schema = result_schema(self.classes)
+        self._digest = bundle.digest[:SHORT_DIGEST]
         self.seconds = {"features": 0.0, "inference": 0.0}
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
         """A row for every alert; where one could not be classified, `status` says why and probabilities are null."""
         name, survey, count = self.bundle.manifest.name, batch.survey, len(batch.curves)
-        identity = {"model": repeat(name, count), "bundle": repeat(self.bundle.digest[:SHORT_DIGEST], count)}
+        identity = {"model": repeat(name, count), "bundle": repeat(self._digest, count)}
         if lacking := [band for band in self.features.seen if band not in survey.bands]:
             reason = f"skipped: {name} needs {', '.join(lacking)}, which {survey.name} does not observe"
             return result_rows(batch, self.schema, identity | {"status": repeat(reason, count)})
@@ -124,37 +126,51 @@ class Classifiers:
     """The models of all surveys: batches of any survey to record batches of one schema.
 
     bundle: for all surveys; by default each survey's own. One that is named is opened now, so that it shows before the
-    work if it cannot be used; the others when their first alert comes, or by `open_all`.
+    work if it cannot be used; the others when their first alert comes, or by `open_all`. wrap: put around each
+    classifier, with the columns that it adds.
     """
 
-    def __init__(self, bundle: Bundle | None, runtime: str, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | None,
+        runtime: str,
+        *,
+        threads: int | None = None,
+        wrap: Callable[[Classifier], Stage] = lambda classifier: classifier,
+        columns: Sequence[pa.Field] = (),
+    ) -> None:
         self.models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
-        classes = dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes)
-        self.schema, self.runtime, self._threads = result_schema(tuple(classes)), runtime, threads
+        self.classes = tuple(dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes))
+        self.schema = pa.schema([*result_schema(self.classes), *columns])
         self.opened: dict[str, Classifier] = {}  # by the bundle's digest
+        self._stages: dict[str, Stage] = {}
+        self._digests = {survey: item.digest for survey, item in self.models.items()}
+        self._runtime, self._threads, self._wrap = runtime, threads, wrap
         self.start_seconds = 0.0
         if bundle is not None:
-            self._of(bundle)
+            self.open_all()
 
     def open_all(self) -> None:
-        for bundle in self.models.values():
-            self._of(bundle)
+        for survey in self.models:
+            self._of(survey)
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
         """A row of `schema` for every alert, in the same order."""
-        model, count = self.models.get(batch.survey.name), len(batch.curves)
-        if model is None:
+        count = len(batch.curves)
+        if batch.survey.name not in self.models:
             reason = f"skipped: no model by default for {batch.survey.name}, name one with --model"
             return result_rows(batch, self.schema, {"status": repeat(reason, count)})
-        rows = self._of(model)(batch)
+        rows = self._of(batch.survey.name)(batch)
         return fill({name: rows[name] for name in rows.schema.names}, self.schema, count)
 
-    def _of(self, bundle: Bundle) -> Classifier:
-        if bundle.digest not in self.opened:
+    def _of(self, survey: str) -> Stage:
+        digest = self._digests[survey]
+        if digest not in self.opened:
             started = time.perf_counter()
-            self.opened[bundle.digest] = Classifier(bundle, self.runtime, threads=self._threads)
+            self.opened[digest] = Classifier(self.models[survey], self._runtime, threads=self._threads)
+            self._stages[digest] = self._wrap(self.opened[digest])
             self.start_seconds += time.perf_counter() - started
-        return self.opened[bundle.digest]
+        return self._stages[digest]
 
 
 def default_models() -> dict[str, Bundle]:

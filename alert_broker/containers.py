@@ -11,9 +11,9 @@ import json
 import mmap
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fastavro.schema import parse_schema
 
@@ -23,6 +23,7 @@ from alert_broker.surveys.base import PacketError, Survey, surveys
 
 AVRO_MAGIC, WIRE_MAGIC = b"Obj\x01", b"\x00"
 SYNC_BYTES = 16
+HEADERS = 4  # kept, of the containers met lately
 WIRE_HEADER = struct.Struct(">BI")  # Confluent: a zero byte, then the schema id
 INFLATED_BYTES = 1 << 30  # of one block; more is a decompression bomb
 
@@ -45,11 +46,13 @@ class BadPacket:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A writer's schema: its full name, and where it is a survey's alert, that and the plan for reading it."""
+    """A writer's schema: its full name, and where it is a survey's alert, that and the plans for reading its photometry
+    and its images, if it has any."""
 
     name: str
     survey: Survey | None = None
     plan: Plan | None = None
+    cutouts: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,13 @@ class Block:
     place: int | None = None
 
 
-def message(data: Buffer, place: int) -> Block | BadPacket:
+def message(data: Buffer, place: int, schema_text: Callable[[int], str] | None = None) -> Block | BadPacket:
     """The one packet in a message, or why there is none; `place` stands for it in what is made of it."""
+    if data[: len(AVRO_MAGIC)] == AVRO_MAGIC and (whole := _one_packet(data, place)) is not None:
+        return whole
     packets = 0
     block: Block | None = None
-    for item in split(data, ""):
+    for item in split(data, "", schema_text):
         if isinstance(item, BadPacket):
             return replace(item, offset=place, packets=1)
         packets += item.count
@@ -82,14 +87,31 @@ def message(data: Buffer, place: int) -> Block | BadPacket:
     return replace(block, place=place)
 
 
-def split(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
-    """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes."""
+def _one_packet(data: Buffer, place: int) -> Block | None:
+    """The packet of a container of one, without a codec and with nothing wrong; None for all others."""
+    try:
+        header = _header(data)
+    except (PacketError, UnicodeDecodeError):
+        return None
+    at = len(header.content) + SYNC_BYTES
+    count, start, end, fault = _frame(data, at, data[at - SYNC_BYTES : at])
+    if fault or count != 1 or end == start or end + SYNC_BYTES != len(data) or header.codec != "null":
+        return None
+    return Block("", start, header.schema, 1, memoryview(data)[start:end], place=place)
+
+
+def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = None) -> Iterator[Block | BadPacket]:
+    """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes.
+
+    schema_text: asked for schemas of Confluent messages that are not LSST's installed ones (`Registry.schema`). Its
+    PacketError makes a BadPacket; what else it raises comes through, since the packet is not to blame.
+    """
     if len(data) == 0:
         yield BadPacket(file, 0, "empty: 0 bytes", packets=0)
     elif data[:4] == AVRO_MAGIC:
         yield from _split_container(data, file)
     elif data[:1] == WIRE_MAGIC:
-        yield _unwrap_message(data, file)
+        yield _unwrap_message(data, file, schema_text)
     else:
         yield BadPacket(
             file, 0,
@@ -100,14 +122,11 @@ def split(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
 
 def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
     try:
-        metadata, at = _container_metadata(data)
-        codec = metadata.get("avro.codec", b"null").decode()
-        if codec not in ("null", "deflate"):
-            raise PacketError(f"its codec is {codec!r}; supported: null, deflate")
-        schema = _container_schema(metadata.get("avro.schema", b""))
+        header = _header(data)
     except (PacketError, UnicodeDecodeError) as error:
         yield BadPacket(file, 0, f"the Avro container's header is not usable: {error}")
         return
+    at, codec, schema = len(header.content), header.codec, header.schema
     sync = data[at : at + SYNC_BYTES]
     at += SYNC_BYTES
     if at >= len(data):
@@ -140,6 +159,41 @@ def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
             yield BadPacket(file, start, f"the block claims {count} packets in {len(content)} bytes")
         elif count:
             yield Block(file, start, schema, count, content, compressed=codec != "null")
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """A container's first bytes, up to its sync marker, and what they say."""
+
+    content: bytes = field(repr=False)
+    codec: str
+    schema: Schema
+
+
+_headers: list[_Header] = []  # met lately, the last one first
+
+
+def _header(data: Buffer) -> _Header:
+    """Read once for many packets: a survey's have the same header, which is known again by comparing its bytes."""
+    for known in _headers:
+        same = (
+            data.startswith(known.content) if isinstance(data, bytes) else data[: len(known.content)] == known.content
+        )
+        if same:
+            return known
+    metadata, at = _container_metadata(data)
+    codec = metadata.get("avro.codec", b"null").decode()
+    if codec not in ("null", "deflate"):
+        raise PacketError(f"its codec is {codec!r}; supported: null, deflate")
+    found = _Header(bytes(data[:at]), codec, _container_schema(metadata.get("avro.schema", b"")))
+    _headers.insert(0, found)
+    del _headers[HEADERS:]
+    return found
+
+
+def header_end(data: Buffer) -> int:
+    """The byte after a container's header and its sync marker; PacketError if the header is not whole."""
+    return _container_metadata(data)[1] + SYNC_BYTES
 
 
 def _frame(data: Buffer, at: int, sync: bytes) -> tuple[int, int, int, str]:
@@ -210,7 +264,7 @@ def _container_schema(text: bytes) -> Schema:
         if not isinstance(parsed, dict) or parsed.get("type") != "record":
             return Schema("a union" if isinstance(parsed, list) else "not a record")
         survey = next(_matching(parsed["name"]), None)
-        return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths) if survey else None)
+        return _planned(parsed, survey) if survey else Schema(parsed["name"])
     except SchemaError as error:
         raise PacketError(f"its schema cannot be used: {error}") from error
     except Exception as error:  # arbitrary JSON: fastavro raises what it happens to meet
@@ -221,12 +275,15 @@ def _matching(schema_name: str) -> Iterator[Survey]:
     return (survey for survey in surveys().values() if survey.recognises_schema(schema_name))
 
 
-def _unwrap_message(data: Buffer, file: str) -> Block | BadPacket:
+def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] | None) -> Block | BadPacket:
     if len(data) <= WIRE_HEADER.size:
         return BadPacket(file, 0, f"a Confluent message of {len(data)} bytes; expected 5 of header and a packet")
     _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])
     try:
-        schema = _message_schema(identifier)
+        if schema_text is None or identifier in lsst.schema_versions():
+            schema = _message_schema(identifier)
+        else:
+            schema = _container_schema(schema_text(identifier).encode())
     except PacketError as error:
         return BadPacket(file, 0, str(error))
     return Block(file, WIRE_HEADER.size, schema, 1, memoryview(data)[WIRE_HEADER.size :])
@@ -234,5 +291,12 @@ def _unwrap_message(data: Buffer, file: str) -> Block | BadPacket:
 
 @functools.cache
 def _message_schema(identifier: int) -> Schema:
-    survey, parsed = surveys()["lsst"], lsst.schema(identifier)
-    return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths))
+    return _planned(lsst.schema(identifier), surveys()["lsst"])
+
+
+def _planned(parsed: Any, survey: Survey) -> Schema:
+    try:
+        images = compile_plan(parsed, survey.cutouts)
+    except SchemaError:
+        images = None  # it has none, or not as columns
+    return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths), images)

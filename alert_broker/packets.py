@@ -93,11 +93,14 @@ def read_blocks(paths: Iterable[str | Path]) -> Iterator[Source | BadPacket]:
     return _read_files(find_files(paths))
 
 
-def batches(blocks: Iterable[Source | BadPacket], size: int = 1024) -> Iterator[AlertBatch | BadPacket]:
+def batches(
+    blocks: Iterable[Source | BadPacket], size: int = 1024, spare: dict[Plan, Columns] | None = None
+) -> Iterator[AlertBatch | BadPacket]:
     """Light curves of up to `size` alerts of one survey; bad packets pass through as they come.
 
     A packet that cannot be decoded takes the rest of its block along: nothing marks where the next one begins. One that
-    can be, but gives no light curve, comes as a BadPacket before its batch.
+    can be, but gives no light curve, comes as a BadPacket before its batch. spare: keeps grown columns for
+    the next call.
     """
     if size < 1:
         raise EdgekitError(f"batch size is {size}; expected 1 or more")
@@ -114,7 +117,7 @@ def batches(blocks: Iterable[Source | BadPacket], size: int = 1024) -> Iterator[
             yield _unsupported(block)
             continue
         if survey.name not in waiting:
-            waiting[survey.name] = _Waiting(survey)
+            waiting[survey.name] = _Waiting(survey, {} if spare is None else spare)
         if bad := waiting[survey.name].add(block):
             yield bad
         if len(waiting[survey.name]) >= size:
@@ -126,8 +129,8 @@ def batches(blocks: Iterable[Source | BadPacket], size: int = 1024) -> Iterator[
 class _Waiting:
     """Packets of one survey that wait for their batch, read into columns: a set for each Avro schema, and Parquet's."""
 
-    def __init__(self, survey: Survey) -> None:
-        self.survey = survey
+    def __init__(self, survey: Survey, spare: dict[Plan, Columns]) -> None:
+        self.survey, self._spare = survey, spare
         self._files: list[str] = []  # of each packet, in the order in which they came
         self._offsets: list[int] = []
         self._columns: dict[Plan, tuple[Columns, list[int]]] = {}  # and the packets' places in that order
@@ -145,7 +148,7 @@ class _Waiting:
         plan = block.schema.plan
         assert plan is not None
         if plan not in self._columns:
-            self._columns[plan] = (Columns(plan), [])
+            self._columns[plan] = (self._spare.pop(plan) if plan in self._spare else Columns(plan), [])
         columns, places = self._columns[plan]
         ends, fault = columns.read(block.data, block.count)
         starts = [0, *ends.tolist()]
@@ -165,6 +168,7 @@ class _Waiting:
     def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
         """All that waits, as batches of up to `size`."""
         sources = [(columns.take(), places) for columns, places in self._columns.values()] + self._tables
+        self._spare.update((plan, columns) for plan, (columns, _) in self._columns.items())
         found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
         for columns, places in sources:
             try:

@@ -193,6 +193,7 @@ def walk(
                             break
                         at += items[item, 1]
                     elif tag != 0:
+                        at -= 1
                         code = BRANCH
                         break
             elif operation == SKIP:

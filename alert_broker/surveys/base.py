@@ -186,6 +186,7 @@ class Survey(ABC):
     bands: ClassVar[tuple[str, ...]]
     wavelengths: ClassVar[tuple[float, ...]]  # effective, in angstrom, one for each band
     fields: ClassVar[Mapping[str, tuple[str, ...]]]
+    cutouts: ClassVar[tuple[str, str, str]] = ("cutoutScience", "cutoutTemplate", "cutoutDifference")  # bytes, as paths
 
     @abstractmethod
     def recognises_schema(self, name: str) -> bool:
@@ -198,6 +199,10 @@ class Survey(ABC):
     @abstractmethod
     def extract(self, packets: Packets) -> Photometry:
         """The photometry of the packets; a field that is not there may simply raise KeyError."""
+
+    def schema_id(self, name: str) -> int | None:
+        """The Confluent id of the schema with this name, if the survey sends its packets in that format."""
+        return None
 
     @property
     def paths(self) -> list[str]:

@@ -33,6 +33,7 @@ class Ztf(Survey):
     fields: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "objectId": (), "candid": (), "candidate": DETECTION, "prv_candidates": DETECTION, "fp_hists": FORCED,
     }  # fmt: skip
+    cutouts: ClassVar = ("cutoutScience.stampData", "cutoutTemplate.stampData", "cutoutDifference.stampData")
 
     def recognises_schema(self, name: str) -> bool:
         return name == "ztf.alert"

@@ -1,0 +1,55 @@
+"""The images in packets, as they came: science, template and difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from alert_broker.avro.columns import Columns
+from alert_broker.avro.plan import Plan
+from alert_broker.containers import Block, split
+
+CUTOUTS = ("cutout_science", "cutout_template", "cutout_difference")
+
+
+def cutouts(
+    packets: Sequence[bytes | memoryview], schema_text: Callable[[int], str] | None = None
+) -> list[pa.LargeBinaryArray]:
+    """(packets,) bytes for each of CUTOUTS, null where a packet has no such image or the message is not one packet."""
+    groups: dict[Plan, tuple[tuple[str, str, str], Columns, list[int]]] = {}
+    for place, packet in enumerate(packets):
+        parts = list(split(bytes(packet), "", schema_text))
+        block = parts[0] if len(parts) == 1 else None
+        if not isinstance(block, Block) or block.count != 1 or not block.schema.survey or not block.schema.cutouts:
+            continue
+        plan = block.schema.cutouts
+        if plan not in groups:
+            groups[plan] = (block.schema.survey.cutouts, Columns(plan), [])
+        _, columns, places = groups[plan]
+        if columns.read(block.data, 1)[1] is None:
+            places.append(place)
+    # the images of all groups behind each other, with a null at the end for packets without
+    order = np.full(len(packets), sum(len(places) for _, _, places in groups.values()))
+    parts_of: list[list[pa.Array]] = [[] for _ in CUTOUTS]
+    before = 0
+    for paths, columns, places in groups.values():
+        order[places] = np.arange(before, before + len(places))
+        before += len(places)
+        rows = columns.take()
+        for images, path in zip(parts_of, paths, strict=True):
+            images.append(_images(rows, path))
+    nothing = pa.nulls(1, pa.large_binary())
+    return [pa.concat_arrays([*images, nothing]).take(pa.array(order)) for images in parts_of]
+
+
+def _images(rows: pa.RecordBatch, path: str) -> pa.Array:
+    top, *inner = path.split(".")
+    if top not in rows.schema.names:
+        return pa.nulls(rows.num_rows, pa.large_binary())
+    array = rows[top]
+    for name in inner:
+        array = pc.struct_field(array, name)
+    return array.cast(pa.large_binary())

@@ -1,0 +1,273 @@
+"""The archive holds every row once, whatever crashes, replays and batch boundaries do; and a full disk costs none."""
+
+import datetime
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alert_broker.stream import archive
+from alert_broker.stream.archive import SEGMENT, Archive, Positions, read
+from edgekit.errors import EdgekitError
+
+ROOT = Path(__file__).resolve().parents[3]
+SCHEMA = pa.schema([("alert_id", pa.int64()), ("best_class", pa.string()), ("p", pa.float32())])
+EVENING = 1_764_111_600_000  # 2025-11-25 23:00 UTC
+HOUR = 3_600_000
+
+
+def rows_of(offsets, partition=0, version=0):
+    """What classifying these messages gives: the same every time."""
+    return pa.RecordBatch.from_pylist(
+        [{"alert_id": 10**6 * partition + k, "best_class": "KN" if k % 3 else None, "p": k + version} for k in offsets],
+        schema=SCHEMA,
+    )
+
+
+def positions_of(offsets, partition=0, topic="alerts", timestamp=None):
+    offsets = np.asarray(offsets, np.int64)
+    time = np.full(len(offsets), EVENING) if timestamp is None else np.asarray(timestamp, np.int64)
+    return Positions([topic] * len(offsets), np.full(len(offsets), partition), offsets, time)
+
+
+def content(folder):
+    """Rows by partition and offset."""
+    table = read(folder).to_table().sort_by([("stream_partition", "ascending"), ("stream_offset", "ascending")])
+    return table.select(SCHEMA.names), table["stream_offset"].to_pylist()
+
+
+def test_it_reads_back_exactly(tmp_path):
+    store = Archive(tmp_path, SCHEMA)
+    offsets = list(range(SEGMENT - 30, SEGMENT + 50))
+    files = store.write(rows_of(offsets), positions_of(offsets))
+    assert [str(path.relative_to(tmp_path)) for path in files] == [
+        "night=2025-11-25/alerts-0-000000000000.parquet", "night=2025-11-25/alerts-0-000000004096.parquet",
+    ]  # fmt: skip
+    found, order = content(tmp_path)
+    assert order == offsets
+    assert found.equals(pa.Table.from_batches([rows_of(offsets)]))
+    assert not found.equals(pa.Table.from_batches([rows_of(offsets, version=1)]))  # the comparison sees values
+    assert set(read(tmp_path).to_table()["night"].to_pylist()) == {"2025-11-25"}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_replay_leaves_every_row_once(tmp_path_factory, data):
+    """A consumer that writes batches of any size and is set back by crashes to any offset that it has reached."""
+    folder = tmp_path_factory.mktemp("replay")
+    store, end, start, reached = Archive(folder, SCHEMA), 3 * SEGMENT // 2, SEGMENT - 60, SEGMENT - 60
+    first = start
+    for _ in range(data.draw(st.integers(1, 8))):
+        count = data.draw(st.integers(1, 200))
+        offsets = range(start, min(start + count, end))
+        store.write(rows_of(offsets), positions_of(offsets))
+        reached = max(reached, offsets.stop)
+        start = data.draw(st.integers(first, offsets.stop))  # where the next one begins: at its end, or set back
+        start = start if data.draw(st.booleans()) else offsets.stop
+    found, order = content(folder)
+    # what was written at some time is there, once, and in order
+    assert order == sorted(set(order))
+    assert set(order) <= set(range(first, reached))
+    assert found.equals(pa.Table.from_batches([rows_of(order)]))
+    assert reached - 1 in order
+    assert first in order
+
+
+def test_names_of_the_batches_range_would_have_doubled_rows(tmp_path):
+    """The twin: files named after the range of offsets, as other sinks do, with another boundary after the crash."""
+    for start, stop in ((0, 100), (50, 150)):
+        pq.write_table(pa.Table.from_batches([rows_of(range(start, stop))]), tmp_path / f"{start}-{stop}.parquet")
+    store = Archive(tmp_path / "ours", SCHEMA)
+    for start, stop in ((0, 100), (50, 150)):
+        store.write(rows_of(range(start, stop)), positions_of(range(start, stop)))
+    assert (pq.read_table(tmp_path).num_rows, content(tmp_path / "ours")[0].num_rows) == (350, 150)
+
+
+def test_a_replay_after_a_fix_replaces_rows(tmp_path):
+    store = Archive(tmp_path, SCHEMA)
+    store.write(rows_of(range(10)), positions_of(range(10)))
+    store.write(rows_of(range(4, 6), version=5), positions_of(range(4, 6)))
+    assert content(tmp_path)[0]["p"].to_pylist() == [0, 1, 2, 3, 9, 10, 6, 7, 8, 9]
+
+
+def test_partitions_topics_and_gaps_are_kept_apart(tmp_path):
+    store = Archive(tmp_path, SCHEMA)
+    for partition, topic in ((0, "a"), (1, "a"), (1, "b")):
+        store.write(rows_of([3, 9], partition), positions_of([3, 9], partition, topic))
+    mixed = pa.Table.from_batches([rows_of([5], 0), rows_of([5], 1)]).combine_chunks().to_batches()[0]
+    store.write(mixed, Positions(["a", "a"], np.array([0, 1]), np.array([5, 5]), np.array([EVENING] * 2)))
+    table = read(tmp_path).to_table()
+    keys = zip(*(table[f"stream_{name}"].to_pylist() for name in ("topic", "partition", "offset")), strict=True)
+    assert sorted(keys) == [("a", p, k) for p in (0, 1) for k in (3, 5, 9)] + [("b", 1, 3), ("b", 1, 9)]
+
+
+def test_several_rows_of_one_message_stay_together(tmp_path):
+    store = Archive(tmp_path, SCHEMA)
+    for _ in range(2):
+        store.write(rows_of([1, 2, 3]), positions_of([7, 7, 8]))
+    assert content(tmp_path)[1] == [7, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("utc", "night"),
+    [
+        ("2025-11-25T23:00", "2025-11-25"), ("2025-11-26T09:30", "2025-11-25"),  # Chile, from dusk to dawn
+        ("2025-11-26T02:00", "2025-11-25"), ("2025-11-26T14:00", "2025-11-25"),  # California
+        ("2025-11-26T15:59", "2025-11-25"), ("2025-11-26T16:00", "2025-11-26"),
+    ],
+)  # fmt: skip
+def test_nights_are_named_after_their_evening(tmp_path, utc, night):
+    moment = datetime.datetime.fromisoformat(utc).replace(tzinfo=datetime.timezone.utc)
+    (path,) = Archive(tmp_path, SCHEMA).write(rows_of([1]), positions_of([1], timestamp=[moment.timestamp() * 1000]))
+    assert path.parent.name == f"night={night}"
+
+
+def test_one_segment_of_two_nights(tmp_path):
+    store = Archive(tmp_path, SCHEMA)
+    time = [EVENING + k * HOUR for k in range(48)]
+    for _ in range(2):
+        files = store.write(rows_of(range(48)), positions_of(range(48), timestamp=time))
+    assert len(files) == 3
+    assert content(tmp_path)[1] == list(range(48))
+
+
+# --- failures
+
+
+def names(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_full_disk_is_one_clear_error_and_leaves_the_old_file(tmp_path, monkeypatch, where):
+    store = Archive(tmp_path, SCHEMA)
+    store.write(rows_of(range(10)), positions_of(range(10)))
+    before = names(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as planted:
+        if where == "write":
+            real = pq.write_table
+
+            def half(table, stream, **options):
+                real(table, sink := pa.BufferOutputStream(), **options)
+                stream.write(sink.getvalue().to_pybytes()[:100])
+                full()
+
+            planted.setattr(archive.pq, "write_table", half)
+        elif where == "fsync":
+            planted.setattr(archive.os, "fsync", full)
+        else:
+            planted.setattr(Path, "replace", full)
+        with pytest.raises(EdgekitError, match=r"cannot write .*alerts-0-0.*No space left on device; free some space"):
+            store.write(rows_of(range(5, 20)), positions_of(range(5, 20)))
+    assert names(tmp_path) == before
+    assert content(tmp_path)[1] == list(range(10))
+    store.write(rows_of(range(5, 20)), positions_of(range(5, 20)))  # there is space again
+    assert content(tmp_path)[1] == list(range(20))
+
+
+def test_a_file_that_may_not_grow_is_the_same_for_real(tmp_path):
+    """The system refuses bytes in the middle of a file, as a full disk does: here by a limit on the file's size."""
+    script = (
+        "import resource, signal, numpy as np, pyarrow as pa\n"
+        "from pathlib import Path\n"
+        "from tests.alert_broker.stream.test_archive import *\n"
+        f"store = Archive(Path({str(tmp_path)!r}), SCHEMA)\n"
+        "store.write(rows_of(range(10)), positions_of(range(10)))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "try:\n"
+        "    store.write(rows_of(range(2000)), positions_of(range(2000)))\n"
+        "except EdgekitError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)  # fmt: skip
+    assert "the archive cannot write" in done.stdout, done.stderr
+    assert "File too large" in done.stdout
+    assert names(tmp_path) == ["alerts-0-000000000000.parquet"]
+    assert content(tmp_path)[1] == list(range(10))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 5000
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path, step):
+    """SIGKILL before the rename, after it, and in the middle of a file; what it left is swept up."""
+    store = Archive(tmp_path, SCHEMA)
+    store.write(rows_of(range(10)), positions_of(range(10)))
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+
+        def die(*_, **__):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def half(table, stream, **_):
+            stream.write(b"PAR1 and then")
+            stream.flush()
+            die()
+
+        if step == 0:
+            archive.pq.write_table = half
+        elif step == 1:
+            archive.os.fsync = die
+        else:
+            archive._sync = die
+        try:
+            store.write(rows_of(range(5, 20)), positions_of(range(5, 20)))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert content(tmp_path)[1] == list(range(20 if step == 2 else 10))
+    store.write(rows_of(range(5, 20)), positions_of(range(5, 20)))
+    assert content(tmp_path)[1] == list(range(20))
+    assert names(tmp_path) == ["alerts-0-000000000000.parquet"]
+
+
+def test_two_writers_of_one_segment_do_not_undo_each_other(tmp_path):
+    """As when a consumer lost its partition and does not know yet."""
+
+    def write(start):
+        store = Archive(tmp_path, SCHEMA)
+        for offset in range(start, 60, 2):
+            store.write(rows_of([offset]), positions_of([offset]))
+
+    threads = [threading.Thread(target=write, args=[start]) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert content(tmp_path)[1] == list(range(60))
+
+
+def test_another_models_columns_need_another_folder(tmp_path):
+    Archive(tmp_path, SCHEMA).write(rows_of([1]), positions_of([1]))
+    other = pa.schema([("alert_id", pa.int64())])
+    with pytest.raises(EdgekitError, match="has other columns: it was written with another model .*a new folder"):
+        Archive(tmp_path, other).write(pa.RecordBatch.from_pylist([{"alert_id": 2}], schema=other), positions_of([2]))
+
+
+def test_what_cannot_be_an_archive(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgekitError, match="the archive cannot write .*file: File exists"):
+        Archive(tmp_path / "file", SCHEMA)
+    with pytest.raises(EdgekitError, match="a column 'night'"):
+        Archive(tmp_path, pa.schema([("night", pa.string())]))
+    with pytest.raises(EdgekitError, match="a column 'stream_offset'"):
+        Archive(tmp_path, pa.schema([("stream_offset", pa.int64())]))
+    with pytest.raises(EdgekitError, match="2 rows with the positions of 1"):
+        Archive(tmp_path, SCHEMA).write(rows_of([1, 2]), positions_of([1]))
+    assert Archive(tmp_path, SCHEMA).write(rows_of([]), positions_of([])) == []

@@ -1,0 +1,148 @@
+"""Every alert goes where the filters say, in the format that the route says, and none gets lost between routes."""
+
+import io
+import json
+
+import fastavro
+import numpy as np
+import pyarrow as pa
+import pytest
+from fastavro.schema import parse_schema
+
+from alert_broker.containers import WIRE_HEADER
+from alert_broker.simulate import simulate, write
+from alert_broker.stream.cutouts import CUTOUTS, cutouts
+from alert_broker.stream.registry import open_registry
+from alert_broker.stream.routing import Route, Router
+from alert_broker.surveys import lsst
+from edgekit.errors import EdgekitError
+
+SCHEMA = pa.schema([("object_id", pa.string()), ("best_class", pa.string()), ("p", pa.float32())])
+
+
+def rows_of(count=40, seed=0):
+    rng = np.random.default_rng(seed)
+    return pa.RecordBatch.from_pylist(
+        [
+            {"object_id": f"o{k}", "best_class": [None, "KN", "SNIa"][rng.integers(3)],
+             "p": None if rng.random() < 0.2 else float(np.float32(rng.random()))}
+            for k in range(count)
+        ], schema=SCHEMA,
+    )  # fmt: skip
+
+
+def value_of(message, registry):
+    identifier = int.from_bytes(message.value[1:5], "big")
+    schema = parse_schema(json.loads(registry.schema(identifier)))
+    return fastavro.schemaless_reader(io.BytesIO(message.value[5:]), schema, None)
+
+
+@pytest.mark.parametrize("default", [None, Route("rest")])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_row_is_routed_or_filtered(default, seed):
+    registry, rows = open_registry(f"mock://routing{seed}"), rows_of(seed=seed)
+    router = Router(
+        [Route("kilonovae", 'best_class == "KN"'), Route("sure", "p > 0.7", "json")], SCHEMA, default=default,
+        registry=registry,
+    )  # fmt: skip
+    routed = router(rows)
+    expected, left = [], []
+    for k, row in enumerate(rows.to_pylist()):  # the reference
+        topics = [topic for topic, takes in (
+            ("kilonovae", row["best_class"] == "KN"), ("sure", (row["p"] or 0) > 0.7)) if takes]  # fmt: skip
+        if not topics and default:
+            topics = ["rest"]
+        expected += [(k, topic) for topic in topics]
+        left += [] if topics else [k]
+    assert sorted((message.row, message.topic) for message in routed.messages) == sorted(expected)
+    assert routed.filtered.tolist() == left
+    assert {message.row for message in routed.messages} | set(left) == set(range(rows.num_rows))
+    for message in routed.messages:
+        row = rows.to_pylist()[message.row]
+        found = json.loads(message.value) if message.topic == "sure" else value_of(message, registry)
+        assert found == {**row, "p": None if row["p"] is None else pytest.approx(row["p"], rel=1e-7)}
+        assert message.key == row["object_id"].encode()
+
+
+def test_routes_that_take_everything_and_nothing():
+    rows = rows_of()
+    assert len(Router([Route("all")], SCHEMA)(rows).messages) == rows.num_rows
+    nothing = Router([Route("none", "p > 2")], SCHEMA)(rows)
+    assert (nothing.messages, len(nothing.filtered)) == ([], rows.num_rows)
+    assert Router([Route("all")], SCHEMA)(rows.slice(0, 0)).messages == []
+
+
+@pytest.mark.parametrize(
+    ("routes", "default", "reason"),
+    [
+        ([], None, "there is no route"),
+        ([Route("a"), Route("a", "p > 1")], None, "two routes go to 'a'; join their filters with `or`"),
+        ([Route("a")], Route("b", "p > 1"), "the default route, to b, has a filter"),
+        ([Route("a", "q > 1")], None, "unknown column 'q'"),
+        ([Route("a", format="afro")], None, "unknown format 'afro'"),
+    ],
+)
+def test_routes_that_cannot_be(routes, default, reason):
+    with pytest.raises(EdgekitError, match=reason):
+        Router(routes, SCHEMA, default=default)
+
+
+@pytest.mark.parametrize("topic", ["", "a b", "é", "x" * 250, "a/b"])
+def test_topics_that_kafka_refuses(topic):
+    with pytest.raises(EdgekitError, match="a route's topic is"):
+        Route(topic)
+
+
+def test_an_unknown_attachment():
+    with pytest.raises(EdgekitError, match="unknown attachment 'cutout' in the route to a; .*did you mean 'cutouts'"):
+        Route("a", attach="cutout")
+
+
+@pytest.fixture(scope="module")
+def packets(tmp_path_factory):
+    """Messages of two ZTF and two LSST alerts, and the images in them as fastavro reads them."""
+    messages, images = [], []
+    for survey in ("ztf", "lsst"):
+        folder = tmp_path_factory.mktemp(survey)
+        for path in write(folder, simulate(survey, 2, 4), packets_per_file=1):
+            data = path.read_bytes()
+            if survey == "ztf":
+                (packet,) = fastavro.reader(io.BytesIO(data))
+                images.append([packet[f"cutout{name}"]["stampData"] for name in ("Science", "Template", "Difference")])
+            else:
+                schema = lsst.schema(WIRE_HEADER.unpack(data[:5])[1])
+                packet = fastavro.schemaless_reader(io.BytesIO(data[5:]), schema, None)
+                images.append([packet[f"cutout{name}"] for name in ("Science", "Template", "Difference")])
+            messages.append(data)
+    return messages, images
+
+
+def test_cutouts_are_the_packets_own(packets):
+    messages, images = packets
+    order = [2, 0, 3, 1]
+    mixed = [messages[2], b"nothing", messages[0], messages[3], messages[1][:-30], messages[1]]
+    found = list(zip(*(column.to_pylist() for column in cutouts(mixed)), strict=True))
+    nothing = (None, None, None)
+    assert found == [tuple(images[2]), nothing, tuple(images[0]), tuple(images[3]), nothing, tuple(images[order[3]])]
+    assert found[0] != tuple(images[3])  # the images of two alerts do differ
+    assert len(CUTOUTS) == len(found[0])
+
+
+def test_attached_to_those_that_are_routed(packets):
+    messages, images = packets
+    registry = open_registry("mock://attached")
+    rows = pa.RecordBatch.from_pylist(
+        [{"object_id": str(k), "best_class": "KN" if k % 2 else None, "p": k / 4} for k in range(4)], schema=SCHEMA
+    )
+    router = Router(
+        [Route("images", 'best_class == "KN"', attach="cutouts"), Route("whole", "p == 0.5", attach="packet")], SCHEMA,
+        registry=registry,
+    )  # fmt: skip
+    routed = router(rows, messages)
+    found = [(message.row, message.topic, value_of(message, registry)) for message in routed.messages]
+    assert [item[:2] for item in found] == [(1, "images"), (3, "images"), (2, "whole")]
+    for row, topic, value in found:
+        attached = [value["packet"]] if topic == "whole" else [value[name] for name in CUTOUTS]
+        assert attached == ([messages[row]] if topic == "whole" else images[row])
+    with pytest.raises(EdgekitError, match="the route to images attaches cutouts, but there are no packets"):
+        router(rows)
