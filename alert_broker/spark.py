@@ -45,7 +45,6 @@ ArrowFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 class Job:
     """What a Python worker needs to know; small enough to travel with every task. Called on one Arrow batch."""
 
-    name: str
     digest: str  # of the bundle that was packed: what results are stamped with
     packed: bytes = field(repr=False)
     packets: str | None = None
@@ -84,9 +83,8 @@ class Job:
                 content = value.as_py()
                 yield BadPacket("", place, "the message is null") if content is None else message(content, place)
             return
-        names = [item.name for item in rows.schema if item.name not in self.keep]
-        survey = _survey(leaves(pa.schema([rows.schema.field(name) for name in names])))
-        wanted = [name for name in survey.fields if name in names]
+        survey = _survey(leaves(rows.schema))
+        wanted = [name for name in survey.fields if name in rows.schema.names]
         yield ParquetRows(survey, "", 0, rows.select(wanted))
 
 
@@ -110,22 +108,24 @@ def classify(
     rows: DataFrame, bundle: Bundle, packets: str | None = None, *, keep: Sequence[str] = (), runtime: str = "auto"
 ) -> DataFrame:
     """The rows classified, batch or streaming; arguments as in `map_in_arrow`. Only the fields needed leave the JVM."""
-    from pyspark.sql.types import BinaryType
+    from pyspark.sql import functions, types
 
     for name in (*keep, *([packets] if packets is not None else [])):
         if name not in rows.columns:
             raise unknown("column", name, rows.columns)
-    if packets is not None and not isinstance(rows.schema[packets].dataType, BinaryType):
+    if packets is not None and not isinstance(rows.schema[packets].dataType, types.BinaryType):
         kind = rows.schema[packets].dataType.simpleString()
         raise EdgekitError(f"the column {packets!r} is of type {kind}; expected binary, with a packet in each row")
     ours = {item.name.lower() for item in _schema(bundle.manifest.classes)}
     if clash := [name for name in keep if name.lower() in ours]:
         raise EdgekitError(f"keep: {', '.join(clash)} would stand twice in the result; rename before")
-    needed = [packets] if packets is not None else _fields(rows)
-    chosen = rows.select(*keep, *needed)
-    kept = [f"`{item.name}` {item.dataType.simpleString()}" for item in chosen.schema.fields[: len(keep)]]
+    needed = {packets: functions.col(packets)} if packets is not None else _fields(rows)
+    chosen = rows.select(*keep, *(column for name, column in needed.items() if name not in keep))
+    kinds = {"string": types.StringType(), "bigint": types.LongType(), "int": types.IntegerType()}
+    kinds["float"] = types.FloatType()
+    fields = [types.StructField(item.name, kinds[SPARK_TYPES[item.type]]) for item in _schema(bundle.manifest.classes)]
     function = map_in_arrow(bundle, packets, keep=keep, runtime=runtime)
-    return chosen.mapInArrow(function, ", ".join([*kept, result_ddl(bundle)]))
+    return chosen.mapInArrow(function, types.StructType([*chosen.schema.fields[: len(keep)], *fields]))
 
 
 def result_ddl(bundle: Bundle) -> str:
@@ -187,7 +187,7 @@ def _columns_function(bundle: Bundle, hosts: Collection[str] | None, runtime: st
         status = table["status"].fill_null("skipped: outside the cuts")
         table = table.set_column(table.schema.get_field_index("status"), "status", status)
         table = table.set_column(table.schema.get_field_index("alert_id"), "alert_id", rows["candid"])
-        frame: pd.DataFrame = table.to_pandas()
+        frame: pd.DataFrame = table.to_pandas(integer_object_nulls=True)  # not as floats: ids have 64 bits
         return frame
 
     return run
@@ -242,7 +242,7 @@ def _inside_cuts(named: dict[str, pd.Series], hosts: Collection[str]) -> npt.NDA
 
 def _job(bundle: Bundle, packets: str | None, keep: Sequence[str], runtime: str) -> Job:
     Classifier(bundle, runtime, session_threads=1)  # one that cannot be used shows here, not in a worker's traceback
-    return Job(bundle.manifest.name, bundle.digest, pack(bundle), packets, tuple(keep), runtime)
+    return Job(bundle.digest, pack(bundle), packets, tuple(keep), runtime)
 
 
 @functools.lru_cache(maxsize=4)
@@ -266,8 +266,8 @@ def _survey(columns: Sequence[str]) -> Survey:
     return found
 
 
-def _fields(rows: DataFrame) -> list[Any]:
-    """The survey's fields as columns, records cut down to what is read; Spark then reads no more from Parquet."""
+def _fields(rows: DataFrame) -> dict[str, Any]:
+    """The survey's fields as columns, records cut down to what is read before they go to Python."""
     from pyspark.sql import functions
     from pyspark.sql.types import ArrayType, StructType
 
@@ -285,7 +285,7 @@ def _fields(rows: DataFrame) -> list[Any]:
         )
 
     survey = _survey(list(names_of(rows.schema, "")))
-    chosen = []
+    chosen = {}
     for top, inner in survey.fields.items():
         if top not in rows.columns:
             continue
@@ -294,5 +294,5 @@ def _fields(rows: DataFrame) -> list[Any]:
         if isinstance(record, StructType) and inner:
             cut = cut_to([name for name in inner if name in record.names])
             column = functions.transform(column, cut) if isinstance(kind, ArrayType) else cut(column)
-        chosen.append(column.alias(top))
+        chosen[top] = column.alias(top)
     return chosen

@@ -131,6 +131,21 @@ class TestPromtool:
     def test_it_accepts_configuration_and_rules(self):
         assert "SUCCESS" in self.run("check", "config", DEPLOY / "prometheus.yml")
 
+    def test_it_can_parse_what_the_dashboard_asks(self, board, tmp_path):
+        queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+        plain = [query.replace("$__rate_interval", "5m").replace("$job", ".*") for query in queries]
+        path = tmp_path / "queries.yml"
+
+        def write(expressions) -> None:
+            rules = [{"record": f"q{number}", "expr": text} for number, text in enumerate(expressions)]
+            path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+
+        write(plain)
+        assert f"{len(plain)} rules found" in self.run("check", "rules", path)
+        write([*plain, "sum(edgekit_ready"])
+        with pytest.raises(AssertionError, match="unclosed"):
+            self.run("check", "rules", path)
+
     def test_alerts_fire_when_they_should_and_not_before(self, tmp_path):
         shutil.copy(DEPLOY / "alert-rules.yml", tmp_path)
         member = 'job="edgekit-alerts", instance="a:9108"'

@@ -21,8 +21,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from alert_broker.stream.health import STUCK_AFTER, health
+from alert_broker.stream.health import STUCK_AFTER, health, readiness
 from alert_broker.stream.logs import LOGGER
+from alert_broker.stream.metrics import grouped
 from alert_broker.stream.stats import SECONDS, Histogram, Snapshot, Stats
 
 REFRESH, EVERY = 0.5, 10.0  # seconds between two looks, and between two lines
@@ -61,8 +62,9 @@ class View:
         good, answer = health(self.now, STUCK_AFTER)
         if not good:
             return f"STUCK: {answer['reason']}", "bold red"
-        if not self.now.ready:
-            return "waiting for partitions and the model", "yellow"
+        ready, told = readiness(self.now)
+        if not ready:
+            return str(told["reason"]), "yellow"
         if self.now.paused:
             return "paused by back-pressure", "yellow"
         return ("running", "green") if answer["lag"] or answer["in_flight"] else ("up to date", "green")
@@ -158,9 +160,11 @@ def _picture(view: View, rows: int) -> RenderableType:
     head.add_column()
     head.add_column(justify="right")
     head.add_row(Text(state, style=colour), Text(f"{models}   up {_duration(now.uptime)}", style="dim"))
-    window = Text(f"rates and times of the last {view.seconds:.0f} s", style="dim")
+    queues = ", ".join(f"{name} {number}" for name, number in now.queue_depths.items())
+    waiting = f"batches waiting: {queues}; " if queues else ""
+    window = Text(f"{waiting}rates and times of the last {view.seconds:.0f} s", style="dim")
     lower = [_partitions(view, rows), _counts("most probable class", now.classes, rows)]
-    lower.append(_counts("dead letters", now.reasons, rows))
+    lower.append(_counts("dead letters", grouped(now.reasons), rows))
     side_by_side = [
         Columns(tables, padding=(0, 2, 1, 0))
         for part in ([_ledger(view), _latencies(view)], lower)
@@ -188,13 +192,12 @@ def _ledger(view: View) -> Table:
 
 
 def _latencies(view: View) -> Table:
-    table = _table("at most", *(f"p{share * 100:.0f}" for share in QUANTILES), "queue")
+    table = _table("at most", *(f"p{share * 100:.0f}" for share in QUANTILES))
     for stage in view.now.stages:
         recent = view.recent(stage)
         times = [_time(recent.quantile(share)) if recent.count else "-" for share in QUANTILES]
-        waiting = view.now.queue_depths.get(stage)
         style = "bold" if stage == "end-to-end" else ""
-        table.add_row(Text(stage, style), *times, "" if waiting is None else str(waiting))
+        table.add_row(Text(stage, style), *times)
     return table
 
 

@@ -42,7 +42,7 @@ def readiness(now: Snapshot) -> tuple[bool, dict[str, Any]]:
     """Whether partitions are assigned and the model is loaded, and the answer."""
     if now.ready:
         return True, {"status": "ready", "partitions": len(now.lag), "models": now.models}
-    reason = "no partition is assigned yet, or none is any more" if now.models else "no model is loaded yet"
+    reason = "no partition is assigned" if now.models else "no model is loaded yet"
     return False, {"status": "not ready", "reason": reason}
 
 

@@ -7,7 +7,7 @@
     edgekit_batch_alerts                           histogram
     edgekit_queue_depth{queue}
     edgekit_classes_total{class}                   alerts by their most probable class
-    edgekit_dead_letters_total{reason}             the first 32 reasons; those that come up later are `other`
+    edgekit_dead_letters_total{reason}             with N for numbers; the first 32, what comes up later is `other`
     edgekit_model_info{model,digest}, edgekit_build_info{version}
     edgekit_ready, edgekit_paused                  0 or 1
     edgekit_uptime_seconds, edgekit_progress_age_seconds
@@ -19,6 +19,7 @@ for reasons, which hold whatever a packet brought about, by `MOST_REASONS`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ GAUGES = {
 }
 MOST_REASONS, REASON_LENGTH = 32, 100
 OTHER = "other"
+ALONE = re.compile(r"(?<![\w.])\d+(?![\w.])")  # a number that is a word: a byte, a size; not a schema's version
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -73,7 +75,7 @@ class _Reader:
         yield _histograms("batch_alerts", "Alerts in a batch", None, {"": now.batch_sizes})
         yield _gauge("queue_depth", "Batches that wait for a stage", ["queue"], _single(now.queue_depths))
         yield _counter("classes", "Alerts by their most probable class", ["class"], _single(now.classes))
-        yield _counter("dead_letters", "Dead letters by their reason", ["reason"], _single(_bounded(now.reasons)))
+        yield _counter("dead_letters", "Dead letters by their reason", ["reason"], _single(grouped(now.reasons)))
         models = (((name, digest), 1.0) for name, digest in now.models.items())
         yield _gauge("model_info", "The models that are loaded, with their SHA-256", ["model", "digest"], models)
         yield _gauge("build_info", "The version of edgekit", ["version"], [((__version__,), 1.0)])
@@ -134,10 +136,13 @@ def _single(numbers: dict[str, int]) -> Samples:
     return (((name,), float(number)) for name, number in numbers.items())
 
 
-def _bounded(reasons: Counter[str]) -> Counter[str]:
-    """Reasons cut to length, in the order in which they came up, which keeps each under its label once it has one."""
+def grouped(reasons: Counter[str]) -> Counter[str]:
+    """Reasons without the numbers in them, cut to length; those beyond `MOST_REASONS` together.
+
+    They are taken in the order in which they came up, so that one which has a label keeps it.
+    """
     found: Counter[str] = Counter()
     for reason, number in reasons.items():
-        short = reason[:REASON_LENGTH].encode(errors="replace").decode()
-        found[short if short in found or len(found) < MOST_REASONS else OTHER] += number
+        text = ALONE.sub("N", reason)[:REASON_LENGTH].encode(errors="replace").decode()
+        found[text if text in found or len(found) < MOST_REASONS else OTHER] += number
     return found

@@ -1,6 +1,5 @@
 """The functions that Spark calls, called here directly; and, with -m spark, by Spark itself in local mode."""
 
-import os
 import pickle
 import shutil
 import sys
@@ -219,6 +218,9 @@ def test_finks_cuts(alerts, by_columns):
     outside = [number in (1, 2, 3, 4) for number in range(count)]
     assert (frame["status"] == "skipped: outside the cuts").tolist() == outside
     assert frame["alert_id"].tolist() == columns[0].tolist()
+    assert frame["n_det_g"].tolist() == [
+        None if out else row["n_det_g"] for out, row in zip(outside, by_columns, strict=True)
+    ]
     assert frame["best_class"].isna().tolist() == outside
     inside = ~np.array(outside)
     wanted = np.array([[row[p] for p in PROBABILITIES] for row in by_columns])
@@ -260,6 +262,23 @@ def test_without_pyspark_the_error_names_the_extra(monkeypatch):
 
 
 @pytest.mark.realdata
+def test_real_packets_give_the_same_numbers(shared_data, tmp_path):
+    folders = [shared_data / "alerts" / name for name in ("ztf", "ztf_kowalski", "lsst_wire", "poison")]
+    files = [path for folder in folders for path in sorted(folder.iterdir())]
+    classify_files(files, tmp_path / "out.parquet", bundle=GR)
+    wanted = {row["file"]: row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
+    rows = {"name": [str(path) for path in files], "value": [path.read_bytes() for path in files]}
+    found = run(pa.RecordBatch.from_pydict(rows), "value", keep=["name"]).to_pylist()
+    assert [row["name"] for row in found] == rows["name"]
+    assert len(wanted) > 100
+    for row in found:
+        if row["name"] in wanted:
+            assert_same_but_rounding(row, wanted[row["name"]])
+        else:
+            assert row["status"].startswith("error: "), row
+
+
+@pytest.mark.realdata
 @pytest.mark.parametrize("name", ["fink_alerts_2019_51", "fink_datatest_part2_67"])
 def test_finks_files_give_the_same_numbers_all_three_ways(shared_data, tmp_path, name):
     path = shared_data / "alerts" / "parquet" / f"{name}.parquet"
@@ -280,56 +299,44 @@ def test_finks_files_give_the_same_numbers_all_three_ways(shared_data, tmp_path,
 # --- Spark
 
 
-@pytest.fixture(scope="session")
-def session():
-    sql = pytest.importorskip("pyspark.sql")
-    if shutil.which("java") is None:
-        pytest.skip("no java on the path; Spark 4 needs version 17 or newer")
-    os.environ.update(PYSPARK_PYTHON=sys.executable, SPARK_LOCAL_IP="127.0.0.1")
-    builder = sql.SparkSession.builder.master("local[2]").appName("edgekit")
-    for name, value in {
-        "spark.ui.enabled": "false",
-        "spark.driver.host": "127.0.0.1",
-        "spark.driver.bindAddress": "127.0.0.1",
-        "spark.sql.shuffle.partitions": "2",
-    }.items():
-        builder = builder.config(name, value)
-    found = builder.getOrCreate()
-    found.sparkContext.setLogLevel("ERROR")
-    yield found
-    found.stop()
-
-
 def as_rows(frame) -> list[dict]:
     return [row.asDict(recursive=True) for row in frame.collect()]
 
 
+def assert_same_but_rounding(row: dict, wanted: dict) -> None:
+    """Another composition of batches moves the last bits of a probability at most."""
+    for column in SHARED:
+        if row[column] is not None and (column.startswith("p_") or column == "best_probability"):
+            assert row[column] == pytest.approx(wanted[column], abs=1e-6)
+        else:
+            assert row[column] == wanted[column], column
+
+
 def check_spark(rows: list[dict], expected: dict[str, dict]) -> None:
-    """Partitions are batches of their own, which moves the last bit of a probability at most."""
     named = {Path(row["path"]).name: row for row in rows}
     assert len(named) == len(rows)
     assert named.keys() == expected.keys() | {"bad0", "bad2", "bad3"}  # Spark's file source passes over empty files
     for name, row in named.items():
         if name.startswith("bad"):
             assert row["status"].startswith("error: ")
-            continue
-        for column in SHARED:
-            if column.startswith("p_") or column == "best_probability":
-                assert row[column] == pytest.approx(expected[name][column], abs=1e-6)
-            else:
-                assert row[column] == expected[name][column], column
+        else:
+            assert_same_but_rounding(row, expected[name])
 
 
 @pytest.mark.spark
-def test_spark_classifies_packets(session, packets, expected):
-    files = session.read.format("binaryFile").load(str(packets))
-    check_spark(as_rows(spark.classify(files, GR, "content", keep=["path"], runtime="onnxruntime")), expected)
+def test_spark_classifies_packets(spark_session, packets, expected):
+    files = spark_session.read.format("binaryFile").load(str(packets))
+    kept = ["path", "modificationTime", "content"]  # also what is read, and a time, which Arrow knows in several ways
+    rows = as_rows(spark.classify(files, GR, "content", keep=kept, runtime="onnxruntime"))
+    check_spark(rows, expected)
+    times = {row["path"]: (row["modificationTime"], row["content"]) for row in as_rows(files.select(*kept))}
+    assert {row["path"]: (row["modificationTime"], row["content"]) for row in rows} == times
 
 
 @pytest.mark.spark
-def test_structured_streaming_classifies_packets(session, packets, expected, tmp_path):
-    schema = session.read.format("binaryFile").load(str(packets)).schema
-    files = session.readStream.format("binaryFile").schema(schema).load(str(packets))
+def test_structured_streaming_classifies_packets(spark_session, packets, expected, tmp_path):
+    schema = spark_session.read.format("binaryFile").load(str(packets)).schema
+    files = spark_session.readStream.format("binaryFile").schema(schema).load(str(packets))
     classified = spark.classify(files, GR, "content", keep=["path"], runtime="onnxruntime")
     query = (
         classified.writeStream.format("parquet")
@@ -342,8 +349,8 @@ def test_structured_streaming_classifies_packets(session, packets, expected, tmp
 
 
 @pytest.mark.spark
-def test_spark_names_what_is_wrong_before_the_job(session, packets):
-    files = session.read.format("binaryFile").load(str(packets))
+def test_spark_names_what_is_wrong_before_the_job(spark_session, packets):
+    files = spark_session.read.format("binaryFile").load(str(packets))
     with pytest.raises(EdgekitError, match=r"unknown column 'contents'.* did you mean 'content'"):
         spark.classify(files, GR, "contents", runtime="onnxruntime")
     with pytest.raises(EdgekitError, match="'path' is of type string; expected binary"):
@@ -356,15 +363,18 @@ def test_spark_names_what_is_wrong_before_the_job(session, packets):
 
 @pytest.mark.spark
 @pytest.mark.realdata
-def test_spark_classifies_finks_files_all_ways(session, shared_data, tmp_path):
+def test_spark_classifies_finks_files_all_ways(spark_session, shared_data, tmp_path):
     from pyspark.sql import functions as F
 
     path = shared_data / "alerts" / "parquet" / "fink_datatest_part2_67.parquet"
     classify_files([path], tmp_path / "out.parquet", bundle=GR)
     wanted = {row["alert_id"]: row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
-    alerts = session.read.parquet(str(path)).coalesce(1)
-    rows = as_rows(spark.classify(alerts, GR, keep=["roid"], runtime="onnxruntime"))
+    alerts = spark_session.read.parquet(str(path)).coalesce(1)
+    rows = as_rows(spark.classify(alerts, GR, keep=["roid", "candid", "mulens"], runtime="onnxruntime"))
     assert len(rows) == len(wanted) == 67
+    assert {(row["candid"], row["mulens"]["class_1"]) for row in rows} == {
+        (row["candid"], row["mulens"]["class_1"]) for row in as_rows(alerts.select("candid", "mulens"))
+    }
     for row in rows:
         assert {name: row[name] for name in SHARED} == {name: wanted[row["alert_id"]][name] for name in SHARED}
 
@@ -383,7 +393,8 @@ def test_spark_classifies_finks_files_all_ways(session, shared_data, tmp_path):
         & (F.col("roid") != 3) & F.col("cdsxmatch").isin(*hosts)
         & (F.col("candidate.jd") - F.col("candidate.jdstarthist") <= 90)
     )  # fmt: skip
-    chosen = history.select("candid", whole, best(*five, *cuts).alias("best"), inside.alias("inside"))
+    cut = spark.t2(GR, hosts=hosts, runtime="onnxruntime")(*five, *cuts).alias("cut")
+    chosen = history.select("candid", whole, cut, best(*five, *cuts).alias("best"), inside.alias("inside"))
     rows = as_rows(chosen)
     assert len(rows) == 67
     assert {row["inside"] for row in rows} == {True, False}
@@ -391,6 +402,9 @@ def test_spark_classifies_finks_files_all_ways(session, shared_data, tmp_path):
         other = wanted[row["candid"]]
         assert {name: row["t2"][name] for name in PROBABILITIES} == {name: other[name] for name in PROBABILITIES}
         assert row["t2"]["best_class"] == other["best_class"]
+        assert row["cut"]["alert_id"] == row["t2"]["alert_id"] == row["candid"]
+        assert row["cut"]["n_det_g"] == (other["n_det_g"] if row["inside"] else None)
+        assert (row["cut"]["status"] == "skipped: outside the cuts") is not row["inside"]
         assert row["best"] == ((other["best_class"] or "None") if row["inside"] else "None")
 
 

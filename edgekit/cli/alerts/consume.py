@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.cli.alerts.common import alert_packages, key_values, stopping
-from edgekit.cli.console import note, output, print_json, print_table
+from edgekit.cli.console import note, output, print_json, print_table, status
 
 if TYPE_CHECKING:
     from alert_broker.stream.config import Config
@@ -110,7 +110,7 @@ def watching(config: Config, stats: Stats, *, as_json: bool) -> Iterator[None]:
         if config.metrics.listen:
             host, _, port = config.metrics.listen.rpartition(":")
             stack.enter_context(health.serve(stats, host or "127.0.0.1", int(port)))
-        stack.enter_context(dashboard.show(stats, False if as_json else None))
+        stack.enter_context(dashboard.show(stats, False if as_json else None, console=status))
         yield
 
 

@@ -56,7 +56,8 @@ def test_latencies_are_of_the_window_not_since_the_start(view):
     assert row(screen(view), "inference") == ["2.5", "s", "2.5", "s", "2.5", "s"]
     since_the_start = View(view.now, replace(Stats().snapshot(), uptime=0.0))  # the twin: 100 quick ones come first
     assert row(screen(since_the_start), "inference") == ["25", "ms", "2.5", "s", "2.5", "s"]
-    assert row(screen(view), "decode") == ["-", "-", "-", "3"]
+    assert row(screen(view), "decode ") == ["-", "-", "-"]
+    assert "batches waiting: decode 3, publish 0; rates and times of the last 4 s" in screen(view)
 
 
 def test_the_line_says_the_same(view):
@@ -71,7 +72,8 @@ def test_the_line_says_the_same(view):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ready": False}, "waiting for partitions and the model"),
+        ({"ready": False}, "no partition is assigned"),
+        ({"ready": False, "models": {}}, "no model is loaded yet"),
         ({"paused": True}, "paused by back-pressure"),
         ({"progress_age": 1e4}, "STUCK: no progress for 10000 s with 42 messages to come"),
         ({}, "running"),
@@ -96,7 +98,7 @@ def crowded() -> View:
     stats.classes.update({f"class number {number}": number for number in range(60)})
     stats.reasons.update({f"reason {number} " + "of great length " * 20: number for number in range(60)})
     stats.models = {"t2-gr": "a" * 64, "t2-ugrizy": "b" * 64}
-    stats.queue_depths = dict.fromkeys(STAGES, 1000)
+    stats.queue_depths = dict.fromkeys(STAGES[:4], 1000)
     stats.ledger.add(("a-topic-with-a-long-name", 7), consumed=10**8)
     now = stats.snapshot()
     return View(now, replace(now, uptime=-1.0))

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from alert_broker.stream import metrics
-from alert_broker.stream.metrics import MOST_REASONS, OTHER, page
+from alert_broker.stream.metrics import MOST_REASONS, OTHER, grouped, page
 from alert_broker.stream.stats import SECONDS, Stats
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.sample import busy_stats
@@ -103,7 +104,7 @@ def test_the_documented_names_are_those_on_the_page(stats):
 def test_reasons_are_bounded_and_keep_their_label():
     stats, before = Stats(), {}
     for number in range(3 * MOST_REASONS):
-        stats.reasons[f"byte {number} " + "x" * 500] += 1
+        stats.reasons[f"byte {chr(97 + number % 26)}{number} " + "x" * 500] += 1
         stats.reasons["common"] += 2
         found = read(stats)["edgekit_dead_letters_total"]
         assert len(found) <= MOST_REASONS + 1
@@ -112,6 +113,12 @@ def test_reasons_are_bounded_and_keep_their_label():
         before = found
     assert before["common",] == 6 * MOST_REASONS
     assert before[OTHER,] == 2 * MOST_REASONS + 1
+
+
+def test_numbers_make_no_reason_of_their_own():
+    reasons = Counter(f"the block at byte {number} is cut short, lsst.v7_1 of 3.5" for number in range(100))
+    reasons["begins with 6e 6f 74 20"] = 1
+    assert grouped(reasons) == {"the block at byte N is cut short, lsst.v7_1 of 3.5": 100, "begins with 6e 6f N N": 1}
 
 
 @given(st.dictionaries(st.text(max_size=120), st.integers(1, 9), max_size=50))
