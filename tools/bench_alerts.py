@@ -10,9 +10,9 @@ and RobustScaler (tools/bench_gp.py), one ONNX Runtime call per alert, JSON. The
 model there, which is not to be had; t2-gr on ONNX Runtime stands in for it, which flatters the reference. Then LSST's
 first detections by the same stages in threads, as the pipeline has them, wall time on all cores.
 
-Through a broker: `edgekit alerts consume` between two topics of an embedded Kafka-compatible broker (Tansu, in memory)
-on the same cores. Latency is from the moment when the producer was given the packet to that when a reader has the result.
-The broker's own limit is how fast a consumer that does nothing reads the same messages.
+Through a broker: `edgekit alerts consume` between two topics of an embedded Kafka-compatible broker (Tansu, in
+memory) on the same cores. Latency is from the moment when the producer was given the packet to that when a reader has
+the result. The broker's own limit is how fast a consumer that does nothing reads the same messages.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 `edgekit alerts consume` between topics of an embedded broker (Tansu, in memory); one packet in a hundred is damaged.
 The broker keeps every message, so LSST packets come without their images (--cutouts sends them, 100 kB each, for a
-short run). Memory is the consumer's resident set, read every few seconds; flat means that its median in the last quarter is
-at most 5 % above that in the second. Exit status 1 if it is not, or if the ledger, the results or the dead letters are
-not what was sent.
+short run). Memory is the consumer's resident set, read every few seconds; flat means that its median in the last
+quarter is at most 5 % above that in the second. Exit status 1 if it is not, or if the ledger, the results or the dead
+letters are not what was sent.
 """
 
 from __future__ import annotations
