@@ -39,7 +39,8 @@ class Source:
     group: str = _option("edgekit", "Consumer group; its members share the partitions.")
     instance: str = _option("", "Name of this member for static membership: a restart then moves no partition.")
     start_at: str = _option(
-        "earliest", "earliest or latest, for a group that has committed nothing; or a time or 0=12,1=40."
+        "earliest",
+        "earliest, latest: where nothing was committed. A time, or 0=12,1=40: moves the group at each start.",
     )
     until_eos: bool = _option(False, "End when every partition has been read to its end.")
     drain_seconds: float = _option(20.0, "How long a partition that is taken away may finish what is in flight.")
@@ -162,6 +163,8 @@ class Config:
                 raise EdgekitError(f"{name} is {value}; expected {low} or more")
         if self.batch.seconds <= 0 or self.publish.seconds <= 0:
             raise EdgekitError("batch.seconds and publish.seconds must be above 0")
+        if self.metrics.listen and not self.metrics.listen.rpartition(":")[2].isdigit():
+            raise EdgekitError(f"metrics.listen is {self.metrics.listen!r}; expected HOST:PORT, such as 127.0.0.1:9108")
         if not 0 <= self.dead_letters.max_ratio <= 1:
             raise EdgekitError(f"dead_letters.max_ratio is {self.dead_letters.max_ratio}; expected 0 to 1")
         return self

@@ -65,6 +65,7 @@ def test_what_is_wrong_is_said(line, said):
     ({"output": [{"topic": "ztf"}]}, "both read and written"),
     ({"output": [{"topic": "a"}, {"topic": "a"}]}, "share a topic"),
     ({"dead_letters": {"topic": "everything"}}, "share a topic"),
+    ({"metrics": {"listen": "localhost"}}, "expected HOST:PORT"),
     ({"batch": {"size": 0}}, "expected 1 or more"),
     ({"dead_letters": {"max_ratio": 1.5}}, "expected 0 to 1"),
 ])  # fmt: skip

@@ -322,6 +322,32 @@ def test_exactly_once_with_crashes_between_publishing_and_committing(transaction
     assert seen.duplicates > 0  # the test has teeth: without transactions these would be seen
 
 
+def test_exactly_once_with_sigkills(transactional, packets):
+    """Static membership gives a member that comes back its partitions; its transactional id ends what it had open."""
+    rig, rng = transactional, random.Random(15)
+    feed = Feed(rig, repeat(packets, 2000), 60.0)
+    feed.start()
+    changes = {"batch": {"size": 10, "seconds": 0.05}, "publish": EXACTLY}
+    kills = 10
+    for _ in range(kills):
+        running = rig.start(source={"until_eos": False, "instance": "one"}, **changes)
+        assert running.assigned.wait(60), running.wait(1)
+        deadline = time.monotonic() + rng.uniform(0.0, 1.5)
+        while time.monotonic() < deadline:
+            assert running.running, running.wait()
+            time.sleep(0.005)
+        running.kill()
+    feed.join(120)
+    assert feed.error is None
+    rig.consume(source={"instance": "one"}, **changes)
+    done = rig.outcome(feed.sent)
+    seen = rig.outcome(feed.sent, "read_uncommitted")
+    print(
+        f"{kills} kills, {feed.sent} alerts: {done.lost} lost, {done.duplicates} twice; {seen.duplicates} uncommitted"
+    )
+    assert (done.lost, done.duplicates, done.results) == (0, 0, feed.sent)
+
+
 def test_at_least_once_repeats_what_exactly_once_does_not(transactional, packets, monkeypatch):
     """Planted: the same crashes without transactions."""
     from alert_broker.stream.source import Source
