@@ -42,6 +42,7 @@ NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the net
 SHORT_DIGEST = 12
 NOTE_AFTER_SECONDS = 1.0  # of compilation; loading the kernels from numba's cache takes less
 
+Stage = Callable[[AlertBatch], pa.RecordBatch]
 Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, packets read
 
 
@@ -60,10 +61,18 @@ def for_survey(features: LightCurveFeatures, survey: Survey) -> LightCurveFeatur
 class Classifier:
     """One model on one runtime: a batch of alerts to a record batch of `result_schema(classes)`, in the same order.
 
-    `seconds` adds up the time spent on features and on inference.
+    threads: of the Gaussian process; session_threads: of the runtime; by default all cores. `seconds` adds up the time
+    spent on features and on inference.
     """
 
-    def __init__(self, bundle: Bundle, runtime: str = "onnxruntime", *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        runtime: str = "onnxruntime",
+        *,
+        threads: int | None = None,
+        session_threads: int | None = None,
+    ) -> None:
         source = str(bundle.path or bundle.manifest.name)
         self.bundle, self._threads = bundle, threads
         self.classes = bundle.manifest.classes
@@ -74,14 +83,15 @@ class Classifier:
                 "use a model without redshift, such as t2-ugrizy"
             )
         _check_shapes(bundle, self.features, source)
-        self.session = open_session(bundle, runtime)
+        self.session = open_session(bundle, runtime, **({"threads": session_threads} if session_threads else {}))
         self.schema = result_schema(self.classes)
+        self._digest = bundle.digest[:SHORT_DIGEST]
         self.seconds = {"features": 0.0, "inference": 0.0}
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
         """A row for every alert; where one could not be classified, `status` says why and probabilities are null."""
         name, survey, count = self.bundle.manifest.name, batch.survey, len(batch.curves)
-        identity = {"model": repeat(name, count), "bundle": repeat(self.bundle.digest[:SHORT_DIGEST], count)}
+        identity = {"model": repeat(name, count), "bundle": repeat(self._digest, count)}
         if lacking := [band for band in self.features.seen if band not in survey.bands]:
             reason = f"skipped: {name} needs {', '.join(lacking)}, which {survey.name} does not observe"
             return result_rows(batch, self.schema, identity | {"status": repeat(reason, count)})
@@ -115,6 +125,63 @@ class Classifier:
         return result_rows(batch, self.schema, identity | columns)
 
 
+class Classifiers:
+    """The models of all surveys: batches of any survey to record batches of one schema.
+
+    bundle: for all surveys; by default each survey's own. One that is named is opened now, so that it shows before the
+    work if it cannot be used; the others when their first alert comes, or by `open_all`. wrap: put around each
+    classifier, with the columns that it adds.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | None,
+        runtime: str,
+        *,
+        threads: int | None = None,
+        wrap: Callable[[Classifier], Stage] = lambda classifier: classifier,
+        columns: Sequence[pa.Field] = (),
+    ) -> None:
+        self.models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
+        self.classes = tuple(dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes))
+        self.schema = pa.schema([*result_schema(self.classes), *columns])
+        self.opened: dict[str, Classifier] = {}  # by the bundle's digest
+        self._stages: dict[str, Stage] = {}
+        self._digests = {survey: item.digest for survey, item in self.models.items()}
+        self._runtime, self._threads, self._wrap = runtime, threads, wrap
+        self.start_seconds = 0.0
+        if bundle is not None:
+            self.open_all()
+
+    def open_all(self) -> None:
+        for survey in self.models:
+            self._of(survey)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent so far on features and on inference."""
+        stages = ("features", "inference")
+        return {stage: sum(item.seconds[stage] for item in self.opened.values()) for stage in stages}
+
+    def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
+        """A row of `schema` for every alert, in the same order."""
+        count = len(batch.curves)
+        if batch.survey.name not in self.models:
+            reason = f"skipped: no model by default for {batch.survey.name}, name one with --model"
+            return result_rows(batch, self.schema, {"status": repeat(reason, count)})
+        rows = self._of(batch.survey.name)(batch)
+        return fill({name: rows[name] for name in rows.schema.names}, self.schema, count)
+
+    def _of(self, survey: str) -> Stage:
+        digest = self._digests[survey]
+        if digest not in self.opened:
+            started = time.perf_counter()
+            self.opened[digest] = Classifier(self.models[survey], self._runtime, threads=self._threads)
+            self._stages[digest] = self._wrap(self.opened[digest])
+            self.start_seconds += time.perf_counter() - started
+        return self._stages[digest]
+
+
 def default_models() -> dict[str, Bundle]:
     """The zoo's model for each survey."""
     bundles = {name: resolve(name) for name in dict.fromkeys(DEFAULT_MODELS.values())}
@@ -142,42 +209,28 @@ def classify_files(
     files = find_files(paths)
     errors = errors or output.with_suffix(".errors.parquet")
     _check_targets(output, errors, files, force)
-    models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
-    classes = dict.fromkeys(name for item in models.values() for name in item.manifest.classes)
-    schema = result_schema(tuple(classes))
     account = Account(files=len(files))
-    classifiers: dict[str, Classifier] = {}  # by the bundle's digest; opened when the first alert needs one
-    if bundle is not None:
-        classifiers[bundle.digest] = Classifier(bundle, runtime)  # now: one that cannot be used shows before the work
+    classifiers = Classifiers(bundle, runtime)
     started = time.perf_counter()
-    _load_kernels(notify)
+    load_kernels(notify)
     account.seconds["start"] += time.perf_counter() - started
     packets = _counted(files, account, progress, stop)
-    with Table(output, schema) as results, Table(errors, ERRORS) as bad_packets:
+    with Table(output, classifiers.schema) as results, Table(errors, ERRORS) as bad_packets:
         for item in _timed(batches(packets, batch), account.seconds):
             if isinstance(item, BadPacket):
                 account.add_bad(item)
                 row = {name: [getattr(item, name)] for name in ERRORS.names}
                 bad_packets.add(pa.RecordBatch.from_pydict(row, schema=ERRORS))
                 continue
-            model = models.get(item.survey.name)
-            if model is None:
-                reason = f"skipped: no model by default for {item.survey.name}, name one with --model"
-                rows = result_rows(item, schema, {"status": repeat(reason, len(item.curves))})
-            else:
-                started = time.perf_counter()
-                if model.digest not in classifiers:
-                    classifiers[model.digest] = Classifier(model, runtime)
-                account.seconds["start"] += time.perf_counter() - started
-                rows = classifiers[model.digest](item)
+            rows = classifiers(item)
             account.add_rows(rows)
-            results.add(fill({name: rows[name] for name in rows.schema.names}, schema, rows.num_rows))
+            results.add(rows)
         account.check(results.rows)
-        for classifier in classifiers.values():
+        account.seconds["start"] += classifiers.start_seconds
+        account.seconds |= classifiers.seconds
+        for classifier in classifiers.opened.values():
             account.models[classifier.bundle.manifest.name] = classifier.bundle.digest
             account.runtime = f"{runtime}, {classifier.session.provider}, {classifier.session.device}"
-            for stage, seconds in classifier.seconds.items():
-                account.seconds[stage] += seconds
         results.describe({"edgekit": __version__, **account.to_json()})
     return account
 
@@ -210,7 +263,7 @@ def _check_shapes(bundle: Bundle, features: LightCurveFeatures, source: str) -> 
         raise EdgekitError(f"{source}: its outputs are {shapes}; expected one, with a column for each class")
 
 
-def _load_kernels(notify: Callable[[str], None]) -> None:
+def load_kernels(notify: Callable[[str], None]) -> None:
     """Have the decoder and the Gaussian process compiled; with a note where that takes long, since nothing else seems
     to happen."""
     missing = [kernel for kernel in (avro, gaussian_process) if not kernel.is_compiled()]

@@ -12,7 +12,7 @@ import mmap
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fastavro.schema import parse_schema
@@ -23,6 +23,7 @@ from alert_broker.surveys.base import PacketError, Survey, surveys
 
 AVRO_MAGIC, WIRE_MAGIC = b"Obj\x01", b"\x00"
 SYNC_BYTES = 16
+HEADERS = 4  # kept, of the containers met lately
 WIRE_HEADER = struct.Struct(">BI")  # Confluent: a zero byte, then the schema id
 INFLATED_BYTES = 1 << 30  # of one block; more is a decompression bomb
 
@@ -56,7 +57,10 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Avro data of `count` packets in a row, without framing; offset: byte of the first in the file."""
+    """Avro data of `count` packets in a row, without framing; offset: byte of the first in the file.
+
+    place: what the packet goes by instead of its byte, where it came as a message of its own.
+    """
 
     file: str
     offset: int
@@ -64,6 +68,36 @@ class Block:
     count: int
     data: bytes | memoryview = field(repr=False)
     compressed: bool = False
+    place: int | None = None
+
+
+def message(data: Buffer, place: int, schema_text: Callable[[int], str] | None = None) -> Block | BadPacket:
+    """The one packet in a message, or why there is none; `place` stands for it in what is made of it."""
+    if data[: len(AVRO_MAGIC)] == AVRO_MAGIC and (whole := _one_packet(data, place)) is not None:
+        return whole
+    packets = 0
+    block: Block | None = None
+    for item in split(data, "", schema_text):
+        if isinstance(item, BadPacket):
+            return replace(item, offset=place, packets=1)
+        packets += item.count
+        block = item
+    if block is None or packets != 1:
+        return BadPacket("", place, f"the message holds {packets} packets; expected one, as alerts replay sends them")
+    return replace(block, place=place)
+
+
+def _one_packet(data: Buffer, place: int) -> Block | None:
+    """The packet of a container of one, without a codec and with nothing wrong; None for all others."""
+    try:
+        header = _header(data)
+    except (PacketError, UnicodeDecodeError):
+        return None
+    at = len(header.content) + SYNC_BYTES
+    count, start, end, fault = _frame(data, at, data[at - SYNC_BYTES : at])
+    if fault or count != 1 or end == start or end + SYNC_BYTES != len(data) or header.codec != "null":
+        return None
+    return Block("", start, header.schema, 1, memoryview(data)[start:end], place=place)
 
 
 def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = None) -> Iterator[Block | BadPacket]:
@@ -88,14 +122,11 @@ def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = No
 
 def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
     try:
-        metadata, at = _container_metadata(data)
-        codec = metadata.get("avro.codec", b"null").decode()
-        if codec not in ("null", "deflate"):
-            raise PacketError(f"its codec is {codec!r}; supported: null, deflate")
-        schema = _container_schema(metadata.get("avro.schema", b""))
+        header = _header(data)
     except (PacketError, UnicodeDecodeError) as error:
         yield BadPacket(file, 0, f"the Avro container's header is not usable: {error}")
         return
+    at, codec, schema = len(header.content), header.codec, header.schema
     sync = data[at : at + SYNC_BYTES]
     at += SYNC_BYTES
     if at >= len(data):
@@ -128,6 +159,41 @@ def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
             yield BadPacket(file, start, f"the block claims {count} packets in {len(content)} bytes")
         elif count:
             yield Block(file, start, schema, count, content, compressed=codec != "null")
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """A container's first bytes, up to its sync marker, and what they say."""
+
+    content: bytes = field(repr=False)
+    codec: str
+    schema: Schema
+
+
+_headers: list[_Header] = []  # met lately, the last one first
+
+
+def _header(data: Buffer) -> _Header:
+    """Read once for many packets: a survey's have the same header, which is known again by comparing its bytes."""
+    for known in _headers:
+        same = (
+            data.startswith(known.content) if isinstance(data, bytes) else data[: len(known.content)] == known.content
+        )
+        if same:
+            return known
+    metadata, at = _container_metadata(data)
+    codec = metadata.get("avro.codec", b"null").decode()
+    if codec not in ("null", "deflate"):
+        raise PacketError(f"its codec is {codec!r}; supported: null, deflate")
+    found = _Header(bytes(data[:at]), codec, _container_schema(metadata.get("avro.schema", b"")))
+    _headers.insert(0, found)
+    del _headers[HEADERS:]
+    return found
+
+
+def header_end(data: Buffer) -> int:
+    """The byte after a container's header and its sync marker; PacketError if the header is not whole."""
+    return _container_metadata(data)[1] + SYNC_BYTES
 
 
 def _frame(data: Buffer, at: int, sync: bytes) -> tuple[int, int, int, str]:

@@ -93,11 +93,14 @@ def read_blocks(paths: Iterable[str | Path]) -> Iterator[Source | BadPacket]:
     return _read_files(find_files(paths))
 
 
-def batches(blocks: Iterable[Source | BadPacket], size: int = 1024) -> Iterator[AlertBatch | BadPacket]:
+def batches(
+    blocks: Iterable[Source | BadPacket], size: int = 1024, spare: dict[Plan, Columns] | None = None
+) -> Iterator[AlertBatch | BadPacket]:
     """Light curves of up to `size` alerts of one survey; bad packets pass through as they come.
 
     A packet that cannot be decoded takes the rest of its block along: nothing marks where the next one begins. One that
-    can be, but gives no light curve, comes as a BadPacket before its batch.
+    can be, but gives no light curve, comes as a BadPacket before its batch. spare: keeps grown columns for
+    the next call.
     """
     if size < 1:
         raise EdgekitError(f"batch size is {size}; expected 1 or more")
@@ -114,7 +117,7 @@ def batches(blocks: Iterable[Source | BadPacket], size: int = 1024) -> Iterator[
             yield _unsupported(block)
             continue
         if survey.name not in waiting:
-            waiting[survey.name] = _Waiting(survey)
+            waiting[survey.name] = _Waiting(survey, {} if spare is None else spare)
         if bad := waiting[survey.name].add(block):
             yield bad
         if len(waiting[survey.name]) >= size:
@@ -126,8 +129,8 @@ def batches(blocks: Iterable[Source | BadPacket], size: int = 1024) -> Iterator[
 class _Waiting:
     """Packets of one survey that wait for their batch, read into columns: a set for each Avro schema, and Parquet's."""
 
-    def __init__(self, survey: Survey) -> None:
-        self.survey = survey
+    def __init__(self, survey: Survey, spare: dict[Plan, Columns]) -> None:
+        self.survey, self._spare = survey, spare
         self._files: list[str] = []  # of each packet, in the order in which they came
         self._offsets: list[int] = []
         self._columns: dict[Plan, tuple[Columns, list[int]]] = {}  # and the packets' places in that order
@@ -145,12 +148,13 @@ class _Waiting:
         plan = block.schema.plan
         assert plan is not None
         if plan not in self._columns:
-            self._columns[plan] = (Columns(plan), [])
+            self._columns[plan] = (self._spare.pop(plan) if plan in self._spare else Columns(plan), [])
         columns, places = self._columns[plan]
         ends, fault = columns.read(block.data, block.count)
         starts = [0, *ends.tolist()]
         inside = [0] * len(starts) if block.compressed else starts
-        places += self._place(block.file, [block.offset + start for start in inside[: len(ends)]])
+        where = [block.offset + start for start in inside] if block.place is None else [block.place] * len(starts)
+        places += self._place(block.file, where[: len(ends)])
         if fault is None:
             return None
         name, lost = block.schema.name, block.count - len(ends)
@@ -159,11 +163,12 @@ class _Waiting:
         else:
             byte = f"{fault.at} of the decompressed block" if block.compressed else block.offset + fault.at
             reason = f"does not decode as {name}: {fault.reason} (byte {byte}, in {fault.field})"
-        return BadPacket(block.file, block.offset + inside[len(ends)], reason, packets=lost)
+        return BadPacket(block.file, where[len(ends)], reason, packets=lost)
 
     def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
         """All that waits, as batches of up to `size`."""
         sources = [(columns.take(), places) for columns, places in self._columns.values()] + self._tables
+        self._spare.update((plan, columns) for plan, (columns, _) in self._columns.items())
         found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
         for columns, places in sources:
             try:
@@ -218,7 +223,8 @@ class _Waiting:
 def _unsupported(block: Block) -> BadPacket:
     known = ", ".join(surveys())
     reason = f"unsupported survey: the schema is {block.schema.name!r}; supported: {known}"
-    return BadPacket(block.file, block.offset, reason, "skipped", block.count)
+    where = block.offset if block.place is None else block.place
+    return BadPacket(block.file, where, reason, "skipped", block.count)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -257,8 +263,8 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
             if TRUTH_KEY in (parquet.schema_arrow.metadata or {}):
                 return
             rows = parquet.metadata.num_rows
-            columns = [name for item in parquet.schema_arrow for name in _leaves(item.name, item.type)]
-            survey = next((item for item in surveys().values() if item.recognises_columns(frozenset(columns))), None)
+            columns = leaves(parquet.schema_arrow)
+            survey = survey_of(columns)
             if survey is None or rows == 0:
                 known = ", ".join(surveys())
                 named = ", ".join(parquet.schema_arrow.names[:8])
@@ -275,8 +281,18 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
         yield BadPacket(str(path), row, reason, packets=max(rows - row, 1))
 
 
+def survey_of(columns: Iterable[str]) -> Survey | None:
+    """The survey whose alerts a table with these leaves holds."""
+    names = frozenset(columns)
+    return next((item for item in surveys().values() if item.recognises_columns(names)), None)
+
+
+def leaves(schema: pa.Schema) -> list[str]:
+    """Dotted names of the leaves of all columns, in Parquet's order; lists add no name."""
+    return [name for item in schema for name in _leaves(item.name, item.type)]
+
+
 def _leaves(name: str, kind: pa.DataType) -> Iterator[str]:
-    """Dotted names of a column's leaves, in Parquet's order; lists add no name."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         yield from _leaves(name, kind.value_type)
     elif pa.types.is_struct(kind):

@@ -183,24 +183,34 @@ def lsst_packet(
 
 def write_file(directory: Path, survey: str, number: int, packets: Sequence[dict[str, Any]], *, single: bool) -> Path:
     """One file of packets: an Avro container, or one LSST message in Confluent wire format."""
-    if survey == "lsst" and single:
-        identifier = max(lsst.schema_versions())
-        path = directory / f"{packets[0]['diaSourceId']}.bin"
-        body = io.BytesIO()
-        fastavro.schemaless_writer(body, lsst.schema(identifier), packets[0])
-        path.write_bytes(WIRE_HEADER.pack(0, identifier) + body.getvalue())
-        return path
-    if survey == "ztf":
-        schema = _ztf_parsed()
-        name = f"{packets[0]['objectId']}.{packets[0]['candid']}.avro" if single else f"ztf_{number:05}.avro"
+    if single:
+        first = packets[0]
+        lsst_name, ztf_name = f"{first.get('diaSourceId')}.bin", f"{first.get('objectId')}.{first.get('candid')}.avro"
+        path = directory / (lsst_name if survey == "lsst" else ztf_name)
+        path.write_bytes(message(survey, first))
     else:
-        schema, name = lsst.schema(max(lsst.schema_versions())), f"lsst_{number:05}.avro"
-    path = directory / name
-    with path.open("wb") as stream:
-        # One packet to a block, so that damage to one costs no other; a fixed marker, so that a seed fixes every byte.
-        marker = hashlib.md5(name.encode(), usedforsecurity=False).digest()
-        fastavro.writer(stream, schema, packets, sync_interval=1, sync_marker=marker)
+        path = directory / f"{survey}_{number:05}.avro"
+        path.write_bytes(_container(survey, packets, path.name))
     return path
+
+
+def message(survey: str, packet: dict[str, Any]) -> bytes:
+    """One packet as the survey sends it: a container with its schema (ZTF), Confluent wire format (LSST)."""
+    if survey == "ztf":
+        return _container(survey, [packet], f"{packet['objectId']}.{packet['candid']}.avro")
+    identifier = max(lsst.schema_versions())
+    body = io.BytesIO()
+    fastavro.schemaless_writer(body, lsst.schema(identifier), packet)
+    return WIRE_HEADER.pack(0, identifier) + body.getvalue()
+
+
+def _container(survey: str, packets: Sequence[dict[str, Any]], name: str) -> bytes:
+    # One packet to a block, so that damage to one costs no other; a fixed marker, so that a seed fixes every byte.
+    marker = hashlib.md5(name.encode(), usedforsecurity=False).digest()
+    schema = _ztf_parsed() if survey == "ztf" else lsst.schema(max(lsst.schema_versions()))
+    stream = io.BytesIO()
+    fastavro.writer(stream, schema, packets, sync_interval=1, sync_marker=marker)
+    return stream.getvalue()
 
 
 def fits(images: Sequence[tuple[str, npt.NDArray[Any]]]) -> bytes:

@@ -1,4 +1,4 @@
-"""The main job, end to end: compress t2, export it, verify it, and classify thousands of alerts with it.
+"""The main job, end to end: compress t2, export it, verify it, classify thousands of alerts, then a night as a stream.
 
     make demo            # or: python tools/demo.py [--keep]
 
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demo_stream import RATE, stream
 from rich.console import Console
 from rich.table import Table
 
@@ -69,6 +70,8 @@ def main() -> None:
     }
     if (REAL / "alerts").is_dir():
         runs["real packets"] = edgekit("alerts", "classify", REAL / "alerts", "-o", out / "real.parquet", "--json")
+    console.print("\n[bold]a simulated night through a broker[/bold]")
+    night = stream([out / "packets" / "ztf", out / "packets" / "lsst"], out, max(1, 8000 // options.alerts))
     seconds = time.perf_counter() - ready
 
     kept = [record["pass"] for record in compressed["records"] if record["kept"]]
@@ -84,6 +87,16 @@ def main() -> None:
     for name, run in runs.items():
         counts = " + ".join(f"{run[key]:,} {key}" for key in ("classified", "skipped", "corrupt"))
         table.add_row(name, f"{run['in']:,} in = {counts}")
+    total, latency = night["ledger"]["total"], night["latency_s"]
+    table.add_row(
+        "stream",
+        f"{night['sent']:,} alerts at {night['rate']:,.0f}/s (asked for: {RATE:,.0f}/s, limit: {night['limited_by']})",
+    )
+    fates = " + ".join(
+        f"{total[name]:,} {name.replace('_', '-')}" for name in ("published", "filtered", "dead_lettered")
+    )
+    table.add_row("ledger", f"{total['consumed']:,} consumed = {fates}")
+    table.add_row("sent to published", f"median {latency['p50']:.2f} s, p99 {latency['p99']:.2f} s; {night['picture']}")
     table.add_row("report and plots", str(bundle / "report.html"))
     table.add_row("results", ", ".join(sorted(str(path) for path in out.glob("*.parquet"))))
     console.print()

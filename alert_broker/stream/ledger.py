@@ -7,7 +7,7 @@ the last alert of which that is true, and of all before it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from threading import Lock
 from typing import Any
 
@@ -18,12 +18,14 @@ Partition = tuple[str, int]  # topic, number
 
 @dataclass(slots=True)
 class Entry:
-    """Alerts of one partition."""
+    """Alerts of one partition. revoked: were in flight when the partition went to another consumer, which consumes them
+    again; they are in no other column."""
 
     consumed: int = 0
     published: int = 0
     filtered: int = 0
     dead_lettered: int = 0
+    revoked: int = 0
 
     @property
     def in_flight(self) -> int:
@@ -32,11 +34,9 @@ class Entry:
 
 @dataclass(slots=True)
 class Ledger:
-    """One entry per partition; stages of several threads write to it. revoked: alerts that were in flight when their
-    partition went to another consumer, which consumes them again."""
+    """One entry per partition; stages of several threads write to it."""
 
     entries: dict[Partition, Entry] = field(default_factory=dict)
-    revoked: int = 0
     _lock: Lock = field(default_factory=Lock)
 
     def add(
@@ -55,8 +55,17 @@ class Ledger:
             entry = self.entries.get(partition, Entry())
             lost = entry.in_flight
             entry.consumed -= lost
-            self.revoked += lost
+            entry.revoked += lost
             return lost
+
+    @property
+    def revoked(self) -> int:
+        return self.total().revoked
+
+    def copy(self) -> Ledger:
+        """As it stands at this moment."""
+        with self._lock:
+            return Ledger({partition: replace(entry) for partition, entry in self.entries.items()})
 
     def total(self) -> Entry:
         """Of all partitions."""
@@ -78,4 +87,4 @@ class Ledger:
         with self._lock:
             entries = {f"{topic}[{number}]": asdict(entry) for (topic, number), entry in sorted(self.entries.items())}
         total = self.total()
-        return {"partitions": entries, "total": asdict(total), "in_flight": total.in_flight, "revoked": self.revoked}
+        return {"partitions": entries, "total": asdict(total), "in_flight": total.in_flight, "revoked": total.revoked}

@@ -113,7 +113,7 @@ class Stats:
                 uptime=now - self._started,
                 progress_age=now - self._progress,
                 ready=self.ready,
-                ledger=self.ledger,
+                ledger=self.ledger.copy(),
                 lag=dict(self.lag),
                 stages={name: histogram.copy() for name, histogram in self._stages.items()},
                 batch_sizes=self._sizes.copy(),

@@ -200,6 +200,10 @@ class Survey(ABC):
     def extract(self, packets: Packets) -> Photometry:
         """The photometry of the packets; a field that is not there may simply raise KeyError."""
 
+    def schema_id(self, name: str) -> int | None:
+        """The Confluent id of the schema with this name, if the survey sends its packets in that format."""
+        return None
+
     @property
     def paths(self) -> list[str]:
         """The fields that are read, as dotted paths."""

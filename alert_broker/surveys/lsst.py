@@ -55,6 +55,11 @@ class Lsst(Survey):
     def recognises_columns(self, columns: frozenset[str]) -> bool:
         return {"diaSource.midpointMjdTai", "diaSource.band", "diaSource.psfFlux"} <= columns
 
+    def schema_id(self, name: str) -> int | None:
+        found = re.fullmatch(r"lsst\.v(\d+)_(\d+)\.alert", name)
+        number = int(found[1]) * 100 + int(found[2]) if found else None
+        return number if number in schema_versions() else None
+
     def extract(self, packets: Packets) -> Photometry:
         source, history = packets.record("diaSource"), packets.lists("prvDiaSources")
         forced = packets.lists("prvDiaForcedSources")

@@ -361,17 +361,17 @@ def test_slow_compilation_is_said(monkeypatch):
         monkeypatch.setattr(kernel, "warm_up", lambda: classify.time.sleep(0.3))
     monkeypatch.setattr(classify, "NOTE_AFTER_SECONDS", 0.01)
     said: list[str] = []
-    classify._load_kernels(said.append)
+    classify.load_kernels(said.append)
     assert "compiling the light-curve kernels" in said[0]
     monkeypatch.setattr(classify, "NOTE_AFTER_SECONDS", 60.0)
     called = []
     for kernel in kernels:
         monkeypatch.setattr(kernel, "warm_up", lambda kernel=kernel: called.append(kernel))
-    classify._load_kernels(said.append)
+    classify.load_kernels(said.append)
     assert len(said) == 1
     assert called == list(kernels)
     monkeypatch.setattr(classify.avro, "is_compiled", lambda: True)
-    classify._load_kernels(said.append)
+    classify.load_kernels(said.append)
     assert called[2:] == [classify.gaussian_process]
 
 

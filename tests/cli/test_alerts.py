@@ -12,7 +12,7 @@ import pytest
 
 from alert_broker.simulate import simulate, write
 from edgekit.bundle import write_bundle
-from edgekit.cli.alerts import stopping
+from edgekit.cli.alerts.common import stopping
 from tests.alert_broker.small import features_of, small_bundle
 
 

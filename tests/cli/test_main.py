@@ -138,7 +138,7 @@ def test_every_command_has_help_and_an_example():
     for path, command in found.items():
         assert command.help, path
         assert f"edgekit {path} " in (command.epilog or ""), f"{path}: no example at the end of its help"
-        for option in command.params:
+        for option in command.get_params(click.Context(command)):
             if isinstance(option, click.Option):
                 assert option.help or option.name == "seed", f"{path}: --{option.name} has no help"
 
@@ -147,7 +147,11 @@ def test_every_example_has_options_that_exist():
     import re
 
     for path, command in commands():
-        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        known = {
+            name
+            for option in command.get_params(click.Context(command))
+            for name in (*option.opts, *option.secondary_opts)
+        }
         for line in (command.epilog or "").splitlines():
             if f"edgekit {path} " in line:
                 used = set(re.findall(r"(?<=\s)--?[a-z][\w-]*", line.split("edgekit", 1)[1]))

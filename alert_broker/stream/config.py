@@ -1,0 +1,280 @@
+"""What a consumer is told: `broker.toml`, one dataclass to a table. Unknown names are errors.
+
+`[kafka]` goes to librdkafka as it is, SASL and TLS included. Its values are shown nowhere, and one that begins with
+`env:` is read from the environment, so that no secret need stand in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekit.errors import EdgekitError, unknown
+
+Secret = str | int | float | bool
+OURS = {  # settings that decide whether anything is lost; a file that changes one would break the ledger's promise
+    "enable.auto.commit", "enable.auto.offset.store", "enable.idempotence", "enable.partition.eof", "transactional.id",
+    "acks", "group.id", "group.instance.id", "partition.assignment.strategy", "auto.offset.reset", "isolation.level",
+    "delivery.report.only.error",
+}  # fmt: skip
+ENVIRONMENT = "env:"
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field of a table with the help of its flag."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where alerts come from."""
+
+    topics: tuple[str, ...] = _option((), "Topics to read.")
+    group: str = _option("edgekit", "Consumer group; its members share the partitions.")
+    instance: str = _option("", "Name of this member for static membership: a restart then moves no partition.")
+    start_at: str = _option(
+        "earliest",
+        "earliest, latest: where nothing was committed. A time, or 0=12,1=40: moves the group at each start.",
+    )
+    until_eos: bool = _option(False, "End when every partition has been read to its end.")
+    drain_seconds: float = _option(20.0, "How long a partition that is taken away may finish what is in flight.")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """When a batch is closed, and how many may wait."""
+
+    size: int = _option(512, "Alerts to a batch: fills the network's vectors, some MB of packets.")
+    seconds: float = _option(0.1, "A batch that is not full is closed after this time.")
+    queue: int = _option(2, "Batches that may wait before each stage; more only hides a slow stage behind memory.")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Which model, where."""
+
+    bundle: str = _option("", "Bundle or model's name, for all surveys; by default each survey's own.")
+    runtime: str = _option("auto", "c, onnxruntime, torch; auto: c if it can be compiled here.")
+    threads: int = _option(0, "Threads of the Gaussian process; 0: all cores.")
+    reuse: Literal["off", "detections", "points"] = _option(
+        "points", "Alerts with the same detections, or points, as their object's last one take its classification."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A topic for results: those that `where` takes, all if it is empty; `attach` as `routing.Route` has it."""
+
+    topic: str = ""
+    where: str = ""
+    format: Literal["avro", "json"] = "avro"
+    attach: Literal["nothing", "cutouts", "packet"] = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetters:
+    """What cannot be read goes to a topic of its own; too much of it stops the consumer: then it is not the alerts."""
+
+    topic: str = _option("edgekit-dead-letters", "Topic for alerts that cannot be read, as they came, with the reason.")
+    max_ratio: float = _option(0.5, "Stop when more than this share of the last `window` alerts were dead letters.")
+    window: int = _option(1000, "Alerts that the ratio is taken over; nothing is judged before there are as many.")
+    max_consecutive: int = _option(200, "Stop after so many dead letters in a row.")
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """How results are sent."""
+
+    mode: Literal["at-least-once", "exactly-once"] = _option(
+        "at-least-once", "exactly-once: results and offsets in one transaction, for readers of committed ones."
+    )
+    transactional_id: str = _option("", "For exactly-once: a name of this member that outlives it [group-instance].")
+    seconds: float = _option(60.0, "How long a broker may take to acknowledge before the consumer stops.")
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """Parquet files of all results, by night."""
+
+    folder: str = _option("", "Folder for Parquet files of the results; none by default.")
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """Where schemas of messages in Confluent wire format come from, beside those that are installed."""
+
+    url: str = _option("", "http://..., file:FOLDER or mock://; by default only Rubin's schemas, which are installed.")
+    seconds: float = _option(300.0, "How long to wait for a registry that does not answer before the consumer stops.")
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Prometheus and health checks."""
+
+    listen: str = _option("", "HOST:PORT for /metrics, /healthz and /readyz; none by default.")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole file."""
+
+    source: Source = field(default_factory=Source)
+    batch: Batch = field(default_factory=Batch)
+    model: Model = field(default_factory=Model)
+    output: tuple[Output, ...] = ()
+    dead_letters: DeadLetters = field(default_factory=DeadLetters)
+    publish: Publish = field(default_factory=Publish)
+    archive: Archive = field(default_factory=Archive)
+    registry: Registry = field(default_factory=Registry)
+    metrics: Metrics = field(default_factory=Metrics)
+    kafka: Mapping[str, Secret] = field(default_factory=dict, repr=False)
+
+    def check(self) -> Config:
+        """Raise for what cannot work; returns itself."""
+        if not self.source.topics:
+            raise EdgekitError("no topic to read; give one by source.topics or --source-topics")
+        if not self.kafka.get("bootstrap.servers"):
+            raise EdgekitError(
+                "no broker; give one by bootstrap.servers in [kafka] or --kafka bootstrap.servers=HOST:PORT"
+            )
+        if not self.output and not self.archive.folder:
+            raise EdgekitError("results go nowhere; give an [[output]] with a topic, or archive.folder")
+        written = [*(item.topic for item in self.output), self.dead_letters.topic]
+        for topic in written:
+            if not topic:
+                raise EdgekitError("an output, or dead_letters, has no topic; name one")
+            if topic in self.source.topics:
+                raise EdgekitError(f"the topic {topic!r} is both read and written; name another one")
+        if len(set(written)) < len(written):
+            raise EdgekitError(f"two outputs share a topic: {', '.join(written)}; give each a topic of its own")
+        for name, value, low in (
+            ("batch.size", self.batch.size, 1), ("batch.queue", self.batch.queue, 1),
+            ("dead_letters.window", self.dead_letters.window, 1),
+            ("dead_letters.max_consecutive", self.dead_letters.max_consecutive, 1),
+            ("model.threads", self.model.threads, 0),
+        ):  # fmt: skip
+            if value < low:
+                raise EdgekitError(f"{name} is {value}; expected {low} or more")
+        if self.batch.seconds <= 0 or self.publish.seconds <= 0:
+            raise EdgekitError("batch.seconds and publish.seconds must be above 0")
+        if self.metrics.listen and not self.metrics.listen.rpartition(":")[2].isdigit():
+            raise EdgekitError(f"metrics.listen is {self.metrics.listen!r}; expected HOST:PORT, such as 127.0.0.1:9108")
+        if not 0 <= self.dead_letters.max_ratio <= 1:
+            raise EdgekitError(f"dead_letters.max_ratio is {self.dead_letters.max_ratio}; expected 0 to 1")
+        return self
+
+    def kafka_settings(self) -> dict[str, Secret]:
+        """`[kafka]` with what stands in the environment. Never print it."""
+        return secrets_from_environment(self.kafka)
+
+
+def secrets_from_environment(table: Mapping[str, Secret]) -> dict[str, Secret]:
+    """Settings of librdkafka, with those that begin with env: from the environment."""
+    settings = {}
+    for name, value in table.items():
+        if isinstance(value, str) and value.startswith(ENVIRONMENT):
+            variable = value.removeprefix(ENVIRONMENT)
+            if variable not in os.environ:
+                raise EdgekitError(f"kafka: {name} is to come from the variable {variable}, which is not set")
+            value = os.environ[variable]
+        settings[name] = value
+    return settings
+
+
+def inline(text: str, where: str) -> dict[str, Any]:
+    """A TOML table as it stands between braces: topic = "x", format = "json"."""
+    try:
+        table: dict[str, Any] = tomllib.loads(f"table = {{ {text} }}")["table"]
+    except tomllib.TOMLDecodeError as error:
+        raise EdgekitError(f'{where} {text!r} is no TOML table: {error}; example: topic = "x"') from None
+    return table
+
+
+def load(path: Path | None, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
+    """The file, if there is one, with the changes that flags make: table to name to value."""
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise EdgekitError(f"{path} cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise EdgekitError(f"{path} is no TOML: {error}") from None
+    config = parse(tables, str(path))
+    for name, values in (changes or {}).items():
+        if name == "output":
+            config = replace(config, output=tuple(_table(Output, item, "--output") for item in values))
+        elif name == "kafka":
+            config = replace(config, kafka={**config.kafka, **_kafka(values, "--kafka")})
+        else:
+            table = getattr(config, name)
+            config = replace(config, **{name: _table(type(table), values, f"--{name}", table)})
+    return config.check()
+
+
+def parse(tables: Mapping[str, Any], where: str) -> Config:
+    """Tables as TOML gives them; names that do not exist and values of another type are errors."""
+    kinds = typing.get_type_hints(Config)
+    values: dict[str, Any] = {}
+    for name, table in tables.items():
+        if name not in kinds:
+            raise unknown("table", name, kinds, where=where)
+        if name == "output":
+            if not isinstance(table, list):
+                raise EdgekitError(f"{where}: output is one table; write [[output]], as there may be several")
+            values[name] = tuple(_table(Output, item, f"{where} [[output]]") for item in table)
+        elif not isinstance(table, dict):
+            raise EdgekitError(f"{where}: {name} is a {type(table).__name__}; expected a table [{name}]")
+        elif name == "kafka":
+            values[name] = _kafka(table, where)
+        else:
+            values[name] = _table(kinds[name], table, f"{where} [{name}]")
+    return Config(**values)
+
+
+def _kafka(table: Mapping[str, Any], where: str) -> dict[str, Secret]:
+    for name, value in table.items():
+        if name in OURS:
+            raise EdgekitError(
+                f"{where}: kafka sets {name}, which decides whether alerts are lost; leave it to edgekit"
+            )
+        if not isinstance(value, str | int | float | bool):
+            raise EdgekitError(
+                f"{where}: kafka has a {type(value).__name__} for {name}; expected text, a number or a truth"
+            )
+    return dict(table)
+
+
+def _table(kind: type[Any], values: Any, where: str, base: Any = None) -> Any:
+    types_of = typing.get_type_hints(kind)
+    if not isinstance(values, Mapping):
+        raise EdgekitError(f"{where}: {values!r}; expected names and values")
+    for name in values:
+        if name not in types_of:
+            raise unknown("name", name, [item.name for item in fields(kind)], where=where)
+    given = {name: _value(types_of[name], value, f"{where}: {name}") for name, value in values.items()}
+    return kind(**given) if base is None else replace(base, **given)
+
+
+def _value(kind: Any, value: Any, what: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise EdgekitError(f"{what} is {value!r}; expected a list of texts")
+        return tuple(value)
+    if origin is Literal:
+        if value not in typing.get_args(kind):
+            raise unknown(what, value, typing.get_args(kind))
+        return value
+    assert not isinstance(kind, types.UnionType)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise EdgekitError(f"{what} is {value!r}; expected {kind.__name__}")
+    return value

@@ -1,0 +1,171 @@
+"""A small HTTP server beside the pipeline: `/metrics` for Prometheus, `/healthz` and `/readyz` for who restarts it.
+
+It reads snapshots and touches nothing else. Whoever connects has `SECONDS_PER_CLIENT` to ask and to take the answer;
+when `CLIENTS` are connected, a newcomer takes the place of the oldest, so that nobody keeps a probe out by holding on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from socketserver import TCPServer, ThreadingMixIn
+from threading import BoundedSemaphore, Lock, Thread
+from typing import Any
+
+from alert_broker.stream import metrics
+from alert_broker.stream.stats import Snapshot, Stats
+from edgekit.errors import EdgekitError
+
+CLIENTS, SECONDS_PER_CLIENT, REQUEST_BYTES = 8, 5.0, 16_384
+STUCK_AFTER = 120.0  # seconds: several times what a batch may take on a loaded machine, less than anybody waits for
+JSON = "application/json"
+
+
+def health(now: Snapshot, stuck_after: float) -> tuple[bool, dict[str, Any]]:
+    """Whether the pipeline moves, and its answer: stuck is no progress for `stuck_after` seconds while work waits."""
+    behind, in_flight = sum(max(lag, 0) for lag in now.lag.values()), now.ledger.total().in_flight
+    numbers = {"lag": behind, "in_flight": in_flight, "progress_age": round(now.progress_age, 3), "paused": now.paused}
+    if now.progress_age > stuck_after and (behind > 0 or in_flight > 0):
+        reason = f"no progress for {now.progress_age:.0f} s with {behind} messages to come and {in_flight} in flight"
+        return False, {"status": "stuck", "reason": reason, **numbers}
+    return True, {"status": "ok", **numbers}
+
+
+def readiness(now: Snapshot) -> tuple[bool, dict[str, Any]]:
+    """Whether partitions are assigned and the model is loaded, and the answer."""
+    if now.ready:
+        return True, {"status": "ready", "partitions": len(now.lag), "models": now.models}
+    reason = "no partition is assigned" if now.models else "no model is loaded yet"
+    return False, {"status": "not ready", "reason": reason}
+
+
+@contextmanager
+def serve(stats: Stats, host: str = "127.0.0.1", port: int = 0, stuck_after: float = STUCK_AFTER) -> Iterator[Server]:
+    """Answer on this address, 0 for a free port, until the block ends; EdgekitError if the address is not to be had."""
+    metrics.page(stats.snapshot())  # a package that is missing shows now
+    try:
+        server = Server(stats, host, port, stuck_after)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EdgekitError(
+            f"metrics cannot be served on {host}:{port}: {reason}; choose another address, or port 0 for a free one"
+        ) from None
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="health", daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Server(ThreadingMixIn, TCPServer):
+    """What `serve` gives; `port` is the one that it listens on."""
+
+    allow_reuse_address = daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self, stats: Stats, host: str, port: int, stuck_after: float) -> None:
+        self.stats, self.stuck_after = stats, stuck_after
+        self._places, self._lock = BoundedSemaphore(CLIENTS), Lock()
+        self._clients: dict[socket.socket, None] = {}  # oldest first
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Request)
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            with self._lock:
+                oldest = next(iter(self._clients), None)
+                if oldest is not None:
+                    _hang_up(oldest)
+            self._places.acquire()  # the thread that served it finds the connection closed, and goes
+        with self._lock:
+            self._clients[request] = None
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread to be had
+            self._leave(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._leave(request)
+
+    def _leave(self, client: socket.socket) -> None:
+        with self._lock:
+            self._clients.pop(client, None)
+        self._places.release()
+
+    def server_close(self) -> None:
+        super().server_close()
+        with self._lock:
+            for client in self._clients:
+                _hang_up(client)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no event; anything else is our fault, and its traceback belongs in the log."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+def _hang_up(client: socket.socket) -> None:
+    with suppress(OSError):
+        client.shutdown(socket.SHUT_RDWR)
+
+
+class _Request(BaseHTTPRequestHandler):
+    """One request to a connection, read whole before it is parsed: http.server's time limit is for each byte."""
+
+    server: Server
+    server_version, sys_version = "edgekit", ""
+
+    def setup(self) -> None:
+        super().setup()
+        until, head = time.monotonic() + SECONDS_PER_CLIENT, b""
+        while b"\r\n\r\n" not in head and b"\n\n" not in head and len(head) < REQUEST_BYTES:
+            self.connection.settimeout(max(until - time.monotonic(), 1e-3))
+            more = self.connection.recv(REQUEST_BYTES)
+            if not more:
+                break
+            head += more
+        self.rfile = io.BytesIO(head)
+        self.connection.settimeout(max(until - time.monotonic(), 1.0))  # for all of the answer
+
+    def do_GET(self) -> None:
+        now, path = self.server.stats.snapshot(), self.path.partition("?")[0]
+        good, kind = True, JSON
+        if path == "/metrics":
+            content, kind = metrics.page(now), metrics.CONTENT_TYPE
+        elif path in ("/healthz", "/readyz"):
+            good, answer = health(now, self.server.stuck_after) if path == "/healthz" else readiness(now)
+            content = json.dumps(answer).encode() + b"\n"
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND, explain="There are /metrics, /healthz and /readyz.")
+            return
+        self.send_response(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: probes come every few seconds."""

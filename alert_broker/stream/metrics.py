@@ -1,0 +1,148 @@
+"""A `Snapshot` as a page for Prometheus. The names are an interface: dashboards and alert rules are written on them.
+
+    edgekit_alerts_{consumed,published,filtered,dead_lettered,revoked}_total{topic,partition}
+    edgekit_alerts_in_flight{topic,partition}      consumed = published + filtered + dead_lettered + revoked + in_flight
+    edgekit_consumer_lag{topic,partition}          messages up to the end of the partition, as the broker tells it
+    edgekit_stage_seconds{stage}                   histogram; the stages are `stats.STAGES`, the last from poll to end
+    edgekit_batch_alerts                           histogram
+    edgekit_queue_depth{queue}
+    edgekit_classes_total{class}                   alerts by their most probable class
+    edgekit_dead_letters_total{reason}             with N for numbers; the first 32, what comes up later is `other`
+    edgekit_model_info{model,digest}, edgekit_build_info{version}
+    edgekit_ready, edgekit_paused                  0 or 1
+    edgekit_uptime_seconds, edgekit_progress_age_seconds
+    process_cpu_seconds_total, process_resident_memory_bytes, process_open_fds, ...
+
+Counters begin at 0 with the process. What labels can say is bounded: by the partitions, the classes of the models, and
+for reasons, which hold whatever a packet brought about, by `MOST_REASONS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from alert_broker.stream.stats import Histogram, Snapshot
+from edgekit import __version__
+from edgekit.errors import missing_extra
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+COLUMNS = {
+    "consumed": "Alerts taken from the topic",
+    "published": "Alerts whose result was delivered",
+    "filtered": "Alerts that a filter rejected",
+    "dead_lettered": "Alerts delivered to the dead-letter topic",
+    "revoked": "Alerts in flight when their partition was revoked; their new owner consumes them again",
+}
+GAUGES = {
+    "ready": "1 once partitions are assigned and the model is loaded",
+    "paused": "1 while back-pressure pauses consumption",
+    "uptime_seconds": "Seconds since the start",
+    "progress_age_seconds": "Seconds since an alert's fate was last sealed or there was nothing to do",
+}
+MOST_REASONS, REASON_LENGTH = 32, 100
+OTHER = "other"
+ALONE = re.compile(r"(?<![\w.])\d+(?![\w.])")  # a number that is a word: a byte, a size; not a schema's version
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def page(snapshot: Snapshot) -> bytes:
+    """The page, in Prometheus' text format."""
+    try:
+        from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+    except ModuleNotFoundError as error:
+        raise missing_extra(str(error.name), "stream", "the metrics page") from None
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Reader(snapshot))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+class _Reader:
+    """What prometheus_client calls a collector, of one snapshot."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._snapshot
+        yield from _partitions(now)
+        yield _histograms("stage_seconds", "Seconds that a batch spent in a stage", "stage", now.stages)
+        yield _histograms("batch_alerts", "Alerts in a batch", None, {"": now.batch_sizes})
+        yield _gauge("queue_depth", "Batches that wait for a stage", ["queue"], _single(now.queue_depths))
+        yield _counter("classes", "Alerts by their most probable class", ["class"], _single(now.classes))
+        yield _counter("dead_letters", "Dead letters by their reason", ["reason"], _single(grouped(now.reasons)))
+        models = (((name, digest), 1.0) for name, digest in now.models.items())
+        yield _gauge("model_info", "The models that are loaded, with their SHA-256", ["model", "digest"], models)
+        yield _gauge("build_info", "The version of edgekit", ["version"], [((__version__,), 1.0)])
+        values = (now.ready, now.paused, now.uptime, now.progress_age)
+        for (name, text), value in zip(GAUGES.items(), values, strict=True):
+            yield _gauge(name, text, [], [((), float(value))])
+
+
+Samples = Iterable[tuple[tuple[str, ...], float]]  # label values and the number
+
+
+def _partitions(now: Snapshot) -> Iterator[Metric]:
+    labels = ["topic", "partition"]
+    entries = {(topic, str(number)): entry for (topic, number), entry in sorted(now.ledger.entries.items())}
+    for column, text in COLUMNS.items():
+        # What is revoked leaves the books, but it was consumed, and a counter must never fall.
+        extra = {at: entry.revoked if column == "consumed" else 0 for at, entry in entries.items()}
+        samples = ((at, float(getattr(entry, column) + extra[at])) for at, entry in entries.items())
+        yield _counter(f"alerts_{column}", text, labels, samples)
+    in_flight = ((at, float(entry.in_flight)) for at, entry in entries.items())
+    yield _gauge("alerts_in_flight", "Alerts whose fate is not sealed yet", labels, in_flight)
+    lag = (((topic, str(number)), float(behind)) for (topic, number), behind in sorted(now.lag.items()))
+    yield _gauge("consumer_lag", "Messages up to the end of each assigned partition", labels, lag)
+
+
+def _counter(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(f"edgekit_{name}", text, labels=labels)
+    for values, number in samples:
+        family.add_metric(values, number)
+    return family
+
+
+def _gauge(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    from prometheus_client.core import GaugeMetricFamily
+
+    family = GaugeMetricFamily(f"edgekit_{name}", text, labels=labels)
+    for values, number in samples:
+        family.add_metric(values, number)
+    return family
+
+
+def _histograms(name: str, text: str, label: str | None, histograms: dict[str, Histogram]) -> Metric:
+    from prometheus_client.core import HistogramMetricFamily
+
+    family = HistogramMetricFamily(f"edgekit_{name}", text, labels=[label] if label else [])
+    for value, histogram in histograms.items():
+        buckets, reached = [], 0
+        for bound, number in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
+            reached += number
+            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), reached))
+        family.add_metric([value] if label else [], buckets, histogram.total)
+    return family
+
+
+def _single(numbers: dict[str, int]) -> Samples:
+    return (((name,), float(number)) for name, number in numbers.items())
+
+
+def grouped(reasons: Counter[str]) -> Counter[str]:
+    """Reasons without the numbers in them, cut to length; those beyond `MOST_REASONS` together.
+
+    They are taken in the order in which they came up, so that one which has a label keeps it.
+    """
+    found: Counter[str] = Counter()
+    for reason, number in reasons.items():
+        text = ALONE.sub("N", reason)[:REASON_LENGTH].encode(errors="replace").decode()
+        found[text if text in found or len(found) < MOST_REASONS else OTHER] += number
+    return found

@@ -1,0 +1,403 @@
+"""poll -> decode -> classify -> route -> publish -> commit, over batches of alerts.
+
+The calling thread polls, and each of three stages has a thread: what is compiled (the Avro walk, the Gaussian process,
+the network) releases the interpreter lock, so that stages overlap. Between them are queues of a few batches; when they
+are full, fetching is paused, and memory stays what it is. Order is kept throughout, which is what makes a commit after
+the last of a batch safe.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from alert_broker import containers
+from alert_broker.avro.columns import Columns
+from alert_broker.avro.plan import Plan
+from alert_broker.classify import Classifiers, load_kernels
+from alert_broker.containers import BadPacket
+from alert_broker.packets import AlertBatch, batches
+from alert_broker.stream.archive import Archive, Positions
+from alert_broker.stream.config import Config
+from alert_broker.stream.dead_letters import Letter, Limits, kind_of, outgoing, position_headers, stack_digest
+from alert_broker.stream.publish import Outgoing, open_publisher
+from alert_broker.stream.registry import RegistryError, open_registry
+from alert_broker.stream.reuse import COLUMNS, Reuse
+from alert_broker.stream.routing import Route, Router
+from alert_broker.stream.source import MessageBatch, Source, next_offsets
+from alert_broker.stream.stats import Stats
+from edgekit.bundle import Bundle
+from edgekit.errors import EdgekitError
+
+LOG = logging.getLogger("edgekit.stream")
+PAUSE_AFTER = 1.0  # seconds of full queues; pausing throws away what librdkafka has read ahead
+IDLE_POLL = 0.01  # seconds between looks at what the publishing thread asks of this one
+REGISTRY_RETRY = 1.0  # seconds between looks at a registry that does not answer
+
+
+@dataclass(slots=True)
+class Work:
+    """A batch on its way. `alerts` after decoding, `rows` after classifying: in the order of `place`, (rows,), the
+    numbers of their messages; `letters`: the messages that have no row."""
+
+    batch: MessageBatch
+    alerts: list[AlertBatch] = field(default_factory=list)
+    letters: list[Letter] = field(default_factory=list)
+    rows: pa.RecordBatch | None = None
+    place: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+class Stages:
+    """What becomes of the bytes of a batch; no Kafka in here."""
+
+    def __init__(self, classifiers: Classifiers, schema_text: Callable[[int], str] | None = None) -> None:
+        self.classifiers, self.schema_text = classifiers, schema_text
+        self._spare: dict[Plan, Columns] = {}
+
+    def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[Letter]]:
+        """Light curves, whose `offset` is the number of their message, and the messages that give none.
+
+        Columns are read for many alerts at once, and one that breaks the reading must not take the others along: what
+        has failed together is looked at again alone.
+        """
+        places = list(enumerate(values))
+        try:
+            alerts, letters = self._decode(places)
+        except EdgekitError:
+            raise  # a registry that does not answer
+        except Exception:
+            LOG.warning("decoding a batch failed, so each alert of it is looked at alone", exc_info=True)
+            alerts, letters, again = [], [], places
+        else:
+            reasons = Counter(letter.reason for letter in letters)
+            again = [(letter.place, values[letter.place]) for letter in letters if reasons[letter.reason] > 1]
+            letters = [letter for letter in letters if reasons[letter.reason] == 1]
+        for place in again:
+            try:
+                some, others = self._decode([place])
+            except EdgekitError:
+                raise
+            except Exception as error:
+                reason = f"decoding failed ({type(error).__name__}: {error})"
+                some, others = [], [Letter(place[0], reason, stack=stack_digest(error))]
+            alerts += some
+            letters += others
+        return alerts, letters
+
+    def _decode(self, values: Sequence[tuple[int, bytes | None]]) -> tuple[list[AlertBatch], list[Letter]]:
+        alerts: list[AlertBatch] = []
+        letters: list[Letter] = []
+        blocks = (containers.message(value or b"", place, self.schema_text) for place, value in values)
+        spare, self._spare = self._spare, {}  # not to be used again if what follows raises
+        for item in batches(blocks, len(values), spare):
+            if isinstance(item, BadPacket):
+                letters.append(Letter(item.offset, item.reason, item.status))
+            else:
+                alerts.append(item)
+        self._spare = spare
+        return alerts, letters
+
+    def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[Letter]]:
+        """Rows of all alerts that the program survives, in the order of their messages, and those on which it fails."""
+        parts: list[pa.RecordBatch] = []
+        letters: list[Letter] = []
+        for batch in alerts:
+            self._classify(batch, parts, letters)
+        if len(parts) == 1:
+            return parts[0], letters
+        table = pa.Table.from_batches(parts, self.classifiers.schema).sort_by("offset").combine_chunks()
+        return (table.to_batches() or [pa.RecordBatch.from_pylist([], self.classifiers.schema)])[0], letters
+
+    def _classify(self, batch: AlertBatch, parts: list[pa.RecordBatch], letters: list[Letter]) -> None:
+        count = len(batch.curves)
+        try:
+            parts.append(self.classifiers(batch))
+        except EdgekitError:
+            raise  # a model that cannot be used: not this alert's fault
+        except Exception as error:
+            if count > 1:  # find the one to blame; the others are sound
+                middle = count // 2
+                for start, stop in ((0, middle), (middle, count)):
+                    part = AlertBatch(
+                        batch.survey, batch.curves.take(np.arange(start, stop)), batch.alerts.slice(start, stop - start)
+                    )
+                    self._classify(part, parts, letters)
+                return
+            LOG.exception("classifying an alert failed")
+            reason = f"classifying failed ({type(error).__name__}: {error})"
+            letters.append(Letter(batch.alerts["offset"][0].as_py(), reason, stack=stack_digest(error)))
+
+
+class Pipeline:
+    """The consumer's threads. `run` returns when it is told to stop or has reached the end, with all in flight
+    published and committed, and raises if a stage failed or the ledger does not add up."""
+
+    def __init__(self, config: Config, stats: Stats, *, notify: Callable[[str], None] = lambda message: None) -> None:
+        from edgekit.zoo import resolve
+
+        self.config, self.stats = config, stats
+        bundle = resolve(config.model.bundle) if config.model.bundle else None
+        classifiers = open_classifiers(config, bundle)
+        load_kernels(notify)
+        classifiers.open_all()
+        for item in classifiers.opened.values():
+            item.session.warmup(config.batch.size)
+            stats.models[item.bundle.manifest.name] = item.bundle.digest
+        registry = open_registry(config.registry.url) if config.registry.url else None
+        self.stages = Stages(classifiers, registry.schema if registry else None)
+        routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
+        self.router = Router(routes, classifiers.schema, registry=registry) if routes else None
+        self._attaches = any(item.attach != "nothing" for item in config.output)
+        self.archive = Archive(Path(config.archive.folder), classifiers.schema) if config.archive.folder else None
+        self.source = Source(config, stats)
+        try:
+            self.publisher = open_publisher(config, self.source)
+        except BaseException:
+            self.source.close()
+            raise
+        self._limits = Limits(config.dead_letters)
+        self._failure: BaseException | None = None
+        self._queues = {
+            name: queue.Queue[Work | None](config.batch.queue) for name in ("decode", "classify", "publish")
+        }
+        self._stopping = threading.Event()
+        self._waiting: deque[Work] = deque()  # read, and not yet given to a stage
+        self.source.while_draining = self._hand_on
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        threads = [
+            threading.Thread(target=self._serve, args=arguments, name=f"edgekit-{arguments[0]}", daemon=True)
+            for arguments in (
+                ("decode", self._decode, "classify"), ("classify", self._classify, "publish"),
+                ("publish", self._publish, None),
+            )
+        ]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        try:
+            self._poll(stop)
+        except BaseException as error:
+            self._failure = self._failure or error
+            if not isinstance(error, Exception):  # a second Ctrl-C: nobody wants to wait
+                raise
+        finally:
+            self._stopping.set()
+            threading.Thread(target=self._put, args=("decode", None), daemon=True).start()  # may have to wait for room
+            if not isinstance(self._failure, KeyboardInterrupt):
+                for thread in threads:
+                    while thread.is_alive():
+                        self.source.serve()
+                        thread.join(IDLE_POLL)
+                if self._failure is None:
+                    try:
+                        self.stats.ledger.check()  # before partitions are given back, and with them what is in flight
+                    except EdgekitError as error:
+                        self._failure = error
+                self.source.close()
+                self.publisher.close()
+        if self._failure is not None:
+            raise self._failure
+
+    # --- polling
+
+    def _poll(self, stop: Callable[[], bool]) -> None:
+        waiting = self._waiting
+        full_since = 0.0
+        while self._failure is None and not stop():
+            if not waiting:
+                batch = self.source.poll(self.config.batch.size, self.config.batch.seconds)
+                if batch is not None:
+                    self.stats.batch(len(batch))
+                    waiting.append(Work(batch))
+                    full_since = time.monotonic()
+                elif self.source.at_end or not self.stats.ready:
+                    if self.stats.ledger.total().in_flight == 0:
+                        self.stats.progress()
+                    if self.config.source.until_eos and self.source.at_end:
+                        return
+                continue
+            try:
+                self._queues["decode"].put(waiting[0], timeout=IDLE_POLL)
+                waiting.popleft()
+                self.source.pause(False)
+            except queue.Full:
+                self.source.serve()
+                if time.monotonic() - full_since > PAUSE_AFTER:
+                    self.source.pause(True)
+                    # nothing comes of it, but the group sees that we live, and can take partitions away
+                    if (batch := self.source.poll(self.config.batch.size, 0.0)) is not None:
+                        waiting.append(Work(batch))
+        while waiting and self._failure is None:
+            self._hand_on()
+            self.source.serve()
+            time.sleep(IDLE_POLL)
+
+    def _hand_on(self) -> bool:
+        """Give the stages what waits for them, as far as there is room; whether they still work."""
+        try:
+            while self._waiting:
+                self._queues["decode"].put_nowait(self._waiting[0])
+                self._waiting.popleft()
+        except queue.Full:
+            pass
+        return self._failure is None
+
+    # --- stages
+
+    def _serve(self, name: str, stage: Callable[[Work], Work | None], following: str | None) -> None:
+        """Take from this stage's queue and hand on, until there is None; after a failure, take and drop."""
+        source = self._queues[name]
+        while (work := source.get()) is not None:
+            self.stats.queue_depths[name] = source.qsize()
+            if self._failure is not None:
+                continue
+            try:
+                stage(work)
+            except BaseException as error:
+                LOG.debug("the stage %s failed", name, exc_info=True)
+                self._failure = self._failure or error
+                continue
+            if following:
+                self._put(following, work)
+        if following:
+            self._put(following, None)
+
+    def _put(self, name: str, work: Work | None) -> None:
+        self._queues[name].put(work)
+
+    def _decode(self, work: Work) -> None:
+        values = [message.value() for message in work.batch.messages]
+        deadline = time.monotonic() + self.config.registry.seconds
+        while True:
+            try:
+                with self.stats.stage("decode"):
+                    work.alerts, work.letters = self.stages.decode(values)
+                return
+            except RegistryError as error:  # no alert is to blame for it: wait, meanwhile fetching pauses
+                if self._stopping.is_set() or time.monotonic() > deadline:
+                    raise
+                LOG.warning("%s; trying again", error)
+                self._stopping.wait(REGISTRY_RETRY)
+
+    def _classify(self, work: Work) -> None:
+        before = self.stages.classifiers.seconds
+        rows, letters = self.stages.classify(work.alerts)
+        for stage, seconds in self.stages.classifiers.seconds.items():
+            self.stats.observe(stage, seconds - before[stage])
+        work.letters += letters
+        work.place = rows["offset"].to_numpy()
+        work.rows = with_positions(rows, work.batch, work.place)
+        work.alerts = []
+
+    def _publish(self, work: Work) -> None:
+        batch, rows, place = work.batch, work.rows, work.place
+        assert rows is not None
+        letters = sorted(work.letters, key=lambda letter: letter.place)
+        assert len(place) + len(letters) == len(batch)
+        published, dead = np.zeros(len(batch), np.bool_), np.zeros(len(batch), np.bool_)
+        with self.stats.stage("route"):
+            results = self._results(work)
+            published[place if self.archive else [message.place for message in results]] = True
+        with self.source.publishing:
+            owned = self.source.owned(batch)
+            if not owned.any():
+                return
+            self._limits.check(letters, len(batch))
+            if self.archive is not None:
+                keep = owned[place]
+                self.archive.write(rows.filter(pa.array(keep)), positions_of(batch, place[keep]))
+            messages = [message for message in results if owned[message.place]]
+            messages += [self._letter(letter, work) for letter in letters if owned[letter.place]]
+            dead[[letter.place for letter in letters]] = True
+
+            def instead(message: Outgoing, reason: str) -> Outgoing:
+                """A result that no broker takes makes its alert a dead letter."""
+                if message.topic == self.config.dead_letters.topic:
+                    raise EdgekitError(f"a dead letter cannot be sent: {reason}; raise the broker's limits")
+                letters.append(Letter(message.place, f"the result cannot be sent: {reason}"))
+                dead[message.place] = True
+                return self._letter(letters[-1], work)
+
+            with self.stats.stage("publish"):
+                self.publisher.publish(messages, next_offsets(batch, owned), instead)
+            self._account(work, owned, published & ~dead, dead, letters)
+
+    def _results(self, work: Work) -> list[Outgoing]:
+        """The messages of a batch's rows."""
+        if self.router is None or len(work.place) == 0:
+            return []
+        messages, place = work.batch.messages, work.place.tolist()
+        packets = [messages[k].value() or b"" for k in place] if self._attaches else None
+        headers = [position_headers(messages[k]) for k in place]
+        routed = self.router(work.rows, packets, self.stages.schema_text)
+        return [
+            Outgoing(message.topic, message.value, headers[message.row], place[message.row], message.key)
+            for message in routed.messages
+        ]
+
+    def _letter(self, letter: Letter, work: Work) -> Outgoing:
+        return outgoing(letter, work.batch.messages[letter.place], self.config.dead_letters.topic)
+
+    def _account(
+        self, work: Work, owned: npt.NDArray[np.bool_], published: npt.NDArray[np.bool_], dead: npt.NDArray[np.bool_],
+        letters: Sequence[Letter],
+    ) -> None:  # fmt: skip
+        """The fate of each alert is sealed: into the ledger and the statistics."""
+        ledger, batch, stats = self.stats.ledger, work.batch, self.stats
+        columns = {"published": published, "dead_lettered": dead, "filtered": ~published & ~dead}
+        for name, chosen in columns.items():
+            for where, number in batch.counts(chosen & owned).items():
+                ledger.add(where, **{name: number})
+        stats.observe("end-to-end", time.monotonic() - batch.received, int(owned.sum()))
+        stats.reasons.update(kind_of(letter.reason) for letter in letters if owned[letter.place])
+        assert work.rows is not None
+        for item in work.rows["best_class"].drop_null().value_counts().to_pylist():
+            stats.classes[item["values"]] += item["counts"]
+        stats.progress()
+
+
+def open_classifiers(config: Config, bundle: Bundle | None) -> Classifiers:
+    """The models, each with a memory of what it said of an object, as the configuration has it."""
+    same = config.model.reuse
+    threads = config.model.threads or None
+    if same == "off":
+        return Classifiers(bundle, config.model.runtime, threads=threads)
+    wrap = functools.partial(Reuse, same=same)
+    return Classifiers(bundle, config.model.runtime, threads=threads, wrap=wrap, columns=COLUMNS)
+
+
+def positions_of(batch: MessageBatch, place: npt.NDArray[np.int64]) -> Positions:
+    """Where these messages of the batch stood."""
+    topics = [topic for topic, _ in batch.partitions]
+    numbers = np.array([number for _, number in batch.partitions], np.int64)
+    of = batch.partition[place]
+    stamps = np.array([batch.messages[k].timestamp()[1] for k in place.tolist()], np.int64)
+    return Positions([topics[k] for k in of.tolist()], numbers[of], batch.offset[place], stamps)
+
+
+def with_positions(rows: pa.RecordBatch, batch: MessageBatch, place: npt.NDArray[np.int64]) -> pa.RecordBatch:
+    """The rows with their message's topic and partition as `file`, and its offset."""
+    texts = pa.array([f"{topic}[{number}]" for topic, number in batch.partitions], pa.string())
+    files = pa.DictionaryArray.from_arrays(pa.array(batch.partition[place]), texts).cast(pa.string())
+    columns: dict[str, Any] = {"file": files, "offset": pa.array(batch.offset[place])}
+    arrays = [columns.get(name, rows[name]) for name in rows.schema.names]
+    return pa.RecordBatch.from_arrays(arrays, schema=rows.schema)
+
+
+def run(
+    config: Config, stats: Stats, stop: Callable[[], bool], notify: Callable[[str], None] = lambda message: None
+) -> None:
+    """Consume until `stop` or, if so configured, the end."""
+    Pipeline(config, stats, notify=notify).run(stop)

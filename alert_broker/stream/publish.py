@@ -1,0 +1,245 @@
+"""Results and dead letters to their topics, a batch at a time, and only then the offsets.
+
+At least once: the whole batch is acknowledged before its offsets are committed, and the next batch is sent after that,
+so that a crash repeats one batch at most. Exactly once: results and offsets are one transaction; whoever reads
+committed messages sees a batch once or not at all, and an old incarnation of this member is fenced off.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from alert_broker.stream.config import Config, Secret
+from alert_broker.stream.ledger import Partition
+from alert_broker.stream.source import REBALANCED, Source, note_error, reason_of
+from edgekit.errors import EdgekitError
+
+LOG = logging.getLogger("edgekit.stream")
+ATTEMPTS = 5  # at a transaction that the broker asks to have aborted
+# What is wrong with one message and not with the broker: it would fail again and again
+UNSENDABLE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD}
+
+
+Headers = list[tuple[str, str | bytes | None]]
+
+
+class Outgoing(NamedTuple):
+    """A message to be sent; place: number of the alert in its batch that it was made of."""
+
+    topic: str
+    value: bytes | None
+    headers: Headers
+    place: int
+    key: bytes | None = None
+
+
+Instead = Callable[[Outgoing, str], Outgoing]
+
+
+class Publisher(Protocol):
+    """Sends a batch and commits its offsets."""
+
+    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
+        """Returns when the brokers have all of it and the offsets. instead: gives what is sent in the place of a
+        message that no broker would ever take, with the reason."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_publisher(config: Config, source: Source) -> Publisher:
+    if config.publish.mode == "exactly-once":
+        return ExactlyOnce(config, source)
+    return AtLeastOnce(config, source)
+
+
+def producer_settings(config: Config) -> dict[str, Secret]:
+    return {
+        "compression.type": "zstd",
+        "linger.ms": 2,  # a batch is flushed anyway
+        "message.max.bytes": 8_388_608,  # a packet with a deep history, as a dead letter
+        "queue.buffering.max.kbytes": 131_072,
+        **of_producer(config.kafka_settings()),
+        "enable.idempotence": True,
+        "acks": "all",
+        "delivery.timeout.ms": int(config.publish.seconds * 1000),
+        "delivery.report.only.error": True,  # none is good news, once the queue is empty
+    }
+
+
+def of_producer(settings: Mapping[str, Secret]) -> dict[str, Secret]:
+    """Without what a producer knows nothing of, and would warn about."""
+    prefixes = ("session.", "heartbeat.", "max.poll.", "fetch.", "queued.", "group.", "coordinator.", "check.crcs")
+    return {name: value for name, value in settings.items() if not name.startswith(prefixes)}
+
+
+class Sender:
+    """A producer that knows what has failed."""
+
+    def __init__(self, settings: dict[str, Secret], seconds: float) -> None:
+        self.failed: list[tuple[Outgoing, KafkaError]] = []
+        self.seconds = seconds
+        try:
+            self.producer = Producer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
+        except (KafkaException, ValueError, TypeError) as error:
+            raise EdgekitError(f"the producer cannot be configured: {reason_of(error)}") from None
+
+    def send(self, messages: Sequence[Outgoing]) -> list[tuple[Outgoing, str]]:
+        """Send all and wait for the broker. What no broker would take comes back with the reason; NotSentError for
+        anything else that fails."""
+        self.failed.clear()
+        produce = self.producer.produce
+        for message in messages:
+            while True:
+                try:
+                    produce(
+                        message.topic, message.value, message.key, on_delivery=self._note(message),
+                        headers=message.headers,
+                    )  # fmt: skip
+                    break
+                except BufferError:  # librdkafka's queue is full: let it send some
+                    self._serve(self.producer.poll, 0.1)
+                except KafkaException as error:
+                    self.failed.append((message, error.args[0]))
+                    break
+        left = self._serve(self.producer.flush, self.seconds + 5.0)  # librdkafka gives up by itself within the first
+        lost = [error for _, error in self.failed if error.code() not in UNSENDABLE]
+        if left or lost:
+            raise NotSentError(lost[0] if lost else KafkaError(KafkaError._MSG_TIMED_OUT))
+        return [(message, f"{message.topic}: {error.str()}") for message, error in self.failed]
+
+    def _serve(self, call: Callable[[float], int], seconds: float) -> int:
+        """Have callbacks called. After a fatal error, such as a fence, the binding raises in the midst of them."""
+        try:
+            return call(seconds)
+        except (KafkaException, SystemError) as error:
+            cause = error if isinstance(error, KafkaException) else error.__cause__
+            if isinstance(cause, KafkaException):
+                raise NotSentError(cause.args[0]) from None
+            raise
+
+    def _note(self, message: Outgoing) -> Callable[[KafkaError | None, Message], None]:
+        def report(error: KafkaError | None, _: Message) -> None:
+            if error is not None:
+                self.failed.append((message, error))
+
+        return report
+
+
+class AtLeastOnce:
+    """Send, wait for all delivery reports, commit."""
+
+    def __init__(self, config: Config, source: Source) -> None:
+        self._source = source
+        self._sender = Sender(producer_settings(config), config.publish.seconds)
+
+    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
+        try:
+            while refused := self._sender.send(messages):
+                messages = [instead(message, reason) for message, reason in refused]
+        except NotSentError as error:
+            raise EdgekitError(
+                f"results cannot be published: {error}; nothing of this batch was committed, start again to go on"
+            ) from None
+        if offsets:
+            self._source.commit(dict(offsets))
+
+    def close(self) -> None:
+        self._sender.producer.flush(1.0)
+
+
+class ExactlyOnce:
+    """One transaction per batch, with the offsets in it."""
+
+    def __init__(self, config: Config, source: Source) -> None:
+        name = config.publish.transactional_id or (
+            f"{config.source.group}-{config.source.instance}" if config.source.instance else ""
+        )
+        if not name:
+            raise EdgekitError(
+                "exactly-once needs a name of this member that outlives it, so that a new one fences the old one off; "
+                "set publish.transactional_id or source.instance, another one for each member"
+            )
+        self._source, self._seconds = source, config.publish.seconds
+        settings = producer_settings(config)
+        del settings["delivery.timeout.ms"]  # the transaction's time is the limit
+        settings |= {"transactional.id": name, "transaction.timeout.ms": int(config.publish.seconds * 1000)}
+        self._sender = Sender(settings, config.publish.seconds)
+        self._guard(self._sender.producer.init_transactions, self._seconds)
+
+    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
+        producer = self._sender.producer
+        positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._guard(producer.begin_transaction)
+                while refused := self._sender.send(messages):
+                    self._guard(producer.abort_transaction, self._seconds)
+                    changed = {id(message): instead(message, reason) for message, reason in refused}
+                    messages = [changed.get(id(message), message) for message in messages]
+                    self._guard(producer.begin_transaction)
+                if positions:
+                    self._guard(
+                        producer.send_offsets_to_transaction, positions, self._source.group_metadata(),
+                        self._seconds,
+                    )  # fmt: skip
+                self._guard(producer.commit_transaction, self._seconds)
+                return
+            except (AbortedError, NotSentError) as error:
+                if isinstance(error, NotSentError) and error.fatal:
+                    raise fenced(error.text) from None
+                LOG.warning("a transaction was aborted (%d of %d): %s", attempt, ATTEMPTS, error)
+                self._guard(producer.abort_transaction, self._seconds)
+                last = error
+                time.sleep(0.1 * attempt)
+        raise EdgekitError(
+            f"the transaction was aborted {ATTEMPTS} times: {last}; nothing of it is visible, start again"
+        )
+
+    def close(self) -> None:
+        pass  # no transaction is open between batches
+
+    def _guard(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call it, again where the broker says that it may work then."""
+        deadline = time.monotonic() + self._seconds
+        while True:
+            try:
+                call(*arguments)
+                return
+            except KafkaException as exception:
+                error = exception.args[0]
+                if error.fatal() or error.code() in FENCED:
+                    raise fenced(error.str()) from None
+                if error.txn_requires_abort() or error.code() in REBALANCED:
+                    raise AbortedError(error.str()) from None
+                if not error.retriable() or time.monotonic() > deadline:
+                    raise EdgekitError(
+                        f"transactions do not work with this broker: {error.str()}; nothing unfinished is visible"
+                    ) from None
+
+
+class NotSentError(Exception):
+    """Messages that the broker did not acknowledge, for a reason that is not theirs."""
+
+    def __init__(self, error: KafkaError) -> None:
+        super().__init__(error.str())
+        self.text, self.fatal = error.str(), error.fatal() or error.code() in FENCED
+
+
+class AbortedError(Exception):
+    """The transaction is to be aborted and may be tried again."""
+
+
+def fenced(reason: str) -> EdgekitError:
+    return EdgekitError(
+        f"this member was fenced off: {reason}; another one runs with the same publish.transactional_id, and nothing "
+        "unfinished of ours is visible"
+    )
+
+
+FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH, KafkaError._FATAL}

@@ -1,0 +1,160 @@
+"""Packets from files to a topic, one to a message, at a rate or as fast as the broker takes them.
+
+What a file holds is sent as it is, damaged or not. A container of many packets is taken apart into containers of one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from alert_broker import simulated_packets
+from alert_broker.avro.columns import Columns
+from alert_broker.containers import AVRO_MAGIC, SYNC_BYTES, WIRE_HEADER, Block, Schema, header_end, split
+from alert_broker.packets import PARQUET_MAGIC, TRUTH_KEY, find_files
+from alert_broker.simulate import SimulatedAlert
+from alert_broker.stream.config import Secret
+from alert_broker.stream.source import reason_of
+from edgekit.errors import EdgekitError
+
+TICK = 0.002  # seconds; messages that are due are sent together
+FLUSH_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What was sent. late: the longest that a message was behind its time, in seconds, at a given rate."""
+
+    messages: int
+    bytes: int
+    seconds: float
+    late: float
+
+
+def packets(paths: Iterable[str | Path]) -> Iterator[bytes]:
+    """The packets in files, folders and tar archives, in order."""
+    for path in find_files(paths):
+        if tarfile.is_tarfile(path):
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    content = archive.extractfile(member) if member.isfile() else None
+                    if content is not None:
+                        yield from single_packets(content.read(), f"{path}:{member.name}")
+        else:
+            yield from single_packets(path.read_bytes(), str(path))
+
+
+def single_packets(data: bytes, name: str) -> Iterator[bytes]:
+    """The packets of a file as messages of one each; a file with anything wrong in it is one message, as it is."""
+    if data[:4] == PARQUET_MAGIC:
+        if TRUTH_KEY in data[-65536:]:  # a simulator's true classes
+            return
+        raise EdgekitError(
+            f"{name} is Parquet, whose rows are no packets any more; classify it, or replay the originals"
+        )
+    if data[:4] != AVRO_MAGIC:
+        yield data
+        return
+    blocks = list(split(data, name))
+    found: list[tuple[Schema, bytes]] = []
+    for block in blocks:
+        if not isinstance(block, Block) or block.schema.plan is None:
+            yield data
+            return
+        if block.count == 1:
+            found.append((block.schema, bytes(block.data)))
+            continue
+        ends, fault = Columns(block.schema.plan).read(block.data, block.count)
+        if fault is not None:
+            yield data
+            return
+        starts = [0, *ends.tolist()]
+        found += [(block.schema, bytes(block.data[start:end])) for start, end in itertools.pairwise(starts)]
+    if len(found) == 1:
+        yield data
+        return
+    header = _null_codec(data[: header_end(data)])
+    for schema, datum in found:
+        if schema.survey is not None and (number := schema.survey.schema_id(schema.name)) is not None:
+            yield WIRE_HEADER.pack(0, number) + datum
+        else:
+            yield b"".join((header, b"\x02", _long(len(datum)), datum, header[-SYNC_BYTES:]))
+
+
+def simulated(alerts: Iterable[SimulatedAlert]) -> Iterator[bytes]:
+    """Simulated alerts as the survey sends them."""
+    for alert in alerts:
+        yield simulated_packets.message(alert.survey, alert.packet)
+
+
+def send(
+    messages: Iterable[bytes],
+    topic: str,
+    settings: dict[str, Secret],
+    *,
+    rate: float = 0.0,
+    progress: Callable[[int, int], None] = lambda count, size: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Sent:
+    """Send messages, so many a second, or as fast as the broker takes them if the rate is 0. EdgekitError if one was
+    not taken. With `stop`, what was begun is finished."""
+    failed: list[str] = []
+
+    def report(error: KafkaError | None, _: Message) -> None:
+        if error is not None:
+            failed.append(error.str())
+
+    try:
+        producer = Producer({
+            "linger.ms": 5, "message.max.bytes": 8_388_608, "queue.buffering.max.kbytes": 65_536,
+            "sticky.partitioning.linger.ms": 10, **settings, "enable.idempotence": True,
+            "delivery.report.only.error": True, "on_delivery": report,
+        })  # fmt: skip
+    except (KafkaException, ValueError, TypeError) as error:
+        raise EdgekitError(f"the producer cannot be configured: {reason_of(error)}") from None
+    started = time.monotonic()
+    count = size = 0
+    late = 0.0
+    for message in messages:
+        if stop() or failed:
+            break
+        if rate:
+            due = started + count / rate
+            while (wait := due - time.monotonic()) > TICK:
+                producer.poll(min(wait - TICK, 0.05))
+            late = max(late, -wait)
+        while True:
+            try:
+                producer.produce(topic, message)
+                break
+            except BufferError:
+                producer.poll(0.05)
+        count, size = count + 1, size + len(message)
+        producer.poll(0)
+        progress(count, size)
+    left = producer.flush(FLUSH_SECONDS)
+    if failed or left:
+        raise EdgekitError(f"{topic}: {failed[0] if failed else f'{left} messages were not acknowledged'}")
+    return Sent(count, size, time.monotonic() - started, late)
+
+
+def _long(value: int) -> bytes:
+    """Avro's zigzag number."""
+    rest, out = value << 1, bytearray()
+    while rest > 0x7F:
+        out.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    out.append(rest)
+    return bytes(out)
+
+
+def _null_codec(header: bytes) -> bytes:
+    """The header for blocks that are not compressed."""
+    key = b"\x14avro.codec"
+    return header.replace(key + b"\x0edeflate", key + b"\x08null")

@@ -1,0 +1,409 @@
+"""Batches of messages from Kafka, and whose they are: a partition can be taken away while its alerts are in flight.
+
+Each assignment of a partition has a number, its epoch. A batch remembers under which epoch its messages were read; what
+was read under one that has ended is neither published nor committed by us: the next owner reads it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, get_ident
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    OFFSET_INVALID,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+
+from alert_broker.stream.config import Config, Secret
+from alert_broker.stream.ledger import Partition
+from alert_broker.stream.stats import Stats
+from edgekit.errors import EdgekitError
+
+LOG = logging.getLogger("edgekit.stream")
+ADMIN_SECONDS = 30.0  # for what is asked of the broker outside the flow: offsets, topics
+LAG_SECONDS = 1.0  # between looks at how far behind we are
+DRAIN_STEP = 0.005
+POLL_SECONDS = 0.02  # between looks at what the publishing thread asks for
+# An error of the consumer that no waiting cures. All else librdkafka retries by itself, and says so in its log.
+HOPELESS = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
+    KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MessageBatch:
+    """Messages in the order in which they came. partition: (messages,) index into `partitions`, each of which was ours
+    under its number in `epochs`; offset: (messages,); received: monotonic seconds."""
+
+    messages: Sequence[Message]
+    partitions: tuple[Partition, ...]
+    epochs: tuple[int, ...]
+    partition: npt.NDArray[np.int64]
+    offset: npt.NDArray[np.int64]
+    received: float
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def counts(self, chosen: npt.NDArray[np.bool_]) -> dict[Partition, int]:
+        """How many of these messages there are of each partition."""
+        numbers = np.bincount(self.partition[chosen], minlength=len(self.partitions)).tolist()
+        return {partition: number for partition, number in zip(self.partitions, numbers, strict=True) if number}
+
+
+class Request:
+    """Something that another thread asks of the one that polls."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self._done = call, Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def serve(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+
+    def wait(self) -> Any:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class Source:
+    """The consumer. The thread that made it calls `poll`, `serve` and `close`; the one that publishes calls `owned` and
+    `commit`, while it holds `publishing`, so that no partition leaves between the look and the deed.
+
+    Only one thread may touch the consumer: the binding lets others wait until it is not polling, which may be never.
+    What the publishing thread needs of it is a request, served between polls.
+    """
+
+    def __init__(self, config: Config, stats: Stats) -> None:
+        self.config, self.stats, self.publishing = config, stats, Lock()
+        self._epochs: dict[Partition, int] = {}
+        self._epoch = 0
+        self._at_end: set[Partition] = set()
+        self._paused = self._closing = False
+        self._looked = 0.0
+        self._next: dict[Partition, int] = {}
+        self.while_draining: Callable[[], bool] = lambda: (
+            True
+        )  # keeps what is in flight moving; False if it has stopped
+        self._thread = get_ident()
+        self._requests: SimpleQueue[Request] = SimpleQueue()
+        settings = consumer_settings(config)
+        if config.source.start_at not in ("earliest", "latest"):
+            reset_group(config, settings)
+        self.consumer = open_consumer(settings)
+        for topic in config.source.topics:
+            partitions_of(self.consumer, topic)  # a broker or a topic that is not there shows now
+        self.consumer.subscribe(
+            list(config.source.topics), on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
+        )
+
+    # --- one thread
+
+    def poll(self, size: int, seconds: float) -> MessageBatch | None:
+        """Up to `size` messages within these seconds; None where there were none."""
+        messages: list[Message] = []
+        deadline = time.monotonic() + seconds
+        while True:
+            self.serve()
+            slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            messages += self.consumer.consume(size - len(messages), slice_seconds)
+            if len(messages) >= size or time.monotonic() >= deadline:
+                break
+        good: list[Message] = []
+        index: dict[Partition, int] = {}
+        partition, offset = [], []
+        for message in messages:
+            if (fault := message.error()) is not None:
+                self._note_error(fault, message)
+                continue
+            where, number = place_of(message)
+            if where not in self._epochs:  # read before the partition was taken away
+                continue
+            partition.append(index.setdefault(where, len(index)))
+            offset.append(number)
+            good.append(message)
+            self._at_end.discard(where)
+        self._look_at_lag()
+        if not good:
+            return None
+        batch = MessageBatch(
+            good, tuple(index), tuple(self._epochs[where] for where in index),
+            np.array(partition, np.int64), np.array(offset, np.int64), time.monotonic(),
+        )  # fmt: skip
+        for where, number in batch.counts(np.ones(len(batch), np.bool_)).items():
+            self.stats.ledger.add(where, consumed=number)
+        self._next |= next_offsets(batch, np.ones(len(batch), np.bool_))
+        return batch
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all partitions that are ours, and there is one, have been read to their end."""
+        return bool(self._epochs) and self._at_end >= set(self._epochs)
+
+    def pause(self, paused: bool) -> None:
+        """Stop fetching, or go on; `poll` must be called all the same, so that we stay in the group."""
+        if paused != self._paused:
+            assigned = self.consumer.assignment()
+            (self.consumer.pause if paused else self.consumer.resume)(assigned)
+            self._paused = self.stats.paused = paused
+
+    def serve(self) -> None:
+        """Do what the publishing thread has asked for."""
+        while True:
+            try:
+                self._requests.get_nowait().serve()
+            except Empty:
+                return
+
+    def close(self) -> None:
+        """Leave the group. What still is in flight then will never be published: nobody waits for it."""
+        self._closing = True
+        self.consumer.close()
+
+    # --- the thread that publishes
+
+    def owned(self, batch: MessageBatch) -> npt.NDArray[np.bool_]:
+        """(messages,) whether each still is ours."""
+        mine = [self._epochs.get(where) == epoch for where, epoch in zip(batch.partitions, batch.epochs, strict=True)]
+        return np.array(mine, np.bool_)[batch.partition]
+
+    def commit(self, offsets: dict[Partition, int]) -> None:
+        """Commit these next offsets and wait for the broker. A group that has moved on in between is no error: the
+        new owner reads again what was published since the last commit."""
+        positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
+        try:
+            results = self._ask(lambda: self.consumer.commit(offsets=positions, asynchronous=False))
+            errors = [item.error for item in results or () if item.error is not None]
+        except KafkaException as error:
+            errors = [error.args[0]]
+        for fault in errors:
+            if fault.code() in REBALANCED:
+                LOG.warning("offsets were not committed, as the group has a new generation: %s", fault.str())
+            else:
+                raise EdgekitError(
+                    f"offsets cannot be committed: {fault.str()}; what was published since the last commit will be "
+                    "published again after a restart"
+                )
+
+    def group_metadata(self) -> Any:
+        """What a transaction needs to commit our offsets."""
+        return self._ask(self.consumer.consumer_group_metadata)
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        if get_ident() == self._thread:
+            return call()
+        self._requests.put(request := Request(call))
+        return request.wait()
+
+    # --- called back from poll and close
+
+    def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        for item in partitions:
+            self._epoch += 1
+            self._epochs[item.topic, item.partition] = self._epoch
+            self._at_end.discard((item.topic, item.partition))
+        LOG.info("assigned %s", names(partitions))
+        self.stats.ready = True
+        if self._paused:
+            consumer.incremental_assign(partitions)
+            consumer.pause(partitions)
+
+    def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Let what is in flight be published and committed; after `drain_seconds` take it off the books."""
+        ours = [(item.topic, item.partition) for item in partitions]
+        deadline = time.monotonic() + (0.0 if self._closing else self.config.source.drain_seconds)
+        entries = self.stats.ledger.entries
+        while time.monotonic() < deadline and any(entries[item].in_flight for item in ours if item in entries):
+            self.serve()
+            if not self.while_draining():
+                break
+            time.sleep(DRAIN_STEP)
+        self._give_up(partitions)
+
+    def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        LOG.warning("lost %s: others own them already", names(partitions))
+        self._give_up(partitions)
+
+    def _give_up(self, partitions: list[TopicPartition]) -> None:
+        while not self.publishing.acquire(timeout=DRAIN_STEP):  # its holder may be waiting for a commit
+            self.serve()
+        try:
+            for item in partitions:
+                where = (item.topic, item.partition)
+                self._epochs.pop(where, None)
+                self._at_end.discard(where)
+                self.stats.lag.pop(where, None)
+                self._next.pop(where, None)
+                if number := self.stats.ledger.revoke(where):
+                    LOG.warning("%d alerts of %s[%d] were in flight and go to its next owner", number, *where)
+        finally:
+            self.publishing.release()
+        LOG.info("revoked %s", names(partitions))
+        self.stats.ready = bool(self._epochs)
+
+    def _note_error(self, error: KafkaError, message: Message) -> None:
+        if error.code() == KafkaError._PARTITION_EOF:
+            self._at_end.add(place_of(message)[0])
+        elif error.code() in HOPELESS or error.fatal():
+            where = f" ({message.topic()})" if message.topic() else ""
+            raise EdgekitError(f"the broker refuses to be read: {error.str()}{where}")
+        else:
+            LOG.warning("%s", error.str())
+
+    def _look_at_lag(self) -> None:
+        if time.monotonic() - self._looked < LAG_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for where in list(self._epochs):
+            _, high = self.consumer.get_watermark_offsets(TopicPartition(*where), cached=True)
+            if high >= 0 and where in self._next:
+                self.stats.lag[where] = max(0, high - self._next[where])
+            elif where in self._at_end:
+                self.stats.lag[where] = 0
+
+
+REBALANCED = {
+    KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError._NO_OFFSET, KafkaError._ASSIGNMENT_LOST,
+}  # fmt: skip
+
+
+def place_of(message: Message) -> tuple[Partition, int]:
+    """The partition and the offset of a message that was read."""
+    topic, partition, offset = message.topic(), message.partition(), message.offset()
+    assert topic is not None
+    assert partition is not None
+    assert offset is not None
+    return (topic, partition), offset
+
+
+def next_offsets(batch: MessageBatch, chosen: npt.NDArray[np.bool_]) -> dict[Partition, int]:
+    """The offset after the last of these messages, for each partition that has one."""
+    after = np.zeros(len(batch.partitions), np.int64)
+    np.maximum.at(after, batch.partition[chosen], batch.offset[chosen] + 1)
+    return {where: offset for where, offset in zip(batch.partitions, after.tolist(), strict=True) if offset}
+
+
+def consumer_settings(config: Config) -> dict[str, Secret]:
+    """What librdkafka is told. What `[kafka]` says goes over our defaults, not over what keeps alerts safe."""
+    source = config.source
+    settings: dict[str, Secret] = {
+        "queued.max.messages.kbytes": 65_536,  # read ahead: a second of alerts at Rubin's rate, and no more memory
+        "fetch.message.max.bytes": 8_388_608,
+        "fetch.wait.max.ms": 50,  # an idle broker answers at least as often: batches are closed by 0.1 s
+        **config.kafka_settings(),
+        "group.id": source.group,
+        "partition.assignment.strategy": "cooperative-sticky",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "enable.partition.eof": True,
+        "isolation.level": "read_committed",
+        "auto.offset.reset": "latest" if source.start_at == "latest" else "earliest",
+    }
+    if source.instance:
+        settings["group.instance.id"] = source.instance
+    return settings
+
+
+def note_error(error: KafkaError) -> None:
+    """What librdkafka tells of besides; what matters also comes where it is asked for."""
+    LOG.warning("%s", error.str())
+
+
+def open_consumer(settings: dict[str, Secret]) -> Consumer:
+    try:
+        return Consumer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
+    except (KafkaException, ValueError, TypeError) as error:
+        raise EdgekitError(f"the consumer cannot be configured: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What librdkafka says, without the values that it was given."""
+    first = error.args[0] if error.args else error
+    return first.str() if isinstance(first, KafkaError) else str(first)
+
+
+def names(partitions: Sequence[TopicPartition]) -> str:
+    return ", ".join(f"{item.topic}[{item.partition}]" for item in partitions) or "nothing"
+
+
+def reset_group(config: Config, settings: dict[str, Secret]) -> None:
+    """Move the group to a time or to offsets, before it is joined; a broker allows that while it has no members."""
+    consumer = open_consumer({**settings, "enable.partition.eof": False})
+    try:
+        partitions = [
+            TopicPartition(topic, number) for topic in config.source.topics for number in partitions_of(consumer, topic)
+        ]
+        wanted = start_positions(config.source.start_at, partitions, consumer)
+        results = consumer.commit(offsets=wanted, asynchronous=False) or ()
+        if errors := [item.error for item in results if item.error is not None]:
+            raise KafkaException(errors[0])
+    except KafkaException as error:
+        raise EdgekitError(
+            f"the group {config.source.group} cannot be moved to {config.source.start_at}: {reason_of(error)}; "
+            "stop its other members first, or name a new group"
+        ) from None
+    finally:
+        consumer.close()
+
+
+def partitions_of(client: Any, topic: str) -> list[int]:
+    """The numbers of a topic's partitions."""
+    try:
+        known = client.list_topics(topic, timeout=ADMIN_SECONDS).topics.get(topic)
+    except KafkaException as error:
+        reason = reason_of(error)
+        raise EdgekitError(f"the broker does not answer: {reason}; see bootstrap.servers and what runs there") from None
+    if known is None or known.error is not None:
+        raise EdgekitError(f"the topic {topic!r} is not there; create it or name another one")
+    return sorted(known.partitions)
+
+
+def start_positions(text: str, partitions: list[TopicPartition], consumer: Consumer) -> list[TopicPartition]:
+    """Where reading starts: at a time such as 2026-08-01T04:00:00Z, or at offsets such as 0=1200,1=1180."""
+    if re.fullmatch(r"\s*\d+=\d+(\s*,\s*\d+=\d+)*\s*", text):
+        wanted = {int(a): int(b) for a, b in (pair.split("=") for pair in text.split(","))}
+        known = {item.partition for item in partitions}
+        if missing := set(wanted) - known:
+            raise EdgekitError(f"start_at names partition {min(missing)}; the topic has {len(known)}, from 0 on")
+        return [TopicPartition(item.topic, item.partition, wanted[item.partition])
+                for item in partitions if item.partition in wanted]  # fmt: skip
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise EdgekitError(
+            f"start_at is {text!r}; expected earliest, latest, a time such as 2026-08-01T04:00:00Z, or offsets such as "
+            "0=1200,1=1180"
+        ) from None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    asked = [TopicPartition(item.topic, item.partition, int(moment.timestamp() * 1000)) for item in partitions]
+    found = consumer.offsets_for_times(asked, timeout=ADMIN_SECONDS)
+    for item in found:
+        if item.offset in (OFFSET_END, OFFSET_INVALID, OFFSET_BEGINNING) or item.offset < 0:  # nothing so late
+            _, item.offset = consumer.get_watermark_offsets(TopicPartition(item.topic, item.partition), ADMIN_SECONDS)
+    return list(found)

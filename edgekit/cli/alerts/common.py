@@ -1,0 +1,54 @@
+"""What the commands on alerts share."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from edgekit.errors import missing_extra
+
+MEGABYTE = 1_000_000
+EXTRA_OF = {"confluent_kafka": "stream"}  # what is not in the extra `alerts`
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Gives a question that Ctrl-C or SIGTERM turns true, for a loop to ask; a second one is a KeyboardInterrupt."""
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def alert_packages() -> Iterator[None]:
+    """Names the extra to install where an import fails for want of a package."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = str(error.name)
+        raise missing_extra(name, EXTRA_OF.get(name, "alerts"), "working with alerts") from None
+
+
+def key_values(pairs: Sequence[str], flag: str) -> dict[str, str]:
+    """NAME=VALUE, many times. What is wrong is said without the value, which may be a secret."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"{flag}: expected NAME=VALUE")
+        values[name] = value
+    return values

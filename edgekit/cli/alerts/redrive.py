@@ -1,0 +1,48 @@
+"""edgekit alerts redrive"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgekit.cli.alerts.common import alert_packages, key_values, stopping
+from edgekit.cli.console import output, print_json
+
+EXAMPLES = """\b
+Examples:
+  edgekit alerts redrive --config broker.toml
+  edgekit alerts redrive --config broker.toml --reason 'unknown LSST schema id'
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.option(
+    "--config", "path", type=Path, required=True, help="TOML file of the consumer whose dead letters these are."
+)
+@click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
+@click.option("--reason", default="", help="Only those whose reason holds this text.")
+@click.option("--to-topic", default="", help="Send them here [default: the topic that each came from]")
+@click.option("--max-attempts", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Pass over what has died more often.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+def redrive(path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, max_attempts: int, as_json: bool) -> None:
+    """Send dead letters to where they came from, after what killed them is fixed: as they came, up to the last one.
+
+    They stay in their topic; the group GROUP-redrive remembers which were sent or passed over.
+    """
+    with alert_packages():
+        from alert_broker.stream import config as configuration
+        from alert_broker.stream import dead_letters
+
+    changes = {"kafka": key_values(kafka, "--kafka")} if kafka else {}
+    config = configuration.load(path, changes)
+    with stopping() as stop:
+        done = dead_letters.redrive(
+            config.kafka_settings(), config.dead_letters, group=f"{config.source.group}-redrive", reason=reason,
+            to_topic=to_topic, max_attempts=max_attempts, stop=stop,
+        )  # fmt: skip
+    if as_json:
+        print_json({"sent": done.sent, "passed_over": done.passed_over})
+    else:
+        output.print(f"{done.sent:,} dead letters sent again, {done.passed_over:,} passed over")

