@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup lint test demo bench bench-compress train
+.PHONY: help setup lint test test-rtx test-faults test-spark demo bench bench-compress bench-alerts soak fuzz train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -24,6 +24,17 @@ lint: setup ## style, formatting, types
 test: lint ## lint and all tests; what CI runs
 	$(BIN)/python -m pytest -q -n 2 --durations=10
 
+test-rtx: setup ## every model for every target, TensorRT-RTX's compiler included (proprietary, 95 MB; an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx]'
+	$(BIN)/python -m pytest -q -m targets tests
+
+test-faults: setup ## kill, break and fill what the stream runs on, and count (ten minutes)
+	$(BIN)/python -m pytest -q -m faults tests
+
+test-spark: setup ## the same stages inside Spark (Java 17, 490 MB; five minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[spark]'
+	$(BIN)/python -m pytest -q -m spark tests
+
 demo: setup ## train set, compress, export, verify, classify thousands of alerts (results in demo/)
 	$(BIN)/python tools/demo.py
 
@@ -37,6 +48,18 @@ bench: setup ## speed against the reference path and onnxruntime's defaults, one
 	$(BIN)/python tools/bench_c.py t2-gr --json benchmarks/c_export.json
 	$(BIN)/python tools/bench_decode.py --json benchmarks/decode.json
 	$(BIN)/python tools/bench_training.py --json benchmarks/training.json
+	$(BIN)/python tools/check_cost_model.py --json benchmarks/cost_model.json
+
+bench-alerts: setup ## decoding, the whole path, and a real broker, beside the reference path; one run
+	$(BIN)/python tools/bench_alerts.py --json benchmarks/alerts.json
+
+soak: setup ## half an hour of alerts at twice Rubin's mean rate: memory and ledger
+	$(BIN)/python tools/soak_alerts.py --minutes 30 --json benchmarks/soak.json
+
+fuzz: setup ## ten million damaged packets, then ten minutes guided by coverage
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python tools/fuzz_decode.py --json benchmarks/fuzz.json
+	$(BIN)/python tools/fuzz_coverage.py --json benchmarks/fuzz_coverage.json
 
 train: setup ## train the models of the zoo again (an hour or two on two cores; resumable)
 	for model in t2-gr t2-ugrizy t2-ugrizy-z; do $(BIN)/python tools/train_t2.py $$model && $(BIN)/python tools/make_model_card.py $$model || exit 1; done

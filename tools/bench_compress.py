@@ -6,8 +6,8 @@
 Rows: onnxruntime in float32 from either of torch's exporters, dynamic int8 (all operators, or MatMul and Gemm only),
 static Q/DQ int8 in both forms, half of the channels removed with dynamic int8 on top, in one shot, nothing trained
 afterwards (torch-pruning; for t2, whose heads it does not know, the half of smallest norm), OpenVINO in float32 where
-it is installed, and what the search found under its limits. Stock int8 rows have 8-bit weights, onnxruntime's default. CPU
-time of one thread, all in turns; `times as fast` is against the faster of the two float32 rows.
+it is installed, and what the search found under its limits. Stock int8 rows have 8-bit weights, onnxruntime's default.
+CPU time of one thread, all in turns; `times as fast` is against the faster of the two float32 rows.
 
 t2's loss is class-averaged log-loss on real light curves. DeiT-tiny is trained here for minutes on a synthetic task
 (`tools/train_deit.py`), its loss is error rate: it says what compression costs a vision transformer that has learnt

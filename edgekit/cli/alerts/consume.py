@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   edgekit alerts consume --config broker.toml
-  edgekit alerts consume --kafka bootstrap.servers=localhost:9092 --source-topics ztf --output 'topic = "classified"'
+  edgekit alerts consume --kafka bootstrap.servers=localhost:9092 --topics ztf --output 'topic = "classified"'
 A file, broker.toml:
   [kafka]
   "bootstrap.servers" = "localhost:9092"
@@ -64,7 +64,8 @@ def flags() -> Iterator[click.Option]:
                 options |= {"type": click.Choice(typing.get_args(hint))}
             else:
                 options |= {"type": hint}
-            yield click.Option([name, f"{table}.{item.name}".replace(".", "__")], **options)
+            short = [f"--{item.name}".replace("_", "-")] if table == "source" else []  # what is typed most: --until-eos
+            yield click.Option([name, *short, f"{table}__{item.name}"], **options)
 
 
 @click.command(cls=Consume, epilog=EXAMPLES)
