@@ -26,7 +26,8 @@ test: lint ## lint and all tests; what CI runs
 
 test-rtx: setup ## every model for every target, TensorRT-RTX's compiler included (proprietary, 95 MB; an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx]'
-	$(BIN)/python -m pytest -q -m targets tests
+	$(BIN)/python -m pytest -q -m targets tests/exporters
+	$(BIN)/python -m pytest -q tests/exporters/test_tensorrt_rtx_export.py
 
 test-faults: setup ## kill, break and fill what the stream runs on, and count (ten minutes)
 	$(BIN)/python -m pytest -q -m faults tests
