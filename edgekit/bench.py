@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,12 @@ from edgekit.bundle import GRAPH, Bundle, golden_inputs
 from edgekit.errors import EdgekitError
 from edgekit.guard import ratio_interval, tiled
 from edgekit.session import open_session
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from edgekit.targets.layers import Report
+    from edgekit.targets.profile import Target
 
 LEAST_ROUNDS, MOST_ROUNDS = 9, 2000
 
@@ -79,6 +85,44 @@ def compare(
     return result
 
 
+def on_target(
+    bundle: Bundle, target: Target, batches: Sequence[int], *, here: bool, precision: str | None = None,
+    power: str | None = None, threads: int = 1, seconds: float = 1.0,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Report]:  # fmt: skip
+    """A model on a target at each batch size, operator by operator; `here`: the target is this machine."""
+    from edgekit.cost import measured_rates
+    from edgekit.targets import layers, measured
+
+    model, golden = float_graph(bundle), _golden(bundle)
+    lengths = layers.lengths_of(model, golden)
+    if not here:
+        options = {"precision": precision, "power": power, "threads": threads}
+        return [layers.elsewhere(model, target, batch, lengths=lengths, **options) for batch in batches]  # type: ignore[arg-type]
+    table, rates = measured.table(progress=progress), measured_rates()
+    reports = []
+    for done, batch in enumerate(batches):
+        progress("batch sizes", done, len(batches))
+        feeds = tiled(golden, batch)
+        reports.append(
+            layers.here(
+                model, target, feeds, batch, table=table, rates=rates, lengths=lengths, seconds=seconds
+            )
+        )  # fmt: skip
+    progress("batch sizes", len(batches), len(batches))
+    return reports
+
+
+def float_graph(bundle: Bundle) -> ModelProto:
+    """The bundle's graph; of a network, as the ONNX exporter writes it in float32."""
+    from edgekit.graph import load
+
+    if bundle.is_graph:
+        return load(bundle.contents[GRAPH], bundle.manifest.name)
+    model: ModelProto = plugins.load("edgekit.exporters", "onnx")(weights="float32").graph(bundle)
+    return model
+
+
 def _golden(bundle: Bundle) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
     inputs, _ = bundle.golden()
     rows = len(next(iter(inputs.values())))
@@ -91,14 +135,9 @@ def _least_seconds(bundle: Bundle, batches: Sequence[int], threads: int) -> dict
     if threads != 1:
         return {}
     from edgekit.cost import graph_cost, least_seconds, measured_rates
-    from edgekit.graph import load
 
     try:
-        model = (
-            load(bundle.contents[GRAPH], bundle.manifest.name)
-            if bundle.is_graph
-            else plugins.load("edgekit.exporters", "onnx")(weights="float32").graph(bundle)
-        )
+        model = float_graph(bundle)
     except EdgekitError:  # the runtime may know other ways to run it
         return {}
     rates = measured_rates()

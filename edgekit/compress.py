@@ -39,6 +39,7 @@ from edgekit.pack import pack
 from edgekit.passes.base import GRAPH_LEVEL, Candidate, Context, GraphCandidate
 from edgekit.recipe import Step, to_tables
 from edgekit.session import Session, open_session
+from edgekit.targets.profile import Target
 from edgekit.training import outputs as network_outputs
 
 Notify = Callable[[str], None]
@@ -73,6 +74,7 @@ class Job:
     metric: str = "log-loss"
     runtime: str = "onnxruntime"  # the one that latency is measured on
     seed: int = 0
+    target: Target | None = None  # the device it is for; None: this machine, and nothing is decided beforehand
     replay: bool = False  # measure, but keep every pass that does not fail: what an earlier run has judged
 
     def key(self) -> str:
@@ -83,9 +85,26 @@ class Job:
             for array in part.inputs.values():
                 data.update(array.tobytes())
         settings = [self.source.digest, data.hexdigest(), asdict(self.limits), self.metric, self.runtime, self.seed]
-        settings += [self.replay, quality.source(self.metric)]
+        settings += [self.replay, quality.source(self.metric)] + ([asdict(self.target)] if self.target else [])
         surroundings = [versions(), machine.describe()]
         return hashlib.sha256(json.dumps([*settings, *surroundings]).encode()).hexdigest()
+
+    def on_target(self) -> Job:
+        """The job with what its target decides about the recipe; an error if a pass is not for that target."""
+        if self.target is None:
+            return self
+        from edgekit.targets.decisions import fitted
+
+        return replace(self, recipe=fitted(self.target, self.recipe))
+
+    @property
+    def estimated(self) -> bool:
+        """Whether latency is estimated, because the target is not here."""
+        if self.target is None:
+            return False
+        from edgekit.targets.decisions import measured_here
+
+        return not measured_here(self.target)
 
 
 def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
@@ -109,6 +128,7 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
 def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
     """What each pass would do to the model as it is now; changes nothing. Later passes are planned on what earlier ones
     leave, by applying those without recovery training."""
+    job = job.on_target()
     check_order(job.source, job.recipe)
     candidate = candidate_of(job.source)
     teacher = candidate.model if isinstance(candidate, Candidate) else None
@@ -134,6 +154,7 @@ def run(
     progress: ShowProgress = lambda what, done, total: None,
 ) -> Bundle:
     """The compressed bundle, records included. `work`: folder for the state after each pass."""
+    job = job.on_target()
     check_order(job.source, job.recipe)  # a mistake in the recipe is an error now, not a pass rolled back
     measured = quality.metric(job.metric)
     source = candidate_of(job.source)
@@ -173,7 +194,7 @@ def run(
             after = _state(fresh_bundle, quality.measure(measured, outputs, expected))
             loss = quality.measure_change(measured, original, outputs, expected)
             fresh_session = _session(job, fresh_bundle, forms)
-            latency = compare_latency(session, fresh_session, inputs, job.limits.batches, best=best)
+            latency = _latency(job, bundle, fresh_bundle, (session, fresh_session), inputs, best)
             disagreement = _disagreement(job, fresh_bundle, forms, measured, expected)
             verdict = Verdict(False, disagreement) if disagreement else judge(before, after, loss, latency, job.limits)
             if not verdict.kept and verdict.useless and getattr(built, "prepares", False):
@@ -181,6 +202,9 @@ def run(
             if job.replay:
                 verdict = Verdict(True, f"replayed; measured here: {verdict.reason}")
             record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
+            if job.target is not None and job.estimated:
+                record["estimated_on"] = job.target.name
+                verdict = replace(verdict, reason=f"{verdict.reason} (latency: an estimate for {job.target.name})")
         except EdgekitError as error:
             verdict = Verdict(False, str(error))
         record |= {"kept": verdict.kept, "reason": verdict.reason, "seconds": round(time.perf_counter() - started, 1)}
@@ -205,6 +229,8 @@ def best_float_form(job: Job, notify: Notify = lambda message: None) -> dict[str
     """Session options under which the float32 original is fastest, by the geometric mean over the batch sizes. The
     first form stays unless another is faster beyond the noise."""
     forms = FLOAT_FORMS.get(job.runtime, ({},))
+    if job.estimated:  # what is fastest here says nothing about it
+        forms = forms[:1]
     if job.source.is_graph:  # it was exported elsewhere
         own = [item for item in forms if item.get("exporter") != "dynamo"]
         forms = tuple({name: value for name, value in item.items() if name != "exporter"} for item in own)
@@ -238,7 +264,7 @@ def _with_metrics(
     measured = quality.metric(job.metric)
     outputs = outputs_of(job, bundle, candidate_of(bundle))
     before, after = (_session(job, item, forms) for item in (job.source, bundle))
-    latency: list[Latency] = compare_latency(before, after, inputs, job.limits.batches)
+    latency = _latency(job, job.source, bundle, (before, after), inputs)
     metrics = {
         job.metric.replace("-", "_"): asdict(quality.measure(measured, outputs, expected)),
         "compression": {
@@ -252,7 +278,30 @@ def _with_metrics(
             "machine": machine.describe(),
         },
     }
+    if job.target is not None:
+        from edgekit.bench import float_graph
+        from edgekit.targets.decisions import needed
+
+        batch, memory = needed(job.target, float_graph(bundle), inputs, job.limits.batches)
+        metrics["compression"]["memory"] = {
+            **asdict(memory), "batch": batch, "fits": memory.fits, "needed": memory.needed, "text": str(memory),
+        }  # fmt: skip
+        if job.estimated:
+            metrics["compression"]["estimated_on"] = job.target.name
     return replace(bundle, manifest=replace(bundle.manifest, metrics=_finite(metrics)))
+
+
+def _latency(
+    job: Job, before: Bundle, after: Bundle, sessions: tuple[Session, Session], inputs: Arrays,
+    best: Session | None = None,
+) -> list[Latency]:  # fmt: skip
+    """Measured here, or estimated on a target that is elsewhere."""
+    if job.target is None or not job.estimated:
+        return compare_latency(*sessions, inputs, job.limits.batches, best=best)
+    from edgekit.bench import float_graph
+    from edgekit.targets.decisions import estimated
+
+    return estimated(job.target, float_graph(before), float_graph(after), inputs, job.limits.batches)
 
 
 def _disagreement(
@@ -327,6 +376,7 @@ def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[Mapping[str, An
         parent=job.source.digest,
         seed=job.seed,
         metrics={},
+        target=job.target.name if job.target else job.source.manifest.target,
         versions=versions(),
     )
     if isinstance(candidate, GraphCandidate):

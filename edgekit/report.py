@@ -76,6 +76,7 @@ def summary(bundle: Bundle, source: Bundle) -> dict[str, Any]:
         "limits": compression.get("limits", {}),
         "search": manifest.metrics.get("search"),
         "runtime": compression.get("runtime"),
+        "estimated_on": compression.get("estimated_on"),
         "machine": compression.get("machine") or machine.describe(),
     }
 
@@ -143,7 +144,10 @@ def _pictures(values: Mapping[str, Any]) -> dict[str, Markup]:
                 plots.sensitivity_bars(search["sensitivity"], values["metric"]), "Sensitivity of each weight"
             )
     if values["latency"]:
-        found["latency"] = _inline(plots.latency_bars(values["latency"]), "CPU time per call before and after")
+        where = (
+            f"Time per call, estimate for {values['estimated_on']}" if values["estimated_on"] else "CPU time per call"
+        )
+        found["latency"] = _inline(plots.latency_bars(values["latency"]), f"{where}, before and after")
     return found
 
 

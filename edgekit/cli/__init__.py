@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": ("edgekit.cli.inspect:inspect", "Show what a bundle holds and how it was made."),
     "compress": ("edgekit.cli.compress:compress", "Make a model smaller and faster; keep only what measures better."),
     "bench": ("edgekit.cli.bench:bench", "Time models beside each other, in turns in one run."),
+    "targets": ("edgekit.cli.targets:targets", "List devices: what they can, what works on them, what never to use."),
     "pack": ("edgekit.cli.pack:pack", "Write a bundle as one entropy-coded file."),
     "export": ("edgekit.cli.export:export", "Write a model for a runtime or device, and prove that it still works."),
     "run": ("edgekit.cli.run:run", "Run a bundle on named arrays."),

@@ -18,6 +18,7 @@ Examples:
   edgekit compress t2-gr --max-size 12000 --max-loss 0.01 -o t2.edge
   edgekit compress t2-gr --auto --max-loss 0.02 --trials 30 -o t2.edge
   edgekit compress t2-gr --recipe recipe.toml --dry-run
+  edgekit compress t2-gr --auto --target jetson-nano --max-loss 0.02 -o t2.nano.edge
 A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 """
 
@@ -32,7 +33,12 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 @click.option("--max-size", type=int, help="Bytes that the packed file may take; codes get narrower until it fits.")
 @click.option("--auto", is_flag=True, help="Search for the recipe; needs no --recipe.")
 @click.option("--trials", type=click.IntRange(min=1), default=40, show_default=True, help="Recipes that --auto tries.")
-@click.option("--max-latency", type=float, help="CPU milliseconds of a call at the first batch size, for --auto.")
+@click.option(
+    "--max-latency",
+    type=float,
+    help="CPU milliseconds of a call at the first batch size, for --auto; with a --target elsewhere, estimated ones.",
+)
+@click.option("--target", "device", help="The device it is for (see edgekit targets): decides what passes may do.")
 @click.option("--data", "data_file", help=".npz with the model's inputs, labels and split (default: its own data set).")
 @click.option(
     "--metric",
@@ -49,7 +55,7 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compress(
     model: str, target: Path | None, recipe_file: Path | None, max_loss: float, max_size: int | None,
-    auto: bool, trials: int, max_latency: float | None,
+    auto: bool, trials: int, max_latency: float | None, device: str | None,
     data_file: str | None, metric: str | None, objective: str, batches: str, runtime: str, seed: int,
     original: str | None, dry_run: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -57,6 +63,10 @@ def compress(
 
     Every pass is measured for quality, size and latency, before and after in one run; a pass that loses is rolled back
     and the report says why. A run that was stopped goes on after its last finished pass.
+
+    With --target, a pass in a precision that the device must never be given is refused, open parameters follow the
+    device's plan, and the result must fit its memory. Latency is measured if the device is this machine; else it is
+    estimated from its data sheet, and every record and the report say so.
     """
     from edgekit import quality, recipe
     from edgekit.bundle import GOLDEN, GRAPH, WEIGHTS, with_files
@@ -75,6 +85,11 @@ def compress(
         raise click.UsageError("-o/--output is missing: name the bundle to write, such as -o t2.edge")
     if target and target.exists() and not force and not dry_run:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
+    chosen = None
+    if device is not None:
+        from edgekit.targets import profile
+
+        chosen = profile.find(device)
     source = resolve(model)
     before = resolve(original) if original else None
     if before is not None and before.manifest.parent != source.digest:
@@ -98,7 +113,11 @@ def compress(
     metric = metric or default_metric(source.manifest)
     train, test = load(locate(source.manifest, data_file), source.manifest, labelled=quality.metric(metric).labelled)
     limits = Limits(max_loss=max_loss, batches=batch_sizes(batches), objective=objective)  # type: ignore[arg-type]
-    job = Job(source, steps, train, test, limits, metric, runtime, seed, replay=before is not None)
+    job = Job(
+        source, steps, train, test, limits, metric, runtime, seed, target=chosen, replay=before is not None
+    )  # fmt: skip
+    if job.estimated:
+        note(f"{device} is not this machine: latency is estimated from its data sheet, quality is measured here")
     if dry_run:
         _show_plan(plan(job), as_json)
         return
@@ -124,6 +143,12 @@ def compress(
             bundle = run(job, work, notify=note, progress=show)
         if max_size is not None and not auto:
             bundle = narrowed(job, bundle, max_size, work, notify=note, progress=show)
+    memory = bundle.manifest.metrics.get("compression", {}).get("memory")
+    if memory is not None and not memory["fits"]:
+        raise EdgekitError(
+            f"the result does not fit on {device} at batch size {memory['batch']}: {memory['text']}; declare smaller "
+            "--batch sizes, or compress further. Nothing was written"
+        )
     bundle = with_report(bundle, source)
     bundle = _write(bundle, target, force)
     prune(work)
@@ -190,6 +215,7 @@ def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
         verdict = "kept" if record["kept"] else "rolled back"
         quality = number(after["quality"]["value"], ".4f")
         rows.append([record["pass"], verdict, quality, f"{after['bytes']:,}", speed, record["reason"]])
-    print_table(["pass", "verdict", "quality", "packed bytes", "speed-up", "reason"], rows)
+    speed = "speed-up (estimate)" if any("estimated_on" in record for record in records) else "speed-up"
+    print_table(["pass", "verdict", "quality", "packed bytes", speed, "reason"], rows)
     output.print(f"\n{target}: {original:,} to {packed:,} bytes packed")
     output.print(f"report: {target}/report.html")

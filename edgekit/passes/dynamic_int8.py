@@ -31,6 +31,8 @@ class DynamicInt8:
     name: ClassVar[str] = "dynamic_int8"
     summary: ClassVar[str] = "int8 matrix products, activations quantised as the model runs"
     level: ClassVar[str] = GRAPH_LEVEL
+    computes_in: ClassVar[tuple[str, ...]] = ("int8",)
+    writes: ClassVar[tuple[str, ...]] = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 
     operators: tuple[str, ...] = ("MatMul", "Gemm")
     exclude: tuple[str, ...] = ()

@@ -61,6 +61,11 @@ class Half:
             if not defs.has(name):
                 raise EdgekitError(f"keep: {name!r} is no ONNX operator; expected names such as Softmax")
 
+    @property
+    def computes_in(self) -> tuple[str, ...]:
+        """Precisions, for targets that must not be given them."""
+        return () if self.storage else ({"fp16": "float16", "bf16": "bfloat16"}[self.kind],)
+
     def plan(self, candidate: GraphCandidate) -> list[Change]:
         model = candidate.copy_model()
         narrow, nodes = self._chosen(model)

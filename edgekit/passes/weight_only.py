@@ -69,6 +69,11 @@ class WeightOnly:
         at_least("damping", self.damping, 1e-6, 1)
         at_least("smallest", self.smallest, 1, 1e12)
 
+    @property
+    def computes_in(self) -> tuple[str, ...]:
+        """What a runtime must know, though it computes in float: DequantizeLinear on int8 is int8 to TensorRT."""
+        return (f"int{self.bits}",)
+
     def plan(self, candidate: GraphCandidate) -> list[Change]:
         return self._chosen(candidate.copy_model())[1]
 

@@ -22,6 +22,7 @@ from edgekit.compress import Job, Notify, ShowProgress, applied, candidate_of, o
 from edgekit.data import Dataset, is_labelled
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.recipe import Step, of_bundle
+from edgekit.targets.decisions import allowed, rounded
 
 try:
     import optuna
@@ -34,6 +35,7 @@ except ModuleNotFoundError as error:
 HELD_OUT = 0.25  # of the training rows, for trials
 PROBE_BITS = 3  # coarse enough that a weight that matters shows
 PATIENCE = 12  # trials without a new point on the Pareto front after which the search stops
+NUMBERS = ("loss", "bytes", "speedup", "latency_ms", "fits_memory")  # of an outcome, kept in the study
 SHORT, FULL = {"prune": 2, "codes": 1}, {"prune": 8, "codes": 2}  # epochs of recovery, in trials and at the end
 
 
@@ -57,19 +59,21 @@ class Outcome:
     speedup: float
     latency_ms: float
     on_front: bool = False
+    fits_memory: bool = True  # of the target
 
     def fits(self, limits: Targets) -> bool:
         return (
             self.loss <= limits.max_loss
             and (limits.max_size is None or self.bytes <= limits.max_size)
             and (limits.max_latency is None or self.latency_ms <= limits.max_latency)
+            and self.fits_memory
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
     """What the result must keep to. max_size: packed bytes; max_latency: CPU milliseconds of a call at the first batch
-    size."""
+    size; on a target that is not here, estimated ones."""
 
     max_loss: float
     max_size: int | None = None
@@ -118,7 +122,7 @@ def search(
         steps = suggest(trial, job, ranked, SHORT)
         trial.set_user_attr("recipe", [[step.name, dict(step.parameters), step.seed] for step in steps])
         outcome = _outcome(trial.number, steps, run(replace(trial_job, recipe=steps), work, progress=progress))
-        for name in ("loss", "bytes", "speedup", "latency_ms"):
+        for name in NUMBERS:
             trial.set_user_attr(name, getattr(outcome, name))
         study.tell(trial, [outcome.loss, math.log(outcome.bytes), -math.log(outcome.speedup)])
         notify(
@@ -173,12 +177,9 @@ def suggest(
     source = job.source
     if not source.is_graph:
         removed = trial.suggest_categorical("removed", [0.0, 0.25, 0.375, 0.5, 0.625])
-        pruned = _pruned(job.source, float(removed), is_labelled(job.train), epochs)
+        pruned = _pruned(job, float(removed), epochs)
         steps += [pruned] if pruned else []
-        on_graphs = ["dynamic_int8", "half"] if job.runtime == "onnxruntime" else []  # others run networks only
-        form = trial.suggest_categorical("form", ["float32", "cluster", "quantise", *on_graphs])
-    else:
-        form = trial.suggest_categorical("form", ["float32", "dynamic_int8", "static_int8", "weight_only", "half"])
+    form = trial.suggest_categorical("form", forms(job))
     if form in ("cluster", "quantise"):
         bits = trial.suggest_int(f"{form} bits", 3, 8)
         coded = [name for name in names if name not in exempt]
@@ -191,14 +192,45 @@ def suggest(
     elif form == "static_int8":
         steps.append(Step(form, {"exclude": exempt}))
     elif form == "weight_only":
-        steps.append(Step(form, {"bits": trial.suggest_categorical("weight_only bits", [8, 4])}))
+        widths = [bits for bits in (8, 4) if allowed(job.target, Step(form, {"bits": bits}))]
+        steps.append(Step(form, {"bits": trial.suggest_categorical("weight_only bits", widths)}))
     elif form == "half":
-        steps.append(Step(form, {"storage": True}))
+        steps.append(_half(job))
     return tuple(steps)
+
+
+def forms(job: Job) -> list[str]:
+    """What may become of the weights, or of the graph: for a target, what it allows."""
+    if job.source.is_graph:
+        found = ["float32", "dynamic_int8", "static_int8", "weight_only", "half"]
+    else:
+        on_graphs = ["dynamic_int8", "half"] if job.runtime == "onnxruntime" else []  # others run networks only
+        if on_graphs and job.target is not None and job.target.plan.int8 != "none":
+            on_graphs.append("static_int8")
+        found = ["float32", "cluster", "quantise", *on_graphs]
+    steps = {"half": [_half(job)], "weight_only": [Step("weight_only", {"bits": bits}) for bits in (8, 4)]}
+    plain = ("float32", "cluster", "quantise")
+    return [
+        form
+        for form in found
+        if form in plain or any(allowed(job.target, step) for step in steps.get(form, [Step(form, {})]))
+    ]
+
+
+def _half(job: Job) -> Step:
+    """Weights alone, which a CPU folds; or arithmetic too, on devices that are made for it."""
+    target = job.target
+    arithmetic = target is not None and target.kind != "cpu" and "float16" in target.plan.order
+    return Step("half", {} if arithmetic else {"storage": True})
 
 
 def starts(job: Job) -> list[dict[str, Any]]:
     """What an expert would try first, so that a short search is no worse than that."""
+    if job.target is not None:
+        found = [form for form in ("half", "static_int8", "dynamic_int8") if form in forms(job)]
+        small = [] if job.source.is_graph else [{"exempt": 0, "form": "cluster", "cluster bits": 5, "removed": 0.375}]
+        removed = {} if job.source.is_graph else {"removed": 0.0}
+        return [{"exempt": 0, "form": form, **removed} for form in found] + small
     coded = [{"exempt": 0, "form": "cluster", "cluster bits": 5}]
     if job.source.is_graph:
         return [{"exempt": 0, "form": "dynamic_int8"}, {"exempt": 0, "form": "weight_only", "weight_only bits": 8}]
@@ -208,16 +240,18 @@ def starts(job: Job) -> list[dict[str, Any]]:
     return [{**int8, "removed": removed} for removed in (0.0, 0.5, 0.625)] + [{**coded[0], "removed": 0.375}]
 
 
-def _pruned(source: Bundle, removed: float, labelled: bool, epochs: Mapping[str, int]) -> Step | None:
+def _pruned(job: Job, removed: float, epochs: Mapping[str, int]) -> Step | None:
     """Structured pruning of that share, in the words of the family."""
     from edgekit.families import countable_units
+
+    source, labelled = job.source, is_labelled(job.train)
 
     if removed == 0:
         return None
     rate = {"epochs": epochs["prune"]}
     units = countable_units(source.manifest.family, source.model())
     if units:
-        keep = {name: max(1, round(size * (1 - removed))) for name, size in units.items()}
+        keep = {name: rounded(job.target, max(1, round(size * (1 - removed))), size) for name, size in units.items()}
         return Step("structured_prune", {"keep": keep, **rate})
     importance = "taylor" if labelled else "magnitude"  # without labels there is no loss to be expanded
     return Step("dependency_prune", {"sparsity": removed, "importance": importance, **rate})
@@ -251,7 +285,7 @@ def _outcome(number: int, steps: Sequence[Step], bundle: Bundle) -> Outcome:
     speedup = float(np.exp(-np.mean(np.log([item["ratio"] for item in latency]))))
     return Outcome(
         number, tuple(steps), math.inf if loss is None else float(loss), _packed(bundle), speedup,
-        float(latency[0]["after_ms"]),
+        float(latency[0]["after_ms"]), fits_memory=bool(summary.get("memory", {}).get("fits", True)),
     )  # fmt: skip
 
 
@@ -293,7 +327,7 @@ def _outcomes(study: optuna.Study) -> tuple[Outcome, ...]:
         Outcome(
             trial.number,
             tuple(Step(name, parameters, seed) for name, parameters, seed in trial.user_attrs["recipe"]),
-            **{name: trial.user_attrs[name] for name in ("loss", "bytes", "speedup", "latency_ms")},
+            **{name: trial.user_attrs[name] for name in NUMBERS if name in trial.user_attrs},
             on_front=trial.number in front,
         )
         for trial in _complete(study)
@@ -334,7 +368,10 @@ def _finish(
             }
             manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, "search": facts})
             return Found(replace(bundle, manifest=manifest), tuple(of_bundle(bundle)), outcomes, ranked)
-        tried.append(f"{result.loss:+.4f}, {result.bytes:,} bytes, {result.latency_ms:.3g} ms")
+        tried.append(
+            f"{result.loss:+.4f}, {result.bytes:,} bytes, {result.latency_ms:.3g} ms{' (estimate)' * job.estimated}"
+            + ("" if result.fits_memory else f", which does not fit on {job.target.name if job.target else ''}")
+        )
     best = "; ".join(tried) or "no trial came near"
     raise EdgekitError(
         f"no recipe keeps to max-loss {targets.max_loss:g}, max-size {targets.max_size or 'any'}, max-latency "

@@ -1,1 +1,1 @@
-"""Devices as data: one TOML profile each, read by `profile.py`; what an operator costs on one is in `edgekit/cost.py`."""
+"""Devices as data: one TOML profile each, read by `profile.py`, and what a graph costs on one."""

@@ -8,7 +8,9 @@ from: a published source, "measured", or "computed" with its formula.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import tomllib
 import types
 import typing
@@ -31,8 +33,10 @@ class Figure:
     source: str
 
     def __post_init__(self) -> None:
-        if not (self.value >= 0 and self.source.strip()):
-            raise EdgekitError(f"value = {self.value}, source = {self.source!r}; expected a number from 0 and a source")
+        if not (0 < self.value < math.inf and self.source.strip()):
+            raise EdgekitError(
+                f"value = {self.value}, source = {self.source!r}; expected a number above 0 and a source"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,10 @@ class PowerMode:
     source: str
     bandwidth_share: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (0 < self.share <= 1 and 0 < self.bandwidth_share <= 1):
+            raise EdgekitError(f"share = {self.share}, bandwidth_share = {self.bandwidth_share}; expected 0 to 1")
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -72,6 +80,10 @@ class Plan:
                 raise unknown("precision", name, PRECISIONS)
         if both := set(self.order) & set(self.never):
             raise EdgekitError(f"precision {min(both)!r} is both in the plan and never to be used")
+        if self.round_to < 1:
+            raise EdgekitError(f"round_to = {self.round_to}; expected a whole number from 1")
+        if (self.int8 == "none") != ("int8" not in self.order):
+            raise EdgekitError(f"int8 = {self.int8!r}, order = {list(self.order)}; a plan with int8 says in which form")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +146,10 @@ class Target:
                 raise unknown("precision", name, PRECISIONS)
         if "float32" not in self.rates or not self.stacks:
             raise EdgekitError("a target needs at least a float32 rate and one stack")
-        if self.kind != "cpu" and not self.compute_capability:
-            raise EdgekitError("compute_capability is missing; every GPU has one, such as '6.1'")
+        if self.kind != "cpu" and not re.fullmatch(r"[0-9]+\.[0-9]", self.compute_capability):
+            raise EdgekitError(f"compute_capability = {self.compute_capability!r}; every GPU has one, such as '6.1'")
+        if self.cores < 1:
+            raise EdgekitError(f"cores = {self.cores}; expected a whole number from 1")
         for name in self.plan.order:
             if name not in self.rates:
                 raise EdgekitError(f"the plan uses {name}, for which no rate is given")
@@ -171,12 +185,17 @@ def names() -> list[str]:
 
 def find(text: str) -> Target:
     """A target by name, or from a TOML file of one's own."""
+    return read(path_of(text))
+
+
+def path_of(text: str) -> Path:
+    """The file of a target; an unknown name is an error that lists what is there."""
     if text.endswith(".toml"):
-        return read(Path(text))
+        return Path(text)
     files = _files()
     if text not in files:
         raise unknown("target", text, sorted(files))
-    return read(files[text])
+    return files[text]
 
 
 @cache

@@ -197,3 +197,63 @@ def test_a_place_that_cannot_be_written_is_one_line(job, edgekit, tmp_path):
     (tmp_path / "file").touch()
     job["-o"] = tmp_path / "file" / "out.edge"
     assert edgekit(*arguments(job)).failed_with(1, "file")
+
+
+def test_a_target_decides_and_its_estimate_is_labelled(job, edgekit, tmp_path):
+    done = edgekit(*arguments(job, target="rtx-3060-12gb"))
+    assert done.status == 0, done.err
+    assert "rtx-3060-12gb is not this machine: latency is estimated from its data sheet" in done.err
+    assert "(estimate)" in done.out
+    bundle = open_bundle(tmp_path / "out.edge")
+    assert bundle.manifest.target == "rtx-3060-12gb"
+    assert {record["estimated_on"] for record in bundle.manifest.records} == {"rtx-3060-12gb"}
+
+
+def test_a_pass_that_is_not_for_the_target_is_refused_before_the_work(job, edgekit, tmp_path):
+    job["--recipe"].write_text(RECIPE + '\n[[pass]]\nname = "half"\n')
+    done = edgekit(*arguments(job, target="tesla-p40"))
+    assert done.status == 1
+    assert (
+        done.err.strip()
+        .splitlines()[-1]
+        .startswith("edgekit: pass 3 ('half'): tesla-p40 must not be given float16: Half precision runs at 1/64")
+    )
+    assert not (tmp_path / "out.edge").exists()
+    assert "pass 1 of 3" not in done.err
+    planned = edgekit(*arguments(job, "--dry-run", target="tesla-p40"))
+    assert planned.status == 1
+    assert "must not be given float16" in planned.err
+
+
+def test_an_unknown_target_lists_what_is_there(job, edgekit):
+    assert edgekit(*arguments(job, target="jetson")).failed_with(1, "unknown target 'jetson'", "jetson-nano", "h200")
+
+
+def test_a_result_that_does_not_fit_is_not_written(job, edgekit, tmp_path, monkeypatch):
+    from edgekit.targets import profile
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    profile.user_folder().mkdir(parents=True)
+    text = profile.path_of("tesla-p40").read_text().replace("tesla-p40", "tiny").replace("24e9", "0.6e9")
+    (profile.user_folder() / "tiny.toml").write_text(text)
+    done = edgekit(*arguments(job, target="tiny"))
+    assert done.status == 1
+    assert "the result does not fit on tiny at batch size 256" in done.err
+    assert "DOES NOT FIT in 600 MB" in done.err
+    assert not (tmp_path / "out.edge").exists()
+
+
+def test_the_report_says_that_latency_was_estimated(tiny_job, tmp_path):
+    from edgekit.compress import run
+    from edgekit.targets import profile
+
+    steps = [("cluster", {"bits": 5, "epochs": 1})]
+    elsewhere, here = (
+        report.render(run(made := tiny_job(steps, target=target), tmp_path), made.source)
+        for target in (profile.find("jetson-nano"), None)
+    )
+    assert "Latency is an estimate for jetson-nano, from its data sheet: nothing was run there." in elsewhere
+    assert "ms on jetson-nano (estimate), batch 1" in elsewhere
+    assert "CPU ms, batch" not in elsewhere
+    assert "estimate" not in here
+    assert "CPU ms, batch 1" in here

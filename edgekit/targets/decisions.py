@@ -1,0 +1,128 @@
+"""What a target decides for `edgekit compress --target NAME`: which passes may run, what their parameters are where the
+recipe leaves them open, how long a call takes on a device that is not here, and whether the result fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy.typing as npt
+from onnx import ModelProto
+
+from edgekit.cost import Work, work
+from edgekit.errors import EdgekitError
+from edgekit.guard import Latency
+from edgekit.recipe import Step
+from edgekit.shapes import sized
+from edgekit.targets.layers import lengths_of
+from edgekit.targets.local import is_here
+from edgekit.targets.memory import Memory
+from edgekit.targets.profile import Target
+from edgekit.targets.roofline import estimate, precision_on
+
+INT8_FORMS = ("u8s8", "s8s8")
+TENSORRT = ("tensorrt", "tensorrt-rtx")
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def fitted(target: Target, steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The recipe with the target's values where it leaves them open; an error if a pass is not for this target."""
+    result = []
+    for number, step in enumerate(steps, start=1):
+        step = with_defaults(target, step)
+        try:
+            refuse(target, step.build())
+        except EdgekitError as error:
+            raise EdgekitError(f"pass {number} ({step.name!r}): {error}") from None
+        result.append(step)
+    return tuple(result)
+
+
+def allowed(target: Target | None, step: Step) -> bool:
+    """Whether a pass may run for the target."""
+    try:
+        if target is not None:
+            refuse(target, with_defaults(target, step).build())
+    except EdgekitError:
+        return False
+    return True
+
+
+def refuse(target: Target, built: Any) -> None:
+    """Raise if the pass makes the model compute in what the target must never be given, or writes operators that its
+    runtime does not read."""
+    for precision in precisions_of(built):
+        target.refuse(precision)
+    if "DynamicQuantizeLinear" in getattr(built, "writes", ()) and target.stack.runtime in TENSORRT:
+        raise EdgekitError(
+            f"{target.stack.name}, which runs models on {target.name}, reads no DynamicQuantizeLinear and no "
+            f"MatMulInteger; use {'static_int8' if target.plan.int8 != 'none' else ', '.join(target.plan.order)}"
+        )
+
+
+def precisions_of(built: Any) -> tuple[str, ...]:
+    """What a pass makes the model compute in: what it says itself, and int8 for Q/DQ in one of the two forms."""
+    declared: tuple[str, ...] = getattr(built, "computes_in", ())
+    return declared or (("int8",) if getattr(built, "form", None) in INT8_FORMS else ())
+
+
+def with_defaults(target: Target, step: Step) -> Step:
+    """The pass with the target's multiple of channels and form of int8, unless the recipe has its own."""
+    from edgekit import plugins
+
+    names = {item.name: item for item in fields(plugins.load("edgekit.passes", step.name))}
+    values: dict[str, Any] = {}
+    if "round_to" in names:
+        values["round_to"] = target.plan.round_to
+    if "form" in names and names["form"].default in INT8_FORMS and target.plan.int8 != "none":
+        values["form"] = target.plan.int8
+        if target.kind != "cpu" and "weight_bits" in names:  # they add in 32 bits; 7 is for CPUs that add in 16
+            values["weight_bits"] = 8
+    return replace(step, parameters={**values, **step.parameters})
+
+
+def measured_here(target: Target | None) -> bool:
+    """Whether latency is measured on this machine: always without a target, else if it is this machine."""
+    return target is None or is_here(target)
+
+
+def rounded(target: Target | None, count: int, whole: int) -> int:
+    """A number of units to keep, as a multiple of what the target's units take at a time, if there are so many."""
+    multiple = target.plan.round_to if target else 1
+    return count if whole < multiple else max(multiple, round(count / multiple) * multiple)
+
+
+def graph_work(model: ModelProto, inputs: Arrays, batch: int) -> Work:
+    """The graph's operators for inputs of these lengths."""
+    return work(model, sized(model, batch, lengths_of(model, inputs)))
+
+
+def as_written(target: Target) -> str:
+    """What float32 operators of a graph run in. TensorRT's builders up to 10 choose for themselves on a network that is
+    weakly typed; everything else does as the graph says."""
+    return precision_on(target) if target.stack.typing == "weak" else "float32"
+
+
+def estimated(
+    target: Target, before: ModelProto, after: ModelProto, inputs: Arrays, batches: Sequence[int]
+) -> list[Latency]:
+    """Latency on the target by the roofline, in place of what the guard measures; an estimate has no interval."""
+    result = []
+    for batch in batches:
+        first, second = (
+            1e3 * estimate(graph_work(model, inputs, batch), target, batch, precision=as_written(target)).seconds
+            for model in (before, after)
+        )
+        ratio = second / first
+        result.append(Latency(batch, first, second, ratio, ratio, ratio))
+    return result
+
+
+def needed(target: Target, model: ModelProto, inputs: Arrays, batches: Sequence[int]) -> tuple[int, Memory]:
+    """The batch size, of these, that takes the most memory, and how much."""
+    found = [
+        (batch, estimate(graph_work(model, inputs, batch), target, batch, precision=as_written(target)).memory)
+        for batch in batches
+    ]
+    return max(found, key=lambda item: item[1].needed)

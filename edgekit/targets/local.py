@@ -1,0 +1,48 @@
+"""Whether a target is the machine that this runs on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from edgekit.targets import profile
+from edgekit.targets.profile import Target
+
+CPU_INFO, DEVICE_TREE = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
+
+
+def is_here(target: Target) -> bool:
+    """Whether a CPU's profile is that of this machine: it has the features, and no other profile that fits says more
+    about it. GPUs and boards are found by `edgekit doctor`, which asks their drivers."""
+    if not _fits(target):
+        return False
+    others = [profile.find(name) for name in profile.names()]
+    return not any(set(other.features) > set(target.features) and _fits(other) for other in others)
+
+
+def here() -> Target | None:
+    """The profile of this machine's CPU, if there is one."""
+    return next((target for name in profile.names() if is_here(target := profile.find(name))), None)
+
+
+def cpu_flags(info: Path | None = None) -> frozenset[str]:
+    """What the CPU can, in Linux's words."""
+    try:
+        lines = (info or CPU_INFO).read_text().splitlines()
+    except OSError:
+        return frozenset()
+    words = (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features")))
+    return frozenset(next(words, []))
+
+
+def _fits(target: Target) -> bool:
+    if target.kind != "cpu" or target.machine != platform.machine() or not target.features:
+        return False
+    return set(target.features) <= cpu_flags() and (not target.device_tree or _board().startswith(target.device_tree))
+
+
+def _board() -> str:
+    try:
+        return DEVICE_TREE.read_text().strip("\0\n")
+    except OSError:
+        return ""
