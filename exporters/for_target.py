@@ -49,9 +49,8 @@ class Place:
     @property
     def opset(self) -> int:
         """The newest that is read there."""
-        return min(
-            self.stack.opset or FAVOURED, self.generation.opset if self.generation else self.stack.opset or FAVOURED
-        )
+        read = self.stack.opset or FAVOURED
+        return min(read, self.generation.opset) if self.generation else read
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 
 from edgekit import __version__
 from edgekit.bundle import GOLDEN, Bundle, multiple
@@ -107,6 +108,7 @@ def base(bundle: Bundle, graph: Typed, profile: Profile, largest: int, *pins: st
         "checks": [asdict(check) for check in checks],
         "versions": {
             "edgekit": __version__,
+            "torch": torch.__version__,
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
             "numpy": np.__version__,

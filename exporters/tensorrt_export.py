@@ -148,10 +148,22 @@ class TensorRtExporter:
 
             what = f"TensorRT {trt.__version__}"
             engine = engines.build(trt, model, kit.content_of(written), profile, configure, strong=strong, what=what)
+        try:
+            report = self._verified({**written, ENGINE: engine}, manifest)
+        except EdgekitError:
+            stored.unlink(missing_ok=True)  # the next export builds it again
+            raise
+        if not cached:
             write_file(stored, engine)
-        report = self._verified({**written, ENGINE: engine}, manifest)
         written[ENGINE] = engine
-        return {"built": True, "tensorrt": str(trt.__version__), "sm": capability, "cached": cached, "report": report}
+        return {
+            "built": True,
+            "sha256": hashlib.sha256(engine).hexdigest(),
+            "tensorrt": str(trt.__version__),
+            "sm": capability,
+            "cached": cached,
+            "report": report,
+        }
 
     def _verified(self, files: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, Any]:
         """Run the kit's own check on its engine; its report. Raises with what it printed."""

@@ -303,12 +303,24 @@ def test_a_gpu_of_another_kind_is_named_by_the_check(fake, cudart, toy, tmp_path
     assert "this GPU has compute capability 8.7, the kit is for 5.3 (jetson-nano)" in done.stdout
 
 
+def test_a_damaged_engine_in_the_cache_is_thrown_out(fake, toy, tmp_path):
+    fake("8.2.1.8", 53)
+    exporter = TensorRtExporter(target="jetson-nano")
+    exporter.export(toy(), tmp_path / "one")
+    (plan,) = (tmp_path / "cache" / "tensorrt").glob("*.plan")
+    plan.write_bytes(plan.read_bytes()[4:])
+    with pytest.raises(EdgekitError, match="does not load this engine"):
+        exporter.export(toy(), tmp_path / "two")
+    assert not exporter.export(toy(), tmp_path / "two").manifest["engine"]["cached"]
+
+
 def test_an_engine_that_computes_nonsense_is_not_shipped(fake, toy, tmp_path):
     fake("10.13.3.9", 86, FAKE_TENSORRT_WRONG="1")
     bundle = toy(context=2, output="logits")
     with pytest.raises(EdgekitError, match=r"does not pass its check: .*WRONG"):
         TensorRtExporter(target="rtx-3060-12gb").export(bundle, tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
+    assert not list((tmp_path / "cache").rglob("*.plan"))
 
 
 @pytest.mark.parametrize(
