@@ -98,6 +98,8 @@ class OnnxRuntimeSession:
                 f"onnxruntime {onnxruntime.__version__} has no {provider!r} here; it has {', '.join(available)}; "
                 f"{remedy}"
             )
+        if provider in GPU and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from pip are on no loader's path
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self.provider = provider

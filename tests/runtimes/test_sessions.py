@@ -156,7 +156,10 @@ CUDA = "CUDAExecutionProvider"
 
 def test_a_gpu_that_starts_is_what_the_session_says_it_is(monkeypatch):
     there = Installed(monkeypatch, [CUDA, "CPUExecutionProvider"])
+    loaded = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append(len(there.asked)), raising=False)
     session = OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
+    assert loaded == [0], "CUDA's libraries first: a session opened before them falls back"
     assert there.asked == [CUDA], "the CPU is no second choice"
     assert there.entry == "1", "nor may it run single operators"
     assert session.provider == session.device == CUDA
