@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from edgekit.cli.console import output, print_json, status
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from edgekit.doctor.check import Check
     from edgekit.doctor.needs import Needs
+    from edgekit.targets.profile import Target
 
 EXAMPLE = """\b
 Examples:
@@ -56,8 +59,10 @@ def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, b
     checks = judge(system, meant, asked=target is not None) if system else []
     report: dict[str, Any] = {"target": meant.name if meant else None, "guessed": target is None}
     if bundle:
-        needs = _needs(bundle, batch)
+        needs, stored = _needs(bundle, batch)
         checks += model.judge(needs, meant, system)
+        if stored is not None and meant is not None:
+            checks += _parsers(stored, meant)
         report["needs"] = asdict(needs)
     report["checks"] = [asdict(check) for check in checks]
     if as_json:
@@ -67,8 +72,8 @@ def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, b
     return int(any(check.status == "error" for check in checks))
 
 
-def _needs(bundle: str, batch: int) -> Needs:
-    """What a bundle asks for; a network's graph is exported for it where torch is here."""
+def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
+    """What a bundle asks for, and the graph that it holds. A network's is exported to see, where torch is here."""
     from importlib.util import find_spec
 
     from edgekit.bundle import GRAPH
@@ -85,7 +90,30 @@ def _needs(bundle: str, batch: int) -> Needs:
 
         with status.status("exporting the model, to see what it needs"):
             graph = OnnxExporter(weights="float32").graph(opened)
-    return of(opened, graph, batch)
+    return of(opened, graph, batch), graph if opened.is_graph else None
+
+
+def _parsers(graph: ModelProto, target: Target) -> list[Check]:
+    """Whether the target's TensorRT parsers take a graph as it is stored; a network is exported as they want it."""
+    from edgekit.doctor.check import Check
+    from exporters.generations import generation
+
+    found = []
+    for stack in target.stacks:
+        if (parser := generation(stack)) is None:
+            continue
+        node, reason = next(iter(parser.problems(graph)), (None, ""))
+        if node is None:
+            found.append(Check("operators", "ok", f"{parser.title} takes all of the graph's operators"))
+            continue
+        remedy = f"use {others[0].name}" if (others := [s for s in target.stacks if generation(s) is None]) else reason
+        verdict: Literal["warning", "error"] = "warning" if others else "error"
+        found.append(
+            Check(
+                "operators", verdict, f"{parser.title} does not take {node.name!r} ({node.op_type}): {reason}", remedy
+            )
+        )
+    return found
 
 
 def show(checks: list[Check]) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto, helper
 
 SYSTEMS = Path(__file__).parents[1] / "edgekit/doctor/systems"
 P40, CUDNN = SYSTEMS / "p40-good.json", SYSTEMS / "p40-cudnn-9.28.json"
@@ -63,6 +64,21 @@ def test_a_bundle_on_a_recorded_machine(edgekit, tiny_file):
     assert done.status == 0
     assert "free on the GPU" in done.out
     assert "onnxruntime (CUDAExecutionProvider)" in done.out
+
+
+@pytest.mark.parametrize(("operator", "taken"), [("Relu", True), ("Det", False)])
+def test_what_a_targets_parser_makes_of_a_graph(edgekit, tmp_path, operator, taken):
+    """Of a network nothing is said: it is exported as the parser wants it."""
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 3])
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3, 3] if taken else ["batch"])
+    graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"], name="it")], "g", [given], [made])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    checks = json.loads(edgekit("doctor", tmp_path / "m.onnx", "--target", "jetson-nano", "--json").out)["checks"]
+    (found,) = [check for check in checks if check["name"] == "operators"]
+    assert found["status"] == ("ok" if taken else "warning")
+    assert taken or "TensorRT 8.2 does not take 'it' (Det)" in found["finding"]
+    assert taken or found["remedy"] == "use onnxruntime 1.11 for JetPack 4.6"
 
 
 @pytest.mark.parametrize(
