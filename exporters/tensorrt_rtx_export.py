@@ -11,8 +11,8 @@ dependency and never part of edgekit. Engines fit one release of it only: the ki
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from edgekit.targets import profile as targets
 from exporters import engines, kit
 from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
 from exporters.external import LARGEST
+from exporters.for_target import place
 from exporters.onnx_export import OnnxExporter
 
-PACKAGE = "tensorrt_rtx"
+PACKAGE, RUNTIME = "tensorrt_rtx", "tensorrt-rtx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,14 @@ class TensorRtRtxExporter:
         """Write the kit with its engine, once the graph gives what the network gives and compiles."""
         directory = Path(directory)
         check_destination(directory, force=force)
+        if find_spec(PACKAGE) is None:
+            place(self.target, RUNTIME, self.stack)  # a device that it is not for: nobody need install it to hear that
         sm = compiles_for(self.target)
         trt = module()
         onnx_exporter = OnnxExporter(
             opset=self.opset, weights="float32", target=self.target, stack=self.stack, precision=self.precision
         )
-        graph = onnx_exporter.aimed(bundle, "tensorrt-rtx")
+        graph = onnx_exporter.aimed(bundle, RUNTIME)
         profile = kit.profile_of(bundle, self.axes)
         written, manifest = kit.base(bundle, graph, profile, LARGEST, f"tensorrt-rtx=={trt.__version__}")
         name = f"model.sm{sm}.rtx"
@@ -117,7 +120,7 @@ def compile_engine(model: ModelProto, profile: engines.Profile, sm: int, *, exac
 
 def preflight(model: ModelProto) -> str:
     """Show a graph to the parser if it is installed; which one, or nothing. Raises with its reason."""
-    if importlib.util.find_spec(PACKAGE) is None:
+    if find_spec(PACKAGE) is None:
         return ""
     trt = module()
     what = f"the parser of TensorRT-RTX {trt.__version__}, of the family of TensorRT 10 and 11,"

@@ -27,7 +27,9 @@ def test_without_the_package_its_absence_is_named(monkeypatch, toy, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(EdgekitError, match=r"needs tensorrt-rtx, .*pip install 'edgekit\[rtx\]'"):
         TensorRtRtxExporter().export(toy(), tmp_path / "out")
-    monkeypatch.setattr(rtx.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EdgekitError, match=r"tesla-p40 has no tensorrt-rtx: .*rtx-3060-12gb"):
+        TensorRtRtxExporter(target="tesla-p40").export(toy(), tmp_path / "out")
+    monkeypatch.setattr(rtx, "find_spec", lambda name: None)
     assert preflight(graph(node("Unique", ("x",)))) == ""
 
 
