@@ -308,9 +308,6 @@ def walk(
                         cells[cell] = levels[level, ROWS]
                         valid[cell] = 1
                     depth -= 1
-                elif level < 0 and stack[depth, 1] >= 0:
-                    at = limit
-                    pc -= 1
                 elif level >= 0 and number > levels[level, ROOM] - levels[level, ROWS]:
                     report[WHICH], report[NEEDED] = level, levels[level, ROWS] + number
                     code = FULL

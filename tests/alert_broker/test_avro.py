@@ -311,6 +311,22 @@ def test_a_block_with_a_size_must_have_it():
     assert columns.take()["value"].to_pylist() == [[1, 2]]
 
 
+@pytest.mark.parametrize("kind", [MANY, {"type": "map", "values": "long"}], ids=["array", "map"])
+def test_a_block_with_a_size_must_have_it_also_if_it_is_skipped(kind):
+    """What comes after it would be read from another byte than the items end at."""
+    fields = [{"name": "value", "type": kind}, {"name": "after", "type": "int"}]
+    columns = Columns(compile_plan(parse_schema({"type": "record", "name": "r", "fields": fields}), ["after"]))
+    key = zigzag(1) + b"k" if kind["type"] == "map" else b""
+    body = key + zigzag(1) + key + zigzag(2)
+    for size in (0, 1, -1):
+        data = zigzag(-2) + zigzag(len(body) + size) + body + b"\0" + zigzag(5) + b"\0"[: max(size, 0)]
+        fault = columns.read(data, 1)[1]
+        refused = {walk.REASONS[walk.SIZE], walk.REASONS[walk.COUNT]}  # or too short for as many items
+        assert (fault is None) if size == 0 else (fault.reason in refused)
+    assert columns.read(zigzag(-1) + zigzag(11) + b"\xff" * 11 + b"\0" + zigzag(5), 1)[1] is not None  # no items there
+    assert columns.take()["after"].to_pylist() == [5]
+
+
 @pytest.mark.parametrize(
     "text", ["é", "☃", "𝄞", "\x7f", "퟿", "\U0010ffff", b"\x80", b"\xc3", b"\xc1\x80", b"\xe0\x9f\x80", b"\xed\xa0\x80",
              b"\xf4\x90\x80\x80", b"\xf0\x8f\xbf\xbf", b"\xf5\x80\x80\x80", b"\xe2\x28\xa1", b"a\xff"],
