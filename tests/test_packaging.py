@@ -136,7 +136,7 @@ def declared(*extras: str) -> set[str]:
 def test_every_package_that_is_imported_is_declared():
     """numba was once missing from the extra that t2 needs: it was there by chance, for the alerts."""
     every = set(PROJECT["project"]["optional-dependencies"]) - {"all", "dev"}
-    extras = ("compress", "prune", "search", "data", "onnx", "transformers", "doctor", "optimum")
+    extras = ("compress", "prune", "qat", "search", "data", "onnx", "transformers", "doctor", "optimum")
     assert third_party("edgekit") <= declared(*extras)
     assert third_party(*PACKAGES) <= declared(*every)
     assert "numba" not in declared()

@@ -71,7 +71,7 @@ def main() -> None:
     if (REAL / "alerts").is_dir():
         runs["real packets"] = edgekit("alerts", "classify", REAL / "alerts", "-o", out / "real.parquet", "--json")
     console.print("\n[bold]a simulated night through a broker[/bold]")
-    night = stream([out / "packets" / "ztf", out / "packets" / "lsst"], out, max(1, 8000 // options.alerts))
+    night = stream([out / "packets" / "ztf", out / "packets" / "lsst"], out, max(1, 4000 // options.alerts))
     seconds = time.perf_counter() - ready
 
     kept = [record["pass"] for record in compressed["records"] if record["kept"]]

@@ -55,7 +55,7 @@ def stream(folders: Sequence[Path], out: Path, repeat: int) -> dict[str, Any]:
     rate = sent["messages"] / sent["seconds"]
     return {
         "sent": sent["messages"], "rate": rate,
-        "limited_by": "the rate asked for" if rate > 0.95 * RATE else "the broker",
+        "limited_by": "the rate" if rate > 0.95 * RATE else "this machine and its broker",
         "ledger": json.loads(report)["ledger"], "picture": str(out / "latency.png"),
         "latency_s": {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 99, 100)},
     }  # fmt: skip

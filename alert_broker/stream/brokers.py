@@ -188,10 +188,6 @@ class MockCluster:
         call = self._library.rd_kafka_mock_broker_set_up if up else self._library.rd_kafka_mock_broker_set_down
         call(self._cluster, ctypes.c_int32(broker))
 
-    def set_delay(self, milliseconds: int, broker: int = 1) -> None:
-        """Answer everything so much later."""
-        self._library.rd_kafka_mock_broker_set_rtt(self._cluster, ctypes.c_int32(broker), ctypes.c_int(milliseconds))
-
     @contextmanager
     def requests(self) -> Iterator[list[int]]:
         """The kinds of requests that came while the block ran, in order, once it has ended."""
@@ -265,7 +261,6 @@ def _librdkafka() -> Any:
         ("rd_kafka_mock_push_request_errors_array", [pointer, ctypes.c_int16, ctypes.c_size_t, pointer]),
         ("rd_kafka_mock_broker_set_up", [pointer, ctypes.c_int32]),
         ("rd_kafka_mock_broker_set_down", [pointer, ctypes.c_int32]),
-        ("rd_kafka_mock_broker_set_rtt", [pointer, ctypes.c_int32, number]),
         ("rd_kafka_mock_start_request_tracking", [pointer]), ("rd_kafka_mock_stop_request_tracking", [pointer]),
         ("rd_kafka_mock_get_requests", [pointer, pointer]), ("rd_kafka_mock_request_api_key", [pointer]),
         ("rd_kafka_mock_request_destroy_array", [pointer, ctypes.c_size_t]),

@@ -26,9 +26,9 @@ OURS = {  # settings that decide whether anything is lost; a file that changes o
 ENVIRONMENT = "env:"
 
 
-def _option(default: Any, text: str) -> Any:
-    """A field of a table with the help of its flag."""
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, *, shown: bool = True) -> Any:
+    """A field of a table with the help of its flag. shown: whether it may be printed."""
+    return field(default=default, metadata={"help": text}, repr=shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,9 @@ class Archive:
 class Registry:
     """Where schemas of messages in Confluent wire format come from, beside those that are installed."""
 
-    url: str = _option("", "http://..., file:FOLDER or mock://; by default only Rubin's schemas, which are installed.")
+    url: str = _option(
+        "", "http://..., file:FOLDER or mock://; by default only Rubin's schemas, which are installed.", shown=False
+    )
     seconds: float = _option(300.0, "How long to wait for a registry that does not answer before the consumer stops.")
 
 
@@ -169,19 +171,23 @@ class Config:
             raise EdgekitError(f"dead_letters.max_ratio is {self.dead_letters.max_ratio}; expected 0 to 1")
         return self
 
+    def registry_url(self) -> str:
+        """The registry's address, which may hold a password or come from the environment."""
+        return str(secrets_from_environment({"registry.url": self.registry.url})["registry.url"])
+
     def kafka_settings(self) -> dict[str, Secret]:
         """`[kafka]` with what stands in the environment. Never print it."""
         return secrets_from_environment(self.kafka)
 
 
 def secrets_from_environment(table: Mapping[str, Secret]) -> dict[str, Secret]:
-    """Settings of librdkafka, with those that begin with env: from the environment."""
+    """Settings, with those that begin with env: from the environment."""
     settings = {}
     for name, value in table.items():
         if isinstance(value, str) and value.startswith(ENVIRONMENT):
             variable = value.removeprefix(ENVIRONMENT)
             if variable not in os.environ:
-                raise EdgekitError(f"kafka: {name} is to come from the variable {variable}, which is not set")
+                raise EdgekitError(f"{name} is to come from the variable {variable}, which is not set")
             value = os.environ[variable]
         settings[name] = value
     return settings

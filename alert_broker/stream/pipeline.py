@@ -155,7 +155,7 @@ class Pipeline:
         for item in classifiers.opened.values():
             item.session.warmup(config.batch.size)
             stats.models[item.bundle.manifest.name] = item.bundle.digest
-        registry = open_registry(config.registry.url) if config.registry.url else None
+        registry = open_registry(config.registry_url()) if config.registry.url else None
         self.stages = Stages(classifiers, registry.schema if registry else None)
         routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
         self.router = Router(routes, classifiers.schema, registry=registry) if routes else None

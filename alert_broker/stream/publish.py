@@ -114,14 +114,15 @@ class Sender:
         return [(message, f"{message.topic}: {error.str()}") for message, error in self.failed]
 
     def _serve(self, call: Callable[[float], int], seconds: float) -> int:
-        """Have callbacks called. After a fatal error, such as a fence, the binding raises in the midst of them."""
+        """Have callbacks called. After a fatal error, such as a fence, the binding raises in the midst of them, and at
+        times loses what it raised: a SystemError is left.
+        """
         try:
             return call(seconds)
         except (KafkaException, SystemError) as error:
             cause = error if isinstance(error, KafkaException) else error.__cause__
-            if isinstance(cause, KafkaException):
-                raise NotSentError(cause.args[0]) from None
-            raise
+            known = cause.args[0] if isinstance(cause, KafkaException) else KafkaError(KafkaError._FATAL)
+            raise NotSentError(known) from None
 
     def _note(self, message: Outgoing) -> Callable[[KafkaError | None, Message], None]:
         def report(error: KafkaError | None, _: Message) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
@@ -128,10 +128,18 @@ class Source:
         """Up to `size` messages within these seconds; None where there were none."""
         messages: list[Message] = []
         deadline = time.monotonic() + seconds
+        before = dict(self._epochs)
         while True:
             self.serve()
             slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
-            messages += self.consumer.consume(size - len(messages), slice_seconds)
+            found = self.consumer.consume(size - len(messages), slice_seconds)
+            if (
+                self._epochs != before
+            ):  # what was read earlier may be another's now, even if the partition is ours again
+                messages = [item for item in messages if item.error() is None and self._same(place_of(item)[0], before)]
+            messages += found
+            if self._epochs != before:
+                break
             if len(messages) >= size or time.monotonic() >= deadline:
                 break
         good: list[Message] = []
@@ -159,6 +167,10 @@ class Source:
             self.stats.ledger.add(where, consumed=number)
         self._next |= next_offsets(batch, np.ones(len(batch), np.bool_))
         return batch
+
+    def _same(self, where: Partition, before: Mapping[Partition, int]) -> bool:
+        """Whether a partition has been ours all the time since."""
+        return where in before and before[where] == self._epochs.get(where)
 
     @property
     def at_end(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -146,6 +147,7 @@ class Running:
             [*EDGEKIT, "alerts", "consume", "--config", str(path), "--json"], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+        atexit.register(self._process.kill)  # a test that fails leaves none behind
         self._log: list[str] = []
         self.assigned = threading.Event()  # it has partitions
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -86,6 +86,9 @@ def test_secrets_are_shown_nowhere(path, monkeypatch):
     monkeypatch.setenv("EDGEKIT_TEST_PASSWORD", "swordfish")
     assert config.kafka_settings()["sasl.password"] == "swordfish"
     assert "swordfish" not in repr(config)
+    config = configuration.load(path, {"registry": {"url": "https://me:hunter2@registry"}})
+    assert "hunter2" not in repr(config)
+    assert config.registry_url() == "https://me:hunter2@registry"
 
 
 def test_every_value_has_a_flag_and_its_help():

@@ -98,6 +98,33 @@ def test_sigkill_of_the_consumer_at_random_moments(rig, packets):
     assert done.duplicates <= KILLS * BATCH, f"seed {seed}"
 
 
+def test_committing_before_publishing_would_lose(rig, packets, monkeypatch):
+    """Planted: the order turned round, and a crash in between. The counts of these tests show it."""
+    from alert_broker.stream.publish import AtLeastOnce, Sender
+
+    sent = rig.send(repeat(packets, 200))
+    batches = 0
+
+    class CrashError(Exception):
+        pass
+
+    def publish(self, messages, offsets, instead):
+        nonlocal batches
+        batches += 1
+        self._source.commit(dict(offsets))
+        if batches == 2:
+            raise CrashError
+        assert isinstance(self._sender, Sender)
+        self._sender.send(messages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtLeastOnce, "publish", publish)
+        with pytest.raises(CrashError):
+            rig.consume(batch={"size": BATCH})
+    finish(rig)
+    assert 0 < rig.outcome(sent).lost <= BATCH
+
+
 def test_rebalances_under_load(rig, packets):
     """Three members join, leave and are killed while alerts flow."""
     rng = random.Random(12)

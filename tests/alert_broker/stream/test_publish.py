@@ -1,5 +1,7 @@
 """Publishing against librdkafka's mock cluster: what is asked of the broker, in which order; errors made to order."""
 
+import threading
+
 import pytest
 from confluent_kafka import KafkaError
 
@@ -72,6 +74,17 @@ def test_passing_errors_are_survived(cluster, source):
     cluster.fail(PRODUCE, [KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.REQUEST_TIMED_OUT])
     publisher.publish(messages(5), {("source", 0): 5}, no_other)
     assert source.consumer.committed(source.consumer.assignment(), 5)[0].offset == 5
+
+
+def test_a_broker_that_is_away_for_a_moment(cluster, source):
+    publisher = AtLeastOnce(config_of(cluster, publish={"seconds": 20.0}), source)
+    publisher.publish(messages(1), {("source", 0): 1}, no_other)
+    cluster.set_up(False)
+    timer = threading.Timer(1.0, cluster.set_up, (True,))
+    timer.start()
+    publisher.publish(messages(10), {("source", 0): 11}, no_other)
+    assert not timer.is_alive()  # it was away all the time until then
+    assert source.consumer.committed(source.consumer.assignment(), 10)[0].offset == 11
 
 
 def test_what_is_not_acknowledged_is_not_committed(cluster, source):

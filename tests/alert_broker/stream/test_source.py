@@ -1,0 +1,140 @@
+"""Whose a message is: what was read before a partition was taken away is nobody's, even if the partition comes back."""
+
+from dataclasses import dataclass
+
+import pytest
+from confluent_kafka import TopicPartition
+
+from alert_broker.stream import config as configuration
+from alert_broker.stream import source as module
+from alert_broker.stream.source import Source, next_offsets, start_positions
+from alert_broker.stream.stats import Stats
+from edgekit.errors import EdgekitError
+
+
+@dataclass
+class FakeMessage:
+    """As far as the source looks at one."""
+
+    number: int
+    at: int
+
+    def topic(self):
+        return "t"
+
+    def partition(self):
+        return self.number
+
+    def offset(self):
+        return self.at
+
+    def error(self):
+        return None
+
+
+class FakeConsumer:
+    """Gives a list of messages per call; a function in it is called first, as a rebalance would be."""
+
+    def __init__(self):
+        self.script, self.callbacks, self.committed = [], {}, []
+
+    def subscribe(self, topics, **callbacks):
+        self.callbacks = callbacks
+
+    def consume(self, size, seconds):
+        item = self.script.pop(0) if self.script else []
+        return item(self) if callable(item) else item
+
+    def commit(self, offsets, asynchronous):
+        self.committed.append([(item.topic, item.partition, item.offset) for item in offsets])
+
+    def get_watermark_offsets(self, partition, cached):
+        return 0, 100
+
+
+def assign(consumer, *numbers):
+    consumer.callbacks["on_assign"](consumer, [TopicPartition("t", number) for number in numbers])
+
+
+def revoke(consumer, *numbers):
+    consumer.callbacks["on_revoke"](consumer, [TopicPartition("t", number) for number in numbers])
+
+
+def messages(number, *offsets):
+    return [FakeMessage(number, offset) for offset in offsets]
+
+
+@pytest.fixture
+def source(monkeypatch):
+    consumer = FakeConsumer()
+    monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
+    monkeypatch.setattr(module, "partitions_of", lambda client, topic: [0, 1])
+    tables = {"source": {"topics": ["t"], "drain_seconds": 0.05}, "output": [{"topic": "r"}],
+              "kafka": {"bootstrap.servers": "x:1"}}  # fmt: skip
+    source = Source(configuration.parse(tables, "test").check(), Stats())
+    assign(consumer, 0, 1)
+    return source
+
+
+def places(batch):
+    return [(batch.partitions[k][1], offset) for k, offset in zip(batch.partition, batch.offset.tolist(), strict=True)]
+
+
+def test_a_batch_counts_as_consumed(source):
+    source.consumer.script = [messages(0, 5, 6), messages(1, 9)]
+    batch = source.poll(3, 1.0)
+    assert places(batch) == [(0, 5), (0, 6), (1, 9)]
+    assert source.stats.ledger.total().consumed == 3
+    assert source.owned(batch).all()
+    assert next_offsets(batch, source.owned(batch)) == {("t", 0): 7, ("t", 1): 10}
+
+
+def test_a_partition_that_leaves_while_a_batch_is_read(source):
+    def rebalance(consumer):
+        revoke(consumer, 0)
+        return messages(1, 10)
+
+    source.consumer.script = [[*messages(0, 5), *messages(1, 9)], rebalance]
+    assert places(source.poll(9, 1.0)) == [(1, 9), (1, 10)]
+    assert source.stats.ledger.total().consumed == 2
+
+
+def test_a_partition_that_leaves_and_comes_back_while_a_batch_is_read(source):
+    """Offset 5 was read before, and is read again from what was committed on: it must not be in the books twice."""
+
+    def rebalance(consumer):
+        revoke(consumer, 0)
+        assign(consumer, 0)
+        return messages(0, 3, 4, 5)
+
+    source.consumer.script = [[*messages(0, 5), *messages(1, 9)], rebalance]
+    assert places(source.poll(9, 1.0)) == [(1, 9), (0, 3), (0, 4), (0, 5)]
+
+
+def test_what_is_in_flight_of_a_revoked_partition_is_off_the_books(source):
+    source.consumer.script = [[*messages(0, 5, 6), *messages(1, 9)]]
+    batch = source.poll(3, 1.0)
+    revoke(source.consumer, 0)
+    assign(source.consumer, 0)
+    assert source.owned(batch).tolist() == [False, False, True]
+    assert next_offsets(batch, source.owned(batch)) == {("t", 1): 10}
+    assert source.stats.ledger.total().consumed == 1
+    assert source.stats.ledger.to_json()["revoked"] == 2
+
+
+def test_a_commit_of_another_thread_is_done_between_polls(source):
+    from threading import Thread
+
+    thread = Thread(target=source.commit, args=({("t", 0): 7},))
+    thread.start()
+    while thread.is_alive():
+        source.poll(1, 0.0)
+    assert source.consumer.committed == [[("t", 0, 7)]]
+
+
+def test_start_positions_are_checked():
+    known = [TopicPartition("t", number) for number in range(3)]
+    found = start_positions("0=4, 2=8", known, None)
+    assert [(item.partition, item.offset) for item in found] == [(0, 4), (2, 8)]
+    with pytest.raises(EdgekitError, match="names partition 7"):
+        start_positions("7=1", known, None)
