@@ -159,6 +159,8 @@ class Pipeline:
         self.stages = Stages(classifiers, registry.schema if registry else None)
         routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
         self.router = Router(routes, classifiers.schema, registry=registry) if routes else None
+        if self.router is not None:
+            self.router.warm_up()
         self._attaches = any(item.attach != "nothing" for item in config.output)
         self.archive = Archive(Path(config.archive.folder), classifiers.schema) if config.archive.folder else None
         self.source = Source(config, stats)

@@ -109,6 +109,11 @@ class Router:
         messages += self._messages(self.default, rows, keys, rest, packets, schema_text)
         return Routed(messages, rest[:0])
 
+    def warm_up(self) -> None:
+        """Have what encodes compiled, so that the first alert need not wait for it."""
+        for item in self._encoders.values():
+            item.encode(pa.RecordBatch.from_pylist([{}], item.schema))
+
     def _encoder(self, route: Route) -> Encoder:
         schema = self.schema
         for name in ATTACHED[route.attach]:

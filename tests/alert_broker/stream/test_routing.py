@@ -165,3 +165,26 @@ def test_cutouts_of_real_packets(shared_data):
     found = list(zip(*(column.to_pylist() for column in cutouts(messages)), strict=True))
     assert found == expected
     assert sum(image is not None for images in found for image in images) >= 3 * (85 + 1)
+
+
+def test_warming_up_encodes_once_by_each_route_and_needs_no_packet():
+    router = Router(
+        [Route("a", attach="cutouts"), Route("b", "p > 2", attach="packet"), Route("c", format="json")], SCHEMA
+    )
+    seen = []
+    for route, encode in router._encoders.items():
+        router._encoders[route] = Watched(encode, seen)
+    router.warm_up()
+    assert seen == ["avro", "avro", "json"]
+
+
+class Watched:
+    """An encoder that leaves a note."""
+
+    def __init__(self, encode, seen):
+        self.encode_rows, self.schema, self.seen = encode.encode, encode.schema, seen
+
+    def encode(self, rows):
+        (value,) = self.encode_rows(rows)
+        self.seen.append("json" if value.startswith(b"{") else "avro")
+        return [value]
