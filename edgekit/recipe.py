@@ -26,11 +26,7 @@ import tomli_w
 from edgekit import plugins
 from edgekit.bundle import MANIFEST, Bundle, open_bundle
 from edgekit.errors import EdgekitError, unknown
-
-TOML_NAMES = {
-    int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "an array",
-    dict: "a table", Mapping: "a table",
-}  # fmt: skip
+from edgekit.tables import converted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ class Step:
         for name, value in self.parameters.items():
             if name not in fields:
                 raise unknown("parameter", name, fields, where=f"pass {self.name!r}")
-            values[name] = _converted(value, hints[name], f"pass {self.name!r}: {name}")
+            values[name] = converted(hints[name], value, f"pass {self.name!r}: {name}")
         for name, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and name not in values:
@@ -123,23 +119,3 @@ def to_tables(steps: Sequence[Step]) -> dict[str, Any]:
 
 def to_toml(steps: Sequence[Step]) -> str:
     return tomli_w.dumps(to_tables(steps))
-
-
-def _converted(value: Any, hint: Any, where: str) -> Any:
-    """The value as the parameter's type; TOML's arrays become tuples, whole numbers may stand for floats."""
-    origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_converted(item, parts[0], f"{where}[{number}]") for number, item in enumerate(value))
-    if origin in (dict, Mapping) and isinstance(value, Mapping):
-        return {name: _converted(item, parts[1], f"{where}.{name}") for name, item in value.items()}
-    if (
-        origin in (dict, Mapping, tuple)
-        or not isinstance(value, origin)
-        or (isinstance(value, bool) and origin is not bool)
-    ):
-        raise EdgekitError(f"{where} = {value!r}; expected {TOML_NAMES.get(origin, origin)}")
-    return value

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from edgekit.errors import EdgekitError, unknown
+from edgekit.tables import from_table
 
 Secret = str | int | float | bool
 OURS = {  # settings that decide whether anything is lost; a file that changes one would break the ledger's promise
@@ -215,12 +215,12 @@ def load(path: Path | None, changes: Mapping[str, Mapping[str, Any]] | None = No
     config = parse(tables, str(path))
     for name, values in (changes or {}).items():
         if name == "output":
-            config = replace(config, output=tuple(_table(Output, item, "--output") for item in values))
+            config = replace(config, output=tuple(from_table(Output, item, "--output") for item in values))
         elif name == "kafka":
             config = replace(config, kafka={**config.kafka, **_kafka(values, "--kafka")})
         else:
             table = getattr(config, name)
-            config = replace(config, **{name: _table(type(table), values, f"--{name}", table)})
+            config = replace(config, **{name: from_table(type(table), values, f"--{name}", table)})
     return config.check()
 
 
@@ -234,13 +234,13 @@ def parse(tables: Mapping[str, Any], where: str) -> Config:
         if name == "output":
             if not isinstance(table, list):
                 raise EdgekitError(f"{where}: output is one table; write [[output]], as there may be several")
-            values[name] = tuple(_table(Output, item, f"{where} [[output]]") for item in table)
+            values[name] = tuple(from_table(Output, item, f"{where} [[output]]") for item in table)
         elif not isinstance(table, dict):
             raise EdgekitError(f"{where}: {name} is a {type(table).__name__}; expected a table [{name}]")
         elif name == "kafka":
             values[name] = _kafka(table, where)
         else:
-            values[name] = _table(kinds[name], table, f"{where} [{name}]")
+            values[name] = from_table(kinds[name], table, f"{where} [{name}]")
     return Config(**values)
 
 
@@ -255,32 +255,3 @@ def _kafka(table: Mapping[str, Any], where: str) -> dict[str, Secret]:
                 f"{where}: kafka has a {type(value).__name__} for {name}; expected text, a number or a truth"
             )
     return dict(table)
-
-
-def _table(kind: type[Any], values: Any, where: str, base: Any = None) -> Any:
-    types_of = typing.get_type_hints(kind)
-    if not isinstance(values, Mapping):
-        raise EdgekitError(f"{where}: {values!r}; expected names and values")
-    for name in values:
-        if name not in types_of:
-            raise unknown("name", name, [item.name for item in fields(kind)], where=where)
-    given = {name: _value(types_of[name], value, f"{where}: {name}") for name, value in values.items()}
-    return kind(**given) if base is None else replace(base, **given)
-
-
-def _value(kind: Any, value: Any, what: str) -> Any:
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-            raise EdgekitError(f"{what} is {value!r}; expected a list of texts")
-        return tuple(value)
-    if origin is Literal:
-        if value not in typing.get_args(kind):
-            raise unknown(what, value, typing.get_args(kind))
-        return value
-    assert not isinstance(kind, types.UnionType)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise EdgekitError(f"{what} is {value!r}; expected {kind.__name__}")
-    return value

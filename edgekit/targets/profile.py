@@ -7,20 +7,18 @@ from: a published source, "measured", or "computed" with its formula.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from edgekit.errors import EdgekitError, unknown
+from edgekit.tables import from_table
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4", "float8")
 
@@ -207,7 +205,7 @@ def read(path: Path) -> Target:
         raise EdgekitError(f"{path}: no such target file; `edgekit targets` lists the devices that are known") from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EdgekitError(f"{path}: not a TOML file that can be read: {error}") from None
-    target: Target = _build(Target, values, str(path))
+    target: Target = from_table(Target, values, str(path))
     if target.name != path.stem:
         raise EdgekitError(f"{path}: name = {target.name!r}; expected the file's own name, {path.stem!r}")
     return target
@@ -222,45 +220,3 @@ def _files() -> dict[str, Path]:
     """Target name to file; a user's file goes before ours."""
     folders = (Path(__file__).parent, user_folder())
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of this type from what TOML gave: dataclasses from tables, tuples from arrays, all else as it is."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _build(next(item for item in arguments if item is not type(None)), value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise unknown(where.rpartition(": ")[2], value, arguments, where=where.rpartition(": ")[0])
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_build(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
-        return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return from_table(kind, value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    raise EdgekitError(f"{where} = {value!r}; expected {TOML_NAMES.get(origin or kind, 'a table')}")
-
-
-TOML_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", tuple: "an array"}
-
-
-def from_table(kind: Any, table: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from a table of TOML or JSON; a wrong key or value is an error that names it and `where` it is."""
-    hints, known = typing.get_type_hints(kind), {item.name: item for item in dataclasses.fields(kind)}
-    for key in table:
-        if key not in known:
-            raise unknown("key", key, known, where=where)
-    for key, item in known.items():
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and key not in table:
-            raise EdgekitError(f"{where}: key {key!r} is missing; {kind.__name__} takes {', '.join(known)}")
-    values = {key: _build(hints[key], value, f"{where}: {key}") for key, value in table.items()}
-    try:
-        return kind(**values)
-    except EdgekitError as error:
-        raise EdgekitError(f"{where}: {error}") from None

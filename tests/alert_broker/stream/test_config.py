@@ -45,9 +45,9 @@ def test_a_file_and_flags(path):
 @pytest.mark.parametrize(("line", "said"), [
     ("[sauce]\nx = 1", "did you mean 'source'"),
     ("[source]\ntopic = ['a']", "did you mean 'topics'"),
-    ("[source]\ntopics = 'ztf'", "expected a list of texts"),
-    ("[batch]\nsize = '512'", "expected int"),
-    ("[batch]\nsize = true", "expected int"),
+    ("[source]\ntopics = 'ztf'", "topics = 'ztf'; expected an array"),
+    ("[batch]\nsize = '512'", "expected a whole number"),
+    ("[batch]\nsize = true", "expected a whole number"),
     ("[publish]\nmode = 'at-most-once'", "expected one of: at-least-once, exactly-once"),
     ("[output]\ntopic = 'x'", r"\[\[output\]\]"),
     ("kafka = 'localhost'", r"expected a table \[kafka\]"),
