@@ -204,9 +204,9 @@ def all_cores(values: list[bytes]) -> dict[str, Any]:
 class Broker:
     """A Tansu with topics for one measurement."""
 
-    def __init__(self, partitions: int = 2) -> None:
+    def __init__(self, partitions: int = 2, wait: int = CLIENT["fetch.wait.max.ms"]) -> None:
         self.server = Tansu()
-        self.partitions = partitions
+        self.partitions, self.wait = partitions, wait  # milliseconds that a fetch may take
 
     def __enter__(self) -> Broker:
         self.server.start()
@@ -222,15 +222,17 @@ class Broker:
 
     def reader(self, topic: str, partitions: int) -> Consumer:
         consumer = Consumer({"bootstrap.servers": self.server.address, "group.id": "reader", **CLIENT,
-                             "enable.auto.commit": False, "fetch.wait.max.ms": 10})  # fmt: skip
+                             "enable.auto.commit": False, "fetch.wait.max.ms": self.wait})  # fmt: skip
         consumer.assign([TopicPartition(topic, number, 0) for number in range(partitions)])
         return consumer
 
     def consume(self, *flags: str) -> subprocess.Popen[str]:
+        kafka = {"bootstrap.servers": self.server.address, **CLIENT, "fetch.wait.max.ms": self.wait}
+        settings = [part for name, value in kafka.items() for part in ("--kafka", f"{name}={value}")]
         return subprocess.Popen(
-            [*EDGEKIT, "alerts", "consume", "--kafka", f"bootstrap.servers={self.server.address}", "--kafka",
-             "session.timeout.ms=6000", "--source-topics", "source", "--output", 'topic = "results", format = "json"',
-             "--dead-letters-topic", "dead", "--model-reuse", "off", "--model-runtime", "c", "--json", *flags],
+            [*EDGEKIT, "alerts", "consume", *settings, "--topics", "source", "--output",
+             'topic = "results", format = "json"', "--dead-letters-topic", "dead", "--model-reuse", "off",
+             "--model-runtime", "c", "--json", *flags],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -76,6 +76,7 @@ listen = "{listen}"
 [kafka]
 "bootstrap.servers" = "{address}"
 "session.timeout.ms" = {CLIENT["session.timeout.ms"]}
+"fetch.wait.max.ms" = {CLIENT["fetch.wait.max.ms"]}
 """
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     total = int(options.minutes * 60 * options.rate)
     print(f"{total:,} LSST packets of {size / 1e3:.1f} kB on average at {options.rate:.0f}/s")
     memory: list[tuple[float, float, float]] = []
-    with Broker() as broker:
+    with Broker(partitions=8, wait=5000) as broker:  # in a log of half an hour, Tansu takes its time to find a message
         process = broker.consume()
         results = Results(broker)
         results.start()

@@ -35,7 +35,11 @@ STEP = 0.02
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
 BUCKET = "tansu"
 # The first member of a group waits half a session before it reads, with Tansu: the shortest that Kafka allows
-CLIENT = {"session.timeout.ms": 6000}
+CLIENT = {
+    "session.timeout.ms": 6000,
+    # Tansu looks for new messages twice in this time, and gives none if reading a long log takes longer than it
+    "fetch.wait.max.ms": 50,
+}
 
 
 class Process:

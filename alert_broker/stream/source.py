@@ -327,7 +327,6 @@ def consumer_settings(config: Config) -> dict[str, Secret]:
     settings: dict[str, Secret] = {
         "queued.max.messages.kbytes": 65_536,  # read ahead: a second of alerts at Rubin's rate, and no more memory
         "fetch.message.max.bytes": 8_388_608,
-        "fetch.wait.max.ms": 50,  # an idle broker answers at least as often: batches are closed by 0.1 s
         **config.kafka_settings(),
         "group.id": source.group,
         "partition.assignment.strategy": "cooperative-sticky",

