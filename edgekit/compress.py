@@ -396,7 +396,12 @@ def _level(built: Any) -> str:
 
 def _for_pass(built: Any, candidate: AnyCandidate, job: Job) -> AnyCandidate:
     """The candidate as the pass takes it: lowered to a graph for the first pass that works on one."""
-    if _level(built) != GRAPH_LEVEL or isinstance(candidate, GraphCandidate):
+    return candidate if _level(built) != GRAPH_LEVEL else lowered(candidate, job)
+
+
+def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
+    """The candidate as a graph."""
+    if isinstance(candidate, GraphCandidate):
         return candidate
     exporter = plugins.load("edgekit.exporters", "onnx")()
     return GraphCandidate(exporter.graph(_bundle(job, candidate, ())))
