@@ -18,9 +18,11 @@ import numpy as np
 
 from edgekit import quality
 from edgekit.bundle import Bundle
-from edgekit.compress import Job, Notify, ShowProgress, applied, candidate_of, lowered, outputs_of, run
+from edgekit.compress import applied, candidate_of, lowered, run
 from edgekit.data import Dataset, is_labelled
 from edgekit.errors import EdgekitError, missing_extra
+from edgekit.job import Job, Notify, ShowProgress
+from edgekit.measure import outputs_of
 from edgekit.recipe import Step, of_bundle
 from edgekit.targets.decisions import allowed, rounded
 
