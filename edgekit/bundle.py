@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST, WEIGHTS, GRAPH, GOLDEN = "edgekit.json", "weights.safetensors", "graph.onnx", "golden.npz"
 ONNX = "onnx"  # the family of bundles that hold a graph
+PROBABILITIES = "probabilities"  # an output of this name is the softmax of what the network gives
 Arrays = dict[str, npt.NDArray[Any]]
 
 

@@ -9,110 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit import machine, plugins, quality
-from edgekit.bundle import GRAPH, Arrays, Bundle, assemble, assemble_graph, open_bundle, write_bundle
+from edgekit import machine, measure, plugins, quality
+from edgekit.bundle import GRAPH, PROBABILITIES, Arrays, Bundle, assemble, assemble_graph, open_bundle, write_bundle
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.guard import (
-    Agreement,
-    Latency,
-    Limits,
-    State,
-    Verdict,
-    compare_batches,
-    compare_latency,
-    judge,
-    ratio_interval,
-    rows_together,
-    time_in_turns,
-)
+from edgekit.guard import State, Verdict, judge
+from edgekit.job import Job, Notify, ShowProgress, versions
+from edgekit.measure import AGREEMENT_ROWS, outputs_of
 from edgekit.pack import pack
-from edgekit.passes.base import GRAPH_LEVEL, Candidate, Context, GraphCandidate
+from edgekit.passes.base import GRAPH_LEVEL, AnyCandidate, Candidate, Context, GraphCandidate
 from edgekit.recipe import Step, to_tables
-from edgekit.session import Session, open_session
-from edgekit.targets.profile import Target
+from edgekit.session import open_session
 from edgekit.training import outputs as network_outputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import nn
-
-Notify = Callable[[str], None]
-ShowProgress = Callable[[str, int, int], None]
-AnyCandidate = Candidate | GraphCandidate
-AGREEMENT_ROWS = 64
-QUALITY_ROWS = 512  # at each batch size, where outputs depend on it
-PROBABILITIES = "probabilities"  # an output of this name is the softmax of what the network gives
-ROWS = 256  # at a time, for quality
-MEASURED_CHUNK = 4  # t2's scores of four rows stay in a core's cache
-# Forms of the same float32 model. Exporters differ by 13 % on a small transformer, and a fusion made one slower: int8
-# measured against the worse of them would win without being faster.
-FLOAT_FORMS: dict[str, tuple[dict[str, str], ...]] = {
-    "onnxruntime": (
-        {"exporter": "torchscript", "optimisation": "all"},
-        {"exporter": "torchscript", "optimisation": "basic"},
-        {"exporter": "dynamo", "optimisation": "all"},
-    )
-}
-_best_forms: dict[tuple[str, str, tuple[int, ...]], dict[str, str]] = {}  # in this process
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to compress and by which measure."""
-
-    source: Bundle
-    recipe: Sequence[Step]
-    train: Dataset
-    test: Dataset
-    limits: Limits = field(default_factory=Limits)
-    metric: str = "log-loss"
-    runtime: str = "onnxruntime"  # the one that latency is measured on
-    seed: int = 0
-    target: Target | None = None  # the device it is for; None: this machine, and nothing is decided beforehand
-    agree: tuple[str, ...] = ()  # other runtimes on which the result must be as good, at every batch size
-    replay: bool = False  # measure, but keep every pass that does not fail: what an earlier run has judged
-
-    def key(self) -> str:
-        """Identity of the work but for the recipe: what a pass leaves depends on this and on the passes before it."""
-        data = hashlib.sha256()
-        for part in (self.train, self.test):
-            data.update(part.labels.tobytes())
-            for array in part.inputs.values():
-                data.update(array.tobytes())
-        settings = [self.source.digest, data.hexdigest(), asdict(self.limits), self.metric, self.runtime, self.seed]
-        settings += [self.agree, self.replay, quality.source(self.metric)]
-        settings += [asdict(self.target)] if self.target else []
-        surroundings = [versions(), machine.describe()]
-        return hashlib.sha256(json.dumps([*settings, *surroundings]).encode()).hexdigest()
-
-    def on_target(self) -> Job:
-        """The job with what its target decides about the recipe; an error if a pass is not for that target."""
-        if self.target is None:
-            return self
-        from edgekit.targets.decisions import fitted
-
-        return replace(self, recipe=fitted(self.target, self.recipe))
-
-    @property
-    def estimated(self) -> bool:
-        """Whether latency is estimated, because the target is not here."""
-        if self.target is None:
-            return False
-        from edgekit.targets.decisions import measured_here
-
-        return not measured_here(self.target)
 
 
 def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
@@ -168,7 +89,7 @@ def run(
     measured = quality.metric(job.metric)
     source = candidate_of(job.source)
     teacher = source.model if isinstance(source, Candidate) else None
-    forms = best_float_form(job, notify)
+    forms = measure.best_float_form(job, notify)
     original = outputs_of(job, job.source, source)
     expected = job.test.labels if measured.labelled else original
     paths = _state_paths(job, work)
@@ -179,9 +100,9 @@ def run(
     candidate = candidate_of(bundle)
     before = _state(bundle, quality.measure(measured, outputs_of(job, bundle, candidate), expected))
     inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
-    best = _session(job, job.source, forms)
+    best = measure.session(job, job.source, forms)
     if job.agree:
-        check_source(job, _agreement(job, job.source, forms, measured, expected))
+        measure.check_source(job, measure.agreement(job, job.source, forms, measured, expected))
     for number, step in enumerate(job.recipe[done:], start=done + 1):
         started = time.perf_counter()
         notify(f"pass {number} of {len(job.recipe)}: {step.name}")
@@ -194,7 +115,7 @@ def run(
             "parent": job.source.digest,
             "before": asdict(before),
         }
-        session = _session(job, bundle, forms)  # a runtime that is not there is no pass's fault
+        session = measure.session(job, bundle, forms)  # a runtime that is not there is no pass's fault
         built = step.build()
         try:
             subject = _for_pass(built, candidate, job)
@@ -204,9 +125,9 @@ def run(
             outputs = outputs_of(job, fresh_bundle, fresh)
             after = _state(fresh_bundle, quality.measure(measured, outputs, expected))
             loss = quality.measure_change(measured, original, outputs, expected)
-            fresh_session = _session(job, fresh_bundle, forms)
-            latency = _latency(job, bundle, fresh_bundle, (session, fresh_session), inputs, best)
-            agreement = _agreement(job, fresh_bundle, forms, measured, expected)
+            fresh_session = measure.session(job, fresh_bundle, forms)
+            latency = measure.latency(job, bundle, fresh_bundle, (session, fresh_session), inputs, best)
+            agreement = measure.agreement(job, fresh_bundle, forms, measured, expected)
             problem = next((item.problem for item in agreement if item.problem), None)
             verdict = Verdict(False, problem) if problem else judge(before, after, loss, latency, job.limits)
             if not verdict.kept and verdict.useless and getattr(built, "prepares", False):
@@ -253,37 +174,6 @@ def applied(job: Job, step: Step) -> Bundle:
     return _bundle(job, built.apply(_for_pass(built, candidate, job), context), ())
 
 
-def best_float_form(job: Job, notify: Notify = lambda message: None) -> dict[str, str]:
-    """Session options under which the float32 original is fastest, by the geometric mean over the batch sizes. The
-    first form stays unless another is faster beyond the noise."""
-    forms = FLOAT_FORMS.get(job.runtime, ({},))
-    if job.estimated:  # what is fastest here says nothing about it
-        forms = forms[:1]
-    if job.source.is_graph:  # it was exported elsewhere
-        own = [item for item in forms if item.get("exporter") != "dynamo"]
-        forms = tuple({name: value for name, value in item.items() if name != "exporter"} for item in own)
-    known = (job.source.digest, job.runtime, job.limits.batches)
-    if len(forms) < 2 or known in _best_forms:
-        return dict(_best_forms.get(known, forms[0]))
-    inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
-    sessions: list[tuple[dict[str, str], Session]] = []
-    for form in forms:
-        try:
-            sessions.append((form, _session(job, job.source, form)))
-        except EdgekitError as error:
-            if not sessions:
-                raise
-            notify(f"{form} is left out of the comparison: {error}")
-    logarithms = np.zeros(len(sessions))
-    for batch in job.limits.batches:
-        times = time_in_turns([session for _, session in sessions], inputs, batch, seconds=0.5)
-        for index in range(1, len(sessions)):
-            _, _, high = ratio_interval(times[:, 0], times[:, index])
-            logarithms[index] += math.log(high)
-    _best_forms[known] = dict(sessions[int(logarithms.argmin())][0])
-    return _best_forms[known]
-
-
 def _with_metrics(
     job: Job, bundle: Bundle, original: npt.NDArray[Any], expected: npt.NDArray[Any], inputs: Arrays,
     forms: Mapping[str, str],
@@ -291,9 +181,9 @@ def _with_metrics(
     """The finished bundle with what the whole job did: source and result side by side, measured in one run."""
     measured = quality.metric(job.metric)
     outputs = outputs_of(job, bundle, candidate_of(bundle))
-    before, after = (_session(job, item, forms) for item in (job.source, bundle))
-    agreement = _agreement(job, bundle, forms, measured, expected)
-    latency = _latency(job, job.source, bundle, (before, after), inputs)
+    before, after = (measure.session(job, item, forms) for item in (job.source, bundle))
+    agreement = measure.agreement(job, bundle, forms, measured, expected)
+    latency = measure.latency(job, job.source, bundle, (before, after), inputs)
     metrics = {
         job.metric.replace("-", "_"): asdict(quality.measure(measured, outputs, expected)),
         "compression": {
@@ -321,65 +211,6 @@ def _with_metrics(
     return replace(bundle, manifest=replace(bundle.manifest, metrics=_finite(metrics)))
 
 
-def _latency(
-    job: Job, before: Bundle, after: Bundle, sessions: tuple[Session, Session], inputs: Arrays,
-    best: Session | None = None,
-) -> list[Latency]:  # fmt: skip
-    """Measured here, or estimated on a target that is elsewhere."""
-    if job.target is None or not job.estimated:
-        return compare_latency(*sessions, inputs, job.limits.batches, best=best)
-    from edgekit.bench import float_graph
-    from edgekit.targets.decisions import estimated
-
-    return estimated(job.target, float_graph(before), float_graph(after), inputs, job.limits.batches)
-
-
-def _agreement(
-    job: Job, bundle: Bundle, form: Mapping[str, str], metric: quality.Metric, expected: npt.NDArray[Any]
-) -> list[Agreement]:
-    """Whether the bundle is the same model at every batch size, on the runtime that is measured and on those that must
-    agree with it, up to the first problem. Batches go to a runtime in one piece."""
-    largest = max(job.limits.batches)
-    session = _session(job, bundle, form, chunk=largest)
-    if bundle.is_graph or job.agree:
-        rows = np.random.default_rng(job.seed).permutation(len(job.test))[:QUALITY_ROWS]
-    else:
-        rows = np.arange(min(AGREEMENT_ROWS, len(job.test)))
-    inputs = job.test.take(rows).inputs
-    primary = job.source.manifest.outputs[0].name
-
-    def change(alone: Arrays, together: Arrays, chosen: npt.NDArray[np.integer]) -> float:
-        held = expected[rows][chosen]
-        return metric.value(together[primary], held) - metric.value(alone[primary], held)
-
-    own = change if bundle.is_graph else None  # a network's rows have nothing to do with one another
-    found = compare_batches(session, inputs, job.limits, own, runtime=job.runtime)
-    elsewhere = job.runtime, rows_together(session, inputs, 1) if job.agree else {}
-    for runtime in job.agree:
-        if found[-1].problem:
-            break
-        other = open_session(bundle, runtime, threads=1, chunk=largest)
-        found += compare_batches(other, inputs, job.limits, change, runtime=runtime, elsewhere=elsewhere)
-    return found
-
-
-def check_source(job: Job, found: Sequence[Agreement]) -> None:
-    """Raise if the original itself is not the same model everywhere: that is no pass's fault."""
-    problem = next((item.problem for item in found if item.problem and item.runtime in job.agree), None)
-    if problem:
-        raise EdgekitError(
-            f"{job.source.manifest.name}, before any pass: {problem}; leave that runtime out of --agree, or allow more "
-            "with --max-loss"
-        )
-
-
-def _session(job: Job, bundle: Bundle, form: Mapping[str, str], chunk: int = MEASURED_CHUNK) -> Session:
-    """For measuring: one thread, whose CPU time the guard reads, and a fixed number of rows at a time. Left to itself,
-    each session of a comparison would choose its own, and the choices' noise would pass for a gain."""
-    options = {name: value for name, value in form.items() if not (bundle.is_graph and name == "exporter")}
-    return open_session(bundle, job.runtime, threads=1, chunk=chunk, **options)
-
-
 def _context(
     job: Job, teacher: nn.Module | None, seed: int, progress: ShowProgress = lambda what, done, total: None
 ) -> Context:
@@ -396,7 +227,12 @@ def _level(built: Any) -> str:
 
 def _for_pass(built: Any, candidate: AnyCandidate, job: Job) -> AnyCandidate:
     """The candidate as the pass takes it: lowered to a graph for the first pass that works on one."""
-    if _level(built) != GRAPH_LEVEL or isinstance(candidate, GraphCandidate):
+    return candidate if _level(built) != GRAPH_LEVEL else lowered(candidate, job)
+
+
+def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
+    """The candidate as a graph."""
+    if isinstance(candidate, GraphCandidate):
         return candidate
     exporter = plugins.load("edgekit.exporters", "onnx")()
     return GraphCandidate(exporter.graph(_bundle(job, candidate, ())))
@@ -409,20 +245,6 @@ def candidate_of(bundle: Bundle) -> AnyCandidate:
 
         return GraphCandidate(load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name)))
     return Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
-
-
-def outputs_of(job: Job, bundle: Bundle, candidate: AnyCandidate) -> npt.NDArray[Any]:
-    """The first output for every test row: a network's by torch, a graph's by the runtime it is measured on."""
-    first = bundle.manifest.outputs[0].name
-    if isinstance(candidate, Candidate):
-        return network_outputs(candidate.model, job.test, softmax=[first == PROBABILITIES])[0]
-    session = open_session(bundle, job.runtime, threads=1, chunk=ROWS)
-    inputs = job.test.inputs
-    parts = [
-        session.run({name: array[start : start + ROWS] for name, array in inputs.items()})[first]
-        for start in range(0, len(job.test), ROWS)
-    ]
-    return np.concatenate(parts)
 
 
 def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[Mapping[str, Any]]) -> Bundle:
@@ -457,18 +279,6 @@ def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[Mapping[str, An
 
 def _state(bundle: Bundle, measurement: quality.Measurement) -> State:
     return State(measurement, len(pack(bundle)), bundle.parameters)
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    tools = ("onnxruntime", "openvino", "onnx", "onnxscript", "torch-pruning", "torchao")
-    for name in ("edgekit", "torch", "numpy", *tools):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _finite(value: Any) -> Any:

@@ -296,6 +296,8 @@ def parse_spec(text: str) -> TensorSpec:
         np.dtype(parts[1])
     except TypeError:
         raise EdgekitError(f"--input {text!r}: unknown dtype {parts[1]!r}; expected float32, int64, ...") from None
+    if isinstance(axes[0], int):
+        raise EdgekitError(f"--input {text!r}: the first axis is the batch, of any length; expected {SPEC_HELP}")
     return TensorSpec(parts[0], axes, parts[1])
 
 

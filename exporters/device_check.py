@@ -47,7 +47,7 @@ def sha256(path: Path) -> "str | None":
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def load_onnxruntime(path: Path, provider: str | None):  # type: ignore[no-untyped-def]
+def load_onnxruntime(path: Path, provider: "str | None"):  # type: ignore[no-untyped-def]
     """Where the model runs, and run(names, inputs)."""
     import onnxruntime
 
@@ -64,7 +64,7 @@ def load_onnxruntime(path: Path, provider: str | None):  # type: ignore[no-untyp
     return provider, session.run
 
 
-def load_openvino(path: Path, device: str | None):  # type: ignore[no-untyped-def]
+def load_openvino(path: Path, device: "str | None"):  # type: ignore[no-untyped-def]
     """Likewise: compiled for the shape of each batch, in float32."""
     import openvino
 

@@ -121,13 +121,15 @@ def typed(model: ModelProto, where: Place, precision: str = "", version: int | N
 
 def requirements(where: Place, *lines: str) -> bytes:
     """requirements.txt for the device, pinned; `lines` in place of those of the stack."""
+    # the last for Python 3.6, 1.19.5, is an illegal instruction on Jetsons (numpy/numpy#18131)
+    numpy = "numpy==1.19.4" if where.stack.python == "3.6" else "numpy"
     stack = where.stack
     needed = lines or stack.requirements
     head = f"# {where.target.title}: {stack.name}" + (f", Python {stack.python}" if stack.python else "")
     if not needed:
         head += f"\n# {stack.runtime} comes with {'JetPack ' + stack.jetpack if stack.jetpack else 'its own installer'}"
     never = [f"# never: {item.requirement} ({item.why})" for item in where.target.never if item.requirement]
-    return "\n".join([head, *never, *needed, "numpy", ""]).encode()
+    return "\n".join([head, *never, *needed, numpy, ""]).encode()
 
 
 def refuse(graph: ModelProto, where: Place) -> None:

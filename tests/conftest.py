@@ -162,8 +162,8 @@ def fake_runtime(register, fake_clock):
 @pytest.fixture
 def tiny_job(tiny_bundle, tiny_data, fake_runtime):
     """tiny_job(steps, ...): a compression job on the toy problem, measured on the fake runtime."""
-    from edgekit.compress import Job
     from edgekit.guard import Limits
+    from edgekit.job import Job
     from edgekit.recipe import Step
 
     def job(steps, *, max_loss=0.05, **options):

@@ -30,11 +30,13 @@ import numpy as np
 
 from edgekit import machine, plugins, quality
 from edgekit.bundle import Arrays, Bundle
-from edgekit.compress import Job, applied, candidate_of, outputs_of, versions
+from edgekit.compress import applied, candidate_of
 from edgekit.data import load, locate
 from edgekit.errors import EdgekitError
 from edgekit.guard import Limits, ratio_interval, tiled, time_in_turns
 from edgekit.importers import from_factory, parse_spec
+from edgekit.job import Job, versions
+from edgekit.measure import outputs_of
 from edgekit.recipe import Step
 from edgekit.search.auto import Targets, search
 from edgekit.session import Session, open_session

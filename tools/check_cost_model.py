@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekit import machine
-from edgekit.compress import versions
 from edgekit.cost import measured_rates, work
 from edgekit.graph import load
+from edgekit.job import versions
 from edgekit.plugins import load as plugin
 from edgekit.shapes import sized
 from edgekit.targets.measured import measure, samples

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import deit
 
 from edgekit import machine
-from edgekit.compress import versions
 from edgekit.data import Dataset
+from edgekit.job import versions
 from edgekit.training import Schedule, fit, probabilities
 
 SIDE, CLASSES, DIRECTIONS = 224, 10, 5

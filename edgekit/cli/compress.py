@@ -76,10 +76,11 @@ def compress(
     from edgekit import quality, recipe
     from edgekit.bundle import GOLDEN, GRAPH, WEIGHTS, with_files
     from edgekit.cache import passes_folder, prune
-    from edgekit.compress import Job, plan, run
+    from edgekit.compress import plan, run
     from edgekit.data import load, locate
     from edgekit.errors import EdgekitError
     from edgekit.guard import Limits
+    from edgekit.job import Job
     from edgekit.report import with_report
     from edgekit.search.ladder import narrowed
     from edgekit.zoo import folders, resolve

@@ -78,4 +78,5 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
             output.print(f"{built}; {engine['reason']}" if "reason" in engine else built)
     output.print(f"\n{result.directory}: {', '.join(result.files)}")
     build = f"sh {result.directory / 'build.sh'} && " if "build.sh" in result.files else ""
-    output.print(f"on the device: {build}python {result.directory / 'verify.py'}")
+    python = "python3" if "target" in result.manifest else "python"  # JetPack 4's python is 2.7
+    output.print(f"on the device: {build}{python} {result.directory / 'verify.py'}")

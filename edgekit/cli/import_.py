@@ -45,9 +45,9 @@ def import_(
     from dataclasses import replace
 
     from edgekit.bundle import arrays_from_bytes, default_name, write_bundle
-    from edgekit.compress import versions
     from edgekit.errors import EdgekitError
     from edgekit.importers import from_factory, from_file, from_hugging_face, parse_spec
+    from edgekit.job import versions
 
     if target.exists() and not force:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")

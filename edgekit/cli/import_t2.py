@@ -36,9 +36,9 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
         golden_inputs,
         write_bundle,
     )
-    from edgekit.compress import versions
     from edgekit.data import Dataset
     from edgekit.errors import EdgekitError
+    from edgekit.job import versions
     from edgekit.nn.t2_weights import from_published
     from edgekit.training import probabilities
 

@@ -11,7 +11,7 @@ from edgekit.doctor.check import Check, size
 from edgekit.doctor.checks import gpu_of
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.system import System
-from edgekit.targets.profile import Target
+from edgekit.targets.profile import RESERVE, Target
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -149,11 +149,11 @@ def _memory(needs: Needs, target: Target | None, system: System | None) -> Itera
         gpu = gpu_of(system, target)
         where, room = ("the GPU", float(gpu.free)) if gpu and gpu.free else ("this machine", float(system.available))
     elif target:
-        where, room = target.name, target.memory.value
+        where, room = f"{target.name} beside what is not the model's", target.memory.value - RESERVE[target.kind]
     if not room:
         return
     told = f"activations at batch {needs.batch}" if needs.activations is not None else "activations not known"
-    free = "free on" if system else "in all on"
+    free = "free on" if system else "on"
     finding = f"{size(need)} for weights and {told}, {size(room)} {free} {where}"
     if need > room:
         yield Check("model memory", "error", finding, "a smaller batch, or compress it: edgekit compress")

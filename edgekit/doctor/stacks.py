@@ -147,7 +147,7 @@ def lacking(system: System, target: Target, stack: Stack) -> list[str]:
         have = system.tensorrt
         if not have:
             found.append("TensorRT is not installed")
-        elif have.split(".")[:1] != stack.tensorrt.split(".")[:1] or "tensorrt" in bad:
+        elif _generation(have) != _generation(stack.tensorrt) or "tensorrt" in bad:
             found.append(f"TensorRT {have} is installed")
     if stack.provider and any(name.startswith("onnxruntime") for name in installed):
         provider = next((item for item in system.providers if item.name == stack.provider), None)
@@ -158,6 +158,12 @@ def lacking(system: System, target: Target, stack: Stack) -> list[str]:
     if stack.runtime == "c" and not system.compiler:
         found.append("there is no C compiler")
     return found
+
+
+def _generation(tensorrt: str) -> list[str]:
+    """What a kit is built for: up to 8 each minor release reads other operators and other options."""
+    parts = tensorrt.split(".")
+    return parts[: 2 if parts[0] == "8" else 1]
 
 
 def packages_of(stack: Stack) -> tuple[str, ...]:

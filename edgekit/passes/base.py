@@ -115,6 +115,7 @@ class GraphPass(Protocol):
 
 
 GRAPH_LEVEL = "graph"
+AnyCandidate = Candidate | GraphCandidate
 
 
 def recover(model: nn.Module, context: Context, epochs: int, learning_rate: float, what: str) -> nn.Module:

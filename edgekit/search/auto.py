@@ -18,9 +18,11 @@ import numpy as np
 
 from edgekit import quality
 from edgekit.bundle import Bundle
-from edgekit.compress import Job, Notify, ShowProgress, applied, candidate_of, outputs_of, run
+from edgekit.compress import applied, candidate_of, lowered, run
 from edgekit.data import Dataset, is_labelled
 from edgekit.errors import EdgekitError, missing_extra
+from edgekit.job import Job, Notify, ShowProgress
+from edgekit.measure import outputs_of
 from edgekit.recipe import Step, of_bundle
 from edgekit.targets.decisions import allowed, rounded
 
@@ -35,16 +37,19 @@ except ModuleNotFoundError as error:
 HELD_OUT = 0.25  # of the training rows, for trials
 PROBE_BITS = 3  # coarse enough that a weight that matters shows
 PATIENCE = 12  # trials without a new point on the Pareto front after which the search stops
+SPACE = 2  # of recipes: a study goes on only in the space that it began in
 NUMBERS = ("loss", "bytes", "speedup", "latency_ms", "fits_memory")  # of an outcome, kept in the study
 SHORT, FULL = {"prune": 2, "codes": 1}, {"prune": 8, "codes": 2}  # epochs of recovery, in trials and at the end
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How much worse the metric gets when this weight alone is put on a grid of PROBE_BITS bits."""
+    """How much worse the metric gets when this weight alone is put on a grid of PROBE_BITS bits. nodes: of the graph,
+    those that multiply by it; passes on graphs know them, not the weight."""
 
     name: str
     change: float
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ def search(
     """Search, then run the best recipe within the targets on the job's own data. Where that one fails on the test rows,
     the next best has its turn; where none is left, an error says how far they were."""
     trial_job = held_out(job)
-    ranked = sensitivities(trial_job, progress)
+    ranked, smooth = sensitivities(trial_job, progress), smoothable(job)
     study = _study(job, work)
     for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(stale.number, state=TrialState.FAIL)  # of a search that was killed
@@ -119,7 +124,7 @@ def search(
             stopped = f"no better recipe in the last {PATIENCE} trials"
             break
         trial = study.ask()
-        steps = suggest(trial, job, ranked, SHORT)
+        steps = suggest(trial, job, ranked, SHORT, smooth=smooth)
         trial.set_user_attr("recipe", [[step.name, dict(step.parameters), step.seed] for step in steps])
         outcome = _outcome(trial.number, steps, run(replace(trial_job, recipe=steps), work, progress=progress))
         for name in NUMBERS:
@@ -155,25 +160,29 @@ def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
     original = outputs_of(small, job.source, candidate)
     expected = rows.labels if metric.labelled else original
     before = metric.value(original, expected)
-    probes = _probes(job.source, candidate)
+    probes, nodes = _probes(job.source, candidate), _nodes(job, candidate)
     found = []
     for number, (name, step) in enumerate(probes):
         progress("sensitivity", number, len(probes))
         bundle = applied(small, step)
         after = metric.value(outputs_of(small, bundle, candidate_of(bundle)), expected)
-        found.append(Sensitivity(name, after - before if math.isfinite(after) else math.inf))
+        change = after - before if math.isfinite(after) else math.inf
+        found.append(Sensitivity(name, change, (name,) if job.source.is_graph else nodes.get(name, ())))
     progress("sensitivity", len(probes), len(probes))
     return sorted(found, key=lambda item: -item.change)
 
 
 def suggest(
-    trial: optuna.trial.BaseTrial, job: Job, ranked: Sequence[Sensitivity], epochs: Mapping[str, int]
-) -> tuple[Step, ...]:
+    trial: optuna.trial.BaseTrial, job: Job, ranked: Sequence[Sensitivity], epochs: Mapping[str, int], *,
+    smooth: bool = False,
+) -> tuple[Step, ...]:  # fmt: skip
     """A recipe from the space of those that make sense: fewer units, then codes for the weights or a form of the graph.
-    Nothing is suggested for the most sensitive weights if they are exempt."""
+    Nothing is suggested for the most sensitive weights if they are exempt. smooth: whether `smooth_quant` has anything
+    to balance."""
     steps: list[Step] = []
     names = [item.name for item in ranked]
-    exempt = names[: trial.suggest_int("exempt", 0, min(4, max(0, len(names) - 1)))]
+    count = trial.suggest_int("exempt", 0, min(4, max(0, len(names) - 1)))
+    exempt, nodes = names[:count], [node for item in ranked[:count] for node in item.nodes]
     source = job.source
     if not source.is_graph:
         removed = trial.suggest_categorical("removed", [0.0, 0.25, 0.375, 0.5, 0.625])
@@ -187,10 +196,14 @@ def suggest(
             steps.append(Step(form, {"bits": bits, "epochs": epochs["codes"], "include": coded}))
         if exempt and bits < 8:
             steps.append(Step("quantise", {"bits": 8, "epochs": 0, "include": exempt}))
-    elif form == "dynamic_int8":
-        steps.append(Step(form, {"exclude": exempt} if source.is_graph else {}))
-    elif form == "static_int8":
-        steps.append(Step(form, {"exclude": exempt}))
+    elif form in ("dynamic_int8", "static_int8"):
+        if smooth and trial.suggest_categorical("smoothed", [False, True]):
+            steps.append(Step("smooth_quant", {}))
+        steps.append(Step(form, {"exclude": nodes} if nodes else {}))
+    elif form == "low_rank":
+        steps.append(Step(form, {"energy": trial.suggest_categorical("energy", [0.9, 0.95, 0.99])}))
+        if "dynamic_int8" in forms(job) and trial.suggest_categorical("low_rank int8", [False, True]):
+            steps.append(Step("dynamic_int8", {}))
     elif form == "weight_only":
         widths = [bits for bits in (8, 4) if allowed(job.target, Step(form, {"bits": bits}))]
         steps.append(Step(form, {"bits": trial.suggest_categorical("weight_only bits", widths)}))
@@ -202,9 +215,11 @@ def suggest(
 def forms(job: Job) -> list[str]:
     """What may become of the weights, or of the graph: for a target, what it allows."""
     if job.source.is_graph:
-        found = ["float32", "dynamic_int8", "static_int8", "weight_only", "half"]
+        found = ["float32", "dynamic_int8", "static_int8", "weight_only", "half", "low_rank"]
     else:
-        on_graphs = ["dynamic_int8", "half"] if job.runtime == "onnxruntime" else []  # others run networks only
+        on_graphs = (
+            ["dynamic_int8", "half", "low_rank"] if job.runtime == "onnxruntime" else []
+        )  # others run networks only
         if on_graphs and job.target is not None and job.target.plan.int8 != "none":
             on_graphs.append("static_int8")
         found = ["float32", "cluster", "quantise", *on_graphs]
@@ -230,13 +245,14 @@ def starts(job: Job) -> list[dict[str, Any]]:
         found = [form for form in ("half", "static_int8", "dynamic_int8") if form in forms(job)]
         small = [] if job.source.is_graph else [{"exempt": 0, "form": "cluster", "cluster bits": 5, "removed": 0.375}]
         removed = {} if job.source.is_graph else {"removed": 0.0}
-        return [{"exempt": 0, "form": form, **removed} for form in found] + small
+        return [{"exempt": 0, "form": form, "smoothed": False, **removed} for form in found] + small
     coded = [{"exempt": 0, "form": "cluster", "cluster bits": 5}]
     if job.source.is_graph:
-        return [{"exempt": 0, "form": "dynamic_int8"}, {"exempt": 0, "form": "weight_only", "weight_only bits": 8}]
+        codes = {"exempt": 0, "form": "weight_only", "weight_only bits": 8}
+        return [{"exempt": 0, "form": "dynamic_int8", "smoothed": False}, codes]
     if job.runtime != "onnxruntime":
         return [{**start, "removed": removed} for removed in (0.375, 0.5) for start in coded]
-    int8 = {"exempt": 0, "form": "dynamic_int8"}
+    int8 = {"exempt": 0, "form": "dynamic_int8", "smoothed": False}
     return [{**int8, "removed": removed} for removed in (0.0, 0.5, 0.625)] + [{**coded[0], "removed": 0.375}]
 
 
@@ -274,6 +290,28 @@ def _probes(source: Bundle, candidate: Any) -> list[tuple[str, Step]]:
     ]
 
 
+def smoothable(job: Job) -> bool:
+    """Whether `smooth_quant` finds a product right after a normalisation: not in networks that add before they do."""
+    if not job.source.is_graph and job.runtime != "onnxruntime":
+        return False
+    try:
+        Step("smooth_quant", {}).build().plan(lowered(candidate_of(job.source), job))
+    except EdgekitError:
+        return False
+    return True
+
+
+def _nodes(job: Job, candidate: Any) -> dict[str, tuple[str, ...]]:
+    """Nodes by the weight they multiply by, in the graph that a network becomes; none where no pass on graphs runs."""
+    if job.source.is_graph or job.runtime != "onnxruntime":
+        return {}
+    from edgekit.graph import name_nodes, weights
+
+    model = lowered(candidate, job).copy_model()
+    name_nodes(model)
+    return {weight.name: tuple(use.node.name for use in weight.uses) for weight in weights(model)}
+
+
 def _some(data: Dataset, most: int = 1024) -> Dataset:
     return data.take(np.arange(min(len(data), most)))
 
@@ -298,7 +336,7 @@ def _packed(bundle: Bundle) -> int:
 
 def _study(job: Job, work: Path) -> optuna.Study:
     work.mkdir(parents=True, exist_ok=True)
-    path = work / f"search-{job.key()[:32]}.log"
+    path = work / f"search-{SPACE}-{job.key()[:32]}.log"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(path)))
     names = optuna.study.get_all_study_names(storage)

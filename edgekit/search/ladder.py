@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgekit.bundle import Bundle
-from edgekit.compress import Job, Notify, run
+from edgekit.compress import run
 from edgekit.errors import EdgekitError
+from edgekit.job import Job, Notify
 from edgekit.pack import pack
 from edgekit.recipe import Step
 

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 from edgekit.cost import Work
 from edgekit.shapes import Value
-from edgekit.targets.profile import Target
-
-# bytes that are not the model's: on a GPU of its own, the driver's context and kernels; on a Jetson, where
-# the GPU shares the memory, those and the system, 1.5e9 with its desktop and half without; on a CPU, the system
-RESERVE = {"gpu": 0.6e9, "jetson": 1.5e9, "cpu": 0.5e9}
+from edgekit.targets.profile import RESERVE, Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.tables import from_table
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4", "float8")
+# bytes that are not the model's: on a GPU of its own, the driver's context and kernels; on a Jetson, where
+# the GPU shares the memory, those and the system, 1.5e9 with its desktop and half without; on a CPU, the system
+RESERVE = {"gpu": 0.6e9, "jetson": 1.5e9, "cpu": 0.5e9}
 
 
 @dataclass(frozen=True, slots=True)

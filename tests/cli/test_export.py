@@ -56,7 +56,7 @@ def test_a_kit_for_a_device(edgekit, tiny_file, tmp_path):
     assert done.status == 0, done.err
     assert "jetson-nano: JetPack 4.6: TensorRT 8.2, float16" in done.out
     assert "model.plan: not built; TensorRT is not installed here" in done.out
-    assert f"sh {tmp_path / 'kit' / 'build.sh'} && python" in " ".join(done.out.split())
+    assert f"sh {tmp_path / 'kit' / 'build.sh'} && python3 " in " ".join(done.out.split())
     assert "--maxShapes=light_curve:4x12x2" in (tmp_path / "kit" / "build.sh").read_text()
 
 

@@ -18,12 +18,12 @@ def blocks(section: str) -> dict[str, str]:
 
 def test_the_example_of_the_readme(edgekit, tmp_path, monkeypatch):
     pytest.importorskip("torch_pruning")
-    from edgekit import compress, guard
+    from edgekit import guard, measure
     from edgekit.bundle import open_bundle
 
     noise = np.random.default_rng(0)  # how fast this machine is today is not what is tested
     monkeypatch.setattr(guard, "_thread_seconds", lambda session, rows: session.run(rows) and noise.uniform(0.9, 1.1))
-    monkeypatch.setitem(compress.FLOAT_FORMS, "onnxruntime", ({},))
+    monkeypatch.setitem(measure.FLOAT_FORMS, "onnxruntime", ({},))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     found = blocks("Your own model")

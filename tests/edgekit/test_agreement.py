@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from edgekit import compress
+from edgekit import measure
 from edgekit.bundle import Bundle
-from edgekit.compress import Job, run
+from edgekit.compress import run
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.guard import Limits, compare_batches
 from edgekit.importers import from_onnx
+from edgekit.job import Job
 from edgekit.passes.base import Change, GraphCandidate
 from edgekit.recipe import Step
 from edgekit.session import open_session
@@ -240,7 +241,7 @@ def test_openvinos_collapse_at_large_batches_is_rolled_back(encoder, register, f
 
     register("edgekit.sessions", "still", type("Still", (OnnxRuntimeSession,), {"seconds": 1e-3}))  # size alone decides
     register("edgekit.passes", "stock_int8", StockInt8)
-    monkeypatch.setitem(compress.FLOAT_FORMS, "still", ({"optimisation": "all"},))
+    monkeypatch.setitem(measure.FLOAT_FORMS, "still", ({"optimisation": "all"},))
     train, test = (Dataset({"x": rows(seed, 256)}, np.full(256, -1)) for seed in (1, 2))
     recipe = [Step("stock_int8", {"folder": str(tmp_path)})]
     limits = Limits(max_loss=0.05, batches=(1, 32, 256))

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 
 from edgekit import recipe
-from edgekit.compress import run
+from edgekit.bundle import Manifest, TensorSpec, assemble_graph
+from edgekit.compress import plan, run
 from edgekit.errors import EdgekitError
+from edgekit.graph import serialised
 from edgekit.pack import pack
 from edgekit.search import auto
 from edgekit.search.auto import Outcome, Targets, held_out, search, sensitivities, suggest
+from edgekit.targets import profile
+from tests.edgekit.passes import graphs
 
 
 @pytest.fixture
@@ -113,6 +117,51 @@ def test_only_recipes_that_can_be_built_are_suggested(job):
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
         for step in suggest(study.ask(), job, ranked, auto.SHORT):
             step.build()
+
+
+def suggested(job, ranked, smooth=False, **values):
+    import optuna
+
+    return suggest(optuna.trial.FixedTrial({"removed": 0.0, **values}), job, ranked, auto.SHORT, smooth=smooth)
+
+
+@pytest.mark.parametrize("form", ["dynamic_int8", "static_int8"])
+def test_int8_leaves_the_most_sensitive_weights_of_a_network_alone(tiny_job, form):
+    """A pass on the graph knows nodes. Given the weight's name, it fails, and the search has one form less."""
+    job = tiny_job([], runtime="onnxruntime")
+    job = replace(job, target=profile.find("x86-avx512"), test=job.test.take(np.arange(16)))
+    ranked = sensitivities(job, silent)
+    steps = suggested(job, ranked, exempt=1, form=form)
+    ((_, changes),) = plan(replace(job, recipe=steps))
+    (spared,) = ranked[0].nodes
+    assert {item["tensor"] for item in changes if not item["after"].startswith("int8")} >= {spared}
+    assert any(item["after"].startswith("int8") for item in changes)
+    planted = (replace(steps[0], parameters={"exclude": [ranked[0].name]}),)
+    with pytest.raises(EdgekitError, match="unknown node"):
+        plan(replace(job, recipe=planted))
+
+
+def test_matrices_may_become_thin_and_outliers_move_before_int8(tiny_job):
+    job = tiny_job([], runtime="onnxruntime")
+    assert "low_rank" in auto.forms(job)
+    thin = suggested(job, [], exempt=0, form="low_rank", energy=0.9, **{"low_rank int8": True})
+    assert [step.name for step in thin] == ["low_rank", "dynamic_int8"]
+    even = suggested(job, [], smooth=True, exempt=0, form="dynamic_int8", smoothed=True)
+    assert [step.name for step in even] == ["smooth_quant", "dynamic_int8"]
+    assert not auto.smoothable(job)  # t2 adds the residual before it normalises: nothing to balance
+    assert [step.name for step in suggested(job, [], exempt=0, form="dynamic_int8")] == ["dynamic_int8"]
+    nano = replace(job, target=profile.find("jetson-nano"))
+    assert [step.name for step in suggested(nano, [], exempt=0, form="low_rank", energy=0.9)] == ["low_rank"]
+
+
+def test_outliers_are_balanced_where_a_product_follows_a_normalisation(tiny_job):
+    weights = {"g": np.ones(8, np.float32), "b": np.zeros(8, np.float32), "w": graphs.normal(1, 8, 4)}
+    nodes = [("LayerNormalization", "x g b", "n", {}), ("MatMul", "n w", "y", {})]
+    candidate = graphs.graph(nodes, weights, {"x": ("batch", 8)}, {"y": ("batch", 4)})
+    x = graphs.normal(2, 8, 8)
+    manifest = Manifest("even", "onnx", {}, (TensorSpec("x", ("batch", 8)),), (TensorSpec("y", ("batch", 4)),))
+    bundle = assemble_graph(manifest, serialised(candidate.model), ({"x": x}, {"y": graphs.run(candidate, x)}))
+    assert auto.smoothable(replace(tiny_job([]), source=bundle))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")

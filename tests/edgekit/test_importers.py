@@ -236,7 +236,7 @@ def test_a_function_that_gives_no_network(factory):
         imported_net("my_nets:nothing", arguments={})
 
 
-@pytest.mark.parametrize("text", ["x", "x:float32", "x:float33:batch,2", "x:float32:"])
+@pytest.mark.parametrize("text", ["x", "x:float32", "x:float33:batch,2", "x:float32:", "x:float32:1,3,8,8"])
 def test_a_spec_that_is_none(text):
     with pytest.raises(EdgekitError, match="--input"):
         parse_spec(text)

@@ -1,6 +1,7 @@
 """The check that travels: Python 3.6 grammar, onnxruntime as its stand-in, and every way to fail."""
 
 import ast
+import builtins
 import json
 import subprocess
 import sys
@@ -26,6 +27,12 @@ def grammar(source: str) -> None:
             raise SyntaxError("annotations from the future came with 3.7")
         if isinstance(node, ast.keyword) and node.arg in NEWER:
             raise SyntaxError(f"{node.arg}= came later")
+        for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            for part in ast.walk(annotation) if annotation else ():
+                union = isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitOr)
+                generic = isinstance(part, ast.Subscript) and getattr(part.value, "id", "") in vars(builtins)
+                if union or generic:
+                    raise SyntaxError("evaluated when the function is defined, which Python 3.6 cannot: quote it")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -37,7 +44,8 @@ def test_what_travels_is_written_in_python_3_6(script):
     "line",
     [
         "if (n := 1): pass", "from __future__ import annotations", "def f(a, /): pass",
-        "import subprocess; subprocess.run([], capture_output=True)",
+        "import subprocess; subprocess.run([], capture_output=True)", "def f(a: str | None): pass",
+        "def f() -> list[int]: pass",
     ],
 )  # fmt: skip
 def test_the_grammar_check_has_teeth(line):

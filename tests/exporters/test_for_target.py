@@ -179,7 +179,8 @@ def test_requirements_are_pinned_and_say_what_never_to_install():
     assert "\n# never: nvidia-cudnn-cu12>=9.11 (" in text
     nano = requirements(place("jetson-nano")).decode()
     assert "tensorrt comes with JetPack 4.6" in nano
-    assert [line for line in nano.splitlines() if not line.startswith("#")] == ["numpy"]
+    assert [line for line in nano.splitlines() if not line.startswith("#")] == ["numpy==1.19.4"]
+    assert requirements(place("jetson-orin-nano-8gb")).decode().endswith("\nnumpy\n")
 
 
 def test_an_onnx_export_for_a_target_says_so_and_proves_itself(bundle, toy, tmp_path):

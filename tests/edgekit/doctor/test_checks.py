@@ -265,6 +265,14 @@ def test_only_the_stack_that_is_installed_is_complete():
     assert [check.finding for check in found if check.name == "stack"] == ["onnxruntime-gpu 1.31 on CUDA 13: complete"]
 
 
+def test_a_jetson_with_an_older_minor_release_of_tensorrt_is_not_complete():
+    """JetPack 4.6.0 has TensorRT 8.0: build.sh of a kit for 8.2 refuses it, and so does doctor."""
+    system = recorded("nano-good")
+    old = findings(replace(system, system_libraries={**system.system_libraries, "libnvinfer": "8.0.1"}), "jetson-nano")
+    assert [(check.name, check.status) for check in old if check.status == "error"] == [("stack", "error")]
+    assert "TensorRT 8.0.1 is installed" in old[-1].finding
+
+
 def test_a_check_without_teeth_would_be_seen():
     """The twin of the twins: break one thing in each good machine, and its one line appears."""
     system = recorded("orin-good")

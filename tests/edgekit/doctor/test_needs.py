@@ -113,7 +113,9 @@ def test_operators_of_one_runtime():
         ({"asymmetric": True}, "rtx-3060-12gb", [("int8 form", "error")]),
         ({"asymmetric": True}, "x86-avx2", []),
         ({"weights": 5 * 10**9}, "jetson-nano", [("opset", "warning"), ("model memory", "error")]),
-        ({"weights": 3 * 10**9}, "jetson-nano", [("opset", "warning"), ("model memory", "warning")]),
+        # 4 GB, of which the system has 1.5: what bench and compress say too
+        ({"weights": 3 * 10**9}, "jetson-nano", [("opset", "warning"), ("model memory", "error")]),
+        ({"weights": 2 * 10**9}, "jetson-nano", [("opset", "warning"), ("model memory", "warning")]),
     ],
 )
 def test_a_model_on_a_target(change, target, expected):

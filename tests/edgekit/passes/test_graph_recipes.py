@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from edgekit import compress
+from edgekit import measure
 from edgekit.bundle import GRAPH, Manifest, TensorSpec, assemble_graph
-from edgekit.compress import Job, plan, run
+from edgekit.compress import plan, run
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.graph import load, serialised, weights
 from edgekit.guard import Limits
+from edgekit.job import Job
 from edgekit.recipe import Step
 from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -28,7 +29,7 @@ class Still(OnnxRuntimeSession):
 @pytest.fixture
 def still(register, fake_clock, monkeypatch):
     register("edgekit.sessions", "still", Still)
-    monkeypatch.setitem(compress.FLOAT_FORMS, "still", ({"optimisation": "all"},))
+    monkeypatch.setitem(measure.FLOAT_FORMS, "still", ({"optimisation": "all"},))
 
 
 def classifier():

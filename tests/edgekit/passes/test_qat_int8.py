@@ -12,11 +12,13 @@ from onnx import numpy_helper
 from torch import nn
 from torch.nn.utils import fusion
 
-from edgekit.compress import Job, _context, applied, candidate_of, check_order, outputs_of
+from edgekit.compress import _context, applied, candidate_of, check_order
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.graph import serialised
 from edgekit.guard import Limits
+from edgekit.job import Job
+from edgekit.measure import outputs_of
 from edgekit.passes.base import Candidate
 from edgekit.passes.qat_int8 import QatInt8
 from edgekit.recipe import Step

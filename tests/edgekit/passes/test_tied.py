@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from edgekit.bundle import open_bundle, write_bundle
-from edgekit.compress import Job, applied
+from edgekit.compress import applied
 from edgekit.data import Dataset
 from edgekit.importers import from_factory, parse_spec
+from edgekit.job import Job
 from edgekit.nn.module import tied
 from edgekit.recipe import Step
 

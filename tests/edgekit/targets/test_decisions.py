@@ -192,10 +192,10 @@ class Trial:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        (None, ["float32", "cluster", "quantise", "dynamic_int8", "half"]),
-        (P40, ["float32", "cluster", "quantise", "dynamic_int8", "half", "static_int8"]),
-        (NANO, ["float32", "cluster", "quantise", "half"]),
-        (RTX, ["float32", "cluster", "quantise", "half", "static_int8"]),
+        (None, ["float32", "cluster", "quantise", "dynamic_int8", "half", "low_rank"]),
+        (P40, ["float32", "cluster", "quantise", "dynamic_int8", "half", "low_rank", "static_int8"]),
+        (NANO, ["float32", "cluster", "quantise", "half", "low_rank"]),
+        (RTX, ["float32", "cluster", "quantise", "half", "low_rank", "static_int8"]),
     ],
 )
 def test_the_search_tries_only_what_is_allowed(tiny_job, target, expected):
