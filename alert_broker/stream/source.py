@@ -136,7 +136,7 @@ class Source:
             if (
                 self._epochs != before
             ):  # what was read earlier may be another's now, even if the partition is ours again
-                messages = [item for item in messages if item.error() is None and self._same(place_of(item)[0], before)]
+                messages = [item for item in messages if self._counts(item, before)]
             messages += found
             if self._epochs != before:
                 break
@@ -168,8 +168,13 @@ class Source:
         self._next |= next_offsets(batch, np.ones(len(batch), np.bool_))
         return batch
 
-    def _same(self, where: Partition, before: Mapping[Partition, int]) -> bool:
-        """Whether a partition has been ours all the time since."""
+    def _counts(self, message: Message, before: Mapping[Partition, int]) -> bool:
+        """Whether a message, or the end of a partition, is of one that has been ours all the time since; an error is
+        heard in any case."""
+        error = message.error()
+        if error is not None and error.code() != KafkaError._PARTITION_EOF:
+            return True
+        where, _ = place_of(message)
         return where in before and before[where] == self._epochs.get(where)
 
     @property
@@ -241,9 +246,9 @@ class Source:
             self._at_end.discard((item.topic, item.partition))
         LOG.info("assigned %s", names(partitions))
         self.stats.ready = True
-        if self._paused:
-            consumer.incremental_assign(partitions)
-            consumer.pause(partitions)
+        consumer.incremental_assign(partitions)
+        # librdkafka remembers what was paused when a partition left, and would never fetch it again
+        (consumer.pause if self._paused else consumer.resume)(partitions)
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Let what is in flight be published and committed; after `drain_seconds` take it off the books."""
