@@ -91,6 +91,10 @@ class Request:
         return self._result
 
 
+class LostError(Exception):
+    """This member is out of its group, and what it has read is another's."""
+
+
 class Source:
     """The consumer. The thread that made it calls `poll`, `serve` and `close`; the one that publishes calls `owned` and
     `commit`, while it holds `publishing`, so that no partition leaves between the look and the deed.
@@ -104,7 +108,7 @@ class Source:
         self._epochs: dict[Partition, int] = {}
         self._epoch = 0
         self._at_end: set[Partition] = set()
-        self._paused = self._closing = False
+        self._paused = self._closing = self._losing = False
         self._looked = 0.0
         self._next: dict[Partition, int] = {}
         self.while_draining: Callable[[], bool] = lambda: (
@@ -228,8 +232,15 @@ class Source:
                 )
 
     def group_metadata(self) -> Any:
-        """What a transaction needs to commit our offsets."""
-        return self._ask(self.consumer.consumer_group_metadata)
+        """What a transaction needs to commit our offsets. LostError if we are out of the group: brokers take offsets
+        in a transaction from one who names no member, whoever owns the partition by now."""
+
+        def ask() -> Any:
+            if self._losing or not self.consumer.memberid():
+                raise LostError("the group goes on without us")
+            return self.consumer.consumer_group_metadata()
+
+        return self._ask(ask)
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         if get_ident() == self._thread:
@@ -264,7 +275,11 @@ class Source:
 
     def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         LOG.warning("lost %s: others own them already", names(partitions))
-        self._give_up(partitions)
+        self._losing = True
+        try:
+            self._give_up(partitions)
+        finally:
+            self._losing = False
 
     def _give_up(self, partitions: list[TopicPartition]) -> None:
         while not self.publishing.acquire(timeout=DRAIN_STEP):  # its holder may be waiting for a commit

@@ -1,5 +1,6 @@
 """Whose a message is: what was read before a partition was taken away is nobody's, even if the partition comes back."""
 
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,7 @@ from confluent_kafka import KafkaError, TopicPartition
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import source as module
-from alert_broker.stream.source import Source, next_offsets, start_positions
+from alert_broker.stream.source import LostError, Source, next_offsets, start_positions
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 
@@ -38,6 +39,7 @@ class FakeConsumer:
 
     def __init__(self):
         self.script, self.callbacks, self.committed = [], {}, []
+        self.member = "m"
         self.assigned, self.asleep = set(), set()  # `asleep`: as in librdkafka, it outlives the assignment
 
     def subscribe(self, topics, **callbacks):
@@ -61,6 +63,12 @@ class FakeConsumer:
 
     def resume(self, partitions):
         self.asleep -= {item.partition for item in partitions}
+
+    def memberid(self):
+        return self.member
+
+    def consumer_group_metadata(self):
+        return "metadata"
 
     def get_watermark_offsets(self, partition, cached):
         return 0, 100
@@ -158,6 +166,32 @@ def test_an_error_is_heard_while_partitions_leave(source):
     source.consumer.script = [[refused], lambda c: revoke(c, 1) or []]
     with pytest.raises(EdgekitError, match="refuses to be read"):
         source.poll(10, 0.02)
+
+
+def test_who_is_out_of_the_group_commits_in_no_transaction(source):
+    """The publishing thread asks while it holds the lock: before the loss is known here, and while it is served."""
+    assert source.group_metadata() == "metadata"
+    source.consumer.member = ""
+    with pytest.raises(LostError):
+        source.group_metadata()
+    source.consumer.member = "m"  # the member keeps its name if only its generation is over
+    refused = threading.Event()
+
+    def publish():
+        with source.publishing:
+            holding.set()
+            try:
+                source.group_metadata()
+            except LostError:
+                refused.set()
+
+    holding, thread = threading.Event(), threading.Thread(target=publish)
+    thread.start()
+    holding.wait()
+    source.consumer.callbacks["on_lost"](source.consumer, source.consumer.assignment())
+    thread.join()
+    assert refused.is_set()
+    assert source.group_metadata() == "metadata"  # it has joined again
 
 
 def test_what_is_in_flight_of_a_revoked_partition_is_off_the_books(source):
