@@ -44,6 +44,7 @@ from edgekit.errors import EdgekitError
 LOG = logging.getLogger("edgekit.stream")
 PAUSE_AFTER = 1.0  # seconds of full queues; pausing throws away what librdkafka has read ahead
 IDLE_POLL = 0.01  # seconds between looks at what the publishing thread asks of this one
+MOST_SPARE = 64  # schemas whose grown columns are kept for the next batch; packets may bring any number of them
 REGISTRY_RETRY = 1.0  # seconds between looks at a registry that does not answer
 
 
@@ -106,7 +107,7 @@ class Stages:
                 letters.append(Letter(item.offset, item.reason, item.status))
             else:
                 alerts.append(item)
-        self._spare = spare
+        self._spare = spare if len(spare) <= MOST_SPARE else {}
         return alerts, letters
 
     def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[Letter]]:
