@@ -169,14 +169,14 @@ def redrive(
             batch: list[Outgoing] = []
             after: dict[Partition, int] = {}
             for message in consumer.consume(REDRIVE_BATCH, 0.2):
-                where, offset = place_of(message)
                 error = message.error()
                 if error is not None:
                     if error.code() == KafkaError._PARTITION_EOF:
-                        at_end.add(where)
+                        at_end.add(place_of(message)[0])
                     elif error.code() in HOPELESS:
                         raise EdgekitError(f"{config.topic} cannot be read: {error.str()}")
                     continue
+                where, offset = place_of(message)
                 at_end.discard(where)
                 after[where] = offset + 1
                 headers = headers_of(message)

@@ -36,7 +36,7 @@ from alert_broker.stream.publish import Outgoing, open_publisher
 from alert_broker.stream.registry import RegistryError, open_registry
 from alert_broker.stream.reuse import COLUMNS, Reuse
 from alert_broker.stream.routing import Route, Router
-from alert_broker.stream.source import MessageBatch, Source, next_offsets
+from alert_broker.stream.source import LostError, MessageBatch, Source, next_offsets
 from alert_broker.stream.stats import Stats
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgekitError
@@ -44,6 +44,7 @@ from edgekit.errors import EdgekitError
 LOG = logging.getLogger("edgekit.stream")
 PAUSE_AFTER = 1.0  # seconds of full queues; pausing throws away what librdkafka has read ahead
 IDLE_POLL = 0.01  # seconds between looks at what the publishing thread asks of this one
+MOST_SPARE = 64  # schemas whose grown columns are kept for the next batch; packets may bring any number of them
 REGISTRY_RETRY = 1.0  # seconds between looks at a registry that does not answer
 
 
@@ -106,7 +107,7 @@ class Stages:
                 letters.append(Letter(item.offset, item.reason, item.status))
             else:
                 alerts.append(item)
-        self._spare = spare
+        self._spare = spare if len(spare) <= MOST_SPARE else {}
         return alerts, letters
 
     def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[Letter]]:
@@ -241,6 +242,7 @@ class Pipeline:
                     # nothing comes of it, but the group sees that we live, and can take partitions away
                     if (batch := self.source.poll(self.config.batch.size, 0.0)) is not None:
                         waiting.append(Work(batch))
+        self._stopping.set()  # a stage that waits for the registry would keep us here
         while waiting and self._failure is None:
             self._hand_on()
             self.source.serve()
@@ -332,8 +334,12 @@ class Pipeline:
                 dead[message.place] = True
                 return self._letter(letters[-1], work)
 
-            with self.stats.stage("publish"):
-                self.publisher.publish(messages, next_offsets(batch, owned), instead)
+            try:
+                with self.stats.stage("publish"):
+                    self.publisher.publish(messages, next_offsets(batch, owned), instead)
+            except LostError as error:  # the ledger is told when the partitions are given up
+                LOG.warning("a batch of %d alerts goes to another member: %s", len(batch), error)
+                return
             self._account(work, owned, published & ~dead, dead, letters)
 
     def _results(self, work: Work) -> list[Outgoing]:

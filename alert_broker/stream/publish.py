@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.ledger import Partition
-from alert_broker.stream.source import REBALANCED, Source, note_error, reason_of
+from alert_broker.stream.source import REBALANCED, LostError, Source, note_error, reason_of
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -45,7 +45,8 @@ class Publisher(Protocol):
     """Sends a batch and commits its offsets."""
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
-        """Returns when the brokers have all of it and the offsets. instead: gives what is sent in the place of a
+        """Returns when the brokers have all of it and the offsets; LostError where nothing of it is visible, as the
+        partitions are another's. instead: gives what is sent in the place of a
         message that no broker would ever take, with the reason."""
         ...
 
@@ -191,6 +192,9 @@ class ExactlyOnce:
                     )  # fmt: skip
                 self._guard(producer.commit_transaction, self._seconds)
                 return
+            except LostError:
+                self._guard(producer.abort_transaction, self._seconds)
+                raise
             except (AbortedError, NotSentError) as error:
                 if isinstance(error, NotSentError) and error.fatal:
                     raise fenced(error.text) from None

@@ -91,6 +91,10 @@ class Request:
         return self._result
 
 
+class LostError(Exception):
+    """This member is out of its group, and what it has read is another's."""
+
+
 class Source:
     """The consumer. The thread that made it calls `poll`, `serve` and `close`; the one that publishes calls `owned` and
     `commit`, while it holds `publishing`, so that no partition leaves between the look and the deed.
@@ -104,7 +108,7 @@ class Source:
         self._epochs: dict[Partition, int] = {}
         self._epoch = 0
         self._at_end: set[Partition] = set()
-        self._paused = self._closing = False
+        self._paused = self._closing = self._losing = False
         self._looked = 0.0
         self._next: dict[Partition, int] = {}
         self.while_draining: Callable[[], bool] = lambda: (
@@ -136,7 +140,7 @@ class Source:
             if (
                 self._epochs != before
             ):  # what was read earlier may be another's now, even if the partition is ours again
-                messages = [item for item in messages if item.error() is None and self._same(place_of(item)[0], before)]
+                messages = [item for item in messages if self._counts(item, before)]
             messages += found
             if self._epochs != before:
                 break
@@ -168,8 +172,13 @@ class Source:
         self._next |= next_offsets(batch, np.ones(len(batch), np.bool_))
         return batch
 
-    def _same(self, where: Partition, before: Mapping[Partition, int]) -> bool:
-        """Whether a partition has been ours all the time since."""
+    def _counts(self, message: Message, before: Mapping[Partition, int]) -> bool:
+        """Whether a message, or the end of a partition, is of one that has been ours all the time since; an error is
+        heard in any case."""
+        error = message.error()
+        if error is not None and error.code() != KafkaError._PARTITION_EOF:
+            return True
+        where, _ = place_of(message)
         return where in before and before[where] == self._epochs.get(where)
 
     @property
@@ -223,8 +232,15 @@ class Source:
                 )
 
     def group_metadata(self) -> Any:
-        """What a transaction needs to commit our offsets."""
-        return self._ask(self.consumer.consumer_group_metadata)
+        """What a transaction needs to commit our offsets. LostError if we are out of the group: brokers take offsets
+        in a transaction from one who names no member, whoever owns the partition by now."""
+
+        def ask() -> Any:
+            if self._losing or not self.consumer.memberid():
+                raise LostError("the group goes on without us")
+            return self.consumer.consumer_group_metadata()
+
+        return self._ask(ask)
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         if get_ident() == self._thread:
@@ -241,9 +257,9 @@ class Source:
             self._at_end.discard((item.topic, item.partition))
         LOG.info("assigned %s", names(partitions))
         self.stats.ready = True
-        if self._paused:
-            consumer.incremental_assign(partitions)
-            consumer.pause(partitions)
+        consumer.incremental_assign(partitions)
+        # librdkafka remembers what was paused when a partition left, and would never fetch it again
+        (consumer.pause if self._paused else consumer.resume)(partitions)
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Let what is in flight be published and committed; after `drain_seconds` take it off the books."""
@@ -259,7 +275,11 @@ class Source:
 
     def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         LOG.warning("lost %s: others own them already", names(partitions))
-        self._give_up(partitions)
+        self._losing = True
+        try:
+            self._give_up(partitions)
+        finally:
+            self._losing = False
 
     def _give_up(self, partitions: list[TopicPartition]) -> None:
         while not self.publishing.acquire(timeout=DRAIN_STEP):  # its holder may be waiting for a commit

@@ -23,13 +23,17 @@ Examples:
 @click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
 @click.option("--reason", default="", help="Only those whose reason holds this text.")
 @click.option("--to-topic", default="", help="Send them here [default: the topic that each came from]")
+@click.option("--group", default="", help="Consumer group that remembers how far this is [default: GROUP-redrive]")
 @click.option("--max-attempts", type=click.IntRange(min=1), default=3, show_default=True,
               help="Pass over what has died more often.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
-def redrive(path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, max_attempts: int, as_json: bool) -> None:
+def redrive(
+    path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, group: str, max_attempts: int, as_json: bool
+) -> None:  # fmt: skip
     """Send dead letters to where they came from, after what killed them is fixed: as they came, up to the last one.
 
-    They stay in their topic; the group GROUP-redrive remembers which were sent or passed over.
+    They stay in their topic; the group GROUP-redrive remembers which were sent or passed over, and looks at neither
+    again. After one --reason, the next one needs a --group of its own, which begins with the first dead letter.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
@@ -39,8 +43,8 @@ def redrive(path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, max_
     config = configuration.load(path, changes)
     with stopping() as stop:
         done = dead_letters.redrive(
-            config.kafka_settings(), config.dead_letters, group=f"{config.source.group}-redrive", reason=reason,
-            to_topic=to_topic, max_attempts=max_attempts, stop=stop,
+            config.kafka_settings(), config.dead_letters, group=group or f"{config.source.group}-redrive",
+            reason=reason, to_topic=to_topic, max_attempts=max_attempts, stop=stop,
         )  # fmt: skip
     if as_json:
         print_json({"sent": done.sent, "passed_over": done.passed_over})

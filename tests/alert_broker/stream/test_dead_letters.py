@@ -2,8 +2,9 @@
 
 import pytest
 
+from alert_broker.stream.brokers import MockCluster
 from alert_broker.stream.config import DeadLetters
-from alert_broker.stream.dead_letters import Letter, Limits, kind_of, stack_digest
+from alert_broker.stream.dead_letters import Letter, Limits, kind_of, redrive, stack_digest
 from edgekit.errors import EdgekitError
 
 
@@ -62,3 +63,10 @@ def test_stack_digests_are_of_the_place():
 
 def test_reasons_are_counted_without_their_numbers():
     assert kind_of("the block at byte 12 ends 3 bytes early: lost") == kind_of("the block at byte 7 ends 9 bytes early")
+
+
+def test_a_topic_of_dead_letters_that_is_not_there_is_said():
+    with MockCluster() as cluster:
+        settings = {"bootstrap.servers": cluster.address, "allow.auto.create.topics": False}
+        with pytest.raises(EdgekitError, match="not-there cannot be read"):
+            redrive(settings, DeadLetters(topic="not-there"), group="g")

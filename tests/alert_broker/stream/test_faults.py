@@ -330,6 +330,24 @@ def test_a_registry_that_is_down_is_waited_for(rig, packets):
     assert (done.lost, done.duplicates, done.dead) == (0, 0, 0)
 
 
+def test_who_is_told_to_stop_does_not_wait_for_a_registry(rig):
+    from alert_broker.stream.pipeline import Pipeline
+    from alert_broker.stream.stats import Stats
+
+    rig.send([b"\x00" + (4711).to_bytes(4, "big") + b"x" * 100] * 400)  # more than queues hold
+    config = rig.config(registry={"url": "http://127.0.0.1:1", "seconds": 40.0})
+    pipeline, told = Pipeline(config, Stats()), []
+
+    def stop():
+        if pipeline._waiting and not told:
+            told.append(time.monotonic())
+        return bool(told)
+
+    with pytest.raises(EdgekitError, match="does not answer"):
+        pipeline.run(stop)
+    assert time.monotonic() - told[0] < 15.0
+
+
 @pytest.fixture
 def transactional(bundle, tmp_path):
     """A rig on a broker whose transactions are right."""

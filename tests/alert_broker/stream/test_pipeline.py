@@ -10,7 +10,7 @@ from confluent_kafka import TopicPartition
 from alert_broker.classify import classify_files
 from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of, redrive
 from alert_broker.stream.ledger import Ledger
-from alert_broker.stream.pipeline import Stages
+from alert_broker.stream.pipeline import MOST_SPARE, Stages
 from alert_broker.stream.source import open_consumer
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import position, repeat
@@ -131,6 +131,16 @@ def test_an_alert_that_breaks_decoding_takes_no_other_along(rig, packets, monkey
     assert (total.published, total.dead_lettered) == (39, 1)
     (letter,) = rig.read(rig.dead)
     assert b"of the test" in dict(headers_of(letter))[REASON]
+
+
+def test_columns_are_kept_for_some_schemas_only():
+    stages = Stages(None)
+    stages._spare = dict.fromkeys(range(MOST_SPARE))
+    stages.decode([None])
+    assert len(stages._spare) == MOST_SPARE
+    stages._spare = dict.fromkeys(range(MOST_SPARE + 1))
+    stages.decode([None])
+    assert not stages._spare
 
 
 def test_too_many_dead_letters_stop_the_consumer_before_they_are_committed(rig, packets):

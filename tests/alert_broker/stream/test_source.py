@@ -1,13 +1,14 @@
 """Whose a message is: what was read before a partition was taken away is nobody's, even if the partition comes back."""
 
+import threading
 from dataclasses import dataclass
 
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import source as module
-from alert_broker.stream.source import Source, next_offsets, start_positions
+from alert_broker.stream.source import LostError, Source, next_offsets, start_positions
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 
@@ -18,6 +19,7 @@ class FakeMessage:
 
     number: int
     at: int
+    fault: KafkaError | None = None
 
     def topic(self):
         return "t"
@@ -29,7 +31,7 @@ class FakeMessage:
         return self.at
 
     def error(self):
-        return None
+        return self.fault
 
 
 class FakeConsumer:
@@ -37,6 +39,8 @@ class FakeConsumer:
 
     def __init__(self):
         self.script, self.callbacks, self.committed = [], {}, []
+        self.member = "m"
+        self.assigned, self.asleep = set(), set()  # `asleep`: as in librdkafka, it outlives the assignment
 
     def subscribe(self, topics, **callbacks):
         self.callbacks = callbacks
@@ -48,6 +52,24 @@ class FakeConsumer:
     def commit(self, offsets, asynchronous):
         self.committed.append([(item.topic, item.partition, item.offset) for item in offsets])
 
+    def incremental_assign(self, partitions):
+        self.assigned |= {item.partition for item in partitions}
+
+    def assignment(self):
+        return [TopicPartition("t", number) for number in self.assigned]
+
+    def pause(self, partitions):
+        self.asleep |= {item.partition for item in partitions}
+
+    def resume(self, partitions):
+        self.asleep -= {item.partition for item in partitions}
+
+    def memberid(self):
+        return self.member
+
+    def consumer_group_metadata(self):
+        return "metadata"
+
     def get_watermark_offsets(self, partition, cached):
         return 0, 100
 
@@ -58,6 +80,7 @@ def assign(consumer, *numbers):
 
 def revoke(consumer, *numbers):
     consumer.callbacks["on_revoke"](consumer, [TopicPartition("t", number) for number in numbers])
+    consumer.assigned -= set(numbers)
 
 
 def messages(number, *offsets):
@@ -109,6 +132,66 @@ def test_a_partition_that_leaves_and_comes_back_while_a_batch_is_read(source):
 
     source.consumer.script = [[*messages(0, 5), *messages(1, 9)], rebalance]
     assert places(source.poll(9, 1.0)) == [(1, 9), (0, 3), (0, 4), (0, 5)]
+
+
+def test_a_partition_that_leaves_while_paused_is_fetched_when_it_comes_back(source):
+    source.pause(True)
+    revoke(source.consumer, 0)
+    source.pause(False)
+    assert source.consumer.asleep == {0}
+    assign(source.consumer, 0)
+    assert not source.consumer.asleep
+    source.pause(True)
+    revoke(source.consumer, 1)
+    assign(source.consumer, 1)
+    assert source.consumer.asleep == {0, 1}
+
+
+def test_the_end_of_a_partition_is_heard_while_others_leave(source):
+    end = KafkaError(KafkaError._PARTITION_EOF)
+    source.consumer.script = [[FakeMessage(0, 5, end), FakeMessage(1, 7, end)], lambda c: revoke(c, 1) or []]
+    assert source.poll(10, 0.02) is None
+    assert source.at_end
+    # an end that was seen under an earlier assignment says nothing of the new one
+    assign(source.consumer, 1)
+    source.consumer.script = [
+        [FakeMessage(1, 7, end)], lambda c: revoke(c, 1) or assign(c, 1) or [],
+    ]  # fmt: skip
+    source.poll(10, 0.02)
+    assert not source.at_end
+
+
+def test_an_error_is_heard_while_partitions_leave(source):
+    refused = FakeMessage(0, 0, KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+    source.consumer.script = [[refused], lambda c: revoke(c, 1) or []]
+    with pytest.raises(EdgekitError, match="refuses to be read"):
+        source.poll(10, 0.02)
+
+
+def test_who_is_out_of_the_group_commits_in_no_transaction(source):
+    """The publishing thread asks while it holds the lock: before the loss is known here, and while it is served."""
+    assert source.group_metadata() == "metadata"
+    source.consumer.member = ""
+    with pytest.raises(LostError):
+        source.group_metadata()
+    source.consumer.member = "m"  # the member keeps its name if only its generation is over
+    refused = threading.Event()
+
+    def publish():
+        with source.publishing:
+            holding.set()
+            try:
+                source.group_metadata()
+            except LostError:
+                refused.set()
+
+    holding, thread = threading.Event(), threading.Thread(target=publish)
+    thread.start()
+    holding.wait()
+    source.consumer.callbacks["on_lost"](source.consumer, source.consumer.assignment())
+    thread.join()
+    assert refused.is_set()
+    assert source.group_metadata() == "metadata"  # it has joined again
 
 
 def test_what_is_in_flight_of_a_revoked_partition_is_off_the_books(source):
