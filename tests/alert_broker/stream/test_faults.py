@@ -339,7 +339,7 @@ def test_who_is_told_to_stop_does_not_wait_for_a_registry(rig):
     pipeline, told = Pipeline(config, Stats()), []
 
     def stop():
-        if pipeline._waiting and not told:
+        if pipeline._queues["decode"].full() and pipeline._waiting and not told:
             told.append(time.monotonic())
         return bool(told)
 
