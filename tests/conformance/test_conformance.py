@@ -15,7 +15,9 @@ from edgekit import compress
 from edgekit.bundle import TensorSpec, golden_inputs, multiple, open_bundle, write_bundle
 from edgekit.data import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
+from edgekit.guard import Limits
 from edgekit.importers import from_factory, parse_spec
+from edgekit.job import Job
 from edgekit.passes.base import GraphCandidate
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.recipe import Step
@@ -110,9 +112,7 @@ def test_a_network_goes_the_whole_way(bundle, still_clock, tmp_path):
     recipe = [*(prune if name in PRUNABLE else []), Step("magnitude_prune", {"sparsity": 0.2, "epochs": 0})]
     data = Dataset(rows_of(bundle, 16), np.full(16, UNKNOWN))
     # replayed: random networks have nothing to lose, and the guard would say so
-    job = compress.Job(
-        bundle, recipe, data, data, compress.Limits(batches=(1,)), "relative-error", "torch", replay=True
-    )
+    job = Job(bundle, recipe, data, data, Limits(batches=(1,)), "relative-error", "torch", replay=True)
     small = compress.run(job, tmp_path / "work")
     assert [(record["pass"], record["kept"]) for record in small.manifest.records] == [(s.name, True) for s in recipe]
     learnt = [sum(np.count_nonzero(value) for value in item.weights().values()) for item in (bundle, small)]
