@@ -57,6 +57,7 @@ class TensorRtRtxExporter:
         written, manifest = kit.base(bundle, graph, profile, LARGEST, f"tensorrt-rtx=={trt.__version__}")
         name = f"model.sm{sm}.rtx"
         written[name] = compile_engine(graph.model, profile, sm, exact=graph.precision == "float32")
+        written[kit.README] = kit.readme(graph, f"python3 {kit.CHECK}")
         manifest = {
             "format": "edgekit-tensorrt-rtx-1",
             **manifest,

@@ -97,7 +97,9 @@ def test_every_target_holds_it(name, monkeypatch):
         except EdgekitError as error:
             refused[key] = str(error)
     print(f"\n{name}: {len(PLACES) - len(refused)} of {len(PLACES)} places, {sum(map(len, graphs.values()))} graphs")
-    print(f"  {len(engines)} engines of {sum(engines.values()):,} bytes, {len(parsed)} graphs parsed for TensorRT 10, 11")
+    print(
+        f"  {len(engines)} engines of {sum(engines.values()):,} bytes, {len(parsed)} graphs parsed for TensorRT 10, 11"
+    )
     for key, reason in refused.items():
         print(f"  refused: {key}: {reason[:200]}")
     assert set(refused) == REFUSED.get(name, set()), refused
