@@ -126,4 +126,4 @@ def preflight(model: ModelProto) -> str:
     trt = module()
     what = f"the parser of TensorRT-RTX {trt.__version__}, of the family of TensorRT 10 and 11,"
     engines.parse(trt, model, serialised(model), strong=True, what=what)
-    return f"accepted by that of TensorRT-RTX {trt.__version__}, of the same family"
+    return f"accepted by the parser of TensorRT-RTX {trt.__version__}, of the family of TensorRT 10 and 11"
