@@ -47,6 +47,8 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
 
     The exported model is run at batch 1, 16 and 1000 and held against the network itself. Beyond tolerance nothing is
     written and the exit status is 1. The proof travels: the directory holds golden data and a script that checks it.
+
+    Opsets, unless --opset says another that is read there: 17; for TensorRT 8.2 (Jetson Nano, TX2) 13.
     """
     from edgekit.plugins import load
     from edgekit.zoo import resolve
