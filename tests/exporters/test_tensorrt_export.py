@@ -324,10 +324,15 @@ def test_where_tensorrt_is_present_it_builds_caches_and_verifies(
 
 def test_the_kit_itself_checks_its_engine_under_tensorrt(fake, toy, tmp_path):
     fake("8.2.1.8", 53)
-    TensorRtExporter(target="jetson-nano").export(toy(context=2), tmp_path / "kit")
+    TensorRtExporter(target="jetson-nano").export(toy(context=2, output="logits"), tmp_path / "kit")
     command = [sys.executable, tmp_path / "kit" / "verify.py", "--cudart", os.environ["EDGEKIT_CUDART"], "--runs", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "know this" not in done.stdout
+    wrong = {**os.environ, "FAKE_TENSORRT_WRONG": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=wrong)
+    assert done.returncode == 1
+    assert "know this: trtexec of TensorRT 8.2 has no option for single layers" in done.stdout
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "FAKE_TENSORRT": "8.6.1.6"}
     )
