@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -202,6 +203,14 @@ def test_an_onnx_export_for_a_target_says_so_and_proves_itself(bundle, toy, tmp_
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert QUANTISED in OnnxExporter(target="tesla-p40").export(toy("palette"), tmp_path / "p40").files
+    command = [sys.executable, "-I", str(tmp_path / "p40" / "verify.py")]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, "a check on the CPU is no proof of the P40"
+        assert "provider CUDAExecutionProvider is not here; choose from" in done.stdout
+    command += ["--provider", "CPUExecutionProvider"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert QUANTISED not in OnnxExporter(target="jetson-nano").export(toy("palette"), tmp_path / "codes").files
 
 
