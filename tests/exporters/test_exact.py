@@ -1,5 +1,7 @@
 """What stays in float32 under weak typing, against the types that the graph's values really have when it runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from edgekit.passes.half import Half
 from exporters.exact import MOVING, TYPED, Exact, exact
 from exporters.for_target import place, typed
 from exporters.onnx_export import OnnxExporter
+from exporters.tensorrt_export import options
 from tests.exporters.test_generations import graph, node, quantised
 
 
@@ -92,6 +95,17 @@ def test_beside_int8_sums_are_held_and_products_are_not():
 def test_strong_typing_needs_no_list(written, name, stack):
     got, _ = written
     assert typed(got.model, place(name, "tensorrt", stack)).exact == Exact()
+
+
+def test_tensorrt_10_is_told_the_same_where_a_stack_asks_for_weak_typing(written):
+    """It takes both; a device file of one's own may choose flags."""
+    got, _ = written
+    where = place("rtx-3060-12gb", "tensorrt", "TensorRT 10")
+    weak = replace(where, stack=replace(where.stack, typing="weak"))
+    found = options(weak, "float16", {}, 512, 3, typed(got.model, weak).exact)
+    assert {"--fp16", "--precisionConstraints=prefer"} <= set(found)
+    assert "--stronglyTyped" not in found
+    assert {option[2:].partition("=")[0] for option in found} <= weak.generation.flags
 
 
 def test_options_are_what_trtexec_reads():
