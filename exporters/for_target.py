@@ -123,8 +123,14 @@ def typed(model: ModelProto, where: Place, precision: str = "", version: int | N
     kind = _precision(where, precision, quantised)
     keep = tuple(glob.escape(name) for name in (*lowered.sums, *_deciding(graph)))
     half = Half(keep_nodes=keep, overflow="keep")  # masks of -1e9 stay in float32
+    if where.generation:
+        where.generation.refuse(graph)  # before anything else is wrong with such a graph
     if kind == "float16" and "float16" not in arithmetic(graph):
-        graph = half.converted(graph)
+        try:
+            graph = half.converted(graph)
+        except EdgekitError as error:
+            reason = str(error).removeprefix("half: ").partition(";")[0]
+            raise EdgekitError(f"it cannot be put into float16: {reason}; try --precision float32") from error
         onnx.checker.check_model(graph, full_check=True)
     refuse(graph, where)
     return Typed(graph, where, kind, TOLERANCES[kind], _exact(graph, half, where, kind))

@@ -60,8 +60,8 @@ def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, b
     report: dict[str, Any] = {"target": meant.name if meant else None, "guessed": target is None}
     if bundle:
         needs, stored = _needs(bundle, batch)
-        checks += model.judge(needs, meant, system)
-        if meant is not None:
+        checks += (judged := model.judge(needs, meant, system))
+        if meant is not None and all((check.name, check.status) != ("precision", "error") for check in judged):
             checks += _parsers(stored, meant)
         report["needs"] = asdict(needs)
     report["checks"] = [asdict(check) for check in checks]

@@ -82,6 +82,19 @@ def test_what_a_targets_parser_makes_of_a_graph(edgekit, tmp_path, operator, tak
     assert taken or found["remedy"] == "use onnxruntime 1.11 for JetPack 4.6"
 
 
+def test_a_precision_that_must_not_be_is_said_once(edgekit, tmp_path):
+    """No parser is asked about it, nor another runtime advised."""
+    import numpy as np
+    import onnx
+
+    from tests.exporters.test_generations import quantised
+
+    onnx.save(quantised(np.int8(0)), tmp_path / "m.onnx")
+    done = edgekit("doctor", tmp_path / "m.onnx", "--target", "jetson-nano")
+    assert done.status == 1
+    assert done.out.count("no unit for int8") == 1
+
+
 def test_what_a_targets_parser_makes_of_a_network(edgekit, tiny_file, monkeypatch):
     """It is exported as each stack wants it; a table without Softmax refuses it, by name of the node."""
     from dataclasses import replace
