@@ -5,7 +5,7 @@ Engines fit one GPU model and one release: what travels is the graph, the shapes
     kit (exporters/kit.py) + build.sh, in the dialect of that TensorRT's trtexec
 
     8.2, 8.5, 8.6   weak typing: precision by flags (--fp16, --int8) beside what the graph says; what must stay in
-                    float32 layer by layer (exporters/exact.py), of which the trtexec of 8.2 has no option
+                    float32 layer by layer (exporters/exact.py), for which the trtexec of 8.2 has no option
     10              strong typing (--stronglyTyped), or flags, as the target's stack says
     11              strong typing; there are no flags
 
