@@ -7,7 +7,7 @@ Writes report.json: what ran, on what, how far off it was and how long it took. 
 Exit status: 0 if the golden outputs come out, at batch 1 and at all stored rows; 1 if not.
 """
 
-# ruff: noqa: UP006, UP021, UP022, UP035, B905
+# ruff: noqa: UP006, UP017, UP021, UP022, UP035, B905
 # no annotations from the future, no walrus, no text=, no capture_output: JetPack 4.6 has Python 3.6
 import argparse
 import ctypes
@@ -191,6 +191,8 @@ def main() -> int:
         print(f"FAIL: {error}")
         return 1
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    for line in () if report["passed"] or report["runtime"] == "onnxruntime" else report["notes"]:
+        print(f"know this: {line}")
     print("PASS" if report["passed"] else "FAIL")
     return 0 if report["passed"] else 1
 
@@ -241,7 +243,8 @@ def check(folder: Path, runtime: "str | None" = None, cudart: str = "", runs: in
         "checks": checks,
         "latency": timings,
         "passed": all(item["fine"] for item in checks),
-        "time": datetime.datetime.utcnow().isoformat() + "Z",
+        "notes": manifest.get("notes", []),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
     }
 
 

@@ -18,6 +18,7 @@ from edgekit.graph import attribute, opset
 from edgekit.passes.half import Half
 from edgekit.targets import profile
 from edgekit.targets.profile import Stack, Target
+from exporters.exact import NOTHING, Exact, exact
 from exporters.generations import Generation, generation
 from exporters.onnx_opset import to_opset
 from exporters.verify import TOLERANCE
@@ -52,15 +53,24 @@ class Place:
         read = self.stack.opset or FAVOURED
         return min(read, self.generation.opset) if self.generation else read
 
+    @property
+    def weak(self) -> bool:
+        """Whether the builder is told which precisions it may use, and takes the graph's types for a hint."""
+        if self.generation is None or self.generation.typing == "strong":
+            return False
+        return self.generation.typing == "weak" or self.stack.typing == "weak"
+
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """A graph as a place reads it. `tolerance`: what its verification may allow."""
+    """A graph as a place reads it. `tolerance`: what its verification may allow. `exact`: under weak typing, what must
+    be kept out of half."""
 
     model: ModelProto
     place: Place
     precision: str
     tolerance: float
+    exact: Exact = NOTHING
 
     @property
     def advice(self) -> str:
@@ -111,12 +121,34 @@ def typed(model: ModelProto, where: Place, precision: str = "", version: int | N
     graph = lowered.model
     quantised = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     kind = _precision(where, precision, quantised)
+    keep = tuple(glob.escape(name) for name in (*lowered.sums, *_deciding(graph)))
+    half = Half(keep_nodes=keep, overflow="keep")  # masks of -1e9 stay in float32
+    if where.generation:
+        where.generation.refuse(graph)  # before anything else is wrong with such a graph
     if kind == "float16" and "float16" not in arithmetic(graph):
-        keep = tuple(glob.escape(name) for name in (*lowered.sums, *_deciding(graph)))
-        graph = Half(keep_nodes=keep, overflow="keep").converted(graph)  # masks of -1e9 stay in float32
+        try:
+            graph = half.converted(graph)
+        except EdgekitError as error:
+            reason = str(error).removeprefix("half: ").partition(";")[0]
+            raise EdgekitError(f"it cannot be put into float16: {reason}; try --precision float32") from error
         onnx.checker.check_model(graph, full_check=True)
     refuse(graph, where)
-    return Typed(graph, where, kind, TOLERANCES[kind])
+    return Typed(graph, where, kind, TOLERANCES[kind], _exact(graph, half, where, kind))
+
+
+def _exact(graph: ModelProto, half: Half, where: Place, kind: str) -> Exact:
+    """What must be kept out of half where the builder may choose it. Beside int8 the graph does not say, for it has no
+    half in it: what would stay in float32, were the rest in half."""
+    if not where.weak or "float16" not in (kind, *(where.target.plan.order if kind == "int8" else ())):
+        return NOTHING
+    if kind == "float16":
+        return exact(graph)
+    mixed = ModelProto()
+    mixed.CopyFrom(graph)
+    try:
+        return exact(half.converted(mixed))
+    except EdgekitError:  # nothing in it can be in half
+        return exact(graph)
 
 
 def requirements(where: Place, *lines: str) -> bytes:

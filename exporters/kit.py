@@ -5,6 +5,7 @@ profile.json           least, best and largest shape of every input
 golden.npz             inputs, and the outputs they must give
 verify.py              checks and times it on the device, writes report.json; numpy and the runtime, Python 3.6 or newer
 requirements-NAME.txt  what to install there, pinned
+README.md              what this is, what to type there, what to know
 manifest.json          SHA-256 of every file, target, versions, tolerances, what was measured here
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,13 @@ import torch
 from edgekit import __version__
 from edgekit.bundle import GOLDEN, Bundle, multiple
 from edgekit.errors import EdgekitError, unknown
+from edgekit.graph import opset
 from exporters.base import described
 from exporters.external import files
 from exporters.for_target import Typed, requirements
 from exporters.verify import on_onnxruntime, verify
 
-MODEL, PROFILE, CHECK = "model.onnx", "profile.json", "verify.py"
+MODEL, PROFILE, CHECK, README = "model.onnx", "profile.json", "verify.py", "README.md"
 BATCH = (1, 16, 64)  # least, best, largest: a trickle of alerts, and what a small device holds
 LONGER = 4  # times the golden data's length, of any other free axis
 # the device adds in another order, and in half it fuses what is in float32 here
@@ -115,6 +117,31 @@ def base(bundle: Bundle, graph: Typed, profile: Profile, largest: int, *pins: st
         },
     }
     return written, manifest
+
+
+def readme(graph: Typed, command: str, notes: Sequence[str] = ()) -> bytes:
+    """README.md for who has the directory, and perhaps not edgekit. `command`: what builds and checks it there."""
+    where, model = graph.place, graph.model
+    target, stack = where.target, where.stack
+    never = [f"- never {item.what}: {item.why}" for item in target.never]
+    lines = [
+        f"# {model.graph.name} for {target.title}",
+        "",
+        f"Software: {stack.name}. Precision: {graph.precision}. ONNX opset {opset(model)}. On the device, here:",
+        "",
+        f"    python3 -m pip install -r requirements-{target.name}.txt",
+        f"    {command}",
+        "",
+        f"{CHECK} needs Python 3.6 or newer and numpy beside the runtime. It exits with 0 if the golden outputs come "
+        "out, and writes report.json: what ran, how far off it was, how long it took.",
+        "",
+        f"Why {graph.precision}: {target.plan.reason}",
+        *([""] if notes else []),
+        *(f"Know this: {note}." for note in notes),
+        "",
+        *never,
+    ]
+    return ("\n".join(lines) + "\n").encode()
 
 
 Manifest = dict[str, Any]

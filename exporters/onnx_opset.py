@@ -98,8 +98,10 @@ def to_opset(model: ModelProto, version: int, known: Collection[str] | None = No
     are written out where that is possible, and left for `Generation.refuse` to name where it is not."""
     result = ModelProto()
     result.CopyFrom(model)
-    if not OLDEST <= version <= opset(model):
-        raise EdgekitError(f"opset {version} cannot be written; expected {OLDEST} to {opset(model)}, the graph's own")
+    own = opset(model)
+    if version != own and not OLDEST <= version <= own:
+        allowed = f"{OLDEST} to {own}, the graph's own" if own > OLDEST else f"{own}, the graph's own"
+        raise EdgekitError(f"opset {version} cannot be written; expected {allowed}")
     name_nodes(result)
     _store_constants(result)
     sums = _lower(result, result.graph, version, known)

@@ -4,7 +4,8 @@ Engines fit one GPU model and one release: what travels is the graph, the shapes
 
     kit (exporters/kit.py) + build.sh, in the dialect of that TensorRT's trtexec
 
-    8.2, 8.5, 8.6   weak typing: precision by flags (--fp16, --int8) beside what the graph says
+    8.2, 8.5, 8.6   weak typing: precision by flags (--fp16, --int8) beside what the graph says; what must stay in
+                    float32 layer by layer (exporters/exact.py), for which the trtexec of 8.2 has no option
     10              strong typing (--stronglyTyped), or flags, as the target's stack says
     11              strong typing; there are no flags
 
@@ -27,16 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto
-
 from edgekit.bundle import Bundle
 from edgekit.cache import folder as cache_folder
 from edgekit.errors import EdgekitError
 from edgekit.files import write_directory, write_file
 from exporters import engine_check, engines, kit
 from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
+from exporters.exact import NOTHING, Exact
 from exporters.external import LARGEST
-from exporters.for_target import Place
+from exporters.for_target import Place, Typed
 from exporters.onnx_export import OnnxExporter
 from exporters.tensorrt_rtx_export import preflight
 
@@ -82,20 +82,23 @@ class TensorRtExporter:
             parsed = preflight(graph.model)
         written, manifest = kit.base(bundle, graph, profile, self.largest)
         workspace = self.workspace or self._workspace(graph.place)
-        script = build_script(graph.place, graph.precision, profile, workspace, self.level, hashes(written)[kit.MODEL])
+        digest = hashes(written)[kit.MODEL]
+        script = build_script(graph.place, graph.precision, profile, workspace, self.level, digest, graph.exact)
         written[SCRIPT] = script.encode()
+        notes = unkept(graph)
+        written[kit.README] = kit.readme(graph, f"sh {SCRIPT} && python3 {kit.CHECK}", notes)
         manifest = {
             "format": "edgekit-tensorrt-1",
             **manifest,
             "generation": graph.place.generation.name,
             "parser": parsed or "not asked: its family's parser is in the extra rtx, and speaks for TensorRT 10 and 11",
             "workspace_mib": workspace,
+            "kept_in_float32": list(graph.exact.layers),
+            "notes": notes,
             "engine": {"file": ENGINE},
             "files": hashes(written),
         }
-        manifest["engine"].update(
-            self._built_here(graph.place, graph.model, graph.precision, profile, workspace, written, manifest)
-        )
+        manifest["engine"].update(self._built_here(graph, profile, workspace, written, manifest))
         written[MANIFEST] = manifest_bytes(manifest)
         publish(written, directory, force=force)
         sizes = {name: len(content) for name, content in written.items()}
@@ -106,15 +109,14 @@ class TensorRtExporter:
 
     def _built_here(
         self,
-        place: Place,
-        model: ModelProto,
-        precision: str,
+        graph: Typed,
         profile: kit.Profile,
         workspace: int,
         written: dict[str, bytes],
         manifest: dict[str, Any],
     ) -> dict[str, Any]:
         """Build and verify, if TensorRT and the target's GPU are here; what came of it. The engine joins the files."""
+        place, precision = graph.place, graph.precision
         if importlib.util.find_spec("tensorrt") is None:
             return {"built": False, "reason": "TensorRT is not installed here; build.sh builds it on the device"}
         trt = importlib.import_module("tensorrt")
@@ -129,25 +131,29 @@ class TensorRtExporter:
         if capability != place.target.sm:
             return {"built": False, "reason": f"the GPU here is sm_{capability}, the target is sm_{place.target.sm}"}
         key = engine_key(
-            written[kit.MODEL], profile, precision, workspace, self.level, str(trt.__version__), capability
+            written[kit.MODEL], profile, precision, workspace, self.level, str(trt.__version__), capability, graph.exact
         )
         stored = cache_folder() / "tensorrt" / f"{key}.plan"
         if cached := stored.is_file():
             engine = stored.read_bytes()
         else:
-            strong = is_strong(place)
+            flags = _builder_flags(place, precision)
+            flags += ["PREFER_PRECISION_CONSTRAINTS"] if graph.exact.layers else []
 
             def configure(config: Any) -> None:
                 _limit(trt, config, workspace)
                 if hasattr(config, "builder_optimization_level"):
                     config.builder_optimization_level = self.level
-                for flag in () if strong else _builder_flags(place, precision):
+                for flag in flags:
                     config.set_flag(getattr(trt.BuilderFlag, flag))
                 if precision == "float32" and (place.target.sm or 0) >= AMPERE:
                     config.clear_flag(trt.BuilderFlag.TF32)
 
             what = f"TensorRT {trt.__version__}"
-            engine = engines.build(trt, model, kit.content_of(written), profile, configure, strong=strong, what=what)
+            content = kit.content_of(written)
+            engine = engines.build(
+                trt, graph.model, content, profile, configure, strong=not place.weak, what=what, exact=graph.exact
+            )
         try:
             report = self._verified({**written, ENGINE: engine}, manifest)
         except EdgekitError:
@@ -181,25 +187,52 @@ class TensorRtExporter:
 
 
 def engine_key(
-    content: bytes, profile: kit.Profile, precision: str, workspace: int, level: int, version: str, capability: int
+    content: bytes,
+    profile: kit.Profile,
+    precision: str,
+    workspace: int,
+    level: int,
+    version: str,
+    capability: int,
+    kept: Exact = NOTHING,
 ) -> str:
     """What an engine depends on, hashed: another model, shape, precision, release or GPU is another engine."""
-    parts = [hashlib.sha256(content).hexdigest(), profile, precision, workspace, level, version, capability]
+    model = hashlib.sha256(content).hexdigest()
+    parts = [model, profile, precision, workspace, level, version, capability, kept.layers, kept.outputs]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def is_strong(place: Place) -> bool:
-    """Whether the precision is the graph's alone."""
-    assert place.generation is not None
-    return place.generation.typing == "strong" or (place.generation.typing == "either" and place.stack.typing != "weak")
+def unkept(graph: Typed) -> list[str]:
+    """What build.sh cannot promise of the precision; nothing where it can."""
+    generation, kept = graph.place.generation, graph.exact
+    assert generation is not None
+    if not kept.layers:
+        return []
+    doubt = f"{kit.CHECK} tells whether that matters; if it does, export with --precision float32"
+    if "layerPrecisions" not in generation.flags:
+        return [
+            f"trtexec of {generation.title} has no option for single layers (8.4 brought it): it may run in half what "
+            f"this graph keeps in float32, {len(kept.layers)} layers that manifest.json lists; {doubt}"
+        ]
+    if names := kept.unnameable:
+        return [f"trtexec cannot be told to keep these layers in float32, for their names: {', '.join(names)}; {doubt}"]
+    return []
 
 
-def build_script(place: Place, precision: str, profile: kit.Profile, workspace: int, level: int, digest: str) -> str:
+def build_script(
+    place: Place,
+    precision: str,
+    profile: kit.Profile,
+    workspace: int,
+    level: int,
+    digest: str,
+    kept: Exact = NOTHING,
+) -> str:
     """build.sh: checks the graph and the release, then calls trtexec as that release wants it."""
     generation, target = place.generation, place.target
     assert generation is not None
     command = " \\\n    ".join(
-        ['"$TRTEXEC"', *(shlex.quote(option) for option in options(place, precision, profile, workspace, level))]
+        ['"$TRTEXEC"', *(shlex.quote(option) for option in options(place, precision, profile, workspace, level, kept))]
     )
     program = JETSON if target.kind == "jetson" else "trtexec"
     compact = generation.name.replace(".", "")
@@ -231,7 +264,14 @@ echo "built {ENGINE}; now: python3 {kit.CHECK}"
 """
 
 
-def options(place: Place, precision: str, profile: kit.Profile, workspace: int, level: int) -> list[str]:
+def options(
+    place: Place,
+    precision: str,
+    profile: kit.Profile,
+    workspace: int,
+    level: int,
+    kept: Exact = NOTHING,
+) -> list[str]:
     """Options of trtexec, in the dialect of the place's generation."""
     generation = place.generation
     assert generation is not None
@@ -244,10 +284,11 @@ def options(place: Place, precision: str, profile: kit.Profile, workspace: int, 
         found.append(f"--{key}Shapes={shapes}")
     if "level" in dialect:
         found.append(f"--{dialect['level']}={level}")
-    if is_strong(place):
+    if not place.weak:
         found += [f"--{dialect['strong']}"] if "strong" in dialect else []
-    else:
-        found += [f"--{flag.lower()}" for flag in _builder_flags(place, precision)]
+    found += [f"--{flag.lower()}" for flag in _builder_flags(place, precision)]
+    if "layerPrecisions" in generation.flags:
+        found += kept.options()
     if precision == "float32" and (place.target.sm or 0) >= AMPERE:
         found.append("--noTF32")
     return [*found, f"--{dialect['stop']}"]
@@ -256,6 +297,8 @@ def options(place: Place, precision: str, profile: kit.Profile, workspace: int, 
 def _builder_flags(place: Place, precision: str) -> list[str]:
     """Precisions that the builder may choose from, where typing is weak. Beside int8 it may take float16 for the rest,
     if the plan has it."""
+    if not place.weak:
+        return []
     flags = {"float32": [], "float16": ["FP16"], "int8": ["INT8"]}[precision]
     return [*flags, "FP16"] if precision == "int8" and "float16" in place.target.plan.order else flags
 

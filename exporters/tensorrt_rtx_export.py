@@ -57,6 +57,7 @@ class TensorRtRtxExporter:
         written, manifest = kit.base(bundle, graph, profile, LARGEST, f"tensorrt-rtx=={trt.__version__}")
         name = f"model.sm{sm}.rtx"
         written[name] = compile_engine(graph.model, profile, sm, exact=graph.precision == "float32")
+        written[kit.README] = kit.readme(graph, f"python3 {kit.CHECK}")
         manifest = {
             "format": "edgekit-tensorrt-rtx-1",
             **manifest,
@@ -125,4 +126,4 @@ def preflight(model: ModelProto) -> str:
     trt = module()
     what = f"the parser of TensorRT-RTX {trt.__version__}, of the family of TensorRT 10 and 11,"
     engines.parse(trt, model, serialised(model), strong=True, what=what)
-    return f"accepted by that of TensorRT-RTX {trt.__version__}, of the same family"
+    return f"accepted by the parser of TensorRT-RTX {trt.__version__}, of the family of TensorRT 10 and 11"

@@ -60,8 +60,8 @@ def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, b
     report: dict[str, Any] = {"target": meant.name if meant else None, "guessed": target is None}
     if bundle:
         needs, stored = _needs(bundle, batch)
-        checks += model.judge(needs, meant, system)
-        if stored is not None and meant is not None:
+        checks += (judged := model.judge(needs, meant, system))
+        if meant is not None and all((check.name, check.status) != ("precision", "error") for check in judged):
             checks += _parsers(stored, meant)
         report["needs"] = asdict(needs)
     report["checks"] = [asdict(check) for check in checks]
@@ -73,7 +73,7 @@ def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, b
 
 
 def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
-    """What a bundle asks for, and the graph that it holds. A network's is exported to see, where torch is here."""
+    """What a bundle asks for, and its graph: a network's is exported to see, where torch is here."""
     from importlib.util import find_spec
 
     from edgekit.bundle import GRAPH
@@ -90,30 +90,44 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
 
         with status.status("exporting the model, to see what it needs"):
             graph = OnnxExporter(weights="float32").graph(opened)
-    return of(opened, graph, batch), graph if opened.is_graph else None
+    return of(opened, graph, batch), graph
 
 
-def _parsers(graph: ModelProto, target: Target) -> list[Check]:
-    """Whether the target's TensorRT parsers take a graph as it is stored; a network is exported as they want it."""
+def _parsers(graph: ModelProto | None, target: Target) -> list[Check]:
+    """Whether each of the target's TensorRT parsers takes the model as it would be exported for it: rewritten to its
+    opset, in the precision of the plan."""
     from edgekit.doctor.check import Check
-    from exporters.generations import generation
 
-    found = []
+    if not any(stack.runtime.startswith("tensorrt") for stack in target.stacks):
+        return []
+    if graph is None:
+        return [
+            Check("operators", "warning", "TensorRT's were not looked at: the network cannot be exported without torch",
+                  "ask where torch is, or: pip install 'edgekit[compress]'")
+        ]  # fmt: skip
+    from edgekit.errors import EdgekitError
+    from exporters.for_target import Place, typed
+    from exporters.generations import generation
+    from exporters.tensorrt_rtx_export import preflight
+
+    verdicts: dict[str, str] = {}  # by stack: why its parser refuses
+    taken = []
     for stack in target.stacks:
         if (parser := generation(stack)) is None:
             continue
-        node, reason = next(iter(parser.problems(graph)), (None, ""))
-        if node is None:
-            found.append(Check("operators", "ok", f"{parser.title} takes all of the graph's operators"))
-            continue
-        remedy = f"use {others[0].name}" if (others := [s for s in target.stacks if generation(s) is None]) else reason
-        verdict: Literal["warning", "error"] = "warning" if others else "error"
-        found.append(
-            Check(
-                "operators", verdict, f"{parser.title} does not take {node.name!r} ({node.op_type}): {reason}", remedy
-            )
-        )
-    return found
+        try:
+            got = typed(graph, Place(target, stack, parser))
+            asked = preflight(got.model) if parser.typing != "weak" else ""
+        except EdgekitError as error:
+            verdicts[stack.name] = str(error)
+        else:
+            version = next(item.version for item in got.model.opset_import if item.domain in ("", "ai.onnx"))
+            finding = f"{parser.title} takes it, exported in opset {version} and {got.precision}"
+            taken.append(Check("operators", "ok", f"{finding}: {asked or 'by the table of its operators'}"))
+    others = [stack.name for stack in target.stacks if stack.name not in verdicts]
+    verdict: Literal["warning", "error"] = "warning" if others else "error"
+    remedy = f"use {others[0]}" if others else "rewrite that layer, or run the model on another device"
+    return [*taken, *(Check("operators", verdict, f"{name}: {why}", remedy) for name, why in verdicts.items())]
 
 
 def show(checks: list[Check]) -> None:

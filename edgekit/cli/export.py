@@ -47,6 +47,8 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
 
     The exported model is run at batch 1, 16 and 1000 and held against the network itself. Beyond tolerance nothing is
     written and the exit status is 1. The proof travels: the directory holds golden data and a script that checks it.
+
+    Opsets, unless --opset says another that is read there: 17; for TensorRT 8.2 (Jetson Nano, TX2) 13.
     """
     from edgekit.plugins import load
     from edgekit.zoo import resolve
@@ -76,6 +78,8 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
         if engine := manifest.get("engine"):
             built = f"{engine['file']}: " + ("built" if engine["built"] else "not built")
             output.print(f"{built}; {engine['reason']}" if "reason" in engine else built)
+        for line in manifest.get("notes", ()):
+            output.print(f"know this: {line}")
     output.print(f"\n{result.directory}: {', '.join(result.files)}")
     build = f"sh {result.directory / 'build.sh'} && " if "build.sh" in result.files else ""
     python = "python3" if "target" in result.manifest else "python"  # JetPack 4's python is 2.7

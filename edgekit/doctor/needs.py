@@ -115,7 +115,8 @@ def _precision(needs: Needs, target: Target) -> Iterator[Check]:
                 "precision", "warning", f"{target.name} has no units for {name} that are known", f"use {allowed}"
             )
     if not set(needs.precisions) & {*target.plan.never} and set(needs.precisions) <= set(target.rates):
-        yield Check("precision", "ok", f"{', '.join(needs.precisions)} on {target.name}; best first: {allowed}")
+        held = ", ".join(needs.precisions) or "no weights"
+        yield Check("precision", "ok", f"{held} on {target.name}; best first: {allowed}")
 
 
 def _graph(needs: Needs, target: Target) -> Iterator[Check]:
@@ -124,8 +125,11 @@ def _graph(needs: Needs, target: Target) -> Iterator[Check]:
         fitting = [stack for stack in readers if stack.opset is not None and stack.opset >= needs.opset]
         newest = max(stack.opset or 0 for stack in readers)
         if not fitting:
-            yield Check("opset", "error", f"opset {needs.opset}; runtimes of {target.name} read up to {newest}",
-                        f"export the model again from its source with opset {newest} or older")  # fmt: skip
+            parsers = any(stack.runtime.startswith("tensorrt") for stack in readers)  # the command asks them, too
+            yield Check("opset", "warning" if parsers else "error",
+                        f"opset {needs.opset} as it is stored; runtimes of {target.name} read up to {newest}",
+                        f"edgekit export --target {target.name} writes it in an older one, where its operators allow "
+                        f"it; or export the model again from its source with opset {newest}")  # fmt: skip
         elif fitting[0] is not readers[0]:
             yield Check("opset", "warning", f"opset {needs.opset}: {readers[0].name} reads up to {readers[0].opset}",
                         f"use {fitting[0].name}, or export the model again with opset {readers[0].opset}")  # fmt: skip

@@ -15,7 +15,7 @@ from edgekit.targets.measured import Table
 from edgekit.targets.memory import Memory
 from edgekit.targets.profile import Target
 from edgekit.targets.profiled import optimised_work, profiled
-from edgekit.targets.roofline import FORMULA, estimate, in_mode
+from edgekit.targets.roofline import FORMULA, FUSED, estimate, in_mode
 
 MEASURED = "the table of measured operators of this machine (edgekit/targets/measured.py)"
 
@@ -72,8 +72,9 @@ def elsewhere(
             layer.roofline / layer.seconds, layer.bound)
         for layer in found.layers
     ]  # fmt: skip
+    formula = FORMULA + (f"; {FUSED}" if any(layer.fused for layer in found.layers) else "")
     return Report(
-        target.name, batch, found.precision, found.seconds, None, FORMULA, found.memory, tuple(rows), found.unknown
+        target.name, batch, found.precision, found.seconds, None, formula, found.memory, tuple(rows), found.unknown
     )
 
 

@@ -29,6 +29,7 @@ from edgekit.targets.memory import Memory, memory
 from edgekit.targets.profile import PRECISIONS, Target
 
 FORMULA = "max(operations / rate, bytes / bandwidth) + launch, for each operator"
+FUSED = "biases, activations and residuals count with the operator before them"
 SIZES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "float8": 1.0, "int4": 0.5}
 EXACT = ("int8", "int4", "float8")  # products in these have to be in the graph, with their scales
 

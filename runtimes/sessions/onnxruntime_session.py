@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.files import write_file
 from edgekit.session import check_inputs
 from exporters.base import KEY, model_key
+from exporters.device_check import strays
 from runtimes.sessions.rows import cut, share_out
 
 CPU = "CPUExecutionProvider"
@@ -177,22 +179,36 @@ class OnnxRuntimeSession:
             options.graph_optimization_level = getattr(
                 onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[self._optimisation]
             )
-            if self.provider != CPU:  # otherwise it would quietly run what the device cannot on the CPU
-                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            try:
-                session = onnxruntime.InferenceSession(
-                    self._graph, options, providers=[self.provider], disabled_optimizers=self._avoided
-                )
-            except Exception as error:  # onnxruntime's exceptions have no common base of their own
-                reason = str(error).splitlines()[0]
-                raise EdgekitError(f"onnxruntime cannot run this model on {self.provider}: {reason}") from error
-            if session.get_providers()[0] != self.provider:  # which disable_fallback() does not prevent
-                raise EdgekitError(
-                    f"onnxruntime did not start {self.provider}, it fell back to {', '.join(session.get_providers())}; "
-                    "check the device's driver and libraries, or choose that provider"
-                )
+            with TemporaryDirectory() as scratch:
+                if self.provider != CPU:
+                    options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / "profile")
+                try:
+                    session = onnxruntime.InferenceSession(
+                        self._graph, options, providers=[self.provider], disabled_optimizers=self._avoided
+                    )
+                except Exception as error:  # onnxruntime's exceptions have no common base of their own
+                    reason = str(error).splitlines()[0]
+                    raise EdgekitError(f"onnxruntime cannot run this model on {self.provider}: {reason}") from error
+                if session.get_providers()[0] != self.provider:  # which disable_fallback() does not prevent
+                    raise EdgekitError(
+                        f"onnxruntime did not start {self.provider}, it fell back to "
+                        f"{', '.join(session.get_providers())}; check the device's driver and libraries, or choose "
+                        "that provider"
+                    )
+                if self.provider != CPU:
+                    self._prove(session)
             self._sessions[threads] = session
         return self._sessions[threads]
+
+    def _prove(self, session: Any) -> None:
+        """Raise if operators quietly run on the CPU, by the session's own profile. `session.disable_cpu_ep_fallback`
+        would refuse every graph that computes a shape, which ONNX Runtime does on the CPU beside any GPU."""
+        session.run(self._names, golden_inputs(self.inputs, 2))
+        if lost := strays(json.loads(Path(session.end_profiling()).read_text()), self.provider):
+            raise EdgekitError(
+                f"onnxruntime would run {', '.join(lost)} on the CPU, not on {self.provider}; choose "
+                "CPUExecutionProvider for all of it, or write the model with operators that the provider has"
+            )
 
     def _call(self, threads: int, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         session = self._sessions.get(threads) or self._open(threads)

@@ -53,7 +53,9 @@ def test_a_bundle_on_a_target_needs_no_such_machine(edgekit, tiny_file):
     report = json.loads(done.out)
     assert done.status == 0, done.out
     assert "system" not in report
-    assert [check["name"] for check in report["checks"]] == ["model", "precision", "model memory"]
+    assert [check["name"] for check in report["checks"]] == ["model", "precision", "model memory", "operators"]
+    finding = "TensorRT 8.2 takes it, exported in opset 13 and float16: by the table of its operators"
+    assert report["checks"][-1]["finding"] == finding
     assert report["needs"]["activations"] > 0
     assert report["needs"]["opset"] is None
     assert edgekit("doctor", tiny_file, "--target", "jetson-nano", "--batch", 10_000_000).status == 1
@@ -68,7 +70,6 @@ def test_a_bundle_on_a_recorded_machine(edgekit, tiny_file):
 
 @pytest.mark.parametrize(("operator", "taken"), [("Relu", True), ("Det", False)])
 def test_what_a_targets_parser_makes_of_a_graph(edgekit, tmp_path, operator, taken):
-    """Of a network nothing is said: it is exported as the parser wants it."""
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 3])
     made = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3, 3] if taken else ["batch"])
     graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"], name="it")], "g", [given], [made])
@@ -77,8 +78,51 @@ def test_what_a_targets_parser_makes_of_a_graph(edgekit, tmp_path, operator, tak
     checks = json.loads(edgekit("doctor", tmp_path / "m.onnx", "--target", "jetson-nano", "--json").out)["checks"]
     (found,) = [check for check in checks if check["name"] == "operators"]
     assert found["status"] == ("ok" if taken else "warning")
-    assert taken or "TensorRT 8.2 does not take 'it' (Det)" in found["finding"]
+    assert taken or "TensorRT 8.2 does not take node 'it' (Det)" in found["finding"]
     assert taken or found["remedy"] == "use onnxruntime 1.11 for JetPack 4.6"
+
+
+def test_a_precision_that_must_not_be_is_said_once(edgekit, tmp_path):
+    """No parser is asked about it, nor another runtime advised."""
+    import numpy as np
+    import onnx
+
+    from tests.exporters.test_generations import quantised
+
+    onnx.save(quantised(np.int8(0)), tmp_path / "m.onnx")
+    done = edgekit("doctor", tmp_path / "m.onnx", "--target", "jetson-nano")
+    assert done.status == 1
+    assert done.out.count("no unit for int8") == 1
+
+
+def test_what_a_targets_parser_makes_of_a_network(edgekit, tiny_file, monkeypatch):
+    """It is exported as each stack wants it; a table without Softmax refuses it, by name of the node."""
+    from dataclasses import replace
+
+    from exporters import generations
+
+    every = json.loads(edgekit("doctor", tiny_file, "--target", "rtx-3060-12gb", "--json").out)["checks"]
+    said = [check["finding"] for check in every if check["name"] == "operators"]
+    assert [text.partition(" takes it")[0] for text in said] == ["TensorRT-RTX", "TensorRT 10", "TensorRT 11"]
+    table = generations.generations()
+    poor = {
+        name: replace(item, operators=item.operators - ({"Softmax"} if name in ("8.2", "10", "rtx") else set()))
+        for name, item in table.items()
+    }
+    monkeypatch.setattr(generations, "generations", lambda: poor)
+    done = edgekit("doctor", tiny_file, "--target", "rtx-3060-12gb", "--json")
+    refused = [check for check in json.loads(done.out)["checks"] if "does not take node" in check["finding"]]
+    assert {check["status"] for check in refused} == {"warning"}  # TensorRT 11 and onnxruntime are left
+    assert len(refused) == 2
+    assert "(Softmax)" in refused[0]["finding"]
+    assert done.status == 0
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    (unseen,) = [
+        check
+        for check in json.loads(edgekit("doctor", tiny_file, "--target", "tesla-p40", "--json").out)["checks"]
+        if check["name"] == "operators"
+    ]
+    assert unseen["finding"] == "TensorRT's were not looked at: the network cannot be exported without torch"
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,37 @@
-"""The matrix: every network of the zoo and the conformance list, and DeiT-tiny, for every target that can hold it.
+"""The matrix: every network of the zoo and the conformance list, and DeiT-tiny, for every target that can hold them.
 
 Each graph passes ONNX's checker, the operator table of its target's parser and the numerics; for cards that
-TensorRT-RTX knows, it compiles. Minutes: pytest -m targets.
+TensorRT-RTX knows, it compiles, and for TensorRT 10 and 11 the parser of that family takes it. A minute: pytest -m
+targets.
 """
 
 import functools
+import subprocess
+from dataclasses import replace
 
+import numpy as np
 import onnx
 import pytest
 
+from edgekit.bundle import assemble_graph
+from edgekit.data import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
 from edgekit.importers import from_factory, parse_spec
+from edgekit.passes.base import Context, GraphCandidate
+from edgekit.passes.static_int8 import StaticInt8
 from edgekit.targets import profile
 from edgekit.zoo import resolve
 from exporters import kit
 from exporters.for_target import arithmetic, place, typed
 from exporters.onnx_export import OnnxExporter
-from exporters.tensorrt_rtx_export import compile_engine
-from exporters.verify import verify
+from exporters.tensorrt_export import build_script
+from exporters.tensorrt_rtx_export import compile_engine, preflight
+from exporters.verify import on_onnxruntime, verify
 from tests.conformance.models import INPUTS
-
-pytestmark = pytest.mark.targets
+from tests.exporters.test_tensorrt_export import flags
 
 ZOO = ("t2-gr", "t2-ugrizy", "t2-ugrizy-z")
 CONFORMANCE = tuple(name for name in INPUTS if name not in ("leaky_hourglass", "deit_tiny"))
-# stacks of several targets that read alike are tried once: what differs is named here
 PLACES = {}
 for _name in profile.names():
     for _stack in profile.find(_name).stacks:
@@ -35,7 +42,12 @@ for _name in profile.names():
 REFUSED = {}
 
 
-@functools.lru_cache(maxsize=1)
+def alike(where):
+    """What of a place decides which graph it gets: those with the same share one."""
+    plan = where.target.plan
+    return where.opset, where.generation and where.generation.name, plan.order, plan.never, where.target.kind == "cpu"
+
+
 def source(name):
     """Bundle and its float32 graph."""
     if name in ZOO:
@@ -55,37 +67,110 @@ def source(name):
     return bundle, OnnxExporter(weights="float32").float_graph(bundle)
 
 
-@pytest.fixture(scope="module")
-def known():
-    """Graphs verified already, by their bytes: many places get the same."""
-    return {}
+def test_places_that_read_alike_get_the_same_graph(toy):
+    """What the matrix takes for granted, so that it need not write a network 42 times."""
+    model = OnnxExporter(weights="float32").float_graph(toy())
+    graphs = {}
+    for where in PLACES.values():
+        content = typed(model, where).model.SerializeToString(deterministic=True)
+        graphs.setdefault(alike(where), set()).add(content)
+    assert {len(contents) for contents in graphs.values()} == {1}
+    assert 1 < len(set.union(*graphs.values())) < len(graphs) < len(PLACES)
 
 
+def test_the_matrix_has_teeth(toy, tmp_path, monkeypatch):
+    """A table that lacks an operator refuses its place; weights that are another network's are no export of this."""
+    bundle = toy()
+    model = OnnxExporter(weights="float32").float_graph(bundle)
+    nano = {key: where for key, where in PLACES.items() if where.target.name == "jetson-nano"}
+    assert hold("toy", bundle, model, nano, tmp_path, (1, 16)) == {}
+    poor = {
+        key: replace(where, generation=replace(where.generation, operators=where.generation.operators - {"Softmax"}))
+        if where.generation
+        else where
+        for key, where in nano.items()
+    }
+    refused = hold("toy", bundle, model, poor, tmp_path, (1, 16))
+    assert list(refused) == ["jetson-nano, JetPack 4.6: TensorRT 8.2"]
+    assert "(Softmax)" in refused["jetson-nano, JetPack 4.6: TensorRT 8.2"]
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "embed.weight")
+    weight.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(weight), weight.name))
+    with pytest.raises(EdgekitError, match=r"model.onnx for jetson-nano, .*differ from the source network's"):
+        hold("toy", bundle, model, nano, tmp_path, (1, 16))
+
+
+@pytest.mark.targets
 @pytest.mark.parametrize("name", [*ZOO, "deit-tiny", *CONFORMANCE])
-def test_every_target_holds_it(name, known, monkeypatch):
+def test_every_target_holds_it(name, monkeypatch, tmp_path):
     if name == "deit-tiny":  # 2.5 GFLOP a row, in float64 too
         monkeypatch.setattr("exporters.verify.DISTINCT", 3)
     bundle, model = source(name)
-    refused = {}
-    for key, where in PLACES.items():
+    refused = hold(name, bundle, model, PLACES, tmp_path, batches=(1, 3) if name == "deit-tiny" else (1, 16))
+    assert set(refused) == REFUSED.get(name, set()), refused
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize("name", ["t2-gr", "vit", "unet", "mixture"])
+def test_every_target_that_is_given_int8_holds_it(name, tmp_path):
+    """Its products in symmetric int8, held to the quantised graph as onnxruntime runs it: what int8 itself loses is
+    another question. Where TensorRT is the runtime; CPUs have a form of their own."""
+    bundle, model = source(name)
+    inputs, _ = bundle.golden()
+    data = Dataset(inputs, np.full(len(next(iter(inputs.values()))), UNKNOWN))
+    context = Context(data, None, seed=0)
+    quantised = StaticInt8(form="s8s8", weight_bits=8).apply(GraphCandidate(model), context).model
+    manifest = replace(bundle.manifest, family="onnx", arguments={})
+    golden = on_onnxruntime(quantised.SerializeToString()).run(None, inputs)
+    names = [spec.name for spec in manifest.outputs]
+    itself = assemble_graph(manifest, quantised.SerializeToString(), (inputs, dict(zip(names, golden, strict=True))))
+    places = {key: where for key, where in PLACES.items() if "int8" in where.target.plan.order and where.generation}
+    assert {where.generation.name for where in places.values()} == {"8.5", "8.6", "10", "11", "rtx"}
+    assert hold(name, itself, quantised, places, tmp_path, batches=(1, 16)) == {}
+
+
+def hold(name, bundle, model, places, folder, batches):
+    """Try each place; what refuses it, and why. Numbers are compared at the end, for all graphs of a tolerance at once:
+    the network is computed in float64 once for all of them."""
+    write = functools.cache(lambda key: typed(model, next(w for w in places.values() if alike(w) == key)))
+    computed = functools.cache(lambda key: arithmetic(write(key).model))
+    shapes = kit.profile_of(bundle, ())
+    refused, graphs, engines, parsed, scripts = {}, {}, {}, set(), 0
+    for key, where in places.items():
         try:
-            got = typed(model, where)
-            content = got.model.SerializeToString(deterministic=True)
-            onnx.checker.check_model(got.model, full_check=True)
+            got = write(alike(where))
             assert got.model.opset_import[0].version <= where.opset
-            assert not arithmetic(got.model) & set(where.target.plan.never)
-            if content not in known:
-                batches = (1, 3) if name == "deit-tiny" else (1, 16)
-                known[content] = verify({"model.onnx": content}, bundle, tolerance=got.tolerance, batches=batches)
+            assert not computed(alike(where)) & set(where.target.plan.never)
+            content = got.model.SerializeToString(deterministic=True)
+            if content not in graphs.setdefault(got.tolerance, {}):
+                onnx.checker.check_model(got.model, full_check=True)
+            graphs[got.tolerance].setdefault(content, key)
             if where.stack.runtime == "tensorrt-rtx":
                 pytest.importorskip("tensorrt_rtx")
-                if ("engine", content) not in known:
-                    known["engine", content] = len(
-                        compile_engine(got.model, kit.profile_of(bundle, ()), where.target.sm)
-                    )
+                if (content, where.target.sm) not in engines:
+                    engines[content, where.target.sm] = len(compile_engine(got.model, shapes, where.target.sm))
+            elif where.generation:
+                script(folder / "build.sh", where, got, shapes)
+                scripts += 1
+                if where.generation.typing != "weak" and content not in parsed and preflight(got.model):
+                    parsed.add(content)
         except EdgekitError as error:
             refused[key] = str(error)
-    print(f"\n{name}: {len(PLACES) - len(refused)} of {len(PLACES)} places")
+    for tolerance, contents in graphs.items():
+        files = {f"model.onnx for {key}": content for content, key in contents.items()}
+        verify(files, bundle, tolerance=tolerance, batches=batches)
+    print(f"\n{name}: {len(places) - len(refused)} of {len(places)} places, {sum(map(len, graphs.values()))} graphs")
+    print(f"  {len(engines)} engines of {sum(engines.values()):,} bytes; {scripts} build scripts; graphs parsed for "
+          f"TensorRT 10 and 11: {len(parsed)}")  # fmt: skip
     for key, reason in refused.items():
         print(f"  refused: {key}: {reason[:200]}")
-    assert set(refused) == REFUSED.get(name, set()), refused
+    return refused
+
+
+def script(path, where, got, shapes):
+    """The kit's build.sh: a shell reads it, and it uses its generation's options only."""
+    text = build_script(where, got.precision, shapes, 512, 3, "0" * 64, got.exact)
+    path.write_text(text)
+    done = subprocess.run(["sh", "-n", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(flags(text)) <= where.generation.flags
+    assert all(len(line) < 100_000 for line in text.splitlines()), "an argument that Linux does not take"

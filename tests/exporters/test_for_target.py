@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -20,6 +21,7 @@ from exporters.for_target import arithmetic, place, requirements, typed
 from exporters.generations import generations
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 from exporters.verify import verify
+from tests.exporters.test_generations import graph, node
 
 # the newest opset that the target's first stack reads, the precision of its plan that a float network gets
 EXPECTED = {
@@ -202,6 +204,14 @@ def test_an_onnx_export_for_a_target_says_so_and_proves_itself(bundle, toy, tmp_
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert QUANTISED in OnnxExporter(target="tesla-p40").export(toy("palette"), tmp_path / "p40").files
+    command = [sys.executable, "-I", str(tmp_path / "p40" / "verify.py")]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, "a check on the CPU is no proof of the P40"
+        assert "provider CUDAExecutionProvider is not here; choose from" in done.stdout
+    command += ["--provider", "CPUExecutionProvider"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert QUANTISED not in OnnxExporter(target="jetson-nano").export(toy("palette"), tmp_path / "codes").files
 
 
@@ -226,3 +236,17 @@ def test_what_is_compared_is_not_rounded(monkeypatch):
     assert worst() < 5e-3
     monkeypatch.setattr(for_target, "_deciding", lambda graph: [])
     assert worst() > 5e-2
+
+
+def test_what_cannot_be_in_half_says_so_and_bad_operators_come_first():
+    only = graph(node("Softmax", ("x",)))
+    with pytest.raises(EdgekitError, match=r"cannot be put into float16: nothing is left .*try --precision float32"):
+        typed(only, place("jetson-nano"))
+    assert typed(only, place("jetson-nano"), "float32").precision == "float32"
+    old = graph(node("Relu", ("x",)), opset=10)
+    with pytest.raises(EdgekitError, match="cannot be put into float16: the graph is written in opset 10"):
+        typed(old, place("jetson-nano"))
+    assert typed(old, place("tesla-p40", "tensorrt")).model.opset_import[0].version == 10
+    skip = helper.make_node("SkipLayerNormalization", ["x", "x", "g"], ["y"], "it", domain="com.microsoft")
+    with pytest.raises(EdgekitError, match=r"TensorRT 8\.2 does not take node 'it' .*a runtime's own"):
+        typed(graph(skip, g=np.ones(8, np.float32)), place("jetson-nano"))

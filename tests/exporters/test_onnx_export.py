@@ -16,6 +16,7 @@ from edgekit.bundle import WEIGHTS, with_files
 from edgekit.errors import EdgekitError
 from exporters import onnx_export
 from exporters.base import KEY, model_key
+from exporters.device_check import load_onnxruntime, strays
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 from exporters.onnx_graph import shapes
 
@@ -205,6 +206,44 @@ def test_device_check_refuses_an_absent_provider(toy, tmp_path):
     done = run_check(tmp_path / "out", "--provider", "NoSuchExecutionProvider")
     assert done.returncode == 1
     assert "choose from" in done.stdout
+
+
+def test_what_ran_elsewhere_is_read_out_of_the_runtimes_profile(toy, tmp_path):
+    """A real profile of a graph on the CPU: asked for the CPU nothing is amiss, asked for a GPU everything is."""
+    bundle = toy(context=2)
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    content = OnnxExporter().graph(bundle).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session.run(None, bundle.golden()[0])
+    events = json.loads(Path(session.end_profiling()).read_text())
+    assert strays(events, "CPUExecutionProvider") == []
+    found = strays(events, "CUDAExecutionProvider")
+    assert {"MatMul", "Softmax", "every operator"} <= set(found)
+    for event in events:
+        if event.get("args", {}).get("op_name") != "Softmax" and "provider" in event.get("args", {}):
+            event["args"]["provider"] = "CUDAExecutionProvider"
+    assert strays(events, "CUDAExecutionProvider") == ["Softmax"]
+
+
+def test_a_provider_that_says_it_runs_and_does_not_is_found_out(toy, tmp_path, monkeypatch):
+    """onnxruntime lists CUDA, starts it, and leaves every node to the CPU."""
+
+    class Pretender(onnxruntime.InferenceSession):
+        def __init__(self, path, options, providers):
+            assert providers == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    bundle = toy()
+    OnnxExporter().export(bundle, tmp_path / "out")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Pretender)
+    with pytest.raises(LookupError, match=r"CUDAExecutionProvider does not run all of model.onnx: .*MatMul.*elsewhere"):
+        load_onnxruntime(tmp_path / "out" / FLOAT, "CUDAExecutionProvider", bundle.golden()[0], {})
 
 
 def test_existing_directories_are_respected(toy, tmp_path):

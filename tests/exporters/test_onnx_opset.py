@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.errors import EdgekitError
+from edgekit.graph import opset
 from exporters import onnx_opset
 from exporters.onnx_opset import to_opset
 
@@ -165,3 +166,11 @@ def test_what_cannot_be_written_is_named(model, opset, message):
 def test_ir_version_fits_the_opset():
     model = single("Gelu", 20, (3, 5))
     assert to_opset(model, 13).model.ir_version <= 7 < model.ir_version
+
+
+def test_a_graph_older_than_what_can_be_written_stays_as_it_is():
+    """Parsers read older opsets; what comes from elsewhere is not rewritten for its age."""
+    old = single("Softmax", 10, (3, 5))
+    assert opset(to_opset(old, 10).model) == 10
+    with pytest.raises(EdgekitError, match=r"opset 9 cannot be written; expected 10, the graph's own"):
+        to_opset(old, 9)

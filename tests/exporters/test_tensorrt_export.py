@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from edgekit.errors import EdgekitError
 from edgekit.targets import profile as targets
 from exporters import engines
-from exporters.for_target import place
+from exporters.exact import Exact
+from exporters.for_target import Typed, place
 from exporters.generations import RTX, generations
-from exporters.tensorrt_export import TensorRtExporter, build_script, engine_key, options
+from exporters.tensorrt_export import TensorRtExporter, build_script, engine_key, options, unkept
 
 FAKE = Path(__file__).parent / "fake"
 SHAPES = {"light_curve": {"min": [1, 12, 2], "opt": [16, 12, 2], "max": [64, 12, 2]}}
@@ -91,7 +93,7 @@ def test_the_flag_table_has_teeth():
             ["--builderOptimizationLevel=3", "--skipInference"],
             ["fp16", "int8", "noTF32", "buildOnly"],
         ),
-        ("8.6", "int8", ["--int8"], ["fp16"]),
+        ("8.6", "int8", ["--int8"], ["fp16", "Constraints"]),
         ("10", "float16", ["--stronglyTyped", "--skipInference"], ["fp16", "--workspace"]),
         ("10", "float32", ["--stronglyTyped", "--noTF32"], ["fp16"]),
         ("11", "float16", ["--skipInference"], ["stronglyTyped", "fp16"]),
@@ -155,6 +157,39 @@ def test_build_script_runs_and_gives_every_argument_whole(nano, tmp_path):
     assert given[-2:] == ["--fp16", "--buildOnly"]
 
 
+def test_layers_that_must_stay_in_float32_are_named_to_trtexec_or_to_the_person(nano, toy, tmp_path):
+    """8.5 is told, layer by layer; 8.2 cannot be told, so the kit says what may happen; strong typing needs none."""
+    kept = json.loads((nano / "manifest.json").read_text())
+    assert "blocks.0.attention.Softmax" in kept["kept_in_float32"]
+    (note,) = kept["notes"]
+    assert f"{len(kept['kept_in_float32'])} layers" in note
+    assert note in (nano / "README.md").read_text()
+    assert "layerPrecisions" not in (nano / "build.sh").read_text()
+    xavier = TensorRtExporter(target="jetson-xavier-nx").export(toy(context=2), tmp_path / "xavier").manifest
+    assert xavier["notes"] == []
+    copy, done = build(tmp_path / "xavier", tmp_path, "8502")
+    assert done.returncode == 0, done.stdout + done.stderr
+    given = dict(line.partition("=")[::2] for line in (copy / "arguments.txt").read_text().splitlines())
+    assert given["--precisionConstraints"] == "prefer"
+    pairs = [pair.rpartition(":") for pair in given["--layerPrecisions"].split(",")]
+    assert sorted(name for name, _, _ in pairs) == sorted(xavier["kept_in_float32"])
+    assert {kind for _, _, kind in pairs} == {"fp32"}
+    orin = TensorRtExporter(target="jetson-orin-nano-8gb").export(toy(context=2), tmp_path / "orin").manifest
+    assert (orin["notes"], orin["kept_in_float32"]) == ([], [])
+    assert "Constraints" not in (tmp_path / "orin" / "build.sh").read_text()
+
+
+def test_layers_whose_names_trtexec_cannot_read_are_named_to_the_person():
+    kept = Exact(("a,b", "softmax"), ("a,b",))
+    where = place("jetson-xavier-nx", "tensorrt")
+    found = options(where, "float16", SHAPES, 512, 3, kept)
+    assert "--layerPrecisions=softmax:fp32" in found
+    assert not [option for option in found if "a,b" in option]
+    (note,) = unkept(Typed(onnx.ModelProto(), where, "float16", 1e-2, kept))
+    assert "a,b" in note
+    assert unkept(Typed(onnx.ModelProto(), where, "float16", 1e-2, Exact(("softmax",)))) == []
+
+
 def test_build_script_refuses_another_generation(nano, tmp_path):
     copy, done = build(nano, tmp_path, "100300")
     assert done.returncode == 1
@@ -181,8 +216,11 @@ def test_kits_hold_what_they_promise(nano):
     manifest = json.loads((nano / "manifest.json").read_text())
     assert sorted(path.name for path in nano.iterdir()) == sorted([*manifest["files"], "manifest.json"])
     assert set(manifest["files"]) == {
-        "model.onnx", "profile.json", "golden.npz", "verify.py", "build.sh", "requirements-jetson-nano.txt"
+        "model.onnx", "profile.json", "golden.npz", "verify.py", "build.sh", "requirements-jetson-nano.txt", "README.md"
     }  # fmt: skip
+    readme = (nano / "README.md").read_text()
+    for text in ("JetPack 4.6: TensorRT 8.2", "float16", "opset 13", "sh build.sh && python3 verify.py", "never int8"):
+        assert text in readme
     assert (manifest["target"], manifest["sm"], manifest["generation"]) == ("jetson-nano", 53, "8.2")
     assert json.loads((nano / "profile.json").read_text())["context"]["max"] == [64, 2]
     assert (manifest["engine"]["file"], manifest["engine"]["built"]) == ("model.plan", False)
@@ -251,7 +289,7 @@ def fake(monkeypatch, cudart, tmp_path):
 @pytest.mark.parametrize(
     ("generation", "version", "capability", "made"),
     [
-        ("8.2", "8.2.1.8", 53, {"flags": ["FP16"], "network": 1, "level": None}),
+        ("8.2", "8.2.1.8", 53, {"flags": ["FP16", "PREFER_PRECISION_CONSTRAINTS"], "network": 1, "level": None}),
         ("8.6", "8.6.1.6", 61, {"flags": [], "network": 1, "level": 2}),
         ("10", "10.13.3.9", 86, {"flags": [], "network": 2, "level": 2}),
         ("11", "11.4.0.106", 86, {"flags": [], "network": 2, "level": 2}),
@@ -273,6 +311,9 @@ def test_where_tensorrt_is_present_it_builds_caches_and_verifies(
     (found,) = trt.LOG
     assert {key: found[key] for key in made} == made
     assert found["workspace"] == 128 << 20
+    assert found["float32"] == manifest["kept_in_float32"]
+    assert bool(found["float32"]) == ("FP16" in found["flags"])
+    assert set(found["float32 outputs"]) <= set(found["float32"])
     assert found["profiles"] == [
         {"light_curve": ((1, 12, 2), (16, 12, 2), (64, 12, 2)), "context": ((1, 2), (16, 2), (64, 2))}
     ]
@@ -283,10 +324,15 @@ def test_where_tensorrt_is_present_it_builds_caches_and_verifies(
 
 def test_the_kit_itself_checks_its_engine_under_tensorrt(fake, toy, tmp_path):
     fake("8.2.1.8", 53)
-    TensorRtExporter(target="jetson-nano").export(toy(context=2), tmp_path / "kit")
+    TensorRtExporter(target="jetson-nano").export(toy(context=2, output="logits"), tmp_path / "kit")
     command = [sys.executable, tmp_path / "kit" / "verify.py", "--cudart", os.environ["EDGEKIT_CUDART"], "--runs", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "know this" not in done.stdout
+    wrong = {**os.environ, "FAKE_TENSORRT_WRONG": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=wrong)
+    assert done.returncode == 1
+    assert "know this: trtexec of TensorRT 8.2 has no option for single layers" in done.stdout
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "FAKE_TENSORRT": "8.6.1.6"}
     )
@@ -371,8 +417,9 @@ def test_the_cache_key_holds_all_that_an_engine_depends_on():
         (*base[:4], 4, *base[5:]),
         (*base[:5], "10.4.0", 87),
         (*base[:6], 86),
+        (*base, Exact(("softmax",))),
     ]
-    assert len({engine_key(*item) for item in (base, *others)}) == 8
+    assert len({engine_key(*item) for item in (base, *others)}) == 9
     assert engine_key(*base) == engine_key(*base)
 
 

@@ -131,7 +131,7 @@ def test_a_shape_that_no_engine_can_have_is_the_builders_error(trt):
 
 def test_kits_for_tensorrt_10_are_shown_to_its_parser(trt, toy, tmp_path, monkeypatch):
     result = TensorRtExporter(target="jetson-orin-nano-8gb").export(toy(), tmp_path / "kit")
-    assert result.manifest["parser"].startswith(f"accepted by that of TensorRT-RTX {trt.__version__}")
+    assert result.manifest["parser"].startswith(f"accepted by the parser of TensorRT-RTX {trt.__version__}")
     nano = TensorRtExporter(target="jetson-nano").export(toy(), tmp_path / "nano")
     assert nano.manifest["parser"].startswith("not asked")
     table = generations()["10"]

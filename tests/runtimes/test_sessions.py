@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,17 +130,30 @@ def test_provider_that_does_not_take_the_model_is_refused(monkeypatch):
 
 
 class Installed:
-    """onnxruntime-gpu as it might be: `started` is what a session really came up with."""
+    """onnxruntime-gpu as it might be: `started` is what a session really came up with; `lost`: operators that it runs
+    on the CPU, by what they give."""
 
-    def __init__(self, monkeypatch, started):
-        self.started, self.asked, self.entry = started, [], None
+    def __init__(self, monkeypatch, started, **lost):
+        self.started, self.asked, self.lost, self.prefix = started, [], lost, ""
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
         monkeypatch.setattr(onnxruntime, "InferenceSession", self.open)
 
     def open(self, graph, options, providers, disabled_optimizers=None):
         self.asked = providers
-        self.entry = options.get_session_config_entry("session.disable_cpu_ep_fallback")
+        if options.enable_profiling:
+            self.prefix = options.profile_file_prefix
         return self
+
+    def end_profiling(self):
+        nodes = [("MatMul", CUDA, {"float": [2, 5]})]
+        nodes += [(name, "CPUExecutionProvider", made) for name, made in self.lost.items()]
+        events = [
+            {"args": {"op_name": name, "provider": provider, "output_type_shape": [made]}}
+            for name, provider, made in nodes
+        ]
+        path = Path(f"{self.prefix}_1.json")
+        path.write_text(json.dumps([{"name": "session_initialization"}, *events]))
+        return str(path)
 
     def get_providers(self):
         return self.started
@@ -161,9 +175,17 @@ def test_a_gpu_that_starts_is_what_the_session_says_it_is(monkeypatch):
     session = OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
     assert loaded == [0], "CUDA's libraries first: a session opened before them falls back"
     assert there.asked == [CUDA], "the CPU is no second choice"
-    assert there.entry == "1", "nor may it run single operators"
     assert session.provider == session.device == CUDA
     assert session.run(MODELS["plain"].golden()[0])["probabilities"].shape == (6, 5)
+
+
+def test_a_shape_may_be_computed_beside_the_gpu_and_numbers_may_not(monkeypatch):
+    """ONNX Runtime puts what comes from a Shape on the CPU for every GPU: its issue 17930."""
+    Installed(monkeypatch, [CUDA], Shape={"int64": [3]}, Sqrt={"float": []})
+    assert OnnxRuntimeSession(MODELS["plain"], provider=CUDA).provider == CUDA
+    Installed(monkeypatch, [CUDA], Shape={"int64": [3]}, Softmax={"float16": [2, 5]})
+    with pytest.raises(EdgekitError, match="would run Softmax on the CPU, not on CUDAExecutionProvider"):
+        OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
 
 
 @pytest.mark.parametrize("started", [["CPUExecutionProvider"], ["CPUExecutionProvider", CUDA]])

@@ -11,6 +11,7 @@ from edgekit.cost import work
 from edgekit.errors import EdgekitError
 from edgekit.shapes import sized
 from edgekit.targets import profile
+from edgekit.targets.layers import elsewhere
 from edgekit.targets.profile import Figure, Plan, PowerMode, Rate
 from edgekit.targets.roofline import estimate, in_mode, precision_on
 
@@ -57,6 +58,18 @@ def test_on_a_gpu_bias_and_activation_are_part_of_the_product():
     assert found.layers[0].seconds == pytest.approx(max(operations / RATE, moved / WIDTH) + 1e-6)
     softmax = max(rows * width / RATE, 8 * rows * width / WIDTH) + 1e-6
     assert found.seconds == pytest.approx(found.layers[0].seconds + softmax)
+
+
+def test_what_is_missing_from_the_rows_is_said_to_be_fused():
+    """Who looks for the Add reads where it is."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 8]) for name in "xy")
+    stored = [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in (("w", (8, 8)), ("b", 8))]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"], "m"), helper.make_node("Add", ["m", "b"], ["y"], "a")]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], stored))
+    for kind, said in (("gpu", True), ("cpu", False)):
+        report = elsewhere(model, toy(kind), 1)
+        assert ([row.kind for row in report.rows] == ["MatMul"]) is said
+        assert report.formula.endswith("count with the operator before them") is said
 
 
 def test_on_a_cpu_nothing_is_fused_and_cores_share():

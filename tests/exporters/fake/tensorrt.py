@@ -37,7 +37,7 @@ class NetworkDefinitionCreationFlag(enum.IntEnum):
 
 
 class BuilderFlag(enum.Enum):
-    FP16, INT8, TF32 = range(3)
+    FP16, INT8, TF32, PREFER_PRECISION_CONSTRAINTS = range(4)
 
 
 class MemoryPoolType(enum.Enum):
@@ -52,9 +52,24 @@ class TensorIOMode(enum.Enum):
     INPUT, OUTPUT = range(2)
 
 
+class Layer:
+    def __init__(self, name):
+        self.name, self.precision, self.types = name, None, {}
+
+    def set_output_type(self, number, kind):
+        self.types[number] = kind
+
+
 class Network:
     def __init__(self, flags):
-        self.flags, self.name, self.content = flags, "", b""
+        self.flags, self.name, self.content, self.layers = flags, "", b"", []
+
+    @property
+    def num_layers(self):
+        return len(self.layers)
+
+    def get_layer(self, number):
+        return self.layers[number]
 
 
 class Config:
@@ -103,6 +118,8 @@ class Builder:
         made = dict(
             config.made, network=network.flags, workspace=config.made.get("workspace") or config.max_workspace_size
         )
+        made["float32"] = [layer.name for layer in network.layers if layer.precision is DataType.FLOAT]
+        made["float32 outputs"] = [layer.name for layer in network.layers if layer.types.get(0) is DataType.FLOAT]
         made["level"] = getattr(config, "builder_optimization_level", None)
         LOG.append(made)
         return MAGIC + json.dumps({"version": __version__, **made}).encode() + b"\n" + network.content
@@ -130,6 +147,7 @@ class OnnxParser:
         for number, node in enumerate(onnx.load_from_string(content).graph.node):
             if node.op_type in lacking:
                 self.errors.append(ParserError(number, node, f"no importer found for {node.op_type}"))
+            self.network.layers.append(Layer(node.name))
         self.network.content = content
         return not self.errors
 

@@ -1,0 +1,89 @@
+"""Layers that must compute in float32 although a weakly typed TensorRT may run any layer in half.
+
+Before TensorRT 10, --fp16 says that the builder *may* use half, for every layer: a softmax, a sum or a mask of -1e9
+that the graph keeps in float32 is in half whenever that is faster. Since 8.4 trtexec can be told otherwise, by
+layer (--layerPrecisions, --layerOutputTypes: CHANGELOG of NVIDIA/TensorRT, 8.4.1); the parser names the layer that does
+a node's work as the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto
+
+from edgekit.graph import attribute
+
+# they compute nothing: in half only if they lie between layers that are
+MOVING = frozenset(
+    (
+        "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice",
+        "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+    )
+)  # fmt: skip
+TYPED = frozenset(("Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "QuantizeLinear", "Shape", "Size"))
+DECIDING = frozenset(("ArgMax", "ArgMin", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK"))
+SEPARATORS = ",'*"  # what trtexec's list of layers takes for something else
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Nodes by name. layers: compute in float32; outputs: those of them whose result stays float32, too."""
+
+    layers: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    def options(self) -> list[str]:
+        """Of trtexec, 8.4 and later. `prefer`, because a fusion that has float32 inside it in no form would fail the
+        build under `obey`; where that happens trtexec says so, and verify.py tells whether it matters."""
+        found = []
+        for option, names in (("layerPrecisions", self.layers), ("layerOutputTypes", self.outputs)):
+            if listed := sorted(set(names) - set(self.unnameable)):
+                found.append(f"--{option}={','.join(f'{name}:fp32' for name in listed)}")
+        return ["--precisionConstraints=prefer", *found] if found else []
+
+    @property
+    def unnameable(self) -> list[str]:
+        """Names that cannot be written in such an option."""
+        return [name for name in self.layers if not name or set(SEPARATORS) & set(name)]
+
+
+NOTHING = Exact()
+
+
+def exact(model: ModelProto) -> Exact:
+    """What a graph of float32 and half computes in float32."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    for value in (*inferred.input, *inferred.output, *inferred.value_info):
+        kinds.setdefault(value.name, value.type.tensor_type.elem_type)
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: set[str] = set()
+    outputs: set[str] = set()
+    for node in reversed(model.graph.node):
+        if not _is_exact(node, kinds, readers.get(node.output[0], ()), found):
+            continue
+        found.add(node.name)
+        after = readers.get(node.output[0], ())
+        narrowed = bool(after) and all(_to_half(reader) for reader in after)
+        if len(node.output) == 1 and kinds.get(node.output[0]) == TensorProto.FLOAT and not narrowed:
+            outputs.add(node.name)
+    names = [node.name for node in model.graph.node]
+    return Exact(tuple(n for n in names if n in found), tuple(n for n in names if n in outputs))
+
+
+def _is_exact(node: NodeProto, kinds: dict[str, int], after: Sequence[NodeProto], found: set[str]) -> bool:
+    if node.op_type in TYPED or TensorProto.FLOAT not in {kinds.get(name) for name in node.input}:
+        return False
+    if node.op_type in MOVING:
+        return bool(after) and all(reader.name in found for reader in after)
+    return kinds.get(node.output[0]) == TensorProto.FLOAT or node.op_type in DECIDING
+
+
+def _to_half(node: NodeProto) -> bool:
+    return node.op_type == "Cast" and attribute(node, "to", 0) == TensorProto.FLOAT16
