@@ -24,7 +24,7 @@ lint: setup ## style, formatting, types
 test: lint ## lint and all tests; what CI runs
 	$(BIN)/python -m pytest -q -n 2 --durations=10
 
-test-rtx: setup ## every model for every target, TensorRT-RTX's compiler included (proprietary, 95 MB; an hour)
+test-rtx: setup ## every model for every target, TensorRT-RTX's compiler included (proprietary, 95 MB; minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx]'
 	$(BIN)/python -m pytest -q -m targets tests/exporters
 	$(BIN)/python -m pytest -q tests/exporters/test_tensorrt_rtx_export.py
