@@ -151,3 +151,13 @@ def test_labels_may_be_missing_where_nobody_needs_them(rows, tiny_bundle, tmp_pa
     train, _ = load(tmp_path / "x.npz", tiny_bundle.manifest, labelled=False)
     assert set(train.labels.tolist()) == {UNKNOWN}
     assert not is_labelled(train)
+
+
+def test_numbers_to_learn_must_be_numbers(rows, tiny_bundle, tmp_path):
+    curves, labels, split = rows
+    regression = replace(tiny_bundle.manifest, classes=())
+    np.savez(tmp_path / "x.npz", light_curve=curves, labels=np.where(labels == 1, np.nan, 0.5), split=split)
+    with pytest.raises(EdgekitError, match="labels hold NaN or infinite values"):
+        load(tmp_path / "x.npz", regression)
+    np.savez(tmp_path / "x.npz", light_curve=curves, labels=labels / 2, split=split)
+    assert load(tmp_path / "x.npz", regression)[0].labels.tolist() == [0, 0.5, 1]
