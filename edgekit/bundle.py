@@ -68,7 +68,7 @@ class TensorSpec:
             raise EdgekitError(f"input {self.name!r} has shape {array.shape}; expected {self.shape_text}")
         for number, got in enumerate(array.shape):
             step = multiple(self.shape[number])
-            if got % step:
+            if got % step or (step > 1 and got == 0):  # nothing of what comes in groups is no group
                 below, above = got // step * step, (got // step + 1) * step
                 nearest = f"{below} or {above}" if below else f"{above}"
                 raise EdgekitError(

@@ -92,6 +92,8 @@ def run(
     forms = measure.best_float_form(job, notify)
     original = outputs_of(job, job.source, source)
     expected = job.test.labels if measured.labelled else original
+    quality.check_direction(measured, original, expected)
+    beside = measure.other_outputs(job, job.source, source)
     paths = _state_paths(job, work)
     done, bundle = _resume(job, paths)
     records = list(bundle.manifest.records)
@@ -128,14 +130,24 @@ def run(
             fresh_session = measure.session(job, fresh_bundle, forms)
             latency = measure.latency(job, bundle, fresh_bundle, (session, fresh_session), inputs, best)
             agreement = measure.agreement(job, fresh_bundle, forms, measured, expected)
-            problem = next((item.problem for item in agreement if item.problem), None)
-            verdict = Verdict(False, problem) if problem else judge(before, after, loss, latency, job.limits)
-            if not verdict.kept and verdict.useless and getattr(built, "prepares", False):
+            strayed = measure.strayed(beside, measure.other_outputs(job, fresh_bundle, fresh))
+            problem = next((item.problem for item in agreement if item.problem), None) or next(
+                (
+                    f"output {name!r}, which the metric does not see, is no longer what the original gives: "
+                    f"{far:.2g} times its size away"
+                    for name, far in strayed.items() if far >= measure.STRAYED
+                ), None,
+            )  # fmt: skip
+            verdict = judge(before, after, loss, latency, job.limits)
+            if verdict.useless and getattr(built, "prepares", False):
                 verdict = Verdict(True, "loses nothing; it prepares the passes after it")
+            if verdict.kept and problem:
+                verdict = Verdict(False, problem)
             if job.replay:
                 verdict = Verdict(True, f"replayed; measured here: {verdict.reason}")
             record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
             record["agreement"] = [asdict(item) for item in agreement]
+            record |= {"other_outputs": strayed} if strayed else {}
             if job.target is not None and job.estimated:
                 record["estimated_on"] = job.target.name
                 verdict = replace(verdict, reason=f"{verdict.reason} (latency: an estimate for {job.target.name})")

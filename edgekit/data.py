@@ -94,6 +94,8 @@ def load(path: str | Path, manifest: Manifest, *, labelled: bool = True) -> tupl
             )
     labels, split = arrays["labels"], arrays["split"]
     labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)
+    if not np.isfinite(labels).all():
+        raise EdgekitError(f"{path}: labels hold NaN or infinite values; leave those rows out")
     if not len(labels) == len(split) == len(next(iter(inputs.values()))):
         raise EdgekitError(f"{path}: {len(labels)} labels and {len(split)} split values for other numbers of inputs")
     if strange := set(np.unique(split)) - {TRAIN, TEST}:

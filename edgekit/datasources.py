@@ -46,12 +46,20 @@ def from_parquet(path: Path, manifest: Manifest) -> Arrays:
     specs = {spec.name: spec for spec in manifest.inputs}
     arrays: Arrays = {}
     for name in table.column_names:
+        if name not in specs and name not in ("labels", "split"):
+            continue
         column = table.column(name).combine_chunks()
-        while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        while isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+            if column.null_count or len(column.value_lengths().unique()) > 1:
+                raise EdgekitError(f"{path}: the lists of column {name!r} differ in length, or some are missing")
             column = column.flatten()
-        if name in specs or name in ("labels", "split"):
-            values = column.to_numpy(zero_copy_only=False)
-            arrays[name] = _shaped(values, specs[name], table.num_rows, path) if name in specs else values
+        if column.null_count or not (pa.types.is_primitive(column.type) and not pa.types.is_temporal(column.type)):
+            raise EdgekitError(
+                f"{path}: column {name!r} holds {column.type} with {column.null_count} missing; expected numbers, or "
+                "lists of them, in every row"
+            )
+        values = column.to_numpy(zero_copy_only=False)
+        arrays[name] = _shaped(values, specs[name], table.num_rows, path) if name in specs else values
     return arrays
 
 
@@ -113,7 +121,15 @@ def from_images(folder: Path, manifest: Manifest) -> Arrays:
 
 def from_iterable(text: str, manifest: Manifest) -> Arrays:
     """Rows of an iterable, or of a function that gives one: each a mapping of the inputs, `labels` and `split`."""
-    rows = imported(text, "data")
+    try:
+        return _stacked(text, imported(text, "data"), manifest)
+    except EdgekitError:
+        raise
+    except Exception as error:  # anyone's code: whatever it raises is the user's to see
+        raise EdgekitError(f"data {text!r}: {type(error).__name__}: {error}") from error
+
+
+def _stacked(text: str, rows: Any, manifest: Manifest) -> Arrays:
     if callable(rows):
         rows = rows()
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edgekit import quality
 from edgekit.bundle import PROBABILITIES, Arrays, Bundle
+from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.guard import (
     Agreement,
@@ -28,6 +29,7 @@ from edgekit.training import outputs as network_outputs
 
 AGREEMENT_ROWS = 64
 QUALITY_ROWS = 512  # at each batch size, where outputs depend on it
+STRAYED = 1.0  # an output of nothing but zeros has a relative error of 1
 ROWS = 256  # at a time, for quality
 MEASURED_CHUNK = 4  # t2's scores of four rows stay in a core's cache
 # Forms of the same float32 model. Exporters differ by 13 % on a small transformer, and a fusion made one slower: int8
@@ -134,13 +136,37 @@ def session(job: Job, bundle: Bundle, form: Mapping[str, str], chunk: int = MEAS
 
 def outputs_of(job: Job, bundle: Bundle, candidate: AnyCandidate) -> npt.NDArray[Any]:
     """The first output for every test row: a network's by torch, a graph's by the runtime it is measured on."""
-    first = bundle.manifest.outputs[0].name
+    return _outputs(job, bundle, candidate, [bundle.manifest.outputs[0].name], job.test)[0]
+
+
+def other_outputs(job: Job, bundle: Bundle, candidate: AnyCandidate) -> Arrays:
+    """What the metric does not see, for some test rows. State is left out: it means something to the model alone."""
+    names = [spec.name for spec in bundle.manifest.outputs]
+    rows = job.test.take(np.arange(min(QUALITY_ROWS, len(job.test))))
+    hidden = bundle.manifest.state.values()
+    found = _outputs(job, bundle, candidate, names, rows) if set(names[1:]) - set(hidden) else [rows.labels]
+    return {name: value for name, value in zip(names[1:], found[1:], strict=False) if name not in hidden}
+
+
+def strayed(original: Arrays, found: Arrays) -> dict[str, float]:
+    """How far each of these outputs is from the original's: the share of values that differ where they are whole
+    numbers, else the relative error; infinite for another shape."""
+    far = {}
+    for name, exact in original.items():
+        measured: quality.Metric = quality.Changed() if exact.dtype.kind in "iub" else quality.RelativeError()
+        same = name in found and found[name].shape == exact.shape and np.isfinite(found[name]).all()
+        far[name] = measured.value(found[name], exact) if same else math.inf
+    return far
+
+
+def _outputs(
+    job: Job, bundle: Bundle, candidate: AnyCandidate, names: Sequence[str], rows: Dataset
+) -> list[npt.NDArray[Any]]:
     if isinstance(candidate, Candidate):
-        return network_outputs(candidate.model, job.test, softmax=[first == PROBABILITIES])[0]
+        return list(network_outputs(candidate.model, rows, softmax=[name == PROBABILITIES for name in names]))
     session = open_session(bundle, job.runtime, threads=1, chunk=ROWS)
-    inputs = job.test.inputs
     parts = [
-        session.run({name: array[start : start + ROWS] for name, array in inputs.items()})[first]
-        for start in range(0, len(job.test), ROWS)
+        session.run({name: array[start : start + ROWS] for name, array in rows.inputs.items()})
+        for start in range(0, len(rows), ROWS)
     ]
-    return np.concatenate(parts)
+    return [np.concatenate([part[name] for part in parts]) for name in names]

@@ -48,6 +48,8 @@ def imported(text: str, what: str) -> Any:
         raise EdgekitError(
             f"{what} {text!r}: {error}; expected package.module:name, importable from here or installed"
         ) from None
+    except Exception as error:  # anyone's code: whatever it raises is the user's to see
+        raise EdgekitError(f"{what} {text!r}: {module} cannot be imported: {type(error).__name__}: {error}") from error
     return found
 
 

@@ -148,6 +148,28 @@ def source(name: str) -> str:
         return ""
 
 
+def check_direction(metric: Metric, outputs: Float, expected: Array) -> None:
+    """Raise if a metric calls right answers worse than wrong ones: an accuracy, under which a model that forgot
+    everything would pass for a gain. Says nothing of outputs that labels do not spell out."""
+    if outputs.size == len(outputs) == len(expected):
+        right = expected.reshape(outputs.shape).astype(np.float64)
+        wrong = right.min() + right.max() - right
+    elif outputs.ndim == 2 and expected.ndim == 1 and expected.dtype.kind in "iu" and expected.min() >= 0:
+        classes = outputs.shape[1]
+        right, wrong = (np.eye(classes)[(expected + turn) % classes] for turn in (0, 1))
+    else:
+        return
+    try:
+        best, worst = (metric.value(answers.astype(outputs.dtype), expected) for answers in (right, wrong))
+    except EdgekitError:  # it may not take answers as plain as these; the model's own it must
+        return
+    if best > worst:
+        raise EdgekitError(
+            f"metric {metric.name}: {best:g} for right answers and {worst:g} for wrong ones; lower must be better, so "
+            "return an error such as 1 - accuracy, or the negative"
+        )
+
+
 def sample_losses(probabilities: Float, labels: Labels) -> npt.NDArray[np.float64]:
     """(samples,) -log of the probability given to the true class."""
     check(probabilities, labels)

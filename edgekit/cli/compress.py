@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from edgekit.cli.console import batch_sizes, note, output, print_json, print_table, progress
 
@@ -40,11 +40,17 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
     help="CPU milliseconds of a call at the first batch size, for --auto; with a --target elsewhere, estimated ones.",
 )
 @click.option("--target", "device", help="The device it is for (see edgekit targets): decides what passes may do.")
-@click.option("--data", "data_file", help=".npz with the model's inputs, labels and split (default: its own data set).")
+@click.option(
+    "--data",
+    "data_file",
+    help="Inputs, labels and split: an .npz, a Parquet table, a folder of images, or package.module:iterable "
+    "(default: the model's own data set).",
+)
 @click.option(
     "--metric",
     help="log-loss, error-rate, mean-absolute-error; changed or relative-error, which need no labels; or a function "
-    "package.module:name.  [default: log-loss for probabilities, else relative-error]",
+    "package.module:name of (outputs, labels), less is better.  "
+    "[default: log-loss for probabilities, else relative-error]",
 )
 @click.option("--objective", default="any", show_default=True, help="What a pass must gain: size, latency, or any.")
 @click.option("--batch", "batches", default="1,16,256", show_default=True, help="Batch sizes that count.")
@@ -87,6 +93,13 @@ def compress(
 
     if not 0 <= max_loss < math.inf or (max_size is not None and max_size <= 0):
         raise click.UsageError(f"--max-loss {max_loss} and --max-size {max_size} must be positive and finite")
+    if original is not None and (auto or recipe_file is not None or max_size is not None):
+        raise click.UsageError("--replay runs a bundle's own passes; leave --auto, --recipe and --max-size out")
+    if not auto:
+        given = click.get_current_context().get_parameter_source
+        for name in ("max_latency", "trials"):
+            if given(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name.replace('_', '-')} is for --auto; without it, it would do nothing")
     if target is None and not dry_run:
         raise click.UsageError("-o/--output is missing: name the bundle to write, such as -o t2.edge")
     if target and target.exists() and not force and not dry_run:
@@ -132,7 +145,8 @@ def compress(
         return
     assert target is not None
     target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is an error before the work
-    work = passes_folder() if before is None else Path(tempfile.mkdtemp(prefix="edgekit-replay-"))
+    scratch = None if before is None else tempfile.TemporaryDirectory(prefix="edgekit-replay-")
+    work = Path(scratch.name) if scratch else passes_folder()
     with progress() as bar:
         tasks: dict[str, Any] = {}
 
@@ -163,7 +177,6 @@ def compress(
     prune(work)
     _show_result(bundle, source, target, as_json)
     if before is not None:
-        shutil.rmtree(work, ignore_errors=True)
         same = all(bundle.contents.get(name) == before.contents.get(name) for name in (WEIGHTS, GRAPH, GOLDEN))
         note(f"replayed: {'identical to' if same else 'NOT the same bytes as'} {original}")
         if not same:

@@ -1,8 +1,9 @@
 """Set the smallest weights to zero, over all matrices together, and recover with the zeros held (Han et al. 2015,
 arXiv 1506.02626). Saves bytes in the packed file; dense kernels run no faster for it.
 
-The pattern 2:4 keeps the two largest of every four neighbours of a row, which the sparse tensor cores of NVIDIA cards
-from Ampere on skip (Mishra et al. 2021, arXiv 2104.08378, section 3); no CPU runs it faster."""
+The pattern 2:4 keeps the two largest of every four neighbouring inputs, of a convolution at each place of its kernel,
+which the sparse tensor cores of NVIDIA cards from Ampere on skip (Mishra et al. 2021, arXiv 2104.08378, section 3); no
+CPU runs it faster."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ PATTERNS = ("", "2:4")
 @dataclass(frozen=True, slots=True)
 class MagnitudePrune:
     """`sparsity`: share of the matching matrices' weights that becomes zero; `pattern`: "2:4" instead of it, half of
-    the weights of every matrix whose rows are multiples of 4."""
+    the weights of every matrix whose inputs are multiples of 4."""
 
     name: ClassVar[str] = "magnitude_prune"
     summary: ClassVar[str] = "set the smallest weights to zero, then recover with the zeros held"
@@ -45,9 +46,9 @@ class MagnitudePrune:
         parameters = dict(candidate.model.named_parameters())
         chosen = {name: parameters[name].detach() for name in matrices(candidate.model, self.include)}
         if self.pattern:
-            masks = {name: two_of_four(value) for name, value in chosen.items() if value[0].numel() % 4 == 0}
+            masks = {name: two_of_four(value) for name, value in chosen.items() if value.shape[1] % 4 == 0}
             if not masks:
-                raise EdgekitError("pattern = '2:4'; no matching weight has rows of a multiple of 4")
+                raise EdgekitError("pattern = '2:4'; no matching weight has inputs of a multiple of 4")
             return masks
         sizes = torch.cat([value.abs().flatten() for value in chosen.values()])
         limit = sizes.kthvalue(max(1, round(self.sparsity * len(sizes)))).values
@@ -61,7 +62,7 @@ class MagnitudePrune:
         ]
         parameters = dict(candidate.model.named_parameters())
         return changes + [
-            Change(name, str(tuple(parameters[name].shape)), "left alone: its rows are no multiple of 4")
+            Change(name, str(tuple(parameters[name].shape)), "left alone: its inputs are no multiple of 4")
             for name in matrices(candidate.model, self.include)
             if name not in masks
         ]
@@ -78,10 +79,11 @@ class MagnitudePrune:
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """True for the two largest of every four neighbours along a row: the inputs of an output."""
-    fours = weight.abs().reshape(-1, 4)
+    """True for the two largest of every four neighbouring inputs, the second axis of (out, in, ...)."""
+    inputs_last = weight.abs().movedim(1, -1)
+    fours = inputs_last.reshape(-1, 4)
     kept = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.topk(2, dim=1).indices, True)
-    return kept.reshape(weight.shape)
+    return kept.reshape(inputs_last.shape).movedim(-1, 1)
 
 
 class Masked(nn.Module):

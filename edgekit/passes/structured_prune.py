@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from edgekit.errors import EdgekitError
 from edgekit.families import PrunableGroup, build, prunable_groups
 from edgekit.passes.base import Candidate, Change, Context, at_least, recover
-from edgekit.training import balanced_class_weights, tensors
+from edgekit.passes.dependency_prune import loss
+from edgekit.training import tensors
 
 SAMPLES, BATCH = 1024, 64  # for importance; the ranking of t2's heads is stable from about 500
 
@@ -95,16 +95,13 @@ def importance(model: nn.Module, groups: list[PrunableGroup], context: Context) 
         for group, gate in zip(groups, gates, strict=True)
     ]
     scores = [torch.zeros(group.size) for group in groups]
-    weights: Tensor | None = None
     rows = torch.randperm(len(context.train), generator=torch.Generator().manual_seed(context.seed))[:SAMPLES].numpy()
     try:
         for start in range(0, len(rows), BATCH):
             batch = context.train.take(rows[start : start + BATCH])
             logits = model(*tensors(batch))
-            if weights is None:
-                weights = balanced_class_weights(context.train.labels, logits.shape[-1])
-            loss = F.cross_entropy(logits, torch.from_numpy(batch.labels), weight=weights)
-            for score, gradient in zip(scores, torch.autograd.grad(loss, gates), strict=True):
+            missed = loss(logits, batch.labels, context.train.labels, logits.detach())
+            for score, gradient in zip(scores, torch.autograd.grad(missed, gates), strict=True):
                 score += gradient**2
     finally:
         for hook in hooks:

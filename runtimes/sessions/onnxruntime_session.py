@@ -175,7 +175,7 @@ class OnnxRuntimeSession:
         if threads not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
-            options.log_severity_level = 3
+            options.log_severity_level = 4 if self.provider == CPU else 3  # a GPU's says what it lacks
             options.graph_optimization_level = getattr(
                 onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[self._optimisation]
             )
@@ -212,7 +212,12 @@ class OnnxRuntimeSession:
 
     def _call(self, threads: int, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         session = self._sessions.get(threads) or self._open(threads)
-        return dict(zip(self._names, session.run(self._names, arrays), strict=True))
+        try:
+            return dict(zip(self._names, session.run(self._names, arrays), strict=True))
+        except Exception as error:  # of no common base either: a shape, or an index, that the graph cannot take
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise EdgekitError(f"onnxruntime cannot run this model on inputs of shapes {shapes}: {reason}") from error
 
     def _run_plan(self, plan: Plan, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
         if plan.workers == 1 and batch <= plan.chunk:

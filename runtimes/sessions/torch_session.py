@@ -52,6 +52,10 @@ class TorchSession:
             with torch.inference_mode():
                 parts = zip(*(tensor.split(self._chunk or max(rows, 1)) for tensor in tensors), strict=True)
                 outputs = [torch.cat(pieces) for pieces in zip(*(self._network(*part) for part in parts), strict=True)]
+        except (RuntimeError, IndexError, ValueError) as error:
+            shapes = {name: array.shape for name, array in arrays.items()}
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise EdgekitError(f"torch cannot run this model on inputs of shapes {shapes}: {reason}") from error
         finally:
             torch.set_num_threads(others)
         return {spec.name: output.cpu().numpy() for spec, output in zip(self.outputs, outputs, strict=True)}

@@ -179,6 +179,9 @@ BAD = {
     "negative loss": (lambda job, _: job.update({"--max-loss": "-1"}), 2, ["--max-loss"]),
     "loss that is no number": (lambda job, _: job.update({"--max-loss": "nan"}), 2, ["--max-loss"]),
     "loss without limit": (lambda job, _: job.update({"--max-loss": "inf"}), 2, ["--max-loss"]),
+    "a replay of another recipe": (lambda job, _: job.update({"--replay": job["model"]}), 2, ["--replay", "--recipe"]),
+    "a limit that nobody reads": (lambda job, _: job.update({"--max-latency": "1"}), 2, ["--max-latency", "--auto"]),
+    "trials of nothing": (lambda job, _: job.update({"--trials": "3"}), 2, ["--trials", "--auto"]),
     "no size": (lambda job, _: job.update({"--max-size": "0"}), 2, ["--max-size"]),
 }  # fmt: skip
 

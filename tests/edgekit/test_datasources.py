@@ -40,6 +40,34 @@ def test_a_parquet_table_of_another_shape(rows, tiny_bundle, tmp_path):
         load(tmp_path / "t.parquet", tiny_bundle.manifest)
 
 
+@pytest.mark.parametrize(
+    ("column", "spoilt", "words"),
+    [
+        # as many numbers in all as there should be: read one after the other they would shift every row after the first
+        ("light_curve", lambda rows: [rows[0][:-1], [*rows[1], 0.0], *rows[2:]], "'light_curve' differ in length"),
+        ("light_curve", lambda rows: [None, rows[1] + rows[1], *rows[2:]], "'light_curve' differ in length, or some"),
+        ("light_curve", lambda rows: [["a"] * 24 for _ in rows], "'light_curve' holds string"),
+        ("light_curve", lambda rows: [[None, *rows[0][1:]], *rows[1:]], "1 missing"),
+        ("labels", lambda labels: [None, *labels[1:]], "'labels' holds int64 with 1 missing"),
+    ],
+)
+def test_a_parquet_table_whose_rows_are_not_alike(column, spoilt, words, rows, tiny_bundle, tmp_path):
+    curves, labels, split = rows
+    table = {"light_curve": curves.reshape(6, -1).tolist(), "labels": labels.tolist(), "split": split.tolist()}
+    pq.write_table(pa.table(table | {column: spoilt(table[column])}), tmp_path / "t.parquet")
+    with pytest.raises(EdgekitError, match=words):
+        load(tmp_path / "t.parquet", tiny_bundle.manifest)
+
+
+@pytest.mark.parametrize("kind", [pa.large_list(pa.float64()), pa.list_(pa.list_(pa.float32(), 2), 12)], ids=str)
+def test_lists_of_every_kind(kind, rows, tiny_bundle, tmp_path):
+    curves, labels, split = rows
+    values = curves.tolist() if "list" in str(kind.value_type) else curves.reshape(6, -1).tolist()
+    table = pa.table({"light_curve": pa.array(values, kind), "labels": labels, "split": split})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert np.array_equal(load(tmp_path / "t.parquet", tiny_bundle.manifest)[0].inputs["light_curve"], curves[:3])
+
+
 def test_a_damaged_parquet_table(tiny_bundle, tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1....")
     with pytest.raises(EdgekitError, match="cannot be read as Parquet"):
@@ -91,6 +119,9 @@ def module(tmp_path, monkeypatch):
         "    for k in range(4):\n"
         "        yield {'light_curve': np.full((12, 2), k, np.float32), 'labels': k % 3, 'split': k % 2}\n"
         "uneven = [{'a': 1}, {'b': 2}]\n"
+        "def breaks():\n"
+        "    yield {'labels': 1}\n"
+        "    raise OSError('the disk went away')\n"
         "number = 5\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -104,7 +135,9 @@ def test_an_iterable_of_the_users(module, tiny_bundle):
     assert test.labels.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(("name", "words"), [("uneven", "row 1"), ("number", "gives a int"), ("nothing", "nothing")])
+@pytest.mark.parametrize(("name", "words"), [
+    ("uneven", "row 1"), ("number", "gives a int"), ("nothing", "nothing"), ("breaks", "OSError: the disk went away"),
+])  # fmt: skip
 def test_what_is_no_iterable_of_rows(name, words, module, tiny_bundle):
     with pytest.raises(EdgekitError, match=words):
         load(f"{module}:{name}", tiny_bundle.manifest)
@@ -118,3 +151,13 @@ def test_labels_may_be_missing_where_nobody_needs_them(rows, tiny_bundle, tmp_pa
     train, _ = load(tmp_path / "x.npz", tiny_bundle.manifest, labelled=False)
     assert set(train.labels.tolist()) == {UNKNOWN}
     assert not is_labelled(train)
+
+
+def test_numbers_to_learn_must_be_numbers(rows, tiny_bundle, tmp_path):
+    curves, labels, split = rows
+    regression = replace(tiny_bundle.manifest, classes=())
+    np.savez(tmp_path / "x.npz", light_curve=curves, labels=np.where(labels == 1, np.nan, 0.5), split=split)
+    with pytest.raises(EdgekitError, match="labels hold NaN or infinite values"):
+        load(tmp_path / "x.npz", regression)
+    np.savez(tmp_path / "x.npz", light_curve=curves, labels=labels / 2, split=split)
+    assert load(tmp_path / "x.npz", regression)[0].labels.tolist() == [0, 0.5, 1]

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ CASES = {
     "slower": (500, 0.0, [1.2], False, r"slower at batch 16: 1.20 times .*1.18, 1.22.* 1.05 allowed"),
     "slower at one batch size": (500, 0.0, [0.5, 1.3], False, "slower at batch 16: 1.30"),
     "slower within the allowance": (500, 0.0, [1.04], True, "smaller"),
-    "perhaps slower, perhaps not": (500, 0.0, [1.06], True, "smaller"),
+    "slower, by more than allowed or a little less": (500, 0.0, [1.06], False, "slower at batch 16: 1.06"),
     "half a percent smaller": (995, 0.0, [1.0], False, "gains nothing"),
     "perhaps faster": (1000, 0.0, [0.98], False, "gains nothing"),
     "larger but faster": (2000, 0.0, [0.5], True, "2.00 times faster"),
@@ -53,6 +54,19 @@ def test_judge(size, loss, ratios, kept, words):
     verdict = judge(state(1000), after, change(loss), [ratio(value) for value in ratios], LIMITS)
     assert verdict.kept is kept
     assert re.search(words, verdict.reason), verdict.reason
+
+
+def test_what_may_as_well_be_as_fast_is_not_called_slower():
+    verdict = judge(state(1000), state(500), change(0.0), [ratio(1.06, width=0.05)], LIMITS)
+    assert verdict.kept
+
+
+@pytest.mark.parametrize(("against", "low", "kept"), [(1.06, 1.03, False), (1.06, 1.01, True), (1.04, 1.03, True)])
+def test_the_best_float_form_is_a_rival_too(against, low, kept):
+    latency = replace(ratio(0.8), against_best=against, against_best_low=low)
+    verdict = judge(state(1000), state(500), change(0.0), [latency], LIMITS)
+    assert verdict.kept is kept
+    assert kept or "original's best float32 form" in verdict.reason
 
 
 def test_an_infinite_loss_is_not_a_gain():

@@ -24,6 +24,14 @@ def test_an_unknown_name_lists_what_there_is():
         plugins.load("edgekit.passes", "clustr")
 
 
+@pytest.mark.parametrize(("code", "words"), [("def (", "SyntaxError"), ("1 / 0", "ZeroDivisionError")])
+def test_code_of_the_users_that_cannot_be_imported_is_one_line(code, words, tmp_path, monkeypatch):
+    (tmp_path / "my_broken_code.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EdgekitError, match=rf"metric 'my_broken_code:f': my_broken_code cannot be imported: {words}"):
+        plugins.imported("my_broken_code:f", "metric")
+
+
 def test_a_missing_package_is_named_and_a_checkout_that_is_not_installed_too(monkeypatch):
     point = EntryPoint("x", "no_such_package.module:Thing", "edgekit.sessions")
     monkeypatch.setattr(plugins, "_points", lambda group: {"x": point})

@@ -168,6 +168,32 @@ def test_a_metric_of_the_users(my_metrics):
         quality.metric("my_metrics:nothing")
 
 
+@pytest.mark.parametrize("name", ["log-loss", "error-rate"])
+def test_a_metric_under_which_more_is_better_is_refused(name):
+    """An accuracy taken for a loss would let a model through that forgot everything."""
+    outputs, labels = problem()
+    quality.check_direction(quality.metric(name), outputs, labels)  # lower is better: nothing to say
+    accuracy = quality.Custom("m:accuracy", lambda found, wanted: (found.argmax(axis=1) == wanted).mean())
+    with pytest.raises(
+        EdgekitError, match="m:accuracy: 1 for right answers and 0 for wrong ones; lower must be better"
+    ):
+        quality.check_direction(accuracy, outputs, labels)
+
+
+def test_the_direction_of_a_metric_of_numbers():
+    labels = np.array([1.0, 2.0, 4.0], np.float32)
+    outputs = labels[:, None] + 0.5
+    r2 = quality.Custom("r2", lambda found, wanted: 1 - ((found[:, 0] - wanted) ** 2).sum() / wanted.var())
+    with pytest.raises(EdgekitError, match="r2: 1 for right answers"):
+        quality.check_direction(r2, outputs, labels)
+    quality.check_direction(
+        quality.Custom("mse", lambda found, wanted: ((found[:, 0] - wanted) ** 2).mean()), outputs, labels
+    )
+    # nothing is said where labels do not spell out an answer, or the metric takes no such answers
+    quality.check_direction(r2, np.zeros((3, 2, 5)), np.array([0, 1, 1]))
+    quality.check_direction(quality.Custom("picky", lambda found, wanted: found.no_such_thing), outputs, labels)
+
+
 def test_metrics_without_labels_compare_with_the_original():
     original = np.array([[0.1, 0.9], [0.8, 0.2]])
     changed, relative = quality.metric("changed"), quality.metric("relative-error")

@@ -55,6 +55,17 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(report, "_pictures", lambda values: {"latency": ""})
 
 
+def test_the_best_float_form_stands_beside_what_was_before(tiny_bundle, no_pictures):
+    html = report.render(compressed(tiny_bundle, KEPT), tiny_bundle)
+    assert "best float32 form" not in html
+    measured = copy.deepcopy(KEPT)
+    measured["latency"][0] |= {"against_best": 0.87, "against_best_low": 0.85}
+    measured["latency"][1] |= {"against_best": None, "against_best_low": None}
+    html = report.render(compressed(tiny_bundle, measured), tiny_bundle)
+    assert html.count("; 0.87 times that of the original's best float32 form") == 1
+    assert html.count("best float32 form") == 1
+
+
 @pytest.mark.parametrize(
     ("records", "metrics"),
     [

@@ -98,6 +98,24 @@ def test_sessions_say_what_they_are(session_class):
         session_class(MODELS["plain"], threads=0)
 
 
+def test_inputs_that_the_graph_cannot_take_are_one_line(monkeypatch):
+    """Such as a token id beyond the vocabulary, which only the runtime can know."""
+    bundle = MODELS["plain"]
+    rows = bundle.golden()[0]
+
+    def refuses(*arguments):
+        raise IndexError("index 99 is out of range\nand more lines")
+
+    session = OnnxRuntimeSession(bundle, threads=1, chunk=4)
+    session._sessions = {1: SimpleNamespace(run=refuses)}
+    with pytest.raises(EdgekitError, match=r"onnxruntime cannot run .*\(4, 12, 2\)}: index 99 is out of range$"):
+        session.run(rows)
+    torch_session = TorchSession(bundle)
+    torch_session._network = refuses
+    with pytest.raises(EdgekitError, match=r"torch cannot run .*\(6, 12, 2\)}: index 99 is out of range$"):
+        torch_session.run(rows)
+
+
 def test_both_open_by_name():
     for name in ("onnxruntime", "torch"):
         open_session(MODELS["plain"], name, threads=1).warmup(3)

@@ -1,9 +1,12 @@
 """Passes on graphs inside a guarded run: what loses is rolled back, and a network is lowered once."""
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
-from edgekit import measure
+from edgekit import measure, quality, report
 from edgekit.bundle import GRAPH, Manifest, TensorSpec, assemble_graph
 from edgekit.compress import plan, run
 from edgekit.data import Dataset
@@ -11,6 +14,7 @@ from edgekit.errors import EdgekitError
 from edgekit.graph import load, serialised, weights
 from edgekit.guard import Limits
 from edgekit.job import Job
+from edgekit.passes.half import Half
 from edgekit.recipe import Step
 from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -118,6 +122,72 @@ def test_each_pass_that_shrinks_is_kept_and_its_plan_recorded(step, job, tmp_pat
     graph = load(bundle.contents[GRAPH], "after")
     whole = [item for item in graph.graph.initializer if int(np.prod(item.dims)) == 96 * 96]
     assert len(whole) <= 1, "the tied matrix is stored twice"
+
+
+class Planted:
+    """Not a real pass: halves the weights' bytes, which is a gain, and rewrites the graph."""
+
+    name, summary, level = "planted", "what a bad pass would do", "graph"
+
+    def plan(self, candidate):
+        return []
+
+    def apply(self, candidate, context):
+        made = Half(storage=True).apply(candidate, context)
+        self.mischief(made.model.graph)
+        return made
+
+
+@dataclass(frozen=True)
+class EightRows(Planted):
+    """Runs on the eight golden rows and on no other number."""
+
+    def mischief(self, graph):
+        graph.initializer.append(numpy_helper.from_array(np.array([8, 32]), "eight"))
+        graph.node.insert(0, helper.make_node("Reshape", ["x", "eight"], ["x8"], "eight"))
+        first = next(node for node in graph.node if node.op_type == "MatMul")
+        first.input[0] = "x8"
+
+
+def test_a_graph_that_runs_at_one_batch_size_only_is_rolled_back(job, register, tmp_path):
+    register("edgekit.passes", "planted", EightRows)
+    bundle = run(job([("planted", {}), BIG]), tmp_path / "w")
+    assert verdicts(bundle) == [("planted", False), ("weight_only", True)]
+    assert "cannot run this model on inputs of shapes" in bundle.manifest.records[0]["reason"]
+
+
+@dataclass(frozen=True)
+class SpoilsTheSecond(Planted):
+    factor: float
+
+    def mischief(self, graph):
+        maker = next(node for node in graph.node if "g" in node.output)
+        maker.output[0] = "g0"
+        graph.initializer.append(numpy_helper.from_array(np.array(self.factor, np.float32), "factor"))
+        graph.node.insert(list(graph.node).index(maker) + 1, helper.make_node("Mul", ["g0", "factor"], ["g"], "spoil"))
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(2.5, False), (1.01, True)])
+def test_an_output_that_the_metric_does_not_see_must_still_be_the_models(factor, kept, job, register, tmp_path):
+    register("edgekit.passes", "planted", SpoilsTheSecond)
+    model = classifier().model  # scores g beside probabilities p: a factor on g changes no answer
+    model.graph.output.append(helper.make_tensor_value_info("g", TensorProto.FLOAT, ["batch", 4]))
+    made = job([("planted", {"factor": factor})], metric="error-rate")
+    manifest = replace(made.source.manifest, outputs=(*made.source.manifest.outputs, TensorSpec("g", ("batch", 4))))
+    inputs, outputs = made.source.golden()
+    source = assemble_graph(manifest, serialised(model), (inputs, {**outputs, "g": outputs["p"]}))
+    bundle = run(replace(made, source=source), tmp_path / "w")
+    assert "output <code>g</code>" in report.render(bundle, source)
+    record = bundle.manifest.records[0]
+    assert record["kept"] is kept, record["reason"]
+    assert record["other_outputs"]["g"] == pytest.approx(factor - 1, abs=0.01)
+    assert kept or "output 'g', which the metric does not see" in record["reason"]
+
+
+def test_a_metric_without_a_value_is_the_reason_and_no_runtime_is_blamed(job, monkeypatch, tmp_path):
+    monkeypatch.setitem(quality.METRICS, "nan", quality.Custom("nan", lambda outputs, labels: float("nan")))
+    bundle = run(job([("dynamic_int8", {})], metric="nan"), tmp_path / "w")
+    assert bundle.manifest.records[0]["reason"].startswith("the metric is nan")
 
 
 @pytest.mark.parametrize("name", ["fold", "smooth_quant"])

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from edgekit.passes.magnitude_prune import MagnitudePrune
+from edgekit.passes.magnitude_prune import MagnitudePrune, two_of_four
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
@@ -85,6 +86,20 @@ def test_two_of_four_neighbours_stay(tiny_candidate, tiny_context):
     # the planted failure: half of the weights over all matrices is another pattern
     usual = MagnitudePrune(sparsity=0.5, epochs=0).apply(tiny_candidate, tiny_context).weights()["classifier.weight"]
     assert set(np.count_nonzero(usual.reshape(-1, 4), axis=1)) != {2}
+
+
+def test_two_of_four_input_channels_of_a_convolution():
+    """At each place of the kernel, as sparse tensor cores read it; neighbours within the kernel are no such pattern."""
+    weight = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 8, 2, 2)).astype(np.float32))
+    kept = two_of_four(weight)
+    for out in range(3):
+        for y, x in np.ndindex(2, 2):
+            for first in (0, 4):
+                four = weight[out, first : first + 4, y, x].abs()
+                assert set(four.argsort()[2:].tolist()) == set(
+                    kept[out, first : first + 4, y, x].nonzero().flatten().tolist()
+                )
+    assert not (kept.reshape(3, -1, 4).sum(dim=-1) == 2).all(), "four places of one kernel are another pattern"
 
 
 def test_a_tied_weight_stays_tied_and_pruned():

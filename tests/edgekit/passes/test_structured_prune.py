@@ -1,9 +1,12 @@
 """Structured pruning: a unit that does nothing goes first, and its going changes nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from edgekit.data import UNKNOWN, Dataset
 from edgekit.families import build, prunable_groups
 from edgekit.passes.base import Candidate
 from edgekit.passes.structured_prune import StructuredPrune, importance
@@ -108,6 +111,18 @@ def test_a_model_pruned_by_half_keeps_its_accuracy_after_recovery(tiny_candidate
     cut = pruned(0, heads=1, ff_dim=4)
     assert cut < 0.8 * accuracy(tiny_candidate)
     assert pruned(10, heads=1, ff_dim=4) > cut + 0.2
+
+
+def test_without_labels_the_models_own_answers_count(tiny_candidate, tiny_context):
+    bare = Dataset(tiny_context.train.inputs, np.full(len(tiny_context.train), UNKNOWN))
+    pruned = StructuredPrune(keep={"heads": 2}, epochs=1).apply(tiny_candidate, replace(tiny_context, train=bare))
+    assert pruned.arguments["heads"] == 2
+    groups = prunable_groups("t2", tiny_candidate.model)
+    blind, seeing = (importance(tiny_candidate.model, groups, replace(tiny_context, train=data))
+                     for data in (bare, tiny_context.train))  # fmt: skip
+    assert torch.corrcoef(torch.stack([torch.cat(blind), torch.cat(seeing)]))[0, 1] > 0.9, (
+        "the model is right on nearly all rows"
+    )
 
 
 def test_a_class_without_training_samples_is_no_obstacle(tiny_candidate, tiny_context, tiny_data):
