@@ -527,7 +527,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Interpolation:
-    """mean: (objects, grid_points, bands asked for) flux at even times from an object's first used point to its last."""
+    """mean: (objects, grid_points, bands) flux at even times from an object's first used point to its last."""
 
     mean: Floats
     fit: Fit
