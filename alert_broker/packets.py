@@ -205,7 +205,7 @@ class _Waiting:
 
     def _alerts(self, found: Extracted, good: list[int], places: list[int]) -> tuple[LightCurves, pa.RecordBatch]:
         """The light curves of some of the alerts, and their rows of `ALERT_COLUMNS`."""
-        curves = found.curves.take(good)
+        curves = found.curves if len(good) == len(found.curves) else found.curves.take(good)
         columns = [
             found.alert_id[good],
             [found.object_id[alert] for alert in good],
