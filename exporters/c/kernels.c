@@ -52,7 +52,7 @@
 
 #define VECTORS ((TOKENS + LANES - 1) / LANES) /* of one feature */
 #define TILE_VECTORS 3 /* by TILE_ROWS outputs: sums that stay in registers, 12 of 16 or 24 of 32 */
-#define QUERIES (LANES == 16 && HEAD_DIM <= 2 ? 4 : HEAD_DIM <= 4 ? 2 : 1) /* share a key's loads while registers last */
+#define QUERIES (LANES == 16 && HEAD_DIM <= 2 ? 4 : HEAD_DIM <= 4 ? 2 : 1) /* share a key, as registers last */
 
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))
@@ -137,7 +137,7 @@ INLINE vector square_root(vector a)
 #endif
 }
 
-/* 2**x for x <= 0 to 1.5e-7 relative; below 2**-125 anything as small, which is lost beside a softmax's largest term, 1 */
+/* 2**x for x <= 0 to 1.5e-7 relative; no more than 2**-125 below that, which is lost beside a softmax's largest, 1 */
 INLINE vector exp2_of_negative(vector x)
 {
 #if LANES == 16
@@ -402,6 +402,8 @@ static void attention(float *out, const float *query, const float *key, const fl
         size_t v = 0;
         for (; v + QUERIES <= VECTORS; v += QUERIES)
             attend(out + first + v * LANES, query + first + v * LANES, key + first, value + first, QUERIES);
+        for (; QUERIES > 2 && v + 2 <= VECTORS; v += 2)
+            attend(out + first + v * LANES, query + first + v * LANES, key + first, value + first, 2);
         for (; v < VECTORS; v++)
             attend(out + first + v * LANES, query + first + v * LANES, key + first, value + first, 1);
     }
