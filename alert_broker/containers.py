@@ -241,11 +241,12 @@ def _container_metadata(data: Buffer) -> tuple[dict[str, bytes], int]:
 
 def _read_long(data: Buffer, at: int) -> tuple[int, int]:
     """A zigzag variable-length integer and the byte after it."""
-    value = 0
-    for index, byte in enumerate(data[at : at + 10]):
-        value |= (byte & 0x7F) << (7 * index)
+    value, shift = 0, 0
+    for end, byte in enumerate(data[at : at + 10], at + 1):
+        value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return (value >> 1) ^ -(value & 1), at + index + 1
+            return (value >> 1) ^ -(value & 1), end
+        shift += 7
     raise PacketError("ends inside a number" if at + 10 > len(data) else "has a number of more than 64 bits")
 
 

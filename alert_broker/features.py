@@ -115,11 +115,11 @@ class LightCurveFeatures:
         """Inputs of the network for every object; redshift: (objects, 2), photometric redshift and its error."""
         chosen = self.select(curves)
         process = GaussianProcess(self.wavelengths, grid_points=self.grid_points)
-        result = process.interpolate(chosen, threads=threads)
-        mean = result.mean[:, :, [self.bands.index(band) for band in self.seen]]
-        light_curve = np.arcsinh(mean / np.array(self.scale)).astype(np.float32)
+        seen = [self.bands.index(band) for band in self.seen]
+        result = process.interpolate(chosen, bands=seen, threads=threads)
+        light_curve = np.arcsinh(result.mean / np.array(self.scale)).astype(np.float32)
         status = result.fit.status
-        visible = np.isin(chosen.band, [self.bands.index(band) for band in self.seen])
+        visible = np.isin(chosen.band, seen)
         # a light curve without a point in any channel would be a guess from its other colours
         status[np.bincount(chosen.object_of_point[visible], minlength=len(chosen)) == 0] = Status.NO_POINTS
         empty = (status == Status.NO_POINTS) | (status == Status.NO_FLUX)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
@@ -153,13 +153,13 @@ def _covariance(
 
 @_compiled
 def _factor(matrix: Floats, points: Floats, count: int, a: float, m: float) -> float:
-    """Negative log-likelihood less n/2 ln 2 pi, infinite if K is singular; leaves U, dK/dm, z and alpha = K^-1 y.
+    """Negative log-likelihood less n/2 ln 2 pi, infinite if K is singular; leaves U, dK/dm and z.
 
     Rasmussen & Williams 2006, algorithm 2.1, by rows of tiles: what the rows above contribute, then the tiles' own.
     """
     rows, strips, size, right, corner, target = _layout(count)
     amplitude, rate = math.exp(a), math.exp(-m)
-    flux, noise, pivot, alpha, triangle = points[FLUX], points[NOISE], points[PIVOT], points[ALPHA], points[SCRATCH]
+    flux, noise, pivot, triangle = points[FLUX], points[NOISE], points[PIVOT], points[SCRATCH]
     log_determinant = 0.0
     square = 0.0
     for row in range(0, rows, ROWS):
@@ -182,7 +182,15 @@ def _factor(matrix: Floats, points: Floats, count: int, a: float, m: float) -> f
         log_determinant -= math.log(pivot[row] * pivot[row + 1] * pivot[row + 2] * pivot[row + 3])
         for i in range(ROWS):
             square += matrix[target + down + i * LANES] ** 2
+    value = 0.5 * square + log_determinant
+    return value if math.isfinite(value) else np.inf
 
+
+@_compiled
+def _solve(matrix: Floats, points: Floats, count: int) -> None:
+    """alpha = K^-1 y, after `_factor`."""
+    rows, strips, size, _, _, target = _layout(count)
+    pivot, alpha = points[PIVOT], points[ALPHA]
     for s in range(strips):
         store(alpha, s * LANES, splat(0.0))
     for row in range(rows - 1, -1, -1):  # U alpha = z from the last row up: what is still unknown counts as zero
@@ -190,8 +198,6 @@ def _factor(matrix: Floats, points: Floats, count: int, a: float, m: float) -> f
         for s in range(row // LANES, strips):
             known = known + load(matrix, s * size + row * LANES) * load(alpha, s * LANES)
         alpha[row] = (matrix[target + row * LANES] - lane_sum(known)) * pivot[row]
-    value = 0.5 * square + log_determinant
-    return value if math.isfinite(value) else np.inf
 
 
 @_compiled
@@ -225,6 +231,7 @@ def _differentiate(matrix: Floats, points: Floats, count: int, m: float) -> tupl
     half of alpha^T d2K/dm2 alpha, which make up its Hessian; (la, lm, laa) of the second term, whose other second
     derivatives would take products of matrices. Rasmussen & Williams 2006, eq. 5.9; dK/da is K less the noise.
     """
+    _solve(matrix, points, count)
     _invert(matrix, points, count)
     rows, strips, size, right, corner, _ = _layout(count)
     rate = math.exp(-m)
@@ -327,7 +334,7 @@ def _climb(
     ya, ym, vaa, vam, vmm, ymm, la, lm, laa = _differentiate(matrix, points, count, m)
     lam = lmm = np.nan
     radius = FIRST_RADIUS
-    status, stale = _NOT_CONVERGED, False
+    status = _NOT_CONVERGED
     while evaluations < most:
         daa, dam, dmm = vaa - ya + laa, vam - ym + lam, vmm - ymm + lmm
         if not daa * dmm - dam * dam > 1e-4 * (daa + dmm) ** 2:
@@ -343,9 +350,8 @@ def _climb(
             break
         trial = constant + _factor(matrix, points, count, a + step_a, m + step_m)
         evaluations += 1
-        stale = not trial < value
         ratio = (value - trial) / promised
-        if not stale:
+        if trial < value:
             a, m, value = a + step_a, m + step_m, trial
             if promised <= goal and 0.5 < ratio < 1.5:  # the model holds: the next step would gain far less
                 status = _OK
@@ -363,8 +369,6 @@ def _climb(
         if radius < SMALLEST_RADIUS:
             status = _OK
             break
-    if stale:
-        _factor(matrix, points, count, a, m)
     return a, m, value, evaluations, status
 
 
@@ -372,7 +376,7 @@ def _climb(
 def _maximise(
     matrix: Floats, points: Floats, count: int, constant: float, settings: tuple[float, ...], most: int
 ) -> tuple[float, float, float, int, int]:
-    """(a, m, negative log-likelihood, evaluations, status) of the best maximum found, alpha in the points.
+    """(a, m, negative log-likelihood, evaluations, status) of the best maximum found, factored.
 
     A second maximum is common where points a night apart are nearly independent, and a corner of the bounds can be
     higher still (contradicting points at one time). Climbs from there find both; L-BFGS-B does when its first trial
@@ -448,7 +452,7 @@ def _gather(
 @njit(cache=True, error_model="numpy", nogil=True)
 def _run(
     offsets: Integers, time: Floats, band: npt.NDArray[np.int8], flux: Floats, flux_error: Floats, colours: Floats,
-    settings: tuple[float, ...], most: int, given: bool, first_object: int, stride: int, largest: int,
+    shown: Floats, settings: tuple[float, ...], most: int, given: bool, first_object: int, stride: int, largest: int,
     numbers: Floats, counts: Integers, mean: Floats,
 ) -> None:  # fmt: skip
     """Every stride-th object: fit unless its parameters are `given`, predict if `mean` has a grid."""
@@ -497,7 +501,8 @@ def _run(
                     status[item] = _REGULARISED
         if math.isfinite(value):
             log_amplitude[item], log_metric[item], log_likelihood[item] = a + unit, m, -value
-            _predict(points, count, math.exp(a) * scale, math.exp(-m), colours, (last - first) * root, mean[item])
+            _solve(matrix, points, count)
+            _predict(points, count, math.exp(a) * scale, math.exp(-m), shown, (last - first) * root, mean[item])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -557,9 +562,12 @@ class GaussianProcess:
         """The parameters of highest likelihood for each object. threads: None for as many as there are cores."""
         return self._run(curves, threads, 0, None).fit
 
-    def interpolate(self, curves: LightCurves, *, threads: int | None = None) -> Interpolation:
-        """Fit each object, then the mean on its grid in every band, observed in it or not."""
-        return self._run(curves, threads, self.grid_points, None)
+    def interpolate(
+        self, curves: LightCurves, *, bands: Sequence[int] | None = None, threads: int | None = None
+    ) -> Interpolation:
+        """Fit each object, then the mean on its grid in the bands at these positions, observed in it or not; by default
+        in every band."""
+        return self._run(curves, threads, self.grid_points, None, bands)
 
     def predict(
         self, curves: LightCurves, log_amplitude: Floats, log_metric: Floats, *, threads: int | None = None
@@ -568,8 +576,9 @@ class GaussianProcess:
         return self._run(curves, threads, self.grid_points, (log_amplitude, log_metric))
 
     def _run(
-        self, curves: LightCurves, threads: int | None, grid: int, given: tuple[Floats, Floats] | None
-    ) -> Interpolation:
+        self, curves: LightCurves, threads: int | None, grid: int, given: tuple[Floats, Floats] | None,
+        bands: Sequence[int] | None = None,
+    ) -> Interpolation:  # fmt: skip
         if len(curves.bands) != len(self.wavelengths):
             raise EdgekitError(
                 f"{len(self.wavelengths)} wavelengths for the bands {', '.join(curves.bands)}; expected one for each"
@@ -579,7 +588,8 @@ class GaussianProcess:
         if given is not None:
             numbers[0], numbers[1] = given
         counts = np.zeros((3, objects), dtype=np.int64)
-        mean = np.empty((objects, grid, len(self.wavelengths)))
+        shown = np.arange(len(self.wavelengths)) if bands is None else np.array(bands, dtype=np.int64)
+        mean = np.empty((objects, grid, len(shown)))
         low, high = self.length_scale_bounds_days
         settings = (
             2.0 * math.log(self.amplitude), self.log_amplitude_reach,
@@ -594,8 +604,8 @@ class GaussianProcess:
 
         def work(first: int) -> None:
             _run(
-                *columns, colours, settings, self.max_evaluations, given is not None, first, workers, largest,
-                numbers, counts, mean,
+                *columns, colours, colours[shown], settings, self.max_evaluations, given is not None, first, workers,
+                largest, numbers, counts, mean,
             )  # fmt: skip
 
         if workers == 1:

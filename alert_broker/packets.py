@@ -127,13 +127,13 @@ def batches(
 
 
 class _Waiting:
-    """Packets of one survey that wait for their batch, read into columns: a set for each Avro schema, and Parquet's."""
+    """Packets of one survey that wait for their batch, read into columns: a set for each layout, and Parquet's."""
 
     def __init__(self, survey: Survey, spare: dict[Plan, Columns]) -> None:
         self.survey, self._spare = survey, spare
         self._files: list[str] = []  # of each packet, in the order in which they came
         self._offsets: list[int] = []
-        self._columns: dict[Plan, tuple[Columns, list[int]]] = {}  # and the packets' places in that order
+        self._columns: dict[str, tuple[Columns, list[int]]] = {}  # by layout; and the packets' places in that order
         self._tables: list[tuple[pa.RecordBatch, list[int]]] = []
 
     def __len__(self) -> int:
@@ -147,10 +147,11 @@ class _Waiting:
             return None
         plan = block.schema.plan
         assert plan is not None
-        if plan not in self._columns:
-            self._columns[plan] = (self._spare.pop(plan) if plan in self._spare else Columns(plan), [])
-        columns, places = self._columns[plan]
-        ends, fault = columns.read(block.data, block.count)
+        if plan.layout not in self._columns:
+            grown = next((known for known in self._spare if known.layout == plan.layout), None)
+            self._columns[plan.layout] = (Columns(plan) if grown is None else self._spare.pop(grown), [])
+        columns, places = self._columns[plan.layout]
+        ends, fault = columns.read(block.data, block.count, plan)
         starts = [0, *ends.tolist()]
         inside = [0] * len(starts) if block.compressed else starts
         where = [block.offset + start for start in inside] if block.place is None else [block.place] * len(starts)
@@ -168,7 +169,7 @@ class _Waiting:
     def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
         """All that waits, as batches of up to `size`."""
         sources = [(columns.take(), places) for columns, places in self._columns.values()] + self._tables
-        self._spare.update((plan, columns) for plan, (columns, _) in self._columns.items())
+        self._spare.update((columns.plan, columns) for columns, _ in self._columns.values())
         found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
         for columns, places in sources:
             try:
@@ -204,7 +205,7 @@ class _Waiting:
 
     def _alerts(self, found: Extracted, good: list[int], places: list[int]) -> tuple[LightCurves, pa.RecordBatch]:
         """The light curves of some of the alerts, and their rows of `ALERT_COLUMNS`."""
-        curves = found.curves.take(good)
+        curves = found.curves if len(good) == len(found.curves) else found.curves.take(good)
         columns = [
             found.alert_id[good],
             [found.object_id[alert] for alert in good],

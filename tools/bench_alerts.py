@@ -4,11 +4,9 @@
 
 Decoding: the compiled reader beside fastavro on the same packets, CPU time (tools/bench_decode.py).
 
-In memory: real ZTF packets to Avro messages by the pipeline's stages, one after the other on one core, CPU time; beside
-it the reference production path on the same packets, alert by alert: fastavro, a pandas frame, george with scipy, pivot
-and RobustScaler (tools/bench_gp.py), one ONNX Runtime call per alert, JSON. The published broker runs its TensorFlow
-model there, which is not to be had; t2-gr on ONNX Runtime stands in for it, which flatters the reference. Then LSST's
-first detections by the same stages in threads, as the pipeline has them, wall time on all cores.
+In memory: real ZTF packets to the messages that the producer is given, on one core, beside the reference production
+path (tools/bench_memory.py). Then LSST's first detections by the same stages in threads, as the pipeline has them, wall
+time on all cores.
 
 Through a broker: `edgekit alerts consume` between two topics of an embedded Kafka-compatible broker (Tansu, in
 memory) on the same cores. Latency is from the moment when the producer was given the packet to that when a reader has
@@ -18,10 +16,8 @@ the result. The broker's own limit is how fast a consumer that does nothing read
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
-import queue
 import subprocess
 import sys
 import tempfile
@@ -32,31 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import bench_decode
-import fastavro
+import bench_memory
 import numpy as np
 import psutil
-from bench_gp import reference
 from bench_inference import describe_machine
-from check_gp_parity import ZTF, Sample
 from confluent_kafka import Consumer, Producer, TopicPartition
-from threadpoolctl import threadpool_limits
 
 from alert_broker import containers, simulated_packets
-from alert_broker.classify import load_kernels
-from alert_broker.lightcurve import LightCurves
-from alert_broker.results import CLASSIFIED
 from alert_broker.simulate import simulate
-from alert_broker.stream import config as configuration
 from alert_broker.stream.brokers import CLIENT, Tansu, create_topics
-from alert_broker.stream.pipeline import Stages, open_classifiers
-from alert_broker.stream.routing import Route, Router
-from edgekit.session import open_session
-from edgekit.zoo import resolve
 
-BATCH = 512
-REFERENCE_SECONDS = 20.0
 MEMORY_ALERTS = 8192
-ROUNDS = 5
 EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
 
 
@@ -70,132 +52,6 @@ def simulated(survey: str, count: int) -> list[bytes]:
 
 def cycle(values: Sequence[bytes], count: int) -> list[bytes]:
     return list(itertools.islice(itertools.cycle(values), count))
-
-
-# --- in memory
-
-
-def open_stages(threads: int) -> tuple[Stages, Router]:
-    """The pipeline's stages with the zoo's models in C; reuse is off, so that every alert is classified."""
-    model = configuration.Model(runtime="c", threads=threads, reuse="off")
-    classifiers = open_classifiers(configuration.Config(model=model), None)
-    load_kernels(print)
-    classifiers.open_all()
-    for item in classifiers.opened.values():
-        item.session.warmup(BATCH)
-    return Stages(classifiers), Router([Route("results")], classifiers.schema)
-
-
-def one_core(values: list[bytes]) -> dict[str, Any]:
-    """CPU seconds of each stage, one after the other; the best of some rounds."""
-    stages, router = open_stages(1)
-    for item in stages.classifiers.opened.values():
-        item.session._threads = 1  # type: ignore[attr-defined]
-    best: dict[str, float] = {}
-    classified = published = 0
-    for _ in range(ROUNDS):
-        seconds = dict.fromkeys(("decode", "classify", "route"), 0.0)
-        classified = published = 0
-        for start in range(0, len(values), BATCH):
-            moments = [time.process_time()]
-            alerts, letters = stages.decode(values[start : start + BATCH])
-            moments.append(time.process_time())
-            rows, failed = stages.classify(alerts)
-            moments.append(time.process_time())
-            messages = router(rows).messages
-            moments.append(time.process_time())
-            assert not letters, letters[0]
-            assert not failed, failed[0]
-            for name, value in zip(seconds, np.diff(moments), strict=True):
-                seconds[name] += float(value)
-            classified += sum(status == CLASSIFIED for status in rows["status"].to_pylist())
-            published += len(messages)
-        if not best or sum(seconds.values()) < sum(best.values()):
-            best = seconds
-    total = sum(best.values())
-    return {
-        "alerts": len(values), "classified": classified, "published": published, "alerts_per_s": len(values) / total,
-        "microseconds": {name: 1e6 * value / len(values) for name, value in best.items()},
-    }  # fmt: skip
-
-
-def reference_path(values: list[bytes]) -> dict[str, Any]:
-    """Alert by alert, as the published broker has it, for some seconds of CPU time."""
-    bundle = resolve("t2-gr")
-    session = open_session(bundle, "onnxruntime", threads=1)
-    bands, wavelengths = "gr", tuple(ZTF[band] for band in "gr")
-    output, classes = bundle.manifest.outputs[0].name, bundle.manifest.classes
-    specs = {spec.name: spec for spec in bundle.manifest.inputs}
-    done = skipped = 0
-
-    def one(value: bytes) -> bytes | None:
-        (alert,) = fastavro.reader(io.BytesIO(value))
-        rows = set()
-        for row in [alert["candidate"], *(alert["prv_candidates"] or [])]:
-            if row["magpsf"] is None or row["fid"] > len(bands):
-                continue
-            flux = (1.0 if row["isdiffpos"] in ("t", "1") else -1.0) * 10.0 ** (-0.4 * (row["magpsf"] - 27.5))
-            rows.add((row["jd"] - 2400000.5, int(row["fid"]) - 1, flux, abs(flux) * 0.921034 * row["sigmapsf"]))
-        if len(rows) < 2:
-            return None
-        table = np.array(sorted(rows))
-        curves = LightCurves(
-            tuple(bands), np.array([0, len(table)]), table[:, 0], table[:, 1].astype(np.int8), table[:, 2],
-            table[:, 3], np.ones(len(table), np.bool_),
-        )  # fmt: skip
-        frame = reference(Sample("ZTF", [alert["objectId"]], curves, wavelengths), 0)
-        inputs = {"light_curve": frame[list(bands)].to_numpy(np.float32)[None]}
-        if "context" in specs:
-            inputs["context"] = np.zeros((1, int(specs["context"].shape[1])), np.float32)
-        probabilities = session.run(inputs)[output][0]
-        result = {"objectId": alert["objectId"], "candid": alert["candid"]}
-        return json.dumps(result | dict(zip(classes, probabilities.tolist(), strict=True))).encode()
-
-    with threadpool_limits(1):
-        for value in values[:3]:
-            one(value)  # caches of pandas, scikit-learn and the session
-        started = time.process_time()
-        for value in itertools.cycle(values):
-            if one(value) is None:
-                skipped += 1  # too few points for it; counted as done
-            done += 1
-            if time.process_time() - started > REFERENCE_SECONDS and done >= len(values):
-                break
-        seconds = time.process_time() - started
-    return {"alerts": done, "without_enough_points": skipped, "alerts_per_s": done / seconds}
-
-
-def all_cores(values: list[bytes]) -> dict[str, Any]:
-    """Wall seconds with a thread to each stage and queues between them, as the pipeline has them."""
-    stages, router = open_stages(0)
-    best = float("inf")
-    published = 0
-    for _ in range(ROUNDS):
-        decoded: queue.Queue[Any] = queue.Queue(2)
-        classified: queue.Queue[Any] = queue.Queue(2)
-
-        def decode(out: queue.Queue[Any] = decoded) -> None:
-            for start in range(0, len(values), BATCH):
-                out.put(stages.decode(values[start : start + BATCH])[0])
-            out.put(None)
-
-        def classify(source: queue.Queue[Any] = decoded, out: queue.Queue[Any] = classified) -> None:
-            while (alerts := source.get()) is not None:
-                out.put(stages.classify(alerts)[0])
-            out.put(None)
-
-        threads = [threading.Thread(target=decode), threading.Thread(target=classify)]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        published = 0
-        while (rows := classified.get()) is not None:
-            published += len(router(rows).messages)
-        best = min(best, time.perf_counter() - started)
-        for thread in threads:
-            thread.join()
-    assert published == len(values)
-    return {"packets": len(values), "packets_per_s": len(values) / best}
 
 
 # --- through a broker
@@ -372,17 +228,20 @@ def main() -> None:
                 flush=True,
             )
 
-    base = reference_path(ztf)
-    ours = one_core(cycle(ztf, MEMORY_ALERTS))
-    report["memory"] = {"reference": base, "edgekit": ours, "ratio": ours["alerts_per_s"] / base["alerts_per_s"]}
+    memory = report["memory"] = bench_memory.one_core(ztf, MEMORY_ALERTS)
+    ours = memory["edgekit"]
     print(f"\none core, ZTF packets to messages: {ours['alerts_per_s']:,.0f}/s "
           f"({', '.join(f'{name} {value:.0f} us' for name, value in ours['microseconds'].items())}), "
           f"{ours['classified']:,} of {ours['alerts']:,} classified")  # fmt: skip
-    print(f"reference path: {base['alerts_per_s']:,.1f}/s; ratio {report['memory']['ratio']:,.0f}x", flush=True)
-    report["memory"]["lsst_all_cores"] = both = all_cores(cycle(lsst, MEMORY_ALERTS))
-    report["memory"]["ztf_all_cores"] = all_cores(cycle(ztf, MEMORY_ALERTS))
-    print(f"all cores: {both['packets_per_s']:,.0f} LSST first detections/s, "
-          f"{report['memory']['ztf_all_cores']['packets_per_s']:,.0f} ZTF packets/s", flush=True)  # fmt: skip
+    print(
+        f"reference path: {memory['reference']['alerts_per_s']:,.1f}/s; ratio {memory['ratio']:,.0f}x "
+        f"({' to '.join(f'{value:.0f}' for value in memory['ratio_range'])} in {memory['rounds']} turns), "
+        f"{memory['ratio_of_classified']:,.0f}x of the alerts that each classifies", flush=True,
+    )  # fmt: skip
+    for name, values in (("lsst", lsst), ("ztf", ztf)):
+        memory[f"{name}_all_cores"] = bench_memory.all_cores(values, MEMORY_ALERTS)
+    print(f"all cores: {memory['lsst_all_cores']['packets_per_s']:,.0f} LSST first detections/s, "
+          f"{memory['ztf_all_cores']['packets_per_s']:,.0f} ZTF packets/s", flush=True)  # fmt: skip
 
     report["broker"] = {}
     for name, values in (("ztf", ztf), ("lsst", lsst)):

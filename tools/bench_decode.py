@@ -65,10 +65,12 @@ class ByFastavro:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.rows = plan, list[Any]()
 
-    def read(self, data: bytes | memoryview, count: int) -> tuple[npt.NDArray[np.int64], Fault | None]:
-        stream, ends = io.BytesIO(data), []
+    def read(
+        self, data: bytes | memoryview, count: int, plan: Plan | None = None
+    ) -> tuple[npt.NDArray[np.int64], Fault | None]:
+        stream, ends, plan = io.BytesIO(data), [], plan or self.plan
         for _ in range(count):
-            self.rows.append(project(fastavro.schemaless_reader(stream, parsed[self.plan], None), self.plan.root))
+            self.rows.append(project(fastavro.schemaless_reader(stream, parsed[plan], None), plan.root))
             ends.append(stream.tell())
         assert ends[-1] == len(data)
         return np.array(ends), None

@@ -28,10 +28,11 @@ class Fault:
 
 
 class Columns:
-    """Packets read with one plan. `read` appends, `take` gives what there is as Arrow columns and starts again."""
+    """Packets read with one plan, or with several of one layout: versions of a schema that differ in what is skipped.
+    `read` appends, `take` gives what there is as Arrow columns and starts again."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan = self._reading = plan
         self._levels = np.zeros((plan.levels, 4), np.int64)
         self._columns = np.zeros((len(plan.level_of), 7), np.int64)
         self._columns[:, walk.LEVEL] = plan.level_of
@@ -45,15 +46,21 @@ class Columns:
     def __len__(self) -> int:
         return int(self._levels[0, walk.ROWS])
 
-    def read(self, data: bytes | memoryview, count: int) -> tuple[npt.NDArray[np.int64], Fault | None]:
+    def read(
+        self, data: bytes | memoryview, count: int, plan: Plan | None = None
+    ) -> tuple[npt.NDArray[np.int64], Fault | None]:
         """Append `count` datums that fill the data; where each ends, and what is wrong with the one after them.
+
+        plan: of the data, where it is not the one that these columns were made for.
 
         If bytes are left over, nothing is appended: the lengths do not add up, so where datums start is not known.
         """
+        self._reading = plan = plan or self.plan
+        assert plan.layout == self.plan.layout
         array = np.frombuffer(data, np.uint8)
         if array.flags.writeable:
             array.flags.writeable = False  # one type for the compiled loop, whatever the buffer
-        ends = np.empty(min(count, len(array) // self.plan.least + 1), np.int64)
+        ends = np.empty(min(count, len(array) // plan.least + 1), np.int64)
         report = np.zeros(6, np.int64)
         while (code := self._walk(array, count, ends, report)) == walk.FULL:
             self._grow(int(report[walk.WHICH]), int(report[walk.NEEDED]))
@@ -62,7 +69,7 @@ class Columns:
         done, start, at, operation = report[: walk.WHICH].tolist()
         if code == walk.LEFT:
             return ends[:0], Fault(0, 0, at, "", f"{len(array) - at} bytes left over")
-        return ends[:done], Fault(done, start, at, self.plan.where[operation], walk.REASONS[code])
+        return ends[:done], Fault(done, start, at, plan.where[operation], walk.REASONS[code])
 
     def take(self) -> pa.RecordBatch:
         """What was read: a column for each wanted field at the top, with structs and lists as in the schema."""
@@ -74,7 +81,7 @@ class Columns:
         self, data: npt.NDArray[np.uint8], count: int, ends: npt.NDArray[np.int64], report: npt.NDArray[np.int64]
     ) -> int:
         return walk.walk(
-            data, len(data), count, self.plan.program, self.plan.items, self._cells, self._valid,
+            data, len(data), count, self._reading.program, self._reading.items, self._cells, self._valid,
             self._text, self._columns, self._levels, self._stack, self._scratch, ends, report,
         )  # fmt: skip
 

@@ -81,7 +81,8 @@ class Plan:
 
     program: (operations, 5) int64, operation and operands; items: (fields, 4) int64, see `walk`; where: the field of
     each operation; level_of: (columns,) the level whose rows a column has, 0 for the packets, one more for each wanted
-    array; least: the fewest bytes of a datum; depth: of arrays and maps inside each other.
+    array; least: the fewest bytes of a datum; depth: of arrays and maps inside each other. layout: plans in which it is
+    equal fill the same columns.
     """
 
     program: npt.NDArray[np.int64]
@@ -92,6 +93,7 @@ class Plan:
     root: Record
     least: int
     depth: int
+    layout: str
 
 
 def compile_plan(schema: Any, wanted: Iterable[str]) -> Plan:
@@ -118,6 +120,7 @@ def compile_plan(schema: Any, wanted: Iterable[str]) -> Plan:
     return Plan(
         rows, np.array(compiler.items, dtype=np.int64).reshape(-1, 4), tuple(where for _, where in compiler.program),
         np.array(compiler.level_of, dtype=np.int64), compiler.levels, root, least, compiler.depth,
+        f"{compiler.depth} {compiler.level_of} {root}",
     )  # fmt: skip
 
 

@@ -84,7 +84,9 @@ class Rows:
         """(rows,) float64, NaN for null."""
         if len(self.owner) == 0:  # of a list that is empty everywhere, the fields may not be known
             return np.empty(0)
-        values = self.columns[name].cast(pa.float64(), safe=False)
+        values = self.columns[name]
+        if not pa.types.is_float64(values.type):
+            values = values.cast(pa.float64(), safe=False)
         return np.asarray(values.to_numpy(zero_copy_only=False))
 
     def integers(self, name: str, *, optional: bool = False) -> Integers:
@@ -102,7 +104,7 @@ class Rows:
             return np.full(len(self.owner), -1, np.int8)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
-        found = pc.index_in(column, value_set=pa.array(labels).cast(column.type))
+        found = pc.index_in(column, options=_value_set(tuple(labels), column.type))
         return np.asarray(pc.fill_null(found, -1).to_numpy().astype(np.int8))
 
     def where(self, keep: npt.NDArray[np.bool_]) -> Rows:
@@ -221,6 +223,12 @@ class Survey(ABC):
             raise PacketError(f"the {self.name} packet has a malformed field: {error}") from error
         curves, dropped = _curves_of_points(found.parts, len(packets), self.bands)
         return Extracted(curves, alert_id, found.object_id, found.upper_limits, dropped, packets.errors)
+
+
+@functools.lru_cache(maxsize=64)
+def _value_set(labels: tuple[Any, ...], kind: pa.DataType) -> pc.SetLookupOptions:
+    """Labels to be looked up in columns of a type; made once, for a batch has a dozen such columns."""
+    return pc.SetLookupOptions(value_set=pa.array(labels).cast(kind))
 
 
 @functools.cache

@@ -52,7 +52,7 @@
 
 #define VECTORS ((TOKENS + LANES - 1) / LANES) /* of one feature */
 #define TILE_VECTORS 3 /* by TILE_ROWS outputs: sums that stay in registers, 12 of 16 or 24 of 32 */
-#define QUERIES (HEAD_DIM <= 4 ? 2 : 1) /* vectors that share the loads of a key, as long as registers last */
+#define QUERIES (LANES == 16 && HEAD_DIM <= 2 ? 4 : HEAD_DIM <= 4 ? 2 : 1) /* share a key, as registers last */
 
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))
@@ -137,25 +137,34 @@ INLINE vector square_root(vector a)
 #endif
 }
 
-/* 2**x for x <= 0 to 1.5e-7 relative; 2**-125 for less, which is lost beside a softmax's largest term, 1 */
+/* 2**x for x <= 0 to 1.5e-7 relative; no more than 2**-125 below that, which is lost beside a softmax's largest, 1 */
 INLINE vector exp2_of_negative(vector x)
 {
+#if LANES == 16
+    const vector whole = (vector)_mm512_roundscale_ps((__m512)x, 0), f = x - whole; /* in [-0.5, 0.5] */
+    vector p;
+#else
     const float shift = 12582912.0f; /* 1.5 * 2**23: adding it rounds to a whole number, left in the lowest bits */
     bits exponent, result;
     vector shifted, f, p;
     x = larger(x, splat(-125.0f));
     shifted = x + shift;
     f = x - (shifted - shift); /* in [-0.5, 0.5] */
+#endif
     p = multiply_add(splat(1.3269406e-3f), f, splat(9.6712941e-3f)); /* minimax: 9.3e-8 relative */
     p = multiply_add(p, f, splat(5.5507112e-2f));
     p = multiply_add(p, f, splat(2.4022247e-1f));
     p = multiply_add(p, f, splat(6.9314700e-1f));
     p = multiply_add(p, f, splat(1.0f));
+#if LANES == 16
+    return (vector)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
     memcpy(&exponent, &shifted, sizeof exponent);
     memcpy(&result, &p, sizeof result);
     result += exponent << 23;
     memcpy(&p, &result, sizeof p);
     return p;
+#endif
 }
 
 /* the same in double, half a vector at a time */
@@ -393,6 +402,8 @@ static void attention(float *out, const float *query, const float *key, const fl
         size_t v = 0;
         for (; v + QUERIES <= VECTORS; v += QUERIES)
             attend(out + first + v * LANES, query + first + v * LANES, key + first, value + first, QUERIES);
+        for (; QUERIES > 2 && v + 2 <= VECTORS; v += 2)
+            attend(out + first + v * LANES, query + first + v * LANES, key + first, value + first, 2);
         for (; v < VECTORS; v++)
             attend(out + first + v * LANES, query + first + v * LANES, key + first, value + first, 1);
     }

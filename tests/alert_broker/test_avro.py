@@ -302,6 +302,48 @@ def test_claims_that_cannot_be_are_refused_where_they_stand(kind, data, code, at
     assert [row["first"] for row in columns.take().to_pylist()] == [7]
 
 
+def versions(*kinds):
+    """Plans of a record whose `unread` field comes first and is of these types."""
+    fields = [{"name": "text", "type": "string"}, {"name": "rows", "type": {"type": "array", "items": ["null", "int"]}}]
+    for kind in kinds:
+        raw = {"type": "record", "name": "r", "fields": [{"name": "unread", "type": kind}, *fields]}
+        yield compile_plan(parse_schema(raw), ["text", "rows"])
+
+
+def test_schemas_that_differ_in_what_is_skipped_fill_the_same_columns():
+    old, new = versions("int", "double")
+    assert old.layout == new.layout
+    columns = Columns(old)
+    rest = b"\x02a" + zigzag(2) + b"\x02" + zigzag(5) + b"\x00\x00", b"\x04bc" + zigzag(0)
+    assert columns.read(zigzag(300) + rest[0], 1)[1] is None
+    assert columns.read(bytes(8) + rest[1], 1, new)[1] is None
+    fault = columns.read(bytes(8) + b"\x04b", 1, new)[1]
+    assert (fault.field, fault.at) == ("text", 8)
+    assert columns.read(zigzag(-1) + rest[0], 1)[1] is None
+    expected = [{"text": "a", "rows": [5, None]}, {"text": "bc", "rows": []}, {"text": "a", "rows": [5, None]}]
+    assert columns.take().to_pylist() == expected
+
+
+def test_planted_plan_of_another_version_is_seen():
+    """The columns are the same, and yet each packet needs the plan of its own schema."""
+    old, new = versions("int", "double")
+    data = bytes(8) + b"\x04bc" + zigzag(0)
+    assert Columns(old).read(data, 1)[1] is not None
+    assert Columns(old).read(data, 1, new)[1] is None
+
+
+def test_schemas_that_differ_in_what_is_read_have_columns_of_their_own():
+    (plan,) = versions("int")
+    fields = [
+        {"name": "text", "type": ["null", "string"]},
+        {"name": "rows", "type": {"type": "array", "items": "long"}},
+    ]
+    other = compile_plan(parse_schema({"type": "record", "name": "r", "fields": fields}), ["text", "rows"])
+    assert plan.layout != other.layout
+    with pytest.raises(AssertionError):
+        Columns(plan).read(b"\0\0", 1, other)
+
+
 def test_a_block_with_a_size_must_have_it():
     schema = parse_schema({"type": "record", "name": "r", "fields": [{"name": "value", "type": MANY}]})
     columns = Columns(compile_plan(schema, ["value"]))

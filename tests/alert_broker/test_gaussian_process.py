@@ -273,6 +273,14 @@ def test_errors_name_the_value():
         GaussianProcess(WAVELENGTHS, grid_points=0)
 
 
+def test_only_the_bands_asked_for_are_predicted():
+    batch = concatenate([supernova(points) for points in (3, 25)])
+    every, some = PROCESS.interpolate(batch), PROCESS.interpolate(batch, bands=[4, 1])
+    np.testing.assert_array_equal(some.mean, every.mean[:, :, [4, 1]])
+    np.testing.assert_array_equal(some.fit.log_metric, every.fit.log_metric)
+    assert not np.array_equal(some.mean, every.mean[:, :, [1, 4]])
+
+
 def test_grid_of_another_size():
     one = supernova(25)
     fit = PROCESS.fit(one)

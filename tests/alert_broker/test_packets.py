@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from alert_broker.avro.columns import Columns
 from alert_broker.containers import BadPacket, split
 from alert_broker.packets import ALERT_COLUMNS, AlertBatch, ParquetRows, batches, find_files, read_blocks
 from alert_broker.simulate import simulate, write
@@ -318,6 +319,26 @@ def test_schemas_of_one_survey_share_a_batch_in_order():
     assert batch.curves.time[batch.curves.detected].tolist()[:2] == [60_001.0, 60_002.0]
     halves = [item.alerts["alert_id"].to_pylist() for item in batches(blocks, 4)]
     assert halves == [[1, 2, 3, 4], [5, 6, 7]]
+
+
+def test_versions_that_differ_in_what_is_skipped_are_converted_at_once(monkeypatch):
+    """Each conversion to Arrow costs as much as some dozen packets."""
+    newer, taken = schema(unread=["null", "double"]), []
+    take = Columns.take
+    monkeypatch.setattr(Columns, "take", lambda columns: taken.append(len(columns)) or take(columns))
+    blocks = []
+    for number in range(1, 6):
+        packet, options = alert(number), {}
+        if number % 2:
+            packet, options = packet | {"unread": 1.0}, {"avro_schema": newer}
+        blocks += split(container([packet], **options), "bytes")
+    spare = {}
+    for _ in range(2):
+        (batch,) = batches(blocks, spare=spare)
+        assert batch.alerts["alert_id"].to_pylist() == [1, 2, 3, 4, 5]
+        assert batch.curves.time.tolist() == [60_000.0 + number for number in range(1, 6)]
+        assert len(spare) == 1
+    assert taken == [5, 5]
 
 
 # What is in the real folders: survey -> alerts, "error" and "skipped" -> rows.

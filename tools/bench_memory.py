@@ -1,0 +1,225 @@
+"""Packets in memory to messages in memory, beside the reference production path: a part of tools/bench_alerts.py.
+
+Ours: real ZTF packets by the pipeline's stages, one after the other on one core, up to the topic, key, headers and Avro
+bytes that the producer is called with; reuse is off, so that every alert is classified. The reference, alert by alert:
+fastavro, a pandas frame, george with scipy, pivot and RobustScaler (tools/bench_gp.py), one ONNX Runtime call, JSON.
+The published broker runs its TensorFlow model there, which is not to be had; t2-gr on ONNX Runtime stands in for it,
+which flatters the reference, and so does counting the alerts that it passes over for want of points.
+
+Both are timed in turns, CPU time, so that a busy machine slows both; all numbers are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import fastavro
+import numpy as np
+from bench_gp import reference
+from check_gp_parity import ZTF, Sample
+from threadpoolctl import threadpool_limits
+
+from alert_broker.classify import load_kernels
+from alert_broker.lightcurve import LightCurves
+from alert_broker.results import CLASSIFIED
+from alert_broker.stream import config as configuration
+from alert_broker.stream.dead_letters import position_headers
+from alert_broker.stream.pipeline import Stages, open_classifiers, with_positions
+from alert_broker.stream.publish import Outgoing
+from alert_broker.stream.routing import Route, Router
+from alert_broker.stream.source import MessageBatch
+from edgekit.session import open_session
+from edgekit.zoo import resolve
+
+BATCH = 512
+ROUNDS = 15
+ROUNDS_OF_THREADS = 5
+STAGES = ("decode", "classify", "route")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """In the place of a Kafka message: one of the topic `source`."""
+
+    number: int
+    content: bytes
+
+    def value(self) -> bytes:
+        return self.content
+
+    def topic(self) -> str:
+        return "source"
+
+    def partition(self) -> int:
+        return 0
+
+    def offset(self) -> int:
+        return self.number
+
+    def headers(self) -> None:
+        return None
+
+
+def one_core(packets: list[bytes], alerts: int) -> dict[str, Any]:
+    """The reference on all packets and ours on so many, packets repeated, in turns; the ratio is that of each turn."""
+    batches = [_batch(packets, start, min(BATCH, alerts - start)) for start in range(0, alerts, BATCH)]
+    stages, router = open_stages(1)
+    for item in stages.classifiers.opened.values():
+        item.session._threads = 1  # type: ignore[attr-defined]
+    one = reference_path()
+    seconds: list[list[float]] = []  # of each stage
+    theirs: list[float] = []  # seconds of an alert
+    counts: dict[str, int] = {}
+    passed_over = 0
+    with threadpool_limits(1):
+        for value in packets[:3]:
+            one(value)  # caches of pandas, scikit-learn and the session
+        through_stages(batches[:1], stages, router)
+        for _ in range(ROUNDS):
+            started = time.process_time()
+            passed_over += sum([one(value) is None for value in packets])
+            theirs.append((time.process_time() - started) / len(packets))
+            spent, counts = through_stages(batches, stages, router)
+            seconds.append(spent)
+    ours = np.sum(seconds, axis=1) / alerts
+    each = 1e6 * np.median(seconds, axis=0) / alerts
+    done = ROUNDS * len(packets)
+    ratio, share = float(np.median(theirs / ours)), 1 - passed_over / done
+    return {
+        "rounds": ROUNDS,
+        "reference": {
+            "alerts": done, "without_enough_points": passed_over, "alerts_per_s": 1 / float(np.median(theirs)),
+        },
+        "edgekit": {
+            "alerts": alerts, **counts, "alerts_per_s": 1 / float(np.median(ours)),
+            "microseconds": dict(zip(STAGES, each.tolist(), strict=True)),
+        },
+        "ratio": ratio,
+        "ratio_of_classified": ratio / share,
+        "ratio_range": [float(np.min(theirs / ours)), float(np.max(theirs / ours))],
+    }  # fmt: skip
+
+
+def open_stages(threads: int) -> tuple[Stages, Router]:
+    """The pipeline's stages with the zoo's models in C."""
+    model = configuration.Model(runtime="c", threads=threads, reuse="off")
+    classifiers = open_classifiers(configuration.Config(model=model), None)
+    load_kernels(print)
+    classifiers.open_all()
+    for item in classifiers.opened.values():
+        item.session.warmup(BATCH)
+    router = Router([Route("results")], classifiers.schema)
+    router.warm_up()
+    return Stages(classifiers), router
+
+
+def through_stages(batches: list[MessageBatch], stages: Stages, router: Router) -> tuple[list[float], dict[str, int]]:
+    """CPU seconds of each stage, one after the other, and what came of the alerts."""
+    seconds = np.zeros(len(STAGES))
+    counts = dict.fromkeys(("classified", "published", "published_bytes"), 0)
+    for batch in batches:
+        moments = [time.process_time()]
+        alerts, letters = stages.decode([message.value() for message in batch.messages])
+        moments.append(time.process_time())
+        rows, failed = stages.classify(alerts)
+        numbers = rows["offset"].to_numpy()
+        rows = with_positions(rows, batch, numbers)
+        moments.append(time.process_time())
+        place = numbers.tolist()
+        headers = [position_headers(batch.messages[k]) for k in place]
+        outgoing = [
+            Outgoing(message.topic, message.value, headers[message.row], place[message.row], message.key)
+            for message in router(rows).messages
+        ]
+        moments.append(time.process_time())
+        assert not letters, letters[0]
+        assert not failed, failed[0]
+        seconds += np.diff(moments)
+        counts["classified"] += sum(status == CLASSIFIED for status in rows["status"].to_pylist())
+        counts["published"] += len(outgoing)
+        counts["published_bytes"] += sum(len(message.value or b"") for message in outgoing)
+    return seconds.tolist(), counts
+
+
+def reference_path() -> Callable[[bytes], bytes | None]:
+    """One alert, as the published broker has it; None where there are too few points for it."""
+    bundle = resolve("t2-gr")
+    session = open_session(bundle, "onnxruntime", threads=1)
+    bands, wavelengths = "gr", tuple(ZTF[band] for band in "gr")
+    output, classes = bundle.manifest.outputs[0].name, bundle.manifest.classes
+    specs = {spec.name: spec for spec in bundle.manifest.inputs}
+
+    def one(value: bytes) -> bytes | None:
+        (alert,) = fastavro.reader(io.BytesIO(value))
+        rows = set()
+        for row in [alert["candidate"], *(alert["prv_candidates"] or [])]:
+            if row["magpsf"] is None or row["fid"] > len(bands):
+                continue
+            flux = (1.0 if row["isdiffpos"] in ("t", "1") else -1.0) * 10.0 ** (-0.4 * (row["magpsf"] - 27.5))
+            rows.add((row["jd"] - 2400000.5, int(row["fid"]) - 1, flux, abs(flux) * 0.921034 * row["sigmapsf"]))
+        if len(rows) < 2:
+            return None
+        table = np.array(sorted(rows))
+        curves = LightCurves(
+            tuple(bands), np.array([0, len(table)]), table[:, 0], table[:, 1].astype(np.int8), table[:, 2],
+            table[:, 3], np.ones(len(table), np.bool_),
+        )  # fmt: skip
+        frame = reference(Sample("ZTF", [alert["objectId"]], curves, wavelengths), 0)
+        inputs = {"light_curve": frame[list(bands)].to_numpy(np.float32)[None]}
+        if "context" in specs:
+            inputs["context"] = np.zeros((1, int(specs["context"].shape[1])), np.float32)
+        probabilities = session.run(inputs)[output][0]
+        result = {"objectId": alert["objectId"], "candid": alert["candid"]}
+        return json.dumps(result | dict(zip(classes, probabilities.tolist(), strict=True))).encode()
+
+    return one
+
+
+def all_cores(packets: list[bytes], alerts: int) -> dict[str, Any]:
+    """Wall seconds with a thread to each stage and queues between them, as the pipeline has them; encoded messages."""
+    batches = [_batch(packets, start, min(BATCH, alerts - start)) for start in range(0, alerts, BATCH)]
+    stages, router = open_stages(0)
+    seconds = [_in_threads(batches, stages, router) for _ in range(ROUNDS_OF_THREADS)]
+    return {"packets": alerts, "packets_per_s": alerts / float(np.median(seconds))}
+
+
+def _in_threads(batches: list[MessageBatch], stages: Stages, router: Router) -> float:
+    decoded: queue.Queue[Any] = queue.Queue(2)
+    classified: queue.Queue[Any] = queue.Queue(2)
+
+    def decode() -> None:
+        for batch in batches:
+            decoded.put(stages.decode([message.value() for message in batch.messages])[0])
+        decoded.put(None)
+
+    def classify() -> None:
+        while (alerts := decoded.get()) is not None:
+            classified.put(stages.classify(alerts)[0])
+        classified.put(None)
+
+    threads = [threading.Thread(target=decode), threading.Thread(target=classify)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    published = 0
+    while (rows := classified.get()) is not None:
+        published += len(router(rows).messages)
+    seconds = time.perf_counter() - started
+    for thread in threads:
+        thread.join()
+    assert published == sum(map(len, batches))
+    return seconds
+
+
+def _batch(packets: list[bytes], first: int, count: int) -> MessageBatch:
+    """Packets in a circle, from number `first` on, as they come from a partition."""
+    numbers = np.arange(first, first + count)
+    messages: list[Any] = [Given(k, packets[k % len(packets)]) for k in numbers.tolist()]
+    return MessageBatch(messages, (("source", 0),), (0,), np.zeros(count, np.int64), numbers, time.monotonic())
