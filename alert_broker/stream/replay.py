@@ -19,8 +19,8 @@ from alert_broker.avro.columns import Columns
 from alert_broker.containers import AVRO_MAGIC, SYNC_BYTES, WIRE_HEADER, Block, Schema, header_end, split
 from alert_broker.packets import PARQUET_MAGIC, TRUTH_KEY, find_files
 from alert_broker.simulate import SimulatedAlert
+from alert_broker.stream.clients import reason_of
 from alert_broker.stream.config import Secret
-from alert_broker.stream.source import reason_of
 from edgekit.errors import EdgekitError
 
 TICK = 0.002  # seconds; messages that are due are sent together

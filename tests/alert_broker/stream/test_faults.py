@@ -17,8 +17,8 @@ import pytest
 from confluent_kafka import TopicPartition
 
 from alert_broker.stream import archive, brokers
+from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.dead_letters import REASON, headers_of
-from alert_broker.stream.source import open_consumer
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import Rig, position, repeat
 

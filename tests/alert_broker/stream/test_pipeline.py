@@ -8,10 +8,11 @@ import pytest
 from confluent_kafka import TopicPartition
 
 from alert_broker.classify import classify_files
-from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of, redrive
+from alert_broker.stream.clients import open_consumer
+from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of
 from alert_broker.stream.ledger import Ledger
-from alert_broker.stream.pipeline import MOST_SPARE, Stages
-from alert_broker.stream.source import open_consumer
+from alert_broker.stream.redrive import redrive
+from alert_broker.stream.stages import MOST_SPARE, Stages
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import position, repeat
 

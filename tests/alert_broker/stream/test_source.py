@@ -8,7 +8,8 @@ from confluent_kafka import KafkaError, TopicPartition
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import source as module
-from alert_broker.stream.source import LostError, Source, next_offsets, start_positions
+from alert_broker.stream.source import LostError, Source, next_offsets
+from alert_broker.stream.start import start_positions
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 
