@@ -83,9 +83,10 @@ class Rig:
         path.write_text(tomli_w.dumps(self.tables(**changes)))
         return Running(path)
 
-    def send(self, values: Iterable[bytes], topic: str = "", headers=None) -> int:
+    def send(self, values: Iterable[bytes], topic: str = "", headers=None, spread: int = 0) -> int:
+        """spread: messages to a batch of the producer; the embedded broker counts the last of each partition only."""
         producer = Producer({"bootstrap.servers": self.address, "enable.idempotence": True, "linger.ms": 5,
-                             "message.max.bytes": 8_388_608})  # fmt: skip
+                             "message.max.bytes": 8_388_608, **({"batch.num.messages": spread} if spread else {})})  # fmt: skip
         failed = []
         partition = itertools.cycle(range(self.partitions))
         count = 0

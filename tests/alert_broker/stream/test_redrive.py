@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
 
 from alert_broker.stream.brokers import MockCluster, create_topics
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.config import DeadLetters
 from alert_broker.stream.dead_letters import ATTEMPTS, OMITTED, headers_of
-from alert_broker.stream.redrive import Redriven, redrive
+from alert_broker.stream.redrive import Originals, Redriven, redrive
 from edgekit.errors import EdgekitError
 
 BROKEN = b"Obj\x01 and then nothing that Avro knows"
@@ -108,8 +108,7 @@ def test_a_letter_without_its_bytes_is_sent_with_them(large):
     config = large.config()
     done = redrive(config.kafka_settings(), config.dead_letters, group=f"{large.name}-redrive")
     assert done == Redriven(sent=3)
-    again = large.read(large.source)[-3:] if large.partitions == 1 else large.read(large.source)
-    sent = [message for message in again if ATTEMPTS in dict(headers_of(message))]
+    sent = [message for message in large.read(large.source) if ATTEMPTS in dict(headers_of(message))]
     assert sorted(message.value() for message in sent) == large.values
     for message in sent:
         assert dict(headers_of(message))["survey"] == b"here"
@@ -133,14 +132,19 @@ def test_a_letter_whose_alert_is_gone_is_told(large, caplog, monkeypatch):
     assert caplog.text.count("has none at") == 3
 
 
-def test_originals_beyond_the_ends_of_the_log_are_none(rig):
-    from alert_broker.stream.redrive import Originals
-
-    rig.send([b"a", b"b", b"c"])
-    originals = Originals({**rig.kafka, "enable.partition.eof": True, "enable.auto.commit": False})
-    try:
-        assert originals.read(rig.source, 1, 0).value() == b"b"
-        assert originals.read(rig.source, 1, 700) is None
-        assert originals.read(rig.source, 2, 0).value() == b"c"
-    finally:
-        originals.close()
+def test_originals_beyond_the_end_of_the_log_are_none():
+    """Against librdkafka's mock cluster: the embedded broker has no answer for such an offset."""
+    with MockCluster() as cluster:
+        cluster.create_topic("t", 2)
+        producer = Producer({"bootstrap.servers": cluster.address})
+        for number in range(4):
+            producer.produce("t", b"%d" % number, partition=number % 2)
+        assert producer.flush(10) == 0
+        originals = Originals({"bootstrap.servers": cluster.address, "enable.partition.eof": True})
+        try:
+            assert originals.read("t", 1, 0).value() == b"1"
+            assert originals.read("t", 1, 700) is None
+            assert originals.read("t", 1, 2) is None  # the end itself
+            assert originals.read("t", 0, 1).value() == b"2"
+        finally:
+            originals.close()
