@@ -63,11 +63,11 @@ topic = "cli-dead"
     assert (total["consumed"], total["published"], total["dead_lettered"]) == (22, 20, 2)
     assert report["reasons"].popitem()[1] == 2
     done = edgekit("alerts", "redrive", "--config", config, "--json", *kafka(broker))
-    assert json.loads(done.out) == {"sent": 2, "passed_over": 0}
+    assert json.loads(done.out) == {"sent": 2, "passed_over": 0, "gone": 0}
     for group, passed in (("", 0), ("cli-other", 2), ("cli-other", 0)):  # a group looks at a letter once
         done = edgekit("alerts", "redrive", "--config", config, "--json", "--reason", "no such", *kafka(broker),
                        *(["--group", group] if group else []))  # fmt: skip
-        assert json.loads(done.out) == {"sent": 0, "passed_over": passed}
+        assert json.loads(done.out) == {"sent": 0, "passed_over": passed, "gone": 0}
     done = edgekit("alerts", "consume", "--config", config, *kafka(broker))
     assert done.status == 0, done.err
     assert any(line.split()[0] == "all" and line.split()[-2:] == ["2", "0"] for line in done.out.splitlines()), done.out

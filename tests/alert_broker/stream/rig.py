@@ -85,8 +85,10 @@ class Rig:
 
     def send(self, values: Iterable[bytes], topic: str = "", headers=None, spread: int = 0) -> int:
         """spread: messages to a batch of the producer; the embedded broker counts the last of each partition only."""
-        producer = Producer({"bootstrap.servers": self.address, "enable.idempotence": True, "linger.ms": 5,
-                             "message.max.bytes": 8_388_608, **({"batch.num.messages": spread} if spread else {})})  # fmt: skip
+        producer = Producer({
+            "bootstrap.servers": self.address, "enable.idempotence": True, "linger.ms": 5,
+            "message.max.bytes": 8_388_608, "batch.num.messages": spread or 10_000,
+        })  # fmt: skip
         failed = []
         partition = itertools.cycle(range(self.partitions))
         count = 0

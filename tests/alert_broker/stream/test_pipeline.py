@@ -17,8 +17,8 @@ from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK,
 from alert_broker.stream.health import health, readiness
 from alert_broker.stream.ledger import Ledger
 from alert_broker.stream.redrive import redrive
-from alert_broker.stream.stages import MOST_SPARE, Stages
 from alert_broker.stream.source import Source
+from alert_broker.stream.stages import MOST_SPARE, Stages
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import position, repeat

@@ -191,9 +191,7 @@ def test_who_is_fenced_off_in_the_midst_stops(cluster, exactly, api):
 def test_what_no_broker_takes_is_replaced_in_a_transaction_of_its_own(cluster, exactly):
     large = Outgoing("results", b"x" * 9_000_000, [], 1)
     with cluster.requests() as kinds:
-        exactly.publish(
-            [*messages(1), large], {("source", 0): 2}, lambda refused: [Outgoing("dead", b"small", [], 1)]
-        )
+        exactly.publish([*messages(1), large], {("source", 0): 2}, lambda refused: [Outgoing("dead", b"small", [], 1)])
     assert (kinds.count(TXN_OFFSET_COMMIT), kinds.count(END_TXN)) == (1, 2)
 
 

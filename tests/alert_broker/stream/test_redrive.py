@@ -41,7 +41,9 @@ def test_another_member_that_holds_all_partitions_is_said(broker):
             other.poll(0.0)  # it stays in the group
             return False
 
-        with pytest.raises(EdgekitError, match="no partition of held came to us within 3 s: other members of the group"):
+        with pytest.raises(
+            EdgekitError, match="no partition of held came to us within 3 s: other members of the group"
+        ):
             redrive(kafka, DeadLetters(topic="held"), group="held", stop=stop, join_seconds=3.0)
     finally:
         other.close()

@@ -109,8 +109,8 @@ def source(monkeypatch):
     monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
     monkeypatch.setattr(module, "Lag", FakeLag)
     monkeypatch.setattr(module, "partitions_of", lambda client, topic: [0, 1])
-    tables = {"source": {"topics": ["t"], "drain_seconds": 0.05}, "output": [{"topic": "r"}], "batch": {"bytes": 10_000},
-              "kafka": {"bootstrap.servers": "x:1"}}  # fmt: skip
+    tables = {"source": {"topics": ["t"], "drain_seconds": 0.05}, "output": [{"topic": "r"}],
+              "batch": {"bytes": 10_000}, "kafka": {"bootstrap.servers": "x:1"}}  # fmt: skip
     source = Source(configuration.parse(tables, "test").check(), Stats())
     assign(consumer, 0, 1)
     return source
