@@ -29,6 +29,7 @@ PREFIX = "edgekit."  # of our headers
 REASON, STATUS, SCHEMA_ID, STACK = (PREFIX + name for name in ("reason", "status", "schema-id", "stack"))
 TOPIC, PARTITION, OFFSET = (PREFIX + name for name in ("topic", "partition", "offset"))
 WHEN, ATTEMPTS, OMITTED = PREFIX + "dead-lettered-at", PREFIX + "attempts", PREFIX + "omitted"
+REDRIVEN = PREFIX + "redriven"  # which run of `redrive` has sent it last
 SHOWN = 300  # characters of a reason in messages to people
 MOST_REASON = 4096  # characters of a reason in a header
 KIND = 100  # characters of a reason in counts
@@ -83,7 +84,7 @@ def outgoing(letter: Letter, message: Message, topic: str) -> Outgoing:
     value = message.value()
     before = headers_of(message)
     headers: Headers = [
-        *((name, content) for name, content in before if not name.startswith(PREFIX)),
+        *((name, content) for name, content in before if not name.startswith(PREFIX) or name == REDRIVEN),
         *position_headers(message), (REASON, letter.reason[:MOST_REASON].encode(errors="replace")),
         (STATUS, letter.status.encode()), (WHEN, b"%d" % int(time.time() * 1000)),
         (ATTEMPTS, b"%d" % (attempts(before) + 1)),

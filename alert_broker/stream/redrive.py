@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from alert_broker.stream.dead_letters import (
     PARTITION,
     PREFIX,
     REASON,
+    REDRIVEN,
     TOPIC,
     attempts,
     headers_of,
@@ -85,7 +87,8 @@ def redrive(
     progress: Callable[[int], None] = lambda count: None,
     join_seconds: float = JOIN_SECONDS,
 ) -> Redriven:
-    """Send dead letters, as they came, to the topics that they came from (or `to_topic`), up to the end of their topic.
+    """Send dead letters, as they came, to the topics that they came from (or `to_topic`), up to the end of their topic,
+    or to the first one in a partition that has died again since this began: the next run begins there.
 
     reason: only those whose reason holds this text; the others are passed over, and stay in the topic. A letter that
     has died `max_attempts` times is passed over too. A letter is behind us once the broker has it where it went, so
@@ -103,6 +106,8 @@ def redrive(
          "delivery.report.only.error": True}, SEND_SECONDS,
     )  # fmt: skip
     sent = passed = gone = 0
+    run = uuid.uuid4().hex
+    again: set[Partition] = set()
     at_end: set[Partition] = set()
     assigned: set[Partition] = set()
 
@@ -112,11 +117,12 @@ def redrive(
     def drop(_: Consumer, partitions: list[TopicPartition]) -> None:
         assigned.difference_update((item.topic, item.partition) for item in partitions)
         at_end.intersection_update(assigned)
+        again.intersection_update(assigned)
 
     consumer.subscribe([config.topic], on_assign=keep, on_revoke=drop)
     deadline = time.monotonic() + join_seconds
     try:
-        while not stop() and not (assigned and at_end >= assigned):
+        while not stop() and not (assigned and at_end | again >= assigned):
             batch: list[Outgoing] = []
             after: dict[Partition, int] = {}
             for message in consumer.consume(BATCH, 0.2):
@@ -129,11 +135,15 @@ def redrive(
                     continue
                 where, offset = place_of(message)
                 at_end.discard(where)
-                after[where] = offset + 1
                 headers = headers_of(message)
+                if text_of(dict(headers).get(REDRIVEN)) == run:
+                    again.add(where)
+                if where in again:
+                    continue
+                after[where] = offset + 1
                 if reason not in text_of(dict(headers).get(REASON)) or attempts(headers) > max_attempts:
                     passed += 1
-                elif (letter := restored(message, len(batch), originals, to_topic)) is None:
+                elif (letter := restored(message, len(batch), originals, to_topic, run)) is None:
                     gone += 1
                 else:
                     batch.append(letter)
@@ -176,7 +186,7 @@ def commit(consumer: Consumer, after: dict[Partition, int]) -> None:
         LOG.warning("the group has a new generation: another member may send some dead letters again")
 
 
-def restored(message: Message, place: int, originals: Originals, to_topic: str) -> Outgoing | None:
+def restored(message: Message, place: int, originals: Originals, to_topic: str, run: str) -> Outgoing | None:
     """What to send for a dead letter: the alert as it came, with our headers, which count how often it died; None if
     it is nowhere any more."""
     headers = headers_of(message)
@@ -188,14 +198,17 @@ def restored(message: Message, place: int, originals: Originals, to_topic: str) 
             f"{own}[{partition}] has a message at {offset} that does not say where it came from; it is no dead "
             "letter of ours: name a topic with --to-topic"
         )
+    ours = [
+        *((name, content) for name, content in headers if name not in (OMITTED, REDRIVEN)),
+        (REDRIVEN, run.encode()),
+    ]
     if OMITTED not in named:
-        return Outgoing(topic, message.value(), headers, place, message.key())
+        return Outgoing(topic, message.value(), ours, place, message.key())
     position = named[TOPIC], int(named[PARTITION]), int(named[OFFSET])
     alert = originals.read(*position)
     if alert is None:
         LOG.warning("the dead letter at %s[%d] %d has no bytes, and %s[%d] has none at %d any more: %s",
                     own, partition, offset, *position, named[OMITTED])  # fmt: skip
         return None
-    ours = [(name, content) for name, content in headers if name != OMITTED]
     theirs = [(name, content) for name, content in headers_of(alert) if not name.startswith(PREFIX)]
     return Outgoing(topic, alert.value(), [*theirs, *ours], place, alert.key())

@@ -1,6 +1,7 @@
 """`edgekit alerts consume`, `replay`, `simulate --to-topic`, `redrive`: flags, one-line errors, and the way round."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -62,7 +63,9 @@ topic = "cli-dead"
     total = report["ledger"]["total"]
     assert (total["consumed"], total["published"], total["dead_lettered"]) == (22, 20, 2)
     assert report["reasons"].popitem()[1] == 2
+    logging.getLogger("edgekit").handlers.clear()
     done = edgekit("alerts", "redrive", "--config", config, "--json", *kafka(broker))
+    assert logging.getLogger("edgekit").handlers  # with the secrets of the configuration masked
     assert json.loads(done.out) == {"sent": 2, "passed_over": 0, "gone": 0}
     for group, passed in (("", 0), ("cli-other", 2), ("cli-other", 0)):  # a group looks at a letter once
         done = edgekit("alerts", "redrive", "--config", config, "--json", "--reason", "no such", *kafka(broker),

@@ -35,7 +35,7 @@ def redrive(
 
     Restart the consumer with the fix, then redrive: it reads them from its topic as any other alert. Others who read
     that topic see them again; --to-topic sends them to a topic of its own instead, for the consumer to read as well.
-    What dies again is a new dead letter, which says how often it died.
+    What dies again is a new dead letter, which says how often it died, and is for the next run.
 
     They stay in their topic; the group GROUP-redrive remembers which were sent or passed over, and looks at neither
     again. After one --reason, the next one needs a --group of its own, which begins with the first dead letter. A

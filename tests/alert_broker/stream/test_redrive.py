@@ -1,6 +1,7 @@
 """Dead letters sent again: by whom, how often, and what becomes of those that do not carry their alert."""
 
 import json
+import time
 
 import pytest
 from confluent_kafka import Producer, TopicPartition
@@ -37,9 +38,11 @@ def test_another_member_that_holds_all_partitions_is_said(broker):
                 break
         assert other.assignment() == [TopicPartition("held", 0)]
 
+        deadline = time.monotonic() + 15.0
+
         def stop():
             other.poll(0.0)  # it stays in the group
-            return False
+            return time.monotonic() > deadline
 
         with pytest.raises(
             EdgekitError, match="no partition of held came to us within 3 s: other members of the group"
@@ -73,6 +76,29 @@ def test_letters_come_through_once_the_cause_is_fixed(rig, packets):
     total = rig.consume(registry={"url": f"file:{rig.folder / 'registry'}"}).ledger.total()
     assert (total.consumed, total.published) == (7, 7)
     assert len(rig.read(rig.results)) == 12
+
+
+def test_what_dies_again_meanwhile_is_for_the_next_run(rig):
+    """The consumer runs while letters are sent, and nothing was fixed. Before, each was sent three times over."""
+    rig.send([BROKEN + bytes([number]) for number in range(7)])
+    rig.consume()
+    config = rig.config()
+
+    def run():
+        told = []
+
+        def progress(count):
+            told.append(count)
+            assert rig.consume().ledger.total().dead_lettered == 7
+
+        done = redrive(config.kafka_settings(), config.dead_letters, group=f"{rig.name}-redrive", progress=progress)
+        assert told == [7]
+        return done
+
+    assert run() == Redriven(sent=7)
+    assert run() == Redriven(sent=7)
+    died = sorted(int(dict(headers_of(letter))[ATTEMPTS]) for letter in rig.read(rig.dead))
+    assert died == [1] * 7 + [2] * 7 + [3] * 7
 
 
 LIMIT = 40_000
