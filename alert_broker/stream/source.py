@@ -113,8 +113,8 @@ class Source:
     # --- one thread
 
     def poll(self, size: int, seconds: float) -> MessageBatch | None:
-        """Up to `size` messages within these seconds, or until they have `batch.bytes`: the last one may go over it, and
-        so may others that come with it if they are larger than any before. None where there were none."""
+        """Up to `size` messages within these seconds, or until they have `batch.bytes`: the last one may go over it,
+        and so may others that come with it if they are larger than any before. None where there were none."""
         messages: list[Message] = []
         room = self.config.batch.bytes
         deadline = time.monotonic() + seconds
