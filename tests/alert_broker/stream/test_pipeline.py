@@ -360,7 +360,7 @@ def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monk
     from alert_broker.stream.archive import Archive
 
     monkeypatch.setattr("alert_broker.stream.pipeline.PAUSE_AFTER", 0.05)
-    sent = rig.send(repeat(packets, 120))
+    sent = rig.send(repeat(packets, 200))
     most = 0
     paused = False
 
