@@ -13,7 +13,8 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,6 +77,28 @@ class Rig:
         stats = Stats()
         pipeline.run(self.config(**changes), stats, stop)
         return stats
+
+    @contextmanager
+    def running(self, stats: Stats, **changes) -> Iterator[None]:
+        """The pipeline in a thread, until the block ends; what it raises is raised here."""
+        ended, failed = threading.Event(), []
+
+        def work():
+            try:
+                pipeline.run(self.config(source={"until_eos": False}, **changes), stats, ended.is_set)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(60)
+        assert not thread.is_alive()
+        for error in failed:
+            raise error
 
     def start(self, **changes) -> Running:
         """Run the command in a process of its own."""

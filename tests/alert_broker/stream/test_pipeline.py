@@ -4,7 +4,6 @@ one fate, and the ledger says so."""
 import json
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 from confluent_kafka import TopicPartition
@@ -239,29 +238,6 @@ def test_sigterm_drains_and_commits(rig, packets):
     assert (after.lost, after.duplicates) == (0, 0)
 
 
-@contextmanager
-def running(rig, stats, **changes):
-    """The pipeline in a thread, until the block ends; what it raises is raised here."""
-    ended, failed = threading.Event(), []
-
-    def work():
-        try:
-            pipeline.run(rig.config(source={"until_eos": False}, **changes), stats, ended.is_set)
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(30)
-    assert not thread.is_alive()
-    for error in failed:
-        raise error
-
-
 def wait_for(condition, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -280,7 +256,7 @@ def test_who_is_stuck_after_having_been_at_the_end_is_found_out(rig, packets, mo
 
     monkeypatch.setattr(Source, "poll", poll)
     rig.send(packets[:6])
-    with running(rig, stats):
+    with rig.running(stats):
         wait_for(lambda: stats.ledger.total().published == 6 and sources[0].at_end)
         time.sleep(2.5)  # it is idle, for longer than it may be stuck
         assert health(stats.snapshot(), 2.0)[0]
@@ -307,7 +283,7 @@ def test_a_stage_that_is_stuck_is_found_out(rig, packets, monkeypatch, name):
         return real(self, values)
 
     rig.send(packets[:6])
-    with running(rig, stats):
+    with rig.running(stats):
         wait_for(lambda: stats.ledger.total().published == 6)
         monkeypatch.setattr(Stages, name, stuck)
         rig.send(packets[6:12])
