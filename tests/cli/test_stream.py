@@ -61,6 +61,7 @@ topic = "cli-dead"
     assert done.status == 0, done.err
     report = json.loads(done.out)
     total = report["ledger"]["total"]
+    assert report["failed"] is None
     assert (total["consumed"], total["published"], total["dead_lettered"]) == (22, 20, 2)
     assert report["reasons"].popitem()[1] == 2
     logging.getLogger("edgekit").handlers.clear()

@@ -51,7 +51,7 @@ def numbers(lag):
     return [lag.get(at) for at in OURS]
 
 
-def settled(look, seconds=0.5):
+def settled(look, seconds=0.3):
     """What it says after a while."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

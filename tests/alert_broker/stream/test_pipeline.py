@@ -327,8 +327,6 @@ def test_the_report_says_why_it_failed_and_what_was_given_back(rig, packets):
     assert "5 alerts in a row are dead letters" in report["failed"]
     assert report["ledger"]["in_flight"] == 0
     assert report["ledger"]["revoked"] == 34 - report["ledger"]["total"]["consumed"] > 0
-    status, report, log = rig.start().wait()
-    assert (status, report["failed"]) == (0, None), log
 
 
 @pytest.mark.parametrize("full", ["size", "bytes"])
