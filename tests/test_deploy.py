@@ -257,7 +257,7 @@ def test_probes_ask_for_what_is_served(container):
         assert {probe["path"]: status(probe["path"]) for probe in probes} == {"/healthz": 200, "/readyz": 200}
         assert status("/health") == 404
         server.stuck_after = -1.0
-        assert [status(probe["path"]) for probe in probes] == [503, 503, 200]
+        assert [status(probe["path"]) for probe in probes] == [503, 503, 503]
     assert container["livenessProbe"]["periodSeconds"] * container["livenessProbe"]["failureThreshold"] < STUCK_AFTER
 
 

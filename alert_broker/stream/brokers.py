@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ CLIENT = {
 }
 
 
-class Process:
+class Process(ABC):
     """A server on a port of this machine, started with the block and gone after it."""
 
     def __init__(self) -> None:
@@ -58,8 +59,9 @@ class Process:
         assert self._process is not None
         return self._process.pid
 
+    @abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """The program and its arguments."""
 
     def environment(self) -> dict[str, str]:
         return {}

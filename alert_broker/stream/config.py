@@ -51,6 +51,10 @@ class Batch:
     """When a batch is closed, and how many may wait."""
 
     size: int = _option(512, "Alerts to a batch: fills the network's vectors, some MB of packets.")
+    bytes: int = _option(
+        67_108_864,
+        "Bytes of packets to a batch. 3 queue + 5 batches are held at most, beside kafka's queued.max.messages.kbytes.",
+    )
     seconds: float = _option(0.1, "A batch that is not full is closed after this time.")
     queue: int = _option(2, "Batches that may wait before each stage; more only hides a slow stage behind memory.")
 
@@ -156,8 +160,8 @@ class Config:
         if len(set(written)) < len(written):
             raise EdgekitError(f"two outputs share a topic: {', '.join(written)}; give each a topic of its own")
         for name, value, low in (
-            ("batch.size", self.batch.size, 1), ("batch.queue", self.batch.queue, 1),
-            ("dead_letters.window", self.dead_letters.window, 1),
+            ("batch.size", self.batch.size, 1), ("batch.bytes", self.batch.bytes, 1),
+            ("batch.queue", self.batch.queue, 1), ("dead_letters.window", self.dead_letters.window, 1),
             ("dead_letters.max_consecutive", self.dead_letters.max_consecutive, 1),
             ("model.threads", self.model.threads, 0),
         ):  # fmt: skip

@@ -23,7 +23,6 @@ from rich.text import Text
 
 from alert_broker.stream.health import STUCK_AFTER, health, readiness
 from alert_broker.stream.logs import LOGGER
-from alert_broker.stream.metrics import grouped
 from alert_broker.stream.stats import SECONDS, Histogram, Snapshot, Stats
 
 REFRESH, EVERY = 0.5, 10.0  # seconds between two looks, and between two lines
@@ -62,7 +61,7 @@ class View:
         good, answer = health(self.now, STUCK_AFTER)
         if not good:
             return f"STUCK: {answer['reason']}", "bold red"
-        ready, told = readiness(self.now)
+        ready, told = readiness(self.now, STUCK_AFTER)
         if not ready:
             return str(told["reason"]), "yellow"
         if self.now.paused:
@@ -164,7 +163,7 @@ def _picture(view: View, rows: int) -> RenderableType:
     waiting = f"batches waiting: {queues}; " if queues else ""
     window = Text(f"{waiting}rates and times of the last {view.seconds:.0f} s", style="dim")
     lower = [_partitions(view, rows), _counts("most probable class", now.classes, rows)]
-    lower.append(_counts("dead letters", grouped(now.reasons), rows))
+    lower.append(_counts("dead letters", now.reasons, rows))
     side_by_side = [
         Columns(tables, padding=(0, 2, 1, 0))
         for part in ([_ledger(view), _latencies(view)], lower)

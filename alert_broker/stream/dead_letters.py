@@ -1,32 +1,39 @@
 """Dead letters: an alert that cannot be read goes to a topic of its own, as it came, with all that is needed to tell
-why and to send it again. Too many of them stop the consumer: then it is not the alerts that are broken."""
+why and to send it again. Too many of them stop the consumer: then it is not the alerts that are broken.
+
+One that is too large for that topic goes without its bytes, and says so in the header `edgekit.omitted`; the topic,
+partition and offset in its other headers tell where they are, and `redrive` gets them from there.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Message
 
 from alert_broker.containers import WIRE_HEADER, WIRE_MAGIC
-from alert_broker.stream.config import DeadLetters, Secret
-from alert_broker.stream.ledger import Partition
-from alert_broker.stream.publish import Headers, NotSentError, Outgoing, Sender, of_producer
-from alert_broker.stream.source import HOPELESS, open_consumer, place_of
+from alert_broker.stream.config import DeadLetters
+from alert_broker.stream.publish import Headers, Outgoing
+from alert_broker.stream.source import place_of
 from edgekit.errors import EdgekitError
 
+LOG = logging.getLogger("edgekit.stream")
 PREFIX = "edgekit."  # of our headers
 REASON, STATUS, SCHEMA_ID, STACK = (PREFIX + name for name in ("reason", "status", "schema-id", "stack"))
 TOPIC, PARTITION, OFFSET = (PREFIX + name for name in ("topic", "partition", "offset"))
-WHEN, ATTEMPTS = PREFIX + "dead-lettered-at", PREFIX + "attempts"
+WHEN, ATTEMPTS, OMITTED = PREFIX + "dead-lettered-at", PREFIX + "attempts", PREFIX + "omitted"
+REDRIVEN = PREFIX + "redriven"  # which run of `redrive` has sent it last
 SHOWN = 300  # characters of a reason in messages to people
-REDRIVE_BATCH = 256  # dead letters that are sent before the next are read: some MB
-SEND_SECONDS = 60.0
+MOST_REASON = 4096  # characters of a reason in a header
+KIND = 100  # characters of a reason in counts
+ALONE = re.compile(r"(?<![\w.])\d+(?![\w.])")  # a number that is a word: a byte, a size; not a schema's version
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,7 @@ def stack_digest(error: BaseException) -> str:
 
 def kind_of(reason: str) -> str:
     """A reason without what differs from alert to alert, for counting."""
-    return re.sub(r"\d+", "N", reason.split(":")[0])
+    return ALONE.sub("N", reason.split(":")[0])[:KIND].encode(errors="replace").decode()
 
 
 def text_of(value: str | bytes | None) -> str:
@@ -77,15 +84,28 @@ def outgoing(letter: Letter, message: Message, topic: str) -> Outgoing:
     value = message.value()
     before = headers_of(message)
     headers: Headers = [
-        *((name, content) for name, content in before if not name.startswith(PREFIX)),
-        *position_headers(message), (REASON, letter.reason.encode()), (STATUS, letter.status.encode()),
-        (WHEN, b"%d" % int(time.time() * 1000)), (ATTEMPTS, b"%d" % (attempts(before) + 1)),
+        *((name, content) for name, content in before if not name.startswith(PREFIX) or name == REDRIVEN),
+        *position_headers(message), (REASON, letter.reason[:MOST_REASON].encode(errors="replace")),
+        (STATUS, letter.status.encode()), (WHEN, b"%d" % int(time.time() * 1000)),
+        (ATTEMPTS, b"%d" % (attempts(before) + 1)),
     ]  # fmt: skip
     if value is not None and value[:1] == WIRE_MAGIC and len(value) >= WIRE_HEADER.size:
         headers.append((SCHEMA_ID, b"%d" % WIRE_HEADER.unpack(value[: WIRE_HEADER.size])[1]))
     if letter.stack:
         headers.append((STACK, letter.stack.encode()))
     return Outgoing(topic, value, headers, letter.place, message.key())
+
+
+def without_content(message: Outgoing, refusal: str) -> Outgoing:
+    """A dead letter that no broker takes, without the bytes, key and headers of its alert: ours say where those are."""
+    ours: Headers = [(name, content) for name, content in message.headers if name.startswith(PREFIX)]
+    if message.value is None and len(ours) == len(message.headers):
+        raise EdgekitError(f"a dead letter cannot be sent: {refusal}; raise the broker's limits")
+    omitted = f"{len(message.value or b'')} bytes, as the letter cannot be sent with them: {refusal}"
+    named = dict(ours)
+    where = [text_of(named.get(name)) for name in (TOPIC, PARTITION, OFFSET)]
+    LOG.warning("the dead letter for %s[%s] at %s goes without its %s", *where, omitted)
+    return Outgoing(message.topic, None, [*ours, (OMITTED, omitted.encode())], message.place)
 
 
 class Limits:
@@ -118,91 +138,3 @@ class Limits:
             f"{self._config.window}); the last: {last.reason[:SHOWN]}; this batch is not committed: find the cause, "
             "and start again, or raise dead_letters.max_ratio and dead_letters.max_consecutive"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Redriven:
-    """What became of the dead letters that were looked at."""
-
-    sent: int = 0
-    passed_over: int = 0  # for another reason, or with too many attempts
-
-
-def redrive(
-    settings: dict[str, Secret],
-    config: DeadLetters,
-    *,
-    group: str,
-    reason: str = "",
-    to_topic: str = "",
-    max_attempts: int = 3,
-    stop: Callable[[], bool] = lambda: False,
-) -> Redriven:
-    """Send dead letters, as they came, to the topics that they came from (or `to_topic`), up to the end of their topic.
-
-    reason: only those whose reason holds this text; the others are passed over, and stay in the topic. A letter that
-    has died `max_attempts` times is passed over too. A letter is behind us once the broker has it where it went, so
-    that a crash sends some again rather than none; `group` remembers how far we are.
-    """
-    consumer = open_consumer({
-        **settings, "group.id": group, "enable.auto.commit": False, "enable.auto.offset.store": False,
-        "auto.offset.reset": "earliest", "enable.partition.eof": True,
-        "partition.assignment.strategy": "cooperative-sticky",
-    })  # fmt: skip
-    sender = Sender(
-        {**of_producer(settings), "message.max.bytes": 8_388_608, "enable.idempotence": True,
-         "delivery.report.only.error": True}, SEND_SECONDS,
-    )  # fmt: skip
-    sent = passed = 0
-    at_end: set[Partition] = set()
-    assigned: set[Partition] = set()
-
-    def keep(_: Consumer, partitions: list[TopicPartition]) -> None:
-        assigned.update((item.topic, item.partition) for item in partitions)
-
-    def drop(_: Consumer, partitions: list[TopicPartition]) -> None:
-        assigned.difference_update((item.topic, item.partition) for item in partitions)
-
-    consumer.subscribe([config.topic], on_assign=keep, on_revoke=drop)
-    try:
-        while not stop() and not (assigned and at_end >= assigned):
-            batch: list[Outgoing] = []
-            after: dict[Partition, int] = {}
-            for message in consumer.consume(REDRIVE_BATCH, 0.2):
-                error = message.error()
-                if error is not None:
-                    if error.code() == KafkaError._PARTITION_EOF:
-                        at_end.add(place_of(message)[0])
-                    elif error.code() in HOPELESS:
-                        raise EdgekitError(f"{config.topic} cannot be read: {error.str()}")
-                    continue
-                where, offset = place_of(message)
-                at_end.discard(where)
-                after[where] = offset + 1
-                headers = headers_of(message)
-                named = dict(headers)
-                if reason not in text_of(named.get(REASON)) or attempts(headers) > max_attempts:
-                    passed += 1
-                    continue
-                topic = to_topic or text_of(named.get(TOPIC))
-                if not topic:
-                    raise EdgekitError(
-                        f"{where[0]}[{where[1]}] has a message at {offset} that does not say where it came "
-                        "from; it is no dead letter of ours: name a topic with --to-topic"
-                    )
-                batch.append(Outgoing(topic, message.value(), headers, len(batch), message.key()))
-            try:
-                refused = sender.send(batch)
-            except NotSentError as error:
-                raise EdgekitError(f"dead letters cannot be sent: {error}; {sent} were, start again to go on") from None
-            if refused:
-                raise EdgekitError(f"a dead letter cannot be sent: {refused[0][1]}")
-            if after:
-                consumer.commit(
-                    offsets=[TopicPartition(name, number, offset) for (name, number), offset in after.items()],
-                    asynchronous=False,
-                )
-            sent += len(batch)
-    finally:
-        consumer.close()
-    return Redriven(sent, passed)

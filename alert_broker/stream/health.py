@@ -38,9 +38,11 @@ def health(now: Snapshot, stuck_after: float) -> tuple[bool, dict[str, Any]]:
     return True, {"status": "ok", **numbers}
 
 
-def readiness(now: Snapshot) -> tuple[bool, dict[str, Any]]:
-    """Whether partitions are assigned and the model is loaded, and the answer."""
+def readiness(now: Snapshot, stuck_after: float) -> tuple[bool, dict[str, Any]]:
+    """Whether partitions are assigned, the model is loaded, and the pipeline moves, and the answer."""
     if now.ready:
+        if not (stuck := health(now, stuck_after))[0]:
+            return stuck
         return True, {"status": "ready", "partitions": len(now.lag), "models": now.models}
     reason = "no partition is assigned" if now.models else "no model is loaded yet"
     return False, {"status": "not ready", "reason": reason}
@@ -152,7 +154,7 @@ class _Request(BaseHTTPRequestHandler):
         if path == "/metrics":
             content, kind = metrics.page(now), metrics.CONTENT_TYPE
         elif path in ("/healthz", "/readyz"):
-            good, answer = health(now, self.server.stuck_after) if path == "/healthz" else readiness(now)
+            good, answer = (health if path == "/healthz" else readiness)(now, self.server.stuck_after)
             content = json.dumps(answer).encode() + b"\n"
         else:
             self.send_error(HTTPStatus.NOT_FOUND, explain="There are /metrics, /healthz and /readyz.")

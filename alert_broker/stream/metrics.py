@@ -14,13 +14,11 @@
     process_cpu_seconds_total, process_resident_memory_bytes, process_open_fds, ...
 
 Counters begin at 0 with the process. What labels can say is bounded: by the partitions, the classes of the models, and
-for reasons, which hold whatever a packet brought about, by `MOST_REASONS`.
+for reasons by `stats.MOST_REASONS`.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -44,9 +42,6 @@ GAUGES = {
     "uptime_seconds": "Seconds since the start",
     "progress_age_seconds": "Seconds since an alert's fate was last sealed or there was nothing to do",
 }
-MOST_REASONS, REASON_LENGTH = 32, 100
-OTHER = "other"
-ALONE = re.compile(r"(?<![\w.])\d+(?![\w.])")  # a number that is a word: a byte, a size; not a schema's version
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -75,7 +70,7 @@ class _Reader:
         yield _histograms("batch_alerts", "Alerts in a batch", None, {"": now.batch_sizes})
         yield _gauge("queue_depth", "Batches that wait for a stage", ["queue"], _single(now.queue_depths))
         yield _counter("classes", "Alerts by their most probable class", ["class"], _single(now.classes))
-        yield _counter("dead_letters", "Dead letters by their reason", ["reason"], _single(grouped(now.reasons)))
+        yield _counter("dead_letters", "Dead letters by their reason", ["reason"], _single(now.reasons))
         models = (((name, digest), 1.0) for name, digest in now.models.items())
         yield _gauge("model_info", "The models that are loaded, with their SHA-256", ["model", "digest"], models)
         yield _gauge("build_info", "The version of edgekit", ["version"], [((__version__,), 1.0)])
@@ -134,15 +129,3 @@ def _histograms(name: str, text: str, label: str | None, histograms: dict[str, H
 
 def _single(numbers: dict[str, int]) -> Samples:
     return (((name,), float(number)) for name, number in numbers.items())
-
-
-def grouped(reasons: Counter[str]) -> Counter[str]:
-    """Reasons without the numbers in them, cut to length; those beyond `MOST_REASONS` together.
-
-    They are taken in the order in which they came up, so that one which has a label keeps it.
-    """
-    found: Counter[str] = Counter()
-    for reason, number in reasons.items():
-        text = ALONE.sub("N", reason)[:REASON_LENGTH].encode(errors="replace").decode()
-        found[text if text in found or len(found) < MOST_REASONS else OTHER] += number
-    return found

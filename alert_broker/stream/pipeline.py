@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,20 +23,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from alert_broker import containers
-from alert_broker.avro.columns import Columns
-from alert_broker.avro.plan import Plan
 from alert_broker.classify import Classifiers, load_kernels
-from alert_broker.containers import BadPacket
-from alert_broker.packets import AlertBatch, batches
+from alert_broker.packets import AlertBatch
 from alert_broker.stream.archive import Archive, Positions
 from alert_broker.stream.config import Config
-from alert_broker.stream.dead_letters import Letter, Limits, kind_of, outgoing, position_headers, stack_digest
-from alert_broker.stream.publish import Outgoing, open_publisher
+from alert_broker.stream.dead_letters import Letter, Limits, kind_of, outgoing, position_headers, without_content
+from alert_broker.stream.publish import Outgoing, Refused, open_publisher
 from alert_broker.stream.registry import RegistryError, open_registry
 from alert_broker.stream.reuse import COLUMNS, Reuse
 from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import LostError, MessageBatch, Source, next_offsets
+from alert_broker.stream.stages import Stages
 from alert_broker.stream.stats import Stats
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgekitError
@@ -44,7 +41,6 @@ from edgekit.errors import EdgekitError
 LOG = logging.getLogger("edgekit.stream")
 PAUSE_AFTER = 1.0  # seconds of full queues; pausing throws away what librdkafka has read ahead
 IDLE_POLL = 0.01  # seconds between looks at what the publishing thread asks of this one
-MOST_SPARE = 64  # schemas whose grown columns are kept for the next batch; packets may bring any number of them
 REGISTRY_RETRY = 1.0  # seconds between looks at a registry that does not answer
 
 
@@ -58,87 +54,6 @@ class Work:
     letters: list[Letter] = field(default_factory=list)
     rows: pa.RecordBatch | None = None
     place: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-
-
-class Stages:
-    """What becomes of the bytes of a batch; no Kafka in here."""
-
-    def __init__(self, classifiers: Classifiers, schema_text: Callable[[int], str] | None = None) -> None:
-        self.classifiers, self.schema_text = classifiers, schema_text
-        self._spare: dict[Plan, Columns] = {}
-
-    def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[Letter]]:
-        """Light curves, whose `offset` is the number of their message, and the messages that give none.
-
-        Columns are read for many alerts at once, and one that breaks the reading must not take the others along: what
-        has failed together is looked at again alone.
-        """
-        places = list(enumerate(values))
-        try:
-            alerts, letters = self._decode(places)
-        except EdgekitError:
-            raise  # a registry that does not answer
-        except Exception:
-            LOG.warning("decoding a batch failed, so each alert of it is looked at alone", exc_info=True)
-            alerts, letters, again = [], [], places
-        else:
-            reasons = Counter(letter.reason for letter in letters)
-            again = [(letter.place, values[letter.place]) for letter in letters if reasons[letter.reason] > 1]
-            letters = [letter for letter in letters if reasons[letter.reason] == 1]
-        for place in again:
-            try:
-                some, others = self._decode([place])
-            except EdgekitError:
-                raise
-            except Exception as error:
-                reason = f"decoding failed ({type(error).__name__}: {error})"
-                some, others = [], [Letter(place[0], reason, stack=stack_digest(error))]
-            alerts += some
-            letters += others
-        return alerts, letters
-
-    def _decode(self, values: Sequence[tuple[int, bytes | None]]) -> tuple[list[AlertBatch], list[Letter]]:
-        alerts: list[AlertBatch] = []
-        letters: list[Letter] = []
-        blocks = (containers.message(value or b"", place, self.schema_text) for place, value in values)
-        spare, self._spare = self._spare, {}  # not to be used again if what follows raises
-        for item in batches(blocks, len(values), spare):
-            if isinstance(item, BadPacket):
-                letters.append(Letter(item.offset, item.reason, item.status))
-            else:
-                alerts.append(item)
-        self._spare = spare if len(spare) <= MOST_SPARE else {}
-        return alerts, letters
-
-    def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[Letter]]:
-        """Rows of all alerts that the program survives, in the order of their messages, and those on which it fails."""
-        parts: list[pa.RecordBatch] = []
-        letters: list[Letter] = []
-        for batch in alerts:
-            self._classify(batch, parts, letters)
-        if len(parts) == 1:
-            return parts[0], letters
-        table = pa.Table.from_batches(parts, self.classifiers.schema).sort_by("offset").combine_chunks()
-        return (table.to_batches() or [pa.RecordBatch.from_pylist([], self.classifiers.schema)])[0], letters
-
-    def _classify(self, batch: AlertBatch, parts: list[pa.RecordBatch], letters: list[Letter]) -> None:
-        count = len(batch.curves)
-        try:
-            parts.append(self.classifiers(batch))
-        except EdgekitError:
-            raise  # a model that cannot be used: not this alert's fault
-        except Exception as error:
-            if count > 1:  # find the one to blame; the others are sound
-                middle = count // 2
-                for start, stop in ((0, middle), (middle, count)):
-                    part = AlertBatch(
-                        batch.survey, batch.curves.take(np.arange(start, stop)), batch.alerts.slice(start, stop - start)
-                    )
-                    self._classify(part, parts, letters)
-                return
-            LOG.exception("classifying an alert failed")
-            reason = f"classifying failed ({type(error).__name__}: {error})"
-            letters.append(Letter(batch.alerts["offset"][0].as_py(), reason, stack=stack_digest(error)))
 
 
 class Pipeline:
@@ -225,8 +140,8 @@ class Pipeline:
                     self.stats.batch(len(batch))
                     waiting.append(Work(batch))
                     full_since = time.monotonic()
-                elif self.source.at_end or not self.stats.ready:
-                    if self.stats.ledger.total().in_flight == 0:
+                else:
+                    if self.source.caught_up and self.stats.ledger.total().in_flight == 0:
                         self.stats.progress()
                     if self.config.source.until_eos and self.source.at_end:
                         return
@@ -326,13 +241,19 @@ class Pipeline:
             messages += [self._letter(letter, work) for letter in letters if owned[letter.place]]
             dead[[letter.place for letter in letters]] = True
 
-            def instead(message: Outgoing, reason: str) -> Outgoing:
-                """A result that no broker takes makes its alert a dead letter."""
-                if message.topic == self.config.dead_letters.topic:
-                    raise EdgekitError(f"a dead letter cannot be sent: {reason}; raise the broker's limits")
-                letters.append(Letter(message.place, f"the result cannot be sent: {reason}"))
-                dead[message.place] = True
-                return self._letter(letters[-1], work)
+            def instead(refused: Refused) -> list[Outgoing]:
+                """Results that no broker takes make their alert a dead letter: one, however many outputs refuse it."""
+                mine = self.config.dead_letters.topic
+                found = [without_content(message, reason) for message, reason in refused if message.topic == mine]
+                reasons: dict[int, list[str]] = {}
+                for message, reason in refused:
+                    if message.topic != mine and not dead[message.place]:
+                        reasons.setdefault(message.place, []).append(reason)
+                for number, texts in reasons.items():
+                    letters.append(Letter(number, f"the result cannot be sent: {'; '.join(texts)}"))
+                    dead[number] = True
+                    found.append(self._letter(letters[-1], work))
+                return found
 
             try:
                 with self.stats.stage("publish"):
@@ -369,7 +290,7 @@ class Pipeline:
             for where, number in batch.counts(chosen & owned).items():
                 ledger.add(where, **{name: number})
         stats.observe("end-to-end", time.monotonic() - batch.received, int(owned.sum()))
-        stats.reasons.update(kind_of(letter.reason) for letter in letters if owned[letter.place])
+        stats.dead_letters(kind_of(letter.reason) for letter in letters if owned[letter.place])
         assert work.rows is not None
         for item in work.rows["best_class"].drop_null().value_counts().to_pylist():
             stats.classes[item["values"]] += item["counts"]

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from alert_broker.stream.clients import REBALANCED, note_error, producer_settings, reason_of
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.ledger import Partition
-from alert_broker.stream.source import REBALANCED, LostError, Source, note_error, reason_of
+from alert_broker.stream.source import LostError, Source
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -38,7 +39,8 @@ class Outgoing(NamedTuple):
     key: bytes | None = None
 
 
-Instead = Callable[[Outgoing, str], Outgoing]
+Refused = Sequence[tuple[Outgoing, str]]  # and why no broker would ever take it
+Instead = Callable[[Refused], Sequence[Outgoing]]
 
 
 class Publisher(Protocol):
@@ -46,8 +48,8 @@ class Publisher(Protocol):
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
         """Returns when the brokers have all of it and the offsets; LostError where nothing of it is visible, as the
-        partitions are another's. instead: gives what is sent in the place of a
-        message that no broker would ever take, with the reason."""
+        partitions are another's. instead: gives what is sent in the place of messages that no broker
+        would ever take."""
         ...
 
     def close(self) -> None: ...
@@ -57,26 +59,6 @@ def open_publisher(config: Config, source: Source) -> Publisher:
     if config.publish.mode == "exactly-once":
         return ExactlyOnce(config, source)
     return AtLeastOnce(config, source)
-
-
-def producer_settings(config: Config) -> dict[str, Secret]:
-    return {
-        "compression.type": "zstd",
-        "linger.ms": 2,  # a batch is flushed anyway
-        "message.max.bytes": 8_388_608,  # a packet with a deep history, as a dead letter
-        "queue.buffering.max.kbytes": 131_072,
-        **of_producer(config.kafka_settings()),
-        "enable.idempotence": True,
-        "acks": "all",
-        "delivery.timeout.ms": int(config.publish.seconds * 1000),
-        "delivery.report.only.error": True,  # none is good news, once the queue is empty
-    }
-
-
-def of_producer(settings: Mapping[str, Secret]) -> dict[str, Secret]:
-    """Without what a producer knows nothing of, and would warn about."""
-    prefixes = ("session.", "heartbeat.", "max.poll.", "fetch.", "queued.", "group.", "coordinator.", "check.crcs")
-    return {name: value for name, value in settings.items() if not name.startswith(prefixes)}
 
 
 class Sender:
@@ -90,7 +72,7 @@ class Sender:
         except (KafkaException, ValueError, TypeError) as error:
             raise EdgekitError(f"the producer cannot be configured: {reason_of(error)}") from None
 
-    def send(self, messages: Sequence[Outgoing]) -> list[tuple[Outgoing, str]]:
+    def send(self, messages: Sequence[Outgoing]) -> Refused:
         """Send all and wait for the broker. What no broker would take comes back with the reason; NotSentError for
         anything else that fails."""
         self.failed.clear()
@@ -143,7 +125,7 @@ class AtLeastOnce:
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
         try:
             while refused := self._sender.send(messages):
-                messages = [instead(message, reason) for message, reason in refused]
+                messages = instead(refused)
         except NotSentError as error:
             raise EdgekitError(
                 f"results cannot be published: {error}; nothing of this batch was committed, start again to go on"
@@ -182,8 +164,8 @@ class ExactlyOnce:
                 self._guard(producer.begin_transaction)
                 while refused := self._sender.send(messages):
                     self._guard(producer.abort_transaction, self._seconds)
-                    changed = {id(message): instead(message, reason) for message, reason in refused}
-                    messages = [changed.get(id(message), message) for message in messages]
+                    gone = {id(message) for message, _ in refused}
+                    messages = [*(item for item in messages if id(item) not in gone), *instead(refused)]
                     self._guard(producer.begin_transaction)
                 if positions:
                     self._guard(

@@ -1,6 +1,7 @@
 """Packets from files to a topic, one to a message, at a rate or as fast as the broker takes them.
 
-What a file holds is sent as it is, damaged or not. A container of many packets is taken apart into containers of one.
+What a file holds is sent as it is, damaged or not. A container of many packets is taken apart into containers of one,
+and Parquet into what `tables` makes of it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from alert_broker import simulated_packets
 from alert_broker.avro.columns import Columns
-from alert_broker.containers import AVRO_MAGIC, SYNC_BYTES, WIRE_HEADER, Block, Schema, header_end, split
-from alert_broker.packets import PARQUET_MAGIC, TRUTH_KEY, find_files
+from alert_broker.containers import AVRO_MAGIC, WIRE_HEADER, Block, Schema, header_end, split
+from alert_broker.packets import PARQUET_MAGIC, find_files
 from alert_broker.simulate import SimulatedAlert
+from alert_broker.stream.clients import reason_of
 from alert_broker.stream.config import Secret
-from alert_broker.stream.source import reason_of
+from alert_broker.stream.tables import container, table_packets
 from edgekit.errors import EdgekitError
 
 TICK = 0.002  # seconds; messages that are due are sent together
@@ -37,27 +40,32 @@ class Sent:
     late: float
 
 
-def packets(paths: Iterable[str | Path]) -> Iterator[bytes]:
-    """The packets in files, folders and tar archives, in order."""
+def packets(paths: Iterable[str | Path], column: str = "") -> Iterator[bytes]:
+    """The packets in files, folders and tar archives, in order; column: of Parquet, where they are."""
     for path in find_files(paths):
         if tarfile.is_tarfile(path):
             with tarfile.open(path) as archive:
                 for member in archive:
                     content = archive.extractfile(member) if member.isfile() else None
                     if content is not None:
-                        yield from single_packets(content.read(), f"{path}:{member.name}")
+                        yield from single_packets(content.read(), f"{path}:{member.name}", column)
+        elif is_parquet(path):
+            yield from table_packets(path, str(path), column)
         else:
-            yield from single_packets(path.read_bytes(), str(path))
+            yield from single_packets(path.read_bytes(), str(path), column)
 
 
-def single_packets(data: bytes, name: str) -> Iterator[bytes]:
-    """The packets of a file as messages of one each; a file with anything wrong in it is one message, as it is."""
+def is_parquet(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+
+
+def single_packets(data: bytes, name: str, column: str = "") -> Iterator[bytes]:
+    """The packets of a file as messages of one each; an Avro file with anything wrong in it is one message, as it
+    is."""
     if data[:4] == PARQUET_MAGIC:
-        if TRUTH_KEY in data[-65536:]:  # a simulator's true classes
-            return
-        raise EdgekitError(
-            f"{name} is Parquet, whose rows are no packets any more; classify it, or replay the originals"
-        )
+        yield from table_packets(pa.BufferReader(data), name, column)
+        return
     if data[:4] != AVRO_MAGIC:
         yield data
         return
@@ -84,7 +92,7 @@ def single_packets(data: bytes, name: str) -> Iterator[bytes]:
         if schema.survey is not None and (number := schema.survey.schema_id(schema.name)) is not None:
             yield WIRE_HEADER.pack(0, number) + datum
         else:
-            yield b"".join((header, b"\x02", _long(len(datum)), datum, header[-SYNC_BYTES:]))
+            yield container(header, datum)
 
 
 def simulated(alerts: Iterable[SimulatedAlert]) -> Iterator[bytes]:
@@ -142,16 +150,6 @@ def send(
     if failed or left:
         raise EdgekitError(f"{topic}: {failed[0] if failed else f'{left} messages were not acknowledged'}")
     return Sent(count, size, time.monotonic() - started, late)
-
-
-def _long(value: int) -> bytes:
-    """Avro's zigzag number."""
-    rest, out = value << 1, bytearray()
-    while rest > 0x7F:
-        out.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    out.append(rest)
-    return bytes(out)
 
 
 def _null_codec(header: bytes) -> bytes:

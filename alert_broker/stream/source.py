@@ -7,45 +7,29 @@ was read under one that has ended is neither published nor committed by us: the 
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, get_ident
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from confluent_kafka import (
-    OFFSET_BEGINNING,
-    OFFSET_END,
-    OFFSET_INVALID,
-    Consumer,
-    KafkaError,
-    KafkaException,
-    Message,
-    TopicPartition,
-)
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from alert_broker.stream.config import Config, Secret
+from alert_broker.stream.clients import HOPELESS, REBALANCED, consumer_settings, names, open_consumer, partitions_of
+from alert_broker.stream.config import Config
+from alert_broker.stream.lag import Lag
 from alert_broker.stream.ledger import Partition
+from alert_broker.stream.start import reset_group
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-ADMIN_SECONDS = 30.0  # for what is asked of the broker outside the flow: offsets, topics
-LAG_SECONDS = 1.0  # between looks at how far behind we are
 DRAIN_STEP = 0.005
 POLL_SECONDS = 0.02  # between looks at what the publishing thread asks for
-# An error of the consumer that no waiting cures. All else librdkafka retries by itself, and says so in its log.
-HOPELESS = {
-    KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED,
-    KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
-    KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
-}  # fmt: skip
+USUAL_BYTES = 65_536  # of a message, before one has been seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +93,17 @@ class Source:
         self._epoch = 0
         self._at_end: set[Partition] = set()
         self._paused = self._closing = self._losing = False
-        self._looked = 0.0
         self._next: dict[Partition, int] = {}
-        self.while_draining: Callable[[], bool] = lambda: (
-            True
-        )  # keeps what is in flight moving; False if it has stopped
+        self._largest = USUAL_BYTES  # bytes of a message, so far
+        # keeps what is in flight moving; False if it has stopped
+        self.while_draining: Callable[[], bool] = lambda: True
         self._thread = get_ident()
         self._requests: SimpleQueue[Request] = SimpleQueue()
         settings = consumer_settings(config)
         if config.source.start_at not in ("earliest", "latest"):
             reset_group(config, settings)
         self.consumer = open_consumer(settings)
+        self._lag = Lag(config)
         for topic in config.source.topics:
             partitions_of(self.consumer, topic)  # a broker or a topic that is not there shows now
         self.consumer.subscribe(
@@ -129,22 +113,26 @@ class Source:
     # --- one thread
 
     def poll(self, size: int, seconds: float) -> MessageBatch | None:
-        """Up to `size` messages within these seconds; None where there were none."""
+        """Up to `size` messages within these seconds, or until they have `batch.bytes`: the last one may go over it,
+        and so may others that come with it if they are larger than any before. None where there were none."""
         messages: list[Message] = []
+        room = self.config.batch.bytes
         deadline = time.monotonic() + seconds
         before = dict(self._epochs)
         while True:
             self.serve()
             slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
-            found = self.consumer.consume(size - len(messages), slice_seconds)
-            if (
-                self._epochs != before
-            ):  # what was read earlier may be another's now, even if the partition is ours again
+            number = min(size - len(messages), max(1, room // self._largest))
+            found = self.consumer.consume(number, slice_seconds)
+            sizes = [len(message) for message in found]
+            self._largest, room = max(self._largest, *sizes, 0), room - sum(sizes)
+            if self._epochs != before:
+                # what was read earlier may be another's now, even if the partition is ours again
                 messages = [item for item in messages if self._counts(item, before)]
             messages += found
             if self._epochs != before:
                 break
-            if len(messages) >= size or time.monotonic() >= deadline:
+            if len(messages) >= size or room <= 0 or time.monotonic() >= deadline:
                 break
         good: list[Message] = []
         index: dict[Partition, int] = {}
@@ -160,8 +148,8 @@ class Source:
             offset.append(number)
             good.append(message)
             self._at_end.discard(where)
-        self._look_at_lag()
         if not good:
+            self._look_at_lag()
             return None
         batch = MessageBatch(
             good, tuple(index), tuple(self._epochs[where] for where in index),
@@ -169,7 +157,9 @@ class Source:
         )  # fmt: skip
         for where, number in batch.counts(np.ones(len(batch), np.bool_)).items():
             self.stats.ledger.add(where, consumed=number)
-        self._next |= next_offsets(batch, np.ones(len(batch), np.bool_))
+        for where, position in next_offsets(batch, np.ones(len(batch), np.bool_)).items():
+            self._move(where, position)
+        self._look_at_lag()
         return batch
 
     def _counts(self, message: Message, before: Mapping[Partition, int]) -> bool:
@@ -185,6 +175,13 @@ class Source:
     def at_end(self) -> bool:
         """Whether all partitions that are ours, and there is one, have been read to their end."""
         return bool(self._epochs) and self._at_end >= set(self._epochs)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether nothing waits in the partitions that are ours, as the broker has it; that we were at the end once
+        says nothing, as we may have been stuck since. It must do where the broker does not answer."""
+        lag = self.stats.lag
+        return all(not lag[where] if where in lag else where in self._at_end for where in self._epochs)
 
     def pause(self, paused: bool) -> None:
         """Stop fetching, or go on; `poll` must be called all the same, so that we stay in the group."""
@@ -255,6 +252,7 @@ class Source:
             self._epoch += 1
             self._epochs[item.topic, item.partition] = self._epoch
             self._at_end.discard((item.topic, item.partition))
+            self._lag.forget((item.topic, item.partition))
         LOG.info("assigned %s", names(partitions))
         self.stats.ready = True
         consumer.incremental_assign(partitions)
@@ -291,6 +289,7 @@ class Source:
                 self._at_end.discard(where)
                 self.stats.lag.pop(where, None)
                 self._next.pop(where, None)
+                self._lag.forget(where)
                 if number := self.stats.ledger.revoke(where):
                     LOG.warning("%d alerts of %s[%d] were in flight and go to its next owner", number, *where)
         finally:
@@ -300,29 +299,22 @@ class Source:
 
     def _note_error(self, error: KafkaError, message: Message) -> None:
         if error.code() == KafkaError._PARTITION_EOF:
-            self._at_end.add(place_of(message)[0])
+            where, position = place_of(message)
+            if where in self._epochs:
+                self._at_end.add(where)
+                self._move(where, position)  # behind the marks of transactions, too, which are no messages
         elif error.code() in HOPELESS or error.fatal():
-            where = f" ({message.topic()})" if message.topic() else ""
-            raise EdgekitError(f"the broker refuses to be read: {error.str()}{where}")
+            topic = f" ({message.topic()})" if message.topic() else ""
+            raise EdgekitError(f"the broker refuses to be read: {error.str()}{topic}")
         else:
             LOG.warning("%s", error.str())
 
+    def _move(self, where: Partition, offset: int) -> None:
+        """The position goes forward; an end may be told after messages that are looked at later."""
+        self._next[where] = max(self._next.get(where, 0), offset)
+
     def _look_at_lag(self) -> None:
-        if time.monotonic() - self._looked < LAG_SECONDS:
-            return
-        self._looked = time.monotonic()
-        for where in list(self._epochs):
-            _, high = self.consumer.get_watermark_offsets(TopicPartition(*where), cached=True)
-            if high >= 0 and where in self._next:
-                self.stats.lag[where] = max(0, high - self._next[where])
-            elif where in self._at_end:
-                self.stats.lag[where] = 0
-
-
-REBALANCED = {
-    KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS,
-    KafkaError._NO_OFFSET, KafkaError._ASSIGNMENT_LOST,
-}  # fmt: skip
+        self.stats.lag = self._lag.look(self._epochs, self._next)
 
 
 def place_of(message: Message) -> tuple[Partition, int]:
@@ -339,102 +331,3 @@ def next_offsets(batch: MessageBatch, chosen: npt.NDArray[np.bool_]) -> dict[Par
     after = np.zeros(len(batch.partitions), np.int64)
     np.maximum.at(after, batch.partition[chosen], batch.offset[chosen] + 1)
     return {where: offset for where, offset in zip(batch.partitions, after.tolist(), strict=True) if offset}
-
-
-def consumer_settings(config: Config) -> dict[str, Secret]:
-    """What librdkafka is told. What `[kafka]` says goes over our defaults, not over what keeps alerts safe."""
-    source = config.source
-    settings: dict[str, Secret] = {
-        "queued.max.messages.kbytes": 65_536,  # read ahead: a second of alerts at Rubin's rate, and no more memory
-        "fetch.message.max.bytes": 8_388_608,
-        **config.kafka_settings(),
-        "group.id": source.group,
-        "partition.assignment.strategy": "cooperative-sticky",
-        "enable.auto.commit": False,
-        "enable.auto.offset.store": False,
-        "enable.partition.eof": True,
-        "isolation.level": "read_committed",
-        "auto.offset.reset": "latest" if source.start_at == "latest" else "earliest",
-    }
-    if source.instance:
-        settings["group.instance.id"] = source.instance
-    return settings
-
-
-def note_error(error: KafkaError) -> None:
-    """What librdkafka tells of besides; what matters also comes where it is asked for."""
-    LOG.warning("%s", error.str())
-
-
-def open_consumer(settings: dict[str, Secret]) -> Consumer:
-    try:
-        return Consumer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
-    except (KafkaException, ValueError, TypeError) as error:
-        raise EdgekitError(f"the consumer cannot be configured: {reason_of(error)}") from None
-
-
-def reason_of(error: Exception) -> str:
-    """What librdkafka says, without the values that it was given."""
-    first = error.args[0] if error.args else error
-    return first.str() if isinstance(first, KafkaError) else str(first)
-
-
-def names(partitions: Sequence[TopicPartition]) -> str:
-    return ", ".join(f"{item.topic}[{item.partition}]" for item in partitions) or "nothing"
-
-
-def reset_group(config: Config, settings: dict[str, Secret]) -> None:
-    """Move the group to a time or to offsets, before it is joined; a broker allows that while it has no members."""
-    consumer = open_consumer({**settings, "enable.partition.eof": False})
-    try:
-        partitions = [
-            TopicPartition(topic, number) for topic in config.source.topics for number in partitions_of(consumer, topic)
-        ]
-        wanted = start_positions(config.source.start_at, partitions, consumer)
-        results = consumer.commit(offsets=wanted, asynchronous=False) or ()
-        if errors := [item.error for item in results if item.error is not None]:
-            raise KafkaException(errors[0])
-    except KafkaException as error:
-        raise EdgekitError(
-            f"the group {config.source.group} cannot be moved to {config.source.start_at}: {reason_of(error)}; "
-            "stop its other members first, or name a new group"
-        ) from None
-    finally:
-        consumer.close()
-
-
-def partitions_of(client: Any, topic: str) -> list[int]:
-    """The numbers of a topic's partitions."""
-    try:
-        known = client.list_topics(topic, timeout=ADMIN_SECONDS).topics.get(topic)
-    except KafkaException as error:
-        reason = reason_of(error)
-        raise EdgekitError(f"the broker does not answer: {reason}; see bootstrap.servers and what runs there") from None
-    if known is None or known.error is not None:
-        raise EdgekitError(f"the topic {topic!r} is not there; create it or name another one")
-    return sorted(known.partitions)
-
-
-def start_positions(text: str, partitions: list[TopicPartition], consumer: Consumer) -> list[TopicPartition]:
-    """Where reading starts: at a time such as 2026-08-01T04:00:00Z, or at offsets such as 0=1200,1=1180."""
-    if re.fullmatch(r"\s*\d+=\d+(\s*,\s*\d+=\d+)*\s*", text):
-        wanted = {int(a): int(b) for a, b in (pair.split("=") for pair in text.split(","))}
-        known = {item.partition for item in partitions}
-        if missing := set(wanted) - known:
-            raise EdgekitError(f"start_at names partition {min(missing)}; the topic has {len(known)}, from 0 on")
-        return [TopicPartition(item.topic, item.partition, wanted[item.partition])
-                for item in partitions if item.partition in wanted]  # fmt: skip
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise EdgekitError(
-            f"start_at is {text!r}; expected earliest, latest, a time such as 2026-08-01T04:00:00Z, or offsets such as "
-            "0=1200,1=1180"
-        ) from None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    asked = [TopicPartition(item.topic, item.partition, int(moment.timestamp() * 1000)) for item in partitions]
-    found = consumer.offsets_for_times(asked, timeout=ADMIN_SECONDS)
-    for item in found:
-        if item.offset in (OFFSET_END, OFFSET_INVALID, OFFSET_BEGINNING) or item.offset < 0:  # nothing so late
-            _, item.offset = consumer.get_watermark_offsets(TopicPartition(item.topic, item.partition), ADMIN_SECONDS)
-    return list(found)

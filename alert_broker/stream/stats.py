@@ -6,7 +6,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -15,6 +15,7 @@ from alert_broker.stream.ledger import Ledger, Partition
 
 STAGES = ("decode", "features", "inference", "route", "publish", "end-to-end")  # the last: from poll to delivery report
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+MOST_REASONS, OTHER = 32, "other"  # a reason holds whatever a packet brought about; those after the first 32 are one
 SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -101,6 +102,13 @@ class Stats:
     def batch(self, size: int) -> None:
         with self._lock:
             self._sizes.add(size)
+
+    def dead_letters(self, reasons: Iterable[str]) -> None:
+        """Count these reasons; those that come up when there are `MOST_REASONS` already, together."""
+        with self._lock:
+            for reason in reasons:
+                known = reason in self.reasons or len(self.reasons) < MOST_REASONS
+                self.reasons[reason if known else OTHER] += 1
 
     def progress(self) -> None:
         """Something was finished, or there is nothing to do."""

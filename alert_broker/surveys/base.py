@@ -188,6 +188,9 @@ class Survey(ABC):
     bands: ClassVar[tuple[str, ...]]
     wavelengths: ClassVar[tuple[float, ...]]  # effective, in angstrom, one for each band
     fields: ClassVar[Mapping[str, tuple[str, ...]]]
+    record: ClassVar[
+        str
+    ]  # full name, by which it is recognised, of the Avro record that a row of a table is replayed as
     cutouts: ClassVar[tuple[str, str, str]] = ("cutoutScience", "cutoutTemplate", "cutoutDifference")  # bytes, as paths
 
     @abstractmethod

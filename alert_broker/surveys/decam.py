@@ -21,12 +21,13 @@ class Decam(Survey):
     name: ClassVar = "decam"
     bands: ClassVar = ("g", "r", "i", "z")
     wavelengths: ClassVar = (4771.0, 6392.0, 7789.0, 9149.0)
+    record: ClassVar = "desirt.alert"
     fields: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "objectId": (), "candid": (), "candidate": MEASUREMENT, "fp_hists": MEASUREMENT,
     }  # fmt: skip
 
     def recognises_schema(self, name: str) -> bool:
-        return name == "desirt.alert"
+        return name == self.record
 
     def recognises_columns(self, columns: frozenset[str]) -> bool:
         return {"objectId", "candid", "candidate.mjd", "candidate.psfFlux", "fp_hists.psfFlux"} <= columns

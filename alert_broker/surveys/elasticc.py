@@ -14,10 +14,11 @@ class Elasticc(Lsst):
     """The released set: LSST's old field names, fluxes in nJy (its r-band noise of 190 is a depth of 24.0)."""
 
     name: ClassVar = "elasticc"
+    record: ClassVar = "elasticc.alert"
     labels: ClassVar = ("u", "g", "r", "i", "z", "Y")
 
     def recognises_schema(self, name: str) -> bool:
-        return False  # seen only as Parquet
+        return name == self.record  # seen only as Parquet, and as that replayed
 
     def recognises_columns(self, columns: frozenset[str]) -> bool:
         return {*PHOTOMETRY, "diaObject.hostgal_zphot_q010"} <= columns
@@ -27,6 +28,7 @@ class ElasticcV0(Elasticc):
     """The early test set: zero point 27.5 (its r-band noise of 3.7 is a depth of 24.3), told by redshift columns."""
 
     name: ClassVar = "elasticc-v0"
+    record: ClassVar = "elasticc_v0.alert"
     zero_point: ClassVar = FLUX_ZERO_POINT
 
     def recognises_columns(self, columns: frozenset[str]) -> bool:

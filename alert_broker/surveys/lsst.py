@@ -40,6 +40,7 @@ class Lsst(Survey):
     name: ClassVar = "lsst"
     bands: ClassVar = ("u", "g", "r", "i", "z", "y")
     wavelengths: ClassVar = (3685.0, 4802.0, 6231.0, 7542.0, 8690.0, 9736.0)
+    record: ClassVar = "lsst.v0_0.alert"  # a table does not say its version
     fields: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "diaSource": ("diaSourceId", "diaObjectId", "ssObjectId", *PHOTOMETRY),
         "prvDiaSources": PHOTOMETRY,

@@ -30,13 +30,14 @@ class Ztf(Survey):
     name: ClassVar = "ztf"
     bands: ClassVar = ("g", "r", "i")
     wavelengths: ClassVar = (4804.79, 6436.92, 7968.22)
+    record: ClassVar = "ztf.alert"
     fields: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "objectId": (), "candid": (), "candidate": DETECTION, "prv_candidates": DETECTION, "fp_hists": FORCED,
     }  # fmt: skip
     cutouts: ClassVar = ("cutoutScience.stampData", "cutoutTemplate.stampData", "cutoutDifference.stampData")
 
     def recognises_schema(self, name: str) -> bool:
-        return name == "ztf.alert"
+        return name == self.record
 
     def recognises_columns(self, columns: frozenset[str]) -> bool:
         return {"objectId", "candid", "candidate.magpsf", "prv_candidates.magpsf"} <= columns

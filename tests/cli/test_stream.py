@@ -1,6 +1,7 @@
 """`edgekit alerts consume`, `replay`, `simulate --to-topic`, `redrive`: flags, one-line errors, and the way round."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -60,14 +61,17 @@ topic = "cli-dead"
     assert done.status == 0, done.err
     report = json.loads(done.out)
     total = report["ledger"]["total"]
+    assert report["failed"] is None
     assert (total["consumed"], total["published"], total["dead_lettered"]) == (22, 20, 2)
     assert report["reasons"].popitem()[1] == 2
+    logging.getLogger("edgekit").handlers.clear()
     done = edgekit("alerts", "redrive", "--config", config, "--json", *kafka(broker))
-    assert json.loads(done.out) == {"sent": 2, "passed_over": 0}
+    assert logging.getLogger("edgekit").handlers  # with the secrets of the configuration masked
+    assert json.loads(done.out) == {"sent": 2, "passed_over": 0, "gone": 0}
     for group, passed in (("", 0), ("cli-other", 2), ("cli-other", 0)):  # a group looks at a letter once
         done = edgekit("alerts", "redrive", "--config", config, "--json", "--reason", "no such", *kafka(broker),
                        *(["--group", group] if group else []))  # fmt: skip
-        assert json.loads(done.out) == {"sent": 0, "passed_over": passed}
+        assert json.loads(done.out) == {"sent": 0, "passed_over": passed, "gone": 0}
     done = edgekit("alerts", "consume", "--config", config, *kafka(broker))
     assert done.status == 0, done.err
     assert any(line.split()[0] == "all" and line.split()[-2:] == ["2", "0"] for line in done.out.splitlines()), done.out

@@ -94,11 +94,15 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
     if outputs:
         changes["output"] = [configuration.inline(text, "--output") for text in outputs]
     config, stats = configuration.load(path, changes), Stats()
+    failed = ""
     try:
         with watching(config, stats, as_json=as_json), stopping() as stop:
             run(config, stats, stop, note)
+    except BaseException as error:
+        failed = str(error) or type(error).__name__
+        raise
     finally:
-        report(stats, as_json)
+        report(stats, as_json, failed)
 
 
 @contextmanager
@@ -115,18 +119,21 @@ def watching(config: Config, stats: Stats, *, as_json: bool) -> Iterator[None]:
         yield
 
 
-def report(stats: Stats, as_json: bool) -> None:
-    """The ledger, and what it was made of."""
+def report(stats: Stats, as_json: bool, failed: str) -> None:
+    """The ledger, and what it was made of. failed: why it stopped, if not of its own; what was in flight then counts
+    as revoked, and comes again."""
     now = stats.snapshot()
     if as_json:
         print_json({
-            "ledger": now.ledger.to_json(), "seconds": round(now.uptime, 3), "classes": dict(now.classes.most_common()),
-            "reasons": dict(now.reasons.most_common()), "models": now.models,
+            "failed": failed or None, "ledger": now.ledger.to_json(), "seconds": round(now.uptime, 3),
+            "classes": dict(now.classes.most_common()), "reasons": dict(now.reasons.most_common()),
+            "models": now.models,
             "latency": {name: {"p50": _finite(item.quantile(0.5)), "p99": _finite(item.quantile(0.99))}
                         for name, item in now.stages.items()},
         })  # fmt: skip
         return
     columns = ["consumed", "published", "filtered", "dead_lettered", "in_flight"]
+    columns += ["revoked"] if now.ledger.revoked else []
     rows = [
         [name, *(f"{getattr(entry, column):,}" for column in columns)]
         for name, entry in [*((f"{t}[{n}]", e) for (t, n), e in sorted(now.ledger.entries.items())),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
 
 from edgekit.cli.alerts.common import alert_packages, key_values, stopping
-from edgekit.cli.console import output, print_json
+from edgekit.cli.console import output, print_json, progress
 
 EXAMPLES = """\b
 Examples:
@@ -32,21 +33,32 @@ def redrive(
 ) -> None:  # fmt: skip
     """Send dead letters to where they came from, after what killed them is fixed: as they came, up to the last one.
 
+    Restart the consumer with the fix, then redrive: it reads them from its topic as any other alert. Others who read
+    that topic see them again; --to-topic sends them to a topic of its own instead, for the consumer to read as well.
+    What dies again is a new dead letter, which says how often it died, and is for the next run.
+
     They stay in their topic; the group GROUP-redrive remembers which were sent or passed over, and looks at neither
-    again. After one --reason, the next one needs a --group of its own, which begins with the first dead letter.
+    again. After one --reason, the next one needs a --group of its own, which begins with the first dead letter. A
+    letter that was too large for its topic has no bytes: they are read where the alert was, if that is still there.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
-        from alert_broker.stream import dead_letters
+        from alert_broker.stream import logs
+        from alert_broker.stream.redrive import redrive as send
 
     changes = {"kafka": key_values(kafka, "--kafka")} if kafka else {}
     config = configuration.load(path, changes)
-    with stopping() as stop:
-        done = dead_letters.redrive(
-            config.kafka_settings(), config.dead_letters, group=group or f"{config.source.group}-redrive",
-            reason=reason, to_topic=to_topic, max_attempts=max_attempts, stop=stop,
+    settings = config.kafka_settings()
+    logs.configure(as_json=as_json, config=settings)
+    with progress() as bar, stopping() as stop:
+        task = bar.add_task("dead letters", total=None)
+        done = send(
+            settings, config.dead_letters, group=group or f"{config.source.group}-redrive", reason=reason,
+            to_topic=to_topic, max_attempts=max_attempts, stop=stop,
+            progress=lambda count: bar.update(task, completed=count),
         )  # fmt: skip
     if as_json:
-        print_json({"sent": done.sent, "passed_over": done.passed_over})
+        print_json(dataclasses.asdict(done))
     else:
-        output.print(f"{done.sent:,} dead letters sent again, {done.passed_over:,} passed over")
+        gone = f", {done.gone:,} whose alerts are gone" if done.gone else ""
+        output.print(f"{done.sent:,} dead letters sent again, {done.passed_over:,} passed over{gone}")

@@ -25,18 +25,25 @@ Examples:
     "--rate", type=click.FloatRange(min=0), default=0.0, help="Packets a second; 0, as fast as they are taken."
 )
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Send all so many times.")
+@click.option("--column", default="", help="Column of Parquet files that holds packets [default: packet or value]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def replay(paths: tuple[str, ...], topic: str, kafka: tuple[str, ...], rate: float, repeat: int, as_json: bool) -> None:
+def replay(
+    paths: tuple[str, ...], topic: str, kafka: tuple[str, ...], rate: float, repeat: int, column: str, as_json: bool
+) -> None:  # fmt: skip
     """Send the packets in files, folders and tar archives to a topic, one to a message, as a survey sends them.
 
-    Damaged files are sent as they are. Files of many packets are taken apart.
+    Damaged files are sent as they are. Files of many packets are taken apart. Of Parquet files, the packets in a column
+    are sent as they are; without such a column, rows that are a survey's alerts, such as Fink's, are sent as
+    Avro with the table's own schema, which gives the same light curves but is not what the survey sent.
     """
     with alert_packages():
+        from alert_broker.stream import logs
         from alert_broker.stream import replay as stream
         from alert_broker.stream.config import secrets_from_environment
 
     settings = secrets_from_environment(key_values(kafka, "--kafka"))
-    source = itertools.chain.from_iterable(stream.packets(map(Path, paths)) for _ in range(repeat))
+    logs.configure(as_json=as_json, config=settings)
+    source = itertools.chain.from_iterable(stream.packets(map(Path, paths), column) for _ in range(repeat))
     with progress() as bar, stopping() as stop:
         task = bar.add_task(f"packets to {topic}", total=None)
         sent = stream.send(

@@ -52,9 +52,11 @@ def simulate(
     if target is None:
         assert to_topic is not None
         with alert_packages():
+            from alert_broker.stream import logs
             from alert_broker.stream import replay as stream
             from alert_broker.stream.config import secrets_from_environment
         settings = secrets_from_environment(key_values(kafka, "--kafka"))
+        logs.configure(config=settings)
         with progress() as bar, stopping() as stop:
             tracked = bar.track(source, count, description=f"{survey} alerts")
             sent = stream.send(stream.simulated(tracked), to_topic, settings, rate=rate, stop=stop)

@@ -13,7 +13,8 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartit
 from alert_broker.stream import config as configuration
 from alert_broker.stream import pipeline
 from alert_broker.stream.brokers import create_topics
+from alert_broker.stream.clients import partitions_of
 from alert_broker.stream.config import Config
 from alert_broker.stream.dead_letters import OFFSET, PARTITION, TOPIC, headers_of
-from alert_broker.stream.source import partitions_of
 from alert_broker.stream.stats import Stats
 
 EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
@@ -77,15 +78,40 @@ class Rig:
         pipeline.run(self.config(**changes), stats, stop)
         return stats
 
+    @contextmanager
+    def running(self, stats: Stats, **changes) -> Iterator[None]:
+        """The pipeline in a thread, until the block ends; what it raises is raised here."""
+        ended, failed = threading.Event(), []
+
+        def work():
+            try:
+                pipeline.run(self.config(source={"until_eos": False}, **changes), stats, ended.is_set)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(60)
+        assert not thread.is_alive()
+        for error in failed:
+            raise error
+
     def start(self, **changes) -> Running:
         """Run the command in a process of its own."""
         path = self.folder / f"{uuid.uuid4().hex[:8]}.toml"
         path.write_text(tomli_w.dumps(self.tables(**changes)))
         return Running(path)
 
-    def send(self, values: Iterable[bytes], topic: str = "", headers=None) -> int:
-        producer = Producer({"bootstrap.servers": self.address, "enable.idempotence": True, "linger.ms": 5,
-                             "message.max.bytes": 8_388_608})  # fmt: skip
+    def send(self, values: Iterable[bytes], topic: str = "", headers=None, spread: int = 0) -> int:
+        """spread: messages to a batch of the producer; the embedded broker counts the last of each partition only."""
+        producer = Producer({
+            "bootstrap.servers": self.address, "enable.idempotence": True, "linger.ms": 5,
+            "message.max.bytes": 8_388_608, "batch.num.messages": spread or 10_000,
+        })  # fmt: skip
         failed = []
         partition = itertools.cycle(range(self.partitions))
         count = 0

@@ -2,9 +2,23 @@
 
 import pytest
 
-from alert_broker.stream.brokers import MockCluster
 from alert_broker.stream.config import DeadLetters
-from alert_broker.stream.dead_letters import Letter, Limits, kind_of, redrive, stack_digest
+from alert_broker.stream.dead_letters import (
+    KIND,
+    MOST_REASON,
+    OFFSET,
+    OMITTED,
+    PARTITION,
+    REASON,
+    TOPIC,
+    Letter,
+    Limits,
+    kind_of,
+    outgoing,
+    stack_digest,
+    without_content,
+)
+from alert_broker.stream.publish import Outgoing
 from edgekit.errors import EdgekitError
 
 
@@ -63,10 +77,43 @@ def test_stack_digests_are_of_the_place():
 
 def test_reasons_are_counted_without_their_numbers():
     assert kind_of("the block at byte 12 ends 3 bytes early: lost") == kind_of("the block at byte 7 ends 9 bytes early")
+    assert kind_of("decodes as lsst.v7_1 with 3.5 of 4 bytes left") == "decodes as lsst.v7_1 with 3.5 of N bytes left"
+    assert len(kind_of("x" * 5000)) == KIND
 
 
-def test_a_topic_of_dead_letters_that_is_not_there_is_said():
-    with MockCluster() as cluster:
-        settings = {"bootstrap.servers": cluster.address, "allow.auto.create.topics": False}
-        with pytest.raises(EdgekitError, match="not-there cannot be read"):
-            redrive(settings, DeadLetters(topic="not-there"), group="g")
+FOUND = [(TOPIC, b"t"), (PARTITION, b"3"), (OFFSET, b"17"), (REASON, b"broken")]
+
+
+def test_what_is_left_of_a_letter_that_no_broker_takes(caplog):
+    whole = Outgoing("dead", b"x" * 900, [("survey", b"y" * 900), *FOUND], 4, b"key")
+    small = without_content(whole, "dead: too large")
+    assert (small.topic, small.value, small.key, small.place) == ("dead", None, None, 4)
+    assert small.headers[:-1] == FOUND
+    assert small.headers[-1] == (OMITTED, b"900 bytes, as the letter cannot be sent with them: dead: too large")
+    assert "t[3] at 17 goes without its 900 bytes" in caplog.text
+    with pytest.raises(EdgekitError, match="cannot be sent: still; raise the broker's limits"):
+        without_content(small, "still")
+
+
+def test_long_reasons_are_cut():
+    class Message:
+        def headers(self):
+            return None
+
+        def value(self):
+            return b"v"
+
+        def key(self):
+            return None
+
+        def topic(self):
+            return "t"
+
+        def partition(self):
+            return 0
+
+        def offset(self):
+            return 5
+
+    letter = outgoing(Letter(0, "x" * 10**6), Message(), "dead")
+    assert len(dict(letter.headers)[REASON]) == MOST_REASON

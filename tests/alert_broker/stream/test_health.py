@@ -90,7 +90,13 @@ def test_ready_once_partitions_and_model_are_there(server, stats):
     assert (status, json.loads(text)["status"]) == (503, "not ready")
     assert "no partition" in json.loads(text)["reason"]
     stats.models = {}
-    assert readiness(stats.snapshot())[1]["reason"] == "no model is loaded yet"
+    assert readiness(stats.snapshot(), 60.0)[1]["reason"] == "no model is loaded yet"
+
+
+def test_who_is_stuck_is_not_ready(server):
+    server.stuck_after = -1.0
+    status, text = get(server.port, "/readyz")
+    assert (status, json.loads(text)["status"]) == (503, "stuck")
 
 
 @pytest.mark.parametrize("path", ["/", "/metric", "/metrics/", "/healthz/../metrics", "/%2e%2e/etc/passwd"])

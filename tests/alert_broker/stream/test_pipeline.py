@@ -2,16 +2,23 @@
 one fate, and the ledger says so."""
 
 import json
+import threading
 import time
 
 import pytest
 from confluent_kafka import TopicPartition
 
 from alert_broker.classify import classify_files
-from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of, redrive
+from alert_broker.stream import pipeline
+from alert_broker.stream.brokers import create_topics
+from alert_broker.stream.clients import open_consumer
+from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of
+from alert_broker.stream.health import health, readiness
 from alert_broker.stream.ledger import Ledger
-from alert_broker.stream.pipeline import MOST_SPARE, Stages
-from alert_broker.stream.source import open_consumer
+from alert_broker.stream.redrive import redrive
+from alert_broker.stream.source import Source
+from alert_broker.stream.stages import MOST_SPARE, Stages
+from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import position, repeat
 
@@ -231,11 +238,103 @@ def test_sigterm_drains_and_commits(rig, packets):
     assert (after.lost, after.duplicates) == (0, 0)
 
 
-def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monkeypatch):
+def wait_for(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_who_is_stuck_after_having_been_at_the_end_is_found_out(rig, packets, monkeypatch):
+    """Planted: from some time on the consumer fetches nothing, and nothing says so. It had reached the end before."""
+    stats, sources = Stats(), []
+    real = Source.poll
+
+    def poll(self, size, seconds):
+        sources[:] = [self]
+        return real(self, size, seconds)
+
+    monkeypatch.setattr(Source, "poll", poll)
+    rig.send(packets[:6])
+    with rig.running(stats):
+        wait_for(lambda: stats.ledger.total().published == 6 and sources[0].at_end)
+        time.sleep(2.5)  # it is idle, for longer than it may be stuck
+        assert health(stats.snapshot(), 2.0)[0]
+        consumer = sources[0].consumer
+        sources[0]._ask(lambda: consumer.pause(consumer.assignment()))
+        rig.send(packets[6:36], spread=1)
+        wait_for(lambda: not health(stats.snapshot(), 2.0)[0])
+        assert not readiness(stats.snapshot(), 2.0)[0]
+        answer = health(stats.snapshot(), 2.0)[1]
+        assert (answer["status"], answer["in_flight"]) == ("stuck", 0)
+        assert answer["lag"] > 0
+        sources[0]._ask(lambda: consumer.resume(consumer.assignment()))
+        wait_for(lambda: stats.ledger.total().published == 36)
+        wait_for(lambda: health(stats.snapshot(), 2.0)[0])
+
+
+@pytest.mark.parametrize("name", ["decode", "classify"])
+def test_a_stage_that_is_stuck_is_found_out(rig, packets, monkeypatch, name):
+    """Planted: a stage that does not come back."""
+    stats, free, real = Stats(), threading.Event(), getattr(Stages, name)
+
+    def stuck(self, values):
+        free.wait()
+        return real(self, values)
+
+    rig.send(packets[:6])
+    with rig.running(stats):
+        wait_for(lambda: stats.ledger.total().published == 6)
+        monkeypatch.setattr(Stages, name, stuck)
+        rig.send(packets[6:12])
+        wait_for(lambda: not health(stats.snapshot(), 1.0)[0])
+        assert health(stats.snapshot(), 1.0)[1]["in_flight"] > 0
+        free.set()
+        wait_for(lambda: stats.ledger.total().published == 12)
+        assert health(stats.snapshot(), 1.0)[0]
+
+
+def test_an_alert_whose_results_no_output_takes_is_one_dead_letter(rig, packets, monkeypatch):
+    """Two outputs with the packet in it, and one without, which has its result all the same."""
+    other, small = f"{rig.name}-other", f"{rig.name}-small"
+    create_topics(rig.address, {other: 1, small: 1})
+    outputs = [{"topic": topic, "format": "json", "attach": attach}
+               for topic, attach in ((rig.results, "packet"), (other, "packet"), (small, "nothing"))]  # fmt: skip
+    chosen = sorted(packets, key=len)
+    sizes = [len(packet) for packet in chosen]
+    assert sizes[3] < sizes[-3]
+    limit = (sizes[3] + sizes[-3]) * 2 // 3  # of base64
+    rig.send([*chosen[:4], *chosen[-3:]])
+    stats = rig.consume(output=outputs, kafka={"message.max.bytes": limit, "compression.type": "none"})
+    total = stats.ledger.total()
+    letters = rig.read(rig.dead)
+    assert len({position(letter) for letter in letters}) == len(letters) == total.dead_lettered
+    refused = [letter for letter in letters if letter.value() in chosen[-3:]]
+    assert len(refused) == 3
+    for letter in refused:
+        reason = dict(headers_of(letter))[REASON].decode()
+        assert rig.results in reason
+        assert other in reason
+    assert len(rig.read(small)) == 7
+    assert len(rig.read(rig.results)) == len(rig.read(other)) == total.published
+    assert total.published + total.dead_lettered == total.consumed == 7
+
+
+def test_the_report_says_why_it_failed_and_what_was_given_back(rig, packets):
+    rig.send([*packets[:4], *[BROKEN] * 30])
+    status, report, log = rig.start(dead_letters={"topic": rig.dead, "max_consecutive": 5}).wait()
+    assert status == 1, log
+    assert "5 alerts in a row are dead letters" in report["failed"]
+    assert report["ledger"]["in_flight"] == 0
+    assert report["ledger"]["revoked"] == 34 - report["ledger"]["total"]["consumed"] > 0
+
+
+@pytest.mark.parametrize("full", ["size", "bytes"])
+def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monkeypatch, full):
     from alert_broker.stream.archive import Archive
 
     monkeypatch.setattr("alert_broker.stream.pipeline.PAUSE_AFTER", 0.05)
-    sent = rig.send(repeat(packets, 120))
+    sent = rig.send(repeat(packets, 200))
     most = 0
     paused = False
 
@@ -246,13 +345,17 @@ def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monk
         paused |= stats.paused
 
     monkeypatch.setattr(Archive, "write", slow)
-    from alert_broker.stream import pipeline
-    from alert_broker.stream.stats import Stats
-
     stats = Stats()
-    config = rig.config(batch={"size": 10, "queue": 1}, archive={"folder": str(rig.folder / "archive")})
+    largest = max(map(len, packets))
+    monkeypatch.setattr("alert_broker.stream.source.USUAL_BYTES", largest)
+    limit = {"size": 10} if full == "size" else {"bytes": 10 * largest}
+    config = rig.config(batch={"queue": 1, **limit}, archive={"folder": str(rig.folder / "archive")})
     pipeline.run(config, stats, lambda: False)
     assert paused
-    assert most <= 10 * (3 + 3 + 2)  # a batch in each stage and queue, one that waits, one that came while pausing
+    most_batches = 3 + 3 + 2  # one in each stage and queue, one that waits, one that came while pausing
+    if full == "size":
+        assert most <= 10 * most_batches
+    else:
+        assert most * min(map(len, packets)) <= 11 * largest * most_batches < sent * min(map(len, packets))
     after = rig.outcome(sent)
     assert (after.lost, after.duplicates) == (0, 0)

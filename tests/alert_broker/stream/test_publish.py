@@ -8,11 +8,11 @@ from confluent_kafka import KafkaError
 from alert_broker.stream import config as configuration
 from alert_broker.stream.brokers import MockCluster
 from alert_broker.stream.publish import AtLeastOnce, ExactlyOnce, Outgoing
-from alert_broker.stream.source import Source
+from alert_broker.stream.source import LostError, Source
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 
-PRODUCE, OFFSET_COMMIT = 0, 8
+PRODUCE, OFFSET_COMMIT, END_TXN, TXN_OFFSET_COMMIT = 0, 8, 26, 28
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def messages(count):
     return [Outgoing("results", b"x" * 100, [], place) for place in range(count)]
 
 
-def no_other(message, reason):
-    raise AssertionError(reason)
+def no_other(refused):
+    raise AssertionError(refused)
 
 
 def test_offsets_are_committed_after_all_is_acknowledged(cluster, source):
@@ -114,13 +114,85 @@ def test_what_no_broker_takes_is_replaced_and_the_rest_is_not_sent_twice(cluster
     large = Outgoing("results", b"x" * 9_000_000, [], 1)
     replaced = []
 
-    def instead(message, reason):
-        replaced.append((message.place, reason))
-        return Outgoing("dead", b"small", [], message.place)
+    def instead(refused):
+        replaced.extend((message.place, reason) for message, reason in refused)
+        return [Outgoing("dead", b"small", [], message.place) for message, _ in refused]
 
     publisher.publish([*messages(1), large], {("source", 0): 2}, instead)
     assert [place for place, _ in replaced] == [1]
     assert "too large" in replaced[0][1].lower()
+
+
+EXACTLY = {"mode": "exactly-once", "transactional_id": "t", "seconds": 5.0}
+
+
+@pytest.fixture
+def exactly(cluster, source):
+    return ExactlyOnce(config_of(cluster, publish=EXACTLY), source)
+
+
+def test_a_transaction_takes_the_offsets_along(cluster, exactly):
+    with cluster.requests() as kinds:
+        exactly.publish(messages(3), {("source", 0): 3}, no_other)
+    ours = [kind for kind in kinds if kind in (PRODUCE, TXN_OFFSET_COMMIT, END_TXN)]
+    assert ours[0] == PRODUCE
+    assert ours[-2:] == [TXN_OFFSET_COMMIT, END_TXN]
+    assert OFFSET_COMMIT not in kinds
+
+
+def test_who_has_lost_its_partitions_aborts(cluster, source, exactly):
+    """What was sent is aborted, no offset is committed, and the next transaction is a new one."""
+    source._losing = True
+    with cluster.requests() as kinds, pytest.raises(LostError):
+        exactly.publish(messages(3), {("source", 0): 3}, no_other)
+    assert PRODUCE in kinds
+    assert kinds.count(END_TXN) == 1
+    assert TXN_OFFSET_COMMIT not in kinds
+    source._losing = False
+    with cluster.requests() as kinds:
+        exactly.publish(messages(2), {("source", 0): 5}, no_other)
+    assert (kinds.count(TXN_OFFSET_COMMIT), kinds.count(END_TXN)) == (1, 1)
+
+
+def test_an_abort_that_is_left_out_is_seen(cluster, source, exactly, monkeypatch):
+    """Planted: the transaction stays open, and the next batch would be part of it."""
+    real = exactly._guard
+
+    def guard(call, *arguments):
+        if call.__name__ != "abort_transaction":
+            real(call, *arguments)
+
+    monkeypatch.setattr(exactly, "_guard", guard)
+    source._losing = True
+    with cluster.requests() as kinds, pytest.raises(LostError):
+        exactly.publish(messages(3), {("source", 0): 3}, no_other)
+    assert END_TXN not in kinds
+    source._losing = False
+    with pytest.raises(EdgekitError, match="transactions do not work"):
+        exactly.publish(messages(2), {("source", 0): 5}, no_other)
+
+
+@pytest.mark.parametrize("error", [KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID])
+def test_a_generation_that_is_over_aborts_and_is_asked_again(cluster, exactly, error):
+    cluster.fail(TXN_OFFSET_COMMIT, [error])
+    with cluster.requests() as kinds:
+        exactly.publish(messages(3), {("source", 0): 3}, no_other)
+    assert (kinds.count(TXN_OFFSET_COMMIT), kinds.count(END_TXN)) == (2, 2)  # aborted, then committed
+
+
+@pytest.mark.parametrize("api", [TXN_OFFSET_COMMIT, END_TXN])
+def test_who_is_fenced_off_in_the_midst_stops(cluster, exactly, api):
+    cluster.fail(api, [KafkaError.PRODUCER_FENCED] * 3)
+    with cluster.requests() as kinds, pytest.raises(EdgekitError, match="fenced off"):
+        exactly.publish(messages(3), {("source", 0): 3}, no_other)
+    assert kinds.count(END_TXN) == (api == END_TXN)  # an abort would be another's
+
+
+def test_what_no_broker_takes_is_replaced_in_a_transaction_of_its_own(cluster, exactly):
+    large = Outgoing("results", b"x" * 9_000_000, [], 1)
+    with cluster.requests() as kinds:
+        exactly.publish([*messages(1), large], {("source", 0): 2}, lambda refused: [Outgoing("dead", b"small", [], 1)])
+    assert (kinds.count(TXN_OFFSET_COMMIT), kinds.count(END_TXN)) == (1, 2)
 
 
 def test_exactly_once_needs_a_name(cluster, source):

@@ -10,7 +10,6 @@ from alert_broker.containers import Block
 from alert_broker.packets import batches
 from alert_broker.simulate import simulate, write
 from alert_broker.stream.replay import packets
-from edgekit.errors import EdgekitError
 
 COUNTS = {"ztf": 7, "lsst": 5}
 
@@ -61,12 +60,3 @@ def test_damage_is_replayed(tmp_path):
     damaged = file.read_bytes()[:-50]
     file.write_bytes(damaged)
     assert list(packets([file])) == [damaged]
-
-
-def test_parquet_is_refused(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"x": [1]}), tmp_path / "night.parquet")
-    with pytest.raises(EdgekitError, match="is Parquet"):
-        list(packets([tmp_path]))

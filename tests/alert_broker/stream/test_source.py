@@ -8,7 +8,8 @@ from confluent_kafka import KafkaError, TopicPartition
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import source as module
-from alert_broker.stream.source import LostError, Source, next_offsets, start_positions
+from alert_broker.stream.source import LostError, Source, next_offsets
+from alert_broker.stream.start import start_positions
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 
@@ -20,6 +21,10 @@ class FakeMessage:
     number: int
     at: int
     fault: KafkaError | None = None
+    size: int = 100
+
+    def __len__(self):
+        return self.size
 
     def topic(self):
         return "t"
@@ -38,7 +43,7 @@ class FakeConsumer:
     """Gives a list of messages per call; a function in it is called first, as a rebalance would be."""
 
     def __init__(self):
-        self.script, self.callbacks, self.committed = [], {}, []
+        self.script, self.callbacks, self.committed, self.asked = [], {}, [], []
         self.member = "m"
         self.assigned, self.asleep = set(), set()  # `asleep`: as in librdkafka, it outlives the assignment
 
@@ -46,6 +51,7 @@ class FakeConsumer:
         self.callbacks = callbacks
 
     def consume(self, size, seconds):
+        self.asked.append(size)
         item = self.script.pop(0) if self.script else []
         return item(self) if callable(item) else item
 
@@ -70,8 +76,18 @@ class FakeConsumer:
     def consumer_group_metadata(self):
         return "metadata"
 
-    def get_watermark_offsets(self, partition, cached):
-        return 0, 100
+
+class FakeLag:
+    """ends: what the broker would tell."""
+
+    def __init__(self, config):
+        self.ends = {}
+
+    def look(self, ours, positions):
+        return {at: max(0, self.ends[at] - positions.get(at, 0)) for at in ours if at in self.ends}
+
+    def forget(self, where):
+        pass
 
 
 def assign(consumer, *numbers):
@@ -91,9 +107,10 @@ def messages(number, *offsets):
 def source(monkeypatch):
     consumer = FakeConsumer()
     monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
+    monkeypatch.setattr(module, "Lag", FakeLag)
     monkeypatch.setattr(module, "partitions_of", lambda client, topic: [0, 1])
     tables = {"source": {"topics": ["t"], "drain_seconds": 0.05}, "output": [{"topic": "r"}],
-              "kafka": {"bootstrap.servers": "x:1"}}  # fmt: skip
+              "batch": {"bytes": 10_000}, "kafka": {"bootstrap.servers": "x:1"}}  # fmt: skip
     source = Source(configuration.parse(tables, "test").check(), Stats())
     assign(consumer, 0, 1)
     return source
@@ -159,6 +176,54 @@ def test_the_end_of_a_partition_is_heard_while_others_leave(source):
     ]  # fmt: skip
     source.poll(10, 0.02)
     assert not source.at_end
+
+
+def test_who_was_at_the_end_once_is_not_caught_up_for_ever(source):
+    end = KafkaError(KafkaError._PARTITION_EOF)
+    source.consumer.script = [[FakeMessage(0, 5, end), FakeMessage(1, 7, end)]]
+    source.poll(10, 0.0)
+    assert source.at_end
+    assert source.caught_up  # the broker has not answered yet
+    source._lag.ends = {("t", 0): 5, ("t", 1): 7}
+    source.poll(10, 0.0)
+    assert source.caught_up
+    source._lag.ends["t", 1] = 9  # and nothing is read of it
+    source.poll(10, 0.0)
+    assert source.at_end
+    assert not source.caught_up
+    assert source.stats.lag == {("t", 0): 0, ("t", 1): 2}
+
+
+def test_the_end_is_behind_the_marks_of_transactions(source):
+    """Two messages and a mark, which is no message but has an offset; the end may be told before they are looked at."""
+    source._lag.ends = {("t", 0): 8, ("t", 1): 0}
+    source.consumer.script = [[*messages(0, 5, 6), FakeMessage(0, 8, KafkaError(KafkaError._PARTITION_EOF))]]
+    source.poll(10, 0.0)
+    assert source.stats.lag["t", 0] == 0
+    source.consumer.script = [messages(0, 8)]  # the twin: a message, not a mark
+    source._lag.ends["t", 0] = 10
+    source.poll(10, 0.0)
+    assert source.stats.lag["t", 0] == 1
+
+
+def test_a_batch_is_closed_by_its_bytes(source):
+    """10,000 of them; the fourth message fills it."""
+    source.consumer.script = [[FakeMessage(0, offset, size=3000)] for offset in range(9)]
+    batch = source.poll(500, 5.0)
+    assert len(batch) == 4
+    assert source.consumer.asked == [1] * 4  # they may be as large as is usual
+    source._largest = 3000
+    batch = source.poll(500, 5.0)
+    assert len(batch) == 4
+    assert source.consumer.asked[4:] == [3, 2, 1, 1]  # as many as there is room for, if they are like those before
+    assert source.stats.ledger.total().consumed == 8
+
+
+def test_small_messages_fill_a_batch_by_their_number(source):
+    source._largest = 100
+    source.consumer.script = [messages(0, *range(30)), messages(0, *range(30, 40))]
+    assert len(source.poll(40, 5.0)) == 40
+    assert source.consumer.asked == [40, 10]
 
 
 def test_an_error_is_heard_while_partitions_leave(source):

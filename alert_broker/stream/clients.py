@@ -1,0 +1,116 @@
+"""librdkafka's clients as this package sets them up, and what its errors mean."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from alert_broker.stream.config import Config, Secret
+from edgekit.errors import EdgekitError
+
+LOG = logging.getLogger("edgekit.stream")
+ADMIN_SECONDS = 30.0  # for what is asked of the broker outside the flow: offsets, topics
+# An error of the consumer that no waiting cures. All else librdkafka retries by itself, and says so in its log.
+HOPELESS = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
+    KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
+}  # fmt: skip
+REBALANCED = {
+    KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError._NO_OFFSET, KafkaError._ASSIGNMENT_LOST,
+}  # fmt: skip
+
+
+def consumer_defaults() -> dict[str, Secret]:
+    """What `[kafka]` may change."""
+    return {
+        "queued.max.messages.kbytes": 65_536,  # read ahead: a second of alerts at Rubin's rate, and no more memory
+        "fetch.message.max.bytes": 8_388_608,
+        "fetch.max.bytes": 16_777_216,  # by which reading ahead goes over its limit
+    }
+
+
+def consumer_settings(config: Config) -> dict[str, Secret]:
+    """What librdkafka is told. What `[kafka]` says goes over our defaults, not over what keeps alerts safe."""
+    source = config.source
+    settings: dict[str, Secret] = {
+        **consumer_defaults(),
+        **config.kafka_settings(),
+        "group.id": source.group,
+        "partition.assignment.strategy": "cooperative-sticky",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "enable.partition.eof": True,
+        "isolation.level": "read_committed",
+        "auto.offset.reset": "latest" if source.start_at == "latest" else "earliest",
+    }
+    if source.instance:
+        settings["group.instance.id"] = source.instance
+    return settings
+
+
+def note_error(error: KafkaError) -> None:
+    """What librdkafka tells of besides; what matters also comes where it is asked for."""
+    LOG.warning("%s", error.str())
+
+
+def open_consumer(settings: dict[str, Secret]) -> Consumer:
+    try:
+        return Consumer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
+    except (KafkaException, ValueError, TypeError) as error:
+        raise EdgekitError(f"the consumer cannot be configured: {reason_of(error)}") from None
+
+
+def open_admin(settings: Mapping[str, Secret]) -> AdminClient:
+    try:
+        return AdminClient(of_producer(settings), logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
+    except (KafkaException, ValueError, TypeError) as error:
+        raise EdgekitError(f"the broker cannot be asked: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What librdkafka says, without the values that it was given."""
+    first = error.args[0] if error.args else error
+    return first.str() if isinstance(first, KafkaError) else str(first)
+
+
+def names(partitions: Sequence[TopicPartition]) -> str:
+    return ", ".join(f"{item.topic}[{item.partition}]" for item in partitions) or "nothing"
+
+
+def producer_settings(config: Config) -> dict[str, Secret]:
+    return {
+        "compression.type": "zstd",
+        "linger.ms": 2,  # a batch is flushed anyway
+        "message.max.bytes": 8_388_608,  # a packet with a deep history, as a dead letter
+        "queue.buffering.max.kbytes": 131_072,
+        **of_producer(config.kafka_settings()),
+        "enable.idempotence": True,
+        "acks": "all",
+        "delivery.timeout.ms": int(config.publish.seconds * 1000),
+        "delivery.report.only.error": True,  # none is good news, once the queue is empty
+    }
+
+
+def of_producer(settings: Mapping[str, Secret]) -> dict[str, Secret]:
+    """Without what a producer, and a client for administration, knows nothing of and would warn about."""
+    prefixes = ("session.", "heartbeat.", "max.poll.", "fetch.", "queued.", "group.", "coordinator.", "check.crcs")
+    return {name: value for name, value in settings.items() if not name.startswith(prefixes)}
+
+
+def partitions_of(client: Any, topic: str) -> list[int]:
+    """The numbers of a topic's partitions."""
+    try:
+        known = client.list_topics(topic, timeout=ADMIN_SECONDS).topics.get(topic)
+    except KafkaException as error:
+        reason = reason_of(error)
+        raise EdgekitError(f"the broker does not answer: {reason}; see bootstrap.servers and what runs there") from None
+    if known is None or known.error is not None:
+        raise EdgekitError(f"the topic {topic!r} is not there; create it or name another one")
+    return sorted(known.partitions)

@@ -1,0 +1,113 @@
+"""How far behind we are: for each partition that is ours, the end that the broker has less our position.
+
+The broker is asked for it, and nobody waits for the answer. What the consumer itself knows of an end came with the last
+messages that it fetched: nothing of a partition that was never read, and nothing new while it is paused or stuck,
+which is when somebody wants to know.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
+
+from alert_broker.stream.clients import open_admin, reason_of
+from alert_broker.stream.config import Config
+from alert_broker.stream.ledger import Partition
+
+LOG = logging.getLogger("edgekit.stream")
+LAG_SECONDS = 1.0  # between questions
+ANSWER_SECONDS = 10.0  # for an answer; until then there is no other question
+EARLIEST, LATEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call]
+Offsets = dict[Partition, int]
+
+
+class Lag:
+    """Called by the thread that polls, as often as it likes."""
+
+    def __init__(self, config: Config) -> None:
+        self._admin = open_admin(config.kafka_settings())
+        self._group, self._from_end = config.source.group, config.source.start_at == "latest"
+        self._pending: list[tuple[Offsets, Partition | None, Future[Any]]] = []
+        self._ends: Offsets = {}
+        self._begins: Offsets = {}  # where reading begins if the group has committed nothing
+        self._committed: Offsets = {}
+        self._asked = -LAG_SECONDS
+        self._told = ""
+
+    def look(self, ours: Collection[Partition], positions: Mapping[Partition, int]) -> dict[Partition, int]:
+        """Messages between the position and the end, for the partitions of which both are known.
+
+        positions: the next offset of those that we have read from. Where we have not, it is where reading will begin:
+        what the group has committed, or an end of the log.
+        """
+        if all(future.done() for _, _, future in self._pending):
+            for found, where, future in self._pending:
+                self._take(found, where, future)
+            self._pending.clear()
+            if ours and time.monotonic() - self._asked >= LAG_SECONDS:
+                self._ask(ours, [at for at in ours if at not in positions and self._start(at) is None])
+        lag = {}
+        for at in ours:
+            position = positions.get(at, self._start(at))
+            if position is not None and at in self._ends:
+                lag[at] = max(0, self._ends[at] - position)
+        return lag
+
+    def forget(self, where: Partition) -> None:
+        """The partition leaves, or comes; what was asked before says nothing of it."""
+        self._pending.clear()
+        for found in (self._ends, self._begins, self._committed):
+            found.pop(where, None)
+
+    def _start(self, where: Partition) -> int | None:
+        committed, begin = self._committed.get(where), self._begins.get(where)
+        if committed is None or begin is None:
+            return None
+        if committed < 0:
+            return begin
+        return committed if self._from_end else max(committed, begin)  # what was deleted does not come any more
+
+    def _ask(self, ours: Collection[Partition], unread: Collection[Partition]) -> None:
+        self._asked = time.monotonic()
+        try:
+            self._ask_offsets(self._ends, ours, LATEST)
+            if unread:
+                self._ask_offsets(self._begins, unread, LATEST if self._from_end else EARLIEST)
+                wanted = ConsumerGroupTopicPartitions(self._group, [TopicPartition(*at) for at in unread])
+                answers = self._admin.list_consumer_group_offsets([wanted], request_timeout=ANSWER_SECONDS)
+                self._pending += [(self._committed, None, future) for future in answers.values()]
+        except KafkaException as error:
+            self._tell(error)
+
+    def _ask_offsets(self, found: Offsets, of: Collection[Partition], spec: Any) -> None:
+        # As the consumer reads: what is in an open transaction cannot be read, so that we are not behind it
+        answers = self._admin.list_offsets(
+            {TopicPartition(*at): spec for at in of}, isolation_level=IsolationLevel.READ_COMMITTED,
+            request_timeout=ANSWER_SECONDS,
+        )  # fmt: skip
+        self._pending += [(found, (place.topic, place.partition), future) for place, future in answers.items()]
+
+    def _take(self, found: Offsets, where: Partition | None, future: Future[Any]) -> None:
+        try:
+            answer = future.result()
+        except KafkaException as error:
+            self._tell(error)
+            return
+        if where is not None:
+            found[where] = answer.offset
+        else:
+            found |= {
+                (item.topic, item.partition): item.offset for item in answer.topic_partitions if item.error is None
+            }
+
+    def _tell(self, error: KafkaException) -> None:
+        """Once for each reason: the question is asked every second."""
+        if (reason := reason_of(error)) != self._told:
+            LOG.warning("how far behind we are cannot be told: %s", reason)
+            self._told = reason

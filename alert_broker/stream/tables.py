@@ -1,0 +1,130 @@
+"""Packets from Parquet: those that a column holds as they came, or rows of a survey's table as Avro.
+
+A row's Avro is not what the survey sent: it has the table's columns, a broker's own among them, with the types that the
+table gives them, in a schema that says so; times are microseconds since 1970, and columns of Arrow's type null, which
+have no value at all, are left out. All that the row has is in it, and its light curve is the same.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import fastavro
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alert_broker.containers import SYNC_BYTES
+from alert_broker.packets import TRUTH_KEY, leaves, survey_of
+from alert_broker.stream.archive import OFFSET
+from alert_broker.stream.outputs import avro_name
+from edgekit.errors import EdgekitError
+
+PACKETS = ("packet", "value")  # what our outputs call them, and what Kafka's own sinks do
+ROWS = 64  # per read: some MB
+SHOWN = 8  # names of columns in an error
+SYNC = bytes(SYNC_BYTES)  # no container has more than one block, so that nobody needs to find the next one
+
+
+def table_packets(source: Any, name: str, column: str = "") -> Iterator[bytes]:
+    """The packets of a Parquet file, or of what Arrow reads as one. column: where they are; else one of PACKETS, if it
+    is there and binary, or the rows themselves."""
+    try:
+        with pq.ParquetFile(source) as table:
+            schema = table.schema_arrow
+            if TRUTH_KEY in (schema.metadata or {}):  # a simulator's true classes
+                return
+            if chosen := _column(schema, name, column):
+                for batch in table.iter_batches(ROWS, columns=[chosen]):
+                    yield from (value or b"" for value in batch[0].to_pylist())
+            else:
+                yield from _rows(table, name)
+    except (pa.ArrowException, OSError) as error:
+        raise EdgekitError(f"{name} cannot be read as Parquet: {error}") from None
+
+
+def _column(schema: pa.Schema, name: str, column: str) -> str:
+    """The column that holds packets, or ""."""
+    binary = [item.name for item in schema if pa.types.is_binary(item.type) or pa.types.is_large_binary(item.type)]
+    if column and column not in binary:
+        what = f"is of type {schema.field(column).type}" if column in schema.names else "is not there"
+        raise EdgekitError(f"{name}: the column {column!r} {what}; binary ones: {', '.join(binary) or 'none'}")
+    return column or next((item for item in PACKETS if item in binary), "")
+
+
+def _rows(table: pq.ParquetFile, name: str) -> Iterator[bytes]:
+    schema = table.schema_arrow
+    survey = survey_of(leaves(schema))
+    if survey is None:
+        own = ", an archive of results, which holds no packets" if OFFSET in schema.names else ""
+        raise EdgekitError(
+            f"{name} is Parquet{own}: it has no binary column {' or '.join(PACKETS)}, and its columns are not those of "
+            f"a survey that is known here: {', '.join(schema.names[:SHOWN])}; name the column that holds packets by "
+            "--column"
+        )
+    chosen = [item for item in schema if not pa.types.is_null(item.type)]
+    plain = [pa.field(item.name, pa.int64()) if pa.types.is_timestamp(item.type) else item for item in chosen]
+    parsed = fastavro.parse_schema(_record(survey.record, plain, name))
+    names = [avro_name(item.name) for item in chosen]
+    stream = io.BytesIO()
+    fastavro.writer(stream, parsed, [], codec="null", sync_marker=SYNC)
+    header = stream.getvalue()
+    for batch in table.iter_batches(ROWS):
+        columns = [_plain(batch[item.name]) for item in chosen]
+        for row in pa.RecordBatch.from_arrays(columns, names).to_pylist():
+            stream = io.BytesIO()
+            fastavro.schemaless_writer(stream, parsed, row)
+            yield container(header, stream.getvalue())
+
+
+def container(header: bytes, datum: bytes) -> bytes:
+    """A container of one packet; header: with its sync marker."""
+    return b"".join((header, b"\x02", _long(len(datum)), datum, header[-SYNC_BYTES:]))
+
+
+def _long(value: int) -> bytes:
+    """Avro's zigzag number."""
+    rest, out = value << 1, bytearray()
+    while rest > 0x7F:
+        out.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    out.append(rest)
+    return bytes(out)
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """A column of times as microseconds since 1970: Python has no shorter ones."""
+    return (
+        column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
+    )
+
+
+def _record(full_name: str, fields: Any, where: str) -> dict[str, Any]:
+    """Avro's record of a table or a struct, in which everything may be null."""
+    return {
+        "type": "record", "name": full_name,
+        "fields": [
+            {"name": avro_name(item.name), "type": ["null", kind] if kind != "null" else "null", "default": None}
+            for item in fields
+            for kind in [_type(item.type, f"{full_name}.{avro_name(item.name)}", where)]
+        ],
+    }  # fmt: skip
+
+
+def _type(kind: pa.DataType, path: str, where: str) -> Any:
+    types = pa.types
+    if types.is_struct(kind):
+        return _record(path, kind, where)
+    if types.is_list(kind) or types.is_large_list(kind):
+        inner = _type(kind.value_type, f"{path}.item", where)
+        return {"type": "array", "items": ["null", inner] if inner != "null" else "null"}
+    for matches, name in (
+        (types.is_null, "null"), (types.is_boolean, "boolean"), (types.is_uint32, "long"), (types.is_int64, "long"),
+        (types.is_uint64, ""), (types.is_integer, "int"), (types.is_float32, "float"), (types.is_float64, "double"),
+        (types.is_string, "string"), (types.is_large_string, "string"), (types.is_binary, "bytes"),
+        (types.is_large_binary, "bytes"),
+    ):  # fmt: skip
+        if matches(kind) and name:
+            return name
+    raise EdgekitError(f"{where}: {path} is of type {kind}, which a replay of rows does not have; leave the column out")

@@ -1,0 +1,175 @@
+"""Dead letters sent again: by whom, how often, and what becomes of those that do not carry their alert."""
+
+import json
+import time
+
+import pytest
+from confluent_kafka import Producer, TopicPartition
+
+from alert_broker.stream import redrive as module
+from alert_broker.stream.brokers import MockCluster, create_topics
+from alert_broker.stream.clients import open_consumer
+from alert_broker.stream.config import DeadLetters
+from alert_broker.stream.dead_letters import ATTEMPTS, OMITTED, headers_of
+from alert_broker.stream.redrive import Originals, Redriven, redrive
+from edgekit.errors import EdgekitError
+
+BROKEN = b"Obj\x01 and then nothing that Avro knows"
+UNKNOWN = b"\x00" + (4711).to_bytes(4, "big")
+
+
+def test_a_topic_of_dead_letters_that_is_not_there_is_said():
+    with MockCluster() as cluster:
+        settings = {"bootstrap.servers": cluster.address, "allow.auto.create.topics": False}
+        with pytest.raises(EdgekitError, match="not-there cannot be read"):
+            redrive(settings, DeadLetters(topic="not-there"), group="g")
+
+
+def test_another_member_that_holds_all_partitions_is_said(broker):
+    """Before, this waited for ever."""
+    address, settings = broker
+    create_topics(address, {"held": 1})
+    kafka = {"bootstrap.servers": address, **settings}
+    other = open_consumer({**kafka, "group.id": "held", "partition.assignment.strategy": "cooperative-sticky"})
+    try:
+        other.subscribe(["held"])
+        for _ in range(200):
+            other.poll(0.1)
+            if other.assignment():
+                break
+        assert other.assignment() == [TopicPartition("held", 0)]
+
+        deadline = time.monotonic() + 15.0
+
+        def stop():
+            other.poll(0.0)  # it stays in the group
+            return time.monotonic() > deadline
+
+        with pytest.raises(
+            EdgekitError, match="no partition of held came to us within 3 s: other members of the group"
+        ):
+            redrive(kafka, DeadLetters(topic="held"), group="held", stop=stop, join_seconds=3.0)
+    finally:
+        other.close()
+    assert redrive(kafka, DeadLetters(topic="held"), group="held") == Redriven()  # it has gone
+
+
+def test_letters_come_through_once_the_cause_is_fixed(rig, packets):
+    """A schema that nobody knows, until a registry has it."""
+    from alert_broker.containers import _container_metadata, header_end
+
+    schema = _container_metadata(packets[0])[0]["avro.schema"].decode()
+    values = []
+    for packet in packets[:7]:
+        rest = packet[header_end(packet) :]
+        at = 1  # the count of 1 is one byte, and the size some
+        while rest[at] & 0x80:
+            at += 1
+        values.append(UNKNOWN + rest[at + 1 : -16])
+    rig.send([*packets[7:12], *values])
+    assert rig.consume().ledger.total().dead_lettered == 7
+    (rig.folder / "registry").mkdir()
+    (rig.folder / "registry" / "4711.avsc").write_text(json.dumps(json.loads(schema)))
+    config = rig.config()
+    told = []
+    done = redrive(config.kafka_settings(), config.dead_letters, group=f"{rig.name}-redrive", progress=told.append)
+    assert (done, told[-1]) == (Redriven(sent=7), 7)
+    total = rig.consume(registry={"url": f"file:{rig.folder / 'registry'}"}).ledger.total()
+    assert (total.consumed, total.published) == (7, 7)
+    assert len(rig.read(rig.results)) == 12
+
+
+def test_what_dies_again_meanwhile_is_for_the_next_run(rig, monkeypatch):
+    """The consumer runs while letters are sent, and nothing was fixed. Before, each was sent three times over."""
+    monkeypatch.setattr(module, "BATCH", 7)  # so that the end is heard of after they have died again, with them
+    rig.send([BROKEN + bytes([number]) for number in range(7)])
+    rig.consume()
+    config = rig.config()
+
+    told = []
+
+    def progress(count):
+        told.append(count)
+        assert rig.consume().ledger.total().dead_lettered == 7
+
+    done = redrive(config.kafka_settings(), config.dead_letters, group=f"{rig.name}-redrive", progress=progress)
+    assert (done, told) == (Redriven(sent=7), [7])
+    again = redrive(config.kafka_settings(), config.dead_letters, group=f"{rig.name}-redrive")
+    assert again == Redriven(sent=7)
+    died = sorted(int(dict(headers_of(letter))[ATTEMPTS]) for letter in rig.read(rig.dead))
+    assert died == [1] * 7 + [2] * 7
+
+
+LIMIT = 40_000
+
+
+@pytest.fixture
+def large(rig, packets):
+    """A rig whose producers take 40 kB at most, with three alerts that are larger among ten that are not."""
+    small = [packet for packet in packets if len(packet) < LIMIT - 5000][:10]
+    assert len(small) == 10
+    rig.values = [BROKEN + bytes([number]) * 60_000 for number in range(3)]
+    rig.send([*small[:5], *rig.values, *small[5:]], headers=[("survey", b"here")])
+    rig.limited = {"kafka": {"message.max.bytes": LIMIT}}
+    return rig
+
+
+def test_a_dead_letter_that_is_too_large_stops_nothing(large):
+    """Before, the consumer stopped at it at every start."""
+    stats = large.consume(**large.limited)
+    total = stats.ledger.total()
+    assert (total.consumed, total.published, total.dead_lettered) == (13, 10, 3)
+    done = large.outcome(13)
+    assert (done.lost, done.duplicates, done.results, done.dead) == (0, 0, 10, 3)
+    assert sum(stats.reasons.values()) == 3
+    for letter in done.dead_messages:
+        headers = dict(headers_of(letter))
+        assert letter.value() is None
+        assert b"survey" not in headers
+        assert headers[OMITTED].startswith(b"60037 bytes, as the letter cannot be sent with them: ")
+    assert large.consume(**large.limited).ledger.total().consumed == 0  # all was committed
+
+
+def test_a_letter_without_its_bytes_is_sent_with_them(large):
+    large.consume(**large.limited)
+    config = large.config()
+    done = redrive(config.kafka_settings(), config.dead_letters, group=f"{large.name}-redrive")
+    assert done == Redriven(sent=3)
+    sent = [message for message in large.read(large.source) if ATTEMPTS in dict(headers_of(message))]
+    assert sorted(message.value() for message in sent) == large.values
+    for message in sent:
+        assert dict(headers_of(message))["survey"] == b"here"
+        assert OMITTED not in dict(headers_of(message))
+    total = large.consume().ledger.total()  # with room for them
+    assert (total.consumed, total.dead_lettered) == (3, 3)
+    whole = [message for message in large.read(large.dead) if message.value() is not None]
+    assert sorted(message.value() for message in whole) == large.values
+
+
+def test_a_letter_whose_alert_is_gone_is_told(large, caplog, monkeypatch):
+    large.consume(**large.limited)
+    config = large.config()
+    asked = []
+    monkeypatch.setattr(module.Originals, "read", lambda self, *where: asked.append(where))
+    done = redrive(config.kafka_settings(), config.dead_letters, group=f"{large.name}-redrive")
+    assert done == Redriven(gone=3)
+    assert {topic for topic, _, _ in asked} == {large.source}
+    assert caplog.text.count("has none at") == 3
+
+
+def test_originals_beyond_the_end_of_the_log_are_none():
+    """Against librdkafka's mock cluster: the embedded broker has no answer for such an offset."""
+    with MockCluster() as cluster:
+        cluster.create_topic("t", 2)
+        producer = Producer({"bootstrap.servers": cluster.address})
+        for number in range(4):
+            producer.produce("t", b"%d" % number, partition=number % 2)
+        assert producer.flush(10) == 0
+        originals = Originals({"bootstrap.servers": cluster.address, "enable.partition.eof": True})
+        try:
+            assert originals.read("t", 1, 0).value() == b"1"
+            assert originals.read("t", 1, 700) is None
+            assert originals.read("t", 1, 2) is None  # the end itself
+            assert originals.read("t", 0, 1).value() == b"2"
+        finally:
+            originals.close()
