@@ -44,7 +44,7 @@ from edgekit.zoo import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = {"t2-gr": (1, 16, 256), "deit-tiny": (1, 16)}
-TRIALS = {"t2-gr": 16, "deit-tiny": 10}  # a recovery of DeiT takes a minute
+TRIALS = {"t2-gr": 16, "deit-tiny": 5}  # four of them are starts; a recovery of DeiT takes minutes
 MAX_LOSS = {"t2-gr": 0.02, "deit-tiny": 0.02}  # log-loss; error rate
 TRAIN_ROWS = 512  # of DeiT's images, for recovery and trials
 OURS = "edgekit compress --auto"
@@ -191,21 +191,21 @@ def main() -> None:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """Whether what was shipped is at least as fast, beyond the noise, as the best float32 and as every stock row that
-    keeps to the same limit of loss; the fastest of all stands beside it, with what it loses."""
-    lines = []
-    within = [label for label, loss in result["losses"].items() if loss <= MAX_LOSS[result["model"]] and label != OURS]
+    """Whether what was shipped is at least as fast, beyond the noise, as float32, as the best stock row that keeps to
+    the same limit of loss, and as the fastest of all, whatever that one loses."""
+    lines, losses = [], result["losses"]
+    within = [label for label, loss in losses.items() if loss <= MAX_LOSS[result["model"]] and label != OURS]
     for batch, table in result["batches"].items():
         ours = table[OURS]
-        best = max(within, key=lambda label: table[label]["ratio"])
-        fastest = max((label for label in table if label != OURS), key=lambda label: table[label]["ratio"])
-        met = ours["high"] >= table[best]["low"] and ours["high"] >= 1.0
-        lines.append(
-            f"{result['model']}, batch {batch}: ours {ours['ratio']:.2f} times as fast as float32 (loss "
-            f"{result['losses'][OURS]:+.4f}), best stock within the limit {table[best]['ratio']:.2f} ({best}), fastest "
-            f"stock {table[fastest]['ratio']:.2f} ({fastest}, loss {result['losses'][fastest]:+.4f}): "
-            f"{'met' if met else 'NOT MET'}"
-        )
+        rivals = {"best stock within the limit": within, "fastest stock": [label for label in table if label != OURS]}
+        for kind, labels in rivals.items():
+            best = max(labels, key=lambda label: table[label]["ratio"])
+            met = ours["high"] >= table[best]["low"] and ours["high"] >= 1.0
+            lines.append(
+                f"{result['model']}, batch {batch}: ours {ours['ratio']:.2f} times as fast as float32 (loss "
+                f"{losses[OURS]:+.4f}), {kind} {table[best]['ratio']:.2f} ({best}, loss {losses[best]:+.4f}): "
+                f"{'met' if met else 'NOT MET'}"
+            )
     return lines
 
 

@@ -10,7 +10,7 @@ trial it was in, and the states that trials share are computed once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from edgekit.errors import EdgekitError, missing_extra
 from edgekit.job import Job, Notify, ShowProgress
 from edgekit.recipe import Step, of_bundle
 from edgekit.search.sensitivity import Sensitivity, sensitivities
-from edgekit.search.space import SPACE, explored, lengthened, starts, suggest
+from edgekit.search.space import SPACE, Space, explored, lengthened, starts, suggest
 
 try:
     import optuna
@@ -100,8 +100,8 @@ def search(
     """Search, then run the best recipe within the targets on the job's own data. Where that one fails on the test rows,
     the next best has its turn; where none is left, an error says how far they were."""
     trial_job = held_out(job)
-    space = explored(job, tuple(sensitivities(trial_job, progress)))
     study, merit = _study(job, work), _merit(job)
+    space = _space(study, job, trial_job, progress)
     for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(stale.number, state=TrialState.FAIL)  # of a search that was killed
     done = len(_complete(study))
@@ -122,9 +122,7 @@ def search(
         for factor in LONGER:
             if not promising(outcome, targets, _outcomes(study), merit):
                 break
-            notify(
-                f"recipe {trial.number + 1} would be the best but for its loss, {outcome.loss:+.4f}: recovers longer"
-            )
+            notify(f"  it would be the best but for its loss, {outcome.loss:+.4f}: recovers {factor} times as long")
             short, steps = outcome, tuple(lengthened(step, factor) for step in steps)
             outcome = _outcome(trial.number, steps, run(replace(trial_job, recipe=steps), work, progress=progress))
             if outcome.loss > short.loss / 2:  # more of the same would not do
@@ -218,6 +216,20 @@ def _study(job: Job, work: Path) -> optuna.Study:
     )
 
 
+def _space(study: optuna.Study, job: Job, trial_job: Job, progress: ShowProgress) -> Space:
+    """What may be suggested, found out once for all the runs of a study."""
+    kept = study.user_attrs.get("space")
+    if kept is None:
+        space = explored(job, tuple(sensitivities(trial_job, progress)))
+        kept = {
+            "ranked": [asdict(item) for item in space.ranked], "smooth": space.smooth, "groups": space.groups,
+            "stack": space.stack,
+        }  # fmt: skip
+        study.set_user_attr("space", kept)
+    ranked = tuple(Sensitivity(item["name"], item["change"], tuple(item["nodes"])) for item in kept["ranked"])
+    return Space(job, ranked, kept["smooth"], tuple(kept["groups"]), tuple(kept["stack"]))
+
+
 def _complete(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
@@ -247,39 +259,56 @@ def _finish(
     job: Job, targets: Targets, outcomes: tuple[Outcome, ...], ranked: tuple[Sensitivity, ...], merit: Merit,
     work: Path, notify: Notify, progress: ShowProgress,
 ) -> Found:  # fmt: skip
-    """Run the candidates in order of merit, at full length, until one keeps to the targets on the test rows."""
+    """Run the candidates in order of merit, at full length, and take the best that keeps to the targets on the test
+    rows. One that lost a pass there is another recipe than was chosen: those after it have their turn while they
+    promise more than is left of it."""
     tried: list[str] = []
+    best: tuple[float, int, Bundle] | None = None
     lost = math.inf  # on held-out rows, by the mildest recipe that lost too much on the test rows
     for outcome in finals(outcomes, targets, merit):
+        if best is not None and merit(outcome) <= best[0]:
+            break
         if outcome.loss >= lost or len(tried) == FINALS:  # what lost more would do so as well
             continue
         recipe = tuple(lengthened(step) for step in outcome.recipe)
         notify(f"final run of recipe {outcome.number + 1}: {', '.join(step.name for step in recipe)}")
         final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=targets.max_loss))
         bundle = run(final, work, notify=notify, progress=progress)
-        result = _outcome(outcome.number, recipe, bundle)
-        if result.fits(targets) and any(record["kept"] for record in bundle.manifest.records):
-            facts = {
-                "trials": [_plain(item) for item in outcomes],
-                "sensitivity": [
-                    {"name": item.name, "change": item.change if math.isfinite(item.change) else None}
-                    for item in ranked
-                ],
-                "chosen": outcome.number,
-                "targets": asdict(targets),
-            }
-            manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, "search": facts})
-            return Found(replace(bundle, manifest=manifest), tuple(of_bundle(bundle)), outcomes, ranked)
-        lost = min(lost, outcome.loss) if result.loss > targets.max_loss else lost
+        result, records = _outcome(outcome.number, recipe, bundle), bundle.manifest.records
+        kept = [bool(record["kept"]) for record in records]
+        if result.fits(targets) and any(kept) and (best is None or merit(result) > best[0]):
+            best = merit(result), outcome.number, bundle
+            if all(kept):
+                break
+        if result.loss > targets.max_loss or any(_lost_too_much(record, targets) for record in records):
+            lost = min(lost, outcome.loss)
         tried.append(
             f"{result.loss:+.4f}, {result.bytes:,} bytes, {result.latency_ms:.3g} ms{' (estimate)' * job.estimated}"
             + ("" if result.fits_memory else f", which does not fit on {job.target.name if job.target else ''}")
         )
-    best = "; ".join(tried) or "no trial came near"
-    raise EdgekitError(
-        f"no recipe keeps to max-loss {targets.max_loss:g}, max-size {targets.max_size or 'any'}, max-latency "
-        f"{targets.max_latency or 'any'} on the test rows; best: {best}. Allow more, or give it more --trials"
-    )
+    if best is None:
+        raise EdgekitError(
+            f"no recipe keeps to max-loss {targets.max_loss:g}, max-size {targets.max_size or 'any'}, max-latency "
+            f"{targets.max_latency or 'any'} on the test rows; best: {'; '.join(tried) or 'no trial came near'}. Allow "
+            "more, or give it more --trials"
+        )
+    _, chosen, bundle = best
+    facts = {
+        "trials": [_plain(item) for item in outcomes],
+        "sensitivity": [
+            {"name": item.name, "change": item.change if math.isfinite(item.change) else None} for item in ranked
+        ],
+        "chosen": chosen,
+        "targets": asdict(targets),
+    }
+    manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, "search": facts})
+    return Found(replace(bundle, manifest=manifest), tuple(of_bundle(bundle)), outcomes, ranked)
+
+
+def _lost_too_much(record: Mapping[str, Any], targets: Targets) -> bool:
+    """Whether a pass was rolled back for what it costs in quality."""
+    loss = record.get("loss", {}).get("value")
+    return not record["kept"] and loss is not None and loss > targets.max_loss
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:

@@ -167,31 +167,60 @@ def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
     assert longest in (2 * factor for factor in LONGER)
     assert found.outcomes[0].loss < short
     assert found.recipe[0].parameters["epochs"] == longest
-    assert any("recovers longer" in line for line in said)
+    assert any("it would be the best but for its loss" in line for line in said)
     # planted: a search that judges by the short recovery finds nothing
     monkeypatch.setattr(auto, "LONGER", ())
     with pytest.raises(EdgekitError, match="no trial came near"):
         search(job, Targets(max_loss=limit / 2), tmp_path / "planted", trials=1)
 
 
-def test_what_lost_more_than_a_failure_is_not_tried(job, tmp_path, monkeypatch):
-    """The last round goes on with milder recipes once the test rows have refused one."""
-    losses = {1: 0.03, 2: 0.035, 3: 0.01}
-    outcomes = tuple(
-        Outcome(number, PRUNED, loss=loss, bytes=1000, speedup=9.0 - number, latency_ms=1.0, low=0.0)
-        for number, loss in losses.items()
-    )
+def last_round(job, monkeypatch, tmp_path, trials, results):
+    """What is chosen, and what was run, when the last round's results are these: (loss, speedup, passes kept)."""
     tried = []
 
     def outcome_of(number, recipe, bundle):
         tried.append(number)
-        return replace(outcomes[0], number=number, loss=0.05 if number < 3 else 0.0)
+        loss, speedup, _ = results[number]
+        return Outcome(number, recipe, loss=loss, bytes=1000, speedup=speedup, latency_ms=1.0)
+
+    def run(final, work, **options):
+        _, _, kept = results[final.recipe[0].seed]
+        records = tuple({"kept": good, "loss": {"value": 0.0 if good else 1.0}} for good in kept)
+        return replace(job.source, manifest=replace(job.source.manifest, records=records))
 
     monkeypatch.setattr(auto, "_outcome", outcome_of)
-    monkeypatch.setattr(auto, "run", lambda job, work, **options: job.source)
-    with pytest.raises(EdgekitError, match=r"\+0.0500, .*; \+0.0000"):  # nothing was kept in what `run` gives here
-        auto._finish(job, Targets(0.02), outcomes, (), speed, tmp_path, lambda line: None, lambda *state: None)
-    assert tried == [1, 3]
+    monkeypatch.setattr(auto, "run", run)
+    monkeypatch.setattr(auto, "of_bundle", lambda bundle: ())
+    found = auto._finish(
+        job, Targets(0.02), trials, (), speed, tmp_path, lambda line: None, lambda *state: None
+    )  # fmt: skip
+    return found.bundle.manifest.metrics["search"]["chosen"], tried
+
+
+def trial_of(number, loss, speedup):
+    recipe = (replace(PRUNED[0], seed=number),)
+    return Outcome(number, recipe, loss=loss, bytes=1000, speedup=speedup, latency_ms=1.0, low=0.0)
+
+
+def test_what_lost_more_than_a_failure_is_not_tried(job, tmp_path, monkeypatch):
+    """The last round goes on with milder recipes once the test rows have refused one."""
+    trials = (trial_of(1, 0.03, 9.0), trial_of(2, 0.035, 8.0), trial_of(3, 0.01, 7.0))
+    results = {1: (0.05, 9.0, [True]), 2: (0.0, 8.0, [True]), 3: (0.0, 7.0, [True])}
+    assert last_round(job, monkeypatch, tmp_path, trials, results) == (3, [1, 3])
+    nothing = dict.fromkeys(results, (0.05, 9.0, [True]))
+    with pytest.raises(EdgekitError, match=r"best: \+0.0500, .*; \+0.0500"):
+        last_round(job, monkeypatch, tmp_path, trials, nothing)
+
+
+def test_a_recipe_that_lost_its_pruning_is_not_what_was_chosen(job, tmp_path, monkeypatch):
+    """What is left of it is kept in mind; a milder one that is faster is better, a slower one is not run."""
+    trials = (trial_of(1, 0.01, 4.0), trial_of(2, 0.005, 3.0), trial_of(3, 0.0, 1.5))
+    rolled_back = {1: (0.0, 2.0, [False, True]), 2: (0.0, 3.0, [True, True]), 3: (0.0, 1.5, [True])}
+    assert last_round(job, monkeypatch, tmp_path, trials, rolled_back) == (2, [1, 2])
+    milder_fails = {**rolled_back, 2: (0.0, 1.9, [False, True])}
+    assert last_round(job, monkeypatch, tmp_path, trials, milder_fails) == (1, [1, 2])
+    whole = {**rolled_back, 1: (0.0, 4.0, [True, True])}
+    assert last_round(job, monkeypatch, tmp_path, trials, whole) == (1, [1])
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
