@@ -38,7 +38,8 @@ from edgekit.importers import from_factory, parse_spec
 from edgekit.job import Job, versions
 from edgekit.measure import outputs_of
 from edgekit.recipe import Step
-from edgekit.search.auto import Targets, search
+from edgekit.search.auto import search
+from edgekit.search.outcomes import Targets
 from edgekit.session import Session, open_session
 from edgekit.zoo import resolve
 

@@ -109,9 +109,10 @@ class DependencyPrune:
     def _groups(self, candidate: Candidate) -> tuple[list[Group], dict[str, str]]:
         """What is removed from, and what is left alone, why. A plan and its application ask the same."""
         known = _found.setdefault(candidate.model, {})
-        if repr(self) not in known:
-            known[repr(self)] = self._found_in(candidate)
-        groups, alone = known[repr(self)]
+        key = f"{self!r}, {candidate.family}, {dict(candidate.arguments)!r}"
+        if key not in known:
+            known[key] = self._found_in(candidate)
+        groups, alone = known[key]
         return list(groups), dict(alone)
 
     def _found_in(self, candidate: Candidate) -> tuple[list[Group], dict[str, str]]:

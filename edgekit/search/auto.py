@@ -10,7 +10,7 @@ trial it was in, and the states that trials share are computed once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from edgekit.compress import run
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.job import Job, Notify, ShowProgress
 from edgekit.recipe import Step, of_bundle
+from edgekit.search.outcomes import Merit, Outcome, Targets, finals, merit_of, packed, promising
 from edgekit.search.sensitivity import Sensitivity, sensitivities
 from edgekit.search.space import SPACE, Space, explored, lengthened, starts, suggest
 
@@ -37,45 +38,7 @@ HELD_OUT = 0.25  # of the training rows, for trials
 PATIENCE = 12  # trials without a new point on the Pareto front after which the search stops
 NUMBERS = ("loss", "low", "bytes", "speedup", "latency_ms", "fits_memory")  # of an outcome, kept in the study
 LONGER = (4, 12)  # times the short recovery, for a recipe that only the loss stands in the way of
-NEAR = 10.0  # times the loss allowed: farther off, no recovery is tried
 FINALS = 5  # recipes that the test rows see
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One trial. speedup: geometric mean over the batch sizes, against the original in the same run; loss: change of
-    the metric on held-out rows; low: the lower end of its interval."""
-
-    number: int
-    recipe: tuple[Step, ...]
-    loss: float
-    bytes: int
-    speedup: float
-    latency_ms: float
-    on_front: bool = False
-    fits_memory: bool = True  # of the target
-    low: float = math.nan
-
-    def fits(self, limits: Targets) -> bool:
-        return (
-            self.loss <= limits.max_loss
-            and (limits.max_size is None or self.bytes <= limits.max_size)
-            and (limits.max_latency is None or self.latency_ms <= limits.max_latency)
-            and self.fits_memory
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What the result must keep to. max_size: packed bytes; max_latency: CPU milliseconds of a call at the first batch
-    size; on a target that is not here, estimated ones."""
-
-    max_loss: float
-    max_size: int | None = None
-    max_latency: float | None = None
-
-
-Merit = Callable[[Outcome], float]  # higher is better
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +63,7 @@ def search(
     """Search, then run the best recipe within the targets on the job's own data. Where that one fails on the test rows,
     the next best has its turn; where none is left, an error says how far they were."""
     trial_job = held_out(job)
-    study, merit = _study(job, work), _merit(job)
+    study, merit = _study(job, work), merit_of(job)
     space = _space(study, job, trial_job, progress)
     for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(stale.number, state=TrialState.FAIL)  # of a search that was killed
@@ -142,25 +105,6 @@ def search(
     return _finish(job, targets, outcomes, space.ranked, merit, work, notify, progress)
 
 
-def promising(outcome: Outcome, targets: Targets, others: Sequence[Outcome], merit: Merit) -> bool:
-    """Whether nothing but a loss that a longer recovery may mend keeps the recipe from being the best so far."""
-    recovers = any(step.parameters.get("epochs") for step in outcome.recipe)
-    near = targets.max_loss < outcome.loss <= NEAR * targets.max_loss
-    best = max([merit(other) for other in others if other.fits(targets)], default=-math.inf)
-    return recovers and near and replace(outcome, loss=-math.inf).fits(targets) and merit(outcome) > best
-
-
-def finals(outcomes: Sequence[Outcome], targets: Targets, merit: Merit) -> list[Outcome]:
-    """Recipes for the last round, best first: those that keep to the targets, or miss the loss by less than the noise
-    of the held-out rows."""
-    near = [
-        replace(item, loss=item.low) if math.isfinite(item.low) and item.loss <= 2 * targets.max_loss else item
-        for item in outcomes
-    ]
-    hopeful = [item for item, eased in zip(outcomes, near, strict=True) if item.recipe and eased.fits(targets)]
-    return sorted(hopeful, key=merit, reverse=True)
-
-
 def held_out(job: Job) -> Job:
     """The job on the training rows alone, a quarter of them held out."""
     rows = np.random.default_rng(job.seed).permutation(len(job.train))
@@ -179,27 +123,10 @@ def _outcome(number: int, steps: Sequence[Step], bundle: Bundle) -> Outcome:
     speedup = float(np.exp(-np.mean(np.log([item["ratio"] for item in latency]))))
     extra = max([0.0, *worse])
     return Outcome(
-        number, tuple(steps), math.inf if loss is None else float(loss) + extra, _packed(bundle), speedup,
+        number, tuple(steps), math.inf if loss is None else float(loss) + extra, packed(bundle), speedup,
         float(latency[0]["after_ms"]), fits_memory=bool(summary.get("memory", {}).get("fits", True)),
         low=math.nan if loss is None else float(summary["change"]["low"]) + extra,
     )  # fmt: skip
-
-
-def _merit(job: Job) -> Merit:
-    """What the objective makes of an outcome."""
-    original = _packed(job.source)
-
-    def merit(outcome: Outcome) -> float:
-        size, speed = math.log(original / outcome.bytes), math.log(outcome.speedup)
-        return {"size": size, "latency": speed, "any": size + speed}[job.limits.objective]
-
-    return merit
-
-
-def _packed(bundle: Bundle) -> int:
-    from edgekit.pack import pack
-
-    return len(pack(bundle))
 
 
 def _study(job: Job, work: Path) -> optuna.Study:

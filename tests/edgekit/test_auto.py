@@ -17,7 +17,8 @@ from edgekit.errors import EdgekitError
 from edgekit.pack import pack
 from edgekit.recipe import Step
 from edgekit.search import auto
-from edgekit.search.auto import LONGER, Outcome, Targets, finals, held_out, promising, search
+from edgekit.search.auto import LONGER, held_out, search
+from edgekit.search.outcomes import Outcome, Targets, finals, promising
 from edgekit.search.sensitivity import sensitivities
 
 

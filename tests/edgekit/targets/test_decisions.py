@@ -10,7 +10,8 @@ from edgekit.compress import plan, run
 from edgekit.errors import EdgekitError
 from edgekit.recipe import Step
 from edgekit.search import auto
-from edgekit.search.auto import Outcome, Targets, search
+from edgekit.search.auto import search
+from edgekit.search.outcomes import Outcome, Targets
 from edgekit.search.space import Space, forms, starts, suggest
 from edgekit.targets import decisions, local, profile
 from edgekit.targets.decisions import allowed, estimated, fitted, needed, rounded, with_defaults
