@@ -50,23 +50,23 @@ class Outcome:
 Merit = Callable[[Outcome], float]  # higher is better
 
 
+def hopeful(outcome: Outcome, targets: Targets) -> bool:
+    """Whether it keeps to the targets, or misses the loss by less than the noise of the held-out rows."""
+    noisy = outcome.loss <= 2 * targets.max_loss and math.isfinite(outcome.low)
+    return (replace(outcome, loss=outcome.low) if noisy else outcome).fits(targets)
+
+
 def promising(outcome: Outcome, targets: Targets, others: Sequence[Outcome], merit: Merit) -> bool:
     """Whether nothing but a loss that a longer recovery may mend keeps the recipe from being the best so far."""
     recovers = any(step.parameters.get("epochs") for step in outcome.recipe)
-    near = targets.max_loss < outcome.loss <= NEAR * targets.max_loss
+    near = outcome.loss <= NEAR * targets.max_loss and not hopeful(outcome, targets)
     best = max([merit(other) for other in others if other.fits(targets)], default=-math.inf)
     return recovers and near and replace(outcome, loss=-math.inf).fits(targets) and merit(outcome) > best
 
 
 def finals(outcomes: Sequence[Outcome], targets: Targets, merit: Merit) -> list[Outcome]:
-    """Recipes for the last round, best first: those that keep to the targets, or miss the loss by less than the noise
-    of the held-out rows."""
-    near = [
-        replace(item, loss=item.low) if math.isfinite(item.low) and item.loss <= 2 * targets.max_loss else item
-        for item in outcomes
-    ]
-    hopeful = [item for item, eased in zip(outcomes, near, strict=True) if item.recipe and eased.fits(targets)]
-    return sorted(hopeful, key=merit, reverse=True)
+    """Recipes for the last round, best first."""
+    return sorted((item for item in outcomes if item.recipe and hopeful(item, targets)), key=merit, reverse=True)
 
 
 def merit_of(job: Job) -> Merit:

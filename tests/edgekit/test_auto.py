@@ -123,6 +123,7 @@ def test_only_a_loss_that_recovery_may_mend_is_worth_a_longer_one():
     worse = {
         "keeps to the limit": replace(near, loss=0.01),
         "too far off": replace(near, loss=0.3),
+        "within the noise, which the last round decides": replace(near, loss=0.03, low=0.01),
         "no number": replace(near, loss=math.inf),
         "slower than what fits": replace(near, speedup=1.9),
         "trains nothing": replace(near, recipe=(Step("dynamic_int8", {}),)),
@@ -160,7 +161,7 @@ def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
         return real(job, work, **options)
 
     monkeypatch.setattr(auto, "run", run)
-    limit = 0.6 * short
+    limit = 0.45 * short  # farther off than noise goes
     assert short > 0.05, "the toy is no longer hurt by losing half of its units"
     found = search(job, Targets(max_loss=limit), tmp_path / "w", trials=1, notify=said.append)
     longest = found.outcomes[0].recipe[0].parameters["epochs"]
