@@ -1,6 +1,6 @@
 """What `edgekit compress --auto` ships, beside what the stock tools would, in one run.
 
-    python tools/bench_compress.py --json compress.json            # t2-gr and DeiT-tiny; half an hour on two cores
+    python tools/bench_compress.py --json compress.json            # t2-gr and DeiT-tiny; half an hour on two cores, the training of DeiT included
     python tools/bench_compress.py deit-tiny --trials 6
 
 Rows: onnxruntime in float32 from either of torch's exporters, dynamic int8 (all operators, or MatMul and Gemm only),
@@ -8,6 +8,8 @@ static Q/DQ int8 in both forms, half of the channels removed with dynamic int8 o
 afterwards (torch-pruning; for t2, whose heads it does not know, the half of smallest norm), OpenVINO in float32 where
 it is installed, and what the search found under its limits. Stock int8 rows have 8-bit weights, onnxruntime's default.
 CPU time of one thread, all in turns; `times as fast` is against the faster of the two float32 rows.
+Two verdicts for each batch size: against the best stock row within the same limit of loss, and against the fastest of
+all, whatever that one loses. A row that is not met is exit status 1.
 
 t2's loss is class-averaged log-loss on real light curves. DeiT-tiny is trained here for minutes on a synthetic task
 (`tools/train_deit.py`), its loss is error rate: it says what compression costs a vision transformer that has learnt
