@@ -1,6 +1,6 @@
 """What `edgekit compress --auto` ships, beside what the stock tools would, in one run.
 
-    python tools/bench_compress.py --json compress.json            # t2-gr and DeiT-tiny; half an hour on two cores, the training of DeiT included
+    python tools/bench_compress.py --json compress.json            # t2-gr and DeiT-tiny; half an hour on two cores
     python tools/bench_compress.py deit-tiny --trials 6
 
 Rows: onnxruntime in float32 from either of torch's exporters, dynamic int8 (all operators, or MatMul and Gemm only),
