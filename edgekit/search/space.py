@@ -125,7 +125,7 @@ def starts(space: Space) -> list[dict[str, Any]]:
         int8: dict[str, Any] = {"form": "dynamic_int8"}
         found = [int8, {**int8, "removed": 0.5}]
         found += [{**int8, "removed": 0.5, "blocks": 0.25}] if space.stack[1] else [{**int8, "removed": 0.625}]
-        found += [{**small, "removed": 0.375}]
+        found += [{**small, "removed": 0.375}] if job.limits.objective != "latency" else []  # codes are for size
     return [{**PLAIN, **start} for start in found]
 
 

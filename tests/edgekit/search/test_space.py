@@ -104,6 +104,9 @@ def test_a_start_fixes_every_choice_that_it_meets(room, tiny_job):
     assert recipes[0] == ["dynamic_int8"]
     assert ["dependency_prune", "dynamic_int8"] in recipes
     assert ["dependency_prune", "remove_layers", "dynamic_int8"] in recipes
+    fast = replace(room, job=replace(room.job, limits=Limits(objective="latency")))
+    assert all(start["form"] != "cluster" for start in starts(fast)), "codes take no time off"
+    assert any(start["form"] == "cluster" for start in starts(room))
     planted = {key: value for key, value in starts(room)[1].items() if key != "shares"}
     trial = Choice(**planted)
     suggest(trial, room)
