@@ -8,6 +8,8 @@ static Q/DQ int8 in both forms, half of the channels removed with dynamic int8 o
 afterwards (torch-pruning; for t2, whose heads it does not know, the half of smallest norm), OpenVINO in float32 where
 it is installed, and what the search found under its limits. Stock int8 rows have 8-bit weights, onnxruntime's default.
 CPU time of one thread, all in turns; `times as fast` is against the faster of the two float32 rows.
+Two verdicts for each batch size: against the best stock row within the same limit of loss, and against the fastest of
+all, whatever that one loses. A row that is not met is exit status 1.
 
 t2's loss is class-averaged log-loss on real light curves. DeiT-tiny is trained here for minutes on a synthetic task
 (`tools/train_deit.py`), its loss is error rate: it says what compression costs a vision transformer that has learnt
@@ -38,13 +40,14 @@ from edgekit.importers import from_factory, parse_spec
 from edgekit.job import Job, versions
 from edgekit.measure import outputs_of
 from edgekit.recipe import Step
-from edgekit.search.auto import Targets, search
+from edgekit.search.auto import search
+from edgekit.search.outcomes import Targets
 from edgekit.session import Session, open_session
 from edgekit.zoo import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = {"t2-gr": (1, 16, 256), "deit-tiny": (1, 16)}
-TRIALS = {"t2-gr": 16, "deit-tiny": 10}  # a recovery of DeiT takes a minute
+TRIALS = {"t2-gr": 16, "deit-tiny": 4}  # three of them are starts; a recovery of DeiT takes minutes
 MAX_LOSS = {"t2-gr": 0.02, "deit-tiny": 0.02}  # log-loss; error rate
 TRAIN_ROWS = 512  # of DeiT's images, for recovery and trials
 OURS = "edgekit compress --auto"
@@ -191,21 +194,21 @@ def main() -> None:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """Whether what was shipped is at least as fast, beyond the noise, as the best float32 and as every stock row that
-    keeps to the same limit of loss; the fastest of all stands beside it, with what it loses."""
-    lines = []
-    within = [label for label, loss in result["losses"].items() if loss <= MAX_LOSS[result["model"]] and label != OURS]
+    """Whether what was shipped is at least as fast, beyond the noise, as float32, as the best stock row that keeps to
+    the same limit of loss, and as the fastest of all, whatever that one loses."""
+    lines, losses = [], result["losses"]
+    within = [label for label, loss in losses.items() if loss <= MAX_LOSS[result["model"]] and label != OURS]
     for batch, table in result["batches"].items():
         ours = table[OURS]
-        best = max(within, key=lambda label: table[label]["ratio"])
-        fastest = max((label for label in table if label != OURS), key=lambda label: table[label]["ratio"])
-        met = ours["high"] >= table[best]["low"] and ours["high"] >= 1.0
-        lines.append(
-            f"{result['model']}, batch {batch}: ours {ours['ratio']:.2f} times as fast as float32 (loss "
-            f"{result['losses'][OURS]:+.4f}), best stock within the limit {table[best]['ratio']:.2f} ({best}), fastest "
-            f"stock {table[fastest]['ratio']:.2f} ({fastest}, loss {result['losses'][fastest]:+.4f}): "
-            f"{'met' if met else 'NOT MET'}"
-        )
+        rivals = {"best stock within the limit": within, "fastest stock": [label for label in table if label != OURS]}
+        for kind, labels in rivals.items():
+            best = max(labels, key=lambda label: table[label]["ratio"])
+            met = ours["high"] >= table[best]["low"] and ours["high"] >= 1.0
+            lines.append(
+                f"{result['model']}, batch {batch}: ours {ours['ratio']:.2f} times as fast as float32 (loss "
+                f"{losses[OURS]:+.4f}), {kind} {table[best]['ratio']:.2f} ({best}, loss {losses[best]:+.4f}): "
+                f"{'met' if met else 'NOT MET'}"
+            )
     return lines
 
 

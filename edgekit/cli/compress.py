@@ -157,7 +157,8 @@ def compress(
             bar.update(task, completed=done, visible=done < total)
 
         if auto:
-            from edgekit.search.auto import Targets, search
+            from edgekit.search.auto import search
+            from edgekit.search.outcomes import Targets
 
             targets = Targets(max_loss, max_size, max_latency)
             found = search(job, targets, work, trials=trials, notify=note, progress=show)

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from edgekit.passes.base import Candidate, Change, Context, at_least, recover
 from edgekit.training import balanced_class_weights, tensors
 
 SAMPLES, BATCH = 1024, 64  # for importance, as in structured_prune
+_found: WeakKeyDictionary[nn.Module, dict[str, tuple[list[Group], dict[str, str]]]] = WeakKeyDictionary()
 MOST = 0.9  # of a group's units at most, when groups compete: an empty layer cuts the network in two
 
 
@@ -100,8 +102,20 @@ class DependencyPrune:
         model = recover(model, context, self.epochs, self.learning_rate, self.name)
         return Candidate(candidate.family, {**candidate.arguments, "pruned": pruned}, model)
 
+    def groups(self, candidate: Candidate) -> list[str]:
+        """Names of what is removed from."""
+        return [group.name for group in self._groups(candidate)[0]]
+
     def _groups(self, candidate: Candidate) -> tuple[list[Group], dict[str, str]]:
-        """What is removed from, and what is left alone, why."""
+        """What is removed from, and what is left alone, why. A plan and its application ask the same."""
+        known = _found.setdefault(candidate.model, {})
+        key = f"{self!r}, {candidate.family}, {dict(candidate.arguments)!r}"
+        if key not in known:
+            known[key] = self._found_in(candidate)
+        groups, alone = known[key]
+        return list(groups), dict(alone)
+
+    def _found_in(self, candidate: Candidate) -> tuple[list[Group], dict[str, str]]:
         if candidate.family != "module":
             raise EdgekitError(
                 f"a {candidate.family} is no model built by a Python function; use structured_prune instead"

@@ -18,7 +18,7 @@ from edgekit.passes.base import Candidate, Change, Context, at_least, recover
 from edgekit.passes.dependency_prune import example_inputs, loss
 from edgekit.training import tensors
 
-SAMPLES, BATCH = 512, 64  # for the loss without a block: differences between blocks are large
+SAMPLES, BATCH = 256, 64  # for the loss without a block: differences between blocks are large
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +63,17 @@ class RemoveLayers:
             raise EdgekitError(
                 f"a {candidate.family} is no model built by a Python function; use distill with fewer layers instead"
             )
-        stacks = {path: able for path, able in _stacks(candidate).items() if len(able) > 1}
-        if not stacks:
+        found = {path: able for path, able in stacks(candidate).items() if len(able) > 1}
+        if not found:
             raise EdgekitError("no ModuleList or Sequential holds two blocks that keep their input's shape")
-        if self.blocks and self.blocks not in stacks:
-            raise unknown("container of blocks", self.blocks, stacks, where="blocks")
-        if not self.blocks and len(stacks) > 1:
-            raise EdgekitError(f"several containers hold blocks: {', '.join(stacks)}; name one: blocks = ...")
-        path = self.blocks or next(iter(stacks))
-        if self.count >= len(stacks[path]):
-            raise EdgekitError(f"count = {self.count}; {path} has {len(stacks[path])} such blocks, one must stay")
-        return path, stacks[path]
+        if self.blocks and self.blocks not in found:
+            raise unknown("container of blocks", self.blocks, found, where="blocks")
+        if not self.blocks and len(found) > 1:
+            raise EdgekitError(f"several containers hold blocks: {', '.join(found)}; name one: blocks = ...")
+        path = self.blocks or next(iter(found))
+        if self.count >= len(found[path]):
+            raise EdgekitError(f"count = {self.count}; {path} has {len(found[path])} such blocks, one must stay")
+        return path, found[path]
 
 
 def sensitivity(model: nn.Module, path: str, able: list[int], context: Context) -> list[tuple[int, float]]:
@@ -97,7 +97,7 @@ def sensitivity(model: nn.Module, path: str, able: list[int], context: Context) 
     return found
 
 
-def _stacks(candidate: Candidate) -> dict[str, list[int]]:
+def stacks(candidate: Candidate) -> dict[str, list[int]]:
     """Containers, and which of their items keep their input's shape and are of the kind that most of these are of."""
     model = candidate.copy_model()
     calls: dict[nn.Module, list[bool]] = {}
@@ -106,14 +106,14 @@ def _stacks(candidate: Candidate) -> dict[str, list[int]]:
         both = bool(inputs) and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
         calls.setdefault(block, []).append(both and inputs[0].shape == output.shape)
 
-    stacks = {path: item for path, item in model.named_modules() if isinstance(item, (nn.ModuleList, nn.Sequential))}
-    for stack in stacks.values():
+    holders = {path: item for path, item in model.named_modules() if isinstance(item, (nn.ModuleList, nn.Sequential))}
+    for stack in holders.values():
         for block in stack:
             block.register_forward_hook(note)
     with torch.no_grad():
         results(model, example_inputs(candidate))
     found = {}
-    for path, stack in stacks.items():
+    for path, stack in holders.items():
         able = [index for index, block in enumerate(stack) if calls.get(block) == [True] and list(block.parameters())]
         kinds = Counter(type(stack[index]) for index in able)
         found[path] = [index for index in able if type(stack[index]) is kinds.most_common(1)[0][0]]

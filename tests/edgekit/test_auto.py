@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 
 from edgekit import recipe
-from edgekit.bundle import Manifest, TensorSpec, assemble_graph
-from edgekit.compress import plan, run
+from edgekit.compress import run
 from edgekit.errors import EdgekitError
-from edgekit.graph import serialised
 from edgekit.pack import pack
+from edgekit.recipe import Step
 from edgekit.search import auto
-from edgekit.search.auto import Outcome, Targets, held_out, search, sensitivities, suggest
-from edgekit.targets import profile
-from tests.edgekit.passes import graphs
+from edgekit.search.auto import LONGER, held_out, search
+from edgekit.search.outcomes import Outcome, Targets, finals, promising
+from edgekit.search.sensitivity import sensitivities
 
 
 @pytest.fixture
@@ -109,59 +108,121 @@ def test_what_fits():
     assert not replace(outcome, loss=math.nan).fits(Targets(1.0))
 
 
-def test_only_recipes_that_can_be_built_are_suggested(job):
-    import optuna
-
-    ranked = [auto.Sensitivity(name, 0.0) for name in ("embed.weight", "classifier.weight")]
-    for seed in range(30):
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-        for step in suggest(study.ask(), job, ranked, auto.SHORT):
-            step.build()
+PRUNED = (Step("structured_prune", {"keep": {"heads": 1}, "epochs": 2}),)
 
 
-def suggested(job, ranked, smooth=False, **values):
-    import optuna
-
-    return suggest(optuna.trial.FixedTrial({"removed": 0.0, **values}), job, ranked, auto.SHORT, smooth=smooth)
+def speed(outcome):
+    return outcome.speedup
 
 
-@pytest.mark.parametrize("form", ["dynamic_int8", "static_int8"])
-def test_int8_leaves_the_most_sensitive_weights_of_a_network_alone(tiny_job, form):
-    """A pass on the graph knows nodes. Given the weight's name, it fails, and the search has one form less."""
-    job = tiny_job([], runtime="onnxruntime")
-    job = replace(job, target=profile.find("x86-avx512"), test=job.test.take(np.arange(16)))
-    ranked = sensitivities(job, silent)
-    steps = suggested(job, ranked, exempt=1, form=form)
-    ((_, changes),) = plan(replace(job, recipe=steps))
-    (spared,) = ranked[0].nodes
-    assert {item["tensor"] for item in changes if not item["after"].startswith("int8")} >= {spared}
-    assert any(item["after"].startswith("int8") for item in changes)
-    planted = (replace(steps[0], parameters={"exclude": [ranked[0].name]}),)
-    with pytest.raises(EdgekitError, match="unknown node"):
-        plan(replace(job, recipe=planted))
+def test_only_a_loss_that_recovery_may_mend_is_worth_a_longer_one():
+    near = Outcome(1, PRUNED, loss=0.05, bytes=1000, speedup=3.0, latency_ms=1.0)
+    best = Outcome(0, PRUNED, loss=0.0, bytes=1000, speedup=2.0, latency_ms=1.0)
+    assert promising(near, Targets(0.02), [best], speed)
+    assert promising(near, Targets(0.02), [], speed)
+    worse = {
+        "keeps to the limit": replace(near, loss=0.01),
+        "too far off": replace(near, loss=0.3),
+        "within the noise, which the last round decides": replace(near, loss=0.03, low=0.01),
+        "no number": replace(near, loss=math.inf),
+        "slower than what fits": replace(near, speedup=1.9),
+        "trains nothing": replace(near, recipe=(Step("dynamic_int8", {}),)),
+        "does not fit the memory": replace(near, fits_memory=False),
+    }
+    for why, outcome in worse.items():
+        assert not promising(outcome, Targets(0.02), [best], speed), why
+    assert not promising(near, Targets(0.02, max_size=999), [best], speed)
+    assert promising(near, Targets(0.02), [replace(best, loss=0.05, speedup=9.0)], speed), "that one does not fit"
 
 
-def test_matrices_may_become_thin_and_outliers_move_before_int8(tiny_job):
-    job = tiny_job([], runtime="onnxruntime")
-    assert "low_rank" in auto.forms(job)
-    thin = suggested(job, [], exempt=0, form="low_rank", energy=0.9, **{"low_rank int8": True})
-    assert [step.name for step in thin] == ["low_rank", "dynamic_int8"]
-    even = suggested(job, [], smooth=True, exempt=0, form="dynamic_int8", smoothed=True)
-    assert [step.name for step in even] == ["smooth_quant", "dynamic_int8"]
-    assert not auto.smoothable(job)  # t2 adds the residual before it normalises: nothing to balance
-    assert [step.name for step in suggested(job, [], exempt=0, form="dynamic_int8")] == ["dynamic_int8"]
-    nano = replace(job, target=profile.find("jetson-nano"))
-    assert [step.name for step in suggested(nano, [], exempt=0, form="low_rank", energy=0.9)] == ["low_rank"]
+def test_the_last_round_takes_what_the_noise_leaves_open_and_no_more():
+    safe = Outcome(0, PRUNED, loss=0.0, bytes=1000, speedup=2.0, latency_ms=1.0, low=-0.02)
+    noisy = replace(safe, number=1, loss=0.03, low=0.01, speedup=3.0)
+    lost = replace(safe, number=2, loss=0.06, low=0.03, speedup=4.0)
+    few_rows = replace(safe, number=3, loss=0.06, low=0.0, speedup=5.0)
+    old = replace(noisy, number=4, low=math.nan)
+    nothing = replace(safe, number=5, recipe=())
+    found = finals([safe, noisy, lost, few_rows, old, nothing], Targets(0.02), speed)
+    assert [outcome.number for outcome in found] == [1, 0]
 
 
-def test_outliers_are_balanced_where_a_product_follows_a_normalisation(tiny_job):
-    weights = {"g": np.ones(8, np.float32), "b": np.zeros(8, np.float32), "w": graphs.normal(1, 8, 4)}
-    nodes = [("LayerNormalization", "x g b", "n", {}), ("MatMul", "n w", "y", {})]
-    candidate = graphs.graph(nodes, weights, {"x": ("batch", 8)}, {"y": ("batch", 4)})
-    x = graphs.normal(2, 8, 8)
-    manifest = Manifest("even", "onnx", {}, (TensorSpec("x", ("batch", 8)),), (TensorSpec("y", ("batch", 4)),))
-    bundle = assemble_graph(manifest, serialised(candidate.model), ({"x": x}, {"y": graphs.run(candidate, x)}))
-    assert auto.smoothable(replace(tiny_job([]), source=bundle))
+def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
+    """Its short recovery misses the limit, a longer one does not: that is judged, and what the result is made with."""
+    heavy = {"removed": 0.5, "form": "float32", "exempt": 0, "apart": 0.0}
+    monkeypatch.setattr(auto, "starts", lambda space: [heavy])
+    said = []
+    first = search(job, Targets(max_loss=5.0), tmp_path / "measure", trials=1)
+    short = first.outcomes[0].loss
+    recovered = []
+    real = auto.run
+
+    def run(job, work, **options):
+        recovered.append([step.parameters.get("epochs") for step in job.recipe])
+        return real(job, work, **options)
+
+    monkeypatch.setattr(auto, "run", run)
+    limit = 0.45 * short  # farther off than noise goes
+    assert short > 0.05, "the toy is no longer hurt by losing half of its units"
+    found = search(job, Targets(max_loss=limit), tmp_path / "w", trials=1, notify=said.append)
+    longest = found.outcomes[0].recipe[0].parameters["epochs"]
+    assert recovered[:2] == [[2], [2 * LONGER[0]]]
+    assert longest in (2 * factor for factor in LONGER)
+    assert found.outcomes[0].loss < short
+    assert found.recipe[0].parameters["epochs"] == longest
+    assert any("it would be the best but for its loss" in line for line in said)
+    # planted: a search that judges by the short recovery finds nothing
+    monkeypatch.setattr(auto, "LONGER", ())
+    with pytest.raises(EdgekitError, match="no trial came near"):
+        search(job, Targets(max_loss=limit / 2), tmp_path / "planted", trials=1)
+
+
+def last_round(job, monkeypatch, tmp_path, trials, results):
+    """What is chosen, and what was run, when the last round's results are these: (loss, speedup, passes kept)."""
+    tried = []
+
+    def outcome_of(number, recipe, bundle):
+        tried.append(number)
+        loss, speedup, _ = results[number]
+        return Outcome(number, recipe, loss=loss, bytes=1000, speedup=speedup, latency_ms=1.0)
+
+    def run(final, work, **options):
+        _, _, kept = results[final.recipe[0].seed]
+        records = tuple({"kept": good, "loss": {"value": 0.0 if good else 1.0}} for good in kept)
+        return replace(job.source, manifest=replace(job.source.manifest, records=records))
+
+    monkeypatch.setattr(auto, "_outcome", outcome_of)
+    monkeypatch.setattr(auto, "run", run)
+    monkeypatch.setattr(auto, "of_bundle", lambda bundle: ())
+    found = auto._finish(
+        job, Targets(0.02), trials, (), speed, tmp_path, lambda line: None, lambda *state: None
+    )  # fmt: skip
+    return found.bundle.manifest.metrics["search"]["chosen"], tried
+
+
+def trial_of(number, loss, speedup):
+    recipe = (replace(PRUNED[0], seed=number),)
+    return Outcome(number, recipe, loss=loss, bytes=1000, speedup=speedup, latency_ms=1.0, low=0.0)
+
+
+def test_what_lost_more_than_a_failure_is_not_tried(job, tmp_path, monkeypatch):
+    """The last round goes on with milder recipes once the test rows have refused one."""
+    trials = (trial_of(1, 0.03, 9.0), trial_of(2, 0.035, 8.0), trial_of(3, 0.01, 7.0))
+    results = {1: (0.05, 9.0, [True]), 2: (0.0, 8.0, [True]), 3: (0.0, 7.0, [True])}
+    assert last_round(job, monkeypatch, tmp_path, trials, results) == (3, [1, 3])
+    nothing = dict.fromkeys(results, (0.05, 9.0, [True]))
+    with pytest.raises(EdgekitError, match=r"best: \+0.0500, .*; \+0.0500"):
+        last_round(job, monkeypatch, tmp_path, trials, nothing)
+
+
+def test_a_recipe_that_lost_its_pruning_is_not_what_was_chosen(job, tmp_path, monkeypatch):
+    """What is left of it is kept in mind; a milder one that is faster is better, a slower one is not run."""
+    trials = (trial_of(1, 0.01, 4.0), trial_of(2, 0.005, 3.0), trial_of(3, 0.0, 1.5))
+    rolled_back = {1: (0.0, 2.0, [False, True]), 2: (0.0, 3.0, [True, True]), 3: (0.0, 1.5, [True])}
+    assert last_round(job, monkeypatch, tmp_path, trials, rolled_back) == (2, [1, 2])
+    milder_fails = {**rolled_back, 2: (0.0, 1.9, [False, True])}
+    assert last_round(job, monkeypatch, tmp_path, trials, milder_fails) == (1, [1, 2])
+    whole = {**rolled_back, 1: (0.0, 4.0, [True, True])}
+    assert last_round(job, monkeypatch, tmp_path, trials, whole) == (1, [1])
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit import training
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.families import build
@@ -160,6 +161,35 @@ def test_the_teacher_is_learned_from_and_not_changed(tiny, tiny_bundle, tiny_dat
     agreement = probabilities(student, tiny_data[1]).argmax(1) == probabilities(teacher, tiny_data[1]).argmax(1)
     assert agreement.mean() > 0.9
     assert snapshot(teacher) == before
+
+
+def test_the_teacher_is_asked_once_where_rows_stay_the_same(tiny, tiny_bundle, tiny_data, monkeypatch):
+    """Its answers do not change; with rows remade before each epoch, or too many to keep, it is asked again."""
+    asked = []
+    teacher = tiny_bundle.model()
+    teacher.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
+    schedule, rows = Schedule(epochs=3, batch=32, distillation=0.5), len(tiny_data[0])
+
+    def learnt(**options):
+        asked.clear()
+        torch.manual_seed(0)
+        model = fit(fresh(tiny), tiny_data[0], schedule, seed=0, teacher=teacher, **options)
+        return model.state_dict(), sum(asked)
+
+    kept, once = learnt()
+    assert once == rows
+    _, remade = learnt(augment=lambda data, rng: data)
+    assert remade == 3 * rows
+    monkeypatch.setattr(training, "KNOWN", 0)
+    again, each = learnt()
+    assert each == 3 * rows
+    assert all(torch.allclose(kept[name], again[name], atol=1e-5) for name in kept)
+    # planted: answers that belong to other rows
+    real = training.outputs
+    monkeypatch.setattr(training, "KNOWN", 2**25)
+    monkeypatch.setattr(training, "outputs", lambda *given, **options: [real(*given, **options)[0][::-1].copy()])
+    wrong, _ = learnt()
+    assert not all(torch.allclose(wrong[name], again[name], atol=1e-5) for name in wrong)
 
 
 def test_the_average_follows_short_runs_and_smooths_long_ones():

@@ -48,6 +48,30 @@ def test_a_network_pruned_by_half_keeps_97_per_cent_of_its_accuracy(problem, rec
     assert sizes[1] < 0.3 * sizes[0], "half of the channels on both sides is a quarter of a matrix"
 
 
+def test_a_plan_and_its_application_look_for_units_once(problem, monkeypatch):
+    """Finding them cuts every head on trial, which takes a large network longer than a step of recovery."""
+    from edgekit.passes import dependency_prune
+
+    _, candidate, context, _ = problem
+    looked = []
+
+    def find(*given):
+        looked.append(given)
+        return real(*given)
+
+    real = dependency_prune.find_groups
+    monkeypatch.setattr(dependency_prune, "find_groups", find)
+    candidate = replace(candidate, model=candidate.copy_model())
+    built = DependencyPrune(sparsity=0.5, epochs=0)
+    assert built.plan(candidate)
+    built.apply(candidate, context)
+    assert len(looked) == 1
+    DependencyPrune(sparsity=0.25, epochs=0).plan(candidate)
+    assert len(looked) == 2, "what can go depends on the share"
+    built.plan(replace(candidate, model=candidate.copy_model()))
+    assert len(looked) == 3, "another network, though it be alike"
+
+
 def test_the_bundle_alone_gives_the_pruned_network_again(problem, tmp_path):
     kind, candidate, context, test = problem
     once = DependencyPrune(sparsity=0.25, epochs=1).apply(candidate, context)
@@ -192,7 +216,7 @@ def test_it_says_what_is_missing(problem, monkeypatch, tiny_candidate):
         DependencyPrune(sparsity=0).apply(candidate, None)
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(EdgekitError, match=r"pip install 'edgekit\[prune\]'"):
-        DependencyPrune(sparsity=0.5).plan(candidate)
+        DependencyPrune(sparsity=0.375).plan(candidate)  # found before, it would be known
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from edgekit.compress import plan, run
 from edgekit.errors import EdgekitError
 from edgekit.recipe import Step
 from edgekit.search import auto
-from edgekit.search.auto import Outcome, Targets, forms, search, starts, suggest
+from edgekit.search.auto import search
+from edgekit.search.outcomes import Outcome, Targets
+from edgekit.search.space import Space, forms, starts, suggest
 from edgekit.targets import decisions, local, profile
 from edgekit.targets.decisions import allowed, estimated, fitted, needed, rounded, with_defaults
 from edgekit.targets.profile import Figure
@@ -192,18 +194,18 @@ class Trial:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        (None, ["float32", "cluster", "quantise", "dynamic_int8", "half", "low_rank"]),
-        (P40, ["float32", "cluster", "quantise", "dynamic_int8", "half", "low_rank", "static_int8"]),
+        (None, ["float32", "cluster", "quantise", "dynamic_int8", "half", "low_rank", "static_int8", "qat_int8"]),
+        (P40, ["float32", "cluster", "quantise", "dynamic_int8", "half", "low_rank", "static_int8", "qat_int8"]),
         (NANO, ["float32", "cluster", "quantise", "half", "low_rank"]),
-        (RTX, ["float32", "cluster", "quantise", "half", "low_rank", "static_int8"]),
+        (RTX, ["float32", "cluster", "quantise", "half", "low_rank", "static_int8", "qat_int8"]),
     ],
 )
 def test_the_search_tries_only_what_is_allowed(tiny_job, target, expected):
     job = tiny_job([], runtime="onnxruntime", target=target)
     assert forms(job) == expected
-    assert all(start["form"] in expected for start in starts(job))
+    assert all(start["form"] in expected for start in starts(Space(job)))
     trial = Trial(form="half")
-    (half,) = [step for step in suggest(trial, job, [], {"prune": 1, "codes": 1}) if step.name == "half"]
+    (half,) = [step for step in suggest(trial, Space(job)) if step.name == "half"]
     storage = target is None or target is P40
     assert half.parameters == ({"storage": True} if storage else {})
     assert trial.seen["form"] == expected
@@ -212,7 +214,7 @@ def test_the_search_tries_only_what_is_allowed(tiny_job, target, expected):
 def test_the_search_keeps_units_in_multiples(tiny_job):
     for target, left in ((None, 6), (RTX, 8)):
         job = tiny_job([], target=target)
-        (step,) = suggest(Trial(removed=0.625, form="float32"), job, [], {"prune": 1, "codes": 1})
+        (step,) = suggest(Trial(removed=0.625, apart=0.0, form="float32"), Space(job))
         assert step.parameters["keep"]["ff_dim"] == left
 
 

@@ -1,0 +1,82 @@
+"""Which weights the metric depends on most: each alone on a coarse grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from edgekit import quality
+from edgekit.bundle import Bundle
+from edgekit.compress import applied, candidate_of, lowered
+from edgekit.data import Dataset
+from edgekit.job import Job, ShowProgress
+from edgekit.measure import outputs_of
+from edgekit.recipe import Step
+
+PROBE_BITS = 3  # coarse enough that a weight that matters shows
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """How much worse the metric gets when this weight alone is put on a grid of PROBE_BITS bits. nodes: of the graph,
+    those that multiply by it; passes on graphs know them, not the weight."""
+
+    name: str
+    change: float
+    nodes: tuple[str, ...] = ()
+
+
+def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
+    """Every weight that can be quantised, most sensitive first."""
+    metric = quality.metric(job.metric)
+    candidate = candidate_of(job.source)
+    rows = _some(job.test)
+    small = replace(job, test=rows)
+    original = outputs_of(small, job.source, candidate)
+    expected = rows.labels if metric.labelled else original
+    before = metric.value(original, expected)
+    probes, nodes = _probes(job.source, candidate), _nodes(job, candidate)
+    found = []
+    for number, (name, step) in enumerate(probes):
+        progress("sensitivity", number, len(probes))
+        bundle = applied(small, step)
+        after = metric.value(outputs_of(small, bundle, candidate_of(bundle)), expected)
+        change = after - before if math.isfinite(after) else math.inf
+        found.append(Sensitivity(name, change, (name,) if job.source.is_graph else nodes.get(name, ())))
+    progress("sensitivity", len(probes), len(probes))
+    return sorted(found, key=lambda item: -item.change)
+
+
+def _probes(source: Bundle, candidate: Any) -> list[tuple[str, Step]]:
+    if source.is_graph:
+        from edgekit.graph import weights
+
+        uses = [use for weight in weights(candidate.model) for use in weight.uses]
+        nodes = [use.node.name for use in uses if use.node.op_type in ("MatMul", "Gemm")]
+        return [
+            (name, Step("dynamic_int8", {"exclude": [other for other in nodes if other != name]})) for name in nodes
+        ]
+    from edgekit.passes.base import matrices
+
+    return [
+        (name, Step("quantise", {"bits": PROBE_BITS, "epochs": 0, "include": [name]}))
+        for name in matrices(candidate.model, ("*",))
+    ]
+
+
+def _nodes(job: Job, candidate: Any) -> dict[str, tuple[str, ...]]:
+    """Nodes by the weight they multiply by, in the graph that a network becomes; none where no pass on graphs runs."""
+    if job.source.is_graph or job.runtime != "onnxruntime":
+        return {}
+    from edgekit.graph import name_nodes, weights
+
+    model = lowered(candidate, job).copy_model()
+    name_nodes(model)
+    return {weight.name: tuple(use.node.name for use in weight.uses) for weight in weights(model)}
+
+
+def _some(data: Dataset, most: int = 1024) -> Dataset:
+    return data.take(np.arange(min(len(data), most)))
