@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of the measurement at a rate")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the broker ends with us
     real = (options.data / "alerts").is_dir()
     ztf = packets(options.data, "ztf*/*.avro") if real else simulated("ztf", 100)
     lsst = packets(options.data, "lsst_wire/*shallow*.bin") if real else simulated("lsst", 30)

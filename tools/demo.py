@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "demo")
     parser.add_argument("--alerts", type=int, default=2000, help="simulated alerts of each survey")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its broker ends with it
     out = options.output
     if out.exists():
         if not (out / ".edgekit-demo").is_file() and any(out.iterdir()):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import threading
 import time
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--cutouts", action="store_true", help="send the images as well")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the broker ends with us
     machine = describe_machine()
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
     alerts = simulate("lsst", 500, 1, cutouts=options.cutouts)

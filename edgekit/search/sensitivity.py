@@ -37,6 +37,7 @@ def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
     small = replace(job, test=rows)
     original = outputs_of(small, job.source, candidate)
     expected = rows.labels if metric.labelled else original
+    quality.check_direction(metric, original, expected)  # before hours of trials, not after
     before = metric.value(original, expected)
     probes, nodes = _probes(job.source, candidate), _nodes(job, candidate)
     found = []

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgekit import recipe
+from edgekit import quality, recipe
 from edgekit.compress import run
 from edgekit.errors import EdgekitError
 from edgekit.pack import pack
@@ -61,6 +61,14 @@ def test_a_search_goes_on_where_it_was(job, tmp_path):
         replace(o, on_front=n.on_front) for o, n in zip(first.outcomes, more.outcomes[:2], strict=True)
     )
     assert len({tuple(map(str, outcome.recipe)) for outcome in more.outcomes}) > 1
+
+
+def test_a_metric_under_which_more_is_better_is_refused_before_any_trial(job, tmp_path, monkeypatch):
+    accuracy = quality.Custom("accuracy", lambda found, wanted: float((found.argmax(1) == wanted).mean()))
+    monkeypatch.setattr(quality, "metric", lambda name: accuracy)
+    monkeypatch.setattr(auto, "run", lambda *_, **__: pytest.fail("a trial has begun"))
+    with pytest.raises(EdgekitError, match="lower must be better"):
+        search(job, Targets(max_loss=0.05), tmp_path / "w", trials=1)
 
 
 def test_targets_that_cannot_be_met_are_an_error_that_says_how_near_it_came(job, tmp_path):
