@@ -31,10 +31,11 @@ from alert_broker.lightcurve import LightCurves
 from alert_broker.results import CLASSIFIED
 from alert_broker.stream import config as configuration
 from alert_broker.stream.dead_letters import position_headers
-from alert_broker.stream.pipeline import Stages, open_classifiers, with_positions
+from alert_broker.stream.pipeline import open_classifiers, with_positions
 from alert_broker.stream.publish import Outgoing
 from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import MessageBatch
+from alert_broker.stream.stages import Stages
 from edgekit.session import open_session
 from edgekit.zoo import resolve
 
