@@ -129,11 +129,11 @@ from edgekit.cli import main
 
 read, seen, number = Columns.read, [], int(sys.argv.pop(1))
 
-def interrupted(columns, data, count):
+def interrupted(columns, data, count, *plan):
     seen.append(count)
     if len(seen) == 100:
         os.kill(os.getpid(), number)
-    return read(columns, data, count)
+    return read(columns, data, count, *plan)
 
 Columns.read = interrupted
 main()
