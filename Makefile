@@ -47,6 +47,8 @@ bench: setup ## speed against the reference path and onnxruntime's defaults, one
 	$(BIN)/python tools/check_gp_parity.py --json benchmarks/gp_parity.json
 	$(BIN)/python tools/bench_inference.py t2-gr --json benchmarks/inference.json
 	$(BIN)/python tools/bench_c.py t2-gr --json benchmarks/c_export.json
+	$(BIN)/python tools/bench_c.py t2-ugrizy --json benchmarks/c_export_ugrizy.json
+	$(BIN)/python tools/bench_c.py t2-ugrizy-z --json benchmarks/c_export_ugrizy-z.json
 	$(BIN)/python tools/bench_decode.py --json benchmarks/decode.json
 	$(BIN)/python tools/bench_training.py --json benchmarks/training.json
 	$(BIN)/python tools/check_cost_model.py --json benchmarks/cost_model.json
