@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from edgekit.bundle import TensorSpec
+from edgekit.bundle import TensorSpec, golden_inputs
 from edgekit.data import Dataset, is_labelled
 from edgekit.encoding import Encoding, Float
 from edgekit.errors import EdgekitError
 from edgekit.families import build
+from edgekit.importers import parse_spec
 from edgekit.nn.module import tied
-from edgekit.training import Schedule, fit
+from edgekit.training import Schedule, balanced_class_weights, fit
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -203,3 +205,25 @@ def decoded(encodings: Mapping[str, Encoding], model: nn.Module) -> None:
     state = model.state_dict()
     for name, encoding in encodings.items():
         state[name].copy_(torch.from_numpy(np.ascontiguousarray(encoding.decode())))
+
+
+def loss(output: Tensor, labels: np.ndarray[Any, Any], everything: np.ndarray[Any, Any], original: Tensor) -> Tensor:
+    """Of the labels where they say what the output should be, else of what the network gave originally. everything:
+    the labels of all rows, by which classes are balanced."""
+    if labels.dtype.kind == "f":
+        return F.mse_loss(output, torch.from_numpy(labels).reshape(output.shape))
+    if output.ndim != 2:
+        return F.mse_loss(output, original)
+    if (labels < 0).any():
+        return F.cross_entropy(output, original.argmax(dim=1))
+    weights = balanced_class_weights(everything, output.shape[-1])
+    return F.cross_entropy(output, torch.from_numpy(labels), weight=weights)
+
+
+def example_inputs(candidate: Candidate) -> list[Tensor]:
+    """Two made-up rows of the inputs that the network is called with."""
+    described = candidate.arguments.get("inputs")
+    if not described:
+        raise EdgekitError("this bundle does not say what its network is called with; import the model again")
+    specs = tuple(parse_spec(f"{name}:{text}") for name, text in described.items())
+    return [torch.from_numpy(array) for array in golden_inputs(specs, 2).values()]

@@ -15,25 +15,22 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from edgekit.bundle import golden_inputs
 from edgekit.errors import EdgekitError, unknown
-from edgekit.importers import parse_spec
 from edgekit.nn.module import remove
 from edgekit.nn.units import Group, Place, find_groups, removal, results
-from edgekit.passes.base import Candidate, Change, Context, at_least, recover
-from edgekit.training import balanced_class_weights, tensors
+from edgekit.passes.base import Candidate, Change, Context, at_least, example_inputs, loss, recover
+from edgekit.training import tensors
 
 SAMPLES, BATCH = 1024, 64  # for importance, as in structured_prune
-_found: WeakKeyDictionary[nn.Module, dict[str, tuple[list[Group], dict[str, str]]]] = WeakKeyDictionary()
 MOST = 0.9  # of a group's units at most, when groups compete: an empty layer cuts the network in two
+# what was found of a network, by pass and arguments: cutting every group on trial takes half a minute of a transformer
+_found: WeakKeyDictionary[nn.Module, dict[str, tuple[list[Group], dict[str, str]]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,25 +220,3 @@ def _per_unit(model: nn.Module, group: Group, place: Place, *, taylor: bool) -> 
         return torch.zeros(group.size)
     along = (value * other).movedim(axis, 0).flatten(1).sum(dim=1) if value.ndim > 1 else value * other
     return torch.stack([along[list(taken)].sum() for taken in group.places[place]])
-
-
-def loss(output: Tensor, labels: np.ndarray[Any, Any], everything: np.ndarray[Any, Any], original: Tensor) -> Tensor:
-    """Of the labels where they say what the output should be, else of what the network gave originally. everything:
-    the labels of all rows, by which classes are balanced."""
-    if labels.dtype.kind == "f":
-        return F.mse_loss(output, torch.from_numpy(labels).reshape(output.shape))
-    if output.ndim != 2:
-        return F.mse_loss(output, original)
-    if (labels < 0).any():
-        return F.cross_entropy(output, original.argmax(dim=1))
-    weights = balanced_class_weights(everything, output.shape[-1])
-    return F.cross_entropy(output, torch.from_numpy(labels), weight=weights)
-
-
-def example_inputs(candidate: Candidate) -> list[Tensor]:
-    """Two made-up rows of the inputs that the network is called with."""
-    described = candidate.arguments.get("inputs")
-    if not described:
-        raise EdgekitError("this bundle does not say what its network is called with; import the model again")
-    specs = tuple(parse_spec(f"{name}:{text}") for name, text in described.items())
-    return [torch.from_numpy(array) for array in golden_inputs(specs, 2).values()]
