@@ -26,11 +26,11 @@ from alert_broker.packets import AlertBatch, Source, batches, find_files, read_b
 from alert_broker.results import CLASSIFIED, ERRORS, Account, Table, fill, repeat, result_rows, result_schema, texts
 from alert_broker.surveys.base import Survey, surveys
 from edgekit import __version__
-from edgekit.bundle import Bundle
+from edgekit.bundle.files import refuse_to_overwrite
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.zoo import resolve
 from edgekit.errors import EdgekitError
-from edgekit.files import refuse_to_overwrite
 from edgekit.session import check_inputs, open_session
-from edgekit.zoo import resolve
 
 # ZTF's public survey has two bands, and DECam has no u and y; PLAsTiCC, which the six-band model was trained on, is a
 # simulation of LSST.

@@ -24,9 +24,9 @@ from alert_broker.containers import BadPacket, Block, message
 from alert_broker.packets import ParquetRows, batches, leaves, survey_of
 from alert_broker.results import fill, repeat, result_schema
 from alert_broker.surveys.base import Survey, surveys
-from edgekit.bundle import Bundle
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.pack import pack, unpack
 from edgekit.errors import EdgekitError, missing_extra, unknown
-from edgekit.pack import pack, unpack
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle import Arrays, Bundle, TensorSpec
+from edgekit.bundle.format import Arrays, Bundle, TensorSpec
 from edgekit.errors import EdgekitError, unknown
 
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import GRAPH, WEIGHTS, Bundle, multiple
+from edgekit.bundle.files import write_directory
+from edgekit.bundle.format import GRAPH, WEIGHTS, Bundle, multiple
 from edgekit.errors import EdgekitError
-from edgekit.files import write_directory
 
 MANIFEST = "manifest.json"
 KEY = "edgekit.model"  # metadata entry that holds model_key: a session cannot be handed another model's file

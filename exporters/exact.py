@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
-from edgekit.graph import attribute
+from edgekit.graph.model import attribute
 
 # they compute nothing: in half only if they lie between layers that are
 MOVING = frozenset(

@@ -14,13 +14,13 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph import attribute, opset
+from edgekit.graph.model import attribute, opset
+from edgekit.graph.opset import to_opset
 from edgekit.passes.half import Half
 from edgekit.targets import profile
 from edgekit.targets.profile import Stack, Target
 from exporters.exact import NOTHING, Exact, exact
 from exporters.generations import Generation, generation
-from exporters.onnx_opset import to_opset
 from exporters.verify import TOLERANCE
 
 FAVOURED = 17  # every runtime since 2022 reads it; LayerNormalization is one node from here on

@@ -17,7 +17,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph import attribute, opset, stored_values
+from edgekit.graph.model import attribute, opset, stored_values
 from edgekit.targets.profile import Stack
 
 TABLE = Path(__file__).parent / "tensorrt.toml"

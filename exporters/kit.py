@@ -25,11 +25,11 @@ import onnxruntime
 import torch
 
 from edgekit import __version__
-from edgekit.bundle import GOLDEN, Bundle, multiple
+from edgekit.bundle.format import GOLDEN, Bundle, multiple
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph import opset
+from edgekit.graph.external import files
+from edgekit.graph.model import opset
 from exporters.base import described
-from exporters.external import files
 from exporters.for_target import Typed, requirements
 from exporters.verify import on_onnxruntime, verify
 

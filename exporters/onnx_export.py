@@ -29,11 +29,15 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from edgekit import __version__
-from edgekit.bundle import GOLDEN, GRAPH, Bundle, TensorSpec
-from edgekit.encoding import Affine, Encoding
+from edgekit.bundle.encoding import Affine, Encoding
+from edgekit.bundle.format import GOLDEN, GRAPH, Bundle, TensorSpec
 from edgekit.errors import EdgekitError
-from edgekit.graph import load
-from edgekit.graph import opset as opset_of
+from edgekit.graph.cleanup import shapes, strip, tidy
+from edgekit.graph.external import LARGEST, files
+from edgekit.graph.model import load
+from edgekit.graph.model import opset as opset_of
+from edgekit.graph.network import Network
+from edgekit.graph.opset import OLDEST, to_opset
 from edgekit.nn.exported import dynamic_shapes, example
 from edgekit.nn.module import tied
 from exporters.base import (
@@ -47,11 +51,7 @@ from exporters.base import (
     model_key,
     publish,
 )  # fmt: skip
-from exporters.external import LARGEST, files
 from exporters.for_target import FAVOURED, Typed, place, requirements, typed
-from exporters.network import Network
-from exporters.onnx_graph import shapes, strip, tidy
-from exporters.onnx_opset import OLDEST, to_opset
 from exporters.verify import TOLERANCE, on_onnxruntime, verify
 
 TRACED_OPSETS = range(

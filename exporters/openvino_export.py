@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from edgekit import __version__
-from edgekit.bundle import GOLDEN, Arrays, Bundle
+from edgekit.bundle.format import GOLDEN, Arrays, Bundle
 from edgekit.errors import EdgekitError, missing_extra
 from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
 from exporters.onnx_export import OnnxExporter

@@ -28,14 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import Bundle
+from edgekit.bundle.files import write_directory, write_file
+from edgekit.bundle.format import Bundle
 from edgekit.cache import folder as cache_folder
 from edgekit.errors import EdgekitError
-from edgekit.files import write_directory, write_file
+from edgekit.graph.external import LARGEST
 from exporters import engine_check, engines, kit
 from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
 from exporters.exact import NOTHING, Exact
-from exporters.external import LARGEST
 from exporters.for_target import Place, Typed
 from exporters.onnx_export import OnnxExporter
 from exporters.tensorrt_rtx_export import preflight

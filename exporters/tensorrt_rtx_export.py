@@ -18,13 +18,13 @@ from typing import Any
 
 from onnx import ModelProto
 
-from edgekit.bundle import Bundle
+from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.graph import serialised
+from edgekit.graph.external import LARGEST
+from edgekit.graph.model import serialised
 from edgekit.targets import profile as targets
 from exporters import engines, kit
 from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
-from exporters.external import LARGEST
 from exporters.for_target import place
 from exporters.onnx_export import OnnxExporter
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from edgekit.bundle import GRAPH, Arrays, Bundle, TensorSpec, golden_inputs, multiple
+from edgekit.bundle.format import GRAPH, Arrays, Bundle, TensorSpec, golden_inputs, multiple
 from edgekit.errors import EdgekitError
-from exporters.network import PROBABILITIES, Network
+from edgekit.graph.network import PROBABILITIES, Network
 
 Array = npt.NDArray[Any]
 TOLERANCE = 1e-5  # of a probability, or relative to the largest value of any other output

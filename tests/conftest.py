@@ -29,7 +29,7 @@ def shared_data() -> Path:
 
 def light_curves(samples: int, seed: int, *, sequence: int = 12, bands: int = 2):
     """Noisy light curves that rise, fall or peak, as a Dataset."""
-    from edgekit.data import Dataset
+    from edgekit.data.dataset import Dataset
 
     rng = np.random.default_rng(seed)
     labels = np.arange(samples) % 3
@@ -51,9 +51,9 @@ def tiny_bundle(tiny_data):
     """A t2 of a few hundred parameters, trained until it is right on nine light curves of ten."""
     import torch
 
-    from edgekit.bundle import Manifest, TensorSpec, assemble
-    from edgekit.families import build
-    from edgekit.training import Schedule, fit, probabilities
+    from edgekit.bundle.format import Manifest, TensorSpec, assemble
+    from edgekit.nn.families import build
+    from edgekit.nn.training import Schedule, fit, probabilities
 
     train, test = tiny_data
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def tiny_context(tiny_bundle, tiny_data):
 @pytest.fixture
 def tiny_file(tiny_bundle, tmp_path) -> Path:
     """The tiny bundle on disk."""
-    from edgekit.bundle import write_bundle
+    from edgekit.bundle.format import write_bundle
 
     write_bundle(tiny_bundle, tmp_path / "tiny.edge")
     return tmp_path / "tiny.edge"
@@ -99,7 +99,7 @@ def tiny_file(tiny_bundle, tmp_path) -> Path:
 @pytest.fixture
 def data_file(tiny_data, tmp_path) -> Path:
     """The toy problem on disk, as `edgekit compress --data` takes it."""
-    from edgekit.data import save
+    from edgekit.data.dataset import save
 
     train, test = tiny_data
     inputs = {"light_curve": np.concatenate([train.inputs["light_curve"], test.inputs["light_curve"]])}
@@ -133,8 +133,8 @@ class FakeSession:
         self.seconds = 1e-6 * sum(value.size for value in bundle.weights().values())
 
     def run(self, arrays):
-        from edgekit.data import Dataset
-        from edgekit.training import probabilities
+        from edgekit.data.dataset import Dataset
+        from edgekit.nn.training import probabilities
 
         rows = len(next(iter(arrays.values())))
         return {self.outputs[0].name: probabilities(self.model, Dataset(arrays, np.zeros(rows, np.int64)))}
@@ -146,7 +146,7 @@ class FakeSession:
 @pytest.fixture
 def fake_clock(monkeypatch):
     """The guard reads a session's `seconds`, with 2 % of reproducible noise, instead of the CPU's clock."""
-    from edgekit import guard
+    from edgekit.compression import guard
 
     rng = np.random.default_rng(0)
     monkeypatch.setattr(guard, "_thread_seconds", lambda session, rows: session.seconds * rng.normal(1.0, 0.02))
@@ -162,9 +162,9 @@ def fake_runtime(register, fake_clock):
 @pytest.fixture
 def tiny_job(tiny_bundle, tiny_data, fake_runtime):
     """tiny_job(steps, ...): a compression job on the toy problem, measured on the fake runtime."""
-    from edgekit.guard import Limits
-    from edgekit.job import Job
-    from edgekit.recipe import Step
+    from edgekit.compression.guard import Limits
+    from edgekit.compression.job import Job
+    from edgekit.compression.recipe import Step
 
     def job(steps, *, max_loss=0.05, **options):
         recipe = [Step(name, parameters) for name, parameters in steps]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle import WEIGHTS, open_bundle, write_bundle
+from edgekit.bundle.format import WEIGHTS, open_bundle, write_bundle
+from edgekit.bundle.pack import pack, unpack
 from edgekit.cli import COMMANDS
+from edgekit.compression.metrics import metric
 from edgekit.errors import EdgekitError
 from edgekit.nn.attention import TinyHeadAttention
-from edgekit.pack import pack, unpack
+from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context
 from edgekit.passes.cluster import Cluster
-from edgekit.quality import metric
-from edgekit.training import probabilities
 
 
 def test_the_tiny_model_has_learned(tiny_bundle, tiny_data):
@@ -41,7 +41,7 @@ def test_a_bundle_round_trip_and_a_tampered_one(tiny_bundle, tmp_path):
 def test_clustered_weights_pack_bit_for_bit(tiny_bundle, tiny_data, tiny):
     candidate = Candidate("t2", tiny.arguments, tiny_bundle.model())
     after = Cluster(bits=4, epochs=1).apply(candidate, Context(tiny_data[0], tiny_bundle.model(), 0))
-    from edgekit.bundle import assemble
+    from edgekit.bundle.format import assemble
 
     bundle = assemble(tiny_bundle.manifest, after.weights(), after.encodings, tiny_bundle.golden())
     back = unpack(pack(bundle), "x")

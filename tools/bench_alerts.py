@@ -37,7 +37,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from alert_broker import containers, simulated_packets
 from alert_broker.simulate import simulate
-from alert_broker.stream.brokers import CLIENT, Tansu, create_topics
+from tests.brokers import CLIENT, Tansu, create_topics
 
 MEMORY_ALERTS = 8192
 EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 
 from edgekit import machine
-from edgekit.bundle import Arrays, Bundle
-from edgekit.data import load, locate
+from edgekit.bundle.format import Arrays, Bundle
+from edgekit.bundle.zoo import resolve
+from edgekit.data.dataset import load, locate
 from edgekit.errors import EdgekitError
+from edgekit.graph.network import Network
 from edgekit.session import Session, open_session
-from edgekit.zoo import resolve
 from exporters.c.library import NATIVE, PLAIN, Compiler
 from exporters.c.program import Buffer, Program, program
 from exporters.c.source import FOLDER
 from exporters.c_export import CExporter
-from exporters.network import Network
 from runtimes.sessions.c_session import CSession
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
 from runtimes.sessions.torch_session import TorchSession

@@ -30,20 +30,21 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import machine, plugins, quality
-from edgekit.bundle import Arrays, Bundle
-from edgekit.compress import applied, candidate_of
-from edgekit.data import load, locate
+from edgekit import machine, plugins
+from edgekit.bundle.format import Arrays, Bundle
+from edgekit.bundle.zoo import resolve
+from edgekit.compression import metrics
+from edgekit.compression.guard import Limits, ratio_interval, tiled, time_in_turns
+from edgekit.compression.job import Job, versions
+from edgekit.compression.measure import outputs_of
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import applied, candidate_of
+from edgekit.data.dataset import load, locate
 from edgekit.errors import EdgekitError
-from edgekit.guard import Limits, ratio_interval, tiled, time_in_turns
-from edgekit.importers import from_factory, parse_spec
-from edgekit.job import Job, versions
-from edgekit.measure import outputs_of
-from edgekit.recipe import Step
+from edgekit.importers.files import from_factory, parse_spec
 from edgekit.search.auto import search
 from edgekit.search.outcomes import Targets
 from edgekit.session import Session, open_session
-from edgekit.zoo import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = {"t2-gr": (1, 16, 256), "deit-tiny": (1, 16)}
@@ -116,7 +117,7 @@ def stock(job: Job) -> dict[str, tuple[Bundle, dict[str, Any]]]:
 
 def loss(job: Job, bundle: Bundle, original: Any) -> float:
     """Change of the metric on the test rows, in batches of 256."""
-    metric = quality.metric(job.metric)
+    metric = metrics.metric(job.metric)
     expected = job.test.labels if metric.labelled else original
     onnx_job = replace(job, runtime="onnxruntime")
     outputs = outputs_of(onnx_job, bundle, candidate_of(bundle))

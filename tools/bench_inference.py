@@ -23,10 +23,10 @@ import numpy as np
 import onnxruntime
 import torch
 
-from edgekit.bundle import Arrays, Bundle, Manifest, TensorSpec, assemble, golden_inputs
-from edgekit.families import build
+from edgekit.bundle.format import Arrays, Bundle, Manifest, TensorSpec, assemble, golden_inputs
+from edgekit.bundle.zoo import resolve
+from edgekit.nn.families import build
 from edgekit.session import Session
-from edgekit.zoo import resolve
 from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.c_session import CSession
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgekit import machine
-from edgekit.job import versions
+from edgekit.compression.job import versions
 from edgekit.nn import t2
 
 ROUNDS, BATCH = 12, 32

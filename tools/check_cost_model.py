@@ -6,7 +6,7 @@ error of the table of measured operators, and of the bare roofline, against meas
 
 Measured: ONNX Runtime on one thread, all graphs in turns, the median CPU time of a call. Predicted: the sum over the
 operators that ONNX Runtime makes of the graph, from a table that is fitted to graphs of one operator each
-(edgekit/targets/samples.py); none of the graphs here is among them. Bare roofline: the longer of operations by the
+(edgekit/cost/samples.py); none of the graphs here is among them. Bare roofline: the longer of operations by the
 machine's rate and bytes by its bandwidth, for each operator of the exported graph.
 """
 
@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekit import machine
-from edgekit.cost import measured_rates, work
-from edgekit.graph import load
-from edgekit.job import versions
+from edgekit.bundle.zoo import resolve
+from edgekit.compression.job import versions
+from edgekit.cost.measured import measure, samples
+from edgekit.cost.operators import measured_rates, work
+from edgekit.cost.profiled import open_model, optimised_work, random_feeds
+from edgekit.graph.model import load
+from edgekit.graph.shapes import sized
 from edgekit.plugins import load as plugin
-from edgekit.shapes import sized
-from edgekit.targets.measured import measure, samples
-from edgekit.targets.profiled import open_model, optimised_work, random_feeds
-from edgekit.zoo import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

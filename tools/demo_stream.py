@@ -17,8 +17,8 @@ import numpy as np
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 from matplotlib.figure import Figure
 
-from alert_broker.stream.brokers import CLIENT, Tansu, create_topics, free_port
-from edgekit.plots import GRID, INK, KEPT, LOST, MUTED, styled, to_png
+from edgekit.compression.plots import GRID, INK, KEPT, LOST, MUTED, styled, to_png
+from tests.brokers import CLIENT, Tansu, create_topics, free_port
 
 RATE = 2560.0  # alerts a second: Rubin's 10,000 a visit, every 39 s, ten times over
 PARTITIONS = 2

@@ -17,12 +17,13 @@ import jinja2
 import numpy as np
 from scipy import stats
 
-from edgekit import machine, plots
-from edgekit.bundle import Bundle, open_bundle
+from edgekit import machine
+from edgekit.bundle.files import write_file
+from edgekit.bundle.format import Bundle, open_bundle
+from edgekit.bundle.pack import pack
+from edgekit.compression import plots
+from edgekit.compression.metrics import ClassAveragedLogLoss, sample_losses
 from edgekit.errors import EdgekitError
-from edgekit.files import write_file
-from edgekit.pack import pack
-from edgekit.quality import ClassAveragedLogLoss, sample_losses
 
 ROOT = Path(__file__).resolve().parents[1]
 METRIC = ClassAveragedLogLoss()

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import deit
 
 from edgekit import machine
-from edgekit.data import Dataset
-from edgekit.job import versions
-from edgekit.training import Schedule, fit, probabilities
+from edgekit.compression.job import versions
+from edgekit.data.dataset import Dataset
+from edgekit.nn.training import Schedule, fit, probabilities
 
 SIDE, CLASSES, DIRECTIONS = 224, 10, 5
 WAVELENGTHS = (9.0, 15.0)  # pixels; a patch has 16

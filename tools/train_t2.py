@@ -30,11 +30,11 @@ from alert_broker.lightcurve import LightCurves
 from alert_broker.simulate import simulate
 from alert_broker.surveys.base import join, survey_named
 from edgekit import __version__, machine
-from edgekit.bundle import Manifest, TensorSpec, assemble, write_bundle
-from edgekit.data import Dataset
-from edgekit.families import build
-from edgekit.quality import ClassAveragedLogLoss, ErrorRate, measure
-from edgekit.training import Schedule, fit, probabilities
+from edgekit.bundle.format import Manifest, TensorSpec, assemble, write_bundle
+from edgekit.compression.metrics import ClassAveragedLogLoss, ErrorRate, measure
+from edgekit.data.dataset import Dataset
+from edgekit.nn.families import build
+from edgekit.nn.training import Schedule, fit, probabilities
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = ("log_span", "log_signal_to_noise", "log_time_scale")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.tables import from_table
+from edgekit.settings import from_table
 
 Secret = str | int | float | bool
 OURS = {  # settings that decide whether anything is lost; a file that changes one would break the ledger's promise

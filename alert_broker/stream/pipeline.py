@@ -35,7 +35,7 @@ from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import LostError, MessageBatch, Source, next_offsets
 from alert_broker.stream.stages import Stages
 from alert_broker.stream.stats import Stats
-from edgekit.bundle import Bundle
+from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -61,7 +61,7 @@ class Pipeline:
     published and committed, and raises if a stage failed or the ledger does not add up."""
 
     def __init__(self, config: Config, stats: Stats, *, notify: Callable[[str], None] = lambda message: None) -> None:
-        from edgekit.zoo import resolve
+        from edgekit.bundle.zoo import resolve
 
         self.config, self.stats = config, stats
         bundle = resolve(config.model.bundle) if config.model.bundle else None

@@ -23,10 +23,10 @@ COMMANDS = {
     "pack": ("edgekit.cli.pack:pack", "Write a bundle as one entropy-coded file."),
     "export": ("edgekit.cli.export:export", "Write a model for a runtime or device, and prove that it still works."),
     "run": ("edgekit.cli.run:run", "Run a bundle on named arrays."),
-    "alerts": ("edgekit.cli.alerts:alerts", "Classify or simulate astronomical alerts."),
+    "alerts": ("alert_broker.commands:alerts", "Classify or simulate astronomical alerts."),
     "data": ("edgekit.cli.data:data", "Prepare a data set that models are measured on."),
     "import": ("edgekit.cli.import_:import_", "Make a bundle from an ONNX file, a torch program or a Python function."),
-    "import-t2": ("edgekit.cli.import_t2:import_t2", "Make a bundle from published t2 weights."),
+    "import-t2": ("alert_broker.commands.import_t2:import_t2", "Make a bundle from published t2 weights."),
 }
 
 

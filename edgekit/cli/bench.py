@@ -44,8 +44,8 @@ def bench(
     the device is this machine, measured times beside the estimate. And whether the model fits into its memory.
     """
     from edgekit import machine
-    from edgekit.bench import compare
-    from edgekit.zoo import resolve
+    from edgekit.bundle.zoo import resolve
+    from edgekit.compression.bench import compare
 
     if target_name is None and (precision or power or layers):
         raise click.UsageError("--precision, --power and --layers go with --target NAME")
@@ -89,7 +89,7 @@ def _on_target(
     from dataclasses import asdict
 
     from edgekit import machine
-    from edgekit.bench import on_target
+    from edgekit.compression.bench import on_target
     from edgekit.targets import profile
     from edgekit.targets.local import is_here
 
@@ -100,7 +100,7 @@ def _on_target(
             f"{target.name} is this machine, where the model is measured as it is, on one thread; leave --precision, "
             "--power and --threads out"
         )
-    from edgekit.zoo import resolve
+    from edgekit.bundle.zoo import resolve
 
     bundles = [resolve(name) for name in names]
     with progress() as bar:

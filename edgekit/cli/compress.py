@@ -79,17 +79,17 @@ def compress(
     device's plan, and the result must fit its memory. Latency is measured if the device is this machine; else it is
     estimated from its data sheet, and every record and the report say so.
     """
-    from edgekit import quality, recipe
-    from edgekit.bundle import GOLDEN, GRAPH, WEIGHTS, with_files
+    from edgekit.bundle.format import GOLDEN, GRAPH, WEIGHTS, with_files
+    from edgekit.bundle.zoo import folders, resolve
     from edgekit.cache import passes_folder, prune
-    from edgekit.compress import plan, run
-    from edgekit.data import load, locate
+    from edgekit.compression import metrics, recipe
+    from edgekit.compression.guard import Limits
+    from edgekit.compression.job import Job
+    from edgekit.compression.report import with_report
+    from edgekit.compression.run import plan, run
+    from edgekit.data.dataset import load, locate
     from edgekit.errors import EdgekitError
-    from edgekit.guard import Limits
-    from edgekit.job import Job
-    from edgekit.report import with_report
     from edgekit.search.ladder import narrowed
-    from edgekit.zoo import folders, resolve
 
     if not 0 <= max_loss < math.inf or (max_size is not None and max_size <= 0):
         raise click.UsageError(f"--max-loss {max_loss} and --max-size {max_size} must be positive and finite")
@@ -130,7 +130,7 @@ def compress(
     if before is None and recipe_file is not None:
         steps = recipe.read(recipe_file)
     metric = metric or default_metric(source.manifest)
-    train, test = load(locate(source.manifest, data_file), source.manifest, labelled=quality.metric(metric).labelled)
+    train, test = load(locate(source.manifest, data_file), source.manifest, labelled=metrics.metric(metric).labelled)
     limits = Limits(max_loss=max_loss, batches=batch_sizes(batches), objective=objective)  # type: ignore[arg-type]
     others = tuple(
         dict.fromkeys(name.strip() for name in (agree or "").split(",") if name.strip() not in ("", runtime))
@@ -195,7 +195,7 @@ def default_metric(manifest: Any) -> str:
 def _write(bundle: Any, target: Path, force: bool) -> Any:
     from dataclasses import replace
 
-    from edgekit.bundle import default_name, write_bundle
+    from edgekit.bundle.format import default_name, write_bundle
 
     named = replace(bundle, manifest=replace(bundle.manifest, name=default_name(target)))
     return write_bundle(named, target, force=force)
@@ -219,7 +219,7 @@ def _show_plan(planned: Any, as_json: bool) -> None:
 
 
 def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
-    from edgekit.pack import pack
+    from edgekit.bundle.pack import pack
 
     packed, original = len(pack(bundle)), len(pack(source))
     records, search = bundle.manifest.records, bundle.manifest.metrics.get("search")
@@ -232,7 +232,7 @@ def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
         return "-" if value is None else format(value, form)  # None: was not a finite number
 
     if search:
-        from edgekit.report import front
+        from edgekit.compression.report import front
 
         best = [
             [trial["passes"], number(trial["loss"], "+.4f"), f"{trial['bytes']:,}", f"{trial['speedup']:.2f}",

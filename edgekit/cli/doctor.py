@@ -76,13 +76,13 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
     """What a bundle asks for, and its graph: a network's is exported to see, where torch is here."""
     from importlib.util import find_spec
 
-    from edgekit.bundle import GRAPH
+    from edgekit.bundle.format import GRAPH
+    from edgekit.bundle.zoo import resolve
     from edgekit.doctor.needs import of
-    from edgekit.zoo import resolve
 
     opened, graph = resolve(bundle), None
     if opened.is_graph:
-        from edgekit.graph import load
+        from edgekit.graph.model import load
 
         graph = load(opened.contents[GRAPH], bundle)
     elif find_spec("torch") and find_spec("onnx") and find_spec("onnxruntime"):

@@ -44,10 +44,10 @@ def import_(
     package.module:function that builds a torch network. Naming the function allows it to be run."""
     from dataclasses import replace
 
-    from edgekit.bundle import arrays_from_bytes, default_name, write_bundle
+    from edgekit.bundle.format import arrays_from_bytes, default_name, write_bundle
+    from edgekit.compression.job import versions
     from edgekit.errors import EdgekitError
-    from edgekit.importers import from_factory, from_file, from_hugging_face, parse_spec
-    from edgekit.job import versions
+    from edgekit.importers.files import from_factory, from_file, from_hugging_face, parse_spec
 
     if target.exists() and not force:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
@@ -56,7 +56,7 @@ def import_(
                                f"{'a' if Path(source).is_dir() else 'no'} folder")  # fmt: skip
     golden = arrays_from_bytes(data_file.read_bytes(), str(data_file)) if data_file else None
     if via is not None:
-        from edgekit.from_optimum import from_optimum
+        from edgekit.importers.optimum import from_optimum
 
         bundle = from_optimum(Path(source), golden=golden)
     elif ":" in source and not Path(source).exists():

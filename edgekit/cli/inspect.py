@@ -9,8 +9,8 @@ import click
 from edgekit.cli.console import output, print_json, print_table
 
 if TYPE_CHECKING:
-    from edgekit.bundle import Bundle
-    from edgekit.encoding import Encoding
+    from edgekit.bundle.encoding import Encoding
+    from edgekit.bundle.format import Bundle
 
 EXAMPLE = """\b
 Examples:
@@ -27,7 +27,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
     """Show what BUNDLE (a directory, a packed file or a model's name) holds and how it was made."""
-    from edgekit.zoo import resolve
+    from edgekit.bundle.zoo import resolve
 
     opened = resolve(bundle)
     if lineage:
@@ -55,8 +55,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything that the manifest says, and the sizes; plain values."""
     from dataclasses import asdict
 
-    from edgekit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS
-    from edgekit.pack import pack
+    from edgekit.bundle.format import GOLDEN, GRAPH, MANIFEST, WEIGHTS
+    from edgekit.bundle.pack import pack
 
     manifest = asdict(bundle.manifest)
     parameters = bundle.parameters
@@ -77,7 +77,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 def ancestry(bundle: Bundle) -> list[dict[str, Any]]:
     """From the first ancestor to the bundle itself: digest, the zoo's name for it where it is one of the zoo's, and the
     passes that were run on it."""
-    from edgekit.zoo import folders, resolve
+    from edgekit.bundle.zoo import folders, resolve
 
     names = {resolve(name).digest: name for name in folders()}
     steps: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
     """A row per tensor: name, shape, encoding, share of zeros, bytes at the code width with scales or codebook."""
     import numpy as np
 
-    from edgekit.encoding import stored_bytes
+    from edgekit.bundle.encoding import stored_bytes
 
     if bundle.is_graph:
         return _graph_rows(bundle)
@@ -125,8 +125,8 @@ def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    from edgekit.bundle import GRAPH
-    from edgekit.graph import learnt, load, to_array
+    from edgekit.bundle.format import GRAPH
+    from edgekit.graph.model import learnt, load, to_array
 
     arrays = [(tensor.name, to_array(tensor)) for tensor in learnt(load(bundle.contents[GRAPH], str(bundle.path)))]
     return [
@@ -137,7 +137,7 @@ def _graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _encoding(encoding: Encoding | None) -> str:
-    from edgekit.encoding import Affine
+    from edgekit.bundle.encoding import Affine
 
     if encoding is None:
         return "float32"

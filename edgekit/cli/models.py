@@ -11,8 +11,8 @@ from edgekit.cli.console import output, print_json, print_table
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def models(as_json: bool) -> None:
     """List the models that come with edgekit."""
-    from edgekit.bundle import open_bundle
-    from edgekit.zoo import folders
+    from edgekit.bundle.format import open_bundle
+    from edgekit.bundle.zoo import folders
 
     found = []
     for name, folder in folders().items():

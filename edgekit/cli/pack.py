@@ -20,10 +20,10 @@ def pack(bundle: str, target: Path, force: bool, as_json: bool) -> None:
     The file is a bundle too: every command that takes a bundle takes it. History stays behind; weights, preprocessing
     and two golden rows travel, bit for bit.
     """
-    from edgekit.files import refuse_to_overwrite, write_file
-    from edgekit.pack import pack as packed
-    from edgekit.pack import unpack
-    from edgekit.zoo import resolve
+    from edgekit.bundle.files import refuse_to_overwrite, write_file
+    from edgekit.bundle.pack import pack as packed
+    from edgekit.bundle.pack import unpack
+    from edgekit.bundle.zoo import resolve
 
     refuse_to_overwrite(target, force)
     source = resolve(bundle)

@@ -30,11 +30,11 @@ def run(bundle: str, source: Path, target: Path, runtime: str, batch: int, force
     """Run BUNDLE (a bundle or a model's name) on named arrays; outputs come in the order of the inputs' rows."""
     import numpy as np
 
-    from edgekit.bundle import arrays_from_bytes, arrays_to_bytes
+    from edgekit.bundle.files import refuse_to_overwrite, write_file
+    from edgekit.bundle.format import arrays_from_bytes, arrays_to_bytes
+    from edgekit.bundle.zoo import resolve
     from edgekit.errors import EdgekitError
-    from edgekit.files import refuse_to_overwrite, write_file
     from edgekit.session import check_inputs, open_session
-    from edgekit.zoo import resolve
 
     refuse_to_overwrite(target, force)
     if not source.is_file():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from edgekit.doctor import host
 from edgekit.doctor.check import Check, Status, size
+from edgekit.doctor.extras import conflicts
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.stacks import (
     RUNTIMES,
@@ -26,7 +27,6 @@ from edgekit.doctor.stacks import (
     within,
 )
 from edgekit.doctor.system import Gpu, Library, System
-from edgekit.extras import conflicts
 from edgekit.targets.profile import Target
 
 # oldest driver branch that runs programs of a CUDA generation (CUDA release notes, minor version compatibility)

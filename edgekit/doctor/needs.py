@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekit.bundle import Bundle
+from edgekit.bundle.format import Bundle
 from edgekit.doctor.check import Check, size
 from edgekit.doctor.checks import gpu_of
 from edgekit.doctor.providers import CPU
@@ -63,8 +63,8 @@ def of(bundle: Bundle, graph: ModelProto | None, batch: int) -> Needs:
 
 def precisions(model: ModelProto) -> tuple[str, ...]:
     """The types that a graph stores weights in or casts values to."""
-    from edgekit.cost import PRECISION
-    from edgekit.graph import learnt
+    from edgekit.cost.operators import PRECISION
+    from edgekit.graph.model import learnt
 
     found: set[int] = {tensor.data_type for tensor in learnt(model)}
     found |= {
@@ -76,9 +76,9 @@ def precisions(model: ModelProto) -> tuple[str, ...]:
 def bytes_needed(model: ModelProto, batch: int) -> tuple[float, float | None]:
     """Bytes of the stored tensors, and the most of activations that are alive at once; None for the latter if a shape
     cannot be told."""
-    from edgekit.cost import work
-    from edgekit.shapes import sized
-    from edgekit.targets.memory import peak
+    from edgekit.cost.memory import peak
+    from edgekit.cost.operators import work
+    from edgekit.graph.shapes import sized
 
     operators = work(model, sized(model, batch))
     weights = sum(value.bytes for value in operators.stored.values())
@@ -86,7 +86,7 @@ def bytes_needed(model: ModelProto, batch: int) -> tuple[float, float | None]:
 
 
 def _asymmetric(model: ModelProto) -> bool:
-    from edgekit.graph import to_array
+    from edgekit.graph.model import to_array
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     points = {node.input[2] for node in model.graph.node

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from edgekit.doctor.fatbin import Code
 from edgekit.errors import EdgekitError
-from edgekit.tables import from_table
+from edgekit.settings import from_table
 
 
 @dataclass(frozen=True, slots=True)

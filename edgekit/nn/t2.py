@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
-from edgekit.families import PrunableGroup
 from edgekit.nn.attention import TinyHeadAttention
+from edgekit.nn.families import PrunableGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from edgekit.bundle import TensorSpec, golden_inputs
-from edgekit.data import Dataset, is_labelled
-from edgekit.encoding import Encoding, Float
+from edgekit.bundle.encoding import Encoding, Float
+from edgekit.bundle.format import TensorSpec, golden_inputs
+from edgekit.data.dataset import Dataset, is_labelled
 from edgekit.errors import EdgekitError
-from edgekit.families import build
-from edgekit.importers import parse_spec
+from edgekit.importers.files import parse_spec
+from edgekit.nn.families import build
 from edgekit.nn.module import tied
-from edgekit.training import Schedule, balanced_class_weights, fit
+from edgekit.nn.training import Schedule, balanced_class_weights, fit
 
 if TYPE_CHECKING:
     from onnx import ModelProto

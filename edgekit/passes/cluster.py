@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from edgekit.encoding import Encoding, Float, Palette
+from edgekit.bundle.encoding import Encoding, Float, Palette
 from edgekit.passes.base import (
     Candidate,
     Change,

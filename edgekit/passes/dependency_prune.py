@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError, unknown
 from edgekit.nn.module import remove
+from edgekit.nn.training import tensors
 from edgekit.nn.units import Group, Place, find_groups, removal, results
 from edgekit.passes.base import Candidate, Change, Context, at_least, example_inputs, loss, recover
-from edgekit.training import tensors
 
 SAMPLES, BATCH = 1024, 64  # for importance, as in structured_prune
 MOST = 0.9  # of a group's units at most, when groups compete: an empty layer cuts the network in two

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from edgekit.errors import EdgekitError
-from edgekit.families import build
+from edgekit.nn.families import build
+from edgekit.nn.training import tensors
 from edgekit.nn.units import results
 from edgekit.passes.base import Candidate, Change, Context, at_least, recover
-from edgekit.training import tensors
 
 
 @dataclass(frozen=True, slots=True)

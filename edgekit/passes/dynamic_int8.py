@@ -18,7 +18,7 @@ import onnx
 from onnx import ModelProto
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph import Weight, attribute, name_nodes, stored_values, weights
+from edgekit.graph.model import Weight, attribute, name_nodes, stored_values, weights
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
 
 OPERATORS = ("MatMul", "Gemm", "Conv")

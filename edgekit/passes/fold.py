@@ -23,7 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.errors import EdgekitError
-from edgekit.graph import attribute, drop_unread, fresh, name_nodes, readers, value_names
+from edgekit.graph.model import attribute, drop_unread, fresh, name_nodes, readers, value_names
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
 
 Array = npt.NDArray[Any]

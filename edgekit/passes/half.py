@@ -22,7 +22,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper, shape_inference
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph import LEAST, drop_unread, fresh, name_nodes, opset, replace_tensor, value_names
+from edgekit.graph.model import LEAST, drop_unread, fresh, name_nodes, opset, replace_tensor, value_names
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

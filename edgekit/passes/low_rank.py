@@ -16,9 +16,18 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from edgekit.calibration import Moments, calibration_rows, moments
 from edgekit.errors import EdgekitError
-from edgekit.graph import Weight, attribute, chosen_weights, drop_unread, fresh, name_nodes, stored_values, value_names
+from edgekit.graph.calibration import Moments, calibration_rows, moments
+from edgekit.graph.model import (
+    Weight,
+    attribute,
+    chosen_weights,
+    drop_unread,
+    fresh,
+    name_nodes,
+    stored_values,
+    value_names,
+)
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
 
 DAMPING = 1e-6  # of the mean, added to the second moment's diagonal: inputs that never vary have no inverse

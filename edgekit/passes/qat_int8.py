@@ -25,13 +25,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from edgekit.errors import EdgekitError, missing_extra, unknown
-from edgekit.graph import attribute, drop_unread, fresh, name_nodes, value_names
+from edgekit.graph.model import attribute, drop_unread, fresh, name_nodes, value_names
 from edgekit.nn.exported import Exported, dynamic_shapes, example
 from edgekit.nn.module import tied
+from edgekit.nn.training import tensors
 from edgekit.passes.base import Candidate, Change, Context, GraphCandidate, at_least, frozen, matrices, owner, recover
 from edgekit.passes.qat import PRODUCTS
 from edgekit.passes.static_int8 import FORMS, dequantised
-from edgekit.training import tensors
 
 WIDEST_BIAS = 2**30  # in int32, with room to add
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekit.encoding import Affine, Encoding
+from edgekit.bundle.encoding import Affine, Encoding
 from edgekit.passes.base import (
     Candidate,
     Change,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError, unknown
 from edgekit.nn.module import ranges, remove
+from edgekit.nn.training import tensors
 from edgekit.nn.units import results
 from edgekit.passes.base import Candidate, Change, Context, at_least, example_inputs, loss, recover
-from edgekit.training import tensors
 
 SAMPLES, BATCH = 256, 64  # for the loss without a block: differences between blocks are large
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from edgekit.calibration import calibration_rows, moments
 from edgekit.errors import EdgekitError
-from edgekit.graph import Weight, attribute, drop_unread, fresh, name_nodes, set_tensor, value_names, weights
+from edgekit.graph.calibration import calibration_rows, moments
+from edgekit.graph.model import Weight, attribute, drop_unread, fresh, name_nodes, set_tensor, value_names, weights
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
 
 Float64 = npt.NDArray[np.float64]

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, numpy_helper
 
-from edgekit.calibration import Moments, calibration_rows, moments
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph import Weight, chosen_weights, name_nodes, set_tensor
+from edgekit.graph.calibration import Moments, calibration_rows, moments
+from edgekit.graph.model import Weight, chosen_weights, name_nodes, set_tensor
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
 
 SCORES, PATTERNS = ("wanda", "magnitude"), ("any", "2:4")

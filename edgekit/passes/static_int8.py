@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgekit.calibration import calibration_rows, ranges
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph import Weight, drop_unread, fresh, opset, replace_tensor, value_names
+from edgekit.graph.calibration import calibration_rows, ranges
+from edgekit.graph.model import Weight, drop_unread, fresh, opset, replace_tensor, value_names
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
 from edgekit.passes.dynamic_int8 import OPERATORS, check_operators, check_weight_bits, products
 

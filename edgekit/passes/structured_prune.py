@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
-from edgekit.families import PrunableGroup, build, prunable_groups
+from edgekit.nn.families import PrunableGroup, build, prunable_groups
+from edgekit.nn.training import tensors
 from edgekit.passes.base import Candidate, Change, Context, at_least, loss, recover
-from edgekit.training import tensors
 
 SAMPLES, BATCH = 1024, 64  # for importance; the ranking of t2's heads is stable from about 500
 

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgekit.calibration import Moments, calibration_rows, moments
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph import (
+from edgekit.graph.calibration import Moments, calibration_rows, moments
+from edgekit.graph.model import (
     Weight,
     attribute,
     chosen_weights,

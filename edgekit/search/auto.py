@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.bundle import Bundle
-from edgekit.compress import run
+from edgekit.bundle.format import Bundle
+from edgekit.compression.job import Job, Notify, ShowProgress
+from edgekit.compression.recipe import Step, of_bundle
+from edgekit.compression.run import run
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.job import Job, Notify, ShowProgress
-from edgekit.recipe import Step, of_bundle
 from edgekit.search.outcomes import Merit, Outcome, Targets, finals, merit_of, packed, promising
 from edgekit.search.sensitivity import Sensitivity, sensitivities
 from edgekit.search.space import SPACE, Space, explored, lengthened, starts, suggest

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from edgekit.bundle import Bundle
-from edgekit.compress import run
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.pack import pack
+from edgekit.compression.job import Job, Notify
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import run
 from edgekit.errors import EdgekitError
-from edgekit.job import Job, Notify
-from edgekit.pack import pack
-from edgekit.recipe import Step
 
 LOWEST_BITS = 2
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from edgekit.bundle import Bundle
-from edgekit.job import Job
-from edgekit.recipe import Step
+from edgekit.bundle.format import Bundle
+from edgekit.compression.job import Job
+from edgekit.compression.recipe import Step
 
 NEAR = 10.0  # times the loss allowed: farther off, no recovery is tried
 
@@ -81,6 +81,6 @@ def merit_of(job: Job) -> Merit:
 
 
 def packed(bundle: Bundle) -> int:
-    from edgekit.pack import pack
+    from edgekit.bundle.pack import pack
 
     return len(pack(bundle))

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import quality
-from edgekit.bundle import Bundle
-from edgekit.compress import applied, candidate_of, lowered
-from edgekit.data import Dataset
-from edgekit.job import Job, ShowProgress
-from edgekit.measure import outputs_of
-from edgekit.recipe import Step
+from edgekit.bundle.format import Bundle
+from edgekit.compression import metrics
+from edgekit.compression.job import Job, ShowProgress
+from edgekit.compression.measure import outputs_of
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import applied, candidate_of, lowered
+from edgekit.data.dataset import Dataset
 
 PROBE_BITS = 3  # coarse enough that a weight that matters shows
 
@@ -31,13 +31,13 @@ class Sensitivity:
 
 def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
     """Every weight that can be quantised, most sensitive first."""
-    metric = quality.metric(job.metric)
+    metric = metrics.metric(job.metric)
     candidate = candidate_of(job.source)
     rows = _some(job.test)
     small = replace(job, test=rows)
     original = outputs_of(small, job.source, candidate)
     expected = rows.labels if metric.labelled else original
-    quality.check_direction(metric, original, expected)  # before hours of trials, not after
+    metrics.check_direction(metric, original, expected)  # before hours of trials, not after
     before = metric.value(original, expected)
     probes, nodes = _probes(job.source, candidate), _nodes(job, candidate)
     found = []
@@ -53,7 +53,7 @@ def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
 
 def _probes(source: Bundle, candidate: Any) -> list[tuple[str, Step]]:
     if source.is_graph:
-        from edgekit.graph import weights
+        from edgekit.graph.model import weights
 
         uses = [use for weight in weights(candidate.model) for use in weight.uses]
         nodes = [use.node.name for use in uses if use.node.op_type in ("MatMul", "Gemm")]
@@ -72,7 +72,7 @@ def _nodes(job: Job, candidate: Any) -> dict[str, tuple[str, ...]]:
     """Nodes by the weight they multiply by, in the graph that a network becomes; none where no pass on graphs runs."""
     if job.source.is_graph or job.runtime != "onnxruntime":
         return {}
-    from edgekit.graph import name_nodes, weights
+    from edgekit.graph.model import name_nodes, weights
 
     model = lowered(candidate, job).copy_model()
     name_nodes(model)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from edgekit.compress import candidate_of, lowered
-from edgekit.data import is_labelled
+from edgekit.compression.job import Job
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import candidate_of, lowered
+from edgekit.data.dataset import is_labelled
 from edgekit.errors import EdgekitError
-from edgekit.families import countable_units
-from edgekit.job import Job
+from edgekit.nn.families import countable_units
 from edgekit.passes.base import Candidate
-from edgekit.recipe import Step
 from edgekit.search.sensitivity import Sensitivity
 from edgekit.targets.decisions import allowed, rounded
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy.typing as npt
 from onnx import ModelProto
 
-from edgekit.cost import Work, work
+from edgekit.compression.guard import Latency
+from edgekit.compression.recipe import Step
+from edgekit.cost.layers import lengths_of
+from edgekit.cost.memory import Memory
+from edgekit.cost.operators import Work, work
+from edgekit.cost.roofline import estimate, precision_on
 from edgekit.errors import EdgekitError
-from edgekit.guard import Latency
-from edgekit.recipe import Step
-from edgekit.shapes import sized
-from edgekit.targets.layers import lengths_of
+from edgekit.graph.shapes import sized
 from edgekit.targets.local import is_here
-from edgekit.targets.memory import Memory
 from edgekit.targets.profile import Target
-from edgekit.targets.roofline import estimate, precision_on
 
 INT8_FORMS = ("u8s8", "s8s8")
 TENSORRT = ("tensorrt", "tensorrt-rtx")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.tables import from_table
+from edgekit.settings import from_table
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4", "float8")
 # bytes that are not the model's: on a GPU of its own, the driver's context and kernels; on a Jetson, where
@@ -221,5 +221,5 @@ def user_folder() -> Path:
 
 def _files() -> dict[str, Path]:
     """Target name to file; a user's file goes before ours."""
-    folders = (Path(__file__).parent, user_folder())
+    folders = (Path(__file__).parent / "profiles", user_folder())
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}

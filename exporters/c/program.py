@@ -10,11 +10,11 @@ from typing import cast
 import numpy as np
 from torch import nn
 
-from edgekit.bundle import Bundle, TensorSpec
-from edgekit.encoding import Float
+from edgekit.bundle.encoding import Float
+from edgekit.bundle.format import Bundle, TensorSpec
 from edgekit.errors import EdgekitError
+from edgekit.graph.network import PROBABILITIES
 from edgekit.nn.t2 import T2, Block
-from exporters.network import PROBABILITIES
 
 LANES = 16  # of the widest vector that kernels.c knows: rows of a buffer are a multiple of it, on every machine
 NAME = re.compile("[a-z]([a-z0-9_]*[a-z0-9])?")  # of an input or output: it becomes one in C

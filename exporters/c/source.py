@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit import __version__
-from edgekit.bundle import Arrays, TensorSpec
-from edgekit.encoding import Affine, Encoding, Float
+from edgekit.bundle.encoding import Affine, Encoding, Float
+from edgekit.bundle.format import Arrays, TensorSpec
 from exporters.c.program import LANES, Argument, Buffer, Port, Program, Tensor
 
 FOLDER = Path(__file__).parent

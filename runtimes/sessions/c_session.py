@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 import exporters
-from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.bundle.files import write_file
+from edgekit.bundle.format import Arrays, Bundle, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError
-from edgekit.files import write_file
 from edgekit.session import Session, check_inputs, open_session
 from exporters.base import model_key
 from exporters.c.library import NATIVE, Compiler, Library

@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edgekit import extras
-from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.bundle.files import write_file
+from edgekit.bundle.format import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.doctor import extras
 from edgekit.errors import EdgekitError, unknown
-from edgekit.files import write_file
 from edgekit.session import check_inputs
 from exporters.base import KEY, model_key
 from exporters.device_check import strays

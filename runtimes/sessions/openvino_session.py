@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.bundle.format import Arrays, Bundle, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError, missing_extra, unknown
 from edgekit.session import check_inputs
 from exporters.base import KEY, model_key

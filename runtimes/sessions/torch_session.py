@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edgekit.bundle import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.bundle.format import Arrays, Bundle, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError
+from edgekit.graph.network import Network
 from edgekit.session import check_inputs
-from exporters.network import Network
 
 
 class TorchSession:

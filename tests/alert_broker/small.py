@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from alert_broker import plasticc
 from alert_broker.features import LightCurveFeatures
 from alert_broker.surveys.base import LightCurve, PacketError, Survey, survey_named
-from edgekit.bundle import Bundle, Manifest, TensorSpec, assemble
-from edgekit.families import build
+from edgekit.bundle.format import Bundle, Manifest, TensorSpec, assemble
+from edgekit.nn.families import build
 
 
 def features_of(bands=("g", "r"), **changes) -> LightCurveFeatures:

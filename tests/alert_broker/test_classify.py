@@ -16,7 +16,7 @@ from alert_broker.packets import AlertBatch, batches, read_blocks
 from alert_broker.results import ERRORS, Table, all_bands, result_schema
 from alert_broker.simulate import simulate, write
 from alert_broker.surveys.base import survey_named
-from edgekit.bundle import write_bundle
+from edgekit.bundle.format import write_bundle
 from edgekit.errors import EdgekitError
 from tests.alert_broker.small import features_of, small_bundle
 
@@ -255,7 +255,7 @@ def test_batches_do_not_change_the_result(mixed, tmp_path, batch):
 def test_each_survey_has_its_model_by_default(mixed, tmp_path, monkeypatch):
     for name, bundle in (("t2-gr", GR), ("t2-ugrizy", SIX)):
         write_bundle(replace(bundle, manifest=replace(bundle.manifest, name=name)), tmp_path / "zoo" / name)
-    monkeypatch.setattr("edgekit.zoo.folders", lambda: {p.name: p for p in (tmp_path / "zoo").iterdir()})
+    monkeypatch.setattr("edgekit.bundle.zoo.folders", lambda: {p.name: p for p in (tmp_path / "zoo").iterdir()})
     account = run(mixed, tmp_path / "out.parquet", bundle=None)
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert {(row["survey"], row["model"]) for row in rows} == {("ztf", "t2-gr"), ("lsst", "t2-ugrizy")}

@@ -11,17 +11,17 @@ import onnxruntime
 import pytest
 import torch
 
-from edgekit import compress
-from edgekit.bundle import TensorSpec, golden_inputs, multiple, open_bundle, write_bundle
-from edgekit.data import UNKNOWN, Dataset
+from edgekit.bundle.format import TensorSpec, golden_inputs, multiple, open_bundle, write_bundle
+from edgekit.compression import run
+from edgekit.compression.guard import Limits
+from edgekit.compression.job import Job
+from edgekit.compression.recipe import Step
+from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
-from edgekit.guard import Limits
-from edgekit.importers import from_factory, parse_spec
-from edgekit.job import Job
+from edgekit.graph.network import Network
+from edgekit.importers.files import from_factory, parse_spec
 from edgekit.passes.base import GraphCandidate
 from edgekit.passes.dynamic_int8 import DynamicInt8
-from edgekit.recipe import Step
-from exporters.network import Network
 from exporters.onnx_export import FLOAT, OnnxExporter
 from tests.conformance.models import INPUTS, OUTPUTS, STATE
 
@@ -95,7 +95,7 @@ def difference(one, other) -> float:
 @pytest.fixture
 def still_clock(monkeypatch):
     """Times of calls are not what these tests are about."""
-    from edgekit import guard
+    from edgekit.compression import guard
 
     noise = np.random.default_rng(0)
     monkeypatch.setattr(guard, "_thread_seconds", lambda session, rows: session.run(rows) and noise.uniform(0.9, 1.1))
@@ -113,7 +113,7 @@ def test_a_network_goes_the_whole_way(bundle, still_clock, tmp_path):
     data = Dataset(rows_of(bundle, 16), np.full(16, UNKNOWN))
     # replayed: random networks have nothing to lose, and the guard would say so
     job = Job(bundle, recipe, data, data, Limits(batches=(1,)), "relative-error", "torch", replay=True)
-    small = compress.run(job, tmp_path / "work")
+    small = run.run(job, tmp_path / "work")
     assert [(record["pass"], record["kept"]) for record in small.manifest.records] == [(s.name, True) for s in recipe]
     learnt = [sum(np.count_nonzero(value) for value in item.weights().values()) for item in (bundle, small)]
     assert learnt[1] < 0.9 * learnt[0]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle import Bundle, Manifest, TensorSpec, assemble, golden_inputs
-from edgekit.encoding import Affine, Encoding, Palette
-from edgekit.families import build
+from edgekit.bundle.encoding import Affine, Encoding, Palette
+from edgekit.bundle.format import Bundle, Manifest, TensorSpec, assemble, golden_inputs
+from edgekit.nn.families import build
 
 CLASSES = 5
 

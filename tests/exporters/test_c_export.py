@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit import zoo
-from edgekit.bundle import GOLDEN, arrays_to_bytes, assemble, golden_inputs, with_files, write_bundle
+from edgekit.bundle import zoo
+from edgekit.bundle.format import GOLDEN, arrays_to_bytes, assemble, golden_inputs, with_files, write_bundle
 from edgekit.errors import EdgekitError
+from edgekit.graph.network import Network
 from edgekit.passes.base import Candidate
 from edgekit.passes.quantise import Quantise
 from exporters.c import source as source_module
 from exporters.c.library import NATIVE, PLAIN, Compiler, Library
 from exporters.c.program import Buffer, program
 from exporters.c_export import CExporter
-from exporters.network import Network
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.skipif(

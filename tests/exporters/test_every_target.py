@@ -13,14 +13,14 @@ import numpy as np
 import onnx
 import pytest
 
-from edgekit.bundle import assemble_graph
-from edgekit.data import UNKNOWN, Dataset
+from edgekit.bundle.format import assemble_graph
+from edgekit.bundle.zoo import resolve
+from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
-from edgekit.importers import from_factory, parse_spec
+from edgekit.importers.files import from_factory, parse_spec
 from edgekit.passes.base import Context, GraphCandidate
 from edgekit.passes.static_int8 import StaticInt8
 from edgekit.targets import profile
-from edgekit.zoo import resolve
 from exporters import kit
 from exporters.for_target import arithmetic, place, typed
 from exporters.onnx_export import OnnxExporter

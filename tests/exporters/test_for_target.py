@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle import assemble_graph
-from edgekit.data import UNKNOWN, Dataset
+from edgekit.bundle.format import assemble_graph
+from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
 from edgekit.passes.base import Context, GraphCandidate
 from edgekit.passes.half import Half

@@ -6,9 +6,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.errors import EdgekitError
+from edgekit.graph.opset import to_opset
 from edgekit.targets import profile
 from exporters.generations import RTX, generation, generations
-from exporters.onnx_opset import to_opset
 
 NAMES = ("8.2", "8.5", "8.6", "10", "11", RTX)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekit.bundle import Manifest, TensorSpec, assemble
+from edgekit.bundle.format import Manifest, TensorSpec, assemble
 from edgekit.errors import EdgekitError
 from exporters.kit import profile_of
 

@@ -12,13 +12,13 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from edgekit.bundle import WEIGHTS, with_files
+from edgekit.bundle.format import WEIGHTS, with_files
 from edgekit.errors import EdgekitError
+from edgekit.graph.cleanup import shapes
 from exporters import onnx_export
 from exporters.base import KEY, model_key
 from exporters.device_check import load_onnxruntime, strays
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
-from exporters.onnx_graph import shapes
 
 MODELS = {
     "plain": {},

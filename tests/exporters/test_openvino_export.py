@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from edgekit import zoo
-from edgekit.bundle import GOLDEN, arrays_to_bytes, with_files, write_bundle
+from edgekit.bundle import zoo
+from edgekit.bundle.format import GOLDEN, arrays_to_bytes, with_files, write_bundle
 from edgekit.errors import EdgekitError
-from edgekit.importers import from_onnx
+from edgekit.importers.files import from_onnx
 from exporters.onnx_export import OnnxExporter
 
 module = pytest.importorskip("exporters.openvino_export", exc_type=EdgekitError)
@@ -21,8 +21,8 @@ Exporter = module.OpenVinoExporter
 
 def another(bundle):
     """The same network with one weight changed, and golden outputs to match."""
-    from edgekit.bundle import assemble
-    from exporters.network import Network
+    from edgekit.bundle.format import assemble
+    from edgekit.graph.network import Network
     from exporters.verify import _outputs
 
     weights = bundle.weights()

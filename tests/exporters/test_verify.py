@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle import GOLDEN, Bundle, arrays_to_bytes, with_files
+from edgekit.bundle.format import GOLDEN, Bundle, arrays_to_bytes, with_files
 from edgekit.errors import EdgekitError
 from exporters import verify as module
 from exporters.onnx_export import FLOAT, OnnxExporter

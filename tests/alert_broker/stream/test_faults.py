@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import TopicPartition
 
-from alert_broker.stream import archive, brokers
+from alert_broker.stream import archive
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.dead_letters import REASON, headers_of
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
+from tests import brokers
 from tests.alert_broker.stream.rig import Rig, position, repeat
 
 pytestmark = pytest.mark.faults

@@ -7,10 +7,10 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import lag as module
-from alert_broker.stream.brokers import MockCluster
 from alert_broker.stream.lag import Lag
 from alert_broker.stream.source import Source
 from alert_broker.stream.stats import Stats
+from tests.brokers import MockCluster
 
 
 @pytest.fixture

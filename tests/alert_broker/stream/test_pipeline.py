@@ -10,7 +10,6 @@ from confluent_kafka import TopicPartition
 
 from alert_broker.classify import classify_files
 from alert_broker.stream import pipeline
-from alert_broker.stream.brokers import create_topics
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of
 from alert_broker.stream.health import health, readiness
@@ -21,6 +20,7 @@ from alert_broker.stream.stages import MOST_SPARE, Stages
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import position, repeat
+from tests.brokers import create_topics
 
 BROKEN = b"Obj\x01 and then nothing that Avro knows"
 
@@ -28,7 +28,7 @@ BROKEN = b"Obj\x01 and then nothing that Avro knows"
 def test_results_are_those_of_files(rig, packets, bundle, tmp_path):
     import pyarrow.parquet as pq
 
-    from edgekit.bundle import open_bundle
+    from edgekit.bundle.format import open_bundle
 
     rig.send(packets)
     stats = rig.consume()

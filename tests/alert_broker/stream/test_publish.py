@@ -6,11 +6,11 @@ import pytest
 from confluent_kafka import KafkaError
 
 from alert_broker.stream import config as configuration
-from alert_broker.stream.brokers import MockCluster
 from alert_broker.stream.publish import AtLeastOnce, ExactlyOnce, Outgoing
 from alert_broker.stream.source import LostError, Source
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
+from tests.brokers import MockCluster
 
 PRODUCE, OFFSET_COMMIT, END_TXN, TXN_OFFSET_COMMIT = 0, 8, 26, 28
 

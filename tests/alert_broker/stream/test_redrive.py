@@ -7,12 +7,12 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 
 from alert_broker.stream import redrive as module
-from alert_broker.stream.brokers import MockCluster, create_topics
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.config import DeadLetters
 from alert_broker.stream.dead_letters import ATTEMPTS, OMITTED, headers_of
 from alert_broker.stream.redrive import Originals, Redriven, redrive
 from edgekit.errors import EdgekitError
+from tests.brokers import MockCluster, create_topics
 
 BROKEN = b"Obj\x01 and then nothing that Avro knows"
 UNKNOWN = b"\x00" + (4711).to_bytes(4, "big")

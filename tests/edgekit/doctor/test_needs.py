@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle import Manifest, TensorSpec, assemble_graph
+from edgekit.bundle.format import Manifest, TensorSpec, assemble_graph
 from edgekit.doctor.check import Check
 from edgekit.doctor.needs import Needs, bytes_needed, judge, of, precisions
 from edgekit.targets.profile import find

@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.data import Dataset
+from edgekit.data.dataset import Dataset
 from edgekit.passes.base import Context, GraphCandidate
 
 OPSET = 17

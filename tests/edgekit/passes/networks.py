@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgekit.bundle import Manifest, TensorSpec, assemble
-from edgekit.data import Dataset
-from edgekit.families import build
+from edgekit.bundle.format import Manifest, TensorSpec, assemble
+from edgekit.data.dataset import Dataset
+from edgekit.nn.families import build
 from edgekit.nn.module import trust
-from edgekit.training import Schedule, fit, probabilities
+from edgekit.nn.training import Schedule, fit, probabilities
 
 STEPS, CHANNELS, CLASSES, SIDE = 16, 3, 8, 12
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from edgekit.bundle import open_bundle, write_bundle
-from edgekit.data import UNKNOWN, Dataset
+from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
-from edgekit.families import build
+from edgekit.nn.families import build
 from edgekit.nn.module import positions, trust
+from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context
 from edgekit.passes.dependency_prune import DependencyPrune
-from edgekit.training import probabilities
 from tests.edgekit.passes.networks import Attention, accuracy, arguments_of, bundled, trained
 
 pytest.importorskip("torch_pruning")

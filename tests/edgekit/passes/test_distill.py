@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from edgekit.errors import EdgekitError
+from edgekit.nn.training import probabilities
 from edgekit.passes.distill import Distill
-from edgekit.training import probabilities
 
 STUDENT = {"embed_dim": 8, "heads": 2}
 
@@ -49,7 +49,7 @@ def test_the_student_starts_from_its_own_seed(tiny_candidate, tiny_context):
 
 
 def test_a_student_by_other_arguments_of_the_factory():
-    from edgekit.families import build
+    from edgekit.nn.families import build
     from edgekit.passes.base import Candidate, Context
     from tests.edgekit.passes.networks import accuracy, arguments_of, trained
 

@@ -7,9 +7,10 @@ import numpy as np
 import onnx
 import pytest
 
-from edgekit.calibration import BATCH, activations, calibration_rows, moments, ranges
+from edgekit.compression.recipe import Step
 from edgekit.errors import EdgekitError
-from edgekit.graph import serialised, specs, weights
+from edgekit.graph.calibration import BATCH, activations, calibration_rows, moments, ranges
+from edgekit.graph.model import serialised, specs, weights
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.passes.fold import Fold
@@ -19,7 +20,6 @@ from edgekit.passes.smooth_quant import SmoothQuant
 from edgekit.passes.sparsify import Sparsify
 from edgekit.passes.static_int8 import StaticInt8
 from edgekit.passes.weight_only import WeightOnly
-from edgekit.recipe import Step
 from tests.edgekit.passes.graphs import (
     block,
     context,

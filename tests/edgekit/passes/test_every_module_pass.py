@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle import open_bundle, write_bundle
-from edgekit.families import build
+from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.nn.families import build
+from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context
 from edgekit.passes.cluster import Cluster
 from edgekit.passes.dependency_prune import DependencyPrune
@@ -13,7 +14,6 @@ from edgekit.passes.distill import Distill
 from edgekit.passes.magnitude_prune import MagnitudePrune
 from edgekit.passes.quantise import Quantise
 from edgekit.passes.remove_layers import RemoveLayers
-from edgekit.training import probabilities
 from tests.edgekit.passes.networks import arguments_of, bundled, sequences
 
 MODULE_PASSES = {

@@ -6,9 +6,10 @@ from importlib.metadata import entry_points
 import numpy as np
 import pytest
 
-from edgekit.bundle import assemble
-from edgekit.encoding import Affine
+from edgekit.bundle.encoding import Affine
+from edgekit.bundle.format import assemble
 from edgekit.errors import EdgekitError
+from edgekit.nn.training import probabilities
 from edgekit.passes.base import GRAPH_LEVEL, Candidate, Context, decoded, frozen, matrices
 from edgekit.passes.cluster import Cluster
 from edgekit.passes.distill import Distill
@@ -16,7 +17,6 @@ from edgekit.passes.magnitude_prune import MagnitudePrune
 from edgekit.passes.qat import Qat
 from edgekit.passes.quantise import Quantise
 from edgekit.passes.structured_prune import StructuredPrune
-from edgekit.training import probabilities
 from tests.edgekit.passes.test_every_module_pass import MODULE_PASSES
 
 PASSES = {

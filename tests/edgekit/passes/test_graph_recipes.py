@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit import measure, quality, report
-from edgekit.bundle import GRAPH, Manifest, TensorSpec, assemble_graph
-from edgekit.compress import plan, run
-from edgekit.data import Dataset
+from edgekit.bundle.format import GRAPH, Manifest, TensorSpec, assemble_graph
+from edgekit.compression import measure, metrics, report
+from edgekit.compression.guard import Limits
+from edgekit.compression.job import Job
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import plan, run
+from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.graph import load, serialised, weights
-from edgekit.guard import Limits
-from edgekit.job import Job
+from edgekit.graph.model import load, serialised, weights
 from edgekit.passes.half import Half
-from edgekit.recipe import Step
 from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
 from tests.edgekit.passes import graphs
@@ -185,7 +185,7 @@ def test_an_output_that_the_metric_does_not_see_must_still_be_the_models(factor,
 
 
 def test_a_metric_without_a_value_is_the_reason_and_no_runtime_is_blamed(job, monkeypatch, tmp_path):
-    monkeypatch.setitem(quality.METRICS, "nan", quality.Custom("nan", lambda outputs, labels: float("nan")))
+    monkeypatch.setitem(metrics.METRICS, "nan", metrics.Custom("nan", lambda outputs, labels: float("nan")))
     bundle = run(job([("dynamic_int8", {})], metric="nan"), tmp_path / "w")
     assert bundle.manifest.records[0]["reason"].startswith("the metric is nan")
 

@@ -6,8 +6,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from edgekit.calibration import LEVELS, least_divergent
 from edgekit.errors import EdgekitError
+from edgekit.graph.calibration import LEVELS, least_divergent
 from edgekit.passes.base import GraphCandidate
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.passes.static_int8 import StaticInt8

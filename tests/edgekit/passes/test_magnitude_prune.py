@@ -57,7 +57,7 @@ def test_an_encoding_does_not_outlive_the_weights_it_described(tiny_candidate, t
 
 
 def test_recovery_restores_what_pruning_cost(tiny_candidate, tiny_context, tiny_data):
-    from edgekit.training import probabilities
+    from edgekit.nn.training import probabilities
 
     def accuracy(candidate):
         return (probabilities(candidate.model, tiny_data[1]).argmax(axis=1) == tiny_data[1].labels).mean()
@@ -103,8 +103,8 @@ def test_two_of_four_input_channels_of_a_convolution():
 
 
 def test_a_tied_weight_stays_tied_and_pruned():
-    from edgekit.data import Dataset
-    from edgekit.families import build
+    from edgekit.data.dataset import Dataset
+    from edgekit.nn.families import build
     from edgekit.nn.module import tied, trust
     from edgekit.passes.base import Candidate, Context
 

@@ -6,14 +6,14 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from edgekit.compress import _for_pass, applied
+from edgekit.compression.metrics import ClassAveragedLogLoss
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import _for_pass, applied
 from edgekit.errors import EdgekitError
+from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context
 from edgekit.passes.qat import Qat, RoundedInput, RoundedWeight
 from edgekit.passes.static_int8 import StaticInt8
-from edgekit.quality import ClassAveragedLogLoss
-from edgekit.recipe import Step
-from edgekit.training import probabilities
 
 
 @pytest.fixture

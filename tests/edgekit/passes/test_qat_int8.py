@@ -12,17 +12,17 @@ from onnx import numpy_helper
 from torch import nn
 from torch.nn.utils import fusion
 
-from edgekit.compress import _context, applied, candidate_of, check_order
-from edgekit.data import Dataset
+from edgekit.compression.guard import Limits
+from edgekit.compression.job import Job
+from edgekit.compression.measure import outputs_of
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import _context, applied, candidate_of, check_order
+from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.graph import serialised
-from edgekit.guard import Limits
-from edgekit.job import Job
-from edgekit.measure import outputs_of
+from edgekit.graph.model import serialised
+from edgekit.nn.training import tensors
 from edgekit.passes.base import Candidate
 from edgekit.passes.qat_int8 import QatInt8
-from edgekit.recipe import Step
-from edgekit.training import tensors
 from tests.edgekit.passes import graphs
 from tests.edgekit.passes.networks import arguments_of, bundled, trained
 

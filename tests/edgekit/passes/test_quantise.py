@@ -78,7 +78,7 @@ def test_the_plan_and_what_happened(tiny_candidate, tiny_context):
 
 
 def test_eight_bits_cost_next_to_nothing_and_two_bits_a_lot(tiny_candidate, tiny_context, tiny_data):
-    from edgekit.training import probabilities
+    from edgekit.nn.training import probabilities
 
     original = probabilities(tiny_candidate.model, tiny_data[1])
     moved = {}

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle import open_bundle, write_bundle
-from edgekit.data import UNKNOWN, Dataset
+from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
-from edgekit.families import build
+from edgekit.nn.families import build
 from edgekit.nn.module import trust
+from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context
 from edgekit.passes.remove_layers import RemoveLayers, sensitivity
-from edgekit.training import probabilities
 from tests.edgekit.passes.networks import Transformer, accuracy, arguments_of, bundled, trained
 
 IDLE = 1

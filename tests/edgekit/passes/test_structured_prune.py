@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.data import UNKNOWN, Dataset
-from edgekit.families import build, prunable_groups
+from edgekit.data.dataset import UNKNOWN, Dataset
+from edgekit.nn.families import build, prunable_groups
+from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate
 from edgekit.passes.structured_prune import StructuredPrune, importance
-from edgekit.training import probabilities
 
 USELESS_HEAD, USELESS_UNIT = 1, 11
 

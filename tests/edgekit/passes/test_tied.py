@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle import open_bundle, write_bundle
-from edgekit.compress import applied
-from edgekit.data import Dataset
-from edgekit.importers import from_factory, parse_spec
-from edgekit.job import Job
+from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.compression.job import Job
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import applied
+from edgekit.data.dataset import Dataset
+from edgekit.importers.files import from_factory, parse_spec
 from edgekit.nn.module import tied
-from edgekit.recipe import Step
 
 NETS = """
 import torch

@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgekit import quality, recipe
-from edgekit.compress import run
+from edgekit.bundle.pack import pack
+from edgekit.compression import metrics, recipe
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import run
 from edgekit.errors import EdgekitError
-from edgekit.pack import pack
-from edgekit.recipe import Step
 from edgekit.search import auto
 from edgekit.search.auto import LONGER, held_out, search
 from edgekit.search.outcomes import Outcome, Targets, finals, promising
@@ -64,8 +64,8 @@ def test_a_search_goes_on_where_it_was(job, tmp_path):
 
 
 def test_a_metric_under_which_more_is_better_is_refused_before_any_trial(job, tmp_path, monkeypatch):
-    accuracy = quality.Custom("accuracy", lambda found, wanted: float((found.argmax(1) == wanted).mean()))
-    monkeypatch.setattr(quality, "metric", lambda name: accuracy)
+    accuracy = metrics.Custom("accuracy", lambda found, wanted: float((found.argmax(1) == wanted).mean()))
+    monkeypatch.setattr(metrics, "metric", lambda name: accuracy)
     monkeypatch.setattr(auto, "run", lambda *_, **__: pytest.fail("a trial has begun"))
     with pytest.raises(EdgekitError, match="lower must be better"):
         search(job, Targets(max_loss=0.05), tmp_path / "w", trials=1)
@@ -97,7 +97,7 @@ def test_the_weight_that_matters_most_comes_first(job):
     model = job.source.model()
     with torch.no_grad():  # planted: one outlier leaves three bits of the classifier nothing for the rest
         model.classifier.weight[0, 0] += 200
-    from edgekit.bundle import assemble
+    from edgekit.bundle.format import assemble
 
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     bundle = assemble(job.source.manifest, weights, {}, job.source.golden())

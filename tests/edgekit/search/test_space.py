@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle import Manifest, TensorSpec, assemble_graph
-from edgekit.compress import plan
+from edgekit.bundle.format import Manifest, TensorSpec, assemble_graph
+from edgekit.compression.guard import Limits
+from edgekit.compression.job import Job
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import plan
 from edgekit.errors import EdgekitError
-from edgekit.families import build
-from edgekit.graph import serialised
-from edgekit.guard import Limits
-from edgekit.job import Job
-from edgekit.recipe import Step
+from edgekit.graph.model import serialised
+from edgekit.nn.families import build
 from edgekit.search import space as module
 from edgekit.search.sensitivity import Sensitivity, sensitivities
 from edgekit.search.space import FULL, PLAIN, SHORT, Space, explored, forms, lengthened, smoothable, starts, suggest

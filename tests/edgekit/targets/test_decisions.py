@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.bench import float_graph
-from edgekit.bundle import open_bundle, write_bundle
-from edgekit.compress import plan, run
+from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.compression.bench import float_graph
+from edgekit.compression.recipe import Step
+from edgekit.compression.run import plan, run
 from edgekit.errors import EdgekitError
-from edgekit.recipe import Step
 from edgekit.search import auto
 from edgekit.search.auto import search
 from edgekit.search.outcomes import Outcome, Targets

@@ -13,7 +13,7 @@ from packaging.version import Version
 from edgekit.errors import EdgekitError
 from edgekit.targets import profile
 
-FOLDER = Path(profile.__file__).parent
+FOLDER = Path(profile.__file__).parent / "profiles"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
 ISSUE = {
     "tesla-p40", "rtx-3060-12gb", "rtx-3060-8gb", "jetson-nano", "jetson-tx2", "jetson-xavier-nx",

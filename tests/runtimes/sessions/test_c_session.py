@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgekit.bundle import GOLDEN, arrays_to_bytes, golden_inputs, with_files, write_bundle
+from edgekit.bundle.format import GOLDEN, arrays_to_bytes, golden_inputs, with_files, write_bundle
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
 from exporters.c import program

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle import golden_inputs, write_bundle
+from edgekit.bundle.format import golden_inputs, write_bundle
 from edgekit.errors import EdgekitError
-from edgekit.importers import from_onnx
+from edgekit.graph.network import Network
+from edgekit.importers.files import from_onnx
 from edgekit.session import open_session
-from exporters.network import Network
 from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.c_session import check_golden
 from tests.exporters.conftest import toy_bundle

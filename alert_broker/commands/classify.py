@@ -1,0 +1,94 @@
+"""edgekit alerts classify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from alert_broker.commands.common import MEGABYTE, alert_packages, stopping
+from edgekit.cli.console import note, output, print_json, print_table, progress
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from alert_broker.results import Account
+
+CLASSIFY_EXAMPLES = """\b
+Examples:
+  edgekit alerts classify night/ -o night.parquet
+  edgekit alerts classify a.avro b.parquet -o out.parquet --model t2-gr --json
+Read the result with: pandas.read_parquet("night.parquet")
+"""
+
+
+@click.command(epilog=CLASSIFY_EXAMPLES)
+@click.argument("paths", nargs=-1, required=True)
+@click.option(
+    "-o", "--output", "target", type=Path, required=True, help="Parquet file to write: a row for every alert."
+)
+@click.option("--model", help="Bundle or model's name [default: t2-gr for ZTF, t2-ugrizy for LSST and ELAsTiCC]")
+@click.option(
+    "--runtime", default="auto", show_default=True, help="c, onnxruntime, torch; auto: c if it can be compiled here."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1024, show_default=True, help="Alerts at a time.")
+@click.option("--errors", type=Path, help="Parquet file for what gave no light curve [default: OUTPUT.errors.parquet]")
+@click.option("--force", is_flag=True, help="Replace existing files.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.pass_context
+def classify(
+    context: click.Context, paths: tuple[str, ...], target: Path, model: str | None, runtime: str, batch: int,
+    errors: Path | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Classify the alerts in files and folders: Avro containers, Confluent messages, Parquet of ZTF, LSST or ELAsTiCC.
+
+    Every packet is accounted for: classified, skipped with a reason, or corrupt and listed in the errors file. Ctrl-C
+    keeps what is done (exit status 130); a second Ctrl-C abandons it.
+    """
+    with alert_packages():
+        from alert_broker.classify import classify_files
+    from edgekit.bundle.zoo import resolve
+
+    bundle = resolve(model) if model is not None else None
+    errors = errors or target.with_suffix(".errors.parquet")
+    with progress() as bar, stopping() as stop:
+        task = bar.add_task("MB of packets", total=None)
+
+        def show(done: int, total: int, packets: int) -> None:
+            text = f"{packets:,} packets, MB"
+            bar.update(task, description=text, completed=done // MEGABYTE, total=max(total // MEGABYTE, 1))
+
+        account = classify_files(
+            paths, target, bundle=bundle, runtime=runtime, batch=batch, errors=errors, force=force,
+            progress=show, notify=note, stop=stop,
+        )  # fmt: skip
+    if as_json:
+        print_json({"output": str(target), "errors": str(errors), **account.to_json()})
+    else:
+        _print_account(account, target, errors)
+    if account.stopped:
+        note("edgekit: stopped; the files hold what was done")
+        context.exit(130)
+    if not account.surveys:
+        raise EdgekitError(f"no alert could be read from {account.files} files; {errors} says why for each")
+
+
+def _print_account(account: Account, target: Path, errors: Path) -> None:
+    columns = ["in", "classified", "skipped", "corrupt"]
+    summary = account.to_json()
+    print_table(columns, [[f"{summary[name]:,}" for name in columns]])
+    for title, counts in (("skipped because", account.skipped), ("most probable class", account.classes)):
+        if counts:
+            output.print()
+            print_table([title, "alerts"], [[name, f"{number:,}"] for name, number in counts.most_common()])
+    output.print()
+    models = ", ".join(f"{name} ({digest[:12]})" for name, digest in account.models.items())
+    lines = [f"{target}: {account.surveys.total():,} rows{f', {models} on {account.runtime}' if models else ''}"]
+    if account.packets != account.surveys.total():
+        lines.append(f"{errors}: what gave no light curve, and why")
+    busy = {stage: value for stage, value in account.seconds.items() if stage != "start"}
+    if total := sum(busy.values()):
+        shares = ", ".join(f"{stage} {value / total:.0%}" for stage, value in busy.items())
+        lines.append(f"{account.packets / total:,.0f} packets/s ({shares})")
+    for line in lines:
+        output.print(line)

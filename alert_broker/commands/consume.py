@@ -1,0 +1,150 @@
+"""edgekit alerts consume"""
+
+from __future__ import annotations
+
+import contextlib
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alert_broker.commands.common import alert_packages, key_values, stopping
+from edgekit.cli.console import note, output, print_json, print_table, status
+
+if TYPE_CHECKING:
+    from alert_broker.stream.config import Config
+    from alert_broker.stream.stats import Stats
+
+EXAMPLES = """\b
+Examples:
+  edgekit alerts consume --config broker.toml
+  edgekit alerts consume --kafka bootstrap.servers=localhost:9092 --topics ztf --output 'topic = "classified"'
+A file, broker.toml:
+  [kafka]
+  "bootstrap.servers" = "localhost:9092"
+  [source]
+  topics = ["ztf"]
+  [[output]]
+  topic = "kilonovae"
+  where = "best_class == 'KN' and best_probability > 0.8"
+  format = "json"
+"""
+
+
+class Consume(click.Command):
+    """Has a flag for every value of the configuration's tables, so that the two cannot differ."""
+
+    def get_params(self, context: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(context)[:-1], *flags(), super().get_params(context)[-1]]
+
+
+def flags() -> Iterator[click.Option]:
+    from dataclasses import fields
+
+    from alert_broker.stream.config import Config
+
+    for table, kind in typing.get_type_hints(Config).items():
+        if not hasattr(kind, "__dataclass_fields__"):
+            continue
+        types_of = typing.get_type_hints(kind)
+        for item in fields(kind):
+            name = f"--{table}-{item.name}".replace("_", "-")
+            hint, text = types_of[item.name], f"{item.metadata['help']}"
+            shown = ", ".join(item.default) if isinstance(item.default, tuple) else item.default
+            text += f" [default: {shown}]" if shown not in ("", False) else ""
+            options: dict[str, Any] = {"help": text, "default": None}
+            if hint is bool:
+                options |= {"is_flag": True, "flag_value": True}
+            elif typing.get_origin(hint) is tuple:
+                options |= {"multiple": True}
+            elif typing.get_origin(hint) is typing.Literal:
+                options |= {"type": click.Choice(typing.get_args(hint))}
+            else:
+                options |= {"type": hint}
+            short = [f"--{item.name}".replace("_", "-")] if table == "source" else []  # what is typed most: --until-eos
+            yield click.Option([name, *short, f"{table}__{item.name}"], **options)
+
+
+@click.command(cls=Consume, epilog=EXAMPLES)
+@click.option("--config", "path", type=Path, help="TOML file; each flag below goes over its value in it.")
+@click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
+@click.option("--output", "outputs", multiple=True, metavar="TABLE", help="An [[output]], as TOML between braces.")
+@click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON, and log lines as JSON.")
+def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...], as_json: bool, **values: Any) -> None:
+    """Classify a stream of alerts from Kafka, and publish the results, losing none.
+
+    Every alert is published, filtered out, or a dead letter with its reason; offsets are committed after that. Ctrl-C
+    or SIGTERM finishes what is in flight. The exit status is not 0 if the ledger does not add up.
+    """
+    with alert_packages():
+        from alert_broker.stream import config as configuration
+        from alert_broker.stream.pipeline import run
+        from alert_broker.stream.stats import Stats
+
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is not None and value != ():
+            table, _, item = name.partition("__")
+            changes.setdefault(table, {})[item] = value
+    if kafka:
+        changes["kafka"] = key_values(kafka, "--kafka")
+    if outputs:
+        changes["output"] = [configuration.inline(text, "--output") for text in outputs]
+    config, stats = configuration.load(path, changes), Stats()
+    failed = ""
+    try:
+        with watching(config, stats, as_json=as_json), stopping() as stop:
+            run(config, stats, stop, note)
+    except BaseException as error:
+        failed = str(error) or type(error).__name__
+        raise
+    finally:
+        report(stats, as_json, failed)
+
+
+@contextmanager
+def watching(config: Config, stats: Stats, *, as_json: bool) -> Iterator[None]:
+    """Logs, metrics and the dashboard, while the block runs."""
+    from alert_broker.stream import dashboard, health, logs
+
+    logs.configure(as_json=as_json, config=dict(config.kafka_settings()))
+    with contextlib.ExitStack() as stack:
+        if config.metrics.listen:
+            host, _, port = config.metrics.listen.rpartition(":")
+            stack.enter_context(health.serve(stats, host or "127.0.0.1", int(port)))
+        stack.enter_context(dashboard.show(stats, False if as_json else None, console=status))
+        yield
+
+
+def report(stats: Stats, as_json: bool, failed: str) -> None:
+    """The ledger, and what it was made of. failed: why it stopped, if not of its own; what was in flight then counts
+    as revoked, and comes again."""
+    now = stats.snapshot()
+    if as_json:
+        print_json({
+            "failed": failed or None, "ledger": now.ledger.to_json(), "seconds": round(now.uptime, 3),
+            "classes": dict(now.classes.most_common()), "reasons": dict(now.reasons.most_common()),
+            "models": now.models,
+            "latency": {name: {"p50": _finite(item.quantile(0.5)), "p99": _finite(item.quantile(0.99))}
+                        for name, item in now.stages.items()},
+        })  # fmt: skip
+        return
+    columns = ["consumed", "published", "filtered", "dead_lettered", "in_flight"]
+    columns += ["revoked"] if now.ledger.revoked else []
+    rows = [
+        [name, *(f"{getattr(entry, column):,}" for column in columns)]
+        for name, entry in [*((f"{t}[{n}]", e) for (t, n), e in sorted(now.ledger.entries.items())),
+                            ("all", now.ledger.total())]
+    ]  # fmt: skip
+    print_table(["partition", *(column.replace("_", "-") for column in columns)], rows)
+    for title, counts in (("most probable class", now.classes), ("dead letters because", now.reasons)):
+        if counts:
+            output.print()
+            print_table([title, "alerts"], [[name, f"{number:,}"] for name, number in counts.most_common()])
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if seconds < float("inf") else None

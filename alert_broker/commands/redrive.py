@@ -1,0 +1,64 @@
+"""edgekit alerts redrive"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from alert_broker.commands.common import alert_packages, key_values, stopping
+from edgekit.cli.console import output, print_json, progress
+
+EXAMPLES = """\b
+Examples:
+  edgekit alerts redrive --config broker.toml
+  edgekit alerts redrive --config broker.toml --reason 'unknown LSST schema id'
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.option(
+    "--config", "path", type=Path, required=True, help="TOML file of the consumer whose dead letters these are."
+)
+@click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
+@click.option("--reason", default="", help="Only those whose reason holds this text.")
+@click.option("--to-topic", default="", help="Send them here [default: the topic that each came from]")
+@click.option("--group", default="", help="Consumer group that remembers how far this is [default: GROUP-redrive]")
+@click.option("--max-attempts", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Pass over what has died more often.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+def redrive(
+    path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, group: str, max_attempts: int, as_json: bool
+) -> None:  # fmt: skip
+    """Send dead letters to where they came from, after what killed them is fixed: as they came, up to the last one.
+
+    Restart the consumer with the fix, then redrive: it reads them from its topic as any other alert. Others who read
+    that topic see them again; --to-topic sends them to a topic of its own instead, for the consumer to read as well.
+    What dies again is a new dead letter, which says how often it died, and is for the next run.
+
+    They stay in their topic; the group GROUP-redrive remembers which were sent or passed over, and looks at neither
+    again. After one --reason, the next one needs a --group of its own, which begins with the first dead letter. A
+    letter that was too large for its topic has no bytes: they are read where the alert was, if that is still there.
+    """
+    with alert_packages():
+        from alert_broker.stream import config as configuration
+        from alert_broker.stream import logs
+        from alert_broker.stream.redrive import redrive as send
+
+    changes = {"kafka": key_values(kafka, "--kafka")} if kafka else {}
+    config = configuration.load(path, changes)
+    settings = config.kafka_settings()
+    logs.configure(as_json=as_json, config=settings)
+    with progress() as bar, stopping() as stop:
+        task = bar.add_task("dead letters", total=None)
+        done = send(
+            settings, config.dead_letters, group=group or f"{config.source.group}-redrive", reason=reason,
+            to_topic=to_topic, max_attempts=max_attempts, stop=stop,
+            progress=lambda count: bar.update(task, completed=count),
+        )  # fmt: skip
+    if as_json:
+        print_json(dataclasses.asdict(done))
+    else:
+        gone = f", {done.gone:,} whose alerts are gone" if done.gone else ""
+        output.print(f"{done.sent:,} dead letters sent again, {done.passed_over:,} passed over{gone}")

@@ -1,0 +1,136 @@
+"""A bundle as one small file: the smallest thing to send to a device, or to store.
+
+    EDGEPACK | version | manifest (JSON) | weights | golden rows | graph, if it is one | SHA-256 of all before
+
+Each stream is compressed.
+Codes of encoded weights are Huffman-coded (DEFLATE without matches: neighbouring weights do not repeat), as in Han et
+al. 2016, section 4; the few float arrays are stored byte plane by byte plane, which groups the exponents. Lossless:
+weights, inputs and outputs come back bit for bit. History (records, report) and all golden rows but two stay behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.bundle.encoding import from_arrays, to_arrays
+from edgekit.bundle.format import FORMAT, GRAPH, ONNX, Bundle, Manifest, assemble, assemble_graph
+from edgekit.errors import EdgekitError
+
+MAGIC, VERSION = b"EDGEPACK", 1
+GOLDEN_ROWS = 2
+LEFT_OUT = ("records", "recipe", "metrics", "versions", "files")  # history; `parent` names the bundle that holds it
+Array = npt.NDArray[np.generic]
+
+
+def pack(bundle: Bundle) -> bytes:
+    """The packed bytes of a bundle."""
+    skeleton, arrays = _stored(bundle)
+    inputs, outputs = bundle.golden()
+    golden = {f"in.{name}": array[:GOLDEN_ROWS] for name, array in inputs.items()}
+    golden |= {f"out.{name}": array[:GOLDEN_ROWS] for name, array in outputs.items()}
+    defaults = {item.name: item.default for item in fields(Manifest)}
+    manifest = {
+        name: value
+        for name, value in asdict(replace(bundle.manifest, parent=bundle.digest)).items()
+        if name not in LEFT_OUT and value != defaults[name]
+    }
+    header = {"manifest": manifest, "weights": _shapes(arrays), "golden": _shapes(golden)}
+    streams = [
+        zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9),
+        *(_pack_arrays(group) for group in (arrays, golden)),
+        *([zlib.compress(skeleton, 9)] if skeleton else []),
+    ]
+    body = MAGIC + bytes([VERSION]) + b"".join(struct.pack("<I", len(stream)) + stream for stream in streams)
+    return body + hashlib.sha256(body).digest()
+
+
+def unpack(content: bytes, source: str) -> Bundle:
+    """The bundle in a packed file, verified."""
+    if content[: len(MAGIC)] != MAGIC:
+        raise EdgekitError(f"{source}: not a packed bundle, it does not begin with {MAGIC.decode()}")
+    if len(content) > len(MAGIC) and content[len(MAGIC)] != VERSION:
+        raise EdgekitError(f"{source}: packed format {content[len(MAGIC)]}; this edgekit reads {VERSION}")
+    body, digest = content[:-32], content[-32:]
+    if hashlib.sha256(body).digest() != digest:
+        raise EdgekitError(
+            f"{source}: the SHA-256 at its end does not match; the file is damaged or cut off, copy it again"
+        )
+    try:
+        return _parse(body, source)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, struct.error, zlib.error) as error:
+        raise EdgekitError(f"{source}: not a packed bundle that edgekit wrote ({error}); pack it again") from None
+
+
+def _parse(body: bytes, source: str) -> Bundle:
+    """The bundle in a verified file."""
+    streams, at = [], len(MAGIC) + 1
+    while at < len(body):
+        (size,) = struct.unpack_from("<I", body, at)
+        streams.append(body[at + 4 : at + 4 + size])
+        at += 4 + size
+    header = json.loads(zlib.decompress(streams[0]))
+    manifest = Manifest.from_json(json.dumps({"format": FORMAT, **header["manifest"]}).encode(), source)
+    arrays = _unpack_arrays(streams[1], header["weights"])
+    golden = _unpack_arrays(streams[2], header["golden"])
+    inputs = {spec.name: golden[f"in.{spec.name}"] for spec in manifest.inputs}
+    outputs = {spec.name: golden[f"out.{spec.name}"] for spec in manifest.outputs}
+    if manifest.family == ONNX:
+        from edgekit.graph.model import with_weights
+
+        return assemble_graph(manifest, with_weights(zlib.decompress(streams[3]), arrays), (inputs, outputs))
+    stored = from_arrays(arrays, manifest.bits)
+    weights = {name: value if isinstance(value, np.ndarray) else value.decode() for name, value in stored.items()}
+    encodings = {name: value for name, value in stored.items() if not isinstance(value, np.ndarray)}
+    return assemble(manifest, weights, encodings, (inputs, outputs))
+
+
+def _stored(bundle: Bundle) -> tuple[bytes, dict[str, Array]]:
+    """The weights as stored and, for a graph, what is left of it without them."""
+    if not bundle.is_graph:
+        return b"", to_arrays(bundle.weights(), bundle.encodings())
+    from edgekit.graph.model import without_weights
+
+    return without_weights(bundle.contents[GRAPH])
+
+
+def _shapes(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    return {name: [array.dtype.str, *array.shape] for name, array in arrays.items()}
+
+
+def _pack_arrays(arrays: Mapping[str, Array]) -> bytes:
+    """Codes of one byte per value and the planes of wider values, in two streams with statistics of their own."""
+    codes = b"".join(array.tobytes() for array in arrays.values() if array.itemsize == 1)
+    wide = b"".join(_planes(array) for array in arrays.values() if array.itemsize > 1)
+    huffman = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    first = huffman.compress(codes) + huffman.flush()
+    return struct.pack("<I", len(first)) + first + zlib.compress(wide, 9)
+
+
+def _unpack_arrays(stream: bytes, shapes: Mapping[str, Any]) -> dict[str, Array]:
+    (size,) = struct.unpack_from("<I", stream)
+    codes, wide = zlib.decompress(stream[4 : 4 + size], -15), zlib.decompress(stream[4 + size :])
+    arrays: dict[str, Array] = {}
+    at = {True: 0, False: 0}
+    for name, (kind, *shape) in shapes.items():
+        dtype = np.dtype(kind)
+        narrow = dtype.itemsize == 1
+        count = int(np.prod(shape)) * dtype.itemsize
+        raw = (codes if narrow else wide)[at[narrow] : at[narrow] + count]
+        at[narrow] += count
+        plane = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
+        arrays[name] = np.frombuffer(plane.T.tobytes(), dtype).reshape(shape).copy()
+    return arrays
+
+
+def _planes(array: Array) -> bytes:
+    """All first bytes, then all second bytes, and so on."""
+    return np.frombuffer(array.tobytes(), np.uint8).reshape(-1, array.itemsize).T.tobytes()

@@ -1,0 +1,144 @@
+"""Time models beside each other: in turns in one run, because machines are shared and their clocks wander."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekit import plugins
+from edgekit.bundle.format import GRAPH, Bundle, golden_inputs
+from edgekit.compression.guard import ratio_interval, tiled
+from edgekit.errors import EdgekitError
+from edgekit.session import open_session
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from edgekit.cost.layers import Report
+    from edgekit.targets.profile import Target
+
+LEAST_ROUNDS, MOST_ROUNDS = 9, 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One model at one batch size. Milliseconds of a call by the clock; CPU time of the process; speedup: the first
+    model's CPU time by this one's, with its 95 % interval; roofline: least possible by measured, None if unknown."""
+
+    model: str
+    batch: int
+    rounds: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    cpu_p50_ms: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    roofline: float | None
+
+
+def compare(
+    names: Sequence[str],
+    bundles: Sequence[Bundle],
+    batches: Sequence[int],
+    *,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    seconds: float = 3.0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Timing]:
+    """A row for each batch size and model, in that order. Each model gets its own golden inputs, as often as needed."""
+    sessions = [open_session(bundle, runtime, threads=threads) for bundle in bundles]
+    least = [_least_seconds(bundle, batches, threads) for bundle in bundles]
+    result = []
+    for done, batch in enumerate(batches):
+        feeds = [tiled(_golden(bundle), batch) for bundle in bundles]
+        wall: list[Any] = []
+        cpu: list[Any] = []
+        for session, feed in zip(sessions, feeds, strict=True):
+            session.run(feed)
+            session.run(feed)
+        until = time.perf_counter() + seconds
+        while (time.perf_counter() < until and len(wall) < MOST_ROUNDS) or len(wall) < LEAST_ROUNDS:
+            taken = np.empty((2, len(sessions)))
+            for turn in range(len(sessions)):
+                index = (turn + len(wall)) % len(sessions)
+                started, spent = time.perf_counter(), time.process_time()
+                sessions[index].run(feeds[index])
+                taken[:, index] = time.perf_counter() - started, time.process_time() - spent
+            wall.append(taken[0])
+            cpu.append(np.maximum(taken[1], 1e-9))
+        clock, spent_cpu = np.array(wall) * 1e3, np.array(cpu) * 1e3
+        for index, name in enumerate(names):
+            ratio, low, high = ratio_interval(spent_cpu[:, index], spent_cpu[:, 0])
+            p50, p90, p99 = (float(value) for value in np.percentile(clock[:, index], [50, 90, 99]))
+            cpu_p50 = float(np.median(spent_cpu[:, index]))
+            floor = least[index].get(batch)
+            share = None if floor is None else floor / (cpu_p50 / 1e3)
+            result.append(Timing(name, batch, len(clock), p50, p90, p99, cpu_p50, ratio, low, high, share))
+        progress(done + 1)
+    return result
+
+
+def on_target(
+    bundle: Bundle, target: Target, batches: Sequence[int], *, here: bool, precision: str | None = None,
+    power: str | None = None, threads: int = 1, seconds: float = 1.0,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Report]:  # fmt: skip
+    """A model on a target at each batch size, operator by operator; `here`: the target is this machine."""
+    from edgekit.cost import layers, measured
+    from edgekit.cost.operators import measured_rates
+
+    model, golden = float_graph(bundle), _golden(bundle)
+    lengths = layers.lengths_of(model, golden)
+    if not here:
+        options = {"precision": precision, "power": power, "threads": threads}
+        return [layers.elsewhere(model, target, batch, lengths=lengths, **options) for batch in batches]  # type: ignore[arg-type]
+    table, rates = measured.table(progress=progress), measured_rates()
+    reports = []
+    for done, batch in enumerate(batches):
+        progress("batch sizes", done, len(batches))
+        feeds = tiled(golden, batch)
+        reports.append(
+            layers.here(
+                model, target, feeds, batch, table=table, rates=rates, lengths=lengths, seconds=seconds
+            )
+        )  # fmt: skip
+    progress("batch sizes", len(batches), len(batches))
+    return reports
+
+
+def float_graph(bundle: Bundle) -> ModelProto:
+    """The bundle's graph; of a network, as the ONNX exporter writes it in float32."""
+    from edgekit.graph.model import load
+
+    if bundle.is_graph:
+        return load(bundle.contents[GRAPH], bundle.manifest.name)
+    model: ModelProto = plugins.load("edgekit.exporters", "onnx")(weights="float32").graph(bundle)
+    return model
+
+
+def _golden(bundle: Bundle) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    inputs, _ = bundle.golden()
+    rows = len(next(iter(inputs.values())))
+    return inputs if rows else golden_inputs(bundle.manifest.inputs, 1)
+
+
+def _least_seconds(bundle: Bundle, batches: Sequence[int], threads: int) -> dict[int, float]:
+    """Roofline by batch size; nothing where there is no graph to count. Only of one thread: what several reach together
+    depends on what else the machine does."""
+    if threads != 1:
+        return {}
+    from edgekit.cost.operators import graph_cost, least_seconds, measured_rates
+
+    try:
+        model = float_graph(bundle)
+    except EdgekitError:  # the runtime may know other ways to run it
+        return {}
+    rates = measured_rates()
+    return {batch: least_seconds(graph_cost(model, batch), rates) for batch in batches}

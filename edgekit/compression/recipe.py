@@ -1,0 +1,121 @@
+"""A recipe: an ordered list of passes with their parameters, as TOML.
+
+[[pass]]
+name = "structured_prune"
+keep = { heads = 8, ff_dim = 64 }
+
+[[pass]]
+name = "cluster"
+bits = 4
+
+A pass may have a `seed`; without one it is the job's seed plus the pass's number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from edgekit import plugins
+from edgekit.bundle.format import MANIFEST, Bundle, open_bundle
+from edgekit.errors import EdgekitError, unknown
+from edgekit.settings import converted
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass by name with its parameters, not yet built: a recipe can be read without torch."""
+
+    name: str
+    parameters: Mapping[str, Any]
+    seed: int | None = None  # None: the job's seed plus the pass's number
+
+    def build(self) -> Any:
+        """The pass. Unknown names, unknown parameters and wrong types are errors that name what is allowed."""
+        kind = plugins.load("edgekit.passes", self.name)
+        hints = typing.get_type_hints(kind)
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        values = {}
+        for name, value in self.parameters.items():
+            if name not in fields:
+                raise unknown("parameter", name, fields, where=f"pass {self.name!r}")
+            values[name] = converted(hints[name], value, f"pass {self.name!r}: {name}")
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in values:
+                raise EdgekitError(f"pass {self.name!r}: parameter {name!r} is missing; it takes {', '.join(fields)}")
+        try:
+            return kind(**values)
+        except EdgekitError as error:
+            raise EdgekitError(f"pass {self.name!r}: {error}") from None
+
+
+def read(path: str | Path) -> list[Step]:
+    """Read and check a recipe file, or take the recipe of a bundle: the passes it kept, with the seeds they had."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return of_bundle(open_bundle(path))
+    if not path.is_file():
+        raise EdgekitError(f"{path}: no such recipe; write one (see `edgekit compress --help`) or leave --recipe out")
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EdgekitError(f"{path}: not valid TOML: {error}") from None
+    return parse(values, str(path))
+
+
+def parse(values: Mapping[str, Any], source: str) -> list[Step]:
+    """Steps from the tables of a recipe."""
+    for key in values:
+        if key != "pass":
+            raise unknown("key", key, ["pass"], where=source)
+    entries = values.get("pass", [])
+    if not isinstance(entries, list) or not entries:
+        raise EdgekitError(f"{source}: no passes; a recipe is one or more [[pass]] tables, each with a name")
+    steps = []
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+            raise EdgekitError(
+                f"{source}: pass {number} has no name; expected one of: {', '.join(plugins.names('edgekit.passes'))}"
+            )
+        seed = entry.get("seed")
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+            raise EdgekitError(f"{source}: pass {number}: seed = {seed!r}; expected a whole number from 0")
+        step = Step(entry["name"], {key: v for key, v in entry.items() if key not in ("name", "seed")}, seed)
+        try:
+            step.build()
+        except EdgekitError as error:
+            raise EdgekitError(f"{source}: {error}") from None
+        steps.append(step)
+    return steps
+
+
+def of_bundle(bundle: Bundle) -> list[Step]:
+    """The passes that made a bundle from its parent, so that running them again gives the same bytes."""
+    records = [record for record in bundle.manifest.records if record.get("parent") == bundle.manifest.parent]
+    kept = [Step(record["pass"], record["parameters"], record.get("seed")) for record in records if record["kept"]]
+    if not kept:
+        raise EdgekitError(f"{bundle.path}: no pass has changed it, so there is no recipe to take from it")
+    for step in kept:
+        step.build()
+    return kept
+
+
+def to_tables(steps: Sequence[Step]) -> dict[str, Any]:
+    """The tables of a recipe, as `parse` reads them."""
+    tables = []
+    for step in steps:
+        seed = {} if step.seed is None else {"seed": step.seed}
+        tables.append({"name": step.name, **seed, **step.parameters})
+    return {"pass": tables}
+
+
+def to_toml(steps: Sequence[Step]) -> str:
+    return tomli_w.dumps(to_tables(steps))

@@ -1,0 +1,134 @@
+"""A model's operators on a target: estimated; and measured, where the target is the machine that this runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+from onnx import ModelProto
+
+from edgekit.cost.measured import Table
+from edgekit.cost.memory import Memory
+from edgekit.cost.operators import Rates, work
+from edgekit.cost.profiled import optimised_work, profiled
+from edgekit.cost.roofline import FORMULA, FUSED, estimate, in_mode
+from edgekit.graph.shapes import sized
+from edgekit.targets.profile import Target
+
+MEASURED = "the table of measured operators of this machine (edgekit/cost/measured.py)"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One operator, or all of a kind. estimate, measured: seconds; measured is None where the target is not here.
+    roofline: the least that the rates allow, by the time that it takes (measured, else estimated)."""
+
+    name: str
+    kind: str
+    count: int
+    operations: float
+    bytes: float
+    estimate: float
+    measured: float | None
+    roofline: float
+    bound: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A model at one batch size on a target; times of a call in seconds. formula: where the estimate is from."""
+
+    target: str
+    batch: int
+    precision: str
+    estimate: float
+    measured: float | None
+    formula: str
+    memory: Memory
+    rows: tuple[Row, ...]
+    unknown: tuple[str, ...]
+
+    def by_kind(self) -> tuple[Row, ...]:
+        """Rows of operators of one kind as one, the slowest first."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(row.kind, []).append(row)
+        merged = [_merged(kind, rows) for kind, rows in groups.items()]
+        return tuple(sorted(merged, key=lambda row: -(row.measured or row.estimate)))
+
+
+def elsewhere(
+    model: ModelProto, target: Target, batch: int, *, lengths: Mapping[str, int] | None = None,
+    precision: str | None = None, power: str | None = None, threads: int = 1,
+) -> Report:  # fmt: skip
+    """Estimated from the target's data sheet."""
+    if power is not None:
+        target = in_mode(target, power)
+    found = estimate(work(model, sized(model, batch, lengths)), target, batch, precision=precision, threads=threads)
+    rows = [
+        Row(layer.name, layer.kind, 1, layer.operations, layer.bytes, layer.seconds, None,
+            layer.roofline / layer.seconds, layer.bound)
+        for layer in found.layers
+    ]  # fmt: skip
+    formula = FORMULA + (f"; {FUSED}" if any(layer.fused for layer in found.layers) else "")
+    return Report(
+        target.name, batch, found.precision, found.seconds, None, formula, found.memory, tuple(rows), found.unknown
+    )
+
+
+def here(
+    model: ModelProto, target: Target, feeds: Mapping[str, npt.NDArray[Any]], batch: int, *, table: Table,
+    rates: Rates, lengths: Mapping[str, int] | None = None, seconds: float = 1.0,
+) -> Report:  # fmt: skip
+    """Measured on this machine, on one thread, beside what the table of its operators predicts. The operators are those
+    that ONNX Runtime runs in place of the graph's own."""
+    plain = estimate(work(model, sized(model, batch, lengths)), target, batch)
+    taken = {kernel.name: kernel.seconds for kernel in profiled(model, feeds, seconds=seconds)}
+    done = optimised_work(model, batch, lengths)
+    rows = []
+    for operator in done.operators:
+        measured = taken.get(operator.name)
+        if measured is not None:  # the profiler's own time is in it as well as in the table
+            measured = max(0.0, measured + table.node)
+        computing, moving = operator.operations / rates.flops, operator.bytes / rates.bytes
+        predicted = table.of(operator)
+        least, spent = max(computing, moving), measured or predicted
+        bound = "compute" if computing > moving else "memory"
+        rows.append(
+            Row(operator.name, operator.kind, 1, operator.operations, operator.bytes, predicted, measured,
+                least / spent if spent else 0.0, bound if least > 0.1 * spent else "launch")
+        )  # fmt: skip
+    total = sum(row.measured or 0.0 for row in rows) + max(0.0, table.call)
+    return Report(
+        target.name, batch, plain.precision, table.total(done), total, MEASURED, plain.memory, tuple(rows),
+        (*plain.unknown, *done.unknown),
+    )  # fmt: skip
+
+
+def lengths_of(model: ModelProto, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, int]:
+    """Lengths of a graph's open axes, other than the batch, as these inputs have them."""
+    found = {}
+    for value in model.graph.input:
+        for number, axis in enumerate(value.type.tensor_type.shape.dim):
+            if number and not axis.HasField("dim_value") and value.name in arrays:
+                found[axis.dim_param] = int(arrays[value.name].shape[number])
+    return found
+
+
+def _merged(kind: str, rows: list[Row]) -> Row:
+    def total(of: Callable[[Row], float]) -> float:
+        return sum(of(row) for row in rows)
+
+    measured = None if all(row.measured is None for row in rows) else total(lambda row: row.measured or 0.0)
+    spent = total(lambda row: row.measured or row.estimate)
+    least = total(lambda row: row.roofline * (row.measured or row.estimate))
+    bounds = {row.bound: 0.0 for row in rows}
+    for row in rows:
+        bounds[row.bound] += row.measured or row.estimate
+    return Row(
+        kind, kind, len(rows), total(lambda row: row.operations), total(lambda row: row.bytes),
+        total(lambda row: row.estimate), measured, least / spent if spent else 0.0,
+        max(bounds, key=lambda item: bounds[item]),
+    )  # fmt: skip

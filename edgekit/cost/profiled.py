@@ -1,0 +1,144 @@
+"""What ONNX Runtime makes of a graph on this machine's CPU: the operators that it really runs, and their times."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import ModelProto, TensorProto
+
+from edgekit.cost.operators import Work, work
+from edgekit.errors import EdgekitError, missing_extra
+from edgekit.graph.shapes import Value, sized
+
+try:
+    import onnxruntime
+except ModuleNotFoundError as error:
+    raise missing_extra(error.name or "onnxruntime", "onnx", "timing a graph") from None
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+GRAIN = 0.5e-6  # seconds; the profiler cuts off fractions of a microsecond; on average that is half of one
+LEAST_RUNS, MOST_RUNS, WARM_RUNS = 7, 400, 3
+WHOLE = 0.95  # of the clock's time, spent on the run itself
+BLOCKED = "_nchwc"  # what ONNX Runtime appends to the result's name where it lays channels out in blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One operator as it ran. seconds: of a call that no other program interrupted."""
+
+    name: str
+    kind: str
+    seconds: float
+
+
+def open_model(model: ModelProto, threads: int = 1, **settings: Any) -> Any:
+    """A session on the CPU; `settings` of SessionOptions."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    for name, value in settings.items():
+        setattr(options, name, value)
+    # onnxruntime 1.32 crashes while it lays out float16 graphs for convolutions (its issue 28392)
+    avoided = ["NchwcTransformer"] if _holds_float16(model) else None
+    try:
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=avoided
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise EdgekitError(f"onnxruntime cannot run this model here: {str(error).splitlines()[0]}") from error
+
+
+def optimised_work(model: ModelProto, batch: int, lengths: Mapping[str, int] | None = None) -> Work:
+    """The operators that ONNX Runtime runs in place of the graph's own. Nothing is run: it writes down the graph that
+    it has rewritten, in which results keep their names."""
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        path = Path(folder) / "optimised.onnx"
+        open_model(model, optimized_model_filepath=str(path))
+        rewritten = onnx.load(path)
+    before = sized(model, batch, lengths).values
+    also = {**before, **_blocked(rewritten, before)}
+    stored = {tensor.name for tensor in rewritten.graph.initializer}
+    return work(rewritten, sized(rewritten, batch, lengths, {k: v for k, v in also.items() if k not in stored}))
+
+
+def _blocked(model: ModelProto, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Results in ONNX Runtime's blocked layout: as many numbers as in the plain one, under names of their own."""
+    found: dict[str, Value] = {}
+    for node in model.graph.node:
+        if node.domain != "com.microsoft.nchwc":
+            continue
+        plain = values.get(node.name.removesuffix(BLOCKED)) if node.name.endswith(BLOCKED) else None
+        if plain is None and node.op_type == "ReorderInput":
+            plain = values.get(node.input[0]) or found.get(node.input[0])
+        if plain is not None:
+            found[node.output[0]] = plain
+    return found
+
+
+def profiled(model: ModelProto, feeds: Arrays, *, seconds: float = 0.2, threads: int = 1) -> list[Kernel]:
+    """The operators in the order in which they ran, with the time of each."""
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        session = open_model(model, threads, enable_profiling=True, profile_file_prefix=str(Path(folder) / "run"))
+        until = time.perf_counter() + seconds
+        alone: list[float] = []  # for each run, how much of the time on the clock the thread had
+        while (time.perf_counter() < until and len(alone) < MOST_RUNS) or len(alone) < LEAST_RUNS + WARM_RUNS:
+            clock, spent = time.perf_counter(), time.thread_time()
+            session.run(None, dict(feeds))
+            alone.append((time.thread_time() - spent) / max(time.perf_counter() - clock, 1e-9))
+        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
+    taken: dict[str, list[float]] = {}
+    kinds: dict[str, str] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time")
+            kinds.setdefault(name, event["args"]["op_name"])
+            taken.setdefault(name, []).append(event["dur"] * 1e-6)
+    whole = _uninterrupted(alone) if threads == 1 else list(range(WARM_RUNS, len(alone)))
+    kernels = []
+    for name, times in taken.items():
+        chosen = [times[run] for run in whole] if len(times) == len(alone) else times
+        kernels.append(Kernel(name, kinds[name], _middle(chosen) + GRAIN))
+    return kernels
+
+
+def _uninterrupted(alone: list[float]) -> list[int]:
+    """Runs in which no other program had the core: the profiler reads the clock, which goes on meanwhile."""
+    order = sorted(range(WARM_RUNS, len(alone)), key=lambda run: -alone[run])
+    return [run for run in order if alone[run] > WHOLE] or order[: max(1, len(order) // 4)]
+
+
+def _middle(times: list[float]) -> float:
+    """The mean of the middle half: whole microseconds of short kernels tell more as a mean of many than as a median."""
+    calls = sorted(times)
+    cut = len(calls) // 4
+    return float(np.mean(calls[cut : len(calls) - cut]))
+
+
+def _holds_float16(model: ModelProto) -> bool:
+    stored = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    cast = (item.i for node in model.graph.node if node.op_type == "Cast" for item in node.attribute)
+    return stored or TensorProto.FLOAT16 in cast
+
+
+def random_feeds(model: ModelProto, batch: int, lengths: Mapping[str, int] | None = None, seed: int = 0) -> Arrays:
+    """Inputs of the right shapes: normal numbers, and zeros for whole numbers, which may be indices."""
+    values = sized(model, batch, lengths).values
+    rng = np.random.default_rng(seed)
+    stored = {tensor.name for tensor in model.graph.initializer}
+    feeds = {}
+    for item in model.graph.input:
+        if item.name not in stored:
+            value = values[item.name]
+            kind = onnx.helper.tensor_dtype_to_np_dtype(value.kind)
+            whole = np.dtype(kind).kind in "iub"
+            feeds[item.name] = (np.zeros(value.shape) if whole else rng.normal(0, 1, value.shape)).astype(kind)
+    return feeds

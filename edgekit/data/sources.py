@@ -1,0 +1,149 @@
+"""Where rows come from: an .npz, a Parquet table, a folder of images, or an iterable of the user's. Each gives the same
+named arrays: the model's inputs, `labels` and `split` (0 = training, 1 = test)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit.bundle.format import Arrays, Manifest, TensorSpec, arrays_from_bytes
+from edgekit.errors import EdgekitError, missing_extra
+from edgekit.plugins import imported
+
+PARTS = {"train": 0, "test": 1}
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+EXPECTED = "an .npz or .parquet file, a folder with train/CLASS/*.png and test/CLASS/*.png, or package.module:iterable"
+
+
+def read(source: str | Path, manifest: Manifest) -> Arrays:
+    """The arrays of a data source, not yet checked against the model."""
+    path, text = Path(source), str(source)
+    if path.is_dir():
+        return from_images(path, manifest)
+    if not path.is_file():
+        if ":" in text and "/" not in text:
+            return from_iterable(text, manifest)
+        raise EdgekitError(f"{path}: no such data file; expected {EXPECTED}")
+    if path.suffix == ".parquet":
+        return from_parquet(path, manifest)
+    return arrays_from_bytes(path.read_bytes(), text)
+
+
+def from_parquet(path: Path, manifest: Manifest) -> Arrays:
+    """A column for each input (numbers, or lists of them flattened), `labels` and `split`."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise missing_extra("pyarrow", "data", "reading a Parquet table") from None
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise EdgekitError(f"{path}: cannot be read as Parquet: {error}") from None
+    specs = {spec.name: spec for spec in manifest.inputs}
+    arrays: Arrays = {}
+    for name in table.column_names:
+        if name not in specs and name not in ("labels", "split"):
+            continue
+        column = table.column(name).combine_chunks()
+        while isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+            if column.null_count or len(column.value_lengths().unique()) > 1:
+                raise EdgekitError(f"{path}: the lists of column {name!r} differ in length, or some are missing")
+            column = column.flatten()
+        if column.null_count or not (pa.types.is_primitive(column.type) and not pa.types.is_temporal(column.type)):
+            raise EdgekitError(
+                f"{path}: column {name!r} holds {column.type} with {column.null_count} missing; expected numbers, or "
+                "lists of them, in every row"
+            )
+        values = column.to_numpy(zero_copy_only=False)
+        arrays[name] = _shaped(values, specs[name], table.num_rows, path) if name in specs else values
+    return arrays
+
+
+def _shaped(values: np.ndarray[Any, Any], spec: TensorSpec, rows: int, path: Path) -> np.ndarray[Any, Any]:
+    axes = [axis for axis in spec.shape[1:] if isinstance(axis, int)]
+    if len(axes) != len(spec.shape) - 1 or values.size != rows * int(np.prod(axes)):
+        raise EdgekitError(
+            f"{path}: column {spec.name!r} has {values.size} numbers in {rows} rows; expected {spec.shape_text}"
+        )
+    return values.reshape(rows, *axes).astype(spec.dtype)
+
+
+def from_images(folder: Path, manifest: Manifest) -> Arrays:
+    """Images as the manifest's preprocessing says: {"id": "image/1", "mean": [...], "std": [...]}, per channel, of
+    pixels from 0 to 1. Each is scaled so that its shorter side fits, then cut at the centre."""
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ModuleNotFoundError:
+        raise missing_extra("pillow", "data", "reading images") from None
+    spec = manifest.inputs[0]
+    settings = manifest.preprocessing or {}
+    if len(manifest.inputs) != 1 or len(spec.shape) != 4 or spec.shape[1] not in (1, 3):
+        raise EdgekitError(f"{folder}: images need a model with one input (batch, 1 or 3 channels, height, width)")
+    if settings.get("id") != "image/1" or not {"mean", "std"} <= set(settings):
+        raise EdgekitError(
+            f"{folder}: how pixels become {spec.name!r} is not known, and a guess would cost accuracy; import the "
+            """model with --preprocessing '{"id": "image/1", "mean": [...], "std": [...]}'"""
+        )
+    _, channels, height, width = spec.shape
+    assert isinstance(channels, int)
+    assert isinstance(height, int)
+    assert isinstance(width, int)
+    found = [
+        (path, path.parent.name, part)
+        for name, part in PARTS.items()
+        for path in sorted((folder / name).glob("*/*"))
+        if path.suffix.lower() in IMAGES
+    ]
+    classes = list(manifest.classes) or sorted({label for _, label, _ in found})
+    if strange := {label for _, label, _ in found} - set(classes):
+        raise EdgekitError(f"{folder}: class {min(strange)!r} is not one of the model's: {', '.join(classes)}")
+    if not found:
+        raise EdgekitError(f"{folder}: holds no images as train/CLASS/* and test/CLASS/*; expected {EXPECTED}")
+    mean, std = (np.array(settings[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
+    pixels = np.empty((len(found), channels, height, width), np.float32)
+    for row, (path, _, _) in enumerate(found):
+        try:
+            with Image.open(path) as image:
+                fitted = ImageOps.fit(
+                    image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC
+                )
+        except (UnidentifiedImageError, OSError) as error:
+            raise EdgekitError(f"{path}: not a readable image ({error}); remove or replace it") from None
+        values = np.asarray(fitted, np.float32).reshape(height, width, -1).transpose(2, 0, 1) / 255
+        pixels[row] = (values - mean) / std
+    labels = np.array([classes.index(label) for _, label, _ in found], np.int64)
+    return {spec.name: pixels, "labels": labels, "split": np.array([part for *_, part in found], np.int8)}
+
+
+def from_iterable(text: str, manifest: Manifest) -> Arrays:
+    """Rows of an iterable, or of a function that gives one: each a mapping of the inputs, `labels` and `split`."""
+    try:
+        return _stacked(text, imported(text, "data"), manifest)
+    except EdgekitError:
+        raise
+    except Exception as error:  # anyone's code: whatever it raises is the user's to see
+        raise EdgekitError(f"data {text!r}: {type(error).__name__}: {error}") from error
+
+
+def _stacked(text: str, rows: Any, manifest: Manifest) -> Arrays:
+    if callable(rows):
+        rows = rows()
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        raise EdgekitError(f"{text}: gives a {type(rows).__name__}; expected an iterable of rows, each a mapping")
+    columns: dict[str, list[Any]] = {}
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping) or (columns and set(row) != set(columns)):
+            raise EdgekitError(
+                f"{text}: row {number} holds {sorted(row) if isinstance(row, Mapping) else type(row).__name__}; "
+                f"expected a mapping of {', '.join(spec.name for spec in manifest.inputs)}, labels and split"
+            )
+        for name, value in row.items():
+            columns.setdefault(name, []).append(np.asarray(value))
+    try:
+        return {name: np.stack(values) for name, values in columns.items()}
+    except ValueError as error:
+        raise EdgekitError(f"{text}: rows differ in shape: {error}") from None

@@ -1,0 +1,32 @@
+"""Weights in a file beside the graph, where one file would be larger than protobuf's 2 GB."""
+
+from __future__ import annotations
+
+from onnx import ModelProto, TensorProto
+from onnx.external_data_helper import set_external_data
+
+from edgekit.graph.model import serialised, to_array
+
+LARGEST = 2**31 - 2**24  # bytes of one file; protobuf ends at 2 GB, and notes take some
+LEAST = 1024  # bytes of a tensor; below, it stays in the graph
+ALIGNED = 4096  # bytes, a memory page: runtimes map the file
+
+
+def files(model: ModelProto, name: str, largest: int = LARGEST) -> dict[str, bytes]:
+    """The graph as one file, or, if that would be larger than this, as two: `name` and `name`.data."""
+    size = sum(max(len(tensor.raw_data), tensor.ByteSize()) for tensor in model.graph.initializer)
+    if size <= largest:
+        return {name: serialised(model)}
+    skeleton, data = ModelProto(), bytearray()
+    skeleton.CopyFrom(model)
+    for tensor in skeleton.graph.initializer:
+        raw = tensor.raw_data or to_array(tensor).tobytes()
+        if len(raw) < LEAST:
+            continue
+        data += bytes(-len(data) % ALIGNED)
+        whole = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=raw)
+        set_external_data(whole, f"{name}.data", offset=len(data), length=len(raw))
+        whole.ClearField("raw_data")
+        tensor.CopyFrom(whole)
+        data += raw
+    return {name: serialised(skeleton), f"{name}.data": bytes(data)}

@@ -1,0 +1,349 @@
+"""ONNX graphs: read, checked, described. What a model is once it has left its network."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.bundle.format import TensorSpec
+from edgekit.errors import EdgekitError, missing_extra
+
+try:
+    import onnx
+    from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+except ModuleNotFoundError as error:
+    raise missing_extra(error.name or "onnx", "onnx", "reading an ONNX graph") from None
+
+Array = npt.NDArray[Any]
+_PLAIN = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32)  # numpy's own
+LEAST = 8  # a learnt tensor has at least so many numbers; shapes, axes and single constants have fewer
+
+
+def load(content: bytes, source: str) -> ModelProto:
+    """Parse and check a graph. Weights in files beside it are refused: a bundle holds one file."""
+    try:
+        model = onnx.load_from_string(content)
+    except Exception as error:  # protobuf's DecodeError, which onnx does not pass on under a name of its own
+        raise EdgekitError(f"{source}: not an ONNX model, or cut short ({error}); export it again") from None
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise EdgekitError(
+            f"{source}: its weights are in other files; save it as one: onnx.save(onnx.load(PATH), OTHER_PATH)"
+        )
+    if not model.graph.output:
+        raise EdgekitError(f"{source}: not an ONNX model, it has no outputs; export it again")
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise EdgekitError(f"{source}: not a valid ONNX model: {str(error).splitlines()[0]}") from None
+    return model
+
+
+def specs(model: ModelProto, source: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs. The first axis of each must be the batch, of any length."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = tuple(_spec(value, source) for value in model.graph.input if value.name not in stored)
+    outputs = tuple(_spec(value, source) for value in model.graph.output)
+    if not inputs:
+        raise EdgekitError(f"{source}: takes no inputs; there is nothing to run it on")
+    for spec in inputs:
+        if not spec.shape or isinstance(spec.shape[0], int):
+            raise EdgekitError(
+                f"{source}: input {spec.name!r} has shape {spec.shape_text}; the first axis must be a batch of any "
+                "length: export it with a dynamic batch axis"
+            )
+    return inputs, outputs
+
+
+def _spec(value: onnx.ValueInfoProto, source: str) -> TensorSpec:
+    if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
+        raise EdgekitError(f"{source}: {value.name!r} is not a tensor of known rank; export it with shapes")
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    axes: list[int | str] = []
+    for number, axis in enumerate(tensor.shape.dim):
+        name = "batch" if number == 0 else axis.dim_param.replace(" ", "").replace("*", "x") or f"axis_{number}"
+        axes.append(axis.dim_value if axis.HasField("dim_value") else name)
+    return TensorSpec(value.name, tuple(axes), dtype.name)
+
+
+def normalised(model: ModelProto) -> ModelProto:
+    """A copy in which every node has a name of its own, by which passes speak of it, and every tensor's numbers are
+    stored the same way; notes that exporters leave are dropped."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    taken: set[str] = set()
+    for number, node in enumerate(result.graph.node):
+        name = node.name or f"{node.op_type}_{number}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        node.name = name
+    for tensor in result.graph.initializer:
+        if tensor.data_type in _PLAIN and not tensor.raw_data:
+            tensor.CopyFrom(numpy_helper.from_array(to_array(tensor), tensor.name))
+    for item in (result, result.graph, *result.graph.node, *result.graph.initializer):
+        item.ClearField("doc_string")
+        del item.metadata_props[:]
+    return result
+
+
+def parameters(model: ModelProto) -> int:
+    """How many learnt numbers the graph stores, whatever their type."""
+    return sum(int(np.prod(tensor.dims)) for tensor in learnt(model))
+
+
+def learnt(model: ModelProto) -> Iterator[TensorProto]:
+    """Initialisers that hold weights; shapes, axes and single constants do not count."""
+    for tensor in model.graph.initializer:
+        if np.prod(tensor.dims) >= LEAST and tensor.data_type != TensorProto.INT64:
+            yield tensor
+
+
+def to_array(tensor: TensorProto) -> Array:
+    return numpy_helper.to_array(tensor)
+
+
+def without_weights(content: bytes) -> tuple[bytes, dict[str, Array]]:
+    """The graph with the bytes of its learnt tensors taken out, and those tensors by name."""
+    model = onnx.load_from_string(content)
+    arrays = {}
+    for tensor in learnt(model):
+        if tensor.data_type in _PLAIN:
+            arrays[tensor.name] = to_array(tensor)
+            empty = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            tensor.CopyFrom(empty)
+    return serialised(model), arrays
+
+
+def with_weights(skeleton: bytes, arrays: Mapping[str, Array]) -> bytes:
+    """The inverse of `without_weights`."""
+    model = onnx.load_from_string(skeleton)
+    for tensor in model.graph.initializer:
+        if tensor.name in arrays:
+            tensor.raw_data = np.ascontiguousarray(arrays[tensor.name]).tobytes()
+    return serialised(model)
+
+
+def serialised(model: ModelProto) -> bytes:
+    """The same bytes for the same graph, always."""
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A product with a stored weight. `axis`: the axis of the weight, as it is stored, that the product sums over."""
+
+    node: NodeProto
+    axis: int
+    turned: bool  # read through a Transpose
+
+    @property
+    def activation(self) -> str:
+        """The value that the weight is multiplied with."""
+        name: str = self.node.input[0]
+        return name
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A float32 tensor of the file and all that reads it: products, directly or (last) through a Transpose, and others
+    by name. A tied weight is one tensor with several readers; a pass that made a copy for each would undo the tying."""
+
+    tensor: TensorProto
+    uses: tuple[Use, ...]
+    others: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        name: str = self.tensor.name
+        return name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.dims)
+
+    @property
+    def axes(self) -> frozenset[int]:
+        """The axes that products sum over: both, where a matrix is used as itself and transposed."""
+        return frozenset(use.axis for use in self.uses)
+
+    @property
+    def readers(self) -> str:
+        """Everything that reads it, for a plan or an error."""
+        return ", ".join([use.node.name + " (transposed)" * use.turned for use in self.uses] + list(self.others))
+
+
+def weights(model: ModelProto) -> list[Weight]:
+    """Every float32 tensor of two or more dimensions that a MatMul, Gemm or Conv reads as its second input, directly or
+    through the Transpose of a matrix."""
+    readers = _readers(model)
+    result = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) >= 2:
+            uses, others = _uses(tensor.name, len(tensor.dims), readers)
+            if uses:
+                result.append(Weight(tensor, tuple(sorted(uses, key=lambda use: use.turned)), tuple(others)))
+    return result
+
+
+def _uses(
+    name: str, rank: int, readers: Mapping[str, list[_Reader]], turned: bool = False
+) -> tuple[list[Use], list[str]]:
+    uses: list[Use] = []
+    others: list[str] = []
+    for node, slot, inside in readers[name]:
+        if node is None:
+            others.append("an output of the graph")
+        elif not inside and slot == 1 and (axis := _summed_axis(node, rank)) is not None:
+            uses.append(Use(node, axis ^ turned, turned))
+        elif not inside and node.op_type == "Transpose" and rank == 2 and _swaps(node):
+            through = _uses(node.output[0], rank, readers, not turned)
+            uses += through[0]
+            others += through[1]
+        else:
+            others.append(node.name or node.op_type)
+    return uses, others
+
+
+def _summed_axis(node: NodeProto, rank: int) -> int | None:
+    """The axis of a node's second input that it sums over; None if it is not a product that passes can treat."""
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type == "MatMul":
+        return rank - 2
+    if node.op_type == "Gemm" and not attribute(node, "transA", 0):
+        return 1 if attribute(node, "transB", 0) else 0
+    return 1 if node.op_type == "Conv" else None
+
+
+def _swaps(node: NodeProto) -> bool:
+    """Whether a Transpose of a matrix really swaps its axes."""
+    return list(attribute(node, "perm", [1, 0])) == [1, 0]
+
+
+_Reader = tuple[NodeProto | None, int, bool]  # node, None for the graph's output; which input; inside a subgraph
+
+
+def _readers(model: ModelProto) -> Mapping[str, list[_Reader]]:
+    """What reads each value, subgraphs included."""
+    result: defaultdict[str, list[_Reader]] = defaultdict(list)
+
+    def collect(nodes: Iterable[NodeProto], inside: bool) -> None:
+        for node in nodes:
+            for slot, name in enumerate(node.input):
+                result[name].append((node, slot, inside))
+            for item in node.attribute:
+                for graph in [item.g] if item.HasField("g") else item.graphs:
+                    collect(graph.node, True)
+                    for value in graph.output:
+                        result[value.name].append((node, -1, True))
+
+    collect(model.graph.node, False)
+    for value in model.graph.output:
+        result[value.name].append((None, -1, False))
+    return result
+
+
+def readers(model: ModelProto) -> dict[str, int]:
+    """How many inputs of nodes, subgraphs included, and outputs of the graph read each value."""
+    return {name: len(found) for name, found in _readers(model).items()}
+
+
+def stored_values(model: ModelProto) -> set[str]:
+    """Names of the values that depend on no input: stored tensors and what nodes make of them alone."""
+    known = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.input and all(name in known for name in node.input if name):
+            known.update(node.output)
+    return known
+
+
+def attribute(node: NodeProto, name: str, default: Any) -> Any:
+    """The value of a node's attribute."""
+    return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
+
+
+def opset(model: ModelProto) -> int:
+    """Version of the standard operators that the graph is written in."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+
+
+def name_nodes(model: ModelProto) -> None:
+    """Give every node a name of its own: passes choose nodes by name, and exporters may leave it empty."""
+    taken: set[str] = set()
+    for number, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = fresh(f"{node.name or node.op_type}_{number}", taken)
+        taken.add(node.name)
+
+
+def fresh(name: str, taken: Iterable[str]) -> str:
+    """The name, numbered if it is taken."""
+    taken = set(taken)
+    return (
+        name if name not in taken else next(new for n in range(len(taken) + 1) if (new := f"{name}_{n}") not in taken)
+    )
+
+
+def value_names(model: ModelProto) -> set[str]:
+    """Names of all values of the graph and its subgraphs."""
+    graph = model.graph
+    names = {item.name for item in (*graph.input, *graph.output, *graph.initializer)}
+    return names | set(_readers(model)) | {name for node in graph.node for name in node.output}
+
+
+def replace_tensor(model: ModelProto, name: str, tensors: Sequence[TensorProto], nodes: Sequence[NodeProto]) -> None:
+    """Take a stored tensor away and put nodes that compute it from other stored ones in its place. Whatever reads it
+    goes on reading it by its name, so that what was tied stays tied."""
+    graph = model.graph
+    for field in (graph.initializer, graph.input):  # old graphs list stored tensors among their inputs too
+        for index in [number for number, item in enumerate(field) if item.name == name][::-1]:
+            del field[index]
+    graph.initializer.extend(tensors)
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+
+
+def drop_unread(model: ModelProto) -> None:
+    """Remove stored tensors and nodes that nothing reads."""
+    graph = model.graph
+    while True:
+        read = readers(model)
+        nodes = [node for node in graph.node if any(name in read for name in node.output)]
+        tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+        if len(nodes) == len(graph.node) and len(tensors) == len(graph.initializer):
+            return
+        for field, kept in (("node", nodes), ("initializer", tensors)):
+            graph.ClearField(field)
+            getattr(graph, field).extend(kept)
+
+
+def chosen_weights(model: ModelProto, include: Sequence[str], *, convolutions: bool = False) -> list[Weight]:
+    """Matrices that MatMul and Gemm read, and on request what Conv reads, whose name matches a shell-style pattern."""
+    found = [
+        weight
+        for weight in weights(model)
+        if (len(weight.shape) == 2 and all(use.node.op_type != "Conv" for use in weight.uses))
+        or (convolutions and all(use.node.op_type == "Conv" for use in weight.uses))
+    ]
+    if not found:
+        raise EdgekitError("the graph has no product with a float32 weight left to treat; leave this pass out")
+    chosen = [weight for weight in found if any(fnmatch.fnmatch(weight.name, pattern) for pattern in include)]
+    if not chosen:
+        names = ", ".join(weight.name for weight in found)
+        raise EdgekitError(f"include: no weight matches {', '.join(include)}; the graph has {names}")
+    return chosen
+
+
+def set_tensor(model: ModelProto, name: str, array: Array) -> None:
+    """Give a stored tensor new values; whatever reads it reads those."""
+    tensor = next(item for item in model.graph.initializer if item.name == name)
+    kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.astype(kind)), name))

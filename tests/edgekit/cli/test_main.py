@@ -1,0 +1,198 @@
+"""The command line as a whole: exit statuses, one-line errors, help, and how little it imports."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from edgekit.cli import COMMANDS
+from edgekit.cli import edgekit as root
+from edgekit.errors import EdgekitError
+
+HEAVY = {"torch", "onnxruntime", "onnx", "numba", "pyarrow", "pandas", "scipy", "matplotlib", "jinja2", "numpy"}
+
+
+def commands(group=root, path=()):
+    """Every command, with its path; groups are followed."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+def imported(*arguments: str) -> set[str]:
+    """Top-level packages that a fresh interpreter imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    return {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """verb(function): a command `edgekit boom` that does what the function does."""
+
+    def install(function):
+        monkeypatch.setitem(root.lazy, "boom", (f"{__name__}:boom", "Planted."))
+        module = type(sys)(__name__)
+        module.boom = click.Command("boom", callback=function)
+        monkeypatch.setitem(sys.modules, __name__, module)
+
+    return install
+
+
+def raising(error):
+    def function():
+        raise error
+
+    return function
+
+
+def test_success(edgekit):
+    assert edgekit("--version").status == 0
+    done = edgekit("--help")
+    assert done.status == 0
+    assert all(name in done.out for name in COMMANDS)
+
+
+def test_nothing_at_all_prints_the_help_in_lines(edgekit):
+    done = edgekit()
+    assert done.status == 2
+    assert len((done.out + done.err).splitlines()) > 10
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (EdgekitError("the thing is\n  broken"), 1, "the thing is broken"),
+        (click.UsageError("what?"), 2, "what?"),
+        (click.ClickException("no"), 1, "no"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (PermissionError(13, "Permission denied", "/somewhere/x"), 1, "/somewhere/x: Permission denied"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+    ],
+)
+def test_errors_are_one_line_and_have_their_status(error, status, words, edgekit, verb):
+    verb(raising(error))
+    if isinstance(error, KeyboardInterrupt):
+        done = edgekit("boom")
+        assert (done.status, done.err.strip()) == (130, "edgekit: stopped")
+    else:
+        assert edgekit("boom").failed_with(status, words)
+
+
+def test_a_status_that_a_command_returns_is_the_programs(edgekit, verb):
+    verb(lambda: 3)
+    assert edgekit("boom").status == 3
+
+
+def test_a_bug_is_not_hidden(verb, monkeypatch):
+    from edgekit.cli import main
+
+    verb(raising(ZeroDivisionError("bug")))
+    monkeypatch.setattr(sys, "argv", ["edgekit", "boom"])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_debug_shows_the_traceback(verb, monkeypatch):
+    from edgekit.cli import main
+
+    verb(raising(EdgekitError("broken")))
+    monkeypatch.setattr(sys, "argv", ["edgekit", "--debug", "boom"])
+    with pytest.raises(EdgekitError, match="broken"):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nope"], ["No such command 'nope'"]),
+        (["--nope"], ["No such option"]),
+        (["compress"], ["Missing argument 'MODEL'", "edgekit compress --help"]),
+        (["compress", "x", "--seed", "one"], ["'one' is not a valid integer"]),
+        (["pack", "x"], ["Missing option '-o'"]),
+    ],
+)
+def test_wrong_usage_is_2_and_says_where_help_is(arguments, words, edgekit):
+    assert edgekit(*arguments).failed_with(2, *words, "--help")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_imports_and_is_called_what_it_is_called(name):
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    command = getattr(importlib.import_module(module), attribute)
+    assert isinstance(command, click.Command)
+    assert command.name == name
+
+
+def test_every_command_has_help_and_an_example():
+    found = dict(commands())
+    assert len(found) >= len(COMMANDS)
+    for path, command in found.items():
+        assert command.help, path
+        assert f"edgekit {path} " in (command.epilog or ""), f"{path}: no example at the end of its help"
+        for option in command.get_params(click.Context(command)):
+            if isinstance(option, click.Option):
+                assert option.help or option.name == "seed", f"{path}: --{option.name} has no help"
+
+
+def test_every_example_has_options_that_exist():
+    import re
+
+    for path, command in commands():
+        known = {
+            name
+            for option in command.get_params(click.Context(command))
+            for name in (*option.opts, *option.secondary_opts)
+        }
+        for line in (command.epilog or "").splitlines():
+            if f"edgekit {path} " in line:
+                used = set(re.findall(r"(?<=\s)--?[a-z][\w-]*", line.split("edgekit", 1)[1]))
+                assert used <= known, f"{path}: {used - known}"
+
+
+def test_import_edgekit_and_help_are_light():
+    assert not imported("-c", "import edgekit") & HEAVY
+    help_text = imported("-c", "import sys; sys.argv = ['edgekit', '--help']; from edgekit.cli import main; main()")
+    assert "click" in help_text
+    assert not help_text & HEAVY
+    assert "numpy" in imported("-c", "import edgekit.bundle.format"), "the planted failure: this test sees what is imported"
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "alerts"])
+def test_the_help_of_a_command_needs_no_torch(name):
+    arguments = f"import sys; sys.argv = ['edgekit', '{name}', '--help']; from edgekit.cli import main; main()"
+    assert not imported("-c", arguments) & {"torch", "onnxruntime", "onnx", "numba", "matplotlib", "pyarrow"}
+
+
+def test_the_console_script_runs():
+    script = Path(sys.executable).with_name("edgekit")
+    done = subprocess.run([script, "compress", "no.edge", "-o", "x.edge"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("edgekit: no.edge: no such bundle")
+    assert done.stdout == ""
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    script = Path(sys.executable).with_name("edgekit")
+    done = subprocess.run(f"{script} models --json | true", shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+def test_output_is_printed_as_it_is(capsys):
+    """A path in brackets is no markup, and a colon no emoji."""
+    from edgekit.cli.console import output, print_table
+
+    output.print("data[red].npz :bug:")
+    print_table(["name [b]"], [["x[bold]y"]])
+    printed = capsys.readouterr().out
+    assert "data[red].npz :bug:" in printed
+    assert "x[bold]y" in printed
+    assert "name [b]" in printed

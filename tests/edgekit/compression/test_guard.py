@@ -1,0 +1,218 @@
+"""The guard: what it keeps, what it rolls back, and that it sees a slower, an unsteady and a wrong session."""
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edgekit.compression import guard
+from edgekit.compression.guard import Latency, Limits, State, compare_batches, compare_latency, judge, tiled
+from edgekit.compression.metrics import Measurement
+from edgekit.errors import EdgekitError
+
+LIMITS = Limits(max_loss=0.01, max_slowdown=0.05, min_gain=0.01)
+INPUTS = {"x": np.arange(24, dtype=np.float32).reshape(12, 2)}
+
+
+def state(size, quality=0.5):
+    return State(Measurement(quality, quality - 0.1, quality + 0.1, 100), size, 1000)
+
+
+def change(value):
+    return Measurement(value, value - 0.001, value + 0.001, 100)
+
+
+def ratio(value, *, width=0.02, batch=16):
+    return Latency(batch, 1.0, value, value, value - width, value + width)
+
+
+# bytes after (1000 before), loss, ratios of the latencies -> kept?, words of the reason
+CASES = {
+    "smaller": (500, 0.0, [1.0], True, "2.00 times smaller"),
+    "faster": (1000, 0.0, [0.5], True, "2.00 times faster at batch 16"),
+    "smaller and faster": (500, 0.0, [0.5], True, "smaller, 2.00 times faster"),
+    "a little loss is allowed": (500, 0.01, [1.0], True, "smaller"),
+    "better quality, same size": (1000, -0.1, [1.0], False, "gains nothing: 1,000 to 1,000 bytes"),
+    "too much loss": (500, 0.0101, [1.0], False, r"costs \+0.0101 .* 0.01 allowed"),
+    "slower": (500, 0.0, [1.2], False, r"slower at batch 16: 1.20 times .*1.18, 1.22.* 1.05 allowed"),
+    "slower at one batch size": (500, 0.0, [0.5, 1.3], False, "slower at batch 16: 1.30"),
+    "slower within the allowance": (500, 0.0, [1.04], True, "smaller"),
+    "slower, by more than allowed or a little less": (500, 0.0, [1.06], False, "slower at batch 16: 1.06"),
+    "half a percent smaller": (995, 0.0, [1.0], False, "gains nothing"),
+    "perhaps faster": (1000, 0.0, [0.98], False, "gains nothing"),
+    "larger but faster": (2000, 0.0, [0.5], True, "2.00 times faster"),
+    "larger": (1001, 0.0, [1.0], False, "gains nothing"),
+    "no number": (500, math.nan, [0.5], False, "not a number"),
+}
+
+
+@pytest.mark.parametrize(("size", "loss", "ratios", "kept", "words"), CASES.values(), ids=CASES)
+def test_judge(size, loss, ratios, kept, words):
+    after = state(size, quality=math.nan if math.isnan(loss) else 0.5)
+    verdict = judge(state(1000), after, change(loss), [ratio(value) for value in ratios], LIMITS)
+    assert verdict.kept is kept
+    assert re.search(words, verdict.reason), verdict.reason
+
+
+def test_what_may_as_well_be_as_fast_is_not_called_slower():
+    verdict = judge(state(1000), state(500), change(0.0), [ratio(1.06, width=0.05)], LIMITS)
+    assert verdict.kept
+
+
+@pytest.mark.parametrize(("against", "low", "kept"), [(1.06, 1.03, False), (1.06, 1.01, True), (1.04, 1.03, True)])
+def test_the_best_float_form_is_a_rival_too(against, low, kept):
+    latency = replace(ratio(0.8), against_best=against, against_best_low=low)
+    verdict = judge(state(1000), state(500), change(0.0), [latency], LIMITS)
+    assert verdict.kept is kept
+    assert kept or "original's best float32 form" in verdict.reason
+
+
+def test_an_infinite_loss_is_not_a_gain():
+    verdict = judge(state(1000), state(500), change(-math.inf), [ratio(1.0)], LIMITS)
+    assert not verdict.kept
+
+
+class Timed:
+    """A session that takes a given number of seconds; remembers what it was asked."""
+
+    def __init__(self, seconds, log=None):
+        self.seconds, self.log, self.warm = seconds, log if log is not None else [], []
+
+    def warmup(self, batch):
+        self.warm.append(batch)
+
+    def run(self, arrays):
+        return {"y": arrays["x"] * 2}
+
+
+def read(seed, log=None):
+    """A clock that reads the session's seconds with 10 % of noise, all upwards, as other programs cause it."""
+    rng = np.random.default_rng(seed)
+
+    def seconds(session, rows):
+        if log is not None:
+            log.append((session, len(rows["x"])))
+        return session.seconds * (1 + rng.exponential(0.1))
+
+    return seconds
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2.0])
+def test_the_ratio_is_seen_with_an_interval_that_holds_it(factor, monkeypatch):
+    monkeypatch.setattr(guard, "_thread_seconds", read(1))
+    results = compare_latency(Timed(1e-3), Timed(factor * 1e-3), INPUTS, (1, 16))
+    assert [item.batch for item in results] == [1, 16]
+    for item in results:
+        assert item.low <= item.ratio <= item.high
+        assert item.low * 0.98 < factor < item.high * 1.02
+        assert (item.low > 1) == (factor > 1)
+        assert item.before_ms == pytest.approx(1.07, rel=0.05)
+        assert item.after_ms == pytest.approx(1.07 * factor, rel=0.05)
+
+
+def test_the_same_session_is_rarely_called_different(monkeypatch):
+    wrong = 0
+    for seed in range(40):
+        monkeypatch.setattr(guard, "_thread_seconds", read(seed))
+        (item,) = compare_latency(Timed(1e-2), Timed(1e-2), INPUTS, (1,), seed=seed)
+        wrong += not item.low <= 1 <= item.high
+    assert wrong <= 5, "a 95 % interval misses in 2 of 40"
+
+
+def test_a_drifting_machine_does_not_favour_either(monkeypatch):
+    """The clock slows down by half while it is measured; both sessions meet it, because they take turns."""
+    calls = [0]
+
+    def seconds(session, rows):
+        calls[0] += 1
+        return session.seconds * (1 + calls[0] / 400)
+
+    monkeypatch.setattr(guard, "_thread_seconds", seconds)
+    (item,) = compare_latency(Timed(1e-3), Timed(1e-3), INPUTS, (1,))
+    assert item.ratio == pytest.approx(1.0, abs=0.01)
+
+
+def test_sessions_take_turns_and_are_warm(monkeypatch):
+    log = []
+    monkeypatch.setattr(guard, "_thread_seconds", read(0, log))
+    before, after = Timed(0.1), Timed(0.1)
+    compare_latency(before, after, INPUTS, (3,), seconds=1.0)
+    assert before.warm == after.warm == [3]
+    assert {rows for _, rows in log} == {3}
+    rounds = [session for session, _ in log[2:]]  # the first run of each says how many rounds there is time for
+    assert rounds.count(before) == rounds.count(after) >= 7
+    firsts = rounds[::2]
+    assert firsts.count(before) in (len(firsts) // 2, -(-len(firsts) // 2)), "each goes first in half of the rounds"
+
+
+def test_a_clock_that_stands_still_divides_by_nothing(monkeypatch):
+    monkeypatch.setattr(guard, "_thread_seconds", lambda session, rows: 0.0)
+    (item,) = compare_latency(Timed(0), Timed(0), INPUTS, (1,))
+    assert item.ratio == 1.0
+
+
+def test_the_real_clock_sees_work():
+    class Busy(Timed):
+        def run(self, arrays):
+            total = 0
+            for number in range(self.seconds):
+                total += number
+            return {"y": np.array([total])}
+
+    (item,) = compare_latency(Busy(2_000), Busy(40_000), INPUTS, (1,), seconds=0.05)
+    assert item.low > 3, "twenty times the work; a loaded machine may hide much of it, not all"
+
+
+class Twofold:
+    """y = 2 x, but for what the batch does to it."""
+
+    def __init__(self, spoil=lambda y, batch: y):
+        self.spoil = spoil
+
+    def run(self, arrays):
+        batch = len(arrays["x"])
+        return {"y": self.spoil(arrays["x"] * 2.0, batch), "z": arrays["x"] * 0}
+
+
+BROKEN = {
+    "the last row of a batch": (lambda y, batch: y + 0.01 * (np.arange(batch) == 15)[:, None], "batch 16"),
+    "large batches": (lambda y, batch: y * (1 if batch < 256 else 0.9), "batch 256"),
+    "NaN in large batches": (lambda y, batch: y if batch < 256 else np.full_like(y, np.nan), "batch 256.*nan"),
+    "NaN everywhere": (lambda y, batch: np.full_like(y, np.nan), "batch 1 differ.*nan"),
+    "rows get lost": (lambda y, batch: y[:1], "shape"),
+}
+
+
+def problem(session, inputs=INPUTS, limits=LIMITS, change=None, **options):
+    """What is wrong with the last batch size that was looked at."""
+    return compare_batches(session, inputs, limits, change, runtime="this", **options)[-1].problem
+
+
+@pytest.mark.parametrize(("spoil", "words"), BROKEN.values(), ids=BROKEN)
+def test_outputs_that_depend_on_the_batch_are_found(spoil, words):
+    reason = problem(Twofold(spoil))
+    assert reason is not None
+    assert re.search(words, reason), reason
+
+
+def test_outputs_that_agree():
+    assert problem(Twofold()) is None
+    tiny = Twofold(lambda y, batch: y + 1e-6 * batch / 256)
+    assert problem(tiny) is None
+
+
+def test_nan_in_the_second_output_is_not_hidden_by_the_first():
+    class Second(Twofold):
+        def run(self, arrays):
+            return {"y": arrays["x"], "z": arrays["x"] * (np.nan if len(arrays["x"]) > 1 else 1)}
+
+    assert problem(Second()) is not None
+
+
+def test_tiled_repeats_rows_in_order():
+    assert tiled(INPUTS, 14)["x"][:, 0].tolist() == [*range(0, 24, 2), 0, 2]
+    assert len(tiled(INPUTS, 1)["x"]) == 1
+    with pytest.raises(EdgekitError, match="no rows"):
+        tiled({"x": np.zeros((0, 2), np.float32)}, 4)

@@ -1,0 +1,46 @@
+"""Families: networks by name."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from edgekit.errors import EdgekitError
+from edgekit.nn import families
+from edgekit.nn.families import build, prunable_groups
+
+
+def test_weights_arrive_and_the_network_is_in_evaluation_mode(tiny_bundle, tiny):
+    weights = tiny_bundle.weights()
+    model = build("t2", tiny.arguments, weights)
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert np.array_equal(value.numpy(), weights[name])
+    model.embed.weight.data += 1
+    assert not np.array_equal(model.embed.weight.detach().numpy(), weights["embed.weight"]), "the weights are its own"
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "words"),
+    [
+        ("t3", {}, "model family 't3'; expected one of: t2"),
+        ("t2", {"bands": 3}, "weights do not fit t2"),
+        ("t2", {"bnads": 2}, "bnads"),
+    ],
+)
+def test_what_cannot_be_built(family, arguments, words, tiny_bundle):
+    with pytest.raises(EdgekitError, match=words) as caught:
+        build(family, arguments, tiny_bundle.weights())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EdgekitError, match=r"torch.*edgekit\[compress\]"):
+        build("t2", {"bands": 2})
+
+
+def test_a_family_without_prunable_units_says_so(monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, "solid", "edgekit.errors")
+    with pytest.raises(EdgekitError, match="solid"):
+        prunable_groups("solid", None)
