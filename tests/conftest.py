@@ -213,3 +213,11 @@ def edgekit(monkeypatch, capsys, tmp_path_factory):
 def tiny():
     """The tiny model's arguments and its data's generator."""
     return SimpleNamespace(arguments=TINY, classes=CLASSES, light_curves=light_curves, Session=FakeSession)
+
+
+@pytest.fixture
+def toy():
+    """toy(kind, ...): a t2 with random weights, its matrices encoded as `kind` says."""
+    from tests.toys import toy_bundle
+
+    return toy_bundle

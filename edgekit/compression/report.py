@@ -40,7 +40,7 @@ def render(bundle: Bundle, source: Bundle) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": _number, "interval": _interval, "setting": _setting}
-    template = environment.from_string(files("edgekit").joinpath(NAME).read_text(encoding="utf-8"))
+    template = environment.from_string(files("edgekit.compression").joinpath(NAME).read_text(encoding="utf-8"))
     values = summary(bundle, source)
     return template.render(**values, pictures=_pictures(values)) + "\n"
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from edgekit.bundle.format import Arrays
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError, missing_extra
+from edgekit.graph.model import serialised, specs
 from edgekit.session import check_inputs
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ def calibration_rows(model: ModelProto, data: Dataset, samples: int, seed: int) 
     """So many rows of the training data, or all if there are fewer, drawn by the seed; checked against the graph."""
     if len(data) == 0:
         raise EdgekitError("calibration: the training data has no rows; give some (split 0 in the data file)")
-    specs, _ = model.specs(model, "calibration")
+    inputs, _ = specs(model, "calibration")
     rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:samples])
     chosen = data.take(rows)
     try:
-        check_inputs(specs, chosen.inputs)
+        check_inputs(inputs, chosen.inputs)
     except EdgekitError as error:
         raise EdgekitError(f"calibration data does not fit the graph: {error}; give data of that shape") from None
     return chosen
@@ -65,7 +66,7 @@ def activations(model: ModelProto, names: Iterable[str], data: Dataset) -> Itera
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # sums do not depend on the machine's cores
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.serialised(probe), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(serialised(probe), options, providers=["CPUExecutionProvider"])
     for rows in batches(data):
         values = dict(zip(computed, session.run(computed, rows), strict=True)) if computed else {}
         yield {name: rows[name] if name in inputs else values[name] for name in wanted}

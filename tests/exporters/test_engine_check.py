@@ -55,7 +55,7 @@ def test_the_grammar_check_has_teeth(line):
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory):
-    from tests.exporters.conftest import toy_bundle
+    from tests.toys import toy_bundle
 
     folder = tmp_path_factory.mktemp("kit") / "nano"
     TensorRtExporter(target="jetson-nano").export(toy_bundle(context=2), folder)

@@ -31,7 +31,7 @@ def types(model, inputs):
 @pytest.fixture(scope="module")
 def written():
     """A network for the Xavier NX, whose TensorRT 8.5 has no LayerNormalization: it is nine nodes."""
-    from tests.exporters.conftest import toy_bundle
+    from tests.toys import toy_bundle
 
     bundle = toy_bundle(context=2)
     got = typed(OnnxExporter(weights="float32").float_graph(bundle), place("jetson-xavier-nx", "tensorrt"))

@@ -38,7 +38,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def bundle():
-    from tests.exporters.conftest import toy_bundle
+    from tests.toys import toy_bundle
 
     return toy_bundle(context=2)
 

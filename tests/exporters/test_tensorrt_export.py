@@ -122,7 +122,7 @@ done
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
-    from tests.exporters.conftest import toy_bundle
+    from tests.toys import toy_bundle
 
     folder = tmp_path_factory.mktemp("kit") / "nano"
     TensorRtExporter(target="jetson-nano").export(toy_bundle(context=2), folder)

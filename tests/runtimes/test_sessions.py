@@ -19,7 +19,7 @@ from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 from runtimes.sessions import onnxruntime_session as module
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession, Plan
 from runtimes.sessions.torch_session import TorchSession
-from tests.exporters.conftest import toy_bundle
+from tests.toys import toy_bundle
 
 SESSIONS = [OnnxRuntimeSession, TorchSession]
 MODELS = {
@@ -330,7 +330,7 @@ def test_a_device_without_torch_runs_an_exported_file(tmp_path):
     program = """
 import sys
 sys.modules["torch"] = None  # as if it were not installed
-from edgekit.bundle import open_bundle
+from edgekit.bundle.format import open_bundle
 from edgekit.session import open_session
 open_session(open_bundle(sys.argv[1]), "onnxruntime", source=sys.argv[2]).warmup(9)
 """

@@ -163,7 +163,7 @@ def test_import_edgekit_and_help_are_light():
     help_text = imported("-c", "import sys; sys.argv = ['edgekit', '--help']; from edgekit.cli import main; main()")
     assert "click" in help_text
     assert not help_text & HEAVY
-    assert "numpy" in imported("-c", "import edgekit.bundle.format"), "the planted failure: this test sees what is imported"
+    assert "numpy" in imported("-c", "import edgekit.bundle.format"), "the twin: the test sees imports"
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "alerts"])

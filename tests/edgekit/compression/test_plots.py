@@ -148,5 +148,5 @@ def test_matplotlib_is_left_as_it_was():
 
 
 def test_no_window_system_is_touched():
-    code = "import sys, edgekit.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, edgekit.compression.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,7 +19,7 @@ from exporters.c.library import Compiler, Library
 from runtimes.sessions import c_session as module
 from runtimes.sessions.c_session import CSession
 from runtimes.sessions.torch_session import TorchSession
-from tests.exporters.conftest import toy_bundle
+from tests.toys import toy_bundle
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here: apt-get install gcc"
@@ -148,7 +148,7 @@ def test_a_cached_model_needs_no_torch(tmp_path):
     program = """
 import sys
 sys.modules["torch"] = None  # as if it were not installed
-from edgekit.bundle import open_bundle
+from edgekit.bundle.format import open_bundle
 from edgekit.session import open_session
 open_session(open_bundle(sys.argv[1]), "c", cache=sys.argv[2]).warmup(9)
 """

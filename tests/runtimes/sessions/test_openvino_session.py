@@ -15,7 +15,7 @@ from edgekit.importers.files import from_onnx
 from edgekit.session import open_session
 from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.c_session import check_golden
-from tests.exporters.conftest import toy_bundle
+from tests.toys import toy_bundle
 
 module = pytest.importorskip("runtimes.sessions.openvino_session", exc_type=EdgekitError)
 from exporters.openvino_export import MODEL, OpenVinoExporter  # noqa: E402
@@ -184,7 +184,7 @@ def test_an_exported_model_runs_without_torch_and_only_for_its_own_bundle(tmp_pa
     program = """
 import sys
 sys.modules["torch"] = None  # as if it were not installed
-from edgekit.bundle import open_bundle
+from edgekit.bundle.format import open_bundle
 from edgekit.session import open_session
 from runtimes.sessions.c_session import check_golden
 bundle = open_bundle(sys.argv[1])

@@ -1,9 +1,6 @@
 """Small bundles with random weights, assembled in memory."""
 
-from collections.abc import Callable
-
 import numpy as np
-import pytest
 import torch
 
 from edgekit.bundle.encoding import Affine, Encoding, Palette
@@ -39,8 +36,3 @@ def toy_bundle(kind: str | None = None, *, output: str = "probabilities", rows: 
     outputs = (TensorSpec(output, ("batch", arguments["classes"])),)
     manifest = Manifest("toy", "t2", arguments, tuple(inputs), outputs)
     return assemble(manifest, weights, encodings, (golden, {output: expected.numpy()}))
-
-
-@pytest.fixture
-def toy() -> Callable[..., Bundle]:
-    return toy_bundle
