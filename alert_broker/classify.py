@@ -23,7 +23,17 @@ from alert_broker.containers import BadPacket
 from alert_broker.features import LightCurveFeatures
 from alert_broker.gaussian_process import Status
 from alert_broker.packets import AlertBatch, Source, batches, find_files, read_blocks
-from alert_broker.results import CLASSIFIED, ERRORS, Account, Table, fill, repeat, result_rows, result_schema, texts
+from alert_broker.results import (
+    CLASSIFIED,
+    ERRORS,
+    Account,
+    ResultTable,
+    fill,
+    repeat,
+    result_rows,
+    result_schema,
+    texts,
+)
 from alert_broker.surveys.base import Survey, surveys
 from edgekit import __version__
 from edgekit.bundle.files import refuse_to_overwrite
@@ -35,8 +45,12 @@ from edgekit.session import check_inputs, open_session
 # ZTF's public survey has two bands, and DECam has no u and y; PLAsTiCC, which the six-band model was trained on, is a
 # simulation of LSST.
 DEFAULT_MODELS = {
-    "ztf": "t2-gr", "decam": "t2-gr", "lsst": "t2-ugrizy", "elasticc": "t2-ugrizy", "elasticc-v0": "t2-ugrizy",
-}  # fmt: skip
+    "ztf": "t2-gr",
+    "decam": "t2-gr",
+    "lsst": "t2-ugrizy",
+    "elasticc": "t2-ugrizy",
+    "elasticc-v0": "t2-ugrizy",
+}
 WHY_NOT = {Status.NO_POINTS: "no points in", Status.NO_FLUX: "no flux in", Status.OVERFLOW: "flux out of range in"}
 NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the network
 SHORT_DIGEST = 12
@@ -215,7 +229,7 @@ def classify_files(
     load_kernels(notify)
     account.seconds["start"] += time.perf_counter() - started
     packets = _counted(files, account, progress, stop)
-    with Table(output, classifiers.schema) as results, Table(errors, ERRORS) as bad_packets:
+    with ResultTable(output, classifiers.schema) as results, ResultTable(errors, ERRORS) as bad_packets:
         for item in _timed(batches(packets, batch), account.seconds):
             if isinstance(item, BadPacket):
                 account.add_bad(item)

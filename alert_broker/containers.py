@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from fastavro.schema import parse_schema
 
-from alert_broker.avro.plan import Plan, SchemaError, compile_plan
+from alert_broker.avro.plan import ReadPlan, SchemaError, compile_plan
 from alert_broker.surveys import lsst
 from alert_broker.surveys.base import PacketError, Survey, surveys
 
@@ -51,8 +51,8 @@ class Schema:
 
     name: str
     survey: Survey | None = None
-    plan: Plan | None = None
-    cutouts: Plan | None = None
+    plan: ReadPlan | None = None
+    cutouts: ReadPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,11 @@ def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = No
         yield _unwrap_message(data, file, schema_text)
     else:
         yield BadPacket(
-            file, 0,
+            file,
+            0,
             f"begins with {bytes(data[:4]).hex(' ')}; expected an Avro container (4f 62 6a 01), "
             "a Confluent message (00 and a schema id) or Parquet (50 41 52 31)",
-        )  # fmt: skip
+        )
 
 
 def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:

@@ -317,9 +317,15 @@ def _box_step(
 
 @_compiled
 def _climb(
-    matrix: Floats, points: Floats, count: int, constant: float, settings: tuple[float, ...], most: int,
-    a: float, m: float,
-) -> tuple[float, float, float, int, int]:  # fmt: skip
+    matrix: Floats,
+    points: Floats,
+    count: int,
+    constant: float,
+    settings: tuple[float, ...],
+    most: int,
+    a: float,
+    m: float,
+) -> tuple[float, float, float, int, int]:
     """The maximum above (a, m) by Newton steps in a trust region.
 
     The two second derivatives of ln |K| that `_differentiate` leaves out come from how its gradient changed over the
@@ -340,10 +346,16 @@ def _climb(
         if not daa * dmm - dam * dam > 1e-4 * (daa + dmm) ** 2:
             daa, dam, dmm = 0.5 * vaa, 0.5 * vam, 0.5 * vmm
         step_a, step_m, promised = _box_step(
-            la - ya, lm - ym, daa, dam, dmm,
-            max(start_a - a_reach - a, -radius), min(start_a + a_reach - a, radius),
-            max(low_m - m, -radius), min(high_m - m, radius),
-        )  # fmt: skip
+            la - ya,
+            lm - ym,
+            daa,
+            dam,
+            dmm,
+            max(start_a - a_reach - a, -radius),
+            min(start_a + a_reach - a, radius),
+            max(low_m - m, -radius),
+            min(high_m - m, radius),
+        )
         goal = tolerance * max(abs(value), 1.0)
         if promised <= 0.01 * goal:
             status = _OK
@@ -429,9 +441,15 @@ def _predict(
 
 @_compiled
 def _gather(
-    points: Floats, begin: int, end: int,
-    time: Floats, band: npt.NDArray[np.int8], flux: Floats, flux_error: Floats, colours: Floats,
-) -> tuple[int, float, float, float]:  # fmt: skip
+    points: Floats,
+    begin: int,
+    end: int,
+    time: Floats,
+    band: npt.NDArray[np.int8],
+    flux: Floats,
+    flux_error: Floats,
+    colours: Floats,
+) -> tuple[int, float, float, float]:
     """Copy an object's usable points; their number, the first and last time and the brightest significant |flux|."""
     count, peak, first, last = 0, -np.inf, np.inf, -np.inf
     for k in range(begin, end):
@@ -451,10 +469,23 @@ def _gather(
 
 @njit(cache=True, error_model="numpy", nogil=True)
 def _run(
-    offsets: Integers, time: Floats, band: npt.NDArray[np.int8], flux: Floats, flux_error: Floats, colours: Floats,
-    shown: Floats, settings: tuple[float, ...], most: int, given: bool, first_object: int, stride: int, largest: int,
-    numbers: Floats, counts: Integers, mean: Floats,
-) -> None:  # fmt: skip
+    offsets: Integers,
+    time: Floats,
+    band: npt.NDArray[np.int8],
+    flux: Floats,
+    flux_error: Floats,
+    colours: Floats,
+    shown: Floats,
+    settings: tuple[float, ...],
+    most: int,
+    given: bool,
+    first_object: int,
+    stride: int,
+    largest: int,
+    numbers: Floats,
+    counts: Integers,
+    mean: Floats,
+) -> None:
     """Every stride-th object: fit unless its parameters are `given`, predict if `mean` has a grid."""
     size = _padded(largest, LANES)
     matrix = np.zeros(_padded(largest, ROWS) * (2 * size + 2 * LANES))
@@ -548,7 +579,7 @@ class GaussianProcess:
     amplitude: float = 0.5  # start, in units of the brightest significant flux
     log_amplitude_reach: float = 10.0  # how far ln of the squared amplitude may move from its start
     length_scale_bounds_days: tuple[float, float] = (1.0, 1000.0)  # a night to three years
-    tolerance: float = 1e-6  # relative, of the log-likelihood: what the reference asks of its optimiser
+    tolerance: float = 1e-6  # relative, of the log-likelihood: what the reference asks of its optimizer
     max_evaluations: int = 100  # of one climb; the slowest of 7,848 PLAsTiCC objects takes 77, the mean 6
 
     def __post_init__(self) -> None:
@@ -576,9 +607,13 @@ class GaussianProcess:
         return self._run(curves, threads, self.grid_points, (log_amplitude, log_metric))
 
     def _run(
-        self, curves: LightCurves, threads: int | None, grid: int, given: tuple[Floats, Floats] | None,
+        self,
+        curves: LightCurves,
+        threads: int | None,
+        grid: int,
+        given: tuple[Floats, Floats] | None,
         bands: Sequence[int] | None = None,
-    ) -> Interpolation:  # fmt: skip
+    ) -> Interpolation:
         if len(curves.bands) != len(self.wavelengths):
             raise EdgekitError(
                 f"{len(self.wavelengths)} wavelengths for the bands {', '.join(curves.bands)}; expected one for each"
@@ -604,9 +639,19 @@ class GaussianProcess:
 
         def work(first: int) -> None:
             _run(
-                *columns, colours, colours[shown], settings, self.max_evaluations, given is not None, first, workers,
-                largest, numbers, counts, mean,
-            )  # fmt: skip
+                *columns,
+                colours,
+                colours[shown],
+                settings,
+                self.max_evaluations,
+                given is not None,
+                first,
+                workers,
+                largest,
+                numbers,
+                counts,
+                mean,
+            )
 
         if workers == 1:
             work(0)

@@ -44,8 +44,12 @@ class LightCurves:
         return LightCurves(
             self.bands,
             np.concatenate([[0], np.cumsum(self.points[objects])]).astype(np.int64),
-            self.time[rows], self.band[rows], self.flux[rows], self.flux_error[rows], self.detected[rows],
-        )  # fmt: skip
+            self.time[rows],
+            self.band[rows],
+            self.flux[rows],
+            self.flux_error[rows],
+            self.detected[rows],
+        )
 
     def where(self, keep: npt.NDArray[np.bool_]) -> LightCurves:
         """The points at which `keep`, (points,) bool, is true; objects left without points stay, empty."""
@@ -53,8 +57,12 @@ class LightCurves:
         return LightCurves(
             self.bands,
             kept_before[self.offsets].astype(np.int64),
-            self.time[keep], self.band[keep], self.flux[keep], self.flux_error[keep], self.detected[keep],
-        )  # fmt: skip
+            self.time[keep],
+            self.band[keep],
+            self.flux[keep],
+            self.flux_error[keep],
+            self.detected[keep],
+        )
 
     @property
     def object_of_point(self) -> npt.NDArray[np.int64]:

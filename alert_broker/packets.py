@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alert_broker.avro.columns import Columns
-from alert_broker.avro.plan import Plan
+from alert_broker.avro.plan import ReadPlan
 from alert_broker.containers import BadPacket, Block, Buffer, split
 from alert_broker.lightcurve import LightCurves, concatenate
 from alert_broker.surveys.base import Extracted, PacketError, Survey, surveys
@@ -94,7 +94,7 @@ def read_blocks(paths: Iterable[str | Path]) -> Iterator[Source | BadPacket]:
 
 
 def batches(
-    blocks: Iterable[Source | BadPacket], size: int = 1024, spare: dict[Plan, Columns] | None = None
+    blocks: Iterable[Source | BadPacket], size: int = 1024, buffer_pool: dict[ReadPlan, Columns] | None = None
 ) -> Iterator[AlertBatch | BadPacket]:
     """Light curves of up to `size` alerts of one survey; bad packets pass through as they come.
 
@@ -117,7 +117,7 @@ def batches(
             yield _unsupported(block)
             continue
         if survey.name not in waiting:
-            waiting[survey.name] = _Waiting(survey, {} if spare is None else spare)
+            waiting[survey.name] = _Waiting(survey, {} if buffer_pool is None else buffer_pool)
         if bad := waiting[survey.name].add(block):
             yield bad
         if len(waiting[survey.name]) >= size:
@@ -129,8 +129,8 @@ def batches(
 class _Waiting:
     """Packets of one survey that wait for their batch, read into columns: a set for each layout, and Parquet's."""
 
-    def __init__(self, survey: Survey, spare: dict[Plan, Columns]) -> None:
-        self.survey, self._spare = survey, spare
+    def __init__(self, survey: Survey, buffer_pool: dict[ReadPlan, Columns]) -> None:
+        self.survey, self._buffer_pool = survey, buffer_pool
         self._files: list[str] = []  # of each packet, in the order in which they came
         self._offsets: list[int] = []
         self._columns: dict[str, tuple[Columns, list[int]]] = {}  # by layout; and the packets' places in that order
@@ -148,8 +148,8 @@ class _Waiting:
         plan = block.schema.plan
         assert plan is not None
         if plan.layout not in self._columns:
-            grown = next((known for known in self._spare if known.layout == plan.layout), None)
-            self._columns[plan.layout] = (Columns(plan) if grown is None else self._spare.pop(grown), [])
+            grown = next((known for known in self._buffer_pool if known.layout == plan.layout), None)
+            self._columns[plan.layout] = (Columns(plan) if grown is None else self._buffer_pool.pop(grown), [])
         columns, places = self._columns[plan.layout]
         ends, fault = columns.read(block.data, block.count, plan)
         starts = [0, *ends.tolist()]
@@ -169,7 +169,7 @@ class _Waiting:
     def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
         """All that waits, as batches of up to `size`."""
         sources = [(columns.take(), places) for columns, places in self._columns.values()] + self._tables
-        self._spare.update((columns.plan, columns) for columns, _ in self._columns.values())
+        self._buffer_pool.update((columns.plan, columns) for columns, _ in self._columns.values())
         found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
         for columns, places in sources:
             try:

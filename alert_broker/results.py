@@ -113,7 +113,7 @@ class Account:
         }
 
 
-class Table:
+class ResultTable:
     """A Parquet file that is there, complete, when the block ends well, and not at all when it ends in an error."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:

@@ -28,7 +28,7 @@ Shape = Callable[[np.random.Generator, Floats, Floats, float], Floats]
 
 SEASON_DAYS = 180.0  # how long a field stays in the night sky
 DETECTION_SNR = 5.0
-R_BAND = 6231.0  # angstrom, where the shapes below are normalised
+R_BAND = 6231.0  # angstrom, where the shapes below are normalized
 HC_OVER_K = 1.4388e8  # angstrom kelvin
 
 
@@ -50,10 +50,15 @@ class Cadence:
 CADENCES = {
     "ztf": Cadence((1, 2, 2, 3, 3, 4), 2, (0.47, 0.53, 0.0), (20.8, 20.6, 19.9), 0.35, 2.0, 60_400.0),
     "lsst": Cadence(
-        (2, 3, 3, 4, 5, 7), 2, (0.07, 0.10, 0.22, 0.22, 0.20, 0.19), (23.9, 25.0, 24.7, 24.0, 23.3, 22.1), 0.25, 66.0,
+        (2, 3, 3, 4, 5, 7),
+        2,
+        (0.07, 0.10, 0.22, 0.22, 0.20, 0.19),
+        (23.9, 25.0, 24.7, 24.0, 23.3, 22.1),
+        0.25,
+        66.0,
         61_100.0,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,16 +52,27 @@ class Observations:
     def take(self, rows: npt.NDArray[Any]) -> Observations:
         """The exposures at these positions, or where this mask is true."""
         return Observations(
-            self.time[rows], self.band[rows], self.flux[rows], self.flux_error[rows], self.limit[rows],
+            self.time[rows],
+            self.band[rows],
+            self.flux[rows],
+            self.flux_error[rows],
+            self.limit[rows],
             self.detected[rows],
-        )  # fmt: skip
+        )
 
     def curve(self, alert_id: int, object_id: str, upper_limits: int, dropped: int) -> LightCurve:
         """These exposures as the light curve that a reader should return."""
         return LightCurve(
-            alert_id, object_id, self.time, self.band.astype(np.int8), self.flux, self.flux_error, self.detected,
-            upper_limits, dropped,
-        )  # fmt: skip
+            alert_id,
+            object_id,
+            self.time,
+            self.band.astype(np.int8),
+            self.flux,
+            self.flux_error,
+            self.detected,
+            upper_limits,
+            dropped,
+        )
 
 
 def ztf_packet(
@@ -96,25 +107,49 @@ def ztf_packet(
     forced_counts = seen.flux / fluxcal(ZTF_COUNTS_ZERO_POINT - FLUX_ZERO_POINT)
     forced_error = seen.flux_error / fluxcal(ZTF_COUNTS_ZERO_POINT - FLUX_ZERO_POINT)
     forced = [
-        _ztf_templates()["fp_hist"] | {
-            "field": 386, "rcid": 21, "fid": fid[row], "pid": pid[row], "rfid": 386120121, "programid": 1,
-            "jd": jd[row], "magzpsci": ZTF_COUNTS_ZERO_POINT, "exptime": 30.0, "diffmaglim": limit[row],
+        _ztf_templates()["fp_hist"]
+        | {
+            "field": 386,
+            "rcid": 21,
+            "fid": fid[row],
+            "pid": pid[row],
+            "rfid": 386120121,
+            "programid": 1,
+            "jd": jd[row],
+            "magzpsci": ZTF_COUNTS_ZERO_POINT,
+            "exptime": 30.0,
+            "diffmaglim": limit[row],
             "forcediffimflux": -99999.0 if bad[row] else float(forced_counts[row]),
             "forcediffimfluxunc": -99999.0 if bad[row] else float(forced_error[row]),
-            "procstatus": "61" if bad[row] else "0", "ranr": ra, "decnr": dec,
+            "procstatus": "61" if bad[row] else "0",
+            "ranr": ra,
+            "decnr": dec,
         }
         for row in range(len(jd) - 1)
-    ]  # fmt: skip
+    ]
     history = [
         _ztf_templates()["prv_candidate"] | detection(row) | {"rbversion": "t17_f5_c3"} for row in range(len(jd) - 1)
     ]
     found = [day for day, flag in zip(jd, detected, strict=True) if flag]
-    candidate = _ztf_templates()["candidate"] | detection(len(jd) - 1) | {
-        "ndethist": len(found), "ncovhist": len(jd), "jdstarthist": found[0], "jdendhist": found[-1],
-        "scorr": float(abs(seen.flux[-1]) / seen.flux_error[-1]), "drb": 0.98, "exptime": 30.0, "rfid": 386120121,
-        "jdstartref": 2_458_246.9, "jdendref": 2_458_430.6, "nframesref": 30, "rbversion": "t17_f5_c3",
-        "drbversion": "d6_m7",
-    }  # fmt: skip
+    candidate = (
+        _ztf_templates()["candidate"]
+        | detection(len(jd) - 1)
+        | {
+            "ndethist": len(found),
+            "ncovhist": len(jd),
+            "jdstarthist": found[0],
+            "jdendhist": found[-1],
+            "scorr": float(abs(seen.flux[-1]) / seen.flux_error[-1]),
+            "drb": 0.98,
+            "exptime": 30.0,
+            "rfid": 386120121,
+            "jdstartref": 2_458_246.9,
+            "jdendref": 2_458_430.6,
+            "nframesref": 30,
+            "rbversion": "t17_f5_c3",
+            "drbversion": "d6_m7",
+        }
+    )
     packet: dict[str, Any] = {
         "schemavsn": VERSION, "publisher": "edgekit simulator", "objectId": object_id, "candid": candid[-1],
         "candidate": candidate, "prv_candidates": history, "fp_hists": forced,
@@ -122,10 +157,14 @@ def ztf_packet(
     stamps = _stamps(rng, seen, 63, 1.0) if cutouts else {}
     for name in ("cutoutScience", "cutoutTemplate", "cutoutDifference"):
         image = stamps.get(name)
-        packet[name] = None if image is None else {
-            "fileName": f"candid{candid[-1]}_{name[6:].lower()}.fits.gz",
-            "stampData": gzip.compress(fits([("", image)]), 1, mtime=0),
-        }  # fmt: skip
+        packet[name] = (
+            None
+            if image is None
+            else {
+                "fileName": f"candid{candid[-1]}_{name[6:].lower()}.fits.gz",
+                "stampData": gzip.compress(fits([("", image)]), 1, mtime=0),
+            }
+        )
     kept = seen.take(~bad)
     return packet, kept.curve(candid[-1], object_id, detected.count(False), int(bad.sum()))
 
@@ -149,17 +188,37 @@ def lsst_packet(
 
     def exposure(row: int) -> dict[str, Any]:
         return {
-            "diaObjectId": object_id, "visit": visit[row], "detector": 94, "midpointMjdTai": time[row], "ra": ra,
-            "dec": dec, "psfFlux": flux[row], "psfFluxErr": error[row], "band": bands[row],
+            "diaObjectId": object_id,
+            "visit": visit[row],
+            "detector": 94,
+            "midpointMjdTai": time[row],
+            "ra": ra,
+            "dec": dec,
+            "psfFlux": flux[row],
+            "psfFluxErr": error[row],
+            "band": bands[row],
             "timeProcessedMjdTai": time[row] + 60 / 86_400,
-        }  # fmt: skip
+        }
 
     def source(row: int) -> dict[str, Any]:
-        return templates["diaSource"] | exposure(row) | {
-            "diaSourceId": source_id[row], "ssObjectId": 0, "parentDiaSourceId": 0, "x": 2036.0, "y": 2000.0,
-            "snr": abs(flux[row]) / error[row], "reliability": 0.95, "isNegative": flux[row] < 0, "psfNdata": 1681,
-            "psfFlux_flag": False, "centroid_flag": False, "pixelFlags": False,
-        }  # fmt: skip
+        return (
+            templates["diaSource"]
+            | exposure(row)
+            | {
+                "diaSourceId": source_id[row],
+                "ssObjectId": 0,
+                "parentDiaSourceId": 0,
+                "x": 2036.0,
+                "y": 2000.0,
+                "snr": abs(flux[row]) / error[row],
+                "reliability": 0.95,
+                "isNegative": flux[row] < 0,
+                "psfNdata": 1681,
+                "psfFlux_flag": False,
+                "centroid_flag": False,
+                "pixelFlags": False,
+            }
+        )
 
     rows = range(len(time) - 1)
     forced = [templates["diaForcedSource"] | exposure(row) | {"diaForcedSourceId": source_id[row]} for row in rows]
@@ -168,11 +227,15 @@ def lsst_packet(
         "diaSource": source(len(time) - 1),
         "prvDiaSources": [source(row) for row in rows if detected[row]],
         "prvDiaForcedSources": forced,
-        "diaObject": templates["diaObject"] | {
-            "diaObjectId": object_id, "ra": ra, "dec": dec, "nDiaSources": detected.count(True),
+        "diaObject": templates["diaObject"]
+        | {
+            "diaObjectId": object_id,
+            "ra": ra,
+            "dec": dec,
+            "nDiaSources": detected.count(True),
             "validityStartMjdTai": time[-1],
         },
-    }  # fmt: skip
+    }
     if cutouts:
         uncertainty = np.ones((30, 30), ">f4")
         for name, image in _stamps(rng, seen, 30, 2.0).items():

@@ -42,7 +42,7 @@ ArrowFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
 
 @dataclass(frozen=True)
-class Job:
+class SparkJob:
     """What a Python worker needs to know; small enough to travel with every task. Called on one Arrow batch."""
 
     digest: str  # of the bundle that was packed: what results are stamped with
@@ -240,9 +240,9 @@ def _inside_cuts(named: dict[str, pd.Series], hosts: Collection[str]) -> npt.NDA
     )
 
 
-def _job(bundle: Bundle, packets: str | None, keep: Sequence[str], runtime: str) -> Job:
+def _job(bundle: Bundle, packets: str | None, keep: Sequence[str], runtime: str) -> SparkJob:
     Classifier(bundle, runtime, session_threads=1)  # one that cannot be used shows here, not in a worker's traceback
-    return Job(bundle.digest, pack(bundle), packets, tuple(keep), runtime)
+    return SparkJob(bundle.digest, pack(bundle), packets, tuple(keep), runtime)
 
 
 @functools.lru_cache(maxsize=4)

@@ -156,9 +156,12 @@ class Reader(DataSourceStreamReader):
         except ModuleNotFoundError as error:
             raise missing_extra(str(error.name), "spark", "reading from Kafka") from None
         ours = {
-            "group.id": NAME, "enable.auto.commit": False, "enable.partition.eof": True, "auto.offset.reset": "error",
+            "group.id": NAME,
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "error",
             "isolation.level": "read_committed",
-        }  # fmt: skip
+        }
         consumer = Consumer(self.kafka | ours)
         try:
             yield consumer

@@ -11,8 +11,14 @@ from typing import Any, Literal
 
 from edgekit.errors import EdgekitError, unknown
 
-TOML_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", tuple: "an array",
-              dict: "a table"}  # fmt: skip
+TOML_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "an array",
+    dict: "a table",
+}
 
 
 def from_table(kind: Any, table: Any, where: str, base: Any = None) -> Any:

@@ -28,7 +28,7 @@ from edgekit.errors import EdgekitError
 from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
 from exporters.c.library import NATIVE, PLAIN, Compiler, Library
 from exporters.c.program import Program, program
-from exporters.c.source import FOLDER, Source, write_check, write_source
+from exporters.c.source import FOLDER, CSource, write_check, write_source
 from exporters.verify import BATCHES, CALLS, TOLERANCE, Check, Reference, _compare, _repeated, reference
 
 MODEL, HEADER, CHECK = "model.c", "model.h", "check.c"
@@ -101,11 +101,11 @@ class CExporter:
         publish(files, directory, force=force)
         return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
 
-    def source(self, bundle: Bundle) -> Source:
+    def source(self, bundle: Bundle) -> CSource:
         """The bundle as C, not yet compiled or verified."""
         return self._write(bundle, program(bundle))
 
-    def _write(self, bundle: Bundle, network: Program) -> Source:
+    def _write(self, bundle: Bundle, network: Program) -> CSource:
         encodings = bundle.encodings() if self.weights == "encoded" else {}
         return write_source(network, encodings, bundle.manifest.name, model_key(bundle))
 

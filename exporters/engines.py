@@ -11,7 +11,7 @@ from typing import Any
 from onnx import ModelProto
 
 from edgekit.errors import EdgekitError
-from exporters.exact import NOTHING, Exact
+from exporters.float32_pinned import NOTHING, Float32Pinned
 
 Profile = Mapping[str, Mapping[str, list[int]]]  # input: min, opt, max: shape
 
@@ -40,16 +40,16 @@ def build(
     *,
     strong: bool,
     what: str,
-    exact: Exact = NOTHING,
+    pinned: Float32Pinned = NOTHING,
 ) -> bytes:
     """The engine. `configure` sets what is the version's own on the builder's configuration; `exact`: layers of a
     weakly typed network that are held to float32."""
     (builder, _parser), network, log = parse(trt, model, content, strong=strong, what=what)
-    for number in range(network.num_layers if exact.layers else 0):
+    for number in range(network.num_layers if pinned.layers else 0):
         layer = network.get_layer(number)
-        if layer.name in exact.layers:
+        if layer.name in pinned.layers:
             layer.precision = trt.DataType.FLOAT
-        if layer.name in exact.outputs:
+        if layer.name in pinned.outputs:
             layer.set_output_type(0, trt.DataType.FLOAT)
     config = builder.create_builder_config()
     shapes = builder.create_optimization_profile()

@@ -30,7 +30,7 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.external import files
 from edgekit.graph.model import opset
 from exporters.base import described
-from exporters.for_target import Typed, requirements
+from exporters.target_graph import TargetGraph, requirements
 from exporters.verify import on_onnxruntime, verify
 
 MODEL, PROFILE, CHECK, README = "model.onnx", "profile.json", "verify.py", "README.md"
@@ -80,7 +80,9 @@ def profile_of(bundle: Bundle, axes: tuple[str, ...]) -> Profile:
     }
 
 
-def base(bundle: Bundle, graph: Typed, profile: Profile, largest: int, *pins: str) -> tuple[dict[str, bytes], Manifest]:
+def base(
+    bundle: Bundle, graph: TargetGraph, profile: Profile, largest: int, *pins: str
+) -> tuple[dict[str, bytes], Manifest]:
     """The files that every kit has, and its manifest so far. Raises if the graph does not give what the network does.
 
     `pins`: requirements in place of the stack's.
@@ -98,12 +100,12 @@ def base(bundle: Bundle, graph: Typed, profile: Profile, largest: int, *pins: st
         PROFILE: (json.dumps(profile, indent=1) + "\n").encode(),
         GOLDEN: bundle.contents[GOLDEN],
         CHECK: (Path(__file__).parent / "engine_check.py").read_bytes(),
-        f"requirements-{graph.place.target.name}.txt": requirements(graph.place, *pins),
+        f"requirements-{graph.deployment.target.name}.txt": requirements(graph.deployment, *pins),
     }
     manifest = {
         **described(bundle),
         **graph.described(),
-        "runtime": graph.place.stack.runtime,
+        "runtime": graph.deployment.stack.runtime,
         "operators": sorted({node.op_type for node in graph.model.graph.node}),
         "largest_batch": min(ranges["max"][0] for ranges in profile.values()),
         "device_tolerance": max(DEVICE[graph.precision], 2 * checks[0].allowed),
@@ -119,9 +121,9 @@ def base(bundle: Bundle, graph: Typed, profile: Profile, largest: int, *pins: st
     return written, manifest
 
 
-def readme(graph: Typed, command: str, notes: Sequence[str] = ()) -> bytes:
+def readme(graph: TargetGraph, command: str, notes: Sequence[str] = ()) -> bytes:
     """README.md for who has the directory, and perhaps not edgekit. `command`: what builds and checks it there."""
-    where, model = graph.place, graph.model
+    where, model = graph.deployment, graph.model
     target, stack = where.target, where.stack
     never = [f"- never {item.what}: {item.why}" for item in target.never]
     lines = [

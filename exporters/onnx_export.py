@@ -2,7 +2,7 @@
 
 model.onnx             float32; for a target, in the precision of its plan
 model.onnx.data        its weights, where one file would be too large
-model.quantised.onnx   the same network with its encoded weights stored as 8-bit codes, decoded inside the graph
+model.quantized.onnx   the same network with its encoded weights stored as 8-bit codes, decoded inside the graph
 golden.npz             inputs, and the outputs they must give
 verify.py              checks both on the device; needs numpy and onnxruntime only
 requirements-NAME.txt  for a target: what to install there, pinned
@@ -50,8 +50,8 @@ from exporters.base import (
     manifest_bytes,
     model_key,
     publish,
-)  # fmt: skip
-from exporters.for_target import FAVOURED, Typed, place, requirements, typed
+)
+from exporters.target_graph import FAVOURED, TargetGraph, deployment_target, requirements, target_graph
 from exporters.verify import TOLERANCE, on_onnxruntime, verify
 
 TRACED_OPSETS = range(
@@ -72,7 +72,7 @@ PORTABLE = frozenset(
         "Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
     )
 )  # fmt: skip
-FLOAT, QUANTISED = "model.onnx", "model.quantised.onnx"
+FLOAT, QUANTISED = "model.onnx", "model.quantized.onnx"
 Array = npt.NDArray[Any]
 
 
@@ -106,20 +106,22 @@ class OnnxExporter:
         """
         directory = Path(directory)
         check_destination(directory, force=force)
-        aimed = self.aimed(bundle) if self.target else None
-        model = aimed.model if aimed else stored_graph(bundle) if bundle.is_graph else self.float_graph(bundle)
+        lowered = self.lower_for_target(bundle) if self.target else None
+        model = lowered.model if lowered else stored_graph(bundle) if bundle.is_graph else self.float_graph(bundle)
         models = {FLOAT: model}
-        plain = aimed is None or (aimed.precision == "float32" and aimed.place.stack.runtime == "onnxruntime")
+        plain = lowered is None or (
+            lowered.precision == "float32" and lowered.deployment.stack.runtime == "onnxruntime"
+        )
         if plain and not bundle.is_graph and self.weights == "encoded" and (encodings := bundle.encodings()):
-            quantised = self.quantised_graph(model, encodings)
-            if quantised.ByteSize() < model.ByteSize():  # a few codes save less than the nodes that decode them take
-                models[QUANTISED] = quantised
+            quantized = self.quantized_graph(model, encodings)
+            if quantized.ByteSize() < model.ByteSize():  # a few codes save less than the nodes that decode them take
+                models[QUANTISED] = quantized
         graphs: dict[str, bytes] = {}
         for name, graph in models.items():
             graphs |= files(graph, name, self.largest)
         beside = {name: content for name, content in graphs.items() if name not in models}
-        tolerance = aimed.tolerance if aimed else TOLERANCE
-        advice = aimed.advice if aimed else "try another --opset"
+        tolerance = lowered.tolerance if lowered else TOLERANCE
+        advice = lowered.advice if lowered else "try another --opset"
         sources = {name: graphs[name] for name in models}
         checks = verify(
             sources, bundle, tolerance=tolerance, load=partial(on_onnxruntime, beside=beside), advice=advice
@@ -127,12 +129,12 @@ class OnnxExporter:
         records = [asdict(check) for check in checks]
         check_script = (Path(__file__).parent / "device_check.py").read_bytes()
         written = {**graphs, GOLDEN: bundle.contents[GOLDEN], "verify.py": check_script}
-        if aimed:
-            written[f"requirements-{aimed.place.target.name}.txt"] = requirements(aimed.place)
+        if lowered:
+            written[f"requirements-{lowered.deployment.target.name}.txt"] = requirements(lowered.deployment)
         manifest = {
             "format": "edgekit-onnx-1",
             **described(bundle),
-            **(aimed.described() if aimed else {}),
+            **(lowered.described() if lowered else {}),
             "opset": opset_of(model),
             "models": {
                 name: {
@@ -156,14 +158,14 @@ class OnnxExporter:
         publish(written, directory, force=force)
         return Export(directory, {name: len(content) for name, content in written.items()}, manifest, records)
 
-    def aimed(self, bundle: Bundle, runtime: str = "") -> Typed:
+    def lower_for_target(self, bundle: Bundle, runtime: str = "") -> TargetGraph:
         """The graph as the target's stack reads it, the first stack with this runtime if one is named."""
-        where = place(self.target, runtime, self.stack)
+        where = deployment_target(self.target, runtime, self.stack)
         source = replace(self, opset=None, target="", stack="", precision="")
         model = stored_graph(bundle) if bundle.is_graph else source.float_graph(bundle)
         if self.opset is not None and self.opset > opset_of(model) and not bundle.is_graph:
             model = replace(source, opset=self.opset).float_graph(bundle)
-        return typed(model, where, self.precision, self.opset)
+        return target_graph(model, where, self.precision, self.opset)
 
     def graph(self, bundle: Bundle) -> ModelProto:
         """The bundle as a checked ONNX model; weights as codes where it has them, unless `weights` is 'float32'; the
@@ -172,7 +174,7 @@ class OnnxExporter:
             return stored_graph(bundle)
         model = self.float_graph(bundle)
         encodings = bundle.encodings() if self.weights == "encoded" else {}
-        return self.quantised_graph(model, encodings) if encodings else model
+        return self.quantized_graph(model, encodings) if encodings else model
 
     def float_graph(self, bundle: Bundle, network: nn.Module | None = None) -> ModelProto:
         """The bundle as a checked float32 ONNX model; on request with another network behind the same inputs and
@@ -196,11 +198,11 @@ class OnnxExporter:
         self._check(model, bundle.manifest.inputs, bundle.manifest.outputs)
         return model
 
-    def quantised_graph(self, model: ModelProto, encodings: dict[str, Encoding]) -> ModelProto:
+    def quantized_graph(self, model: ModelProto, encodings: dict[str, Encoding]) -> ModelProto:
         """A copy of a float graph that stores the encoded weights as codes and decodes them in the graph, exactly."""
-        quantised = ModelProto()
-        quantised.CopyFrom(model)
-        graph = quantised.graph
+        quantized = ModelProto()
+        quantized.CopyFrom(model)
+        graph = quantized.graph
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         if strange := sorted(set(encodings) - set(stored)):
             raise EdgekitError(
@@ -217,8 +219,8 @@ class OnnxExporter:
             else:
                 graph.initializer.append(tensor)
         graph.node.extend(model.graph.node)
-        _check_graph(quantised, opset_of(model))
-        return quantised
+        _check_graph(quantized, opset_of(model))
+        return quantized
 
     def _check(self, model: ModelProto, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         """Raise unless the graph is valid, portable, of the opset asked for and of the shapes promised."""
@@ -277,7 +279,7 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
 
 
 def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
-    """The graph as torch.export and onnxscript's optimiser write it."""
+    """The graph as torch.export and onnxscript's optimizer write it."""
     manifest = bundle.manifest
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -305,11 +307,11 @@ def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
 
 
 def _decoder(name: str, encoding: Encoding, weight: Array) -> tuple[list[TensorProto], list[NodeProto]]:
-    """Initialisers and nodes that give the weight from its codes. A linear layer's weight is (out, in) in the network
+    """Initializers and nodes that give the weight from its codes. A linear layer's weight is (out, in) in the network
     but (in, out) in a MatMul: its codes and scales are transposed here, once.
 
     Integers are decoded by Cast and Mul, which runtimes fold when they load the model: the result is exact, and as fast
-    as float32. DequantizeLinear says the same, but ONNX Runtime 1.32 reads it as leave to quantise the *activations*
+    as float32. DequantizeLinear says the same, but ONNX Runtime 1.32 reads it as leave to quantize the *activations*
     to int8 (MatMulNBits, accuracy level 4): t2 became 1.2 times slower and its probabilities moved by 6e-5.
     """
     transposed = not np.array_equal(encoding.decode(), weight)

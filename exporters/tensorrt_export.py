@@ -5,7 +5,7 @@ Engines fit one GPU model and one release: what travels is the graph, the shapes
     kit (exporters/kit.py) + build.sh, in the dialect of that TensorRT's trtexec
 
     8.2, 8.5, 8.6   weak typing: precision by flags (--fp16, --int8) beside what the graph says; what must stay in
-                    float32 layer by layer (exporters/exact.py), for which the trtexec of 8.2 has no option
+                    float32 layer by layer (exporters/float32_pinned.py), for which the trtexec of 8.2 has no option
     10              strong typing (--stronglyTyped), or flags, as the target's stack says
     11              strong typing; there are no flags
 
@@ -35,9 +35,9 @@ from edgekit.errors import EdgekitError
 from edgekit.graph.external import LARGEST
 from exporters import engine_check, engines, kit
 from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
-from exporters.exact import NOTHING, Exact
-from exporters.for_target import Place, Typed
+from exporters.float32_pinned import NOTHING, Float32Pinned
 from exporters.onnx_export import OnnxExporter
+from exporters.target_graph import DeploymentTarget, TargetGraph
 from exporters.tensorrt_rtx_export import preflight
 
 ENGINE, SCRIPT = "model.plan", "build.sh"
@@ -74,26 +74,26 @@ class TensorRtExporter:
         onnx_exporter = OnnxExporter(
             opset=self.opset, weights="float32", target=self.target, stack=self.stack, precision=self.precision
         )
-        graph = onnx_exporter.aimed(bundle, "tensorrt")
+        graph = onnx_exporter.lower_for_target(bundle, "tensorrt")
         profile = kit.profile_of(bundle, self.axes)
-        assert graph.place.generation is not None
+        assert graph.deployment.parser_version is not None
         parsed = ""
-        if graph.place.generation.typing != "weak":
+        if graph.deployment.parser_version.typing != "weak":
             parsed = preflight(graph.model)
         written, manifest = kit.base(bundle, graph, profile, self.largest)
-        workspace = self.workspace or self._workspace(graph.place)
+        workspace = self.workspace or self._workspace(graph.deployment)
         digest = hashes(written)[kit.MODEL]
-        script = build_script(graph.place, graph.precision, profile, workspace, self.level, digest, graph.exact)
+        script = build_script(graph.deployment, graph.precision, profile, workspace, self.level, digest, graph.pinned)
         written[SCRIPT] = script.encode()
         notes = unkept(graph)
         written[kit.README] = kit.readme(graph, f"sh {SCRIPT} && python3 {kit.CHECK}", notes)
         manifest = {
             "format": "edgekit-tensorrt-1",
             **manifest,
-            "generation": graph.place.generation.name,
+            "parser_version": graph.deployment.parser_version.name,
             "parser": parsed or "not asked: its family's parser is in the extra rtx, and speaks for TensorRT 10 and 11",
             "workspace_mib": workspace,
-            "kept_in_float32": list(graph.exact.layers),
+            "kept_in_float32": list(graph.pinned.layers),
             "notes": notes,
             "engine": {"file": ENGINE},
             "files": hashes(written),
@@ -104,41 +104,54 @@ class TensorRtExporter:
         sizes = {name: len(content) for name, content in written.items()}
         return Export(directory, sizes, manifest, manifest["checks"])
 
-    def _workspace(self, place: Place) -> int:
-        return min(WORKSPACE, int(place.target.memory.value / 8) >> 20)
+    def _workspace(self, deployment: DeploymentTarget) -> int:
+        return min(WORKSPACE, int(deployment.target.memory.value / 8) >> 20)
 
     def _built_here(
         self,
-        graph: Typed,
+        graph: TargetGraph,
         profile: kit.Profile,
         workspace: int,
         written: dict[str, bytes],
         manifest: dict[str, Any],
     ) -> dict[str, Any]:
         """Build and verify, if TensorRT and the target's GPU are here; what came of it. The engine joins the files."""
-        place, precision = graph.place, graph.precision
+        deployment, precision = graph.deployment, graph.precision
         if importlib.util.find_spec("tensorrt") is None:
             return {"built": False, "reason": "TensorRT is not installed here; build.sh builds it on the device"}
         trt = importlib.import_module("tensorrt")
-        generation = place.generation
-        assert generation is not None
-        if not str(trt.__version__).startswith(f"{generation.name}."):
-            return {"built": False, "reason": f"TensorRT {trt.__version__} is here, the kit is for {generation.name}"}
+        parser_version = deployment.parser_version
+        assert parser_version is not None
+        if not str(trt.__version__).startswith(f"{parser_version.name}."):
+            return {
+                "built": False,
+                "reason": f"TensorRT {trt.__version__} is here, the kit is for {parser_version.name}",
+            }
         try:
             capability = engine_check.Cuda(os.environ.get("EDGEKIT_CUDART", "")).compute_capability()
         except engine_check.Failed as error:
             return {"built": False, "reason": f"no GPU can be used here: {error}"}
-        if capability != place.target.sm:
-            return {"built": False, "reason": f"the GPU here is sm_{capability}, the target is sm_{place.target.sm}"}
+        if capability != deployment.target.sm:
+            return {
+                "built": False,
+                "reason": f"the GPU here is sm_{capability}, the target is sm_{deployment.target.sm}",
+            }
         key = engine_key(
-            written[kit.MODEL], profile, precision, workspace, self.level, str(trt.__version__), capability, graph.exact
+            written[kit.MODEL],
+            profile,
+            precision,
+            workspace,
+            self.level,
+            str(trt.__version__),
+            capability,
+            graph.pinned,
         )
         stored = cache_folder() / "tensorrt" / f"{key}.plan"
         if cached := stored.is_file():
             engine = stored.read_bytes()
         else:
-            flags = _builder_flags(place, precision)
-            flags += ["PREFER_PRECISION_CONSTRAINTS"] if graph.exact.layers else []
+            flags = _builder_flags(deployment, precision)
+            flags += ["PREFER_PRECISION_CONSTRAINTS"] if graph.pinned.layers else []
 
             def configure(config: Any) -> None:
                 _limit(trt, config, workspace)
@@ -146,13 +159,20 @@ class TensorRtExporter:
                     config.builder_optimization_level = self.level
                 for flag in flags:
                     config.set_flag(getattr(trt.BuilderFlag, flag))
-                if precision == "float32" and (place.target.sm or 0) >= AMPERE:
+                if precision == "float32" and (deployment.target.sm or 0) >= AMPERE:
                     config.clear_flag(trt.BuilderFlag.TF32)
 
             what = f"TensorRT {trt.__version__}"
             content = kit.content_of(written)
             engine = engines.build(
-                trt, graph.model, content, profile, configure, strong=not place.weak, what=what, exact=graph.exact
+                trt,
+                graph.model,
+                content,
+                profile,
+                configure,
+                strong=not deployment.weak,
+                what=what,
+                pinned=graph.pinned,
             )
         try:
             report = self._verified({**written, ENGINE: engine}, manifest)
@@ -194,7 +214,7 @@ def engine_key(
     level: int,
     version: str,
     capability: int,
-    kept: Exact = NOTHING,
+    kept: Float32Pinned = NOTHING,
 ) -> str:
     """What an engine depends on, hashed: another model, shape, precision, release or GPU is another engine."""
     model = hashlib.sha256(content).hexdigest()
@@ -202,17 +222,17 @@ def engine_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def unkept(graph: Typed) -> list[str]:
+def unkept(graph: TargetGraph) -> list[str]:
     """What build.sh cannot promise of the precision; nothing where it can."""
-    generation, kept = graph.place.generation, graph.exact
-    assert generation is not None
+    parser_version, kept = graph.deployment.parser_version, graph.pinned
+    assert parser_version is not None
     if not kept.layers:
         return []
     doubt = f"{kit.CHECK} tells whether that matters; if it does, export with --precision float32"
-    if "layerPrecisions" not in generation.flags:
+    if "layerPrecisions" not in parser_version.flags:
         return [
-            f"trtexec of {generation.title} has no option for single layers (8.4 brought it): it may run in half what "
-            f"this graph keeps in float32, {len(kept.layers)} layers that manifest.json lists; {doubt}"
+            f"trtexec of {parser_version.title} has no option for single layers (8.4 brought it): it may run in half "
+            f"what this graph keeps in float32, {len(kept.layers)} layers that manifest.json lists; {doubt}"
         ]
     if names := kept.unnameable:
         return [f"trtexec cannot be told to keep these layers in float32, for their names: {', '.join(names)}; {doubt}"]
@@ -220,24 +240,27 @@ def unkept(graph: Typed) -> list[str]:
 
 
 def build_script(
-    place: Place,
+    deployment: DeploymentTarget,
     precision: str,
     profile: kit.Profile,
     workspace: int,
     level: int,
     digest: str,
-    kept: Exact = NOTHING,
+    kept: Float32Pinned = NOTHING,
 ) -> str:
     """build.sh: checks the graph and the release, then calls trtexec as that release wants it."""
-    generation, target = place.generation, place.target
-    assert generation is not None
+    parser_version, target = deployment.parser_version, deployment.target
+    assert parser_version is not None
     command = " \\\n    ".join(
-        ['"$TRTEXEC"', *(shlex.quote(option) for option in options(place, precision, profile, workspace, level, kept))]
+        [
+            '"$TRTEXEC"',
+            *(shlex.quote(option) for option in options(deployment, precision, profile, workspace, level, kept)),
+        ]
     )
     program = JETSON if target.kind == "jetson" else "trtexec"
-    compact = generation.name.replace(".", "")
+    compact = parser_version.name.replace(".", "")
     return f"""#!/bin/sh
-# Builds {ENGINE} for {target.title} with {place.stack.name}.
+# Builds {ENGINE} for {target.title} with {deployment.stack.name}.
 # Run it on the device: an engine fits one GPU and one release.
 #   sh build.sh && python3 {kit.CHECK}
 # $TRTEXEC names another trtexec.
@@ -250,9 +273,9 @@ if ! command -v "$TRTEXEC" > /dev/null; then
 fi
 found=$("$TRTEXEC" --help 2>&1 | sed -n 's/.*\\[TensorRT v\\([0-9.]*\\)\\].*/\\1/p' | head -n 1)
 case "$found" in
-    {compact}*|{generation.name}.*) ;;
-    "") echo "build.sh: $TRTEXEC does not say which TensorRT it is; going on, as if it were {generation.name}" >&2 ;;
-    *) echo "build.sh: this is TensorRT $found; this kit is for {generation.name}; export another" >&2
+    {compact}*|{parser_version.name}.*) ;;
+    "") echo "build.sh: $TRTEXEC does not say which TensorRT it is; taken for {parser_version.name}" >&2 ;;
+    *) echo "build.sh: this is TensorRT $found; this kit is for {parser_version.name}; export another" >&2
        exit 1 ;;
 esac
 echo "{digest}  {kit.MODEL}" | sha256sum -c - > /dev/null || {{
@@ -265,17 +288,17 @@ echo "built {ENGINE}; now: python3 {kit.CHECK}"
 
 
 def options(
-    place: Place,
+    deployment: DeploymentTarget,
     precision: str,
     profile: kit.Profile,
     workspace: int,
     level: int,
-    kept: Exact = NOTHING,
+    kept: Float32Pinned = NOTHING,
 ) -> list[str]:
     """Options of trtexec, in the dialect of the place's generation."""
-    generation = place.generation
-    assert generation is not None
-    dialect = generation.dialect
+    parser_version = deployment.parser_version
+    assert parser_version is not None
+    dialect = parser_version.dialect
     pool = dialect["workspace"]
     size = f"--workspace={workspace}" if pool == "workspace" else f"--{pool}=workspace:{workspace}"
     found = [f"--onnx={kit.MODEL}", f"--saveEngine={ENGINE}", "--timingCacheFile=timing.cache", size]
@@ -284,23 +307,23 @@ def options(
         found.append(f"--{key}Shapes={shapes}")
     if "level" in dialect:
         found.append(f"--{dialect['level']}={level}")
-    if not place.weak:
+    if not deployment.weak:
         found += [f"--{dialect['strong']}"] if "strong" in dialect else []
-    found += [f"--{flag.lower()}" for flag in _builder_flags(place, precision)]
-    if "layerPrecisions" in generation.flags:
+    found += [f"--{flag.lower()}" for flag in _builder_flags(deployment, precision)]
+    if "layerPrecisions" in parser_version.flags:
         found += kept.options()
-    if precision == "float32" and (place.target.sm or 0) >= AMPERE:
+    if precision == "float32" and (deployment.target.sm or 0) >= AMPERE:
         found.append("--noTF32")
     return [*found, f"--{dialect['stop']}"]
 
 
-def _builder_flags(place: Place, precision: str) -> list[str]:
+def _builder_flags(deployment: DeploymentTarget, precision: str) -> list[str]:
     """Precisions that the builder may choose from, where typing is weak. Beside int8 it may take float16 for the rest,
     if the plan has it."""
-    if not place.weak:
+    if not deployment.weak:
         return []
     flags = {"float32": [], "float16": ["FP16"], "int8": ["INT8"]}[precision]
-    return [*flags, "FP16"] if precision == "int8" and "float16" in place.target.plan.order else flags
+    return [*flags, "FP16"] if precision == "int8" and "float16" in deployment.target.plan.order else flags
 
 
 def _limit(trt: Any, config: Any, workspace: int) -> None:

@@ -21,12 +21,12 @@ from onnx import ModelProto
 from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.graph.external import LARGEST
-from edgekit.graph.model import serialised
+from edgekit.graph.model import serialized
 from edgekit.targets import profile as targets
 from exporters import engines, kit
 from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
-from exporters.for_target import place
 from exporters.onnx_export import OnnxExporter
+from exporters.target_graph import deployment_target
 
 PACKAGE, RUNTIME = "tensorrt_rtx", "tensorrt-rtx"
 
@@ -46,13 +46,15 @@ class TensorRtRtxExporter:
         directory = Path(directory)
         check_destination(directory, force=force)
         if find_spec(PACKAGE) is None:
-            place(self.target, RUNTIME, self.stack)  # a device that it is not for: nobody need install it to hear that
+            deployment_target(
+                self.target, RUNTIME, self.stack
+            )  # a device that it is not for: nobody need install it to hear that
         sm = compiles_for(self.target)
         trt = module()
         onnx_exporter = OnnxExporter(
             opset=self.opset, weights="float32", target=self.target, stack=self.stack, precision=self.precision
         )
-        graph = onnx_exporter.aimed(bundle, RUNTIME)
+        graph = onnx_exporter.lower_for_target(bundle, RUNTIME)
         profile = kit.profile_of(bundle, self.axes)
         written, manifest = kit.base(bundle, graph, profile, LARGEST, f"tensorrt-rtx=={trt.__version__}")
         name = f"model.sm{sm}.rtx"
@@ -116,7 +118,7 @@ def compile_engine(model: ModelProto, profile: engines.Profile, sm: int, *, exac
             config.clear_flag(trt.BuilderFlag.TF32)
 
     what = f"TensorRT-RTX {trt.__version__}, for sm_{sm},"
-    return engines.build(trt, model, serialised(model), profile, configure, strong=True, what=what)
+    return engines.build(trt, model, serialized(model), profile, configure, strong=True, what=what)
 
 
 def preflight(model: ModelProto) -> str:
@@ -125,5 +127,5 @@ def preflight(model: ModelProto) -> str:
         return ""
     trt = module()
     what = f"the parser of TensorRT-RTX {trt.__version__}, of the family of TensorRT 10 and 11,"
-    engines.parse(trt, model, serialised(model), strong=True, what=what)
+    engines.parse(trt, model, serialized(model), strong=True, what=what)
     return f"accepted by the parser of TensorRT-RTX {trt.__version__}, of the family of TensorRT 10 and 11"

@@ -81,7 +81,7 @@ def reference(bundle: Bundle) -> Reference:
 
 def _graph_reference(bundle: Bundle, inputs: Arrays, golden: Arrays) -> Reference:
     """A graph is its own reference, row by row. Its noise is how far a row moves with the others beside it: dynamic
-    quantisation takes its scale from the whole batch."""
+    quantization takes its scale from the whole batch."""
     session = on_onnxruntime(bundle.contents[GRAPH])
     alone, together = (_run(session, inputs, batch, DISTINCT, bundle.manifest.outputs) for batch in (1, DISTINCT))
     noise = max(float(_differences(name, together[name], alone[name]).max()) for name in alone)

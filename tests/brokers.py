@@ -68,9 +68,12 @@ class Process(ABC):
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            self.command(), env={**os.environ, **self.environment()}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            self.command(),
+            env={**os.environ, **self.environment()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + READY_SECONDS
         while True:
             try:
@@ -119,9 +122,15 @@ class Tansu(Process):
         url = f"tcp://{self.address}"
         engine = "memory://tansu/" if self._store is None else f"s3://{BUCKET}/"
         return [
-            str(self._binary), "broker", "--listener-url", url, "--advertised-listener-url", url,
-            "--storage-engine", engine,
-        ]  # fmt: skip
+            str(self._binary),
+            "broker",
+            "--listener-url",
+            url,
+            "--advertised-listener-url",
+            url,
+            "--storage-engine",
+            engine,
+        ]
 
     def environment(self) -> dict[str, str]:
         if self._store is None:
@@ -143,9 +152,12 @@ class S3(Process):
         import boto3
 
         client = boto3.client(
-            "s3", endpoint_url=f"http://{self.address}", region_name="us-east-1", aws_access_key_id="x",
+            "s3",
+            endpoint_url=f"http://{self.address}",
+            region_name="us-east-1",
+            aws_access_key_id="x",
             aws_secret_access_key="x",
-        )  # fmt: skip
+        )
         client.create_bucket(Bucket=BUCKET)
 
 
@@ -159,9 +171,15 @@ class Noida(Process):
 
     def command(self) -> list[str]:
         return [
-            str(self._binary), "start", "--data-dir", str(self._folder), "--only", "kafka", "--kafka-port",
+            str(self._binary),
+            "start",
+            "--data-dir",
+            str(self._folder),
+            "--only",
+            "kafka",
+            "--kafka-port",
             str(self.port),
-        ]  # fmt: skip
+        ]
 
 
 class MockCluster:
@@ -251,25 +269,31 @@ def _librdkafka() -> Any:
         raise EdgekitError("confluent-kafka's librdkafka is not a library of its own here; install its wheel from PyPI")
     library = ctypes.CDLL(loaded.pop())
     for name, result in (
-        ("rd_kafka_conf_new", ctypes.c_void_p), ("rd_kafka_new", ctypes.c_void_p),
-        ("rd_kafka_mock_cluster_new", ctypes.c_void_p), ("rd_kafka_mock_cluster_bootstraps", ctypes.c_char_p),
+        ("rd_kafka_conf_new", ctypes.c_void_p),
+        ("rd_kafka_new", ctypes.c_void_p),
+        ("rd_kafka_mock_cluster_new", ctypes.c_void_p),
+        ("rd_kafka_mock_cluster_bootstraps", ctypes.c_char_p),
         ("rd_kafka_mock_get_requests", ctypes.POINTER(ctypes.c_void_p)),
         ("rd_kafka_mock_request_api_key", ctypes.c_int16),
-    ):  # fmt: skip
+    ):
         getattr(library, name).restype = result
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
     for name, arguments in (
-        ("rd_kafka_new", [number, pointer, text, ctypes.c_size_t]), ("rd_kafka_destroy", [pointer]),
-        ("rd_kafka_mock_cluster_new", [pointer, number]), ("rd_kafka_mock_cluster_destroy", [pointer]),
+        ("rd_kafka_new", [number, pointer, text, ctypes.c_size_t]),
+        ("rd_kafka_destroy", [pointer]),
+        ("rd_kafka_mock_cluster_new", [pointer, number]),
+        ("rd_kafka_mock_cluster_destroy", [pointer]),
         ("rd_kafka_mock_cluster_bootstraps", [pointer]),
         ("rd_kafka_mock_group_initial_rebalance_delay_ms", [pointer, ctypes.c_int32]),
         ("rd_kafka_mock_topic_create", [pointer, text, number, number]),
         ("rd_kafka_mock_push_request_errors_array", [pointer, ctypes.c_int16, ctypes.c_size_t, pointer]),
         ("rd_kafka_mock_broker_set_up", [pointer, ctypes.c_int32]),
         ("rd_kafka_mock_broker_set_down", [pointer, ctypes.c_int32]),
-        ("rd_kafka_mock_start_request_tracking", [pointer]), ("rd_kafka_mock_stop_request_tracking", [pointer]),
-        ("rd_kafka_mock_get_requests", [pointer, pointer]), ("rd_kafka_mock_request_api_key", [pointer]),
+        ("rd_kafka_mock_start_request_tracking", [pointer]),
+        ("rd_kafka_mock_stop_request_tracking", [pointer]),
+        ("rd_kafka_mock_get_requests", [pointer, pointer]),
+        ("rd_kafka_mock_request_api_key", [pointer]),
         ("rd_kafka_mock_request_destroy_array", [pointer, ctypes.c_size_t]),
-    ):  # fmt: skip
+    ):
         getattr(library, name).argtypes = arguments
     return library

@@ -152,10 +152,14 @@ class TestPromtool:
         ledger = [
             {"series": f'edgekit_alerts_{name}{{{member}, topic="ztf", partition="0"}}', "values": values}
             for name, values in {
-                "consumed_total": "0+100x40", "published_total": "0+100x20 2000x20", "filtered_total": "0x40",
-                "dead_lettered_total": "0x20 100+100x20", "revoked_total": "0x40", "in_flight": "0x40",
+                "consumed_total": "0+100x40",
+                "published_total": "0+100x20 2000x20",
+                "filtered_total": "0x40",
+                "dead_lettered_total": "0x20 100+100x20",
+                "revoked_total": "0x40",
+                "in_flight": "0x40",
             }.items()
-        ]  # fmt: skip
+        ]
         lost = [dict(item) for item in ledger]
         lost[1]["values"] = "0+99x40"
         stuck = [

@@ -47,8 +47,11 @@ def upward(root: Path) -> list[str]:
         package = path.relative_to(root).parts[0]
         later = ORDER[ORDER.index(package) + 1 :]
         deferred = not path.is_relative_to(root / "edgekit" / "cli")
-        names = imports(ast.parse(path.read_text()), module_name(path, root) + ("." if path.stem == "__init__" else ""),
-                        deferred=deferred)  # fmt: skip
+        names = imports(
+            ast.parse(path.read_text()),
+            module_name(path, root) + ("." if path.stem == "__init__" else ""),
+            deferred=deferred,
+        )
         found += [f"{path.relative_to(root)}: {name}" for name in names if name.split(".")[0] in later]
     return found
 

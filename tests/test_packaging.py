@@ -89,8 +89,13 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
         "assert edgekit.__file__.startswith(sys.argv[1]), edgekit.__file__; sys.argv = ['edgekit', '--help']; main()"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "site")], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "compress" in done.stdout
 

@@ -74,12 +74,26 @@ class Broker:
         self.server.kill()
 
     def producer(self, **settings: Any) -> Producer:
-        return Producer({"bootstrap.servers": self.server.address, "linger.ms": 2, "message.max.bytes": 8_388_608,
-                         "queue.buffering.max.kbytes": 65_536, **settings})  # fmt: skip
+        return Producer(
+            {
+                "bootstrap.servers": self.server.address,
+                "linger.ms": 2,
+                "message.max.bytes": 8_388_608,
+                "queue.buffering.max.kbytes": 65_536,
+                **settings,
+            }
+        )
 
     def reader(self, topic: str, partitions: int) -> Consumer:
-        consumer = Consumer({"bootstrap.servers": self.server.address, "group.id": "reader", **CLIENT,
-                             "enable.auto.commit": False, "fetch.wait.max.ms": self.wait})  # fmt: skip
+        consumer = Consumer(
+            {
+                "bootstrap.servers": self.server.address,
+                "group.id": "reader",
+                **CLIENT,
+                "enable.auto.commit": False,
+                "fetch.wait.max.ms": self.wait,
+            }
+        )
         consumer.assign([TopicPartition(topic, number, 0) for number in range(partitions)])
         return consumer
 
@@ -87,11 +101,28 @@ class Broker:
         kafka = {"bootstrap.servers": self.server.address, **CLIENT, "fetch.wait.max.ms": self.wait}
         settings = [part for name, value in kafka.items() for part in ("--kafka", f"{name}={value}")]
         return subprocess.Popen(
-            [*EDGEKIT, "alerts", "consume", *settings, "--topics", "source", "--output",
-             'topic = "results", format = "json"', "--dead-letters-topic", "dead", "--model-reuse", "off",
-             "--model-runtime", "c", "--json", *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                *EDGEKIT,
+                "alerts",
+                "consume",
+                *settings,
+                "--topics",
+                "source",
+                "--output",
+                'topic = "results", format = "json"',
+                "--dead-letters-topic",
+                "dead",
+                "--model-reuse",
+                "off",
+                "--model-runtime",
+                "c",
+                "--json",
+                *flags,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 def fill(broker: Broker, values: list[bytes]) -> float:
@@ -148,11 +179,13 @@ def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any
                 late = max(late, -wait)
                 created = time.time()
                 producer.produce(
-                    "source", values[number % len(values)], partition=number % broker.partitions,
+                    "source",
+                    values[number % len(values)],
+                    partition=number % broker.partitions,
                     on_delivery=lambda error, message, created=created: sent.__setitem__(
                         (message.partition(), message.offset()), created
                     ),
-                )  # fmt: skip
+                )
             assert producer.flush(60) == 0
 
         thread = threading.Thread(target=produce)
@@ -162,13 +195,17 @@ def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any
         thread.join()
         process.terminate()
         report = json.loads(process.communicate(timeout=60)[0])
-        latency = np.array([arrived[place] - moment for place, moment in sent.items()])
+        latency = np.array([arrived[deployment] - moment for deployment, moment in sent.items()])
     return {
-        "rate": rate, "seconds": wall, "messages": total, "mean_bytes": float(np.mean([len(v) for v in values])),
-        "latency_s": {f"p{q}": float(np.percentile(latency, q)) for q in (50, 90, 99, 100)}, "producer_late_s": late,
+        "rate": rate,
+        "seconds": wall,
+        "messages": total,
+        "mean_bytes": float(np.mean([len(v) for v in values])),
+        "latency_s": {f"p{q}": float(np.percentile(latency, q)) for q in (50, 90, 99, 100)},
+        "producer_late_s": late,
         "cpu_share_of_a_core": (after.user + after.system - before.user - before.system) / wall,
         "ledger": report["ledger"]["total"],
-    }  # fmt: skip
+    }
 
 
 def settled_rate(reader: Consumer, count: int) -> float:
@@ -197,9 +234,13 @@ def at_the_limit(values: list[bytes], count: int) -> dict[str, Any]:
         reader.close()
         report = json.loads(process.communicate(timeout=60)[0])
     return {
-        "messages": count, "produced_per_s": produced, "read_per_s": plain, "pipeline_per_s": ours,
-        "share_of_limit": ours / plain, "ledger": report["ledger"]["total"],
-    }  # fmt: skip
+        "messages": count,
+        "produced_per_s": produced,
+        "read_per_s": plain,
+        "pipeline_per_s": ours,
+        "share_of_limit": ours / plain,
+        "ledger": report["ledger"]["total"],
+    }
 
 
 def main() -> None:
@@ -232,18 +273,24 @@ def main() -> None:
 
     memory = report["memory"] = bench_memory.one_core(ztf, MEMORY_ALERTS)
     ours = memory["edgekit"]
-    print(f"\none core, ZTF packets to messages: {ours['alerts_per_s']:,.0f}/s "
-          f"({', '.join(f'{name} {value:.0f} us' for name, value in ours['microseconds'].items())}), "
-          f"{ours['classified']:,} of {ours['alerts']:,} classified")  # fmt: skip
+    print(
+        f"\none core, ZTF packets to messages: {ours['alerts_per_s']:,.0f}/s "
+        f"({', '.join(f'{name} {value:.0f} us' for name, value in ours['microseconds'].items())}), "
+        f"{ours['classified']:,} of {ours['alerts']:,} classified"
+    )
     print(
         f"reference path: {memory['reference']['alerts_per_s']:,.1f}/s; ratio {memory['ratio']:,.0f}x "
         f"({' to '.join(f'{value:.0f}' for value in memory['ratio_range'])} in {memory['rounds']} turns), "
-        f"{memory['ratio_of_classified']:,.0f}x of the alerts that each classifies", flush=True,
-    )  # fmt: skip
+        f"{memory['ratio_of_classified']:,.0f}x of the alerts that each classifies",
+        flush=True,
+    )
     for name, values in (("lsst", lsst), ("ztf", ztf)):
         memory[f"{name}_all_cores"] = bench_memory.all_cores(values, MEMORY_ALERTS)
-    print(f"all cores: {memory['lsst_all_cores']['packets_per_s']:,.0f} LSST first detections/s, "
-          f"{memory['ztf_all_cores']['packets_per_s']:,.0f} ZTF packets/s", flush=True)  # fmt: skip
+    print(
+        f"all cores: {memory['lsst_all_cores']['packets_per_s']:,.0f} LSST first detections/s, "
+        f"{memory['ztf_all_cores']['packets_per_s']:,.0f} ZTF packets/s",
+        flush=True,
+    )
 
     report["broker"] = {}
     for name, values in (("ztf", ztf), ("lsst", lsst)):
@@ -251,14 +298,16 @@ def main() -> None:
         print(
             f"\nbroker, {name} at {row['rate']:.0f}/s for {row['seconds']:.0f} s: latency "
             + ", ".join(f"{key} {1e3 * value:.0f} ms" for key, value in row["latency_s"].items())
-            + f"; CPU {row['cpu_share_of_a_core']:.0%} of a core; {row['ledger']}", flush=True,
-        )  # fmt: skip
+            + f"; CPU {row['cpu_share_of_a_core']:.0%} of a core; {row['ledger']}",
+            flush=True,
+        )
         limit = report["broker"][f"{name}_limit"] = at_the_limit(values, 6000 if name == "ztf" else 4000)
         print(
             f"broker's limit, {name}: takes {limit['produced_per_s']:,.0f}/s, gives a plain consumer "
             f"{limit['read_per_s']:,.0f}/s, the pipeline {limit['pipeline_per_s']:,.0f}/s "
-            f"({limit['share_of_limit']:.0%})", flush=True,
-        )  # fmt: skip
+            f"({limit['share_of_limit']:.0%})",
+            flush=True,
+        )
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -43,7 +43,7 @@ from edgekit.data.dataset import load, locate
 from edgekit.errors import EdgekitError
 from edgekit.importers.files import from_factory, parse_spec
 from edgekit.search.auto import search
-from edgekit.search.outcomes import Targets
+from edgekit.search.outcomes import Constraints
 from edgekit.session import Session, open_session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,10 +72,13 @@ def deit_job(work: Path) -> Job:
         f"DeiT-tiny: accuracy {facts['accuracy']:.4f}, trained for {facts['cpu_seconds']} CPU seconds, {facts['task']}"
     )
     source = from_factory(
-        "deit:build", arguments=train_deit.arguments(), weights=weights,
-        inputs=[parse_spec("image:float32:batch,3,224,224")], outputs=["scores"],
+        "deit:build",
+        arguments=train_deit.arguments(),
+        weights=weights,
+        inputs=[parse_spec("image:float32:batch,3,224,224")],
+        outputs=["scores"],
         golden={"image": test.take(np.arange(8)).inputs["image"]},
-    )  # fmt: skip
+    )
     train = train_deit.gratings(TRAIN_ROWS, train_deit.SEED + 1)
     return Job(source, [], train, test, limits("deit-tiny"), "error-rate")
 
@@ -109,7 +112,7 @@ def stock(job: Job) -> dict[str, tuple[Bundle, dict[str, Any]]]:
         "dynamic int8, all products": (chained(job, Step("dynamic_int8", {"operators": everything, **bits})), {}),
         "dynamic int8, MatMul and Gemm": (chained(job, Step("dynamic_int8", bits)), {}),
         "static int8, Q/DQ u8s8": (chained(job, Step("static_int8", {"samples": 64, **bits})), {}),
-        "static int8, Q/DQ s8s8": (chained(job, Step("static_int8", {"samples": 64, "form": "s8s8", **bits})), {}),
+        "static int8, Q/DQ s8s8": (chained(job, Step("static_int8", {"samples": 64, "scheme": "s8s8", **bits})), {}),
         "half removed + dynamic int8": (chained(job, half, Step("dynamic_int8", bits)), {}),
     }
     return rows
@@ -124,10 +127,10 @@ def loss(job: Job, bundle: Bundle, original: Any) -> float:
     return metric.value(outputs, expected) - metric.value(original, expected)
 
 
-def measure(name: str, job: Job, targets: Targets, trials: int, work: Path, seconds: float) -> dict[str, Any]:
+def measure(name: str, job: Job, constraints: Constraints, trials: int, work: Path, seconds: float) -> dict[str, Any]:
     original = outputs_of(replace(job, runtime="onnxruntime"), job.source, candidate_of(job.source))
     rows = stock(job)
-    found = search(job, targets, work, trials=trials, notify=lambda line: print("  " + line, flush=True))
+    found = search(job, constraints, work, trials=trials, notify=lambda line: print("  " + line, flush=True))
     sessions: dict[str, Session] = {
         label: open_session(bundle, "onnxruntime", threads=1, chunk=4, **options)
         for label, (bundle, options) in rows.items()
@@ -185,7 +188,7 @@ def main() -> None:
         started = time.perf_counter()
         job = t2_job(work) if name == "t2-gr" else deit_job(work)
         trials = options.trials or TRIALS[name]
-        results.append(measure(name, job, Targets(MAX_LOSS[name]), trials, work, options.seconds))
+        results.append(measure(name, job, Constraints(MAX_LOSS[name]), trials, work, options.seconds))
         results[-1]["seconds"] = round(time.perf_counter() - started)
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "versions": versions(), "results": results}, indent=1))

@@ -32,7 +32,7 @@ from bench_inference import describe_machine
 
 from alert_broker import containers, gaussian_process, packets
 from alert_broker.avro.columns import Columns, Fault, warm_up
-from alert_broker.avro.plan import Array, Node, Plan, Record, compile_plan
+from alert_broker.avro.plan import Array, Node, ReadPlan, Record, compile_plan
 from alert_broker.classify import classify_files
 from alert_broker.containers import Block
 from alert_broker.simulate import simulate, write
@@ -50,10 +50,10 @@ SECONDS = 15.0  # of decoding for each set of packets
 FEWEST_ROUNDS = 5
 RUNS = 3  # of classification
 
-parsed: dict[Plan, Any] = {}  # the schemas behind the plans, for fastavro
+parsed: dict[ReadPlan, Any] = {}  # the schemas behind the plans, for fastavro
 
 
-def remember(schema: Any, wanted: Any) -> Plan:
+def remember(schema: Any, wanted: Any) -> ReadPlan:
     plan = compile_plan(schema, wanted)
     parsed[plan] = schema
     return plan
@@ -62,11 +62,11 @@ def remember(schema: Any, wanted: Any) -> Plan:
 class ByFastavro:
     """In the place of `Columns`: a dict per packet, then columns of the wanted fields."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ReadPlan) -> None:
         self.plan, self.rows = plan, list[Any]()
 
     def read(
-        self, data: bytes | memoryview, count: int, plan: Plan | None = None
+        self, data: bytes | memoryview, count: int, plan: ReadPlan | None = None
     ) -> tuple[npt.NDArray[np.int64], Fault | None]:
         stream, ends, plan = io.BytesIO(data), [], plan or self.plan
         for _ in range(count):

@@ -96,16 +96,20 @@ def one_core(packets: list[bytes], alerts: int) -> dict[str, Any]:
     return {
         "rounds": ROUNDS,
         "reference": {
-            "alerts": done, "without_enough_points": passed_over, "alerts_per_s": 1 / float(np.median(theirs)),
+            "alerts": done,
+            "without_enough_points": passed_over,
+            "alerts_per_s": 1 / float(np.median(theirs)),
         },
         "edgekit": {
-            "alerts": alerts, **counts, "alerts_per_s": 1 / float(np.median(ours)),
+            "alerts": alerts,
+            **counts,
+            "alerts_per_s": 1 / float(np.median(ours)),
             "microseconds": dict(zip(STAGES, each.tolist(), strict=True)),
         },
         "ratio": ratio,
         "ratio_of_classified": ratio / share,
         "ratio_range": [float(np.min(theirs / ours)), float(np.max(theirs / ours))],
-    }  # fmt: skip
+    }
 
 
 def open_stages(threads: int) -> tuple[Stages, Router]:
@@ -133,10 +137,10 @@ def through_stages(batches: list[MessageBatch], stages: Stages, router: Router) 
         numbers = rows["offset"].to_numpy()
         rows = with_positions(rows, batch, numbers)
         moments.append(time.process_time())
-        place = numbers.tolist()
-        headers = [position_headers(batch.messages[k]) for k in place]
+        deployment = numbers.tolist()
+        headers = [position_headers(batch.messages[k]) for k in deployment]
         outgoing = [
-            Outgoing(message.topic, message.value, headers[message.row], place[message.row], message.key)
+            Outgoing(message.topic, message.value, headers[message.row], deployment[message.row], message.key)
             for message in router(rows).messages
         ]
         moments.append(time.process_time())
@@ -169,9 +173,14 @@ def reference_path() -> Callable[[bytes], bytes | None]:
             return None
         table = np.array(sorted(rows))
         curves = LightCurves(
-            tuple(bands), np.array([0, len(table)]), table[:, 0], table[:, 1].astype(np.int8), table[:, 2],
-            table[:, 3], np.ones(len(table), np.bool_),
-        )  # fmt: skip
+            tuple(bands),
+            np.array([0, len(table)]),
+            table[:, 0],
+            table[:, 1].astype(np.int8),
+            table[:, 2],
+            table[:, 3],
+            np.ones(len(table), np.bool_),
+        )
         frame = reference(Sample("ZTF", [alert["objectId"]], curves, wavelengths), 0)
         inputs = {"light_curve": frame[list(bands)].to_numpy(np.float32)[None]}
         if "context" in specs:

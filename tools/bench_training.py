@@ -61,8 +61,13 @@ def main() -> None:
             times[name].append(step(*kind))
     milliseconds = {name: float(np.median(values)) * 1e3 for name, values in times.items()}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    result = {"machine": machine.describe(), "versions": versions(), "commit": commit, "batch": BATCH,
-              "step_cpu_ms": milliseconds}  # fmt: skip
+    result = {
+        "machine": machine.describe(),
+        "versions": versions(),
+        "commit": commit,
+        "batch": BATCH,
+        "step_cpu_ms": milliseconds,
+    }
     print(json.dumps(result, indent=1))
     for name, value in milliseconds.items():
         print(f"{name:14} {value:7.1f} ms, {value / milliseconds['compiled']:.2f} times the compiled one")

@@ -35,7 +35,7 @@ from edgekit.bundle.zoo import resolve
 from edgekit.compression.job import versions
 from edgekit.cost.measured import measure, samples
 from edgekit.cost.operators import measured_rates, work
-from edgekit.cost.profiled import open_model, optimised_work, random_feeds
+from edgekit.cost.profiled import open_model, optimized_work, random_feeds
 from edgekit.graph.model import load
 from edgekit.graph.shapes import sized
 from edgekit.plugins import load as plugin
@@ -79,9 +79,12 @@ class Inverted(nn.Module):
         super().__init__()
         inner = channels * expand
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, inner, 1), nn.ReLU6(), nn.Conv2d(inner, inner, 3, padding=1, groups=inner), nn.ReLU6(),
+            nn.Conv2d(channels, inner, 1),
+            nn.ReLU6(),
+            nn.Conv2d(inner, inner, 3, padding=1, groups=inner),
+            nn.ReLU6(),
             nn.Conv2d(inner, channels, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -145,9 +148,15 @@ def exported(network: nn.Module, *shape: int) -> onnx.ModelProto:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            network.eval(), (torch.zeros(2, *shape),), buffer, dynamo=False, opset_version=17,  # type: ignore[arg-type]
-            input_names=["x"], output_names=["y"], dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
-        )  # fmt: skip
+            network.eval(),
+            (torch.zeros(2, *shape),),
+            buffer,
+            dynamo=False,
+            opset_version=17,  # type: ignore[arg-type]
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+        )
     return load(buffer.getvalue(), "exported")
 
 
@@ -227,7 +236,7 @@ def main() -> None:
     truth = measured(chosen, 9 if options.quick else 31)
     corrected, bare = [], []
     for _, model, batch in chosen:
-        corrected.append(table.total(optimised_work(model, batch)))
+        corrected.append(table.total(optimized_work(model, batch)))
         operators = work(model, sized(model, batch)).operators
         bare.append(sum(max(item.operations / rates.flops, item.bytes / rates.bytes) for item in operators))
     results = {"corrected": quality(np.array(corrected), truth), "roofline": quality(np.array(bare), truth)}

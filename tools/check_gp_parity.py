@@ -2,7 +2,7 @@
 
     python tools/check_gp_parity.py --json parity.json
 
-Three questions: is the mean the same at the same parameters; is the likelihood that our optimiser finds, as george
+Three questions: is the mean the same at the same parameters; is the likelihood that our optimizer finds, as george
 evaluates it, as high as the one that scipy's L-BFGS-B finds; which of 7,848 published feature vectors differ, and why.
 """
 
@@ -92,9 +92,14 @@ def ztf(data: Path, bands: str = "gri", parquet: bool = False) -> Sample:
     table = np.array([row for rows in found.values() for row in rows])
     offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in found.values()])])
     curves = LightCurves(
-        tuple(bands), offsets, table[:, 0], table[:, 1].astype(np.int8), table[:, 2], table[:, 3],
+        tuple(bands),
+        offsets,
+        table[:, 0],
+        table[:, 1].astype(np.int8),
+        table[:, 2],
+        table[:, 3],
         np.ones(len(table), dtype=np.bool_),
-    )  # fmt: skip
+    )
     return Sample("ZTF", list(found), curves, tuple(ZTF[band] for band in bands))
 
 
@@ -137,9 +142,13 @@ def fit_george(process: Any, flux: Any) -> Any:
 
     start = process.get_parameter_vector()
     result = scipy.optimize.minimize(
-        negative_log_likelihood(process, flux), start, jac=gradient, method="L-BFGS-B", tol=1e-6,
+        negative_log_likelihood(process, flux),
+        start,
+        jac=gradient,
+        method="L-BFGS-B",
+        tol=1e-6,
         bounds=[(start[0] - 10.0, start[0] + 10.0), (0.0, math.log(1000.0**2))],
-    )  # fmt: skip
+    )
     process.set_parameter_vector(result.x if result.success else start)
     return result
 

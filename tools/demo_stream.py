@@ -54,11 +54,13 @@ def stream(folders: Sequence[Path], out: Path, repeat: int) -> dict[str, Any]:
     (out / "latency.png").write_bytes(to_png(picture(latency)))
     rate = sent["messages"] / sent["seconds"]
     return {
-        "sent": sent["messages"], "rate": rate,
+        "sent": sent["messages"],
+        "rate": rate,
         "limited_by": "the rate" if rate > 0.95 * RATE else "this machine and its broker",
-        "ledger": json.loads(report)["ledger"], "picture": str(out / "latency.png"),
+        "ledger": json.loads(report)["ledger"],
+        "picture": str(out / "latency.png"),
         "latency_s": {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 99, 100)},
-    }  # fmt: skip
+    }
 
 
 def configuration(address: str, listen: str) -> str:
@@ -102,7 +104,7 @@ def wait_for_the_last(address: str, count: int) -> None:
 
 def latencies(address: str) -> Any:
     """(results, 2): when each alert was sent and its result published, Unix seconds."""
-    sent = {place: moment for place, moment, _ in read(address, [("night", k) for k in range(PARTITIONS)])}
+    sent = {deployment: moment for deployment, moment, _ in read(address, [("night", k) for k in range(PARTITIONS)])}
     published = [
         (sent[int(headers["edgekit.partition"]), int(headers["edgekit.offset"])], moment)
         for _, moment, headers in read(address, [("classified", 0)])
@@ -111,8 +113,15 @@ def latencies(address: str) -> Any:
 
 
 def open_reader(address: str, partitions: list[tuple[str, int]]) -> Consumer:
-    reader = Consumer({"bootstrap.servers": address, "group.id": "demo-reader", **CLIENT, "enable.auto.commit": False,
-                       "enable.partition.eof": True})  # fmt: skip
+    reader = Consumer(
+        {
+            "bootstrap.servers": address,
+            "group.id": "demo-reader",
+            **CLIENT,
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+        }
+    )
     reader.assign([TopicPartition(topic, number, 0) for topic, number in partitions])
     return reader
 
@@ -126,8 +135,8 @@ def read(address: str, partitions: list[tuple[str, int]]) -> list[tuple[tuple[in
             if error is not None:
                 left -= error.code() == KafkaError._PARTITION_EOF
                 continue
-            place = (message.partition(), message.offset())
-            found.append((place, message.timestamp()[1] / 1e3, dict(message.headers() or ())))
+            deployment = (message.partition(), message.offset())
+            found.append((deployment, message.timestamp()[1] / 1e3, dict(message.headers() or ())))
     reader.close()
     return found
 

@@ -68,12 +68,29 @@ def seeds() -> list[bytes]:
         container = io.BytesIO()
         fastavro.writer(container, schema | {"name": "ztf.alert"}, [packet] * 2, sync_marker=b"0123456789abcdef")
         found.append(bytes([MESSAGE]) + container.getvalue())
-    small = {"type": "record", "name": "ztf.alert", "fields": [
-        {"name": "objectId", "type": "string"}, {"name": "candid", "type": "long"},
-        {"name": "candidate", "type": {"type": "record", "name": "row", "fields": [
-            {"name": "jd", "type": "double"}, {"name": "fid", "type": "int"}, {"name": "magpsf", "type": "float"},
-            {"name": "sigmapsf", "type": "float"}, {"name": "isdiffpos", "type": "string"}]}},
-        {"name": "prv_candidates", "type": ["null", {"type": "array", "items": "row"}]}]}  # fmt: skip
+    small = {
+        "type": "record",
+        "name": "ztf.alert",
+        "fields": [
+            {"name": "objectId", "type": "string"},
+            {"name": "candid", "type": "long"},
+            {
+                "name": "candidate",
+                "type": {
+                    "type": "record",
+                    "name": "row",
+                    "fields": [
+                        {"name": "jd", "type": "double"},
+                        {"name": "fid", "type": "int"},
+                        {"name": "magpsf", "type": "float"},
+                        {"name": "sigmapsf", "type": "float"},
+                        {"name": "isdiffpos", "type": "string"},
+                    ],
+                },
+            },
+            {"name": "prv_candidates", "type": ["null", {"type": "array", "items": "row"}]},
+        ],
+    }
     one = {"jd": 2_460_000.5, "fid": 1, "magpsf": 20.0, "sigmapsf": 0.1, "isdiffpos": "t"}
     packet = {"objectId": "ZTF24aaaaaaa", "candid": 1, "candidate": one, "prv_candidates": [one]}
     for codec in ("null", "deflate"):
@@ -100,8 +117,15 @@ def child(options: argparse.Namespace) -> None:
     surveys()
     warnings.simplefilter("ignore", RuntimeWarning)  # numbers wrap at 64 bits, as compiled
     parsed = [parse_schema(schema) for schema in schemas()]
-    wanted = [[f"f{n}" for n in range(4)], ["f0.time", "f0.flag", "f1"], ["f0", "f1", "f2"], ["f0", "f1", "f2"],
-              ["f1", "f3"], ["f0", "f1.flag", "f2.time"], ["f0", "f1", "f2", "f3"]]  # fmt: skip
+    wanted = [
+        [f"f{n}" for n in range(4)],
+        ["f0.time", "f0.flag", "f1"],
+        ["f0", "f1", "f2"],
+        ["f0", "f1", "f2"],
+        ["f1", "f3"],
+        ["f0", "f1.flag", "f2.time"],
+        ["f0", "f1", "f2", "f3"],
+    ]
     plans = [compile_plan(schema, paths) for schema, paths in zip(parsed, wanted, strict=True)]
     tally = {"messages": 0, "data": 0, "accepted": 0, "refused": 0}
     report = Path(options.report)

@@ -33,7 +33,7 @@ from fastavro.schema import parse_schema
 
 from alert_broker.avro import walk
 from alert_broker.avro.columns import Columns, Fault
-from alert_broker.avro.plan import Plan, compile_plan
+from alert_broker.avro.plan import ReadPlan, compile_plan
 from alert_broker.simulate import simulate
 from alert_broker.surveys import lsst
 from alert_broker.surveys.base import surveys
@@ -94,7 +94,7 @@ class Seed:
     name: str
     data: bytes
     schema: Any
-    plan: Plan
+    plan: ReadPlan
     structure: list[int]
     lengths: list[int]
 
@@ -131,7 +131,7 @@ def seeds(data: Path | None, simulated_packets: int = 6) -> list[Seed]:
             schema = lsst.schema(int.from_bytes(message[1:5], "big"))
             packet = fastavro.schemaless_reader(io.BytesIO(message[5:]), schema, None)
             found.append(("real lsst", encoded(shortened(packet), schema), schema, paths("lsst")))
-    plans: dict[str, Plan] = {}
+    plans: dict[str, ReadPlan] = {}
     return [
         Seed(name, body, schema, plan, *structure(body, plan))
         for name, body, schema, wanted in found
@@ -162,7 +162,7 @@ def encoded(packet: dict[str, Any], schema: Any) -> bytes:
     return stream.getvalue()
 
 
-def structure(data: bytes, plan: Plan) -> tuple[list[int], list[int]]:
+def structure(data: bytes, plan: ReadPlan) -> tuple[list[int], list[int]]:
     """The bytes whose damage the reader notices, tags and the like, and those that are counts or lengths."""
     columns = Columns(plan)
     noticed, lengths = [], []

@@ -28,8 +28,22 @@ from edgekit.errors import EdgekitError
 ROOT = Path(__file__).resolve().parents[1]
 METRIC = ClassAveragedLogLoss()
 # objects of the PLAsTiCC training set by class id; the reference's split tests on a quarter of them
-OBJECTS = {6: 151, 15: 495, 16: 924, 42: 1193, 52: 183, 53: 30, 62: 484, 64: 102, 65: 981, 67: 208, 88: 370, 90: 2313,
-           92: 239, 95: 175}  # fmt: skip
+OBJECTS = {
+    6: 151,
+    15: 495,
+    16: 924,
+    42: 1193,
+    52: 183,
+    53: 30,
+    62: 484,
+    64: 102,
+    65: 981,
+    67: 208,
+    88: 370,
+    90: 2313,
+    92: 239,
+    95: 175,
+}
 NEED = 100  # fewer training objects than this and the card names the class as rare
 # Published weights of t2 and tinho (github.com/tallamjr/astronet 8cf2bb3): log-loss as this project measured it on all
 # 7,848 objects, and as in the authors' own logs on 869,864 objects of the challenge's test set.
@@ -37,7 +51,7 @@ PUBLISHED: dict[tuple[str, bool], list[tuple[str, float, float | None]]] = {
     ("gr", False): [
         ("t2", 1.167, 0.968),
         ("tinho, float32", 1.061, 0.836),
-        ("tinho, quantised: the production file", 1.058, 0.834),
+        ("tinho, quantized: the production file", 1.058, 0.834),
         ('tinho, "pruned"', 1.264, 1.017),
         ("production file behind its serving preprocessing", 4.148, None),
     ],
@@ -171,7 +185,7 @@ Each test light curve is cut off that long after its first detection; non-detect
 
 ### Which classes
 
-![Confusion matrix, rows normalised](confusion.svg)
+![Confusion matrix, rows normalized](confusion.svg)
 
 | class | PLAsTiCC id | training objects | test objects | mean -log p(true) | found | purity |
 |---|---|---|---|---|---|---|
@@ -190,7 +204,7 @@ given this class that are of it, at the test set's class shares.
 Expected calibration error of the best class's probability, ten bins: {{ "%.3f"|format(balanced.error) }} with classes \
 weighted alike, {{ "%.3f"|format(plainly.error) }} over objects as they come. The objective weighs classes alike, so \
 the probabilities hold for a population with equal shares; to use them on another, multiply by its class shares and \
-normalise. Bars are 95 % Wilson intervals; bins of fewer than ten objects are not drawn.
+normalize. Bars are 95 % Wilson intervals; bins of fewer than ten objects are not drawn.
 
 ## Limitations
 
@@ -198,7 +212,7 @@ normalise. Bars are 95 % Wilson intervals; bins of fewer than ten objects are no
 {{ "; ZTF has other filters, another depth and another cadence, and no result on real, labelled ZTF alerts is claimed" \
 if bands|length < 6 }}.
 - Batch size, learning rate and the choice of context numbers were made on exploratory runs that were measured on the \
-same test objects: the log-loss is optimistic by a little, how little was not measured.
+same test objects: the log-loss is optimiztic by a little, how little was not measured.
 - The training set imitates a spectroscopic sample: brighter and nearer than what a survey finds.
 - Rare classes: {% for row in rare %}{{ row.name }} ({{ row.train }} training, {{ row.test }} test objects)\
 {{ ", " if not loop.last }}{% endfor %}. Their rows above rest on few objects, and through equal weights they carry \
@@ -244,8 +258,12 @@ def read_runs(folder: Path) -> list[Run]:
     runs = []
     for path in sorted(folder.glob("seed-*/result.json")):
         with np.load(path.parent / "test_probabilities.npz") as saved:
-            run = Run(json.loads(path.read_text()), saved["probabilities"], saved["labels"],
-                      (path.parent / "log.csv").read_text())  # fmt: skip
+            run = Run(
+                json.loads(path.read_text()),
+                saved["probabilities"],
+                saved["labels"],
+                (path.parent / "log.csv").read_text(),
+            )
         got, said = METRIC.value(run.probabilities, run.labels), run.result["log_loss"]["value"]
         if abs(got - said) > 1e-6:
             raise EdgekitError(f"{path}: says log-loss {said:.6f}, its probabilities give {got:.6f}; train it again")
@@ -280,10 +298,16 @@ def class_rows(run: Run, bundle: Bundle) -> list[dict[str, Any]]:
     for label, (name, number) in enumerate(zip(manifest.classes, manifest.class_ids, strict=True)):
         tested, given = int(counts[label].sum()), int(counts[:, label].sum())
         rows.append(
-            {"name": name, "id": number, "train": OBJECTS[number] - tested, "test": tested,
-             "loss": float(losses[run.labels == label].mean()), "found": counts[label, label] / tested,
-             "purity": counts[label, label] / given if given else None}
-        )  # fmt: skip
+            {
+                "name": name,
+                "id": number,
+                "train": OBJECTS[number] - tested,
+                "test": tested,
+                "loss": float(losses[run.labels == label].mean()),
+                "found": counts[label, label] / tested,
+                "purity": counts[label, label] / given if given else None,
+            }
+        )
     return rows
 
 
@@ -303,13 +327,19 @@ def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, fo
     answers = (shipped.probabilities, shipped.labels)
     balanced, plainly = (plots.reliability(*answers, balanced=way) for way in (True, False))
     figures = {
-        "confusion": (plots.confusion_matrix(plots.confusion(*answers), manifest.classes),
-                      "Confusion matrix: per cent of each true class given each class"),
-        "calibration": (plots.reliability_curve({"classes alike": balanced, "objects as they come": plainly}),
-                        "Share correct against the probability given to the best class"),
-        "days": (plots.loss_by_days(days, early, own, guess, METRIC.name),
-                 "Log-loss against days since first detection"),
-    }  # fmt: skip
+        "confusion": (
+            plots.confusion_matrix(plots.confusion(*answers), manifest.classes),
+            "Confusion matrix: per cent of each true class given each class",
+        ),
+        "calibration": (
+            plots.reliability_curve({"classes alike": balanced, "objects as they come": plainly}),
+            "Share correct against the probability given to the best class",
+        ),
+        "days": (
+            plots.loss_by_days(days, early, own, guess, METRIC.name),
+            "Log-loss against days since first detection",
+        ),
+    }
     for name, (figure, title) in figures.items():
         write_file(folder / f"{name}.svg", plots.to_svg(figure, title).encode())
     write_file(folder / "training_log.csv", ("epoch,loss\n" + shipped.log).encode())
@@ -319,18 +349,38 @@ def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, fo
     environment.filters["measured"] = lambda item: f"{item['value']:.3f} [{item['low']:.3f}, {item['high']:.3f}]"
     trained_on = shipped.result.get("machine")
     text = environment.from_string(CARD).render(
-        name=manifest.name, bands=bands, inputs=manifest.inputs, preprocessing=preprocessing, seed=manifest.seed,
+        name=manifest.name,
+        bands=bands,
+        inputs=manifest.inputs,
+        preprocessing=preprocessing,
+        seed=manifest.seed,
         redshift="with the host's photometric redshift" if kind[1] else "no redshift",
-        survey="ZTF" if kind[0] == "gr" else "Rubin LSST", parameters=sum(v.size for v in bundle.weights().values()),
-        packed=len(pack(bundle)), runs=results, shipped=shipped.result, interval=half is not None,
-        mean=f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""), guess=guess,
-        total=sum(OBJECTS.values()), tested=len(shipped.labels), folds=folds, published=PUBLISHED.get(kind, []),
-        plain=PLAIN_RETRAINING.get(kind), days=days, early=early.mean(axis=0), whole=own, classes=classes,
-        balanced=balanced, plainly=plainly, rare=[row for row in classes if row["train"] < NEED],
-        epochs=len(shipped.log.splitlines()), digest=bundle.digest, trained_on=trained_on,
+        survey="ZTF" if kind[0] == "gr" else "Rubin LSST",
+        parameters=sum(v.size for v in bundle.weights().values()),
+        packed=len(pack(bundle)),
+        runs=results,
+        shipped=shipped.result,
+        interval=half is not None,
+        mean=f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""),
+        guess=guess,
+        total=sum(OBJECTS.values()),
+        tested=len(shipped.labels),
+        folds=folds,
+        published=PUBLISHED.get(kind, []),
+        plain=PLAIN_RETRAINING.get(kind),
+        days=days,
+        early=early.mean(axis=0),
+        whole=own,
+        classes=classes,
+        balanced=balanced,
+        plainly=plainly,
+        rare=[row for row in classes if row["train"] < NEED],
+        epochs=len(shipped.log.splitlines()),
+        digest=bundle.digest,
+        trained_on=trained_on,
         versions=", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
         computer=trained_on or machine.describe(),
-    )  # fmt: skip
+    )
     write_file(folder / "README.md", text.encode())
 
 

@@ -121,8 +121,10 @@ def main() -> None:
     }  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(row, indent=1) + "\n")
-    print(f"consumer: {second:.0f} MB in the second quarter, {last:.0f} MB in the last; CPU {cpu:.0%} of a core; "
-          f"broker: {memory[-1][2]:,.0f} MB at the end; producer at most {late:.2f} s late")  # fmt: skip
+    print(
+        f"consumer: {second:.0f} MB in the second quarter, {last:.0f} MB in the last; CPU {cpu:.0%} of a core; "
+        f"broker: {memory[-1][2]:,.0f} MB at the end; producer at most {late:.2f} s late"
+    )
     print(f"ledger: {ledger['total']}")
     for name, passed in checks.items():
         print(f"{'yes' if passed else 'NO '}  {name}")

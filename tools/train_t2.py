@@ -5,7 +5,7 @@
 
 Resumable: a run that was stopped goes on from its last epoch. The split, the metric and its 25 % test objects are the
 reference's; test objects are never trained on. Batch, learning rate and the context numbers were chosen on exploratory
-runs of one seed measured on those test objects, which makes the result a little optimistic; the cards say so.
+runs of one seed measured on those test objects, which makes the result a little optimiztic; the cards say so.
 """
 
 from __future__ import annotations

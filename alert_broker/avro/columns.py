@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from alert_broker.avro import walk
-from alert_broker.avro.plan import Array, Node, Plan, Record, compile_plan
+from alert_broker.avro.plan import Array, Node, ReadPlan, Record, compile_plan
 
 FIRST_ROOM = 1024  # rows of a level and bytes of a column of strings, which double when they are full
 
@@ -31,7 +31,7 @@ class Columns:
     """Packets read with one plan, or with several of one layout: versions of a schema that differ in what is skipped.
     `read` appends, `take` gives what there is as Arrow columns and starts again."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ReadPlan) -> None:
         self.plan = self._reading = plan
         self._levels = np.zeros((plan.levels, 4), np.int64)
         self._columns = np.zeros((len(plan.level_of), 7), np.int64)
@@ -47,7 +47,7 @@ class Columns:
         return int(self._levels[0, walk.ROWS])
 
     def read(
-        self, data: bytes | memoryview, count: int, plan: Plan | None = None
+        self, data: bytes | memoryview, count: int, plan: ReadPlan | None = None
     ) -> tuple[npt.NDArray[np.int64], Fault | None]:
         """Append `count` datums that fill the data; where each ends, and what is wrong with the one after them.
 
@@ -81,9 +81,21 @@ class Columns:
         self, data: npt.NDArray[np.uint8], count: int, ends: npt.NDArray[np.int64], report: npt.NDArray[np.int64]
     ) -> int:
         return walk.walk(
-            data, len(data), count, self._reading.program, self._reading.items, self._cells, self._valid,
-            self._text, self._columns, self._levels, self._stack, self._scratch, ends, report,
-        )  # fmt: skip
+            data,
+            len(data),
+            count,
+            self._reading.program,
+            self._reading.items,
+            self._cells,
+            self._valid,
+            self._text,
+            self._columns,
+            self._levels,
+            self._stack,
+            self._scratch,
+            ends,
+            report,
+        )
 
     def _grow(self, which: int, needed: int) -> None:
         """Give a level, or the text of a column, twice the room or what it needs."""

@@ -76,7 +76,7 @@ Node = Leaf | Record | Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class ReadPlan:
     """A compiled schema.
 
     program: (operations, 5) int64, operation and operands; items: (fields, 4) int64, see `walk`; where: the field of
@@ -96,7 +96,7 @@ class Plan:
     layout: str
 
 
-def compile_plan(schema: Any, wanted: Iterable[str]) -> Plan:
+def compile_plan(schema: Any, wanted: Iterable[str]) -> ReadPlan:
     """The plan for reading the wanted fields, as dotted paths in which arrays add no name, out of a record.
 
     schema: as parsed by fastavro, so that names are complete. Paths that it does not have are left out, since versions
@@ -117,11 +117,17 @@ def compile_plan(schema: Any, wanted: Iterable[str]) -> Plan:
         raise SchemaError("its values take no bytes")
     compiler.add(walk.END, "the end")
     rows = np.array([operation for operation, _ in compiler.program], dtype=np.int64)
-    return Plan(
-        rows, np.array(compiler.items, dtype=np.int64).reshape(-1, 4), tuple(where for _, where in compiler.program),
-        np.array(compiler.level_of, dtype=np.int64), compiler.levels, root, least, compiler.depth,
+    return ReadPlan(
+        rows,
+        np.array(compiler.items, dtype=np.int64).reshape(-1, 4),
+        tuple(where for _, where in compiler.program),
+        np.array(compiler.level_of, dtype=np.int64),
+        compiler.levels,
+        root,
+        least,
+        compiler.depth,
         f"{compiler.depth} {compiler.level_of} {root}",
-    )  # fmt: skip
+    )
 
 
 class _Compiler:

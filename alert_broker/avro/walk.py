@@ -143,9 +143,21 @@ def _four(data: Bytes, at: int) -> Any:
 
 @_compiled
 def walk(
-    data: Bytes, end: int, count: int, program: Integers, items: Integers, cells: Integers, valid: Bytes, text: Bytes,
-    columns: Integers, levels: Integers, stack: Integers, scratch: Integers, ends: Integers, report: Integers,
-) -> int:  # fmt: skip
+    data: Bytes,
+    end: int,
+    count: int,
+    program: Integers,
+    items: Integers,
+    cells: Integers,
+    valid: Bytes,
+    text: Bytes,
+    columns: Integers,
+    levels: Integers,
+    stack: Integers,
+    scratch: Integers,
+    ends: Integers,
+    report: Integers,
+) -> int:
     """Read datums up to number `count`, which fill data[:end], from where `report` says; a code, OK if all went well.
 
     cells: values of all columns, column by column, as 64 bits; valid: 0 for null; text: bytes of the columns of

@@ -37,9 +37,16 @@ Read the result with: pandas.read_parquet("night.parquet")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
 def classify(
-    context: click.Context, paths: tuple[str, ...], target: Path, model: str | None, runtime: str, batch: int,
-    errors: Path | None, force: bool, as_json: bool,
-) -> None:  # fmt: skip
+    context: click.Context,
+    paths: tuple[str, ...],
+    target: Path,
+    model: str | None,
+    runtime: str,
+    batch: int,
+    errors: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Classify the alerts in files and folders: Avro containers, Confluent messages, Parquet of ZTF, LSST or ELAsTiCC.
 
     Every packet is accounted for: classified, skipped with a reason, or corrupt and listed in the errors file. Ctrl-C
@@ -59,9 +66,17 @@ def classify(
             bar.update(task, description=text, completed=done // MEGABYTE, total=max(total // MEGABYTE, 1))
 
         account = classify_files(
-            paths, target, bundle=bundle, runtime=runtime, batch=batch, errors=errors, force=force,
-            progress=show, notify=note, stop=stop,
-        )  # fmt: skip
+            paths,
+            target,
+            bundle=bundle,
+            runtime=runtime,
+            batch=batch,
+            errors=errors,
+            force=force,
+            progress=show,
+            notify=note,
+            stop=stop,
+        )
     if as_json:
         print_json({"output": str(target), "errors": str(errors), **account.to_json()})
     else:

@@ -124,21 +124,30 @@ def report(stats: Stats, as_json: bool, failed: str) -> None:
     as revoked, and comes again."""
     now = stats.snapshot()
     if as_json:
-        print_json({
-            "failed": failed or None, "ledger": now.ledger.to_json(), "seconds": round(now.uptime, 3),
-            "classes": dict(now.classes.most_common()), "reasons": dict(now.reasons.most_common()),
-            "models": now.models,
-            "latency": {name: {"p50": _finite(item.quantile(0.5)), "p99": _finite(item.quantile(0.99))}
-                        for name, item in now.stages.items()},
-        })  # fmt: skip
+        print_json(
+            {
+                "failed": failed or None,
+                "ledger": now.ledger.to_json(),
+                "seconds": round(now.uptime, 3),
+                "classes": dict(now.classes.most_common()),
+                "reasons": dict(now.reasons.most_common()),
+                "models": now.models,
+                "latency": {
+                    name: {"p50": _finite(item.quantile(0.5)), "p99": _finite(item.quantile(0.99))}
+                    for name, item in now.stages.items()
+                },
+            }
+        )
         return
     columns = ["consumed", "published", "filtered", "dead_lettered", "in_flight"]
     columns += ["revoked"] if now.ledger.revoked else []
     rows = [
         [name, *(f"{getattr(entry, column):,}" for column in columns)]
-        for name, entry in [*((f"{t}[{n}]", e) for (t, n), e in sorted(now.ledger.entries.items())),
-                            ("all", now.ledger.total())]
-    ]  # fmt: skip
+        for name, entry in [
+            *((f"{t}[{n}]", e) for (t, n), e in sorted(now.ledger.entries.items())),
+            ("all", now.ledger.total()),
+        ]
+    ]
     print_table(["partition", *(column.replace("_", "-") for column in columns)], rows)
     for title, counts in (("most probable class", now.classes), ("dead letters because", now.reasons)):
         if counts:

@@ -25,12 +25,17 @@ Examples:
 @click.option("--reason", default="", help="Only those whose reason holds this text.")
 @click.option("--to-topic", default="", help="Send them here [default: the topic that each came from]")
 @click.option("--group", default="", help="Consumer group that remembers how far this is [default: GROUP-redrive]")
-@click.option("--max-attempts", type=click.IntRange(min=1), default=3, show_default=True,
-              help="Pass over what has died more often.")  # fmt: skip
+@click.option(
+    "--max-attempts",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Pass over what has died more often.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
 def redrive(
     path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, group: str, max_attempts: int, as_json: bool
-) -> None:  # fmt: skip
+) -> None:
     """Send dead letters to where they came from, after what killed them is fixed: as they came, up to the last one.
 
     Restart the consumer with the fix, then redrive: it reads them from its topic as any other alert. Others who read
@@ -53,10 +58,15 @@ def redrive(
     with progress() as bar, stopping() as stop:
         task = bar.add_task("dead letters", total=None)
         done = send(
-            settings, config.dead_letters, group=group or f"{config.source.group}-redrive", reason=reason,
-            to_topic=to_topic, max_attempts=max_attempts, stop=stop,
+            settings,
+            config.dead_letters,
+            group=group or f"{config.source.group}-redrive",
+            reason=reason,
+            to_topic=to_topic,
+            max_attempts=max_attempts,
+            stop=stop,
             progress=lambda count: bar.update(task, completed=count),
-        )  # fmt: skip
+        )
     if as_json:
         print_json(dataclasses.asdict(done))
     else:

@@ -29,7 +29,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def replay(
     paths: tuple[str, ...], topic: str, kafka: tuple[str, ...], rate: float, repeat: int, column: str, as_json: bool
-) -> None:  # fmt: skip
+) -> None:
     """Send the packets in files, folders and tar archives to a topic, one to a message, as a survey sends them.
 
     Damaged files are sent as they are. Files of many packets are taken apart. Of Parquet files, the packets in a column

@@ -36,9 +36,17 @@ Examples:
 @click.option("--no-cutouts", is_flag=True, help="Leave out the image stamps, most of a packet's bytes.")
 @click.option("--force", is_flag=True, help="Replace a folder of simulated alerts.")
 def simulate(
-    target: Path | None, to_topic: str | None, kafka: tuple[str, ...], rate: float, survey: str, count: int, seed: int,
-    per_file: int, no_cutouts: bool, force: bool,
-) -> None:  # fmt: skip
+    target: Path | None,
+    to_topic: str | None,
+    kafka: tuple[str, ...],
+    rate: float,
+    survey: str,
+    count: int,
+    seed: int,
+    per_file: int,
+    no_cutouts: bool,
+    force: bool,
+) -> None:
     """Write simulated alerts as valid packets of a survey, with their true classes in truth.parquet.
 
     For demonstrations and load tests. The light curves are sketches: do not train or score a classifier with them.

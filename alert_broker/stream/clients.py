@@ -22,9 +22,12 @@ HOPELESS = {
     KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
 }  # fmt: skip
 REBALANCED = {
-    KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS,
-    KafkaError._NO_OFFSET, KafkaError._ASSIGNMENT_LOST,
-}  # fmt: skip
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.UNKNOWN_MEMBER_ID,
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError._NO_OFFSET,
+    KafkaError._ASSIGNMENT_LOST,
+}
 
 
 def consumer_defaults() -> dict[str, Secret]:

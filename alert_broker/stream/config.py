@@ -32,7 +32,7 @@ def _option(default: Any, text: str, *, shown: bool = True) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceSettings:
     """Where alerts come from."""
 
     topics: tuple[str, ...] = _option((), "Topics to read.")
@@ -130,7 +130,7 @@ class Metrics:
 class Config:
     """The whole file."""
 
-    source: Source = field(default_factory=Source)
+    source: SourceSettings = field(default_factory=SourceSettings)
     batch: Batch = field(default_factory=Batch)
     model: Model = field(default_factory=Model)
     output: tuple[Output, ...] = ()
@@ -160,11 +160,13 @@ class Config:
         if len(set(written)) < len(written):
             raise EdgekitError(f"two outputs share a topic: {', '.join(written)}; give each a topic of its own")
         for name, value, low in (
-            ("batch.size", self.batch.size, 1), ("batch.bytes", self.batch.bytes, 1),
-            ("batch.queue", self.batch.queue, 1), ("dead_letters.window", self.dead_letters.window, 1),
+            ("batch.size", self.batch.size, 1),
+            ("batch.bytes", self.batch.bytes, 1),
+            ("batch.queue", self.batch.queue, 1),
+            ("dead_letters.window", self.dead_letters.window, 1),
             ("dead_letters.max_consecutive", self.dead_letters.max_consecutive, 1),
             ("model.threads", self.model.threads, 0),
-        ):  # fmt: skip
+        ):
             if value < low:
                 raise EdgekitError(f"{name} is {value}; expected {low} or more")
         if self.batch.seconds <= 0 or self.publish.seconds <= 0:

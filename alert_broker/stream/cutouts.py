@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alert_broker.avro.columns import Columns
-from alert_broker.avro.plan import Plan
+from alert_broker.avro.plan import ReadPlan
 from alert_broker.containers import Block, split
 
 CUTOUTS = ("cutout_science", "cutout_template", "cutout_difference")
@@ -19,7 +19,7 @@ def cutouts(
     packets: Sequence[bytes | memoryview], schema_text: Callable[[int], str] | None = None
 ) -> list[pa.LargeBinaryArray]:
     """(packets,) bytes for each of CUTOUTS, null where a packet has no such image or the message is not one packet."""
-    groups: dict[Plan, tuple[tuple[str, str, str], Columns, list[int]]] = {}
+    groups: dict[ReadPlan, tuple[tuple[str, str, str], Columns, list[int]]] = {}
     for place, packet in enumerate(packets):
         parts = list(split(bytes(packet), "", schema_text))
         block = parts[0] if len(parts) == 1 else None

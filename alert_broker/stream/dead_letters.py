@@ -37,7 +37,7 @@ ALONE = re.compile(r"(?<![\w.])\d+(?![\w.])")  # a number that is a word: a byte
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class DeadLetter:
     """Why one message of a batch is a dead letter. stack: digest of where the program failed, if it did."""
 
     place: int
@@ -79,7 +79,7 @@ def attempts(headers: Headers) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def outgoing(letter: Letter, message: Message, topic: str) -> Outgoing:
+def outgoing(letter: DeadLetter, message: Message, topic: str) -> Outgoing:
     """The dead letter as a message: the same key and bytes, the headers that it had, and ours."""
     value = message.value()
     before = headers_of(message)
@@ -108,7 +108,7 @@ def without_content(message: Outgoing, refusal: str) -> Outgoing:
     return Outgoing(message.topic, None, [*ours, (OMITTED, omitted.encode())], message.place)
 
 
-class Limits:
+class DeadLetterLimits:
     """Counts dead letters among the last alerts, in the order in which they came."""
 
     def __init__(self, config: DeadLetters) -> None:
@@ -116,7 +116,7 @@ class Limits:
         self._window: deque[bool] = deque(maxlen=config.window)
         self._dead = self._row = 0
 
-    def check(self, letters: Sequence[Letter], count: int) -> None:
+    def check(self, letters: Sequence[DeadLetter], count: int) -> None:
         """A batch of `count` alerts with these dead letters; raise where that is too many."""
         dead = {letter.place: letter for letter in letters}
         for place in range(count):
@@ -132,7 +132,7 @@ class Limits:
             if is_dead and full and self._dead > self._config.max_ratio * len(self._window):
                 self._stop(f"{self._dead} of the last {len(self._window)} alerts are dead letters", dead[place])
 
-    def _stop(self, what: str, last: Letter) -> None:
+    def _stop(self, what: str, last: DeadLetter) -> None:
         raise EdgekitError(
             f"stopped, as {what} (allowed: {self._config.max_consecutive} in a row, {self._config.max_ratio:.0%} of "
             f"{self._config.window}); the last: {last.reason[:SHOWN]}; this batch is not committed: find the cause, "

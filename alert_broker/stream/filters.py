@@ -35,8 +35,11 @@ Value = Any  # an Arrow array or scalar
 Evaluate = Callable[[pa.RecordBatch], Value]
 
 ARITHMETIC: dict[type[ast.operator], Callable[[Value, Value], Value]] = {
-    ast.Add: pc.add, ast.Sub: pc.subtract, ast.Mult: pc.multiply, ast.Div: pc.divide,
-}  # fmt: skip
+    ast.Add: pc.add,
+    ast.Sub: pc.subtract,
+    ast.Mult: pc.multiply,
+    ast.Div: pc.divide,
+}
 COMPARISONS: dict[type[ast.cmpop], Callable[[Value, Value], Value]] = {
     ast.Eq: pc.equal, ast.NotEq: pc.not_equal, ast.Lt: pc.less, ast.LtE: pc.less_equal, ast.Gt: pc.greater,
     ast.GtE: pc.greater_equal,

@@ -88,9 +88,10 @@ class Lag:
     def _ask_offsets(self, found: Offsets, of: Collection[Partition], spec: Any) -> None:
         # As the consumer reads: what is in an open transaction cannot be read, so that we are not behind it
         answers = self._admin.list_offsets(
-            {TopicPartition(*at): spec for at in of}, isolation_level=IsolationLevel.READ_COMMITTED,
+            {TopicPartition(*at): spec for at in of},
+            isolation_level=IsolationLevel.READ_COMMITTED,
             request_timeout=ANSWER_SECONDS,
-        )  # fmt: skip
+        )
         self._pending += [(found, (place.topic, place.partition), future) for place, future in answers.items()]
 
     def _take(self, found: Offsets, where: Partition | None, future: Future[Any]) -> None:

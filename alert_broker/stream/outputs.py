@@ -139,8 +139,17 @@ class AvroEncoder:
                 cells[k] = _bits(column)
         out = np.empty(self._fixed * count + int((sizes * valid).sum()), np.uint8)
         ends = np.empty(count, np.int64)
-        _write(self._header, self._kinds, self._optional, cells, sizes, valid,
-               np.concatenate([*texts, np.empty(0, np.uint8)]), out, ends)  # fmt: skip
+        _write(
+            self._header,
+            self._kinds,
+            self._optional,
+            cells,
+            sizes,
+            valid,
+            np.concatenate([*texts, np.empty(0, np.uint8)]),
+            out,
+            ends,
+        )
         data = out[: ends[-1] if count else 0].tobytes()
         return [data[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
@@ -249,9 +258,16 @@ def _put_number(out: Bytes, at: int, value: int) -> int:
 
 @_compiled
 def _write(
-    header: Bytes, kinds: Integers, optional: Bytes, cells: Integers, sizes: Integers, valid: Bytes, text: Bytes,
-    out: Bytes, ends: Integers,
-) -> None:  # fmt: skip
+    header: Bytes,
+    kinds: Integers,
+    optional: Bytes,
+    cells: Integers,
+    sizes: Integers,
+    valid: Bytes,
+    text: Bytes,
+    out: Bytes,
+    ends: Integers,
+) -> None:
     """Write every row behind the other into `out`, which has room, and where each ends.
 
     cells: (columns, rows) values, or where a string begins in `text`; sizes: of the strings; valid: 0 for null.

@@ -27,7 +27,14 @@ from alert_broker.classify import Classifiers, load_kernels
 from alert_broker.packets import AlertBatch
 from alert_broker.stream.archive import Archive, Positions
 from alert_broker.stream.config import Config
-from alert_broker.stream.dead_letters import Letter, Limits, kind_of, outgoing, position_headers, without_content
+from alert_broker.stream.dead_letters import (
+    DeadLetter,
+    DeadLetterLimits,
+    kind_of,
+    outgoing,
+    position_headers,
+    without_content,
+)
 from alert_broker.stream.publish import Outgoing, Refused, open_publisher
 from alert_broker.stream.registry import RegistryError, open_registry
 from alert_broker.stream.reuse import COLUMNS, Reuse
@@ -45,13 +52,13 @@ REGISTRY_RETRY = 1.0  # seconds between looks at a registry that does not answer
 
 
 @dataclass(slots=True)
-class Work:
+class InFlight:
     """A batch on its way. `alerts` after decoding, `rows` after classifying: in the order of `place`, (rows,), the
     numbers of their messages; `letters`: the messages that have no row."""
 
     batch: MessageBatch
     alerts: list[AlertBatch] = field(default_factory=list)
-    letters: list[Letter] = field(default_factory=list)
+    letters: list[DeadLetter] = field(default_factory=list)
     rows: pa.RecordBatch | None = None
     place: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -85,23 +92,24 @@ class Pipeline:
         except BaseException:
             self.source.close()
             raise
-        self._limits = Limits(config.dead_letters)
+        self._limits = DeadLetterLimits(config.dead_letters)
         self._failure: BaseException | None = None
         self._queues = {
-            name: queue.Queue[Work | None](config.batch.queue) for name in ("decode", "classify", "publish")
+            name: queue.Queue[InFlight | None](config.batch.queue) for name in ("decode", "classify", "publish")
         }
         self._stopping = threading.Event()
-        self._waiting: deque[Work] = deque()  # read, and not yet given to a stage
+        self._waiting: deque[InFlight] = deque()  # read, and not yet given to a stage
         self.source.while_draining = self._hand_on
 
     def run(self, stop: Callable[[], bool]) -> None:
         threads = [
             threading.Thread(target=self._serve, args=arguments, name=f"edgekit-{arguments[0]}", daemon=True)
             for arguments in (
-                ("decode", self._decode, "classify"), ("classify", self._classify, "publish"),
+                ("decode", self._decode, "classify"),
+                ("classify", self._classify, "publish"),
                 ("publish", self._publish, None),
             )
-        ]  # fmt: skip
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -138,7 +146,7 @@ class Pipeline:
                 batch = self.source.poll(self.config.batch.size, self.config.batch.seconds)
                 if batch is not None:
                     self.stats.batch(len(batch))
-                    waiting.append(Work(batch))
+                    waiting.append(InFlight(batch))
                     full_since = time.monotonic()
                 else:
                     if self.source.caught_up and self.stats.ledger.total().in_flight == 0:
@@ -156,7 +164,7 @@ class Pipeline:
                     self.source.pause(True)
                     # nothing comes of it, but the group sees that we live, and can take partitions away
                     if (batch := self.source.poll(self.config.batch.size, 0.0)) is not None:
-                        waiting.append(Work(batch))
+                        waiting.append(InFlight(batch))
         self._stopping.set()  # a stage that waits for the registry would keep us here
         while waiting and self._failure is None:
             self._hand_on()
@@ -175,7 +183,7 @@ class Pipeline:
 
     # --- stages
 
-    def _serve(self, name: str, stage: Callable[[Work], Work | None], following: str | None) -> None:
+    def _serve(self, name: str, stage: Callable[[InFlight], InFlight | None], following: str | None) -> None:
         """Take from this stage's queue and hand on, until there is None; after a failure, take and drop."""
         source = self._queues[name]
         while (work := source.get()) is not None:
@@ -193,10 +201,10 @@ class Pipeline:
         if following:
             self._put(following, None)
 
-    def _put(self, name: str, work: Work | None) -> None:
+    def _put(self, name: str, work: InFlight | None) -> None:
         self._queues[name].put(work)
 
-    def _decode(self, work: Work) -> None:
+    def _decode(self, work: InFlight) -> None:
         values = [message.value() for message in work.batch.messages]
         deadline = time.monotonic() + self.config.registry.seconds
         while True:
@@ -210,7 +218,7 @@ class Pipeline:
                 LOG.warning("%s; trying again", error)
                 self._stopping.wait(REGISTRY_RETRY)
 
-    def _classify(self, work: Work) -> None:
+    def _classify(self, work: InFlight) -> None:
         before = self.stages.classifiers.seconds
         rows, letters = self.stages.classify(work.alerts)
         for stage, seconds in self.stages.classifiers.seconds.items():
@@ -220,7 +228,7 @@ class Pipeline:
         work.rows = with_positions(rows, work.batch, work.place)
         work.alerts = []
 
-    def _publish(self, work: Work) -> None:
+    def _publish(self, work: InFlight) -> None:
         batch, rows, place = work.batch, work.rows, work.place
         assert rows is not None
         letters = sorted(work.letters, key=lambda letter: letter.place)
@@ -250,7 +258,7 @@ class Pipeline:
                     if message.topic != mine and not dead[message.place]:
                         reasons.setdefault(message.place, []).append(reason)
                 for number, texts in reasons.items():
-                    letters.append(Letter(number, f"the result cannot be sent: {'; '.join(texts)}"))
+                    letters.append(DeadLetter(number, f"the result cannot be sent: {'; '.join(texts)}"))
                     dead[number] = True
                     found.append(self._letter(letters[-1], work))
                 return found
@@ -263,7 +271,7 @@ class Pipeline:
                 return
             self._account(work, owned, published & ~dead, dead, letters)
 
-    def _results(self, work: Work) -> list[Outgoing]:
+    def _results(self, work: InFlight) -> list[Outgoing]:
         """The messages of a batch's rows."""
         if self.router is None or len(work.place) == 0:
             return []
@@ -276,13 +284,17 @@ class Pipeline:
             for message in routed.messages
         ]
 
-    def _letter(self, letter: Letter, work: Work) -> Outgoing:
+    def _letter(self, letter: DeadLetter, work: InFlight) -> Outgoing:
         return outgoing(letter, work.batch.messages[letter.place], self.config.dead_letters.topic)
 
     def _account(
-        self, work: Work, owned: npt.NDArray[np.bool_], published: npt.NDArray[np.bool_], dead: npt.NDArray[np.bool_],
-        letters: Sequence[Letter],
-    ) -> None:  # fmt: skip
+        self,
+        work: InFlight,
+        owned: npt.NDArray[np.bool_],
+        published: npt.NDArray[np.bool_],
+        dead: npt.NDArray[np.bool_],
+        letters: Sequence[DeadLetter],
+    ) -> None:
         """The fate of each alert is sealed: into the ledger and the statistics."""
         ledger, batch, stats = self.stats.ledger, work.batch, self.stats
         columns = {"published": published, "dead_lettered": dead, "filtered": ~published & ~dead}

@@ -81,9 +81,12 @@ class Sender:
             while True:
                 try:
                     produce(
-                        message.topic, message.value, message.key, on_delivery=self._note(message),
+                        message.topic,
+                        message.value,
+                        message.key,
+                        on_delivery=self._note(message),
                         headers=message.headers,
-                    )  # fmt: skip
+                    )
                     break
                 except BufferError:  # librdkafka's queue is full: let it send some
                     self._serve(self.producer.poll, 0.1)
@@ -169,9 +172,11 @@ class ExactlyOnce:
                     self._guard(producer.begin_transaction)
                 if positions:
                     self._guard(
-                        producer.send_offsets_to_transaction, positions, self._source.group_metadata(),
+                        producer.send_offsets_to_transaction,
+                        positions,
+                        self._source.group_metadata(),
                         self._seconds,
-                    )  # fmt: skip
+                    )
                 self._guard(producer.commit_transaction, self._seconds)
                 return
             except LostError:

@@ -102,9 +102,14 @@ def redrive(
     consumer = open_consumer({**reading, "group.id": group, "auto.offset.reset": "earliest"})
     originals = Originals(reading)
     sender = Sender(
-        {"message.max.bytes": 8_388_608, **of_producer(settings), "enable.idempotence": True,
-         "delivery.report.only.error": True}, SEND_SECONDS,
-    )  # fmt: skip
+        {
+            "message.max.bytes": 8_388_608,
+            **of_producer(settings),
+            "enable.idempotence": True,
+            "delivery.report.only.error": True,
+        },
+        SEND_SECONDS,
+    )
     sent = passed = gone = 0
     run = uuid.uuid4().hex
     again: set[Partition] = set()
@@ -207,8 +212,14 @@ def restored(message: Message, place: int, originals: Originals, to_topic: str, 
     position = named[TOPIC], int(named[PARTITION]), int(named[OFFSET])
     alert = originals.read(*position)
     if alert is None:
-        LOG.warning("the dead letter at %s[%d] %d has no bytes, and %s[%d] has none at %d any more: %s",
-                    own, partition, offset, *position, named[OMITTED])  # fmt: skip
+        LOG.warning(
+            "the dead letter at %s[%d] %d has no bytes, and %s[%d] has none at %d any more: %s",
+            own,
+            partition,
+            offset,
+            *position,
+            named[OMITTED],
+        )
         return None
     theirs = [(name, content) for name, content in headers_of(alert) if not name.startswith(PREFIX)]
     return Outgoing(topic, alert.value(), [*theirs, *ours], place, alert.key())

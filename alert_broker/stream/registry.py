@@ -59,8 +59,10 @@ def open_registry(
         return FolderRegistry(Path(rest.removeprefix("//")))
     if scheme == "mock":
         return _mocks.setdefault(rest, MemoryRegistry())
-    raise EdgekitError(f"the schema registry {scheme + ':...'!r} is of no known kind; expected http://HOST:PORT, "
-                       "https://HOST:PORT, file:FOLDER or mock://NAME")  # fmt: skip
+    raise EdgekitError(
+        f"the schema registry {scheme + ':...'!r} is of no known kind; expected http://HOST:PORT, "
+        "https://HOST:PORT, file:FOLDER or mock://NAME"
+    )
 
 
 def _unknown_id(identifier: int, where: str) -> PacketError:
@@ -153,8 +155,9 @@ class HttpRegistry:
         except ValueError:
             host = port = None
         if not host:
-            raise EdgekitError("the schema registry's URL has no host, or a port that is no number; expected "
-                               "http://HOST:PORT")  # fmt: skip
+            raise EdgekitError(
+                "the schema registry's URL has no host, or a port that is no number; expected http://HOST:PORT"
+            )
         name = f"[{host}]" if ":" in host else host
         shown = f"{parts.scheme}://{name}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
         user = user or urllib.parse.unquote(parts.username or "")

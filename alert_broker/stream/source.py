@@ -39,7 +39,7 @@ class MessageBatch:
 
     messages: Sequence[Message]
     partitions: tuple[Partition, ...]
-    epochs: tuple[int, ...]
+    generations: tuple[int, ...]
     partition: npt.NDArray[np.int64]
     offset: npt.NDArray[np.int64]
     received: float
@@ -89,8 +89,8 @@ class Source:
 
     def __init__(self, config: Config, stats: Stats) -> None:
         self.config, self.stats, self.publishing = config, stats, Lock()
-        self._epochs: dict[Partition, int] = {}
-        self._epoch = 0
+        self._generations: dict[Partition, int] = {}
+        self._generation = 0
         self._at_end: set[Partition] = set()
         self._paused = self._closing = self._losing = False
         self._next: dict[Partition, int] = {}
@@ -118,7 +118,7 @@ class Source:
         messages: list[Message] = []
         room = self.config.batch.bytes
         deadline = time.monotonic() + seconds
-        before = dict(self._epochs)
+        before = dict(self._generations)
         while True:
             self.serve()
             slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
@@ -126,11 +126,11 @@ class Source:
             found = self.consumer.consume(number, slice_seconds)
             sizes = [len(message) for message in found]
             self._largest, room = max(self._largest, *sizes, 0), room - sum(sizes)
-            if self._epochs != before:
+            if self._generations != before:
                 # what was read earlier may be another's now, even if the partition is ours again
                 messages = [item for item in messages if self._counts(item, before)]
             messages += found
-            if self._epochs != before:
+            if self._generations != before:
                 break
             if len(messages) >= size or room <= 0 or time.monotonic() >= deadline:
                 break
@@ -142,7 +142,7 @@ class Source:
                 self._note_error(fault, message)
                 continue
             where, number = place_of(message)
-            if where not in self._epochs:  # read before the partition was taken away
+            if where not in self._generations:  # read before the partition was taken away
                 continue
             partition.append(index.setdefault(where, len(index)))
             offset.append(number)
@@ -152,9 +152,13 @@ class Source:
             self._look_at_lag()
             return None
         batch = MessageBatch(
-            good, tuple(index), tuple(self._epochs[where] for where in index),
-            np.array(partition, np.int64), np.array(offset, np.int64), time.monotonic(),
-        )  # fmt: skip
+            good,
+            tuple(index),
+            tuple(self._generations[where] for where in index),
+            np.array(partition, np.int64),
+            np.array(offset, np.int64),
+            time.monotonic(),
+        )
         for where, number in batch.counts(np.ones(len(batch), np.bool_)).items():
             self.stats.ledger.add(where, consumed=number)
         for where, position in next_offsets(batch, np.ones(len(batch), np.bool_)).items():
@@ -169,19 +173,19 @@ class Source:
         if error is not None and error.code() != KafkaError._PARTITION_EOF:
             return True
         where, _ = place_of(message)
-        return where in before and before[where] == self._epochs.get(where)
+        return where in before and before[where] == self._generations.get(where)
 
     @property
     def at_end(self) -> bool:
         """Whether all partitions that are ours, and there is one, have been read to their end."""
-        return bool(self._epochs) and self._at_end >= set(self._epochs)
+        return bool(self._generations) and self._at_end >= set(self._generations)
 
     @property
     def caught_up(self) -> bool:
         """Whether nothing waits in the partitions that are ours, as the broker has it; that we were at the end once
         says nothing, as we may have been stuck since. It must do where the broker does not answer."""
         lag = self.stats.lag
-        return all(not lag[where] if where in lag else where in self._at_end for where in self._epochs)
+        return all(not lag[where] if where in lag else where in self._at_end for where in self._generations)
 
     def pause(self, paused: bool) -> None:
         """Stop fetching, or go on; `poll` must be called all the same, so that we stay in the group."""
@@ -207,7 +211,10 @@ class Source:
 
     def owned(self, batch: MessageBatch) -> npt.NDArray[np.bool_]:
         """(messages,) whether each still is ours."""
-        mine = [self._epochs.get(where) == epoch for where, epoch in zip(batch.partitions, batch.epochs, strict=True)]
+        mine = [
+            self._generations.get(where) == generation
+            for where, generation in zip(batch.partitions, batch.generations, strict=True)
+        ]
         return np.array(mine, np.bool_)[batch.partition]
 
     def commit(self, offsets: dict[Partition, int]) -> None:
@@ -249,8 +256,8 @@ class Source:
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         for item in partitions:
-            self._epoch += 1
-            self._epochs[item.topic, item.partition] = self._epoch
+            self._generation += 1
+            self._generations[item.topic, item.partition] = self._generation
             self._at_end.discard((item.topic, item.partition))
             self._lag.forget((item.topic, item.partition))
         LOG.info("assigned %s", names(partitions))
@@ -285,7 +292,7 @@ class Source:
         try:
             for item in partitions:
                 where = (item.topic, item.partition)
-                self._epochs.pop(where, None)
+                self._generations.pop(where, None)
                 self._at_end.discard(where)
                 self.stats.lag.pop(where, None)
                 self._next.pop(where, None)
@@ -295,12 +302,12 @@ class Source:
         finally:
             self.publishing.release()
         LOG.info("revoked %s", names(partitions))
-        self.stats.ready = bool(self._epochs)
+        self.stats.ready = bool(self._generations)
 
     def _note_error(self, error: KafkaError, message: Message) -> None:
         if error.code() == KafkaError._PARTITION_EOF:
             where, position = place_of(message)
-            if where in self._epochs:
+            if where in self._generations:
                 self._at_end.add(where)
                 self._move(where, position)  # behind the marks of transactions, too, which are no messages
         elif error.code() in HOPELESS or error.fatal():
@@ -314,7 +321,7 @@ class Source:
         self._next[where] = max(self._next.get(where, 0), offset)
 
     def _look_at_lag(self) -> None:
-        self.stats.lag = self._lag.look(self._epochs, self._next)
+        self.stats.lag = self._lag.look(self._generations, self._next)
 
 
 def place_of(message: Message) -> tuple[Partition, int]:

@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from alert_broker import containers
 from alert_broker.avro.columns import Columns
-from alert_broker.avro.plan import Plan
+from alert_broker.avro.plan import ReadPlan
 from alert_broker.classify import Classifiers
 from alert_broker.containers import BadPacket
 from alert_broker.packets import AlertBatch, batches
-from alert_broker.stream.dead_letters import Letter, stack_digest
+from alert_broker.stream.dead_letters import DeadLetter, stack_digest
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -27,9 +27,9 @@ class Stages:
 
     def __init__(self, classifiers: Classifiers, schema_text: Callable[[int], str] | None = None) -> None:
         self.classifiers, self.schema_text = classifiers, schema_text
-        self._spare: dict[Plan, Columns] = {}
+        self._buffer_pool: dict[ReadPlan, Columns] = {}
 
-    def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[Letter]]:
+    def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[DeadLetter]]:
         """Light curves, whose `offset` is the number of their message, and the messages that give none.
 
         Columns are read for many alerts at once, and one that breaks the reading must not take the others along: what
@@ -54,28 +54,28 @@ class Stages:
                 raise
             except Exception as error:
                 reason = f"decoding failed ({type(error).__name__}: {error})"
-                some, others = [], [Letter(place[0], reason, stack=stack_digest(error))]
+                some, others = [], [DeadLetter(place[0], reason, stack=stack_digest(error))]
             alerts += some
             letters += others
         return alerts, letters
 
-    def _decode(self, values: Sequence[tuple[int, bytes | None]]) -> tuple[list[AlertBatch], list[Letter]]:
+    def _decode(self, values: Sequence[tuple[int, bytes | None]]) -> tuple[list[AlertBatch], list[DeadLetter]]:
         alerts: list[AlertBatch] = []
-        letters: list[Letter] = []
+        letters: list[DeadLetter] = []
         blocks = (containers.message(value or b"", place, self.schema_text) for place, value in values)
-        spare, self._spare = self._spare, {}  # not to be used again if what follows raises
-        for item in batches(blocks, len(values), spare):
+        buffer_pool, self._buffer_pool = self._buffer_pool, {}  # not to be used again if what follows raises
+        for item in batches(blocks, len(values), buffer_pool):
             if isinstance(item, BadPacket):
-                letters.append(Letter(item.offset, item.reason, item.status))
+                letters.append(DeadLetter(item.offset, item.reason, item.status))
             else:
                 alerts.append(item)
-        self._spare = spare if len(spare) <= MOST_SPARE else {}
+        self._buffer_pool = buffer_pool if len(buffer_pool) <= MOST_SPARE else {}
         return alerts, letters
 
-    def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[Letter]]:
+    def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[DeadLetter]]:
         """Rows of all alerts that the program survives, in the order of their messages, and those on which it fails."""
         parts: list[pa.RecordBatch] = []
-        letters: list[Letter] = []
+        letters: list[DeadLetter] = []
         for batch in alerts:
             self._classify(batch, parts, letters)
         if len(parts) == 1:
@@ -83,7 +83,7 @@ class Stages:
         table = pa.Table.from_batches(parts, self.classifiers.schema).sort_by("offset").combine_chunks()
         return (table.to_batches() or [pa.RecordBatch.from_pylist([], self.classifiers.schema)])[0], letters
 
-    def _classify(self, batch: AlertBatch, parts: list[pa.RecordBatch], letters: list[Letter]) -> None:
+    def _classify(self, batch: AlertBatch, parts: list[pa.RecordBatch], letters: list[DeadLetter]) -> None:
         count = len(batch.curves)
         try:
             parts.append(self.classifiers(batch))
@@ -100,4 +100,4 @@ class Stages:
                 return
             LOG.exception("classifying an alert failed")
             reason = f"classifying failed ({type(error).__name__}: {error})"
-            letters.append(Letter(batch.alerts["offset"][0].as_py(), reason, stack=stack_digest(error)))
+            letters.append(DeadLetter(batch.alerts["offset"][0].as_py(), reason, stack=stack_digest(error)))

@@ -39,8 +39,11 @@ def start_positions(text: str, partitions: list[TopicPartition], consumer: Consu
         known = {item.partition for item in partitions}
         if missing := set(wanted) - known:
             raise EdgekitError(f"start_at names partition {min(missing)}; the topic has {len(known)}, from 0 on")
-        return [TopicPartition(item.topic, item.partition, wanted[item.partition])
-                for item in partitions if item.partition in wanted]  # fmt: skip
+        return [
+            TopicPartition(item.topic, item.partition, wanted[item.partition])
+            for item in partitions
+            if item.partition in wanted
+        ]
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

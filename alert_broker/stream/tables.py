@@ -103,13 +103,14 @@ def _plain(column: pa.Array) -> pa.Array:
 def _record(full_name: str, fields: Any, where: str) -> dict[str, Any]:
     """Avro's record of a table or a struct, in which everything may be null."""
     return {
-        "type": "record", "name": full_name,
+        "type": "record",
+        "name": full_name,
         "fields": [
             {"name": avro_name(item.name), "type": ["null", kind] if kind != "null" else "null", "default": None}
             for item in fields
             for kind in [_type(item.type, f"{full_name}.{avro_name(item.name)}", where)]
         ],
-    }  # fmt: skip
+    }
 
 
 def _type(kind: pa.DataType, path: str, where: str) -> Any:
@@ -120,11 +121,19 @@ def _type(kind: pa.DataType, path: str, where: str) -> Any:
         inner = _type(kind.value_type, f"{path}.item", where)
         return {"type": "array", "items": ["null", inner] if inner != "null" else "null"}
     for matches, name in (
-        (types.is_null, "null"), (types.is_boolean, "boolean"), (types.is_uint32, "long"), (types.is_int64, "long"),
-        (types.is_uint64, ""), (types.is_integer, "int"), (types.is_float32, "float"), (types.is_float64, "double"),
-        (types.is_string, "string"), (types.is_large_string, "string"), (types.is_binary, "bytes"),
+        (types.is_null, "null"),
+        (types.is_boolean, "boolean"),
+        (types.is_uint32, "long"),
+        (types.is_int64, "long"),
+        (types.is_uint64, ""),
+        (types.is_integer, "int"),
+        (types.is_float32, "float"),
+        (types.is_float64, "double"),
+        (types.is_string, "string"),
+        (types.is_large_string, "string"),
+        (types.is_binary, "bytes"),
         (types.is_large_binary, "bytes"),
-    ):  # fmt: skip
+    ):
         if matches(kind) and name:
             return name
     raise EdgekitError(f"{where}: {path} is of type {kind}, which a replay of rows does not have; leave the column out")

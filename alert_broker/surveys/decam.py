@@ -23,8 +23,11 @@ class Decam(Survey):
     wavelengths: ClassVar = (4771.0, 6392.0, 7789.0, 9149.0)
     record: ClassVar = "desirt.alert"
     fields: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "objectId": (), "candid": (), "candidate": MEASUREMENT, "fp_hists": MEASUREMENT,
-    }  # fmt: skip
+        "objectId": (),
+        "candid": (),
+        "candidate": MEASUREMENT,
+        "fp_hists": MEASUREMENT,
+    }
 
     def recognises_schema(self, name: str) -> bool:
         return name == self.record

@@ -104,8 +104,10 @@ def schema_versions() -> Mapping[int, Traversable]:
         raise missing_extra("lsst-alert-packet", "alerts", "reading Rubin's alert schemas") from error
     found = {
         int(major.name) * 100 + int(minor.name): minor
-        for major in majors for minor in major.iterdir() if minor.name.isdigit()
-    }  # fmt: skip
+        for major in majors
+        for minor in major.iterdir()
+        if minor.name.isdigit()
+    }
     return dict(sorted(found.items()))
 
 

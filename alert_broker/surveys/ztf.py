@@ -32,8 +32,12 @@ class Ztf(Survey):
     wavelengths: ClassVar = (4804.79, 6436.92, 7968.22)
     record: ClassVar = "ztf.alert"
     fields: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "objectId": (), "candid": (), "candidate": DETECTION, "prv_candidates": DETECTION, "fp_hists": FORCED,
-    }  # fmt: skip
+        "objectId": (),
+        "candid": (),
+        "candidate": DETECTION,
+        "prv_candidates": DETECTION,
+        "fp_hists": FORCED,
+    }
     cutouts: ClassVar = ("cutoutScience.stampData", "cutoutTemplate.stampData", "cutoutDifference.stampData")
 
     def recognises_schema(self, name: str) -> bool:

@@ -31,9 +31,18 @@ Examples:
 @click.option("--layers", is_flag=True, help="With --target: every operator, not one line for each kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(
-    model: str, others: tuple[str, ...], batches: str, runtime: str, threads: int, seconds: float,
-    target_name: str | None, precision: str | None, power: str | None, layers: bool, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    others: tuple[str, ...],
+    batches: str,
+    runtime: str,
+    threads: int,
+    seconds: float,
+    target_name: str | None,
+    precision: str | None,
+    power: str | None,
+    layers: bool,
+    as_json: bool,
+) -> None:
     """Time MODEL (a bundle, a model's name or an .onnx file), beside others in turns in one run.
 
     Times are of a whole call. The ratio is the first model's time by this one's, paired call by call, with its 95 %
@@ -74,18 +83,33 @@ def bench(
     print_table(
         ["batch", "model", "p50 ms", "p90 ms", "p99 ms", "CPU p50 ms", "times as fast", "95 %", "roofline"],
         [
-            [row.batch, row.model, f"{row.p50_ms:.3f}", f"{row.p90_ms:.3f}", f"{row.p99_ms:.3f}",
-             f"{row.cpu_p50_ms:.3f}", f"{row.speedup:.2f}", f"{row.speedup_low:.2f} to {row.speedup_high:.2f}",
-             f"{row.roofline:.0%}" if row.roofline is not None else "-"]
+            [
+                row.batch,
+                row.model,
+                f"{row.p50_ms:.3f}",
+                f"{row.p90_ms:.3f}",
+                f"{row.p99_ms:.3f}",
+                f"{row.cpu_p50_ms:.3f}",
+                f"{row.speedup:.2f}",
+                f"{row.speedup_low:.2f} to {row.speedup_high:.2f}",
+                f"{row.roofline:.0%}" if row.roofline is not None else "-",
+            ]
             for row in rows
         ],
-    )  # fmt: skip
+    )
 
 
 def _on_target(
-    names: list[str], sizes: tuple[int, ...], target_name: str, precision: str | None, power: str | None, threads: int,
-    seconds: float, layers: bool, as_json: bool,
-) -> None:  # fmt: skip
+    names: list[str],
+    sizes: tuple[int, ...],
+    target_name: str,
+    precision: str | None,
+    power: str | None,
+    threads: int,
+    seconds: float,
+    layers: bool,
+    as_json: bool,
+) -> None:
     from dataclasses import asdict
 
     from edgekit import machine
@@ -117,10 +141,15 @@ def _on_target(
             reports += [(name, report) for report in found]
     if as_json:
         results = [
-            {"model": name, **asdict(report), "fits": report.memory.fits, "needed": report.memory.needed,
-             "rows": [asdict(row) for row in (report.rows if layers else report.by_kind())]}
+            {
+                "model": name,
+                **asdict(report),
+                "fits": report.memory.fits,
+                "needed": report.memory.needed,
+                "rows": [asdict(row) for row in (report.rows if layers else report.by_kind())],
+            }
             for name, report in reports
-        ]  # fmt: skip
+        ]
         facts = {"machine": machine.describe()} if local else {}
         print_json({"target": target.name, "measured_here": local, **facts, "results": results})
         return
@@ -137,12 +166,18 @@ def _on_target(
         print_table(
             [*first, *(["measured ms"] if local else []), "estimate ms", "of all", "roofline", "bound"],
             [
-                [row.name if layers else row.kind, *([] if layers else [row.count]),
-                 *([_ms(row.measured)] if local else []), _ms(row.estimate),
-                 f"{(row.measured or row.estimate) / total:.0%}", f"{row.roofline:.0%}", row.bound]
+                [
+                    row.name if layers else row.kind,
+                    *([] if layers else [row.count]),
+                    *([_ms(row.measured)] if local else []),
+                    _ms(row.estimate),
+                    f"{(row.measured or row.estimate) / total:.0%}",
+                    f"{row.roofline:.0%}",
+                    row.bound,
+                ]
                 for row in rows
             ],
-        )  # fmt: skip
+        )
         if report.measured is not None:
             output.print(f"sum: {_ms(report.measured)} ms measured, {_ms(report.estimate)} ms estimated")
         else:

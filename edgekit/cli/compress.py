@@ -65,11 +65,27 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compress(
-    model: str, target: Path | None, recipe_file: Path | None, max_loss: float, max_size: int | None,
-    auto: bool, trials: int, max_latency: float | None, device: str | None,
-    data_file: str | None, metric: str | None, objective: str, batches: str, runtime: str, agree: str | None, seed: int,
-    original: str | None, dry_run: bool, force: bool, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    target: Path | None,
+    recipe_file: Path | None,
+    max_loss: float,
+    max_size: int | None,
+    auto: bool,
+    trials: int,
+    max_latency: float | None,
+    device: str | None,
+    data_file: str | None,
+    metric: str | None,
+    objective: str,
+    batches: str,
+    runtime: str,
+    agree: str | None,
+    seed: int,
+    original: str | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Make MODEL (a bundle or a model's name) smaller and faster, and keep only what measures better.
 
     Every pass is measured for quality, size and latency, before and after in one run; a pass that loses is rolled back
@@ -135,9 +151,7 @@ def compress(
     others = tuple(
         dict.fromkeys(name.strip() for name in (agree or "").split(",") if name.strip() not in ("", runtime))
     )
-    job = Job(
-        source, steps, train, test, limits, metric, runtime, seed, chosen, others, replay=before is not None
-    )  # fmt: skip
+    job = Job(source, steps, train, test, limits, metric, runtime, seed, chosen, others, replay=before is not None)
     if job.estimated:
         note(f"{device} is not this machine: latency is estimated from its data sheet, quality is measured here")
     if dry_run:
@@ -158,10 +172,10 @@ def compress(
 
         if auto:
             from edgekit.search.auto import search
-            from edgekit.search.outcomes import Targets
+            from edgekit.search.outcomes import Constraints
 
-            targets = Targets(max_loss, max_size, max_latency)
-            found = search(job, targets, work, trials=trials, notify=note, progress=show)
+            constraints = Constraints(max_loss, max_size, max_latency)
+            found = search(job, constraints, work, trials=trials, notify=note, progress=show)
             bundle = with_files(found.bundle, {"recipe.toml": recipe.to_toml(found.recipe).encode()})
         else:
             bundle = run(job, work, notify=note, progress=show)
@@ -224,8 +238,16 @@ def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
     packed, original = len(pack(bundle)), len(pack(source))
     records, search = bundle.manifest.records, bundle.manifest.metrics.get("search")
     if as_json:
-        print_json({"bundle": str(target), "digest": bundle.digest, "packed_bytes": packed,
-                    "source_packed_bytes": original, "records": list(records), "search": search})  # fmt: skip
+        print_json(
+            {
+                "bundle": str(target),
+                "digest": bundle.digest,
+                "packed_bytes": packed,
+                "source_packed_bytes": original,
+                "records": list(records),
+                "search": search,
+            }
+        )
         return
 
     def number(value: float | None, form: str) -> str:
@@ -235,10 +257,15 @@ def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
         from edgekit.compression.report import front
 
         best = [
-            [trial["passes"], number(trial["loss"], "+.4f"), f"{trial['bytes']:,}", f"{trial['speedup']:.2f}",
-             "chosen" if trial["number"] == search["chosen"] else ""]
+            [
+                trial["passes"],
+                number(trial["loss"], "+.4f"),
+                f"{trial['bytes']:,}",
+                f"{trial['speedup']:.2f}",
+                "chosen" if trial["number"] == search["chosen"] else "",
+            ]
             for trial in front(search)
-        ]  # fmt: skip
+        ]
         title = f"Pareto front of {len(search['trials'])} trials, on held-out rows"
         print_table(["recipe", "loss", "packed bytes", "times as fast", ""], best, title=title)
         output.print()

@@ -12,7 +12,7 @@ from edgekit.cli.console import output, print_json, status
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from edgekit.doctor.check import Check
+    from edgekit.doctor.finding import Finding
     from edgekit.doctor.needs import Needs
     from edgekit.targets.profile import Target
 
@@ -93,44 +93,48 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
     return of(opened, graph, batch), graph
 
 
-def _parsers(graph: ModelProto | None, target: Target) -> list[Check]:
+def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
     """Whether each of the target's TensorRT parsers takes the model as it would be exported for it: rewritten to its
     opset, in the precision of the plan."""
-    from edgekit.doctor.check import Check
+    from edgekit.doctor.finding import Finding
 
     if not any(stack.runtime.startswith("tensorrt") for stack in target.stacks):
         return []
     if graph is None:
         return [
-            Check("operators", "warning", "TensorRT's were not looked at: the network cannot be exported without torch",
-                  "ask where torch is, or: pip install 'edgekit[compress]'")
-        ]  # fmt: skip
+            Finding(
+                "operators",
+                "warning",
+                "TensorRT's were not looked at: the network cannot be exported without torch",
+                "ask where torch is, or: pip install 'edgekit[compress]'",
+            )
+        ]
     from edgekit.errors import EdgekitError
-    from exporters.for_target import Place, typed
-    from exporters.generations import generation
+    from exporters.parser_versions import parser_version
+    from exporters.target_graph import DeploymentTarget, target_graph
     from exporters.tensorrt_rtx_export import preflight
 
     verdicts: dict[str, str] = {}  # by stack: why its parser refuses
     taken = []
     for stack in target.stacks:
-        if (parser := generation(stack)) is None:
+        if (parser := parser_version(stack)) is None:
             continue
         try:
-            got = typed(graph, Place(target, stack, parser))
+            got = target_graph(graph, DeploymentTarget(target, stack, parser))
             asked = preflight(got.model) if parser.typing != "weak" else ""
         except EdgekitError as error:
             verdicts[stack.name] = str(error)
         else:
             version = next(item.version for item in got.model.opset_import if item.domain in ("", "ai.onnx"))
             finding = f"{parser.title} takes it, exported in opset {version} and {got.precision}"
-            taken.append(Check("operators", "ok", f"{finding}: {asked or 'by the table of its operators'}"))
+            taken.append(Finding("operators", "ok", f"{finding}: {asked or 'by the table of its operators'}"))
     others = [stack.name for stack in target.stacks if stack.name not in verdicts]
     verdict: Literal["warning", "error"] = "warning" if others else "error"
     remedy = f"use {others[0]}" if others else "rewrite that layer, or run the model on another device"
-    return [*taken, *(Check("operators", verdict, f"{name}: {why}", remedy) for name, why in verdicts.items())]
+    return [*taken, *(Finding("operators", verdict, f"{name}: {why}", remedy) for name, why in verdicts.items())]
 
 
-def show(checks: list[Check]) -> None:
+def show(checks: list[Finding]) -> None:
     """A line each, and below it what to do."""
     from rich.text import Text
 

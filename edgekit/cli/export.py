@@ -67,10 +67,17 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
         print_json({"directory": str(result.directory), "bytes": result.files, "manifest": result.manifest})
         return
     rows = [
-        [check["file"], f"{check['bytes']:,}", check["batch"], check["rows"], f"{check['difference']:.1e}",
-         f"{check['allowed']:.1e}", check["changed"]]
+        [
+            check["file"],
+            f"{check['bytes']:,}",
+            check["batch"],
+            check["rows"],
+            f"{check['difference']:.1e}",
+            f"{check['allowed']:.1e}",
+            check["changed"],
+        ]
         for check in result.checks
-    ]  # fmt: skip
+    ]
     print_table(["file", "bytes", "batch", "rows", "max |dp|", "allowed", "classes changed"], rows)
     if "target" in result.manifest:
         manifest = result.manifest

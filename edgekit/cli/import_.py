@@ -36,10 +36,20 @@ An axis is a length, a name for any length, or a multiple such as 9*faces.
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def import_(
-    source: str, target: Path, via: str | None, weights: Path | None, arguments: str, inputs: tuple[str, ...],
-    outputs: str, classes: str, preprocessing: str, state: tuple[str, ...], data_file: Path | None, force: bool,
+    source: str,
+    target: Path,
+    via: str | None,
+    weights: Path | None,
+    arguments: str,
+    inputs: tuple[str, ...],
+    outputs: str,
+    classes: str,
+    preprocessing: str,
+    state: tuple[str, ...],
+    data_file: Path | None,
+    force: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Make a bundle from SOURCE: an .onnx or .pt2 file, a Hugging Face folder, or a Python function
     package.module:function that builds a torch network. Naming the function allows it to be run."""
     from dataclasses import replace
@@ -52,8 +62,10 @@ def import_(
     if target.exists() and not force:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
     if via is not None and (via != "optimum" or not Path(source).is_dir()):
-        raise click.UsageError(f"--via {via}: expected optimum, and a Hugging Face folder; {source} is "
-                               f"{'a' if Path(source).is_dir() else 'no'} folder")  # fmt: skip
+        raise click.UsageError(
+            f"--via {via}: expected optimum, and a Hugging Face folder; {source} is "
+            f"{'a' if Path(source).is_dir() else 'no'} folder"
+        )
     golden = arrays_from_bytes(data_file.read_bytes(), str(data_file)) if data_file else None
     if via is not None:
         from edgekit.importers.optimum import from_optimum
@@ -61,9 +73,13 @@ def import_(
         bundle = from_optimum(Path(source), golden=golden)
     elif ":" in source and not Path(source).exists():
         bundle = from_factory(
-            source, arguments=_json(arguments, "--arguments"), weights=weights, inputs=[parse_spec(t) for t in inputs],
-            outputs=[name for name in outputs.split(",") if name], golden=golden,
-        )  # fmt: skip
+            source,
+            arguments=_json(arguments, "--arguments"),
+            weights=weights,
+            inputs=[parse_spec(t) for t in inputs],
+            outputs=[name for name in outputs.split(",") if name],
+            golden=golden,
+        )
     else:
         path = Path(source)
         specs = [parse_spec(text) for text in inputs]

@@ -42,10 +42,15 @@ def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
     if tensors is not None:
         output.print("\nweights", style="bold")
         rows = [
-            [item["name"], " x ".join(map(str, item["shape"])), item["encoding"], f"{item['zeros']:.0%}",
-             f"{item['bytes']:,}"]
+            [
+                item["name"],
+                " x ".join(map(str, item["shape"])),
+                item["encoding"],
+                f"{item['zeros']:.0%}",
+                f"{item['bytes']:,}",
+            ]
             for item in tensors
-        ]  # fmt: skip
+        ]
         print_table(["tensor", "shape", "encoding", "zeros", "bytes"], rows)
         total = sum(item["bytes"] for item in tensors)
         output.print(f"{len(tensors)} tensors, {total:,} bytes at code width, before entropy coding")
@@ -130,10 +135,15 @@ def _graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
     arrays = [(tensor.name, to_array(tensor)) for tensor in learnt(load(bundle.contents[GRAPH], str(bundle.path)))]
     return [
-        {"name": name, "shape": list(array.shape), "encoding": str(array.dtype), "zeros": float((array == 0).mean()),
-         "bytes": array.nbytes}
+        {
+            "name": name,
+            "shape": list(array.shape),
+            "encoding": str(array.dtype),
+            "zeros": float((array == 0).mean()),
+            "bytes": array.nbytes,
+        }
         for name, array in sorted(arrays, key=lambda item: item[0])
-    ]  # fmt: skip
+    ]
 
 
 def _encoding(encoding: Encoding | None) -> str:
@@ -204,10 +214,13 @@ def _metric(name: str, item: Any) -> list[tuple[str, str]]:
     label = name.replace("_", " ")
     if name == "compression":
         latency = [
-            (f"CPU ms at batch {one['batch']}", f"{one['before_ms']:.3g} > {one['after_ms']:.3g}, "
-             f"{one['ratio']:.2f} times the time [{one['low']:.2f}, {one['high']:.2f}]")
+            (
+                f"CPU ms at batch {one['batch']}",
+                f"{one['before_ms']:.3g} > {one['after_ms']:.3g}, "
+                f"{one['ratio']:.2f} times the time [{one['low']:.2f}, {one['high']:.2f}]",
+            )
             for one in item.get("latency", [])
-        ]  # fmt: skip
+        ]
         nested = [line for key in ("original", "change") if key in item for line in _metric(key, item[key])]
         machine = item.get("machine")
         return nested + latency + ([("machine", f"{machine['cpu']}, {machine['cores']} cores")] if machine else [])

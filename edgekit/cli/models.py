@@ -35,9 +35,15 @@ def models(as_json: bool) -> None:
         print_json(found)
         return
     rows = [
-        [item["name"], item["family"], f"{item['parameters']:,}", item["classes"], item["data"],
-         "" if item["log_loss"] is None else f"{item['log_loss']:.3f}"]
+        [
+            item["name"],
+            item["family"],
+            f"{item['parameters']:,}",
+            item["classes"],
+            item["data"],
+            "" if item["log_loss"] is None else f"{item['log_loss']:.3f}",
+        ]
         for item in found
-    ]  # fmt: skip
+    ]
     print_table(["model", "family", "parameters", "classes", "data set", "log-loss"], rows)
     output.print("\nEach model's card: README.md in its folder (edgekit models --json prints the paths).")

@@ -55,8 +55,16 @@ def run(bundle: str, source: Path, target: Path, runtime: str, batch: int, force
     write_file(target, arrays_to_bytes(outputs))
     if as_json:
         shapes = {name: array.shape for name, array in outputs.items()}
-        print_json({"outputs": str(target), "rows": rows, "shapes": shapes, "provider": session.provider,
-                    "device": session.device, "seconds": seconds})  # fmt: skip
+        print_json(
+            {
+                "outputs": str(target),
+                "rows": rows,
+                "shapes": shapes,
+                "provider": session.provider,
+                "device": session.device,
+                "seconds": seconds,
+            }
+        )
         return
     described = ", ".join(f"{name} {array.shape}" for name, array in outputs.items())
     output.print(f"{target}: {described}; {rows:,} rows in {seconds:.2f} s on {session.provider}, {session.device}")

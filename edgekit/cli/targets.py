@@ -45,11 +45,15 @@ def targets(name: str | None, as_json: bool) -> None:
         print_json([{**asdict(target), "path": str(profile.path_of(target.name))} for target in found])
         return
     rows = [
-        [target.name, f"{target.memory.value / 1e9:g}", f"{target.bandwidth.value / 1e9:g}",
-         *(_rate(target, precision) for precision in ("float32", "float16", "int8")),
-         target.plan.order[0]]
+        [
+            target.name,
+            f"{target.memory.value / 1e9:g}",
+            f"{target.bandwidth.value / 1e9:g}",
+            *(_rate(target, precision) for precision in ("float32", "float16", "int8")),
+            target.plan.order[0],
+        ]
         for target in found
-    ]  # fmt: skip
+    ]
     print_table(["target", "GB", "GB/s", "float32", "float16", "int8", "first"], rows)
     output.print("\nRates: 10^12 operations a second, dense; of one core for a CPU. first: the precision to try first.")
     output.print("Software, what never to use, and where each figure is from: edgekit targets NAME")
@@ -85,9 +89,11 @@ def _show(target: Target) -> None:
         output.print()
         print_table(
             ["power mode", "W", "rates", "bandwidth", "source"],
-            [[mode.name, f"{mode.watts:g}", f"{mode.share:.0%}", f"{mode.bandwidth_share:.0%}", mode.source]
-             for mode in target.power],
-        )  # fmt: skip
+            [
+                [mode.name, f"{mode.watts:g}", f"{mode.share:.0%}", f"{mode.bandwidth_share:.0%}", mode.source]
+                for mode in target.power
+            ],
+        )
     plan = target.plan
     output.print(f"\nuse, best first: {', '.join(plan.order)}; channels in multiples of {plan.round_to}")
     if plan.int8 != "none":

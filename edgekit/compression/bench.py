@@ -86,10 +86,17 @@ def compare(
 
 
 def on_target(
-    bundle: Bundle, target: Target, batches: Sequence[int], *, here: bool, precision: str | None = None,
-    power: str | None = None, threads: int = 1, seconds: float = 1.0,
+    bundle: Bundle,
+    target: Target,
+    batches: Sequence[int],
+    *,
+    here: bool,
+    precision: str | None = None,
+    power: str | None = None,
+    threads: int = 1,
+    seconds: float = 1.0,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> list[Report]:  # fmt: skip
+) -> list[Report]:
     """A model on a target at each batch size, operator by operator; `here`: the target is this machine."""
     from edgekit.cost import layers, measured
     from edgekit.cost.operators import measured_rates
@@ -105,10 +112,8 @@ def on_target(
         progress("batch sizes", done, len(batches))
         feeds = tiled(golden, batch)
         reports.append(
-            layers.here(
-                model, target, feeds, batch, table=table, rates=rates, lengths=lengths, seconds=seconds
-            )
-        )  # fmt: skip
+            layers.here(model, target, feeds, batch, table=table, rates=rates, lengths=lengths, seconds=seconds)
+        )
     progress("batch sizes", len(batches), len(batches))
     return reports
 

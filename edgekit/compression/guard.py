@@ -105,10 +105,7 @@ def judge(before: State, after: State, loss: Measurement, latency: Sequence[Late
             f"slower at batch {worst.batch}: {worst.ratio:.2f} times the time [{worst.low:.2f}, {worst.high:.2f}]"
             f", {most:.2f} allowed",
         )
-    behind = [
-        item for item in latency
-        if (item.against_best or 0.0) > most and (item.against_best_low or 0.0) > surely
-    ]  # fmt: skip
+    behind = [item for item in latency if (item.against_best or 0.0) > most and (item.against_best_low or 0.0) > surely]
     if behind:
         worst = max(behind, key=lambda item: item.against_best or 0.0)
         return Verdict(
@@ -192,7 +189,7 @@ def compare_batches(
     problem. One runtime kept 98.6 % of a model's accuracy at batch 32 and 20 % at batch 256, with the same int8 file.
 
     change: how much worse the second outputs of these rows are than the first, in the metric's unit. With it, outputs
-    may differ as long as quality does not: dynamic quantisation takes its scale from the whole batch.
+    may differ as long as quality does not: dynamic quantization takes its scale from the whole batch.
     elsewhere: a runtime and its outputs of each row, to hold these against instead.
     """
     count = len(next(iter(inputs.values())))
@@ -209,9 +206,15 @@ def compare_batches(
 
 
 def _agreement(
-    expected: Arrays, together: Arrays, rows: npt.NDArray[np.integer], batch: int, limits: Limits,
-    change: Callable[[Arrays, Arrays, npt.NDArray[np.integer]], float] | None, runtime: str, where: str,
-) -> Agreement:  # fmt: skip
+    expected: Arrays,
+    together: Arrays,
+    rows: npt.NDArray[np.integer],
+    batch: int,
+    limits: Limits,
+    change: Callable[[Arrays, Arrays, npt.NDArray[np.integer]], float] | None,
+    runtime: str,
+    where: str,
+) -> Agreement:
     for name, value in expected.items():
         if name not in together or together[name].shape != value.shape:
             shape = together[name].shape if name in together else None

@@ -29,16 +29,16 @@ from edgekit.session import Session, open_session
 
 AGREEMENT_ROWS = 64
 QUALITY_ROWS = 512  # at each batch size, where outputs depend on it
-STRAYED = 1.0  # an output of nothing but zeros has a relative error of 1
+DRIFT_LIMIT = 1.0  # an output of nothing but zeros has a relative error of 1
 ROWS = 256  # at a time, for quality
 MEASURED_CHUNK = 4  # t2's scores of four rows stay in a core's cache
 # Forms of the same float32 model. Exporters differ by 13 % on a small transformer, and a fusion made one slower: int8
 # measured against the worse of them would win without being faster.
 FLOAT_FORMS: dict[str, tuple[dict[str, str], ...]] = {
     "onnxruntime": (
-        {"exporter": "torchscript", "optimisation": "all"},
-        {"exporter": "torchscript", "optimisation": "basic"},
-        {"exporter": "dynamo", "optimisation": "all"},
+        {"exporter": "torchscript", "optimization": "all"},
+        {"exporter": "torchscript", "optimization": "basic"},
+        {"exporter": "dynamo", "optimization": "all"},
     )
 }
 _best_forms: dict[tuple[str, str, tuple[int, ...]], dict[str, str]] = {}  # in this process
@@ -76,9 +76,13 @@ def best_float_form(job: Job, notify: Notify = lambda message: None) -> dict[str
 
 
 def latency(
-    job: Job, before: Bundle, after: Bundle, sessions: tuple[Session, Session], inputs: Arrays,
+    job: Job,
+    before: Bundle,
+    after: Bundle,
+    sessions: tuple[Session, Session],
+    inputs: Arrays,
     best: Session | None = None,
-) -> list[Latency]:  # fmt: skip
+) -> list[Latency]:
     """Measured here, or estimated on a target that is elsewhere."""
     if job.target is None or not job.estimated:
         return compare_latency(*sessions, inputs, job.limits.batches, best=best)
@@ -148,7 +152,7 @@ def other_outputs(job: Job, bundle: Bundle, candidate: AnyCandidate) -> Arrays:
     return {name: value for name, value in zip(names[1:], found[1:], strict=False) if name not in hidden}
 
 
-def strayed(original: Arrays, found: Arrays) -> dict[str, float]:
+def drifted(original: Arrays, found: Arrays) -> dict[str, float]:
     """How far each of these outputs is from the original's: the share of values that differ where they are whole
     numbers, else the relative error; infinite for another shape."""
     far = {}

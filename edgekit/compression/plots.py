@@ -23,8 +23,14 @@ from matplotlib.figure import Figure
 from edgekit.compression.guard import Latency
 from edgekit.compression.metrics import Float, Labels, check
 
-COLOURS = {"ink": "#1f2530", "muted": "#68717d", "grid": "#dde1e6", "kept": "#0a6ebd", "lost": "#c8500a",
-           "before": "#a9b3be"}  # fmt: skip
+COLOURS = {
+    "ink": "#1f2530",
+    "muted": "#68717d",
+    "grid": "#dde1e6",
+    "kept": "#0a6ebd",
+    "lost": "#c8500a",
+    "before": "#a9b3be",
+}
 INK, MUTED, GRID, KEPT, LOST, BEFORE = COLOURS.values()
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "edgekit", "text.parse_math": False, "font.family": "sans-serif",
@@ -131,8 +137,14 @@ def trajectory(start: Point, steps: Sequence[Point], max_loss: float | None, met
         else:
             here = step
             path.append(step)
-        _note(axes, f"{step.number}: {step.quality:.3g}" if beyond else str(step.number), (x, y), (6, 4), color=colour,
-              fontweight="bold")  # fmt: skip
+        _note(
+            axes,
+            f"{step.number}: {step.quality:.3g}" if beyond else str(step.number),
+            (x, y),
+            (6, 4),
+            color=colour,
+            fontweight="bold",
+        )
     axes.plot([p.bytes / 1e3 for p in path], [p.quality for p in path], "-o", color=KEPT, linewidth=1.6, zorder=3)
     axes.plot([start.bytes / 1e3], [start.quality], "s", color=INK, markersize=7, zorder=4)
     _note(axes, start.label, (start.bytes / 1e3, start.quality), (-4, -14), ha="right")
@@ -196,10 +208,14 @@ def pareto(trials: Sequence[Mapping[str, Any]], chosen: int, max_loss: float, me
     for trial in shown:
         x, y, beyond = trial["bytes"] / 1e3, min(trial["loss"], top), trial["loss"] > top
         axes.plot(
-            [x], [y], "^" if beyond else "o", markersize=4 + 3 * min(max(trial["speedup"], 0.5), 4),
-            markerfacecolor=KEPT if trial["on_front"] else "none", markeredgecolor=KEPT if trial["on_front"] else MUTED,
+            [x],
+            [y],
+            "^" if beyond else "o",
+            markersize=4 + 3 * min(max(trial["speedup"], 0.5), 4),
+            markerfacecolor=KEPT if trial["on_front"] else "none",
+            markeredgecolor=KEPT if trial["on_front"] else MUTED,
             alpha=0.85,
-        )  # fmt: skip
+        )
         if trial["number"] == chosen:
             axes.plot([x], [y], "s", markersize=16, markerfacecolor="none", markeredgecolor=INK)
             _note(axes, f"chosen, {trial['speedup']:.2f} x as fast", (x, y), (10, 8), color=INK)
@@ -234,8 +250,15 @@ def confusion_matrix(counts: npt.NDArray[np.integer], names: Sequence[str]) -> F
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
     for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
         share = shares[row, column]
-        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5,
-                  color="white" if share > 0.55 else INK)  # fmt: skip
+        axes.text(
+            column,
+            row,
+            f"{100 * share:.0f}",
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="white" if share > 0.55 else INK,
+        )
     axes.set_xticks(range(classes), names, rotation=55, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(classes), [f"{name} ({total:,})" for name, total in zip(names, totals[:, 0], strict=True)])
     axes.grid(visible=False)
@@ -258,9 +281,17 @@ def reliability_curve(curves: dict[str, Reliability]) -> Figure:
             values[shown] for values in (curve.confidence, curve.accuracy, curve.low, curve.high)
         )
         spread = np.clip([accuracy - low, high - accuracy], 0, None)
-        upper.errorbar(confidence + shift, accuracy, yerr=spread, fmt=f"-{marker}", color=colour,
-                       markersize=4.5, linewidth=1.3, elinewidth=1,
-                       label=f"{label} (error {curve.error:.3f})")  # fmt: skip
+        upper.errorbar(
+            confidence + shift,
+            accuracy,
+            yerr=spread,
+            fmt=f"-{marker}",
+            color=colour,
+            markersize=4.5,
+            linewidth=1.3,
+            elinewidth=1,
+            label=f"{label} (error {curve.error:.3f})",
+        )
     counts = next(iter(curves.values())).counts
     edges = np.linspace(0, 1, len(counts) + 1)
     lower.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=BEFORE, edgecolor="white", linewidth=0.8)

@@ -28,6 +28,10 @@ from edgekit.bundle.format import MANIFEST, Bundle, open_bundle
 from edgekit.errors import EdgekitError, unknown
 from edgekit.settings import converted
 
+# what passes and their parameters were called before 0.1.0; recipes and the records of bundles may still say so
+OLD_PASSES = {"quantise": "quantize"}
+OLD_PARAMETERS = {("static_int8", "form"): "scheme", ("qat_int8", "form"): "scheme", ("weight_only", "form"): "layout"}
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -55,6 +59,12 @@ class Step:
             return kind(**values)
         except EdgekitError as error:
             raise EdgekitError(f"pass {self.name!r}: {error}") from None
+
+
+def renamed(name: str, parameters: Mapping[str, Any], seed: int | None) -> Step:
+    """A step as a recipe or a record says it, by the present names."""
+    name = OLD_PASSES.get(name, name)
+    return Step(name, {OLD_PARAMETERS.get((name, key), key): value for key, value in parameters.items()}, seed)
 
 
 def read(path: str | Path) -> list[Step]:
@@ -88,7 +98,7 @@ def parse(values: Mapping[str, Any], source: str) -> list[Step]:
         seed = entry.get("seed")
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise EdgekitError(f"{source}: pass {number}: seed = {seed!r}; expected a whole number from 0")
-        step = Step(entry["name"], {key: v for key, v in entry.items() if key not in ("name", "seed")}, seed)
+        step = renamed(entry["name"], {key: v for key, v in entry.items() if key not in ("name", "seed")}, seed)
         try:
             step.build()
         except EdgekitError as error:
@@ -100,7 +110,7 @@ def parse(values: Mapping[str, Any], source: str) -> list[Step]:
 def of_bundle(bundle: Bundle) -> list[Step]:
     """The passes that made a bundle from its parent, so that running them again gives the same bytes."""
     records = [record for record in bundle.manifest.records if record.get("parent") == bundle.manifest.parent]
-    kept = [Step(record["pass"], record["parameters"], record.get("seed")) for record in records if record["kept"]]
+    kept = [renamed(record["pass"], record["parameters"], record.get("seed")) for record in records if record["kept"]]
     if not kept:
         raise EdgekitError(f"{bundle.path}: no pass has changed it, so there is no recipe to take from it")
     for step in kept:

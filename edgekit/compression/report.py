@@ -103,9 +103,15 @@ def chained(passes: Sequence[Sequence[Latency]]) -> list[Latency]:
             math.sqrt(sum(math.log(getattr(item, side) / item.ratio) ** 2 for item in same)) for side in ("low", "high")
         )
         result.append(
-            Latency(first.batch, first.before_ms, first.before_ms * ratio, ratio, ratio * math.exp(-down),
-                    ratio * math.exp(up))
-        )  # fmt: skip
+            Latency(
+                first.batch,
+                first.before_ms,
+                first.before_ms * ratio,
+                ratio,
+                ratio * math.exp(-down),
+                ratio * math.exp(up),
+            )
+        )
     return result
 
 
@@ -135,11 +141,16 @@ def _pictures(values: Mapping[str, Any]) -> dict[str, Markup]:
         start = plots.Point(0, "original", before["bytes"], quality, quality, quality, kept=True)
         steps = [
             plots.Point(
-                number, record["pass"], record["after"]["bytes"], record["after"]["quality"]["value"],
-                quality + record["loss"]["low"], quality + record["loss"]["high"], record["kept"],
+                number,
+                record["pass"],
+                record["after"]["bytes"],
+                record["after"]["quality"]["value"],
+                quality + record["loss"]["low"],
+                quality + record["loss"]["high"],
+                record["kept"],
             )
             for number, record in measured
-        ]  # fmt: skip
+        ]
         figure = plots.trajectory(start, steps, values["limits"].get("max_loss"), values["metric"])
         found["trajectory"] = _inline(figure, "Quality against packed size, pass by pass")
         found["bytes"] = _inline(plots.bytes_per_pass(start, steps), "Packed bytes after each pass")

@@ -54,9 +54,10 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
         graph = _level(built) == GRAPH_LEVEL
         if not graph and lowered:
             allowed = ", ".join(
-                name for name in plugins.names("edgekit.passes")
+                name
+                for name in plugins.names("edgekit.passes")
                 if _level(plugins.load("edgekit.passes", name)) == GRAPH_LEVEL
-            )  # fmt: skip
+            )
             raise EdgekitError(
                 f"pass {number} ({step.name!r}) works on a network, and {lowered}; passes on graphs: {allowed}"
                 + ("" if source.is_graph else "; put it before them")
@@ -140,14 +141,16 @@ def run(
             fresh_session = measure.session(job, fresh_bundle, forms)
             latency = measure.latency(job, bundle, fresh_bundle, (session, fresh_session), inputs, best)
             agreement = measure.agreement(job, fresh_bundle, forms, measured, expected)
-            strayed = measure.strayed(beside, measure.other_outputs(job, fresh_bundle, fresh))
+            drifted = measure.drifted(beside, measure.other_outputs(job, fresh_bundle, fresh))
             problem = next((item.problem for item in agreement if item.problem), None) or next(
                 (
                     f"output {name!r}, which the metric does not see, is no longer what the original gives: "
                     f"{far:.2g} times its size away"
-                    for name, far in strayed.items() if far >= measure.STRAYED
-                ), None,
-            )  # fmt: skip
+                    for name, far in drifted.items()
+                    if far >= measure.DRIFT_LIMIT
+                ),
+                None,
+            )
             verdict = judge(before, after, loss, latency, job.limits)
             if verdict.useless and getattr(built, "prepares", False):
                 verdict = Verdict(True, "loses nothing; it prepares the passes after it")
@@ -157,7 +160,7 @@ def run(
                 verdict = Verdict(True, f"replayed; measured here: {verdict.reason}")
             record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
             record["agreement"] = [asdict(item) for item in agreement]
-            record |= {"other_outputs": strayed} if strayed else {}
+            record |= {"other_outputs": drifted} if drifted else {}
             if job.target is not None and job.estimated:
                 record["estimated_on"] = job.target.name
                 verdict = replace(verdict, reason=f"{verdict.reason} (latency: an estimate for {job.target.name})")
@@ -197,9 +200,13 @@ def applied(job: Job, step: Step) -> Bundle:
 
 
 def _with_metrics(
-    job: Job, bundle: Bundle, original: npt.NDArray[Any], expected: npt.NDArray[Any], inputs: Arrays,
+    job: Job,
+    bundle: Bundle,
+    original: npt.NDArray[Any],
+    expected: npt.NDArray[Any],
+    inputs: Arrays,
     forms: Mapping[str, str],
-) -> Bundle:  # fmt: skip
+) -> Bundle:
     """The finished bundle with what the whole job did: source and result side by side, measured in one run."""
     measured = metrics.metric(job.metric)
     outputs = outputs_of(job, bundle, candidate_of(bundle))
@@ -226,8 +233,12 @@ def _with_metrics(
 
         batch, memory = needed(job.target, float_graph(bundle), inputs, job.limits.batches)
         measures["compression"]["memory"] = {
-            **asdict(memory), "batch": batch, "fits": memory.fits, "needed": memory.needed, "text": str(memory),
-        }  # fmt: skip
+            **asdict(memory),
+            "batch": batch,
+            "fits": memory.fits,
+            "needed": memory.needed,
+            "text": str(memory),
+        }
         if job.estimated:
             measures["compression"]["estimated_on"] = job.target.name
     return replace(bundle, manifest=replace(bundle.manifest, metrics=_finite(measures)))
@@ -285,9 +296,9 @@ def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[Mapping[str, An
         versions=versions(),
     )
     if isinstance(candidate, GraphCandidate):
-        from edgekit.graph.model import serialised
+        from edgekit.graph.model import serialized
 
-        graph = serialised(candidate.model)
+        graph = serialized(candidate.model)
         empty = {name: np.zeros(0, np.float32) for name in names}
         outputs = open_session(assemble_graph(manifest, graph, (inputs, empty)), "onnxruntime", threads=1).run(inputs)
         return assemble_graph(manifest, graph, (inputs, outputs))

@@ -9,10 +9,10 @@ from typing import Any
 import numpy.typing as npt
 from onnx import ModelProto
 
-from edgekit.cost.measured import Table
+from edgekit.cost.measured import OperatorTable
 from edgekit.cost.memory import Memory
 from edgekit.cost.operators import Rates, work
-from edgekit.cost.profiled import optimised_work, profiled
+from edgekit.cost.profiled import optimized_work, profiled
 from edgekit.cost.roofline import FORMULA, FUSED, estimate, in_mode
 from edgekit.graph.shapes import sized
 from edgekit.targets.profile import Target
@@ -60,18 +60,33 @@ class Report:
 
 
 def elsewhere(
-    model: ModelProto, target: Target, batch: int, *, lengths: Mapping[str, int] | None = None,
-    precision: str | None = None, power: str | None = None, threads: int = 1,
-) -> Report:  # fmt: skip
+    model: ModelProto,
+    target: Target,
+    batch: int,
+    *,
+    lengths: Mapping[str, int] | None = None,
+    precision: str | None = None,
+    power: str | None = None,
+    threads: int = 1,
+) -> Report:
     """Estimated from the target's data sheet."""
     if power is not None:
         target = in_mode(target, power)
     found = estimate(work(model, sized(model, batch, lengths)), target, batch, precision=precision, threads=threads)
     rows = [
-        Row(layer.name, layer.kind, 1, layer.operations, layer.bytes, layer.seconds, None,
-            layer.roofline / layer.seconds, layer.bound)
+        Row(
+            layer.name,
+            layer.kind,
+            1,
+            layer.operations,
+            layer.bytes,
+            layer.seconds,
+            None,
+            layer.roofline / layer.seconds,
+            layer.bound,
+        )
         for layer in found.layers
-    ]  # fmt: skip
+    ]
     formula = FORMULA + (f"; {FUSED}" if any(layer.fused for layer in found.layers) else "")
     return Report(
         target.name, batch, found.precision, found.seconds, None, formula, found.memory, tuple(rows), found.unknown
@@ -79,14 +94,21 @@ def elsewhere(
 
 
 def here(
-    model: ModelProto, target: Target, feeds: Mapping[str, npt.NDArray[Any]], batch: int, *, table: Table,
-    rates: Rates, lengths: Mapping[str, int] | None = None, seconds: float = 1.0,
-) -> Report:  # fmt: skip
+    model: ModelProto,
+    target: Target,
+    feeds: Mapping[str, npt.NDArray[Any]],
+    batch: int,
+    *,
+    table: OperatorTable,
+    rates: Rates,
+    lengths: Mapping[str, int] | None = None,
+    seconds: float = 1.0,
+) -> Report:
     """Measured on this machine, on one thread, beside what the table of its operators predicts. The operators are those
     that ONNX Runtime runs in place of the graph's own."""
     plain = estimate(work(model, sized(model, batch, lengths)), target, batch)
     taken = {kernel.name: kernel.seconds for kernel in profiled(model, feeds, seconds=seconds)}
-    done = optimised_work(model, batch, lengths)
+    done = optimized_work(model, batch, lengths)
     rows = []
     for operator in done.operators:
         measured = taken.get(operator.name)
@@ -97,14 +119,30 @@ def here(
         least, spent = max(computing, moving), measured or predicted
         bound = "compute" if computing > moving else "memory"
         rows.append(
-            Row(operator.name, operator.kind, 1, operator.operations, operator.bytes, predicted, measured,
-                least / spent if spent else 0.0, bound if least > 0.1 * spent else "launch")
-        )  # fmt: skip
+            Row(
+                operator.name,
+                operator.kind,
+                1,
+                operator.operations,
+                operator.bytes,
+                predicted,
+                measured,
+                least / spent if spent else 0.0,
+                bound if least > 0.1 * spent else "launch",
+            )
+        )
     total = sum(row.measured or 0.0 for row in rows) + max(0.0, table.call)
     return Report(
-        target.name, batch, plain.precision, table.total(done), total, MEASURED, plain.memory, tuple(rows),
+        target.name,
+        batch,
+        plain.precision,
+        table.total(done),
+        total,
+        MEASURED,
+        plain.memory,
+        tuple(rows),
         (*plain.unknown, *done.unknown),
-    )  # fmt: skip
+    )
 
 
 def lengths_of(model: ModelProto, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, int]:
@@ -128,7 +166,13 @@ def _merged(kind: str, rows: list[Row]) -> Row:
     for row in rows:
         bounds[row.bound] += row.measured or row.estimate
     return Row(
-        kind, kind, len(rows), total(lambda row: row.operations), total(lambda row: row.bytes),
-        total(lambda row: row.estimate), measured, least / spent if spent else 0.0,
+        kind,
+        kind,
+        len(rows),
+        total(lambda row: row.operations),
+        total(lambda row: row.bytes),
+        total(lambda row: row.estimate),
+        measured,
+        least / spent if spent else 0.0,
         max(bounds, key=lambda item: bounds[item]),
-    )  # fmt: skip
+    )

@@ -30,8 +30,8 @@ from onnx import ModelProto, helper
 
 from edgekit import cache, machine
 from edgekit.bundle.files import write_file
-from edgekit.cost.operators import Operator, Work
-from edgekit.cost.profiled import open_model, optimised_work, profiled, random_feeds
+from edgekit.cost.operators import Operator, Workload
+from edgekit.cost.profiled import open_model, optimized_work, profiled, random_feeds
 from edgekit.cost.samples import ALIKE, ROWS, Sample, composites, graph_of, samples
 from edgekit.errors import EdgekitError
 from edgekit.targets.local import cpu_flags
@@ -44,7 +44,7 @@ Terms = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class OperatorTable:
     """weights: of TERMS, by family, in seconds for one of each. call, node: what a call, and each operator, take
     besides the kernels; the latter is negative where that is less than what the profiler took for itself. samples,
     error: how many measurements each family was fitted to, and their median relative error."""
@@ -54,7 +54,7 @@ class Table:
     node: float
     own_cache: int
     lanes: int  # float32 numbers of a vector register
-    company: float  # times as long as alone
+    contention: float  # times as long as alone
     samples: Mapping[str, int]
     error: Mapping[str, float]
     machine: Mapping[str, Any]
@@ -65,13 +65,13 @@ class Table:
         weights = self.weights.get(family(operator)) or self.weights[PLAIN]
         return float(np.dot(weights, terms(operator, self.own_cache, self.lanes)))
 
-    def total(self, work: Work) -> float:
+    def total(self, work: Workload) -> float:
         """Of a call."""
         return self.call + sum(self.of(operator) for operator in work.operators)
 
     def of(self, operator: Operator) -> float:
         """Of the operator in a model: its kernel, and what starting it takes."""
-        return self.company * max(0.0, self.node + self.seconds(operator))
+        return self.contention * max(0.0, self.node + self.seconds(operator))
 
 
 def family(operator: Operator) -> str:
@@ -108,7 +108,7 @@ def terms(operator: Operator, own_cache: int, lanes: int) -> Terms:
 
 def table(
     *, folder: Path | None = None, progress: Callable[[str, int, int], None] = lambda what, done, total: None
-) -> Table:
+) -> OperatorTable:
     """This machine's table: from the cache, else measured now, which takes half a minute."""
     import onnxruntime
 
@@ -131,7 +131,7 @@ def measure(
     runtime: str,
     seconds: float = 0.04,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Table:
+) -> OperatorTable:
     """Time the samples and fit a row for each family."""
     own_cache, lanes = _own_cache(), 16 if "avx512f" in cpu_flags() else 8
     rows: dict[str, list[Terms]] = {}
@@ -142,7 +142,7 @@ def measure(
             kernel.name: kernel.seconds
             for kernel in profiled(sample.model, random_feeds(sample.model, 1), seconds=seconds)
         }
-        for operator in optimised_work(sample.model, 1).operators:
+        for operator in optimized_work(sample.model, 1).operators:
             if operator.name in taken and family(operator) == sample.family:
                 rows.setdefault(sample.family, []).append(terms(operator, own_cache, lanes))
                 times.setdefault(sample.family, []).append(taken[operator.name])
@@ -156,10 +156,10 @@ def measure(
     if PLAIN not in fitted:
         raise EdgekitError(f"no sample of {PLAIN!r} was timed; the table needs one for operators that it does not know")
     counts = {name: len(vectors) for name, vectors in rows.items()}
-    found = Table(fitted, 0.0, 0.0, own_cache, lanes, 1.0, counts, error, facts, runtime)
+    found = OperatorTable(fitted, 0.0, 0.0, own_cache, lanes, 1.0, counts, error, facts, runtime)
     call, node = _overheads(found)
     found = replace(found, call=call, node=node)
-    return replace(found, company=_company(found, composites()))
+    return replace(found, contention=_contention(found, composites()))
 
 
 def relative_fit(matrix: Terms, target: Terms) -> Terms:
@@ -194,7 +194,7 @@ def non_negative(matrix: Terms, target: Terms, rounds: int = 1000) -> Terms:
     return weights
 
 
-def _overheads(kernels: Table) -> tuple[float, float]:
+def _overheads(kernels: OperatorTable) -> tuple[float, float]:
     """Seconds that a call, and each operator in it, take besides the kernels: from chains of small operators."""
     times = {}
     for length in (2, 42):
@@ -210,14 +210,14 @@ def _overheads(kernels: Table) -> tuple[float, float]:
             started = time.thread_time()
             session.run(None, feeds)
             taken.append(time.thread_time() - started)
-        operators = optimised_work(model, 1).operators
+        operators = optimized_work(model, 1).operators
         times[len(operators)] = float(np.median(taken)) - sum(kernels.seconds(operator) for operator in operators)
     (few, short), (many, long) = sorted(times.items())
     node = (long - short) / (many - few)
     return short - few * node, node
 
 
-def _company(alone: Table, networks: Sequence[ModelProto], rounds: int = 15) -> float:
+def _contention(alone: OperatorTable, networks: Sequence[ModelProto], rounds: int = 15) -> float:
     """How many times as long as the sum of their operators alone whole networks take, each after others have run."""
     sessions = [(open_model(model), dict(random_feeds(model, 1))) for model in networks]
     taken = np.empty((rounds, len(networks)))
@@ -227,7 +227,7 @@ def _company(alone: Table, networks: Sequence[ModelProto], rounds: int = 15) -> 
             started = time.thread_time()
             session.run(None, feeds)
             taken[number, index] = time.thread_time() - started
-    expected = [alone.total(optimised_work(model, 1)) for model in networks]
+    expected = [alone.total(optimized_work(model, 1)) for model in networks]
     return float(np.median(np.median(taken, axis=0) / expected))
 
 
@@ -241,10 +241,10 @@ def _own_cache(path: Path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size
     return int(text[:-1]) * scale if scale and text[:-1].isdigit() else OWN_CACHE
 
 
-def _read(path: Path) -> Table | None:
+def _read(path: Path) -> OperatorTable | None:
     """A table that was kept; a damaged one is measured again."""
     try:
         values = json.loads(path.read_text("utf-8"))
-        return Table(**{**values, "weights": {name: tuple(row) for name, row in values["weights"].items()}})
+        return OperatorTable(**{**values, "weights": {name: tuple(row) for name, row in values["weights"].items()}})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from edgekit.cost.operators import Work
+from edgekit.cost.operators import Workload
 from edgekit.graph.shapes import Value
 from edgekit.targets.profile import RESERVE, Target
 
@@ -38,7 +38,7 @@ class Memory:
         )
 
 
-def memory(work: Work, target: Target, size: Callable[[Value], float] = lambda value: value.bytes) -> Memory:
+def memory(work: Workload, target: Target, size: Callable[[Value], float] = lambda value: value.bytes) -> Memory:
     """What the graph needs on a target; `size`: bytes of a value as the device stores it. Workspace of the runtime's
     fastest kernels comes on top and is not known here."""
     activations, at = peak(work, size)
@@ -46,7 +46,7 @@ def memory(work: Work, target: Target, size: Callable[[Value], float] = lambda v
     return Memory(weights, activations, at, RESERVE[target.kind], target.memory.value)
 
 
-def peak(work: Work, size: Callable[[Value], float] = lambda value: value.bytes) -> tuple[float, str]:
+def peak(work: Workload, size: Callable[[Value], float] = lambda value: value.bytes) -> tuple[float, str]:
     """The largest sum of activations that are alive at one node, and that node. In the graph's order: a value is alive
     from the node that makes it to the last that reads it; inputs always, for they are the caller's; outputs to the end.
     Views share their input's bytes; nothing is computed in place."""
@@ -75,7 +75,7 @@ def peak(work: Work, size: Callable[[Value], float] = lambda value: value.bytes)
     return largest, at
 
 
-def _roots(work: Work) -> Mapping[str, str]:
+def _roots(work: Workload) -> Mapping[str, str]:
     """For each activation, the one whose bytes it shares: itself, unless a view made it."""
     roots = {name: name for name in work.inputs}
     for operator in work.operators:

@@ -68,7 +68,7 @@ class Operator:
 
     operations: as in Cost. product: whether it is a matrix product or convolution, for which devices have units of
     their own; then `precision` is that of its factors, else of its result. matrices: products that do not share a
-    factor, such as heads of attention; groups of a convolution; rows that a normalisation treats one by one. inner:
+    factor, such as heads of attention; groups of a convolution; rows that a normalization treats one by one. inner:
     terms of each sum of a product; columns: of its result, or channels of a group. read, written: bytes of activations;
     weights: of stored tensors. inputs, outputs: names of those activations. view: it only renames bytes. sizes_only: it
     computes a shape, where kernels are started.
@@ -96,7 +96,7 @@ class Operator:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """A graph's operators in its order. values: what flows, by name; stored: what must lie in memory all the time;
     unknown: names of the nodes whose shapes cannot be told and that are counted as nothing."""
 
@@ -116,11 +116,11 @@ def graph_cost(model: ModelProto, batch: int, lengths: Mapping[str, int] | None 
     return Cost(sum(item.operations for item in work(model, sizes).operators), float(moved))
 
 
-def work(model: ModelProto, sizes: Sizes) -> Work:
+def work(model: ModelProto, sizes: Sizes) -> Workload:
     """The operators of a graph at these sizes.
 
     What stored tensors alone decide is computed once, before the first call, by every runtime, and counts as stored.
-    A DequantizeLinear is part of the product that reads it, if only products on dequantised factors do: the pattern
+    A DequantizeLinear is part of the product that reads it, if only products on dequantized factors do: the pattern
     that runtimes turn into integer kernels, which read the codes.
     """
     stored_ends = set(sizes.stored)
@@ -140,10 +140,14 @@ def work(model: ModelProto, sizes: Sizes) -> Work:
             held = codes.get(name, name)
             if held in constants and held in sizes.values and not operator.view:
                 stored[held] = sizes.values[held]
-    return Work(
-        tuple(operators), sizes.values, stored, inputs, tuple(value.name for value in model.graph.output),
+    return Workload(
+        tuple(operators),
+        sizes.values,
+        stored,
+        inputs,
+        tuple(value.name for value in model.graph.output),
         tuple(unknown),
-    )  # fmt: skip
+    )
 
 
 def _constants(model: ModelProto, sizes: Sizes) -> set[str]:
@@ -157,21 +161,21 @@ def _constants(model: ModelProto, sizes: Sizes) -> set[str]:
 
 
 def _codes(model: ModelProto) -> dict[str, str]:
-    """Codes by what a DequantizeLinear makes of them, where only products on dequantised factors read it."""
+    """Codes by what a DequantizeLinear makes of them, where only products on dequantized factors read it."""
     made = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    readers: dict[str, list[NodeProto]] = {}
+    consumers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
-            readers.setdefault(name, []).append(node)
+            consumers.setdefault(name, []).append(node)
     ends = {value.name for value in model.graph.output}
     return {
         name: node.input[0]
         for name, node in made.items()
         if name not in ends
-        and readers.get(name)
+        and consumers.get(name)
         and all(
-            reader.op_type in ("MatMul", "Gemm", "Conv") and all(factor in made for factor in reader.input[:2])
-            for reader in readers[name]
+            consumer.op_type in ("MatMul", "Gemm", "Conv") and all(factor in made for factor in consumer.input[:2])
+            for consumer in consumers[name]
         )
     }
 
@@ -197,9 +201,22 @@ def _operator(node: NodeProto, sizes: Sizes, constants: set[str], codes: Mapping
     if view:
         operations, read, written, weights = 0.0, {}, {}, {}
     return Operator(
-        node.name or node.op_type, node.op_type, operations, precision, product, matrices, inner, columns, activations,
-        outputs, read, written, weights, view, sizes_only,
-    )  # fmt: skip
+        node.name or node.op_type,
+        node.op_type,
+        operations,
+        precision,
+        product,
+        matrices,
+        inner,
+        columns,
+        activations,
+        outputs,
+        read,
+        written,
+        weights,
+        view,
+        sizes_only,
+    )
 
 
 def _operations(node: NodeProto, values: Mapping[str, Value]) -> tuple[bool, float, int, int]:
@@ -209,16 +226,16 @@ def _operations(node: NodeProto, values: Mapping[str, Value]) -> tuple[bool, flo
     count, kind = float(math.prod(out)), node.op_type
     attributes = {item.name: item for item in node.attribute}
     if kind in MATRIX and shapes[0]:
-        turned = "transA" in attributes and attributes["transA"].i and len(shapes[0]) > 1
-        inner = shapes[0][-2 if turned else -1]
+        transposed = "transA" in attributes and attributes["transA"].i and len(shapes[0]) > 1
+        inner = shapes[0][-2 if transposed else -1]
         return True, 2 * count * inner, _matrices(shapes[1], out), inner
     if kind == "QLinearMatMul" and shapes[0]:
         return True, 2 * count * shapes[0][-1], _matrices(shapes[3], out), shapes[0][-1]
     if kind == "MatMulNBits" and "K" in attributes:
         return True, 2 * count * attributes["K"].i, 1, attributes["K"].i
     if kind in GENERAL and len(shapes[0]) == 2:
-        turned = "transA" in attributes and attributes["transA"].i
-        return True, 2 * count * shapes[0][0 if turned else 1], 1, shapes[0][0 if turned else 1]
+        transposed = "transA" in attributes and attributes["transA"].i
+        return True, 2 * count * shapes[0][0 if transposed else 1], 1, shapes[0][0 if transposed else 1]
     if kind in CONVOLUTION and len(shapes) > 1:
         kernel = shapes[3] if kind == "QLinearConv" else shapes[1]
         groups = attributes["group"].i if "group" in attributes else 1

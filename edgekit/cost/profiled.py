@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, TensorProto
 
-from edgekit.cost.operators import Work, work
+from edgekit.cost.operators import Workload, work
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.graph.shapes import Value, sized
 
@@ -57,11 +57,11 @@ def open_model(model: ModelProto, threads: int = 1, **settings: Any) -> Any:
         raise EdgekitError(f"onnxruntime cannot run this model here: {str(error).splitlines()[0]}") from error
 
 
-def optimised_work(model: ModelProto, batch: int, lengths: Mapping[str, int] | None = None) -> Work:
+def optimized_work(model: ModelProto, batch: int, lengths: Mapping[str, int] | None = None) -> Workload:
     """The operators that ONNX Runtime runs in place of the graph's own. Nothing is run: it writes down the graph that
     it has rewritten, in which results keep their names."""
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-        path = Path(folder) / "optimised.onnx"
+        path = Path(folder) / "optimized.onnx"
         open_model(model, optimized_model_filepath=str(path))
         rewritten = onnx.load(path)
     before = sized(model, batch, lengths).values

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from onnx import TensorProto
 
 from edgekit.cost.memory import Memory, memory
-from edgekit.cost.operators import POINTWISE, PRECISION, Bytes, Operator, Work
+from edgekit.cost.operators import POINTWISE, PRECISION, Bytes, Operator, Workload
 from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.shapes import Value
 from edgekit.targets.profile import PRECISIONS, Target
@@ -103,7 +103,7 @@ def in_mode(target: Target, name: str) -> Target:
     return replace(target, rates=rates, bandwidth=bandwidth)
 
 
-def estimate(work: Work, target: Target, batch: int, *, precision: str | None = None, threads: int = 1) -> Estimate:
+def estimate(work: Workload, target: Target, batch: int, *, precision: str | None = None, threads: int = 1) -> Estimate:
     """Time and memory of a graph on a target. `precision`: what float32 operators run in; int8 stands for products in
     int8 and all else in the plan's best. `threads`: cores of a CPU that share the work evenly. A graph that computes in
     what the device must never be given is an error."""
@@ -124,9 +124,11 @@ def estimate(work: Work, target: Target, batch: int, *, precision: str | None = 
         rate = target.rates[runs_in if operator.product else "float32"].dense.value * cores
         factors = SIZES[chosen] / 4 if operator.product and own == "float32" else SIZES[plain] / 4
         moved = (
-            _moved(operator.read, factors) + _moved(operator.weights, factors)
-            + _moved(others.written, SIZES[plain] / 4) + _moved(others.read, SIZES[plain] / 4)
-        )  # fmt: skip
+            _moved(operator.read, factors)
+            + _moved(operator.weights, factors)
+            + _moved(others.written, SIZES[plain] / 4)
+            + _moved(others.read, SIZES[plain] / 4)
+        )
         computing, moving = operator.operations / rate, moved / target.bandwidth.value
         computing += others.operations / (target.rates["float32"].dense.value * cores)
         least = max(computing, moving)
@@ -139,7 +141,7 @@ def estimate(work: Work, target: Target, batch: int, *, precision: str | None = 
     return Estimate(target.name, batch, chosen, tuple(layers), memory(work, target, size), work.unknown)
 
 
-def check_precisions(work: Work, target: Target) -> None:
+def check_precisions(work: Workload, target: Target) -> None:
     """Raise if products of the graph compute in what the device must never be given, or has no units for."""
     for name in dict.fromkeys(item.precision for item in work.operators if item.product):
         if name in PRECISIONS:
@@ -166,17 +168,17 @@ def _moved(bytes_: Bytes, scale: float) -> float:
     return sum(count * (scale if kind == "float32" else 1) for kind, count in bytes_.items())
 
 
-def _groups(work: Work, *, fuse: bool) -> list[tuple[Operator, _Others]]:
+def _groups(work: Workload, *, fuse: bool) -> list[tuple[Operator, _Others]]:
     """Operators, each with what is fused into it."""
     groups: list[tuple[Operator, _Others]] = []
     made: dict[str, int] = {}  # value -> number of the group that writes it last
-    readers = _readers(work)
+    consumers = _consumers(work)
     for operator in work.operators:
         if operator.view:
             if operator.inputs and operator.inputs[0] in made:
                 made |= dict.fromkeys(operator.outputs, made[operator.inputs[0]])
             continue
-        host = _host(operator, work, made, readers) if fuse else None
+        host = _host(operator, work, made, consumers) if fuse else None
         if host is None:
             groups.append((operator, _Others(operator.written)))
             made |= dict.fromkeys(operator.outputs, len(groups) - 1)
@@ -195,19 +197,18 @@ def _groups(work: Work, *, fuse: bool) -> list[tuple[Operator, _Others]]:
     return groups
 
 
-def _host(operator: Operator, work: Work, made: Mapping[str, int], readers: Mapping[str, int]) -> str | None:
+def _host(operator: Operator, work: Workload, made: Mapping[str, int], consumers: Mapping[str, int]) -> str | None:
     """The input whose maker this operator can be fused into: the one made last that nothing else reads."""
     if operator.kind not in POINTWISE or operator.sizes_only or len(operator.outputs) != 1:
         return None
     count = work.values[operator.outputs[0]].count
     fits = [
-        name for name in operator.inputs
-        if name in made and readers[name] == 1 and work.values[name].count == count
-    ]  # fmt: skip
+        name for name in operator.inputs if name in made and consumers[name] == 1 and work.values[name].count == count
+    ]
     return max(fits, key=lambda name: made[name], default=None)
 
 
-def _readers(work: Work) -> Mapping[str, int]:
+def _consumers(work: Workload) -> Mapping[str, int]:
     """How many operators read each value, through views; an output of the graph has one more."""
     below: dict[str, list[str]] = {}
     counts: dict[str, int] = {}

@@ -40,25 +40,69 @@ def samples() -> list[Sample]:
     """The calibration set: graphs of one operator, small to larger than a core's cache."""
     found: list[Sample] = []
     for rows, inner, columns in (
-        (1, 32, 32), (1, 256, 256), (1, 1024, 1000), (16, 64, 64), (16, 512, 512), (64, 32, 128), (100, 192, 192),
-        (200, 192, 768), (200, 768, 192), (256, 64, 64), (1000, 32, 32), (1600, 8, 64), (1600, 64, 128), (3000, 16, 32),
-        (1, 2048, 2048), (8, 3000, 1100), (4000, 64, 256), (200, 32, 3), (200, 64, 10),
-    ):  # fmt: skip
+        (1, 32, 32),
+        (1, 256, 256),
+        (1, 1024, 1000),
+        (16, 64, 64),
+        (16, 512, 512),
+        (64, 32, 128),
+        (100, 192, 192),
+        (200, 192, 768),
+        (200, 768, 192),
+        (256, 64, 64),
+        (1000, 32, 32),
+        (1600, 8, 64),
+        (1600, 64, 128),
+        (3000, 16, 32),
+        (1, 2048, 2048),
+        (8, 3000, 1100),
+        (4000, 64, 256),
+        (200, 32, 3),
+        (200, 64, 10),
+    ):
         found.append(_product("MatMul", (rows, inner), (inner, columns)))
         if columns <= 256 or rows <= 16:
             found.append(_product("Gemm", (rows, inner), (inner, columns)))
     for matrices, rows, inner, columns in (
-        (4, 16, 16, 16), (3, 180, 64, 180), (3, 180, 180, 64), (16, 110, 2, 110), (16, 110, 110, 2), (64, 50, 8, 50),
-        (64, 50, 50, 8), (256, 20, 16, 20), (32, 100, 16, 100), (32, 100, 100, 16), (1, 256, 256, 256),
-        (8, 64, 32, 64), (512, 8, 8, 8), (300, 110, 2, 110), (300, 110, 110, 2), (96, 180, 64, 180), (96, 180, 180, 64),
-        (200, 90, 4, 90), (200, 90, 90, 4),
-    ):  # fmt: skip
+        (4, 16, 16, 16),
+        (3, 180, 64, 180),
+        (3, 180, 180, 64),
+        (16, 110, 2, 110),
+        (16, 110, 110, 2),
+        (64, 50, 8, 50),
+        (64, 50, 50, 8),
+        (256, 20, 16, 20),
+        (32, 100, 16, 100),
+        (32, 100, 100, 16),
+        (1, 256, 256, 256),
+        (8, 64, 32, 64),
+        (512, 8, 8, 8),
+        (300, 110, 2, 110),
+        (300, 110, 110, 2),
+        (96, 180, 64, 180),
+        (96, 180, 180, 64),
+        (200, 90, 4, 90),
+        (200, 90, 90, 4),
+    ):
         found.append(_two("MatMul", (matrices, rows, inner), (matrices, inner, columns), "product of activations"))
     for channels, out, size, kernel in (
-        (3, 16, 32, 3), (3, 64, 64, 7), (16, 16, 16, 3), (32, 64, 32, 3), (64, 64, 16, 3), (64, 128, 14, 1),
-        (128, 128, 14, 3), (32, 64, 56, 1), (256, 256, 7, 1), (256, 64, 28, 1), (8, 16, 64, 5), (1, 8, 28, 3),
-        (20, 3, 40, 3), (48, 4, 24, 3), (24, 20, 32, 3), (32, 32, 96, 3),
-    ):  # fmt: skip
+        (3, 16, 32, 3),
+        (3, 64, 64, 7),
+        (16, 16, 16, 3),
+        (32, 64, 32, 3),
+        (64, 64, 16, 3),
+        (64, 128, 14, 1),
+        (128, 128, 14, 3),
+        (32, 64, 56, 1),
+        (256, 256, 7, 1),
+        (256, 64, 28, 1),
+        (8, 16, 64, 5),
+        (1, 8, 28, 3),
+        (20, 3, 40, 3),
+        (48, 4, 24, 3),
+        (24, 20, 32, 3),
+        (32, 32, 96, 3),
+    ):
         found.append(_convolution(channels, out, size, kernel, 1))
     for channels, size, kernel in (
         (16, 32, 3),
@@ -92,22 +136,22 @@ def samples() -> list[Sample]:
         found.append(_one("Gelu", shape, opset=20))
         found.append(_one("Softmax", shape, axis=-1))
         found.append(_one("ReduceMean", shape, axes=[-1], keepdims=1))
-        found.append(_turned(shape, (0, 2, 1)))
+        found.append(_transposed(shape, (0, 2, 1)))
         found.append(_two("Concat", shape, shape, axis=1))
-        found += [_normalised(shape), _power(shape), _where(shape), _slice(shape), _gather(shape), _expand(shape)]
-        found += [_cast(shape), _reshape(shape), _quantised(shape)]
-        found.append(_turned((*shape[:2], 4, shape[2] // 4), (0, 2, 1, 3)))
-        found.append(_turned((*shape[:2], 4, shape[2] // 4), (0, 2, 3, 1)))
+        found += [_normalized(shape), _power(shape), _where(shape), _slice(shape), _gather(shape), _expand(shape)]
+        found += [_cast(shape), _reshape(shape), _quantized(shape)]
+        found.append(_transposed((*shape[:2], 4, shape[2] // 4), (0, 2, 1, 3)))
+        found.append(_transposed((*shape[:2], 4, shape[2] // 4), (0, 2, 3, 1)))
     for rows, width in ((16, 8), (100, 192), (200, 768), (1600, 16), (6000, 32), (1000, 256)):
         found += [_weighted(kind, (rows, width)) for kind in ROWS]
     for width in (2, 4, 16, 110, 180, 512):
         found.append(_one("Softmax", (8, 50, width), axis=-1))
-        found.append(_normalised((8, 50, width)))
+        found.append(_normalized((8, 50, width)))
     for channels, size in ((16, 32), (64, 56), (64, 16), (128, 14), (8, 64), (32, 24)):
         for kind in ("MaxPool", "AveragePool"):
             found.append(_one(kind, (1, channels, size, size), kernel_shape=[2, 2], strides=[2, 2]))
         found.append(_one("ReduceMean", (1, channels, size, size), axes=[2, 3], keepdims=0))
-        found.append(_transposed(channels, channels // 2, size // 2))
+        found.append(_transposed_convolution(channels, channels // 2, size // 2))
     for rows, inner, columns in (
         (1, 64, 64),
         (16, 64, 64),
@@ -143,9 +187,11 @@ def _dense(rows: int, width: int, depth: int) -> ModelProto:
 
 def _convolutions(channels: int, size: int) -> ModelProto:
     weights = {
-        "w0": _random(channels, 3, 3, 3), "w1": _random(channels, channels, 3, 3) / channels,
-        "w2": _random(channels, 1, 3, 3), "w3": _random(channels, channels, 1, 1) / channels,
-    }  # fmt: skip
+        "w0": _random(channels, 3, 3, 3),
+        "w1": _random(channels, channels, 3, 3) / channels,
+        "w2": _random(channels, 1, 3, 3),
+        "w3": _random(channels, channels, 1, 1) / channels,
+    }
     nodes = []
     for number, groups in enumerate((1, 1, channels, 1)):
         reads, pads = f"r{number - 1}" if number else "a", [0 if number == 3 else 1] * 4
@@ -194,11 +240,12 @@ def graph_of(
     output that the caller gets would be new memory in each call."""
     end = helper.make_node("ReduceMax", ["y"], ["end"], "end", keepdims=0)
     graph = helper.make_graph(
-        [*nodes, end], "sample",
+        [*nodes, end],
+        "sample",
         [helper.make_tensor_value_info("abc"[n], TensorProto.FLOAT, shape) for n, shape in enumerate(inputs)],
         [helper.make_tensor_value_info("end", kind, ())],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )  # fmt: skip
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
@@ -224,7 +271,7 @@ def _weighted(kind: str, shape: tuple[int, ...]) -> Sample:
     return Sample(f"{kind} row", graph_of([node], [shape], {"w": _random(shape[-1])}))
 
 
-def _turned(shape: tuple[int, ...], order: tuple[int, ...]) -> Sample:
+def _transposed(shape: tuple[int, ...], order: tuple[int, ...]) -> Sample:
     """Before a reshape: what follows a Transpose directly is often rewritten to do without it."""
     nodes = [
         helper.make_node("Transpose", ["a"], ["t"], "Transpose", perm=list(order)),
@@ -246,12 +293,12 @@ def _convolution(channels: int, out: int, size: int, kernel: int, groups: int) -
     return Sample("depthwise" if groups > 1 else "convolution", graph_of([node], [(1, channels, size, size)], weights))
 
 
-def _transposed(channels: int, out: int, size: int) -> Sample:
+def _transposed_convolution(channels: int, out: int, size: int) -> Sample:
     node = helper.make_node("ConvTranspose", ["a", "w"], ["y"], "ConvTranspose", strides=[2, 2])
     return Sample("ConvTranspose", graph_of([node], [(1, channels, size, size)], {"w": _random(channels, out, 2, 2)}))
 
 
-def _normalised(shape: tuple[int, ...]) -> Sample:
+def _normalized(shape: tuple[int, ...]) -> Sample:
     node = helper.make_node("LayerNormalization", ["a", "scale", "bias"], ["y"], "norm", axis=-1)
     return Sample(
         "LayerNormalization", graph_of([node], [shape], {"scale": _random(shape[-1]), "bias": _random(shape[-1])})
@@ -295,12 +342,13 @@ def _cast(shape: tuple[int, ...]) -> Sample:
 def _reshape(shape: tuple[int, ...]) -> Sample:
     """After an operator: a reshape of an input copies it."""
     nodes = [
-        helper.make_node("Relu", ["a"], ["r"], "Relu"), helper.make_node("Reshape", ["r", "shape"], ["y"], "Reshape")
-    ]  # fmt: skip
+        helper.make_node("Relu", ["a"], ["r"], "Relu"),
+        helper.make_node("Reshape", ["r", "shape"], ["y"], "Reshape"),
+    ]
     return Sample("Reshape", graph_of(nodes, [shape], {"shape": np.array([-1, shape[-1]])}))
 
 
-def _quantised(shape: tuple[int, ...]) -> Sample:
+def _quantized(shape: tuple[int, ...]) -> Sample:
     node = helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["y"], "QuantizeLinear")
     weights = {"scale": np.float32(0.05), "zero": np.uint8(128)}
     return Sample("QuantizeLinear", graph_of([node], [shape], weights, kind=TensorProto.UINT8))
@@ -309,7 +357,7 @@ def _quantised(shape: tuple[int, ...]) -> Sample:
 def _dynamic(rows: int, inner: int, columns: int) -> Sample:
     """The nodes that ONNX Runtime makes one DynamicQuantizeMatMul of."""
     nodes = [
-        helper.make_node("DynamicQuantizeLinear", ["a"], ["q", "s", "z"], "quantise"),
+        helper.make_node("DynamicQuantizeLinear", ["a"], ["q", "s", "z"], "quantize"),
         helper.make_node("MatMulInteger", ["q", "w", "z", "wz"], ["i"], "product"),
         helper.make_node("Cast", ["i"], ["f"], "cast", to=TensorProto.FLOAT),
         helper.make_node("Mul", ["s", "ws"], ["scale"], "scales"),
@@ -323,13 +371,11 @@ def _dynamic(rows: int, inner: int, columns: int) -> Sample:
 def _static(rows: int, inner: int, columns: int) -> Sample:
     """A product between QuantizeLinear and DequantizeLinear, as static_int8 leaves it."""
     nodes = [
-        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"], "quantise"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "dequantise"),
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"], "quantize"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "dequantize"),
         helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["dw"], "weights"),
         helper.make_node("MatMul", ["d", "dw"], ["y"], "product"),
     ]
     codes = np.random.default_rng(0).integers(-64, 64, (inner, columns)).astype(np.int8)
-    weights = {
-        "w": codes, "wz": np.int8(0), "ws": np.float32(0.01), "s": np.float32(0.05), "z": np.uint8(128)
-    }  # fmt: skip
+    weights = {"w": codes, "wz": np.int8(0), "ws": np.float32(0.01), "s": np.float32(0.05), "z": np.uint8(128)}
     return Sample("int8 product", graph_of(nodes, [(rows, inner)], weights))

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 from edgekit.doctor import host
-from edgekit.doctor.check import Check, Status, size
 from edgekit.doctor.extras import conflicts
+from edgekit.doctor.finding import Finding, Status, size
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.stacks import (
     RUNTIMES,
@@ -40,11 +40,11 @@ PACKAGE_OF = {  # what brings a CUDA library, by the start of its name; %s is th
 }  # fmt: skip
 
 
-def judge(system: System, target: Target | None, *, asked: bool) -> list[Check]:
+def judge(system: System, target: Target | None, *, asked: bool) -> list[Finding]:
     """All checks. asked: the target was named, so what it lacks is an error; a guessed one may not be meant."""
     if target and asked and (reason := _stranger(system, target)):
         record = f"edgekit doctor --json > there.json; then: edgekit doctor --system there.json --target {target.name}"
-        return [Check("target", "error", f"this machine is no {target.name}: {reason}", f"on that machine: {record}")]
+        return [Finding("target", "error", f"this machine is no {target.name}: {reason}", f"on that machine: {record}")]
     missing: Status = "error" if asked else "warning"
     found = [*_target(system, target, asked), *_gpu(system, target, asked), *_driver(system, target)]
     found += [*_jetson(system, target), *_python(system, target), *_packages(system, target), *_cuda(system, target)]
@@ -90,33 +90,45 @@ def sm_of(system: System, target: Target | None) -> int | None:
     return target.sm if target and target.kind != "cpu" and named else None
 
 
-def _target(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
+def _target(system: System, target: Target | None, asked: bool) -> Iterator[Finding]:
     board = f"{system.device_tree[0]}: " if system.device_tree else ""
     cores = f"{system.cpu.cores} core{'s' * (system.cpu.cores > 1)}"
     finding = f"{board}{system.cpu.name or system.machine}, {cores}, {system.os} on {system.machine}"
     if system.os == "Linux":
-        yield Check("machine", "ok", finding)
+        yield Finding("machine", "ok", finding)
     else:
-        yield Check("machine", "warning", finding, "edgekit is tested on Linux alone")
+        yield Finding("machine", "warning", finding, "edgekit is tested on Linux alone")
     if target is None:
-        yield Check("target", "warning", "no profile describes this machine; it is checked without one",
-                    "see edgekit targets, or describe it in a file: edgekit doctor --target FILE.toml")  # fmt: skip
+        yield Finding(
+            "target",
+            "warning",
+            "no profile describes this machine; it is checked without one",
+            "see edgekit targets, or describe it in a file: edgekit doctor --target FILE.toml",
+        )
         return
     plan = f"use {', '.join(target.plan.order)}" + f"; never {', '.join(target.plan.never)}" * bool(target.plan.never)
-    yield Check("target", "ok", f"{target.name}{'' if asked else ', recognised'}: {plan}")
+    yield Finding("target", "ok", f"{target.name}{'' if asked else ', recognised'}: {plan}")
 
 
-def _gpu(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
+def _gpu(system: System, target: Target | None, asked: bool) -> Iterator[Finding]:
     if target and (target.kind == "jetson" or (target.kind == "cpu" and asked)):
         return
     unusable: Status = "warning" if target and target.kind == "cpu" else "error"
     if system.driver_problem:
-        yield Check("GPU", unusable, f"the driver's tools fail: {system.driver_problem}",
-                    "after an update of the driver: reboot; else install the driver again")  # fmt: skip
+        yield Finding(
+            "GPU",
+            unusable,
+            f"the driver's tools fail: {system.driver_problem}",
+            "after an update of the driver: reboot; else install the driver again",
+        )
     elif not system.gpus and system.pci_gpus:
         branches = f" of a branch {target.stack.driver}" if target and target.stack.driver else ""
-        yield Check("GPU", unusable, f"{_many(system.pci_gpus, 'NVIDIA GPU')} on the bus, and no driver shows it",
-                    f"install NVIDIA's driver{branches}; then nvidia-smi lists it")  # fmt: skip
+        yield Finding(
+            "GPU",
+            unusable,
+            f"{_many(system.pci_gpus, 'NVIDIA GPU')} on the bus, and no driver shows it",
+            f"install NVIDIA's driver{branches}; then nvidia-smi lists it",
+        )
     chosen = gpu_of(system, target)
     if chosen is None:
         return
@@ -126,12 +138,12 @@ def _gpu(system: System, target: Target | None, asked: bool) -> Iterator[Check]:
         if gpu is not chosen and gpu.compute_capability != chosen.compute_capability:
             finding += f"; what follows is about the {chosen.name}"
         if gpu.free < gpu.memory / 5:
-            yield Check("GPU", "warning", finding, "see who holds its memory: nvidia-smi")
+            yield Finding("GPU", "warning", finding, "see who holds its memory: nvidia-smi")
         else:
-            yield Check("GPU", "ok", finding)
+            yield Finding("GPU", "ok", finding)
 
 
-def _driver(system: System, target: Target | None) -> Iterator[Check]:
+def _driver(system: System, target: Target | None) -> Iterator[Finding]:
     if not system.driver or system.jetson or (target and target.kind == "cpu"):
         return  # a Jetson's is part of its JetPack
     found, sm = branch(system.driver), sm_of(system, target)
@@ -140,22 +152,37 @@ def _driver(system: System, target: Target | None) -> Iterator[Check]:
     pip = next((install(stack.requirements) for stack in possible if stack.requirements), "")
     other = f", or install what fits it: {pip}" if pip else ""
     checks = []
-    for generation, users in sorted(_generations(system).items()):
-        least = DRIVERS.get(generation, 0)
+    for parser_version, users in sorted(_generations(system).items()):
+        least = DRIVERS.get(parser_version, 0)
         if found < least:
-            checks.append(Check(
-                "driver", "error",
-                f"{system.driver} is too old for CUDA {generation}, which {', '.join(sorted(users))} needs",
-                f"update the driver to {least} or later{other}",
-            ))  # fmt: skip
+            checks.append(
+                Finding(
+                    "driver",
+                    "error",
+                    f"{system.driver} is too old for CUDA {parser_version}, which {', '.join(sorted(users))} needs",
+                    f"update the driver to {least} or later{other}",
+                )
+            )
     if sm and sm < TURING and found > LAST_DRIVER:
-        checks.append(Check("driver", "error", f"{system.driver} has no support for compute capability {sm / 10}",
-                            f"install branch {LAST_DRIVER}, the last that has"))  # fmt: skip
+        checks.append(
+            Finding(
+                "driver",
+                "error",
+                f"{system.driver} has no support for compute capability {sm / 10}",
+                f"install branch {LAST_DRIVER}, the last that has",
+            )
+        )
     elif target and not possible and not checks:
         ranges = " or ".join(dict.fromkeys(stack.driver for stack in target.stacks))
-        checks.append(Check("driver", "error", f"{system.driver}; {target.name} needs {ranges}",
-                            f"install a driver of a branch {ranges}"))  # fmt: skip
-    yield from checks or [Check("driver", "ok", finding)]
+        checks.append(
+            Finding(
+                "driver",
+                "error",
+                f"{system.driver}; {target.name} needs {ranges}",
+                f"install a driver of a branch {ranges}",
+            )
+        )
+    yield from checks or [Finding("driver", "ok", finding)]
 
 
 def _generations(system: System) -> dict[int, set[str]]:
@@ -168,65 +195,82 @@ def _generations(system: System) -> dict[int, set[str]]:
     return found
 
 
-def _jetson(system: System, target: Target | None) -> Iterator[Check]:
+def _jetson(system: System, target: Target | None) -> Iterator[Finding]:
     if system.jetson is None or (target and target.kind != "jetson"):
         return
     image, release = system.jetson, jetpack(system)
     finding = f"JetPack {release or 'unknown'} (L4T {image.l4t})"
     wanted = list(dict.fromkeys(stack.jetpack for stack in target.stacks if stack.jetpack)) if target else []
     if wanted and not any(text.partition(".")[0] == release.partition(".")[0] for text in wanted):
-        yield Check("JetPack", "error", f"{finding}; {target.name if target else ''} needs {' or '.join(wanted)}",
-                    f"flash JetPack {wanted[0]}")  # fmt: skip
+        yield Finding(
+            "JetPack",
+            "error",
+            f"{finding}; {target.name if target else ''} needs {' or '.join(wanted)}",
+            f"flash JetPack {wanted[0]}",
+        )
     else:
-        yield Check("JetPack", "ok", finding)
+        yield Finding("JetPack", "ok", finding)
     modes = target.power if target else ()
     full = next((mode for mode in modes if mode.share == 1), None)
     mode = next((item for item in modes if item.name == image.mode), None)
     if not image.mode:
-        yield Check("power mode", "warning", "nvpmodel does not tell it", "run edgekit doctor as root, or: nvpmodel -q")
+        yield Finding(
+            "power mode", "warning", "nvpmodel does not tell it", "run edgekit doctor as root, or: nvpmodel -q"
+        )
     elif mode and full and mode is not full:
-        yield Check("power mode", "warning", f"{mode.name}: {mode.share:.0%} of the rates of {full.name}",
-                    f"sudo nvpmodel -m ID, with the ID of {full.name} in /etc/nvpmodel.conf")  # fmt: skip
+        yield Finding(
+            "power mode",
+            "warning",
+            f"{mode.name}: {mode.share:.0%} of the rates of {full.name}",
+            f"sudo nvpmodel -m ID, with the ID of {full.name} in /etc/nvpmodel.conf",
+        )
     else:
-        yield Check("power mode", "ok", image.mode)
+        yield Finding("power mode", "ok", image.mode)
     if image.clocks != "locked":
         told = "clocks change with the load" if image.clocks else "jetson_clocks does not tell without root"
-        yield Check("clocks", "warning", f"{told}: a time measured now may not be seen again",
-                    "before measuring: sudo jetson_clocks")  # fmt: skip
+        yield Finding(
+            "clocks",
+            "warning",
+            f"{told}: a time measured now may not be seen again",
+            "before measuring: sudo jetson_clocks",
+        )
     else:
-        yield Check("clocks", "ok", "locked by jetson_clocks")
+        yield Finding("clocks", "ok", "locked by jetson_clocks")
 
 
-def _python(system: System, target: Target | None) -> Iterator[Check]:
+def _python(system: System, target: Target | None) -> Iterator[Finding]:
     if target is None or not (python := python_of(system, target)):
         return
     where = "/usr/bin/python3" if target.kind == "jetson" else "Python"
     wanted = list(dict.fromkeys(stack.python for stack in target.stacks if stack.python))
     if wanted and not any(within(python, text) for text in wanted):
         every = " or ".join(wanted)
-        fix = f"keep the system's own Python {every} as /usr/bin/python3" if target.kind == "jetson" else \
-              f"make an environment with Python {every}"  # fmt: skip
-        yield Check("Python", "error", f"{where} is {python}; software of {target.name} is built for {every}", fix)
+        fix = (
+            f"keep the system's own Python {every} as /usr/bin/python3"
+            if target.kind == "jetson"
+            else f"make an environment with Python {every}"
+        )
+        yield Finding("Python", "error", f"{where} is {python}; software of {target.name} is built for {every}", fix)
     else:
-        yield Check("Python", "ok", f"{where} is {python}")
+        yield Finding("Python", "ok", f"{where} is {python}")
 
 
-def _packages(system: System, target: Target | None) -> Iterator[Check]:
+def _packages(system: System, target: Target | None) -> Iterator[Finding]:
     installed = names(system)
     clashes = conflicts(installed)
     for clash in clashes:
         finding = f"{' and '.join(clash.packages)} cannot work together: {clash.why}"
         twins = {text.partition(" ")[0] for text in clash.packages} == set(RUNTIMES)
         pinned = [s for s in fitting(system, target) if set(packages_of(s)) & set(RUNTIMES)] if twins else []
-        yield Check("packages", "error", finding, remedy(system, pinned[0]) if pinned else clash.remedy)
+        yield Finding("packages", "error", finding, remedy(system, pinned[0]) if pinned else clash.remedy)
     banned = forbidden(target, installed) if target else []
     for name, version, rule in banned:
         finding = f"{name} {version} must not be used on {target.name if target else ''}: {rule.why}"
-        yield Check("packages", "error", finding, _replace(system, target, name))
+        yield Finding("packages", "error", finding, _replace(system, target, name))
     if not clashes and not banned:
         shown = [f"{name} {version}" for name, version in sorted(system.packages.items()) if SHOWN.match(name)]
         every = f"{_many(len(system.packages), 'package')}, none that exclude one another"
-        yield Check("packages", "ok", f"{', '.join(shown)}; {every}" if shown else every)
+        yield Finding("packages", "ok", f"{', '.join(shown)}; {every}" if shown else every)
 
 
 def _replace(system: System, target: Target | None, package: str, library: str = "") -> str:
@@ -249,21 +293,21 @@ def _getting(system: System, target: Target | None, provider: str) -> str:
     return line or "pip install 'edgekit[gpu]'"
 
 
-def _cuda(system: System, target: Target | None) -> Iterator[Check]:
+def _cuda(system: System, target: Target | None) -> Iterator[Finding]:
     """CUDA and cuDNN that are installed, wherever they are from."""
     if target and target.kind == "cpu":
         return
-    generations = [f"CUDA {number} ({', '.join(sorted(users))})" for number, users in _generations(system).items()]
+    parser_versions = [f"CUDA {number} ({', '.join(sorted(users))})" for number, users in _generations(system).items()]
     compiler = [f"nvcc {system.nvcc}"] if system.nvcc else []
-    if generations or compiler:
-        yield Check("CUDA", "ok", ", ".join([*generations, *compiler]))
+    if parser_versions or compiler:
+        yield Finding("CUDA", "ok", ", ".join([*parser_versions, *compiler]))
     known = {f"{name} {version}" for name, version in system.packages.items() if name.startswith("nvidia-cudnn")}
     known |= {f"{version} of the system" for name, version in system.system_libraries.items() if name == "libcudnn"}
     if known:
-        yield Check("cuDNN", "ok", ", ".join(sorted(known)))
+        yield Finding("cuDNN", "ok", ", ".join(sorted(known)))
 
 
-def _code(system: System, target: Target | None) -> Iterator[Check]:
+def _code(system: System, target: Target | None) -> Iterator[Finding]:
     """Which GPUs the installed libraries have code for, package by package."""
     if target and target.kind == "cpu":
         return
@@ -271,7 +315,7 @@ def _code(system: System, target: Target | None) -> Iterator[Check]:
     packages: dict[str, list[Library]] = {}
     for library in system.libraries:
         if library.problem:
-            yield Check("GPU code", "error", library.problem, _replace(system, target, library.package, library.name))
+            yield Finding("GPU code", "error", library.problem, _replace(system, target, library.package, library.name))
         elif library.code:
             packages.setdefault(f"{library.package} {library.version}".strip(), []).append(library)
     for title, libraries in packages.items():
@@ -279,14 +323,18 @@ def _code(system: System, target: Target | None) -> Iterator[Check]:
         wrong = [library for library in libraries if sm is not None and not library.code.runs_on(sm)]
         if wrong:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            yield Check(name, "error", f"{title}: none in {wrong[0].name}{more} ({wrong[0].code})",
-                        _replace(system, target, wrong[0].package, wrong[0].name))  # fmt: skip
+            yield Finding(
+                name,
+                "error",
+                f"{title}: none in {wrong[0].name}{more} ({wrong[0].code})",
+                _replace(system, target, wrong[0].package, wrong[0].name),
+            )
         else:
             least = min(libraries, key=lambda library: len(library.sms))
-            yield Check(name, "ok", f"{title}: {least.code}")
+            yield Finding(name, "ok", f"{title}: {least.code}")
 
 
-def _missing(system: System, target: Target | None) -> Iterator[Check]:
+def _missing(system: System, target: Target | None) -> Iterator[Finding]:
     """Libraries that installed ones are linked to and that the loader does not find."""
     sm = sm_of(system, target)
     banned = {name for name, _, _ in forbidden(target, names(system))} if target else set()
@@ -297,54 +345,77 @@ def _missing(system: System, target: Target | None) -> Iterator[Check]:
             continue  # it has to go anyway
         finding = f"{library.name} needs {', '.join(library.missing)}, which the loader does not find"
         if any(name.startswith(("libnvinfer", "libnvonnx")) for name in library.missing):
-            yield Check("libraries", "warning", f"{finding}: there is no TensorrtExecutionProvider",
-                        f"only if you want it: install the TensorRT that brings {library.missing[0]}")  # fmt: skip
+            yield Finding(
+                "libraries",
+                "warning",
+                f"{finding}: there is no TensorrtExecutionProvider",
+                f"only if you want it: install the TensorRT that brings {library.missing[0]}",
+            )
             continue
-        generation = max(_generations(system), default=12)
-        wanted = [PACKAGE_OF[stem] % generation for stem in PACKAGE_OF
-                  if any(name.startswith(stem) for name in library.missing)]  # fmt: skip
-        yield Check("libraries", "error", finding, pins(system, target, wanted) or install(wanted or library.missing))
+        parser_version = max(_generations(system), default=12)
+        wanted = [
+            PACKAGE_OF[stem] % parser_version
+            for stem in PACKAGE_OF
+            if any(name.startswith(stem) for name in library.missing)
+        ]
+        yield Finding("libraries", "error", finding, pins(system, target, wanted) or install(wanted or library.missing))
 
 
-def _providers(system: System, target: Target | None) -> Iterator[Check]:
+def _providers(system: System, target: Target | None) -> Iterator[Finding]:
     if system.providers_problem:
         again = pins(system, target, ["onnxruntime-gpu", "onnxruntime"]) or "pip install --force-reinstall onnxruntime"
-        yield Check("onnxruntime", "error", f"it cannot be imported: {system.providers_problem}", again)
+        yield Finding("onnxruntime", "error", f"it cannot be imported: {system.providers_problem}", again)
         return
     wanted = {stack.provider for stack in target.stacks} if target else set()
     for provider in system.providers:
         if target and target.kind == "cpu" and provider.name != CPU:
             continue
         if provider.active and not provider.preloaded:
-            yield Check("provider", "ok", f"{provider.name} really ran a convolution and a product")
+            yield Finding("provider", "ok", f"{provider.name} really ran a convolution and a product")
         elif provider.active:
-            yield Check("provider", "warning", f"{provider.name} runs, but only after onnxruntime.preload_dlls()",
-                        "call that first, or name site-packages' folders nvidia/*/lib in LD_LIBRARY_PATH")  # fmt: skip
+            yield Finding(
+                "provider",
+                "warning",
+                f"{provider.name} runs, but only after onnxruntime.preload_dlls()",
+                "call that first, or name site-packages' folders nvidia/*/lib in LD_LIBRARY_PATH",
+            )
         else:
             ran = f"the nodes ran on {', '.join(provider.ran)}" if provider.ran else "nothing ran"
             why = f": {provider.problem}" if provider.problem else ""
-            yield Check("provider", "error" if provider.name in wanted else "warning",
-                        f"{provider.name} is available but not active, {ran}{why}",
-                        _getting(system, target, provider.name) if provider.name in wanted else
-                        "do not ask for it, or install what it needs")  # fmt: skip
+            yield Finding(
+                "provider",
+                "error" if provider.name in wanted else "warning",
+                f"{provider.name} is available but not active, {ran}{why}",
+                _getting(system, target, provider.name)
+                if provider.name in wanted
+                else "do not ask for it, or install what it needs",
+            )
     gpu = system.gpus or system.jetson
     if system.providers and gpu and all(item.name == CPU for item in system.providers) and sm_of(system, target):
-        yield Check("provider", "warning", "there is a GPU, and this onnxruntime runs on the CPU alone",
-                    _getting(system, target, "CUDAExecutionProvider"))  # fmt: skip
+        yield Finding(
+            "provider",
+            "warning",
+            "there is a GPU, and this onnxruntime runs on the CPU alone",
+            _getting(system, target, "CUDAExecutionProvider"),
+        )
 
 
-def _tensorrt(system: System, target: Target | None) -> Iterator[Check]:
+def _tensorrt(system: System, target: Target | None) -> Iterator[Finding]:
     if target and target.kind == "cpu":
         return
     if system.tensorrt:
         tool = f", {system.trtexec}" if system.trtexec else ", no trtexec"
-        yield Check("TensorRT", "ok", f"{system.tensorrt}{tool}")
+        yield Finding("TensorRT", "ok", f"{system.tensorrt}{tool}")
     if target and target.kind == "jetson" and not system.trtexec:
-        yield Check("TensorRT", "warning", "there is no trtexec, which builds engines here",
-                    "sudo apt-get install libnvinfer-bin; it lands in /usr/src/tensorrt/bin")  # fmt: skip
+        yield Finding(
+            "TensorRT",
+            "warning",
+            "there is no trtexec, which builds engines here",
+            "sudo apt-get install libnvinfer-bin; it lands in /usr/src/tensorrt/bin",
+        )
 
 
-def _stacks(system: System, target: Target | None, missing: Status) -> Iterator[Check]:
+def _stacks(system: System, target: Target | None, missing: Status) -> Iterator[Finding]:
     """Whether one of the target's stacks is complete."""
     if target is None:
         return
@@ -355,11 +426,11 @@ def _stacks(system: System, target: Target | None, missing: Status) -> Iterator[
         other = ", ".join(differing(system, stack))
         if other and pinned & set(packages_of(stack)):
             continue  # what is installed is another of the target's stacks
-        yield Check("stack", "ok", f"{stack.name}: complete{f', with {other}' if other else ''}")
+        yield Finding("stack", "ok", f"{stack.name}: complete{f', with {other}' if other else ''}")
     if not working:
         best = next((stack for stack in target.stacks if not problems[stack][0]), target.stack)
         blocked, lost = problems[best]
-        yield Check(
+        yield Finding(
             "stack", missing, f"{best.name}: {'; '.join([*blocked, *lost])}", "" if blocked else remedy(system, best)
         )
 

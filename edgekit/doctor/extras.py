@@ -60,19 +60,19 @@ RULES = (
     ),
     Rule(
         {"nvidia-modelopt": "", "onnx": ">=1.22"},
-        "modelopt's ONNX quantisation is pinned to onnx 1.21",
+        "modelopt's ONNX quantization is pinned to onnx 1.21",
         _MODELOPT,
         _MODELOPT_PINS,
     ),
     Rule(
         {"nvidia-modelopt": "", "onnxruntime": "!=1.24.*"},
-        "modelopt's ONNX quantisation is pinned to onnxruntime 1.24 (onnxruntime-gpu on Linux x86)",
+        "modelopt's ONNX quantization is pinned to onnxruntime 1.24 (onnxruntime-gpu on Linux x86)",
         _MODELOPT,
         _MODELOPT_PINS,
     ),
     Rule(
         {"nvidia-modelopt": "", "onnxruntime-gpu": "!=1.24.*"},
-        "modelopt's ONNX quantisation is pinned to onnxruntime-gpu 1.24",
+        "modelopt's ONNX quantization is pinned to onnxruntime-gpu 1.24",
         _MODELOPT,
         _MODELOPT_PINS,
     ),
@@ -126,8 +126,9 @@ def check(*packages: str) -> None:
     found = conflicts({item.metadata["Name"]: item.version for item in distributions() if item.metadata["Name"]})
     for conflict in found:
         if {entry.partition(" ")[0] for entry in conflict.packages} & {canonicalize_name(name) for name in packages}:
-            raise EdgekitError(f"{' and '.join(conflict.packages)} cannot work together: {conflict.why}; "
-                               f"{conflict.remedy}")  # fmt: skip
+            raise EdgekitError(
+                f"{' and '.join(conflict.packages)} cannot work together: {conflict.why}; {conflict.remedy}"
+            )
 
 
 def _named(name: str, specifier: str, versions: Mapping[str, str]) -> bool:

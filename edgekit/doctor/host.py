@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgekit.doctor.check import Check, size
+from edgekit.doctor.finding import Finding, size
 from edgekit.doctor.system import System
 
 FEW = 512 << 20  # bytes of free memory with which little can be started
@@ -12,40 +12,48 @@ X86 = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16
 ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
 
 
-def memory(system: System) -> Iterator[Check]:
+def memory(system: System) -> Iterator[Finding]:
     if not system.memory:
         return
     shared = ", shared with the GPU" if system.jetson else ""
     finding = f"{size(system.available)} of {size(system.memory)} free{shared}"
     if system.available < max(FEW, system.memory / 10):
         desktop = "; a desktop goes with: sudo systemctl isolate multi-user.target" if system.jetson else ""
-        yield Check("memory", "warning", finding, f"end what holds it: ps aux --sort -rss | head{desktop}")
+        yield Finding("memory", "warning", finding, f"end what holds it: ps aux --sort -rss | head{desktop}")
     else:
-        yield Check("memory", "ok", finding)
+        yield Finding("memory", "ok", finding)
 
 
-def cpu(system: System) -> Iterator[Check]:
+def cpu(system: System) -> Iterator[Finding]:
     flags = [flag for flag in (*X86, *ARM) if flag in system.cpu.flags]
     finding = ", ".join(flags) or "no vector instructions that edgekit knows"
     if system.machine == "x86_64" and system.cpu.flags and "avx2" not in flags:
-        yield Check("CPU", "warning", f"{finding}; without AVX2 runtimes fall back to 128-bit kernels", "")
+        yield Finding("CPU", "warning", f"{finding}; without AVX2 runtimes fall back to 128-bit kernels", "")
     elif "avx2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags):
-        yield Check("CPU", "ok", f"{finding}; no VNNI: int8 in the form U8S8 saturates, its weights need 7 bits")
+        yield Finding("CPU", "ok", f"{finding}; no VNNI: int8 in the form U8S8 saturates, its weights need 7 bits")
     elif system.cpu.flags:
-        yield Check("CPU", "ok", finding)
+        yield Finding("CPU", "ok", finding)
     for library in system.blas:
         slow = library.library == "openblas" and library.kernel in ("Haswell", "Zen") and "avx512f" in flags
         finding = f"{library.library} {library.version}, kernels for {library.kernel}"
         if slow and "OPENBLAS_CORETYPE" not in system.environment:
-            yield Check("BLAS", "warning", f"{finding}: AVX2, on a CPU with AVX-512",
-                        "export OPENBLAS_CORETYPE=SkylakeX (twice as fast on Zen 5, no gain on Zen 4)")  # fmt: skip
+            yield Finding(
+                "BLAS",
+                "warning",
+                f"{finding}: AVX2, on a CPU with AVX-512",
+                "export OPENBLAS_CORETYPE=SkylakeX (twice as fast on Zen 5, no gain on Zen 4)",
+            )
         else:
-            yield Check("BLAS", "ok", finding)
+            yield Finding("BLAS", "ok", finding)
 
 
-def compiler(system: System) -> Iterator[Check]:
+def compiler(system: System) -> Iterator[Finding]:
     if system.compiler:
-        yield Check("compiler", "ok", system.compiler)
+        yield Finding("compiler", "ok", system.compiler)
     else:
-        yield Check("compiler", "warning", "no C compiler: small networks run on onnxruntime instead of as C",
-                    "apt-get install gcc, or name one in $CC")  # fmt: skip
+        yield Finding(
+            "compiler",
+            "warning",
+            "no C compiler: small networks run on onnxruntime instead of as C",
+            "apt-get install gcc, or name one in $CC",
+        )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekit.bundle.format import Bundle
-from edgekit.doctor.check import Check, size
 from edgekit.doctor.checks import gpu_of
+from edgekit.doctor.finding import Finding, size
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.system import System
 from edgekit.targets.profile import RESERVE, Target
@@ -89,64 +89,85 @@ def _asymmetric(model: ModelProto) -> bool:
     from edgekit.graph.model import to_array
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    points = {node.input[2] for node in model.graph.node
-              if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2}  # fmt: skip
+    points = {
+        node.input[2]
+        for node in model.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
+    }
     return any(to_array(stored[name]).any() for name in points if name in stored)
 
 
-def judge(needs: Needs, target: Target | None, system: System | None) -> list[Check]:
+def judge(needs: Needs, target: Target | None, system: System | None) -> list[Finding]:
     """The model on a target, or, with a system, on the machine at hand."""
     opset = f", opset {needs.opset}" if needs.opset else ""
     kinds = ", ".join(needs.precisions)
-    found = [Check("model", "ok", f"{needs.name}: {needs.family}, {needs.parameters:,} parameters, {kinds}{opset}")]
+    found = [Finding("model", "ok", f"{needs.name}: {needs.family}, {needs.parameters:,} parameters, {kinds}{opset}")]
     if target:
         found += [*_precision(needs, target), *_graph(needs, target)]
     return [*found, *_memory(needs, target, system), *(_runtime(needs, system) if system else ())]
 
 
-def _precision(needs: Needs, target: Target) -> Iterator[Check]:
+def _precision(needs: Needs, target: Target) -> Iterator[Finding]:
     allowed = ", ".join(target.plan.order)
     for name in needs.precisions:
         if name in target.plan.never:
-            yield Check("precision", "error", f"{name} must not be used on {target.name}: {target.plan.reason}",
-                        f"export or compress it in one of: {allowed}")  # fmt: skip
+            yield Finding(
+                "precision",
+                "error",
+                f"{name} must not be used on {target.name}: {target.plan.reason}",
+                f"export or compress it in one of: {allowed}",
+            )
         elif name not in target.rates:
-            yield Check(
+            yield Finding(
                 "precision", "warning", f"{target.name} has no units for {name} that are known", f"use {allowed}"
             )
     if not set(needs.precisions) & {*target.plan.never} and set(needs.precisions) <= set(target.rates):
         held = ", ".join(needs.precisions) or "no weights"
-        yield Check("precision", "ok", f"{held} on {target.name}; best first: {allowed}")
+        yield Finding("precision", "ok", f"{held} on {target.name}; best first: {allowed}")
 
 
-def _graph(needs: Needs, target: Target) -> Iterator[Check]:
+def _graph(needs: Needs, target: Target) -> Iterator[Finding]:
     readers = [stack for stack in target.stacks if stack.opset]
     if needs.opset and readers:
         fitting = [stack for stack in readers if stack.opset is not None and stack.opset >= needs.opset]
         newest = max(stack.opset or 0 for stack in readers)
         if not fitting:
             parsers = any(stack.runtime.startswith("tensorrt") for stack in readers)  # the command asks them, too
-            yield Check("opset", "warning" if parsers else "error",
-                        f"opset {needs.opset} as it is stored; runtimes of {target.name} read up to {newest}",
-                        f"edgekit export --target {target.name} writes it in an older one, where its operators allow "
-                        f"it; or export the model again from its source with opset {newest}")  # fmt: skip
+            yield Finding(
+                "opset",
+                "warning" if parsers else "error",
+                f"opset {needs.opset} as it is stored; runtimes of {target.name} read up to {newest}",
+                f"edgekit export --target {target.name} writes it in an older one, where its operators allow "
+                f"it; or export the model again from its source with opset {newest}",
+            )
         elif fitting[0] is not readers[0]:
-            yield Check("opset", "warning", f"opset {needs.opset}: {readers[0].name} reads up to {readers[0].opset}",
-                        f"use {fitting[0].name}, or export the model again with opset {readers[0].opset}")  # fmt: skip
+            yield Finding(
+                "opset",
+                "warning",
+                f"opset {needs.opset}: {readers[0].name} reads up to {readers[0].opset}",
+                f"use {fitting[0].name}, or export the model again with opset {readers[0].opset}",
+            )
         else:
-            yield Check("opset", "ok", f"{needs.opset}; {fitting[0].name} reads up to {fitting[0].opset}")
+            yield Finding("opset", "ok", f"{needs.opset}; {fitting[0].name} reads up to {fitting[0].opset}")
     first = target.stack
     of_tensorrt = first.runtime in ("tensorrt", "tensorrt-rtx")
     if needs.domains and target.kind != "cpu":
-        yield Check("operators", "error" if of_tensorrt else "warning",
-                    f"operators of {', '.join(needs.domains)}, which TensorRT does not read",
-                    "export the model without a runtime's own optimisations")  # fmt: skip
+        yield Finding(
+            "operators",
+            "error" if of_tensorrt else "warning",
+            f"operators of {', '.join(needs.domains)}, which TensorRT does not read",
+            "export the model without a runtime's own optimizations",
+        )
     if needs.asymmetric and target.plan.int8 == "s8s8":
-        yield Check("int8 form", "error" if of_tensorrt else "warning",
-                    "zero points other than 0, which TensorRT refuses", "quantise it in the form s8s8")  # fmt: skip
+        yield Finding(
+            "int8 form",
+            "error" if of_tensorrt else "warning",
+            "zero points other than 0, which TensorRT refuses",
+            "quantize it in the form s8s8",
+        )
 
 
-def _memory(needs: Needs, target: Target | None, system: System | None) -> Iterator[Check]:
+def _memory(needs: Needs, target: Target | None, system: System | None) -> Iterator[Finding]:
     need = needs.weights + (needs.activations or 0)
     where, room = "", 0.0
     if system:
@@ -160,14 +181,14 @@ def _memory(needs: Needs, target: Target | None, system: System | None) -> Itera
     free = "free on" if system else "on"
     finding = f"{size(need)} for weights and {told}, {size(room)} {free} {where}"
     if need > room:
-        yield Check("model memory", "error", finding, "a smaller batch, or compress it: edgekit compress")
+        yield Finding("model memory", "error", finding, "a smaller batch, or compress it: edgekit compress")
     elif need > FULL * room:
-        yield Check("model memory", "warning", f"{finding}: little is left for the runtime", "try a smaller batch")
+        yield Finding("model memory", "warning", f"{finding}: little is left for the runtime", "try a smaller batch")
     else:
-        yield Check("model memory", "ok", finding)
+        yield Finding("model memory", "ok", finding)
 
 
-def _runtime(needs: Needs, system: System) -> Iterator[Check]:
+def _runtime(needs: Needs, system: System) -> Iterator[Finding]:
     """Which of the runtimes that can run this family are there."""
     have = {
         "c": bool(system.compiler),
@@ -178,10 +199,14 @@ def _runtime(needs: Needs, system: System) -> Iterator[Check]:
     wanted = RUNTIMES.get(needs.family, RUNTIMES["t2"][1:])
     found = [name for name in wanted if have[name]]
     if needs.family != "onnx" and "torch" not in system.packages:
-        yield Check("runtime", "warning", "without torch its network cannot be exported here",
-                    "export it where torch is, or: pip install 'edgekit[compress]'")  # fmt: skip
+        yield Finding(
+            "runtime",
+            "warning",
+            "without torch its network cannot be exported here",
+            "export it where torch is, or: pip install 'edgekit[compress]'",
+        )
     if found:
         devices = [item.name for item in system.providers if item.active and item.name != CPU]
-        yield Check("runtime", "ok", f"{', '.join(found)}{f' ({devices[0]})' if devices else ''}")
+        yield Finding("runtime", "ok", f"{', '.join(found)}{f' ({devices[0]})' if devices else ''}")
     else:
-        yield Check("runtime", "error", f"none of {', '.join(wanted)} works here", "pip install 'edgekit[onnx]'")
+        yield Finding("runtime", "error", f"none of {', '.join(wanted)} works here", "pip install 'edgekit[onnx]'")

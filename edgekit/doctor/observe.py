@@ -45,9 +45,15 @@ def run(*command: str) -> tuple[int, str]:
     """Exit status and what a program printed, on either stream; 127 without it."""
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=15, check=False,
-            errors="replace", stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=15,
+            check=False,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return 127, ""
     return done.returncode, done.stdout.strip()
@@ -161,8 +167,9 @@ def nvidia(run: Run) -> tuple[tuple[Gpu, ...], str, str, str]:
     columns = "name,compute_cap,memory.total,memory.free,driver_version"
     status, printed = run("nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader,nounits")
     if status and "compute_cap" in printed:  # drivers before 510
-        status, printed = run("nvidia-smi", f"--query-gpu={columns.replace('compute_cap', 'index')}",
-                              "--format=csv,noheader,nounits")  # fmt: skip
+        status, printed = run(
+            "nvidia-smi", f"--query-gpu={columns.replace('compute_cap', 'index')}", "--format=csv,noheader,nounits"
+        )
     if status == 127 and not printed:
         return (), "", "", ""
     rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines()]

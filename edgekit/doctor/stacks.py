@@ -47,9 +47,11 @@ def guess(system: System, targets: Iterable[Target]) -> Target | None:
     fulfilled = [
         target
         for target in known
-        if target.kind == "cpu" and target.machine == system.machine and set(target.features) <= set(system.cpu.flags)
+        if target.kind == "cpu"
+        and target.machine == system.machine
+        and set(target.features) <= set(system.cpu.flags)
         and not target.device_tree
-    ]  # fmt: skip
+    ]
     return max(fulfilled, key=lambda target: len(target.features), default=None)
 
 

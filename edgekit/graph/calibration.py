@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edgekit.bundle.format import Arrays
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.graph.model import serialised, specs
+from edgekit.graph.model import serialized, specs
 from edgekit.session import check_inputs
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def activations(model: ModelProto, names: Iterable[str], data: Dataset) -> Itera
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # sums do not depend on the machine's cores
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(serialised(probe), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(serialized(probe), options, providers=["CPUExecutionProvider"])
     for rows in batches(data):
         values = dict(zip(computed, session.run(computed, rows), strict=True)) if computed else {}
         yield {name: rows[name] if name in inputs else values[name] for name in wanted}

@@ -36,8 +36,8 @@ def tidy(model: ModelProto, prefix: str, buffers: Mapping[str, Array], tied: Map
         node.input[:] = [names[name] if name else "" for name in node.input]
         node.output[:] = [names[name] if name else "" for name in node.output]
     # not ascontiguousarray, which makes a scalar a list of one
-    initialisers = [numpy_helper.from_array(np.asarray(constants[old], order="C"), names[old]) for old in used]
-    unique = {tensor.name: tensor for tensor in initialisers}
+    initializers = [numpy_helper.from_array(np.asarray(constants[old], order="C"), names[old]) for old in used]
+    unique = {tensor.name: tensor for tensor in initializers}
     for field, content in (("node", nodes), ("initializer", unique.values()), ("value_info", ())):
         graph.ClearField(field)
         getattr(graph, field).extend(content)

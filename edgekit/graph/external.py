@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import set_external_data
 
-from edgekit.graph.model import serialised, to_array
+from edgekit.graph.model import serialized, to_array
 
 LARGEST = 2**31 - 2**24  # bytes of one file; protobuf ends at 2 GB, and notes take some
 LEAST = 1024  # bytes of a tensor; below, it stays in the graph
@@ -16,7 +16,7 @@ def files(model: ModelProto, name: str, largest: int = LARGEST) -> dict[str, byt
     """The graph as one file, or, if that would be larger than this, as two: `name` and `name`.data."""
     size = sum(max(len(tensor.raw_data), tensor.ByteSize()) for tensor in model.graph.initializer)
     if size <= largest:
-        return {name: serialised(model)}
+        return {name: serialized(model)}
     skeleton, data = ModelProto(), bytearray()
     skeleton.CopyFrom(model)
     for tensor in skeleton.graph.initializer:
@@ -29,4 +29,4 @@ def files(model: ModelProto, name: str, largest: int = LARGEST) -> dict[str, byt
         whole.ClearField("raw_data")
         tensor.CopyFrom(whole)
         data += raw
-    return {name: serialised(skeleton), f"{name}.data": bytes(data)}
+    return {name: serialized(skeleton), f"{name}.data": bytes(data)}

@@ -72,7 +72,7 @@ def _spec(value: onnx.ValueInfoProto, source: str) -> TensorSpec:
     return TensorSpec(value.name, tuple(axes), dtype.name)
 
 
-def normalised(model: ModelProto) -> ModelProto:
+def normalized(model: ModelProto) -> ModelProto:
     """A copy in which every node has a name of its own, by which passes speak of it, and every tensor's numbers are
     stored the same way; notes that exporters leave are dropped."""
     result = ModelProto()
@@ -99,7 +99,7 @@ def parameters(model: ModelProto) -> int:
 
 
 def learnt(model: ModelProto) -> Iterator[TensorProto]:
-    """Initialisers that hold weights; shapes, axes and single constants do not count."""
+    """Initializers that hold weights; shapes, axes and single constants do not count."""
     for tensor in model.graph.initializer:
         if np.prod(tensor.dims) >= LEAST and tensor.data_type != TensorProto.INT64:
             yield tensor
@@ -118,7 +118,7 @@ def without_weights(content: bytes) -> tuple[bytes, dict[str, Array]]:
             arrays[tensor.name] = to_array(tensor)
             empty = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
             tensor.CopyFrom(empty)
-    return serialised(model), arrays
+    return serialized(model), arrays
 
 
 def with_weights(skeleton: bytes, arrays: Mapping[str, Array]) -> bytes:
@@ -127,10 +127,10 @@ def with_weights(skeleton: bytes, arrays: Mapping[str, Array]) -> bytes:
     for tensor in model.graph.initializer:
         if tensor.name in arrays:
             tensor.raw_data = np.ascontiguousarray(arrays[tensor.name]).tobytes()
-    return serialised(model)
+    return serialized(model)
 
 
-def serialised(model: ModelProto) -> bytes:
+def serialized(model: ModelProto) -> bytes:
     """The same bytes for the same graph, always."""
     content: bytes = model.SerializeToString(deterministic=True)
     return content
@@ -142,7 +142,7 @@ class Use:
 
     node: NodeProto
     axis: int
-    turned: bool  # read through a Transpose
+    transposed: bool  # read through a Transpose
 
     @property
     def activation(self) -> str:
@@ -175,36 +175,36 @@ class Weight:
         return frozenset(use.axis for use in self.uses)
 
     @property
-    def readers(self) -> str:
+    def consumers(self) -> str:
         """Everything that reads it, for a plan or an error."""
-        return ", ".join([use.node.name + " (transposed)" * use.turned for use in self.uses] + list(self.others))
+        return ", ".join([use.node.name + " (transposed)" * use.transposed for use in self.uses] + list(self.others))
 
 
 def weights(model: ModelProto) -> list[Weight]:
     """Every float32 tensor of two or more dimensions that a MatMul, Gemm or Conv reads as its second input, directly or
     through the Transpose of a matrix."""
-    readers = _readers(model)
+    consumers = _consumers(model)
     result = []
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) >= 2:
-            uses, others = _uses(tensor.name, len(tensor.dims), readers)
+            uses, others = _uses(tensor.name, len(tensor.dims), consumers)
             if uses:
-                result.append(Weight(tensor, tuple(sorted(uses, key=lambda use: use.turned)), tuple(others)))
+                result.append(Weight(tensor, tuple(sorted(uses, key=lambda use: use.transposed)), tuple(others)))
     return result
 
 
 def _uses(
-    name: str, rank: int, readers: Mapping[str, list[_Reader]], turned: bool = False
+    name: str, rank: int, consumers: Mapping[str, list[_Consumer]], transposed: bool = False
 ) -> tuple[list[Use], list[str]]:
     uses: list[Use] = []
     others: list[str] = []
-    for node, slot, inside in readers[name]:
+    for node, slot, inside in consumers[name]:
         if node is None:
             others.append("an output of the graph")
         elif not inside and slot == 1 and (axis := _summed_axis(node, rank)) is not None:
-            uses.append(Use(node, axis ^ turned, turned))
+            uses.append(Use(node, axis ^ transposed, transposed))
         elif not inside and node.op_type == "Transpose" and rank == 2 and _swaps(node):
-            through = _uses(node.output[0], rank, readers, not turned)
+            through = _uses(node.output[0], rank, consumers, not transposed)
             uses += through[0]
             others += through[1]
         else:
@@ -228,12 +228,12 @@ def _swaps(node: NodeProto) -> bool:
     return list(attribute(node, "perm", [1, 0])) == [1, 0]
 
 
-_Reader = tuple[NodeProto | None, int, bool]  # node, None for the graph's output; which input; inside a subgraph
+_Consumer = tuple[NodeProto | None, int, bool]  # node, None for the graph's output; which input; inside a subgraph
 
 
-def _readers(model: ModelProto) -> Mapping[str, list[_Reader]]:
+def _consumers(model: ModelProto) -> Mapping[str, list[_Consumer]]:
     """What reads each value, subgraphs included."""
-    result: defaultdict[str, list[_Reader]] = defaultdict(list)
+    result: defaultdict[str, list[_Consumer]] = defaultdict(list)
 
     def collect(nodes: Iterable[NodeProto], inside: bool) -> None:
         for node in nodes:
@@ -251,9 +251,9 @@ def _readers(model: ModelProto) -> Mapping[str, list[_Reader]]:
     return result
 
 
-def readers(model: ModelProto) -> dict[str, int]:
+def consumers(model: ModelProto) -> dict[str, int]:
     """How many inputs of nodes, subgraphs included, and outputs of the graph read each value."""
-    return {name: len(found) for name, found in _readers(model).items()}
+    return {name: len(found) for name, found in _consumers(model).items()}
 
 
 def stored_values(model: ModelProto) -> set[str]:
@@ -280,11 +280,11 @@ def name_nodes(model: ModelProto) -> None:
     taken: set[str] = set()
     for number, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
-            node.name = fresh(f"{node.name or node.op_type}_{number}", taken)
+            node.name = unique_name(f"{node.name or node.op_type}_{number}", taken)
         taken.add(node.name)
 
 
-def fresh(name: str, taken: Iterable[str]) -> str:
+def unique_name(name: str, taken: Iterable[str]) -> str:
     """The name, numbered if it is taken."""
     taken = set(taken)
     return (
@@ -296,7 +296,7 @@ def value_names(model: ModelProto) -> set[str]:
     """Names of all values of the graph and its subgraphs."""
     graph = model.graph
     names = {item.name for item in (*graph.input, *graph.output, *graph.initializer)}
-    return names | set(_readers(model)) | {name for node in graph.node for name in node.output}
+    return names | set(_consumers(model)) | {name for node in graph.node for name in node.output}
 
 
 def replace_tensor(model: ModelProto, name: str, tensors: Sequence[TensorProto], nodes: Sequence[NodeProto]) -> None:
@@ -311,11 +311,11 @@ def replace_tensor(model: ModelProto, name: str, tensors: Sequence[TensorProto],
         graph.node.insert(0, node)
 
 
-def drop_unread(model: ModelProto) -> None:
+def eliminate_dead_nodes(model: ModelProto) -> None:
     """Remove stored tensors and nodes that nothing reads."""
     graph = model.graph
     while True:
-        read = readers(model)
+        read = consumers(model)
         nodes = [node for node in graph.node if any(name in read for name in node.output)]
         tensors = [tensor for tensor in graph.initializer if tensor.name in read]
         if len(nodes) == len(graph.node) and len(tensors) == len(graph.initializer):

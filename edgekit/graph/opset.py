@@ -22,7 +22,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, defs, helper
 
 from edgekit.errors import EdgekitError
 from edgekit.graph.cleanup import shapes
-from edgekit.graph.model import attribute, drop_unread, fresh, name_nodes, opset, value_names
+from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, opset, unique_name, value_names
 
 OLDEST = 13  # the first with a scale per channel in DequantizeLinear and axes of Squeeze as an input
 # their meaning changed under the same signature; written in the old one they would compute something else
@@ -55,13 +55,13 @@ class _Draft:
     tensors: dict[str, Array] = field(default_factory=dict)
 
     def add(self, operator: str, *inputs: str, to: str = "", **attributes: Any) -> str:
-        name = fresh(f"{self.node.name}.{operator}", self.taken)
+        name = unique_name(f"{self.node.name}.{operator}", self.taken)
         self.taken.add(name)
         self.nodes.append(helper.make_node(operator, list(inputs), [to or name], name, **attributes))
         return to or name
 
     def constant(self, role: str, value: Any, kind: Any = np.float32) -> str:
-        name = fresh(f"{self.node.name}.{role}", self.taken)
+        name = unique_name(f"{self.node.name}.{role}", self.taken)
         self.taken.add(name)
         self.tensors[name] = np.asarray(value, kind)
         return name
@@ -72,7 +72,7 @@ class _Draft:
             return self.add("ReduceMean", value, axes=axes, keepdims=1)
         return self.add("ReduceMean", value, self.constant("axes", axes, np.int64), keepdims=1)
 
-    def normalised(self, value: str, axes: list[int], epsilon: float) -> str:
+    def normalized(self, value: str, axes: list[int], epsilon: float) -> str:
         """(value - mean) / sqrt(variance + epsilon) over axes."""
         apart = self.add("Sub", value, self.mean(value, axes))
         variance = self.mean(self.add("Mul", apart, apart), axes)
@@ -87,7 +87,7 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """sums: nodes that took the place of normalisations, which half precision must leave alone."""
+    """sums: nodes that took the place of normalizations, which half precision must leave alone."""
 
     model: ModelProto
     sums: tuple[str, ...]
@@ -109,7 +109,7 @@ def to_opset(model: ModelProto, version: int, known: Collection[str] | None = No
         if entry.domain in ("", "ai.onnx"):
             entry.version = version
     result.ir_version = min(result.ir_version, helper.find_min_ir_version_for(list(result.opset_import), True))
-    drop_unread(result)
+    eliminate_dead_nodes(result)
     result.graph.ClearField("value_info")
     try:
         onnx.checker.check_model(result, full_check=True)
@@ -134,7 +134,7 @@ def _store_constants(model: ModelProto) -> None:
 
 
 def _lower(model: ModelProto, graph: GraphProto, version: int, known: Collection[str] | None) -> list[str]:
-    """Rewrite in place; names of the nodes that normalise."""
+    """Rewrite in place; names of the nodes that normalize."""
     now, taken = opset(model), value_names(model)
     found = shapes(model)
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -216,7 +216,7 @@ def _layer_normalization(draft: _Draft) -> None:
     if any(node.output[1:]):
         raise EdgekitError(f"node {node.name!r}: LayerNormalization with mean and deviation as outputs cannot be split")
     axes = list(range(axis if axis < 0 else axis - draft.known_rank(), 0))
-    value = draft.normalised(node.input[0], axes, attribute(node, "epsilon", 1e-5))
+    value = draft.normalized(node.input[0], axes, attribute(node, "epsilon", 1e-5))
     biased = len(node.input) > 2 and node.input[2]
     value = draft.add("Mul", value, node.input[1], to="" if biased else node.output[0])
     if biased:
@@ -240,7 +240,7 @@ def _group_normalization(draft: _Draft) -> None:
     if channels is None or (node.input[1] in draft.stored and draft.length.get(1, channels) != channels):
         raise EdgekitError(f"node {node.name!r}: GroupNormalization with a scale per group cannot be written out")
     flat = draft.add("Reshape", node.input[0], draft.constant("groups", [0, groups, -1], np.int64))
-    value = draft.normalised(flat, [-1], attribute(node, "epsilon", 1e-5))
+    value = draft.normalized(flat, [-1], attribute(node, "epsilon", 1e-5))
     value = draft.add("Reshape", value, draft.add("Shape", node.input[0]))
     per_channel = draft.constant("per_channel", [1, channels] + [1] * (rank - 2), np.int64)
     value = draft.add("Mul", value, draft.add("Reshape", node.input[1], per_channel))

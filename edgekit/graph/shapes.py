@@ -149,10 +149,11 @@ def _folded(model: ModelProto, values: Mapping[str, Value], known: Mapping[str, 
 def _evaluated(model: ModelProto, node: NodeProto, constants: Mapping[str, Array]) -> dict[str, Array]:
     names = [name for name in node.output if name]
     graph = helper.make_graph(
-        [node], "one",
+        [node],
+        "one",
         [helper.make_value_info(name, helper.make_tensor_type_proto(0, None)) for name in set(node.input) if name],
         [helper.make_value_info(name, helper.make_tensor_type_proto(0, None)) for name in names],
-    )  # fmt: skip
+    )
     one = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     try:
         results = ReferenceEvaluator(one).run(None, {name: constants[name] for name in set(node.input) if name})

@@ -68,14 +68,14 @@ def unsafe(path: Path) -> EdgekitError:
 
 def from_onnx(content: bytes, name: str, source: str, *, golden: Arrays | None = None) -> Bundle:
     """A bundle around an ONNX graph; its golden outputs are what onnxruntime makes of the golden inputs."""
-    from edgekit.graph.model import load, normalised, serialised, specs
+    from edgekit.graph.model import load, normalized, serialized, specs
 
     model = load(content, source)
     inputs, outputs = specs(model, source)
     given = _golden_rows(inputs, golden)
     manifest = Manifest(name=name, family=ONNX, arguments={}, inputs=inputs, outputs=outputs)
     empty = {spec.name: np.zeros(0, np.float32) for spec in outputs}
-    bundle = assemble_graph(manifest, serialised(normalised(model)), (given, empty))
+    bundle = assemble_graph(manifest, serialized(normalized(model)), (given, empty))
     try:
         found = open_session(bundle, "onnxruntime", threads=1).run(given)
     except EdgekitError as error:
@@ -200,9 +200,12 @@ def from_factory(
     shapes = _output_axes(run, inputs, names)
     specs = tuple(TensorSpec(name, shapes[name], str(array.dtype)) for name, array in zip(names, found, strict=True))
     manifest = Manifest(
-        name=factory.partition(":")[0].rpartition(".")[2], family="module", arguments=values,
-        inputs=tuple(inputs), outputs=specs,
-    )  # fmt: skip
+        name=factory.partition(":")[0].rpartition(".")[2],
+        family="module",
+        arguments=values,
+        inputs=tuple(inputs),
+        outputs=specs,
+    )
     aliases = tied(model)
     state = {name: value.detach().numpy() for name, value in model.state_dict().items() if name not in aliases}
     return assemble(manifest, state, {}, (given, dict(zip(names, found, strict=True))))
@@ -312,10 +315,14 @@ def _output_axes(
 
     def outputs(longer: str | None) -> list[tuple[int, ...]]:
         sized = [
-            replace(spec, shape=tuple((2 + (axis == longer)) * multiple(axis) if isinstance(axis, str) else axis
-                                      for axis in spec.shape))
+            replace(
+                spec,
+                shape=tuple(
+                    (2 + (axis == longer)) * multiple(axis) if isinstance(axis, str) else axis for axis in spec.shape
+                ),
+            )
             for spec in inputs
-        ]  # fmt: skip
+        ]
         return [array.shape for array in run(golden_inputs(tuple(sized), 2))]
 
     usual = outputs(None)

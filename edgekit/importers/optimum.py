@@ -47,9 +47,14 @@ def from_optimum(folder: Path, *, golden: Arrays | None = None) -> Bundle:
                 warnings.simplefilter("ignore")
                 task = TasksManager.infer_task_from_model(network)  # it will not tell from a folder
                 main_export(
-                    str(folder), task=task, output=scratch, trust_remote_code=False, local_files_only=True,
-                    do_validation=False, no_post_process=True,
-                )  # fmt: skip
+                    str(folder),
+                    task=task,
+                    output=scratch,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    do_validation=False,
+                    no_post_process=True,
+                )
         except Exception as error:  # its many stages raise what they like
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise EdgekitError(f"{folder}: optimum cannot export it: {reason}") from error
@@ -77,8 +82,8 @@ def with_image_size(content: bytes, config: Mapping[str, Any]) -> bytes:
             height, width = size if isinstance(size, list) else (size, size)
             for axis, length in zip(axes[1:], (config.get("num_channels", 3), height, width), strict=True):
                 axis.dim_value = int(length)
-    serialised: bytes = model.SerializeToString()
-    return serialised
+    serialized: bytes = model.SerializeToString()
+    return serialized
 
 
 def check_outputs(bundle: Bundle, network: Any, folder: Path) -> None:

@@ -105,9 +105,17 @@ def _forward(query: Float, key: Float, value: Float, mixed: Float, log_sum: Floa
 
 @njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
 def _backward(
-    query: Float, key: Float, value: Float, mixed: Float, log_sum: Float, gradient: Float,
-    query_gradient: Float, key_gradient: Float, value_gradient: Float, scale: np.float32,
-) -> None:  # fmt: skip
+    query: Float,
+    key: Float,
+    value: Float,
+    mixed: Float,
+    log_sum: Float,
+    gradient: Float,
+    query_gradient: Float,
+    key_gradient: Float,
+    value_gradient: Float,
+    scale: np.float32,
+) -> None:
     groups, dim, tokens = query.shape
     row, power = np.empty(tokens, np.float32), scale * LOG2_E
     row_gradient = np.empty(tokens, np.float32)

@@ -32,7 +32,7 @@ def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
 
 
 class Exported(nn.Module):
-    """A captured network. Dropout and batch normalisation are operators of its graph, so that its mode is an argument
+    """A captured network. Dropout and batch normalization are operators of its graph, so that its mode is an argument
     of theirs; torch's own train() and eval() refuse. torchao's functions for it rewrite every dropout to p = 0.5."""
 
     def __init__(self, graph: GraphModule) -> None:

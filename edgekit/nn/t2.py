@@ -77,7 +77,7 @@ def _compiled_attention_fits(x: Tensor) -> bool:
 
 
 class Block(nn.Module):
-    """Post-norm transformer block: attention and feed-forward, each added and then normalised."""
+    """Post-norm transformer block: attention and feed-forward, each added and then normalized."""
 
     def __init__(self, config: T2Config) -> None:
         super().__init__()

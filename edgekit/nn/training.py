@@ -60,11 +60,11 @@ def fit(
     by_label = schedule.distillation < 1  # otherwise the rows need no labels
     model.train()
     averaged = AveragedModel(model, multi_avg_fn=_moving_average(schedule.averaging))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     total = schedule.epochs * -(-len(data) // schedule.batch)
     rise = 0.1 if total != 10 else 0.2  # a rise of exactly one step divides by zero in torch
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.learning_rate, total_steps=total, pct_start=rise)
-    parts = {"model": model, "averaged": averaged, "optimiser": optimiser, "rate": rate}
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=total, pct_start=rise)
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "rate": rate}
     first = _resume(checkpoint, parts, schedule, seed)
     known = None  # what the teacher says of the rows, where every epoch has the same
     if teacher is not None and augment is None and example[0].numel() * len(data) <= KNOWN:
@@ -89,10 +89,10 @@ def fit(
                 raise EdgekitError(
                     f"training diverged in epoch {epoch + 1}: the loss is {loss.item()}; lower the learning rate"
                 )
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
-            optimiser.step()
+            optimizer.step()
             rate.step()
             averaged.update_parameters(model)
             loss_sum += loss.item() * len(rows)

@@ -166,16 +166,16 @@ def frozen(model: nn.Module, names: Iterable[str]) -> None:
         model.get_parameter(name).requires_grad_(False)
 
 
-def register(model: nn.Module, name: str, parametrisation: nn.Module) -> None:
-    """Put a parametrisation on a weight. One that several modules share stays one parameter behind it."""
+def register(model: nn.Module, name: str, parametrization: nn.Module) -> None:
+    """Put a parametrization on a weight. One that several modules share stays one parameter behind it."""
     module, attribute = owner(model, name)
-    readers = [owner(model, other) for other, first in tied(model).items() if first == name]
-    for reader, key in readers:  # torch changes the parameter in place, under the feet of the others
-        setattr(reader, key, nn.Parameter(getattr(module, attribute).detach().clone()))
-    parametrize.register_parametrization(module, attribute, parametrisation)
-    for reader, key in readers:
-        parametrize.register_parametrization(reader, key, parametrisation)
-        reader.parametrizations[key].original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
+    consumers = [owner(model, other) for other, first in tied(model).items() if first == name]
+    for consumer, key in consumers:  # torch changes the parameter in place, under the feet of the others
+        setattr(consumer, key, nn.Parameter(getattr(module, attribute).detach().clone()))
+    parametrize.register_parametrization(module, attribute, parametrization)
+    for consumer, key in consumers:
+        parametrize.register_parametrization(consumer, key, parametrization)
+        consumer.parametrizations[key].original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
 
 
 def unregister(model: nn.Module, name: str) -> Tensor:
@@ -184,19 +184,19 @@ def unregister(model: nn.Module, name: str) -> Tensor:
     original: Tensor = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
     others = [
         f"{path}.{key}"
-        for path, reader in model.named_modules()
-        if reader is not module and parametrize.is_parametrized(reader)
-        for key, item in reader.parametrizations.items()
+        for path, consumer in model.named_modules()
+        if consumer is not module and parametrize.is_parametrized(consumer)
+        for key, item in consumer.parametrizations.items()
         if item.original is original
     ]
     trained = original.detach().clone()
-    readers = [owner(model, other) for other in others]
-    for reader, key in readers:
-        reader.parametrizations[key].original = nn.Parameter(trained.clone())  # type: ignore[index, union-attr]
-    for holder, key in [(module, attribute), *readers]:
+    consumers = [owner(model, other) for other in others]
+    for consumer, key in consumers:
+        consumer.parametrizations[key].original = nn.Parameter(trained.clone())  # type: ignore[index, union-attr]
+    for holder, key in [(module, attribute), *consumers]:
         parametrize.remove_parametrizations(holder, key, leave_parametrized=True)
-    for reader, key in readers:
-        setattr(reader, key, getattr(module, attribute))
+    for consumer, key in consumers:
+        setattr(consumer, key, getattr(module, attribute))
     return trained
 
 

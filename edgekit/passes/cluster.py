@@ -72,7 +72,7 @@ class Cluster:
         for name in names:
             module, attribute = owner(model, name)
             lookup = module.parametrizations[attribute][0]  # type: ignore[index, assignment]
-            trained = unregister(model, name) * lookup.movable
+            trained = unregister(model, name) * lookup.nonzero_mask
             encodings[name] = Palette(self.bits, codes[name], trained.numpy().astype(np.float32))
         decoded(encodings, model)
         return Candidate(candidate.family, candidate.arguments, model, encodings)
@@ -120,17 +120,17 @@ class Lookup(nn.Module):
     palette entry of exactly zero is a pruned weight and does not move."""
 
     codes: Tensor
-    movable: Tensor
+    nonzero_mask: Tensor
     start: Tensor
 
     def __init__(self, codes: Tensor, palette: Tensor) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
-        self.register_buffer("movable", (palette != 0).to(palette.dtype))
+        self.register_buffer("nonzero_mask", (palette != 0).to(palette.dtype))
         self.register_buffer("start", palette)
 
     def forward(self, palette: Tensor) -> Tensor:
-        return (palette * self.movable)[self.codes]
+        return (palette * self.nonzero_mask)[self.codes]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return self.start.clone()

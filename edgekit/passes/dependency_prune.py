@@ -83,10 +83,13 @@ class DependencyPrune:
             raise EdgekitError(f"no channels or heads can be removed ({reasons}); leave {self.name} out of the recipe")
         model = candidate.copy_model()
         scores = _taylor(model, groups, context) if self.importance == "taylor" else _magnitude(model, groups)
-        steps = removal(candidate.model, [
-            (group, _least(group, score, group.size - left))
-            for group, score, left in zip(groups, scores, self._kept(groups, scores), strict=True)
-        ])  # fmt: skip
+        steps = removal(
+            candidate.model,
+            [
+                (group, _least(group, score, group.size - left))
+                for group, score, left in zip(groups, scores, self._kept(groups, scores), strict=True)
+            ],
+        )
         model = remove(candidate.copy_model(), steps)
         try:
             results(model, example_inputs(candidate))

@@ -1,5 +1,5 @@
-"""Matrix products in int8: weights quantised once, one scale per output column; activations while the model runs, by
-the range of the batch at hand (onnxruntime's dynamic quantisation). Only MatMul and Gemm by default: convolutions and
+"""Matrix products in int8: weights quantized once, one scale per output column; activations while the model runs, by
+the range of the batch at hand (onnxruntime's dynamic quantization). Only MatMul and Gemm by default: convolutions and
 embeddings lose more than they gain."""
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ OPERATORS = ("MatMul", "Gemm", "Conv")
 
 @dataclass(frozen=True, slots=True)
 class DynamicInt8:
-    """`operators`: which are quantised; `exclude`: names of nodes that stay in float32."""
+    """`operators`: which are quantized; `exclude`: names of nodes that stay in float32."""
 
     name: ClassVar[str] = "dynamic_int8"
-    summary: ClassVar[str] = "int8 matrix products, activations quantised as the model runs"
+    summary: ClassVar[str] = "int8 matrix products, activations quantized as the model runs"
     level: ClassVar[str] = GRAPH_LEVEL
     computes_in: ClassVar[tuple[str, ...]] = ("int8",)
     writes: ClassVar[tuple[str, ...]] = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
@@ -54,12 +54,17 @@ class DynamicInt8:
         chosen, _ = products(model, self.operators, self.exclude)
         nodes = [use.node.name for weight in chosen for use in weight.uses]
         nodes += [f"{name}_MatMul" for name in nodes]  # what onnxruntime calls a Gemm that it has split
-        quantise = partial(
-            quantize_dynamic, model, op_types_to_quantize=list(self.operators), per_channel=True,
-            weight_type=QuantType.QInt8, nodes_to_quantize=nodes, reduce_range=self.weight_bits == 7,
-        )  # fmt: skip
+        quantize = partial(
+            quantize_dynamic,
+            model,
+            op_types_to_quantize=list(self.operators),
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=nodes,
+            reduce_range=self.weight_bits == 7,
+        )
         with tempfile.TemporaryDirectory() as folder, quiet():
-            quantise(model_output=Path(folder) / "model.onnx")
+            quantize(model_output=Path(folder) / "model.onnx")
             return GraphCandidate(onnx.load(Path(folder) / "model.onnx"))
 
 
@@ -75,10 +80,10 @@ def check_weight_bits(bits: int) -> None:
 
 
 def products(model: ModelProto, operators: Sequence[str], exclude: Sequence[str]) -> tuple[list[Weight], list[Change]]:
-    """Weights whose products can be quantised, and the plan that says so of every weight. Nodes without names are given
+    """Weights whose products can be quantized, and the plan that says so of every weight. Nodes without names are given
     some.
 
-    A weight is quantised for all that read it or not at all: codes for one reader beside float32 for another would make
+    A weight is quantized for all that read it or not at all: codes for one reader beside float32 for another would make
     the file larger.
     """
     name_nodes(model)
@@ -103,18 +108,18 @@ def products(model: ModelProto, operators: Sequence[str], exclude: Sequence[str]
     if not chosen:
         left = "; ".join(sorted({f"{change.tensor}: {change.after}" for change in changes})[:5])
         raise EdgekitError(
-            f"no {' or '.join(operators)} with a float32 weight is left to quantise"
+            f"no {' or '.join(operators)} with a float32 weight is left to quantize"
             + (f" ({left})" if left else "; leave this pass out")
         )
     return chosen, changes
 
 
 def _obstacle(weight: Weight, operators: Sequence[str], exclude: Sequence[str]) -> str:
-    """Why a weight cannot be quantised, or nothing."""
-    if len(weight.uses) + len(weight.others) == 1 and weight.uses[0].turned:
-        return "behind a Transpose, where onnxruntime does not quantise; the pass 'fold' removes it"
-    if weight.others or len(weight.axes) > 1 or any(use.turned for use in weight.uses):
-        return f"tied, read by {weight.readers}"
+    """Why a weight cannot be quantized, or nothing."""
+    if len(weight.uses) + len(weight.others) == 1 and weight.uses[0].transposed:
+        return "behind a Transpose, where onnxruntime does not quantize; the pass 'fold' removes it"
+    if weight.others or len(weight.axes) > 1 or any(use.transposed for use in weight.uses):
+        return f"tied, read by {weight.consumers}"
     kept = [use.node for use in weight.uses if use.node.op_type not in operators or use.node.name in exclude]
     if kept:
         return f"{kept[0].name} stays in float32"
@@ -122,7 +127,7 @@ def _obstacle(weight: Weight, operators: Sequence[str], exclude: Sequence[str]) 
         use.node.name for use in weight.uses if any(attribute(use.node, key, 1.0) != 1 for key in ("alpha", "beta"))
     ]
     if scaled:
-        return f"{scaled[0]} has alpha or beta, which onnxruntime does not quantise; the pass 'fold' removes them"
+        return f"{scaled[0]} has alpha or beta, which onnxruntime does not quantize; the pass 'fold' removes them"
     if len(weight.shape) != 2 and weight.uses[0].node.op_type != "Conv":
         return f"{len(weight.shape)} dimensions, onnxruntime scales matrices only"
     return ""
@@ -130,7 +135,7 @@ def _obstacle(weight: Weight, operators: Sequence[str], exclude: Sequence[str]) 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what onnxruntime's quantisers print: counts of tensors, and advice to preprocess graphs that are folded
+    """Without what onnxruntime's quantizers print: counts of tensors, and advice to preprocess graphs that are folded
     already."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)

@@ -23,7 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.errors import EdgekitError
-from edgekit.graph.model import attribute, drop_unread, fresh, name_nodes, readers, value_names
+from edgekit.graph.model import attribute, consumers, eliminate_dead_nodes, name_nodes, unique_name, value_names
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
 
 Array = npt.NDArray[Any]
@@ -62,7 +62,7 @@ def _folded(candidate: GraphCandidate) -> tuple[ModelProto, list[Change]]:
     name_nodes(model)
     changes: list[Change] = []
     parts = len(model.graph.node) + len(model.graph.initializer)
-    drop_unread(model)
+    eliminate_dead_nodes(model)
     if unread := parts - len(model.graph.node) - len(model.graph.initializer):
         changes.append(Change("graph", f"{unread} nodes and tensors that nothing reads", "removed"))
     widths, refused = _widths(model), set[str]()
@@ -72,9 +72,9 @@ def _folded(candidate: GraphCandidate) -> tuple[ModelProto, list[Change]]:
         if found is None:
             break
         changes.append(found)
-        drop_unread(model)
+        eliminate_dead_nodes(model)
     changes += [Change(name, "a tensor of its own", f"one with {first}") for name, first in graph.merge_equal()]
-    drop_unread(model)
+    eliminate_dead_nodes(model)
     if not changes:
         raise EdgekitError("fold: there is nothing to fold in this graph; leave this pass out")
     model.graph.ClearField("value_info")  # of values that are no more
@@ -95,8 +95,8 @@ class _Graph:
         self.model, self.widths = model, widths
         self.refused = refused  # nodes whose result would make the file larger: not computed again in every round
         self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.makers = {name: node for node in model.graph.node for name in node.output}
-        self.reads = readers(model)
+        self.producers = {name: node for node in model.graph.node for name in node.output}
+        self.reads = consumers(model)
         self.outputs = {value.name for value in model.graph.output}
 
     def array(self, name: str) -> Array | None:
@@ -106,13 +106,13 @@ class _Graph:
 
     def own(self, name: str) -> Array | None:
         """A stored float32 tensor that one node alone reads, which a rule may therefore change; a vector may also be
-        shared, such as the ones that normalisations begin with."""
+        shared, such as the ones that normalizations begin with."""
         found = self.array(name)
         return found if found is not None and (self.reads.get(name) == 1 or found.ndim < 2) else None
 
     def store(self, near: str, array: Array) -> str:
         """A new tensor, named after one that it takes the place of."""
-        name = fresh(f"{near}.folded", value_names(self.model)) if near in value_names(self.model) else near
+        name = unique_name(f"{near}.folded", value_names(self.model)) if near in value_names(self.model) else near
         self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
@@ -131,10 +131,10 @@ class _Graph:
         """Remove a node whose output is its input; False where the graph's own names are in the way."""
         source, target = node.input[0], node.output[0]
         if target in self.outputs:
-            maker = self.makers.get(source)
-            if maker is None or source in self.outputs:
+            producer = self.producers.get(source)
+            if producer is None or source in self.outputs:
                 return False
-            maker.output[list(maker.output).index(source)] = target
+            producer.output[list(producer.output).index(source)] = target
             source, target = target, source
         self.model.graph.node.remove(node)
         for other in self.model.graph.node:
@@ -193,7 +193,7 @@ def _evaluate(graph: _Graph, node: NodeProto) -> list[Array]:
     return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
 
 
-def _same_again(graph: _Graph, node: NodeProto) -> Change | None:
+def _common_subexpression(graph: _Graph, node: NodeProto) -> Change | None:
     """A Transpose of a stored tensor after an equal one."""
     if node.op_type != "Transpose" or node.input[0] not in graph.stored or node.output[0] in graph.outputs:
         return None
@@ -203,8 +203,8 @@ def _same_again(graph: _Graph, node: NodeProto) -> Change | None:
         same = other.op_type == "Transpose" and other.input[0] == node.input[0]
         if same and list(attribute(other, "perm", [])) == list(attribute(node, "perm", [])):
             graph.model.graph.node.remove(node)
-            for reader in graph.model.graph.node:
-                reader.input[:] = [other.output[0] if name == node.output[0] else name for name in reader.input]
+            for consumer in graph.model.graph.node:
+                consumer.input[:] = [other.output[0] if name == node.output[0] else name for name in consumer.input]
             return Change(node.name, "Transpose", f"one with {other.name}")
     return None
 
@@ -218,7 +218,7 @@ def _does_nothing(graph: _Graph, node: NodeProto) -> Change | None:
     return Change(node.name, node.op_type, "removed")
 
 
-def _batch_normalisation(graph: _Graph, node: NodeProto) -> Change | None:
+def _batch_normalization(graph: _Graph, node: NodeProto) -> Change | None:
     """Conv, then BatchNormalization: y = (w x + b - mean) gamma / sqrt(variance + epsilon) + beta."""
     after = graph.only_reader(node.output[0]) if node.op_type == "Conv" else None
     if after is None or after.op_type != "BatchNormalization" or after.input[0] != node.output[0]:
@@ -240,7 +240,7 @@ def _batch_normalisation(graph: _Graph, node: NodeProto) -> Change | None:
 
 
 def _scaled_after(graph: _Graph, node: NodeProto) -> Change | None:
-    """A product or a normalisation, then Mul or Add with a constant per feature."""
+    """A product or a normalization, then Mul or Add with a constant per feature."""
     if node.op_type not in ("MatMul", "Gemm", "LayerNormalization") or len(node.output) > 1:
         return None
     after = graph.only_reader(node.output[0])
@@ -254,8 +254,8 @@ def _scaled_after(graph: _Graph, node: NodeProto) -> Change | None:
         features, output = weight.size, weight.ndim == 1 and attribute(node, "axis", -1) == -1
         rank = 1
     else:
-        turned = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
-        features, output, rank = weight.shape[0 if turned else 1], True, 2 if node.op_type == "Gemm" else 1
+        transposed = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+        features, output, rank = weight.shape[0 if transposed else 1], True, 2 if node.op_type == "Gemm" else 1
     vector = _per_feature(constant, features, rank)
     if vector is None or not output or (node.op_type == "Gemm" and not _plain(node)):
         return None
@@ -267,8 +267,8 @@ def _scaled_after(graph: _Graph, node: NodeProto) -> Change | None:
             return None  # it has no bias of its own
         _reads(graph, node, 2, bias + vector, f"{node.name}.bias")
     else:
-        turned = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
-        _reads(graph, node, 1, weight * (vector[:, None] if turned else vector))
+        transposed = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+        _reads(graph, node, 1, weight * (vector[:, None] if transposed else vector))
         if len(node.input) > 2:
             _reads(graph, node, 2, bias * vector)
     graph.take_out(after, node)
@@ -286,11 +286,11 @@ def _scaled_before(graph: _Graph, node: NodeProto) -> Change | None:
     weight = graph.own(after.input[1])
     if weight is None or constant is None or weight.ndim != 2 or attribute(after, "transA", 0):
         return None
-    turned = after.op_type == "Gemm" and bool(attribute(after, "transB", 0))
-    vector = _per_feature(constant, weight.shape[1 if turned else 0], 2 if after.op_type == "Gemm" else 1)
+    transposed = after.op_type == "Gemm" and bool(attribute(after, "transB", 0))
+    vector = _per_feature(constant, weight.shape[1 if transposed else 0], 2 if after.op_type == "Gemm" else 1)
     if vector is None or graph.widths.get(node.input[slot]) != len(vector):  # it might widen a value of width 1
         return None
-    _reads(graph, after, 1, weight * (vector if turned else vector[:, None]))
+    _reads(graph, after, 1, weight * (vector if transposed else vector[:, None]))
     after.input[0] = node.input[slot]
     graph.model.graph.node.remove(node)
     return Change(node.name, "Mul", f"folded into {after.name}")
@@ -353,5 +353,12 @@ def _reads(graph: _Graph, node: NodeProto, slot: int, array: Array, name: str | 
 
 
 RULES: tuple[Callable[[_Graph, NodeProto], Change | None], ...] = (
-    _does_nothing, _same_again, _constant, _batch_normalisation, _factors, _scaled_after, _scaled_before, _twice
-)  # fmt: skip
+    _does_nothing,
+    _common_subexpression,
+    _constant,
+    _batch_normalization,
+    _factors,
+    _scaled_after,
+    _scaled_before,
+    _twice,
+)

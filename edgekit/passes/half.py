@@ -22,7 +22,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper, shape_inference
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph.model import LEAST, drop_unread, fresh, name_nodes, opset, replace_tensor, value_names
+from edgekit.graph.model import LEAST, eliminate_dead_nodes, name_nodes, opset, replace_tensor, unique_name, value_names
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -87,14 +87,14 @@ class Half:
         narrow, nodes = self._chosen(model)
         if self.storage:
             for tensor in [item for item in model.graph.initializer if item.name in narrow]:
-                stored = self._narrowed(tensor, fresh(f"{tensor.name}.{self.kind}", value_names(model)))
+                stored = self._narrowed(tensor, unique_name(f"{tensor.name}.{self.kind}", value_names(model)))
                 cast = helper.make_node(
                     "Cast", [stored.name], [tensor.name], f"{tensor.name}.Cast", to=TensorProto.FLOAT
                 )
                 replace_tensor(model, tensor.name, [stored], [cast])
         else:
             self._convert(model, narrow, nodes)
-        drop_unread(model)
+        eliminate_dead_nodes(model)
         return model
 
     def _chosen(self, model: ModelProto) -> tuple[set[str], set[str]]:
@@ -110,20 +110,20 @@ class Half:
         nodes = {
             node.name for node in model.graph.node if self._can(model, node, floats) and not lost & set(node.input)
         }
-        readers: dict[str, set[bool]] = {}
+        consumers: dict[str, set[bool]] = {}
         for node in model.graph.node:
             slots = _slots(model, node, "input", KINDS[self.kind])
             for slot, name in enumerate(node.input):
                 # for storage any reader will do that is not to be kept exact
                 suits = not self._kept(node) if self.storage else node.name in nodes and slot in slots
-                readers.setdefault(name, set()).add(suits)
+                consumers.setdefault(name, set()).add(suits)
         bound = set(_inside(model.graph.node)) | {value.name for value in model.graph.input}  # names that must stay
         narrow = {
             tensor.name
             for tensor in model.graph.initializer
             if tensor.data_type == TensorProto.FLOAT
             and tensor.name not in lost | bound
-            and readers.get(tensor.name) == {True}
+            and consumers.get(tensor.name) == {True}
             and (not self.storage or np.prod(tensor.dims) >= STORED)
         }
         if not narrow and (self.storage or not nodes):
@@ -171,7 +171,7 @@ class Half:
         full = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
         for tensor in list(graph.initializer):
             if tensor.name in narrow:
-                halves[tensor.name] = fresh(f"{tensor.name}.{self.kind}", taken)
+                halves[tensor.name] = unique_name(f"{tensor.name}.{self.kind}", taken)
                 taken.add(halves[tensor.name])
                 tensor.CopyFrom(self._narrowed(tensor, halves[tensor.name]))
                 full.discard(tensor.name)
@@ -179,7 +179,7 @@ class Half:
 
         def in_half(name: str) -> str:
             if name not in halves:
-                halves[name] = fresh(f"{name}.{self.kind}", taken)
+                halves[name] = unique_name(f"{name}.{self.kind}", taken)
                 taken.add(halves[name])
                 result.append(helper.make_node("Cast", [name], [halves[name]], f"{halves[name]}.Cast", to=kind))
             return halves[name]
@@ -202,7 +202,7 @@ class Half:
                     in_full(node.input[slot])
                 for slot in _slots(model, node, "output", kind):
                     if node.output[slot] in floats:
-                        halves[node.output[slot]] = converted.output[slot] = fresh(
+                        halves[node.output[slot]] = converted.output[slot] = unique_name(
                             f"{node.output[slot]}.{self.kind}", taken
                         )
                         taken.add(converted.output[slot])

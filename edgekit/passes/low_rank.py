@@ -22,10 +22,10 @@ from edgekit.graph.model import (
     Weight,
     attribute,
     chosen_weights,
-    drop_unread,
-    fresh,
+    eliminate_dead_nodes,
     name_nodes,
     stored_values,
+    unique_name,
     value_names,
 )
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
@@ -79,7 +79,7 @@ class LowRank:
             raise EdgekitError(
                 f"low_rank: no matrix gets smaller at energy = {self.energy:g}; set less, or a rank, or leave this out"
             )
-        drop_unread(model)
+        eliminate_dead_nodes(model)
         return GraphCandidate(model)
 
     def _chosen(self, model: ModelProto) -> tuple[list[Weight], list[Change]]:
@@ -98,8 +98,8 @@ class LowRank:
         return chosen, changes
 
     def _obstacle(self, model: ModelProto, weight: Weight) -> str:
-        if weight.others or len(weight.axes) > 1 or any(use.turned for use in weight.uses):
-            return f"tied or behind a Transpose, read by {weight.readers}"
+        if weight.others or len(weight.axes) > 1 or any(use.transposed for use in weight.uses):
+            return f"tied or behind a Transpose, read by {weight.consumers}"
         if any(_is_factor(model, use.node) for use in weight.uses):
             return "one of two factors already"
         if self.rank and not _saves(self.rank, weight.shape):
@@ -135,24 +135,24 @@ def _is_factor(model: ModelProto, node: NodeProto) -> bool:
     stored = stored_values(model)
     products = [item for item in model.graph.node if item.op_type in ("MatMul", "Gemm") and item.input[1] in stored]
     follows = any(item.output[0] == node.input[0] for item in products if len(item.input) < 3)
-    readers = [item for item in model.graph.node if node.output[0] in item.input]
-    return follows or (len(readers) == 1 and readers[0] in products and len(node.input) < 3)
+    consumers = [item for item in model.graph.node if node.output[0] in item.input]
+    return follows or (len(consumers) == 1 and consumers[0] in products and len(node.input) < 3)
 
 
 def _replace(model: ModelProto, weight: Weight, left: Float64, right: Float64) -> None:
     """Two products in place of each with the weight; they share the factors."""
-    names = [fresh(f"{weight.name}.{part}", value_names(model)) for part in ("left", "right")]
-    turned = weight.uses[0].axis == 1  # a Gemm that transposes reads its factor so too
-    arrays = (left, right.T if turned else right)
+    names = [unique_name(f"{weight.name}.{part}", value_names(model)) for part in ("left", "right")]
+    transposed = weight.uses[0].axis == 1  # a Gemm that transposes reads its factor so too
+    arrays = (left, right.T if transposed else right)
     model.graph.initializer.extend(
         numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name)
         for array, name in zip(arrays, names, strict=True)
     )
     for use in weight.uses:
-        thin = fresh(f"{use.node.output[0]}.thin", value_names(model))
+        thin = unique_name(f"{use.node.output[0]}.thin", value_names(model))
         index = [node.name for node in model.graph.node].index(use.node.name)
         model.graph.node.insert(
             index, helper.make_node("MatMul", [use.activation, names[0]], [thin], f"{use.node.name}.thin")
         )
         use.node.input[0], use.node.input[1] = thin, names[1]
-        assert bool(attribute(use.node, "transB", 0)) == turned
+        assert bool(attribute(use.node, "transB", 0)) == transposed

@@ -25,27 +25,27 @@ from torch import nn
 from torch.fx import GraphModule
 
 from edgekit.errors import EdgekitError, missing_extra, unknown
-from edgekit.graph.model import attribute, drop_unread, fresh, name_nodes, value_names
+from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, unique_name, value_names
 from edgekit.nn.exported import Exported, dynamic_shapes, example
 from edgekit.nn.module import tied
 from edgekit.nn.training import tensors
 from edgekit.passes.base import Candidate, Change, Context, GraphCandidate, at_least, frozen, matrices, owner, recover
 from edgekit.passes.qat import PRODUCTS
-from edgekit.passes.static_int8 import FORMS, dequantised
+from edgekit.passes.static_int8 import SCHEMES, dequantized
 
 WIDEST_BIAS = 2**30  # in int32, with room to add
 
 
 @dataclass(frozen=True, slots=True)
 class QatInt8:
-    """`form`: as in `static_int8`; `weight_bits`: the grid of the weights, whose codes are int8 whatever it is: 7 for
+    """`scheme`: as in `static_int8`; `weight_bits`: the grid of the weights, whose codes are int8 whatever it is: 7 for
     any CPU, 8 for VNNI, ARM and TensorRT. `samples`: training rows that the ranges of activations start from."""
 
     name: ClassVar[str] = "qat_int8"
     summary: ClassVar[str] = "train through int8 by torchao's PT2E, and leave its graph in Q/DQ form"
     lowers: ClassVar[bool] = True
 
-    form: str = "u8s8"
+    scheme: str = "u8s8"
     weight_bits: int = 7
     epochs: int = 3
     learning_rate: float = 5e-4
@@ -53,20 +53,20 @@ class QatInt8:
     include: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise unknown("form", self.form, FORMS)
+        if self.scheme not in SCHEMES:
+            raise unknown("scheme", self.scheme, SCHEMES)
         at_least("weight_bits", self.weight_bits, 2, 8)
         at_least("epochs", self.epochs, 0, 10_000)
         at_least("learning_rate", self.learning_rate, 1e-7, 1.0)
         at_least("samples", self.samples, 1, 1_000_000)
 
     def plan(self, candidate: Candidate) -> list[Change]:
-        after = f"int8 ({self.weight_bits} bit), trained; inputs {self.form[:2]}"
+        after = f"int8 ({self.weight_bits} bit), trained; inputs {self.scheme[:2]}"
         found = self._obstacles(candidate)
         changes = [Change(name, "float32", f"left in float32: {why}" if why else after) for name, why in found.items()]
         if all(found.values()):
             left = "; ".join(f"{change.tensor}: {change.after}" for change in changes[:5])
-            raise EdgekitError(f"qat_int8: no weight that matches {', '.join(self.include)} can be quantised ({left})")
+            raise EdgekitError(f"qat_int8: no weight that matches {', '.join(self.include)} can be quantized ({left})")
         return changes
 
     def apply(self, candidate: Candidate, context: Context) -> GraphCandidate:
@@ -78,19 +78,19 @@ class QatInt8:
             try:
                 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
-                from edgekit.passes.qat_quantiser import Int8Quantiser
+                from edgekit.passes.qat_quantizer import Int8Quantizer
             except ModuleNotFoundError as error:
                 raise missing_extra(error.name or "torchao", "qat", "qat_int8") from None
-            quantiser = Int8Quantiser(self.form, self.weight_bits, names)
-            network: nn.Module = Exported(prepare_qat_pt2e(_captured(model, context), quantiser))
+            quantizer = Int8Quantizer(self.scheme, self.weight_bits, names)
+            network: nn.Module = Exported(prepare_qat_pt2e(_captured(model, context), quantizer))
             _start_ranges(network, context, self.samples)
             network = recover(network, context, self.epochs, self.learning_rate, self.name)
             _settle(network, context)
             converted = convert_pt2e(network.graph, fold_quantize=False)
-            return GraphCandidate(stored(context.lower(Exported(converted)), self.form))
+            return GraphCandidate(stored(context.lower(Exported(converted)), self.scheme))
 
     def _obstacles(self, candidate: Candidate) -> dict[str, str]:
-        """Weights that match, and why each cannot be quantised, or nothing."""
+        """Weights that match, and why each cannot be quantized, or nothing."""
         aliases = tied(candidate.model)
         shared = set(aliases) | set(aliases.values())
         result = {}
@@ -146,31 +146,31 @@ def _settle(network: nn.Module, context: Context) -> None:
         module.disable_observer()
 
 
-def stored(model: ModelProto, form: str) -> ModelProto:
+def stored(model: ModelProto, scheme: str) -> ModelProto:
     """The exported graph with its weights as codes, the way the products read them; biases in int32 where the form has
     them."""
     name_nodes(model)
     graph = model.graph
-    makers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
+    producers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
     floats = {tensor.name: tensor for tensor in graph.initializer}
     scales: dict[str, tuple[npt.NDArray[np.float64], bool]] = {}  # of a rounded value; whether it is a weight
     for node in list(graph.node):
         if node.op_type != "DequantizeLinear":
             continue
         scale = numpy_helper.to_array(floats[node.input[1]]).astype(np.float64)
-        rounder, low, high = makers.get(node.input[0]), -128.0, 127.0
+        rounder, low, high = producers.get(node.input[0]), -128.0, 127.0
         if rounder is not None and rounder.op_type == "Clip":  # to a narrower grid
             low, high = (float(numpy_helper.to_array(floats[name])) for name in rounder.input[1:3])
-            rounder = makers[rounder.input[0]]
+            rounder = producers[rounder.input[0]]
         weight = floats.get(rounder.input[0]) if rounder is not None else None
         scales[node.output[0]] = scale, weight is not None
         if weight is not None:
             _store_weight(model, node, weight, scale, (low, high))
-    if form == "u8s8":
+    if scheme == "u8s8":
         for node in list(graph.node):
             if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2] in floats:
                 _store_bias(model, node, floats[node.input[2]], scales)
-    drop_unread(model)
+    eliminate_dead_nodes(model)
     return model
 
 
@@ -181,12 +181,12 @@ def _store_weight(
     value, axis = numpy_helper.to_array(weight).astype(np.float64), int(attribute(node, "axis", 1))
     shape = [-1 if number == axis else 1 for number in range(value.ndim)]
     codes = np.round(value / scale.reshape(shape)).clip(*ends).astype(np.int8)
-    readers = [other for other in model.graph.node if node.output[0] in other.input]
+    consumers = [other for other in model.graph.node if node.output[0] in other.input]
     name = node.output[0]
-    if len(readers) == 1 and readers[0].op_type == "Transpose" and value.ndim == 2:
-        codes, axis, name = codes.T, 1 - axis, readers[0].output[0]
-        model.graph.node.remove(readers[0])
-    tensors_, nodes = dequantised(model, fresh(weight.name, value_names(model)), codes, scale, axis)
+    if len(consumers) == 1 and consumers[0].op_type == "Transpose" and value.ndim == 2:
+        codes, axis, name = codes.T, 1 - axis, consumers[0].output[0]
+        model.graph.node.remove(consumers[0])
+    tensors_, nodes = dequantized(model, unique_name(weight.name, value_names(model)), codes, scale, axis)
     model.graph.node.remove(node)
     model.graph.initializer.extend(tensors_)
     nodes[0].output[0] = name
@@ -202,8 +202,8 @@ def _store_bias(
     (activation, _), (weight, stored_) = (scales[name] for name in node.input[:2])
     codes = np.round(numpy_helper.to_array(bias).astype(np.float64) / (activation * weight))
     if stored_ and np.abs(codes).max() < WIDEST_BIAS:
-        name = fresh(f"{node.name}.bias", value_names(model))
-        tensors_, nodes = dequantised(model, name, codes.astype(np.int32), activation * weight, 0)
+        name = unique_name(f"{node.name}.bias", value_names(model))
+        tensors_, nodes = dequantized(model, name, codes.astype(np.int32), activation * weight, 0)
         model.graph.initializer.extend(tensors_)
         model.graph.node.insert(0, nodes[0])
         node.input[2] = name

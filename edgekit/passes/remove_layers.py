@@ -40,11 +40,15 @@ class RemoveLayers:
 
     def plan(self, candidate: Candidate) -> list[Change]:
         path, able = self._stack(candidate)
+        blocks = len(list(candidate.model.get_submodule(path).children()))
         each = sum(value.numel() for value in candidate.model.get_submodule(f"{path}.{able[0]}").parameters())
         return [
-            Change(path, f"{len(candidate.model.get_submodule(path))} blocks", f"{self.count} of blocks "  # type: ignore[arg-type]
-                   f"{ranges(able)} less, about {each:,} parameters each"),
-        ]  # fmt: skip
+            Change(
+                path,
+                f"{blocks} blocks",
+                f"{self.count} of blocks {ranges(able)} less, about {each:,} parameters each",
+            ),
+        ]
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         path, able = self._stack(candidate)

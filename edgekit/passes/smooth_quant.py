@@ -2,7 +2,7 @@
 al. 2023, arXiv 2211.10438, section 4, equation 4).
 
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
-    normalisation's scale and bias / s -- product with diag(s) W       the same function
+    normalization's scale and bias / s -- product with diag(s) W       the same function
 
 Worth nothing by itself: it prepares for `static_int8` or `dynamic_int8`, which give an activation one scale for all its
 features. Doing it twice is doing it once.
@@ -19,7 +19,16 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from edgekit.errors import EdgekitError
 from edgekit.graph.calibration import calibration_rows, moments
-from edgekit.graph.model import Weight, attribute, drop_unread, fresh, name_nodes, set_tensor, value_names, weights
+from edgekit.graph.model import (
+    Weight,
+    attribute,
+    eliminate_dead_nodes,
+    name_nodes,
+    set_tensor,
+    unique_name,
+    value_names,
+    weights,
+)
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
 
 Float64 = npt.NDArray[np.float64]
@@ -71,7 +80,7 @@ class SmoothQuant:
             for weight in site.weights:
                 factor = scale[:, None] if weight.uses[0].axis == 0 else scale
                 set_tensor(model, weight.name, values[weight.name] * factor)
-        drop_unread(model)
+        eliminate_dead_nodes(model)
         return GraphCandidate(model)
 
 
@@ -84,7 +93,7 @@ def smoothing(activations: Float64, weights: Float64, alpha: float) -> Float64:
 
 
 def _sites(model: ModelProto) -> tuple[list[_Site], list[Change]]:
-    """Where scales can be moved, and the plan that says of every normalisation whether they are."""
+    """Where scales can be moved, and the plan that says of every normalization whether they are."""
     name_nodes(model)
     by_node = {use.node.name: weight for weight in weights(model) for use in weight.uses}
     ends = {value.name for value in model.graph.output}
@@ -93,12 +102,12 @@ def _sites(model: ModelProto) -> tuple[list[_Site], list[Change]]:
         vectors = _vectors(model, node)
         if not vectors:
             continue
-        readers = [other for other in model.graph.node if node.output[0] in other.input]
-        products = [other for other in readers if other.name in by_node and other.input[0] == node.output[0]]
+        consumers = [other for other in model.graph.node if node.output[0] in other.input]
+        products = [other for other in consumers if other.name in by_node and other.input[0] == node.output[0]]
         if not products:
             continue  # a scale that no product follows
         before = "one scale for " + node.output[0]
-        others = [other.name for other in readers if other not in products] + ["the graph's output"] * (
+        others = [other.name for other in consumers if other not in products] + ["the graph's output"] * (
             node.output[0] in ends
         )
         found = {by_node[other.name].name: by_node[other.name] for other in products}
@@ -106,7 +115,7 @@ def _sites(model: ModelProto) -> tuple[list[_Site], list[Change]]:
         if others:
             changes.append(Change(node.name, before, f"left as it is: also read by {', '.join(others)}"))
         elif bound:
-            reason = f"{bound[0].name} is tied or behind a Transpose, read by {bound[0].readers}"
+            reason = f"{bound[0].name} is tied or behind a Transpose, read by {bound[0].consumers}"
             changes.append(Change(node.name, before, f"left as it is: {reason}"))
         else:
             sites.append(_Site(node.output[0], tuple(vectors), tuple(found.values())))
@@ -114,7 +123,7 @@ def _sites(model: ModelProto) -> tuple[list[_Site], list[Change]]:
     if not sites:
         left = "; ".join(f"{change.tensor}: {change.after}" for change in changes[:5])
         raise EdgekitError(
-            "smooth_quant: no product directly after a normalisation or a stored scale"
+            "smooth_quant: no product directly after a normalization or a stored scale"
             + (f" ({left})" if left else "; leave this pass out")
         )
     return sites, changes
@@ -122,7 +131,7 @@ def _sites(model: ModelProto) -> tuple[list[_Site], list[Change]]:
 
 def _own(weight: Weight, activation: str) -> bool:
     """Whether a weight is a matrix that only products with this activation read, as it is stored."""
-    alike = all(use.activation == activation and not use.turned for use in weight.uses)
+    alike = all(use.activation == activation and not use.transposed for use in weight.uses)
     return alike and not weight.others and len(weight.shape) == 2 and len(weight.axes) == 1
 
 
@@ -149,5 +158,5 @@ def _divide(model: ModelProto, node: NodeProto, slot: int, scale: Float64) -> No
     """Give a node its vector divided; a tensor of its own, for others may begin with the same ones and zeros."""
     tensor = next(item for item in model.graph.initializer if item.name == node.input[slot])
     value = np.broadcast_to(numpy_helper.to_array(tensor), scale.shape) / scale
-    node.input[slot] = fresh(f"{tensor.name}.smoothed", value_names(model))
+    node.input[slot] = unique_name(f"{tensor.name}.smoothed", value_names(model))
     model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), node.input[slot]))

@@ -96,7 +96,7 @@ class Sparsify:
         if self.pattern == "any" and self.score == "magnitude":
             return ""  # no axis is special: what is tied is pruned for all that read it
         if len(weight.axes) > 1:
-            return f"tied, read both ways by {weight.readers}"
+            return f"tied, read both ways by {weight.consumers}"
         if self.pattern == "2:4" and weight.shape[weight.uses[0].axis] % 4:
             return f"{weight.shape[weight.uses[0].axis]} inputs are no multiple of 4"
         return ""

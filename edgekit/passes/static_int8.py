@@ -8,8 +8,8 @@ which onnxruntime and TensorRT turn into integer kernels.
     u8s8   activations uint8 with a zero point, weights int8, biases of Conv and Gemm int32: what CPUs multiply
     s8s8   both symmetric int8, biases float32: TensorRT refuses zero points and int32 biases
 
-Only products with a stored weight are quantised, and only for them: what else reads an activation, such as the residual
-around a block, goes on reading it in float32. onnxruntime's own quantiser rounds it for all its readers.
+Only products with a stored weight are quantized, and only for them: what else reads an activation, such as the residual
+around a block, goes on reading it in float32. onnxruntime's own quantizer rounds it for all its readers.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.calibration import calibration_rows, ranges
-from edgekit.graph.model import Weight, drop_unread, fresh, opset, replace_tensor, value_names
+from edgekit.graph.model import Weight, eliminate_dead_nodes, opset, replace_tensor, unique_name, value_names
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
 from edgekit.passes.dynamic_int8 import OPERATORS, check_operators, check_weight_bits, products
 
-FORMS = ("u8s8", "s8s8")
+SCHEMES = ("u8s8", "s8s8")
 METHODS = ("minmax", "percentile", "entropy")
 LEAST_OPSET = 13  # the first with a scale per channel
 Float64 = npt.NDArray[np.float64]
-Grid = tuple[float, int]  # scale and zero point of an activation
+FakeQuantize = tuple[float, int]  # scale and zero point of an activation
 
 
 @dataclass(frozen=True, slots=True)
 class StaticInt8:
-    """`form`: see above. `method`: how the range of an activation is chosen: all that was seen, all but the outermost
+    """`scheme`: see above. `method`: how the range of an activation is chosen: all that was seen, all but the outermost
     100 - `percentile` per cent, or the range whose histogram on 8 bits is nearest in relative entropy. `samples`: rows
     of the training data to look at."""
 
@@ -44,7 +44,7 @@ class StaticInt8:
     summary: ClassVar[str] = "int8 products with fixed activation scales, calibrated on training data"
     level: ClassVar[str] = GRAPH_LEVEL
 
-    form: str = "u8s8"
+    scheme: str = "u8s8"
     method: str = "minmax"  # a few hundred samples leave little to clip
     samples: int = 256
     percentile: float = 99.999
@@ -53,8 +53,8 @@ class StaticInt8:
     exclude: tuple[str, ...] = ()  # names of nodes that stay in float32
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise unknown("form", self.form, FORMS)
+        if self.scheme not in SCHEMES:
+            raise unknown("scheme", self.scheme, SCHEMES)
         if self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
         at_least("samples", self.samples, 1, 1_000_000)
@@ -75,60 +75,62 @@ class StaticInt8:
             )
         rows = calibration_rows(model, context.train, self.samples, context.seed)
         nodes = [use.node for weight in chosen for use in weight.uses]
-        rounded = {} if self.form == "s8s8" else _rounded_outputs(model, nodes)
+        rounded = {} if self.scheme == "s8s8" else _rounded_outputs(model, nodes)
         wanted = {node.input[0] for node in nodes} | set(rounded.values())
         found = ranges(model, sorted(wanted), rows, self.method, self.percentile)
         grids = {name: self._grid(low, high) for name, (low, high) in found.items()}
         for weight in chosen:
-            self._quantise_weight(model, weight, grids)
+            self._quantize_weight(model, weight, grids)
         products_of = {name: [node for node in nodes if node.input[0] == name] for name in wanted}
         for name in sorted(wanted):
             everything = [node for node in model.graph.node if name in node.input]
-            readers = everything if name in rounded.values() else products_of[name]
-            self._quantise_activation(model, name, grids[name], readers)
-        drop_unread(model)
+            consumers = everything if name in rounded.values() else products_of[name]
+            self._quantize_activation(model, name, grids[name], consumers)
+        eliminate_dead_nodes(model)
         return GraphCandidate(model)
 
-    def _grid(self, low: float, high: float) -> Grid:
-        if self.form == "s8s8":
+    def _grid(self, low: float, high: float) -> FakeQuantize:
+        if self.scheme == "s8s8":
             return max(-low, high) / 127 or 1.0, 0
         low, high = min(low, 0.0), max(high, 0.0)  # zero must be on the grid: padding is made of it
         scale = (high - low) / 255 or 1.0
         return scale, round(-low / scale)
 
-    def _quantise_weight(self, model: ModelProto, weight: Weight, grids: dict[str, Grid]) -> None:
+    def _quantize_weight(self, model: ModelProto, weight: Weight, grids: dict[str, FakeQuantize]) -> None:
         """Codes and one scale per output channel in place of a weight; int32 in place of the biases beside it."""
         name, value = weight.name, numpy_helper.to_array(weight.tensor).astype(np.float64)
         channel = 1 - weight.uses[0].axis
         peak = np.abs(value).max(axis=tuple(axis for axis in range(value.ndim) if axis != channel))
         scale = peak / (2 ** (self.weight_bits - 1) - 1)
-        biases = {} if self.form == "s8s8" else _biases(model, weight)
+        biases = {} if self.scheme == "s8s8" else _biases(model, weight)
         for index, bias in biases.items():  # 31 bits must hold the bias in steps of scale times the activation's scale
             scale = np.maximum(scale, np.abs(bias) / (grids[weight.uses[index].activation][0] * 2**30))
         scale = np.where(scale == 0, 1.0, scale).astype(np.float32).astype(np.float64)
         shape = [-1 if axis == channel else 1 for axis in range(value.ndim)]
         codes = np.round(value / scale.reshape(shape)).astype(np.int8)
-        tensors, nodes = dequantised(model, name, codes, scale, channel)
+        tensors, nodes = dequantized(model, name, codes, scale, channel)
         replace_tensor(model, name, tensors, nodes)
         for index, bias in biases.items():
             use = weight.uses[index]
             steps = scale * grids[use.activation][0]
-            to = fresh(f"{use.node.name}.bias", value_names(model))
-            tensors, nodes = dequantised(model, to, np.round(bias / steps).astype(np.int32), steps, 0)
+            to = unique_name(f"{use.node.name}.bias", value_names(model))
+            tensors, nodes = dequantized(model, to, np.round(bias / steps).astype(np.int32), steps, 0)
             replace_tensor(model, to, tensors, nodes)
             use.node.input[2] = to
 
-    def _quantise_activation(self, model: ModelProto, name: str, grid: Grid, readers: list[NodeProto]) -> None:
+    def _quantize_activation(
+        self, model: ModelProto, name: str, grid: FakeQuantize, consumers: list[NodeProto]
+    ) -> None:
         """A pair that rounds an activation for these nodes, right before the first of them."""
         scale, zero = grid
-        kind = np.int8 if self.form == "s8s8" else np.uint8
+        kind = np.int8 if self.scheme == "s8s8" else np.uint8
         taken = value_names(model)
-        made = [fresh(f"{name}.{part}", taken) for part in ("scale", "zero_point", "int8", "rounded")]
+        made = [unique_name(f"{name}.{part}", taken) for part in ("scale", "zero_point", "int8", "rounded")]
         tensors = (np.float32(scale), kind(zero))
         model.graph.initializer.extend(
             numpy_helper.from_array(np.asarray(value), to) for value, to in zip(tensors, made, strict=False)
         )
-        names = {node.name for node in readers}
+        names = {node.name for node in consumers}
         first = 0
         for index, node in reversed(list(enumerate(model.graph.node))):
             if node.name in names:
@@ -145,15 +147,15 @@ class StaticInt8:
 def _rounded_outputs(model: ModelProto, nodes: list[NodeProto]) -> dict[str, str]:
     """Results to round as well, by the node that makes them: the CPU has no integer convolution with a float32 result.
     After a Relu, which the rounding then does."""
-    readers: dict[str, list[NodeProto]] = {}
+    consumers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
-            readers.setdefault(name, []).append(node)
+            consumers.setdefault(name, []).append(node)
     ends = {value.name for value in model.graph.output}
     result = {}
     for node in nodes:
         if node.op_type == "Conv":
-            after = readers.get(node.output[0], [])
+            after = consumers.get(node.output[0], [])
             alone = len(after) == 1 and after[0].op_type == "Relu" and node.output[0] not in ends
             name = after[0].output[0] if alone else node.output[0]
             if name not in ends:
@@ -173,11 +175,11 @@ def _biases(model: ModelProto, weight: Weight) -> dict[int, Float64]:
     return result
 
 
-def dequantised(
+def dequantized(
     model: ModelProto, name: str, codes: npt.NDArray[Any], scale: Float64, axis: int
 ) -> tuple[list[TensorProto], list[NodeProto]]:
     taken = value_names(model)
-    stored = [fresh(f"{name}.{part}", taken) for part in ("codes", "scale", "zeros")]
+    stored = [unique_name(f"{name}.{part}", taken) for part in ("codes", "scale", "zeros")]
     # zero points of zero, written out: without them onnxruntime finds no integer kernel for Gemm
     arrays = (codes, scale.astype(np.float32), np.zeros(scale.shape, codes.dtype))
     tensors = [numpy_helper.from_array(array, to) for array, to in zip(arrays, stored, strict=True)]

@@ -25,17 +25,17 @@ from edgekit.graph.model import (
     Weight,
     attribute,
     chosen_weights,
-    drop_unread,
-    fresh,
+    eliminate_dead_nodes,
     name_nodes,
     replace_tensor,
+    unique_name,
     value_names,
 )
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
 
-FORMS, ROUNDINGS, GROUPS = ("portable", "matmulnbits"), ("nearest", "gptq"), (32, 64, 128)
+LAYOUTS, ROUNDINGS, GROUPS = ("portable", "matmulnbits"), ("nearest", "gptq"), (32, 64, 128)
 DOMAIN = "com.microsoft"
-FLOAT32_ARITHMETIC = 1  # MatMulNBits' accuracy level; at 4 it would quantise the activations too
+FLOAT32_ARITHMETIC = 1  # MatMulNBits' accuracy level; at 4 it would quantize the activations too
 Float64 = npt.NDArray[np.float64]
 
 
@@ -51,7 +51,7 @@ class WeightOnly:
     bits: int = 8
     group: int = 32  # 1 bit per weight of scales; at 4 bits the accuracy pays for it
     rounding: str = "nearest"
-    form: str = "portable"
+    layout: str = "portable"
     samples: int = 256
     damping: float = 0.01  # the paper's
     smallest: int = 1024  # numbers; below, the nodes that decode take what the codes save
@@ -63,8 +63,8 @@ class WeightOnly:
                 raise EdgekitError(f"{key} = {getattr(self, key)}; expected {' or '.join(map(str, allowed))}")
         if self.rounding not in ROUNDINGS:
             raise unknown("rounding", self.rounding, ROUNDINGS)
-        if self.form not in FORMS:
-            raise unknown("form", self.form, FORMS)
+        if self.layout not in LAYOUTS:
+            raise unknown("layout", self.layout, LAYOUTS)
         at_least("samples", self.samples, 1, 1_000_000)
         at_least("damping", self.damping, 1e-6, 1)
         at_least("smallest", self.smallest, 1, 1e12)
@@ -94,12 +94,12 @@ class WeightOnly:
                 # tied: its readers' errors count together. One that sums over the other axis has no say
                 second = sum(seen[use.activation].second for use in weight.uses if use.axis == axis)
                 codes, scale = gptq(value, np.asarray(second), self.bits, self.group, self.damping)
-            if self.form == "portable":
+            if self.layout == "portable":
                 replace_tensor(model, weight.name, *self._decoder(model, weight, codes, scale))
             else:
                 self._replace_products(model, weight, codes, scale)
             context.progress(self.name, number, len(chosen))
-        drop_unread(model)
+        eliminate_dead_nodes(model)
         return GraphCandidate(model)
 
     def _chosen(self, model: ModelProto) -> tuple[list[Weight], list[Change]]:
@@ -112,7 +112,7 @@ class WeightOnly:
             else:
                 chosen.append(weight)
                 if len(weight.uses) + len(weight.others) > 1:
-                    after += f"; tied, one set of codes for {weight.readers}"
+                    after += f"; tied, one set of codes for {weight.consumers}"
             changes.append(Change(weight.name, f"{weight.shape} float32", after))
         if not chosen:
             left = "; ".join(f"{change.tensor}: {change.after}" for change in changes[:5])
@@ -122,11 +122,11 @@ class WeightOnly:
     def _obstacle(self, weight: Weight) -> str:
         if np.prod(weight.shape) < self.smallest:
             return f"fewer than {self.smallest} numbers"
-        if self.form == "matmulnbits":
+        if self.layout == "matmulnbits":
             if weight.others or len(weight.axes) > 1:
-                return f"tied, read by {weight.readers}; form = 'portable' keeps it one tensor"
+                return f"tied, read by {weight.consumers}; layout = 'portable' keeps it one tensor"
             if any(attribute(use.node, key, 1.0) != 1 for use in weight.uses for key in ("alpha", "beta")):
-                return f"{weight.readers} has alpha or beta; the pass 'fold' removes them"
+                return f"{weight.consumers} has alpha or beta; the pass 'fold' removes them"
         return ""
 
     def _decoder(
@@ -140,12 +140,12 @@ class WeightOnly:
         nodes: list[NodeProto] = []
 
         def store(part: str, array: npt.NDArray[Any]) -> str:
-            tensors.append(numpy_helper.from_array(np.ascontiguousarray(array), fresh(f"{name}.{part}", taken)))
+            tensors.append(numpy_helper.from_array(np.ascontiguousarray(array), unique_name(f"{name}.{part}", taken)))
             taken.add(tensors[-1].name)
             return str(tensors[-1].name)
 
         def compute(kind: str, *reads: str, last: bool = False, **attributes: Any) -> str:
-            to = name if last else fresh(f"{name}.{kind}", taken)
+            to = name if last else unique_name(f"{name}.{kind}", taken)
             taken.add(to)
             nodes.append(helper.make_node(kind, list(reads), [to], f"{name}.decode.{len(nodes)}.{kind}", **attributes))
             return to
@@ -187,7 +187,7 @@ class WeightOnly:
             unsigned = unsigned[:, :, 0::2] + 16 * unsigned[:, :, 1::2]
         scales = scale.astype(np.float32)[:, 0].T.reshape(-1)
         taken = value_names(model)
-        stored = [fresh(f"{weight.name}.{part}", taken) for part in ("codes", "scale")]
+        stored = [unique_name(f"{weight.name}.{part}", taken) for part in ("codes", "scale")]
         model.graph.initializer.extend(
             numpy_helper.from_array(np.ascontiguousarray(array), to)
             for array, to in zip((unsigned, scales), stored, strict=True)
@@ -196,12 +196,19 @@ class WeightOnly:
             model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
         for use in weight.uses:
             node, bias = use.node, use.node.input[2:]
-            result = fresh(f"{node.output[0]}.product", value_names(model)) if bias else node.output[0]
+            result = unique_name(f"{node.output[0]}.product", value_names(model)) if bias else node.output[0]
             product = helper.make_node(
-                "MatMulNBits", [node.input[0], *stored], [result], f"{node.name}.MatMulNBits", domain=DOMAIN,
-                K=weight.shape[use.axis], N=outputs, bits=self.bits, block_size=self.group,
+                "MatMulNBits",
+                [node.input[0], *stored],
+                [result],
+                f"{node.name}.MatMulNBits",
+                domain=DOMAIN,
+                K=weight.shape[use.axis],
+                N=outputs,
+                bits=self.bits,
+                block_size=self.group,
                 accuracy_level=FLOAT32_ARITHMETIC,
-            )  # fmt: skip
+            )
             index = [other.name for other in model.graph.node].index(node.name)
             if bias:
                 model.graph.node.insert(

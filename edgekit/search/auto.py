@@ -22,7 +22,7 @@ from edgekit.compression.job import Job, Notify, ShowProgress
 from edgekit.compression.recipe import Step, of_bundle
 from edgekit.compression.run import run
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.search.outcomes import Merit, Outcome, Targets, finals, merit_of, packed, promising
+from edgekit.search.outcomes import Constraints, Outcome, Score, finalists, packed, promising, score_of
 from edgekit.search.sensitivity import Sensitivity, sensitivities
 from edgekit.search.space import SPACE, Space, explored, lengthened, starts, suggest
 
@@ -38,7 +38,7 @@ HELD_OUT = 0.25  # of the training rows, for trials
 PATIENCE = 12  # trials without a new point on the Pareto front after which the search stops
 NUMBERS = ("loss", "low", "bytes", "speedup", "latency_ms", "fits_memory")  # of an outcome, kept in the study
 LONGER = (4, 12)  # times the short recovery, for a recipe that only the loss stands in the way of
-FINALS = 5  # recipes that the test rows see
+FINALISTS = 5  # recipes that the test rows see
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Found:
 
 def search(
     job: Job,
-    targets: Targets,
+    constraints: Constraints,
     work: Path,
     *,
     trials: int = 40,
@@ -63,7 +63,7 @@ def search(
     """Search, then run the best recipe within the targets on the job's own data. Where that one fails on the test rows,
     the next best has its turn; where none is left, an error says how far they were."""
     trial_job = held_out(job)
-    study, merit = _study(job, work), merit_of(job)
+    study, score = _study(job, work), score_of(job)
     space = _space(study, job, trial_job, progress)
     for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(stale.number, state=TrialState.FAIL)  # of a search that was killed
@@ -83,7 +83,7 @@ def search(
         steps = suggest(trial, space)
         outcome = _outcome(trial.number, steps, run(replace(trial_job, recipe=steps), work, progress=progress))
         for factor in LONGER:
-            if not promising(outcome, targets, _outcomes(study), merit):
+            if not promising(outcome, constraints, _outcomes(study), score):
                 break
             notify(f"  it would be the best but for its loss, {outcome.loss:+.4f}: recovers {factor} times as long")
             short, steps = outcome, tuple(lengthened(step, factor) for step in steps)
@@ -102,7 +102,7 @@ def search(
     if stopped:
         notify(f"search stopped: {stopped}")
     outcomes = _outcomes(study)
-    return _finish(job, targets, outcomes, space.ranked, merit, work, notify, progress)
+    return _finish(job, constraints, outcomes, space.ranked, score, work, notify, progress)
 
 
 def held_out(job: Job) -> Job:
@@ -123,10 +123,15 @@ def _outcome(number: int, steps: Sequence[Step], bundle: Bundle) -> Outcome:
     speedup = float(np.exp(-np.mean(np.log([item["ratio"] for item in latency]))))
     extra = max([0.0, *worse])
     return Outcome(
-        number, tuple(steps), math.inf if loss is None else float(loss) + extra, packed(bundle), speedup,
-        float(latency[0]["after_ms"]), fits_memory=bool(summary.get("memory", {}).get("fits", True)),
+        number,
+        tuple(steps),
+        math.inf if loss is None else float(loss) + extra,
+        packed(bundle),
+        speedup,
+        float(latency[0]["after_ms"]),
+        fits_memory=bool(summary.get("memory", {}).get("fits", True)),
         low=math.nan if loss is None else float(summary["change"]["low"]) + extra,
-    )  # fmt: skip
+    )
 
 
 def _study(job: Job, work: Path) -> optuna.Study:
@@ -149,9 +154,11 @@ def _space(study: optuna.Study, job: Job, trial_job: Job, progress: ShowProgress
     if kept is None:
         space = explored(job, tuple(sensitivities(trial_job, progress)))
         kept = {
-            "ranked": [asdict(item) for item in space.ranked], "smooth": space.smooth, "groups": space.groups,
+            "ranked": [asdict(item) for item in space.ranked],
+            "smooth": space.smooth,
+            "groups": space.groups,
             "stack": space.stack,
-        }  # fmt: skip
+        }
         study.set_user_attr("space", kept)
     ranked = tuple(Sensitivity(item["name"], item["change"], tuple(item["nodes"])) for item in kept["ranked"])
     return Space(job, ranked, kept["smooth"], tuple(kept["groups"]), tuple(kept["stack"]))
@@ -183,31 +190,37 @@ def _outcomes(study: optuna.Study) -> tuple[Outcome, ...]:
 
 
 def _finish(
-    job: Job, targets: Targets, outcomes: tuple[Outcome, ...], ranked: tuple[Sensitivity, ...], merit: Merit,
-    work: Path, notify: Notify, progress: ShowProgress,
-) -> Found:  # fmt: skip
+    job: Job,
+    constraints: Constraints,
+    outcomes: tuple[Outcome, ...],
+    ranked: tuple[Sensitivity, ...],
+    score: Score,
+    work: Path,
+    notify: Notify,
+    progress: ShowProgress,
+) -> Found:
     """Run the candidates in order of merit, at full length, and take the best that keeps to the targets on the test
     rows. One that lost a pass there is another recipe than was chosen: those after it have their turn while they
     promise more than is left of it."""
     tried: list[str] = []
     best: tuple[float, int, Bundle] | None = None
     lost = math.inf  # on held-out rows, by the mildest recipe that lost too much on the test rows
-    for outcome in finals(outcomes, targets, merit):
-        if best is not None and merit(outcome) <= best[0]:
+    for outcome in finalists(outcomes, constraints, score):
+        if best is not None and score(outcome) <= best[0]:
             break
-        if outcome.loss >= lost or len(tried) == FINALS:  # what lost more would do so as well
+        if outcome.loss >= lost or len(tried) == FINALISTS:  # what lost more would do so as well
             continue
         recipe = tuple(lengthened(step) for step in outcome.recipe)
         notify(f"final run of recipe {outcome.number + 1}: {', '.join(step.name for step in recipe)}")
-        final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=targets.max_loss))
+        final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=constraints.max_loss))
         bundle = run(final, work, notify=notify, progress=progress)
         result, records = _outcome(outcome.number, recipe, bundle), bundle.manifest.records
         kept = [bool(record["kept"]) for record in records]
-        if result.fits(targets) and any(kept) and (best is None or merit(result) > best[0]):
-            best = merit(result), outcome.number, bundle
+        if result.fits(constraints) and any(kept) and (best is None or score(result) > best[0]):
+            best = score(result), outcome.number, bundle
             if all(kept):
                 break
-        if result.loss > targets.max_loss or any(_lost_too_much(record, targets) for record in records):
+        if result.loss > constraints.max_loss or any(_lost_too_much(record, constraints) for record in records):
             lost = min(lost, outcome.loss)
         tried.append(
             f"{result.loss:+.4f}, {result.bytes:,} bytes, {result.latency_ms:.3g} ms{' (estimate)' * job.estimated}"
@@ -215,9 +228,9 @@ def _finish(
         )
     if best is None:
         raise EdgekitError(
-            f"no recipe keeps to max-loss {targets.max_loss:g}, max-size {targets.max_size or 'any'}, max-latency "
-            f"{targets.max_latency or 'any'} on the test rows; best: {'; '.join(tried) or 'no trial came near'}. Allow "
-            "more, or give it more --trials"
+            f"no recipe keeps to max-loss {constraints.max_loss:g}, max-size {constraints.max_size or 'any'}, "
+            f"max-latency {constraints.max_latency or 'any'} on the test rows; best: "
+            f"{'; '.join(tried) or 'no trial came near'}. Allow more, or give it more --trials"
         )
     _, chosen, bundle = best
     facts = {
@@ -226,16 +239,16 @@ def _finish(
             {"name": item.name, "change": item.change if math.isfinite(item.change) else None} for item in ranked
         ],
         "chosen": chosen,
-        "targets": asdict(targets),
+        "targets": asdict(constraints),
     }
     manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, "search": facts})
     return Found(replace(bundle, manifest=manifest), tuple(of_bundle(bundle)), outcomes, ranked)
 
 
-def _lost_too_much(record: Mapping[str, Any], targets: Targets) -> bool:
+def _lost_too_much(record: Mapping[str, Any], constraints: Constraints) -> bool:
     """Whether a pass was rolled back for what it costs in quality."""
     loss = record.get("loss", {}).get("value")
-    return not record["kept"] and loss is not None and loss > targets.max_loss
+    return not record["kept"] and loss is not None and loss > constraints.max_loss
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:

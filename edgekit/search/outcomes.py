@@ -14,7 +14,7 @@ NEAR = 10.0  # times the loss allowed: farther off, no recovery is tried
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class Constraints:
     """What the result must keep to. max_size: packed bytes; max_latency: CPU milliseconds of a call at the first batch
     size; on a target that is not here, estimated ones."""
 
@@ -38,7 +38,7 @@ class Outcome:
     fits_memory: bool = True  # of the target
     low: float = math.nan
 
-    def fits(self, limits: Targets) -> bool:
+    def fits(self, limits: Constraints) -> bool:
         return (
             self.loss <= limits.max_loss
             and (limits.max_size is None or self.bytes <= limits.max_size)
@@ -47,37 +47,37 @@ class Outcome:
         )
 
 
-Merit = Callable[[Outcome], float]  # higher is better
+Score = Callable[[Outcome], float]  # higher is better
 
 
-def hopeful(outcome: Outcome, targets: Targets) -> bool:
+def hopeful(outcome: Outcome, constraints: Constraints) -> bool:
     """Whether it keeps to the targets, or misses the loss by less than the noise of the held-out rows."""
-    noisy = outcome.loss <= 2 * targets.max_loss and math.isfinite(outcome.low)
-    return (replace(outcome, loss=outcome.low) if noisy else outcome).fits(targets)
+    noisy = outcome.loss <= 2 * constraints.max_loss and math.isfinite(outcome.low)
+    return (replace(outcome, loss=outcome.low) if noisy else outcome).fits(constraints)
 
 
-def promising(outcome: Outcome, targets: Targets, others: Sequence[Outcome], merit: Merit) -> bool:
+def promising(outcome: Outcome, constraints: Constraints, others: Sequence[Outcome], score: Score) -> bool:
     """Whether nothing but a loss that a longer recovery may mend keeps the recipe from being the best so far."""
     recovers = any(step.parameters.get("epochs") for step in outcome.recipe)
-    near = outcome.loss <= NEAR * targets.max_loss and not hopeful(outcome, targets)
-    best = max([merit(other) for other in others if other.fits(targets)], default=-math.inf)
-    return recovers and near and replace(outcome, loss=-math.inf).fits(targets) and merit(outcome) > best
+    near = outcome.loss <= NEAR * constraints.max_loss and not hopeful(outcome, constraints)
+    best = max([score(other) for other in others if other.fits(constraints)], default=-math.inf)
+    return recovers and near and replace(outcome, loss=-math.inf).fits(constraints) and score(outcome) > best
 
 
-def finals(outcomes: Sequence[Outcome], targets: Targets, merit: Merit) -> list[Outcome]:
+def finalists(outcomes: Sequence[Outcome], constraints: Constraints, score: Score) -> list[Outcome]:
     """Recipes for the last round, best first."""
-    return sorted((item for item in outcomes if item.recipe and hopeful(item, targets)), key=merit, reverse=True)
+    return sorted((item for item in outcomes if item.recipe and hopeful(item, constraints)), key=score, reverse=True)
 
 
-def merit_of(job: Job) -> Merit:
+def score_of(job: Job) -> Score:
     """What the objective makes of an outcome."""
     original = packed(job.source)
 
-    def merit(outcome: Outcome) -> float:
+    def score(outcome: Outcome) -> float:
         size, speed = math.log(original / outcome.bytes), math.log(outcome.speedup)
         return {"size": size, "latency": speed, "any": size + speed}[job.limits.objective]
 
-    return merit
+    return score
 
 
 def packed(bundle: Bundle) -> int:

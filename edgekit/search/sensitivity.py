@@ -30,7 +30,7 @@ class Sensitivity:
 
 
 def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
-    """Every weight that can be quantised, most sensitive first."""
+    """Every weight that can be quantized, most sensitive first."""
     metric = metrics.metric(job.metric)
     candidate = candidate_of(job.source)
     rows = _some(job.test)
@@ -63,7 +63,7 @@ def _probes(source: Bundle, candidate: Any) -> list[tuple[str, Step]]:
     from edgekit.passes.base import matrices
 
     return [
-        (name, Step("quantise", {"bits": PROBE_BITS, "epochs": 0, "include": [name]}))
+        (name, Step("quantize", {"bits": PROBE_BITS, "epochs": 0, "include": [name]}))
         for name in matrices(candidate.model, ("*",))
     ]
 

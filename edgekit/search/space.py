@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 SPACE = 3  # of recipes: a study goes on only in the space that it began in
 # Epochs of recovery, in trials and at the end.
-SHORT = {"structured_prune": 2, "dependency_prune": 2, "remove_layers": 2, "cluster": 1, "quantise": 1, "qat_int8": 1}
-FULL = {"structured_prune": 8, "dependency_prune": 8, "remove_layers": 8, "cluster": 2, "quantise": 2, "qat_int8": 3}
+SHORT = {"structured_prune": 2, "dependency_prune": 2, "remove_layers": 2, "cluster": 1, "quantize": 1, "qat_int8": 1}
+FULL = {"structured_prune": 8, "dependency_prune": 8, "remove_layers": 8, "cluster": 2, "quantize": 2, "qat_int8": 3}
 REMOVED = (0.0, 0.25, 0.375, 0.5, 0.625)  # shares of the units
 BLOCKS = (0.0, 0.25, 0.5)  # and of the blocks
 APART = (-0.125, 0.0, 0.125)  # how much more of the first kind of units, where a family counts several
@@ -32,7 +32,7 @@ MOST_EXEMPT, MOST_WIDER = 4, 2
 PLAIN: dict[str, Any] = {
     "exempt": 0, "removed": 0.0, "blocks": 0.0, "apart": 0.0, "shares": EVEN, "wider": 0, "smoothed": False,
 }  # fmt: skip
-CODES, INT8 = ("cluster", "quantise"), ("dynamic_int8", "static_int8")
+CODES, INT8 = ("cluster", "quantize"), ("dynamic_int8", "static_int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def lengthened(step: Step, factor: float | None = None) -> Step:
 
 
 def smoothable(job: Job) -> bool:
-    """Whether `smooth_quant` finds a product right after a normalisation: not in networks that add before they do."""
+    """Whether `smooth_quant` finds a product right after a normalization: not in networks that add before they do."""
     if not job.source.is_graph and job.runtime != "onnxruntime":
         return False
     try:
@@ -191,7 +191,7 @@ def _codes(trial: optuna.trial.BaseTrial, form: str, names: list[str], exempt: i
     steps = [_recovered(form, bits=bits, include=coded[half:])]
     steps += [_recovered(form, bits=wider, include=coded[:half])] if half else []
     if exempt and bits < 8:
-        steps.append(Step("quantise", {"bits": 8, "epochs": 0, "include": names[:exempt]}))
+        steps.append(Step("quantize", {"bits": 8, "epochs": 0, "include": names[:exempt]}))
     return steps
 
 

@@ -14,14 +14,14 @@ from edgekit.compression.guard import Latency
 from edgekit.compression.recipe import Step
 from edgekit.cost.layers import lengths_of
 from edgekit.cost.memory import Memory
-from edgekit.cost.operators import Work, work
+from edgekit.cost.operators import Workload, work
 from edgekit.cost.roofline import estimate, precision_on
 from edgekit.errors import EdgekitError
 from edgekit.graph.shapes import sized
 from edgekit.targets.local import is_here
 from edgekit.targets.profile import Target
 
-INT8_FORMS = ("u8s8", "s8s8")
+INT8_SCHEMES = ("u8s8", "s8s8")
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -64,7 +64,7 @@ def refuse(target: Target, built: Any) -> None:
 def precisions_of(built: Any) -> tuple[str, ...]:
     """What a pass makes the model compute in: what it says itself, and int8 for Q/DQ in one of the two forms."""
     declared: tuple[str, ...] = getattr(built, "computes_in", ())
-    return declared or (("int8",) if getattr(built, "form", None) in INT8_FORMS else ())
+    return declared or (("int8",) if getattr(built, "scheme", None) in INT8_SCHEMES else ())
 
 
 def with_defaults(target: Target, step: Step) -> Step:
@@ -75,8 +75,8 @@ def with_defaults(target: Target, step: Step) -> Step:
     values: dict[str, Any] = {}
     if "round_to" in names:
         values["round_to"] = target.plan.round_to
-    if "form" in names and names["form"].default in INT8_FORMS and target.plan.int8 != "none":
-        values["form"] = target.plan.int8
+    if "scheme" in names and names["scheme"].default in INT8_SCHEMES and target.plan.int8 != "none":
+        values["scheme"] = target.plan.int8
         if target.kind != "cpu" and "weight_bits" in names:  # they add in 32 bits; 7 is for CPUs that add in 16
             values["weight_bits"] = 8
     return replace(step, parameters={**values, **step.parameters})
@@ -93,7 +93,7 @@ def rounded(target: Target | None, count: int, whole: int) -> int:
     return count if whole < multiple else max(multiple, round(count / multiple) * multiple)
 
 
-def graph_work(model: ModelProto, inputs: Arrays, batch: int) -> Work:
+def graph_work(model: ModelProto, inputs: Arrays, batch: int) -> Workload:
     """The graph's operators for inputs of these lengths."""
     return work(model, sized(model, batch, lengths_of(model, inputs)))
 

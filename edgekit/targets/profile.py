@@ -66,7 +66,7 @@ class PowerMode:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PrecisionPlan:
     """Which precisions to use, best first, and why."""
 
     order: tuple[str, ...]
@@ -129,7 +129,7 @@ class Target:
     bandwidth: Figure  # bytes/s
     launch: Figure  # seconds that a kernel or an operator takes at least, however small
     rates: Mapping[str, Rate]  # by precision; of a CPU, of one core
-    plan: Plan
+    plan: PrecisionPlan
     stacks: tuple[Stack, ...]  # the recommended one first
     units: Mapping[str, float] = field(default_factory=dict)  # {"SMs": 30, "CUDA cores": 3840}
     cores: int = 1  # of a CPU: rates are per core

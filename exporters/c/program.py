@@ -72,8 +72,16 @@ class Program:
     def call(self, kernel: str, *arguments: Argument) -> None:
         self.calls.append(Call(kernel, arguments))
 
-    def linear(self, out: Buffer, x: Buffer, layer: nn.Linear, name: str, *, relu: bool = False,
-               add: Buffer | Tensor | None = None) -> None:  # fmt: skip
+    def linear(
+        self,
+        out: Buffer,
+        x: Buffer,
+        layer: nn.Linear,
+        name: str,
+        *,
+        relu: bool = False,
+        add: Buffer | Tensor | None = None,
+    ) -> None:
         """out = layer(x), at least 0 if `relu`, then plus `add`."""
         weight, bias = Tensor(f"{name}.weight"), Tensor(f"{name}.bias")
         self.call("dense", out, x, weight, bias, add, layer.in_features, layer.out_features, int(relu))

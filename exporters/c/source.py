@@ -21,7 +21,7 @@ MEMORY = "memory"  # the workspace in model_run, from its first whole cache line
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CSource:
     """The text of model.c and model.h. workspace: floats that a caller must provide for each thread."""
 
     model: str
@@ -29,7 +29,7 @@ class Source:
     workspace: int
 
 
-def write_source(program: Program, encodings: Mapping[str, Encoding], name: str, key: str) -> Source:
+def write_source(program: Program, encodings: Mapping[str, Encoding], name: str, key: str) -> CSource:
     """C99 for a program; `encodings`: constants to store as codes, which each call of `model_run` decodes first.
 
     name: the model's, for the comment on top; key: what a session recognises its own model by.
@@ -75,7 +75,7 @@ def write_source(program: Program, encodings: Mapping[str, Encoding], name: str,
         *(f"    {line}" for line in body),
         "}",
     ]
-    return Source("\n".join(model) + "\n", _header(program, name, workspace), workspace)
+    return CSource("\n".join(model) + "\n", _header(program, name, workspace), workspace)
 
 
 def in_comment(text: str) -> str:

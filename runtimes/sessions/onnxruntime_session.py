@@ -40,13 +40,16 @@ TRIAL_SECONDS = 0.02  # of work in a trial: longer than the clock's and the sche
 ROUNDS = (5, 25)  # the median of these counts; more where a trial is a single short call
 MARGIN = 0.1  # what a plan must gain to take more memory, or a second core for a small batch
 OPTIMISATIONS = {
-    "all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC", "off": "ORT_DISABLE_ALL"
-}  # fmt: skip
-_measured: dict[str, Plan] = {}  # in this process, by model, runtime version and machine
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "basic": "ORT_ENABLE_BASIC",
+    "off": "ORT_DISABLE_ALL",
+}
+_measured: dict[str, BatchPlan] = {}  # in this process, by model, runtime version and machine
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BatchPlan:
     """How a batch is run: `workers` calls at a time, each with `chunk` rows on `threads` cores."""
 
     workers: int
@@ -68,7 +71,7 @@ class OnnxRuntimeSession:
 
     source: an exported model.onnx of this very bundle; by default one is made in memory, which needs torch.
     threads, chunk: what is otherwise measured. plan_file: JSON that keeps measured plans from process to process.
-    exporter: of torch's two, which makes that model; optimisation: how far ONNX Runtime rewrites the graph.
+    exporter: of torch's two, which makes that model; optimization: how far ONNX Runtime rewrites the graph.
     """
 
     def __init__(
@@ -81,10 +84,10 @@ class OnnxRuntimeSession:
         source: str | Path | None = None,
         plan_file: str | Path | None = None,
         exporter: Literal["torchscript", "dynamo"] = "torchscript",
-        optimisation: str = "all",
+        optimization: str = "all",
     ) -> None:
-        if optimisation not in OPTIMISATIONS:
-            raise unknown("graph optimisation", optimisation, OPTIMISATIONS)
+        if optimization not in OPTIMISATIONS:
+            raise unknown("graph optimization", optimization, OPTIMISATIONS)
         for name, value in (("threads", threads), ("chunk", chunk)):
             if value is not None and value < 1:
                 raise EdgekitError(
@@ -107,7 +110,7 @@ class OnnxRuntimeSession:
         self.provider = provider
         self._names = [spec.name for spec in self.outputs]
         self._key, self._graph = model_key(bundle), _graph(bundle, source, exporter)
-        self._optimisation = optimisation
+        self._optimization = optimization
         # onnxruntime 1.32 crashes while it lays out float16 graphs for convolutions (its issue 28392)
         self._avoided = ["NchwcTransformer"] if bundle.is_graph and holds_float16(self._graph) else None
         self._cores = threads or len(os.sched_getaffinity(0))
@@ -115,7 +118,7 @@ class OnnxRuntimeSession:
         self._small = 0 if chunk else max(SMALL, self._cores)  # a given chunk is for batches of every size
         self._plan_file = Path(plan_file) if plan_file is not None else None
         self._sessions: dict[int, Any] = {}
-        self._chosen: dict[str, Plan] = {}  # by size of batch: small, large
+        self._chosen: dict[str, BatchPlan] = {}  # by size of batch: small, large
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(max(1, self._cores - 1), "edgekit")  # beside the thread that calls
         found = self._open(self._cores).get_modelmeta().custom_metadata_map.get(KEY, "missing")
@@ -127,12 +130,12 @@ class OnnxRuntimeSession:
         self.device = f"cpu ({self._cores} thread{'s' * (self._cores > 1)})" if provider == CPU else provider
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> BatchPlan | None:
         """How batches of SMALL rows and more are run; None until the first of them, or `warmup`, has chosen."""
         return self._chosen.get("large")
 
     @property
-    def small_plan(self) -> Plan | None:
+    def small_plan(self) -> BatchPlan | None:
         """How smaller batches are run."""
         return self._chosen.get("small")
 
@@ -177,7 +180,7 @@ class OnnxRuntimeSession:
             options.intra_op_num_threads = threads
             options.log_severity_level = 4 if self.provider == CPU else 3  # a GPU's says what it lacks
             options.graph_optimization_level = getattr(
-                onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[self._optimisation]
+                onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[self._optimization]
             )
             with TemporaryDirectory() as scratch:
                 if self.provider != CPU:
@@ -219,7 +222,7 @@ class OnnxRuntimeSession:
             shapes = {name: array.shape for name, array in arrays.items()}
             raise EdgekitError(f"onnxruntime cannot run this model on inputs of shapes {shapes}: {reason}") from error
 
-    def _run_plan(self, plan: Plan, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
+    def _run_plan(self, plan: BatchPlan, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
         if plan.workers == 1 and batch <= plan.chunk:
             return self._call(plan.threads, arrays)
         outputs: Arrays = {}
@@ -237,20 +240,20 @@ class OnnxRuntimeSession:
         share_out(self._pool, plan.workers, cut(batch, plan.chunk), call)
         return {spec.name: outputs[spec.name] for spec in self.outputs}
 
-    def _choose(self, size: str, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Plan:
+    def _choose(self, size: str, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> BatchPlan:
         """The best plan on this machine: known to this process or the plan file, else measured on this batch.
 
         Large batches are shared out to workers of one thread each, which never wait for one another; threads inside
         an operator meet after each, and where other programs hold a core they were measured at half the speed.
         """
         if size == "small":
-            candidates = [Plan(1, threads, self._small) for threads in sorted({1, self._cores})]
+            candidates = [BatchPlan(1, threads, self._small) for threads in sorted({1, self._cores})]
         else:
-            candidates = [Plan(self._cores, 1, chunk) for chunk in ((self._chunk,) if self._chunk else CHUNKS)]
+            candidates = [BatchPlan(self._cores, 1, chunk) for chunk in ((self._chunk,) if self._chunk else CHUNKS)]
         if len(candidates) == 1:
             return candidates[0]
         cpu = f"{_cpu()}, {self._cores} of {len(os.sched_getaffinity(0))} cores"
-        key = f"{self._key}, onnxruntime {onnxruntime.__version__}, {cpu}, {self._optimisation}, {size} batch"
+        key = f"{self._key}, onnxruntime {onnxruntime.__version__}, {cpu}, {self._optimization}, {size} batch"
         if key not in _measured:
             known = _read_plans(self._plan_file)
             if key in known:
@@ -260,7 +263,7 @@ class OnnxRuntimeSession:
                 _write_plans(self._plan_file, {**known, key: _measured[key]})
         return _measured[key]
 
-    def _measure(self, candidates: list[Plan], arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> Plan:
+    def _measure(self, candidates: list[BatchPlan], arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> BatchPlan:
         """Time the candidates in turns, on real rows.
 
         How many rows at a time is a matter of cache, so it is measured as one worker's CPU time, which other programs
@@ -279,7 +282,7 @@ class OnnxRuntimeSession:
         index = np.resize(np.arange(batch), rows)
         trial = {name: array[index] for name, array in arrays.items()}
         candidates = [plan for plan in candidates if plan.chunk <= rows or not alone]
-        times: dict[Plan, list[float]] = {plan: [] for plan in candidates}
+        times: dict[BatchPlan, list[float]] = {plan: [] for plan in candidates}
         for _ in range(int(np.clip(TRIAL_SECONDS / (seconds * rows), *ROUNDS))):
             for plan in candidates:
                 started = clock()
@@ -321,16 +324,16 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _read_plans(path: Path | None) -> dict[str, Plan]:
+def _read_plans(path: Path | None) -> dict[str, BatchPlan]:
     if path is None or not path.is_file():
         return {}
     try:
-        return {key: Plan(**values) for key, values in json.loads(path.read_text()).items()}
+        return {key: BatchPlan(**values) for key, values in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise EdgekitError(f"{path}: not a file of plans ({error}); delete it, it will be measured again") from None
 
 
-def _write_plans(path: Path | None, plans: Mapping[str, Plan]) -> None:
+def _write_plans(path: Path | None, plans: Mapping[str, BatchPlan]) -> None:
     """Two processes that measure at once may lose one plan, never the file."""
     if path is not None:
         write_file(path, (json.dumps({key: asdict(plan) for key, plan in plans.items()}, indent=1) + "\n").encode())

@@ -165,8 +165,12 @@ class OpenVinoSession:
     def _compile(self, rows: Arrays) -> Compiled:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": self._precision}
         if self._where == "CPU":  # streams of one thread never wait for one another; pinned, they would meet on a core
-            options |= {"NUM_STREAMS": self._workers, "INFERENCE_NUM_THREADS": self._workers,
-                        "ENABLE_CPU_PINNING": False, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # fmt: skip
+            options |= {
+                "NUM_STREAMS": self._workers,
+                "INFERENCE_NUM_THREADS": self._workers,
+                "ENABLE_CPU_PINNING": False,
+                "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            }
         model = self._model.clone()
         try:
             model.reshape({name: list(array.shape) for name, array in rows.items()})

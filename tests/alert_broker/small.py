@@ -30,9 +30,16 @@ def light_curve(survey: Survey, packet) -> LightCurve:
         raise PacketError(found.errors[0])
     curves = found.curves
     return LightCurve(
-        found.alert_id[0], found.object_id[0], curves.time, curves.band, curves.flux, curves.flux_error,
-        curves.detected, found.upper_limits[0], found.dropped[0],
-    )  # fmt: skip
+        found.alert_id[0],
+        found.object_id[0],
+        curves.time,
+        curves.band,
+        curves.flux,
+        curves.flux_error,
+        curves.detected,
+        found.upper_limits[0],
+        found.dropped[0],
+    )
 
 
 def small_bundle(bands=("g", "r"), *, name="small", seed=0, features=None, **changes) -> Bundle:
@@ -41,8 +48,14 @@ def small_bundle(bands=("g", "r"), *, name="small", seed=0, features=None, **cha
 
     features = features or features_of(bands)
     torch.manual_seed(seed)
-    arguments = {"bands": len(features.seen), "context": len(features.context), "sequence": features.grid_points,
-                 "embed_dim": 8, "heads": 2, "ff_dim": 8}  # fmt: skip
+    arguments = {
+        "bands": len(features.seen),
+        "context": len(features.context),
+        "sequence": features.grid_points,
+        "embed_dim": 8,
+        "heads": 2,
+        "ff_dim": 8,
+    }
     model = build("t2", arguments)
     weights = {key: value.numpy().copy() for key, value in model.state_dict().items()}
     specs = [TensorSpec("light_curve", ("batch", features.grid_points, len(features.seen)))]
@@ -82,9 +95,12 @@ def small_plasticc(per_class=4, seed=0) -> tuple[pa.Table, pa.Table]:
     }
     redshift = np.round(rng.uniform(0, 1, len(ids)), 3)
     objects = {
-        "object_id": ids, "target": targets, "hostgal_photoz": redshift, "hostgal_photoz_err": redshift / 10,
+        "object_id": ids,
+        "target": targets,
+        "hostgal_photoz": redshift,
+        "hostgal_photoz_err": redshift / 10,
         "true_z": redshift,
-    }  # fmt: skip
+    }
     return pa.table(points), pa.table(objects)
 
 

@@ -370,9 +370,26 @@ def test_a_block_with_a_size_must_have_it_also_if_it_is_skipped(kind):
 
 
 @pytest.mark.parametrize(
-    "text", ["é", "☃", "𝄞", "\x7f", "퟿", "\U0010ffff", b"\x80", b"\xc3", b"\xc1\x80", b"\xe0\x9f\x80", b"\xed\xa0\x80",
-             b"\xf4\x90\x80\x80", b"\xf0\x8f\xbf\xbf", b"\xf5\x80\x80\x80", b"\xe2\x28\xa1", b"a\xff"],
-)  # fmt: skip
+    "text",
+    [
+        "é",
+        "☃",
+        "𝄞",
+        "\x7f",
+        "퟿",
+        "\U0010ffff",
+        b"\x80",
+        b"\xc3",
+        b"\xc1\x80",
+        b"\xe0\x9f\x80",
+        b"\xed\xa0\x80",
+        b"\xf4\x90\x80\x80",
+        b"\xf0\x8f\xbf\xbf",
+        b"\xf5\x80\x80\x80",
+        b"\xe2\x28\xa1",
+        b"a\xff",
+    ],
+)
 def test_text_is_utf8_exactly_where_python_says_so(text):
     data = text if isinstance(text, bytes) else text.encode()
     schema = parse_schema({"type": "record", "name": "r", "fields": [{"name": "value", "type": "string"}]})
@@ -577,8 +594,10 @@ def test_real_packets_agree_with_fastavro(every):
             with path.open("rb") as stream:
                 reader = fastavro.block_reader(stream)
                 schema, name = parse_schema(reader.writer_schema), "ztf"
-                blocks = [(b.bytes_.getvalue(), b.num_records, by_fastavro(b.bytes_.getvalue(), schema, b.num_records))
-                          for b in reader]  # fmt: skip
+                blocks = [
+                    (b.bytes_.getvalue(), b.num_records, by_fastavro(b.bytes_.getvalue(), schema, b.num_records))
+                    for b in reader
+                ]
         paths = paths_of(schema)
         for body, number, values in blocks:
             wanted = paths if every else [path for path in wanted_of(name) if path in paths]

@@ -13,7 +13,7 @@ from alert_broker import classify, plasticc
 from alert_broker.classify import Classifier, classify_files, for_survey
 from alert_broker.gaussian_process import Status
 from alert_broker.packets import AlertBatch, batches, read_blocks
-from alert_broker.results import ERRORS, Table, all_bands, result_schema
+from alert_broker.results import ERRORS, ResultTable, all_bands, result_schema
 from alert_broker.simulate import simulate, write
 from alert_broker.surveys.base import survey_named
 from edgekit.bundle.format import write_bundle
@@ -341,14 +341,14 @@ def test_the_input_is_not_written_over(tmp_path):
 
 def test_a_table_is_whole_or_not_there(tmp_path):
     path = tmp_path / "t.parquet"
-    with pytest.raises(RuntimeError), Table(path, ERRORS):
+    with pytest.raises(RuntimeError), ResultTable(path, ERRORS):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-    with Table(path, ERRORS) as table:
+    with ResultTable(path, ERRORS) as table:
         table.describe({"a": 1})
     assert len(pq.read_table(path)) == 0
     before = path.read_bytes()
-    with pytest.raises(KeyboardInterrupt), Table(path, ERRORS):
+    with pytest.raises(KeyboardInterrupt), ResultTable(path, ERRORS):
         raise KeyboardInterrupt
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

@@ -13,9 +13,14 @@ def curves() -> LightCurves:
     count, length = 2000, 40
     time = np.sort(rng.uniform(0, 400, (count, length)), axis=1).ravel()
     return LightCurves(
-        ("g", "r"), np.arange(count + 1) * length, time, rng.integers(0, 2, len(time)).astype(np.int8),
-        np.arange(len(time), dtype=np.float64), np.ones(len(time)), rng.random(len(time)) < 0.5,
-    )  # fmt: skip
+        ("g", "r"),
+        np.arange(count + 1) * length,
+        time,
+        rng.integers(0, 2, len(time)).astype(np.int8),
+        np.arange(len(time), dtype=np.float64),
+        np.ones(len(time)),
+        rng.random(len(time)) < 0.5,
+    )
 
 
 def test_points_are_dropped_never_changed_and_no_object_is_empty(curves):
@@ -52,7 +57,12 @@ def test_as_seen_after_some_days(curves):
 
 def test_without_a_detection_the_first_point_counts():
     curves = LightCurves(
-        ("g",), np.array([0, 2, 4]), np.array([5.0, 6.0, 7.0, 8.0]), np.zeros(4, np.int8), np.ones(4), np.ones(4),
+        ("g",),
+        np.array([0, 2, 4]),
+        np.array([5.0, 6.0, 7.0, 8.0]),
+        np.zeros(4, np.int8),
+        np.ones(4),
+        np.ones(4),
         np.array([False, True, False, False]),
-    )  # fmt: skip
+    )
     assert first_detection(curves).tolist() == [6.0, 7.0]

@@ -188,9 +188,14 @@ def test_the_same_epoch_twice():
     twice = points.where(np.ones(12, np.bool_)).take([0])
     rows = np.repeat(np.arange(12), 2)
     doubled = LightCurves(
-        points.bands, np.array([0, 24]), points.time[rows], points.band[rows], points.flux[rows],
-        points.flux_error[rows], points.detected[rows],
-    )  # fmt: skip
+        points.bands,
+        np.array([0, 24]),
+        points.time[rows],
+        points.band[rows],
+        points.flux[rows],
+        points.flux_error[rows],
+        points.detected[rows],
+    )
     assert np.isfinite(GR(doubled).light_curve).all()
     # two equal measurements are one with a smaller error, so the interpolation stays close
     np.testing.assert_allclose(GR(doubled).light_curve, GR(twice).light_curve, atol=0.15)
@@ -258,11 +263,12 @@ def test_points_far_from_every_detection_say_nothing():
     far = curve([59_000.0, 61_000.0], [0, 1], [500.0, -500.0], detected=[False, False])
     order = np.argsort(np.concatenate([points.time, far.time]))
     mixed = LightCurves(
-        points.bands, np.array([0, 14]),
+        points.bands,
+        np.array([0, 14]),
         *(np.concatenate([getattr(points, name), getattr(far, name)])[order] for name in ("time", "band", "flux")),
         np.concatenate([points.flux_error, far.flux_error])[order],
         np.concatenate([points.detected, far.detected])[order],
-    )  # fmt: skip
+    )
     assert np.array_equal(GR(mixed).light_curve, GR(points).light_curve)
     near = replace(GR, margin_days=2000.0)
     assert not np.array_equal(near(mixed).light_curve, near(points).light_curve)

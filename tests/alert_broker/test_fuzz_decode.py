@@ -105,9 +105,21 @@ def test_a_reader_that_believes_in_a_longer_packet_kills(fuzz, corpus):
     class Believer(Columns):
         def _walk(self, data, count, ends, report):
             return walk.walk(
-                data, len(data) + 16, count, self.plan.program, self.plan.items, self._cells, self._valid, self._text,
-                self._columns, self._levels, self._stack, self._scratch, ends, report,
-            )  # fmt: skip
+                data,
+                len(data) + 16,
+                count,
+                self.plan.program,
+                self.plan.items,
+                self._cells,
+                self._valid,
+                self._text,
+                self._columns,
+                self._levels,
+                self._stack,
+                self._scratch,
+                ends,
+                report,
+            )
 
     def run():
         fuzzer = fuzz.Fuzzer(corpus, lambda columns, data, count: believer(columns).read(data, count))

@@ -216,10 +216,19 @@ def test_odd_light_curves_leave_their_neighbours_alone():
 
 def test_unusable_points_count_for_nothing():
     good = supernova(20)
-    spoilt = [curve([59010.0], [band], [flux], [error]) for band, flux, error in (
-        (1, np.nan, 1.0), (1, np.inf, 1.0), (1, 5.0, np.nan), (1, 5.0, np.inf), (1, 5.0, 0.0), (1, 5.0, -1.0),
-        (6, 5.0, 1.0), (-1, 5.0, 1.0),
-    )]  # fmt: skip
+    spoilt = [
+        curve([59010.0], [band], [flux], [error])
+        for band, flux, error in (
+            (1, np.nan, 1.0),
+            (1, np.inf, 1.0),
+            (1, 5.0, np.nan),
+            (1, 5.0, np.inf),
+            (1, 5.0, 0.0),
+            (1, 5.0, -1.0),
+            (6, 5.0, 1.0),
+            (-1, 5.0, 1.0),
+        )
+    ]
     spoilt.append(curve([np.nan], [1], [5.0], [1.0]))
     parts = [good, *spoilt]
     merged = concatenate(parts)

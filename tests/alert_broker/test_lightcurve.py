@@ -12,9 +12,14 @@ def curves(*lengths: int, bands=("g", "r")) -> LightCurves:
     number = np.concatenate([np.arange(length) for length in lengths] or [np.empty(0)])
     total = len(owner)
     return LightCurves(
-        bands, np.cumsum([0, *lengths]).astype(np.int64), number.astype(np.float64), (number % 2).astype(np.int8),
-        100.0 * owner + number, np.ones(total), number % 3 == 0,
-    )  # fmt: skip
+        bands,
+        np.cumsum([0, *lengths]).astype(np.int64),
+        number.astype(np.float64),
+        (number % 2).astype(np.int8),
+        100.0 * owner + number,
+        np.ones(total),
+        number % 3 == 0,
+    )
 
 
 def fluxes(batch: LightCurves) -> list[list[float]]:

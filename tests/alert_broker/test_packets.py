@@ -332,12 +332,12 @@ def test_versions_that_differ_in_what_is_skipped_are_converted_at_once(monkeypat
         if number % 2:
             packet, options = packet | {"unread": 1.0}, {"avro_schema": newer}
         blocks += split(container([packet], **options), "bytes")
-    spare = {}
+    buffer_pool = {}
     for _ in range(2):
-        (batch,) = batches(blocks, spare=spare)
+        (batch,) = batches(blocks, buffer_pool=buffer_pool)
         assert batch.alerts["alert_id"].to_pylist() == [1, 2, 3, 4, 5]
         assert batch.curves.time.tolist() == [60_000.0 + number for number in range(1, 6)]
-        assert len(spare) == 1
+        assert len(buffer_pool) == 1
     assert taken == [5, 5]
 
 

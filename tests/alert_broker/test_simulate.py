@@ -54,8 +54,10 @@ def test_what_is_written_is_read_back(survey, packets_per_file, tmp_path):
     for number, row in enumerate(batch.alerts.to_pylist()):
         alert, curve = alerts.pop(row["alert_id"]), batch.curves.take([number])
         assert (row["object_id"], row["n_upper_limits"], row["n_dropped"]) == (
-            alert.curve.object_id, alert.curve.upper_limits, alert.curve.dropped,
-        )  # fmt: skip
+            alert.curve.object_id,
+            alert.curve.upper_limits,
+            alert.curve.dropped,
+        )
         np.testing.assert_allclose(curve.time, alert.curve.time, rtol=0, atol=1e-8)  # a Julian date has 4e-10 d
         np.testing.assert_array_equal(curve.band, alert.curve.band)
         np.testing.assert_array_equal(curve.detected, alert.curve.detected)

@@ -390,9 +390,10 @@ def test_spark_classifies_finks_files_all_ways(spark_session, shared_data, tmp_p
     cuts = ["roid", "cdsxmatch", F.col("candidate.jdstarthist"), "cisdiffpos"]
     inside = (
         (F.expr("size(filter(cmagpsf, x -> x is not null))") >= 2)
-        & (F.col("roid") != 3) & F.col("cdsxmatch").isin(*hosts)
+        & (F.col("roid") != 3)
+        & F.col("cdsxmatch").isin(*hosts)
         & (F.col("candidate.jd") - F.col("candidate.jdstarthist") <= 90)
-    )  # fmt: skip
+    )
     cut = spark.t2(GR, hosts=hosts, runtime="onnxruntime")(*five, *cuts).alias("cut")
     chosen = history.select("candid", whole, cut, best(*five, *cuts).alias("best"), inside.alias("inside"))
     rows = as_rows(chosen)

@@ -33,15 +33,22 @@ def ztf_row(jd=2_459_000.5, fid=1, magpsf=20.0, sigmapsf=0.1, isdiffpos="t"):
 
 def ztf_forced(jd=2_459_001.5, fid=1, flux=100.0, error=10.0, zero_point=26.0, status="0"):
     return {
-        "jd": jd, "fid": fid, "forcediffimflux": flux, "forcediffimfluxunc": error, "magzpsci": zero_point,
+        "jd": jd,
+        "fid": fid,
+        "forcediffimflux": flux,
+        "forcediffimfluxunc": error,
+        "magzpsci": zero_point,
         "procstatus": status,
-    }  # fmt: skip
+    }
 
 
 def ztf(candidate=None, history=(), **extra):
     return {
-        "objectId": "ZTF24aaaaaaa", "candid": 123, "candidate": candidate or ztf_row(), "prv_candidates": list(history),
-    } | extra  # fmt: skip
+        "objectId": "ZTF24aaaaaaa",
+        "candid": 123,
+        "candidate": candidate or ztf_row(),
+        "prv_candidates": list(history),
+    } | extra
 
 
 def lsst_row(time=61_000.0, band="r", flux=1000.0, error=50.0, **extra):
@@ -51,8 +58,10 @@ def lsst_row(time=61_000.0, band="r", flux=1000.0, error=50.0, **extra):
 def lsst_packet(history=(), forced=(), **source):
     ids = {"diaSourceId": 7, "diaObjectId": 5, "ssObjectId": 0}
     return {
-        "diaSource": lsst_row(**(ids | source)), "prvDiaSources": list(history), "prvDiaForcedSources": list(forced),
-    }  # fmt: skip
+        "diaSource": lsst_row(**(ids | source)),
+        "prvDiaSources": list(history),
+        "prvDiaForcedSources": list(forced),
+    }
 
 
 def flux_of_magnitude(magnitude):
@@ -164,10 +173,12 @@ def test_one_bad_packet_does_not_cost_its_neighbours():
 def test_a_batch_gives_what_its_packets_give_alone():
     """Also where an exposure of one alert is also one of its neighbour, and where lists are null or cut out."""
     rows = [
-        ztf(history=[ztf_row(fid=2), ztf_row(2_458_999.5, magpsf=None)]), ztf(),
+        ztf(history=[ztf_row(fid=2), ztf_row(2_458_999.5, magpsf=None)]),
+        ztf(),
         ztf(history=[ztf_row(2_458_990.5 + k, 1 + k % 3, 20 + k) for k in range(5)], fp_hists=[ztf_forced()]),
-        ztf() | {"prv_candidates": None}, ztf(fp_hists=[ztf_forced(2_459_000.5), ztf_forced(fid=2, status="61")]),
-    ]  # fmt: skip
+        ztf() | {"prv_candidates": None},
+        ztf(fp_hists=[ztf_forced(2_459_000.5), ztf_forced(fid=2, status="61")]),
+    ]
     together = pa.RecordBatch.from_pylist([{"fp_hists": None} | row for row in [rows[1], *rows, rows[2]]]).slice(1, 5)
     found = ZTF.light_curves(together)
     for number, row in enumerate(rows):
@@ -198,9 +209,13 @@ def test_lsst_detections_win_over_forced_photometry_of_the_same_visit():
 
 
 @pytest.mark.parametrize(
-    ("ids", "name"), [({"diaObjectId": 5}, "5"), ({"diaObjectId": 0, "ssObjectId": 9}, "ss9"),
-                      ({"diaObjectId": None, "ssObjectId": 9}, "ss9")],
-)  # fmt: skip
+    ("ids", "name"),
+    [
+        ({"diaObjectId": 5}, "5"),
+        ({"diaObjectId": 0, "ssObjectId": 9}, "ss9"),
+        ({"diaObjectId": None, "ssObjectId": 9}, "ss9"),
+    ],
+)
 def test_lsst_object_names(ids, name):
     assert light_curve(LSST, lsst_packet(**ids)).object_id == name
     with pytest.raises(PacketError, match="neither"):

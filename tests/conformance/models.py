@@ -173,7 +173,7 @@ class CausalConv(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Causal 3-D convolutions and lookup-free quantisation: the code is the sign of each channel (MAGVIT-v2, Yu et al.
+    """Causal 3-D convolutions and lookup-free quantization: the code is the sign of each channel (MAGVIT-v2, Yu et al.
     2024, arXiv 2310.05737, sections 3.1 and 3.2)."""
 
     def __init__(self, bits: int):

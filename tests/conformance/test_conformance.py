@@ -49,9 +49,12 @@ def imported(name: str):
         pytest.importorskip("timm", reason="timm, or the torchvision that it imports, is not installed here")
     torch.manual_seed(0)
     bundle = from_factory(
-        f"tests.conformance.models:{name}", arguments={}, weights=None, outputs=OUTPUTS.get(name, ()),
+        f"tests.conformance.models:{name}",
+        arguments={},
+        weights=None,
+        outputs=OUTPUTS.get(name, ()),
         inputs=[parse_spec(f"{key}:{text}") for key, text in INPUTS[name].items()],
-    )  # fmt: skip
+    )
     return replace(bundle, manifest=replace(bundle.manifest, name=name, state=STATE.get(name, {})))
 
 
@@ -306,9 +309,12 @@ def baked() -> torch.nn.Module:
 
 def test_a_length_that_tracing_made_a_constant_is_noticed(tmp_path):
     bundle = from_factory(
-        f"{__name__}:baked", arguments={}, weights=None, outputs=(),
+        f"{__name__}:baked",
+        arguments={},
+        weights=None,
+        outputs=(),
         inputs=[TensorSpec("x", ("batch", "tokens", 4))],
-    )  # fmt: skip
+    )
     with pytest.raises(EdgekitError, match="tracing has made a constant of a length"):
         OnnxExporter().export(bundle, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -330,9 +336,12 @@ def thirds() -> torch.nn.Module:
 
 def test_the_other_exporter_takes_multiples_too():
     bundle = from_factory(
-        f"{__name__}:thirds", arguments={}, weights=None, outputs=(),
+        f"{__name__}:thirds",
+        arguments={},
+        weights=None,
+        outputs=(),
         inputs=[TensorSpec("x", ("batch", "3*vertices", 4))],
-    )  # fmt: skip
+    )
     assert bundle.manifest.outputs[0].shape == ("batch", "vertices", 4)
     graph = OnnxExporter(exporter="dynamo").graph(bundle).SerializeToString()
     for length in (1, 5):

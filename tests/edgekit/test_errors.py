@@ -4,10 +4,10 @@ from edgekit.errors import EdgekitError, missing_extra, unknown
 
 
 def test_unknown_names_what_is_allowed_and_the_nearest():
-    error = unknown("pass", "clustr", ["cluster", "quantise"], where="recipe.toml")
+    error = unknown("pass", "clustr", ["cluster", "quantize"], where="recipe.toml")
     assert isinstance(error, EdgekitError)
     assert str(error) == (
-        "unknown pass 'clustr' in recipe.toml; expected one of: cluster, quantise; did you mean 'cluster'?"
+        "unknown pass 'clustr' in recipe.toml; expected one of: cluster, quantize; did you mean 'cluster'?"
     )
 
 

@@ -20,7 +20,7 @@ def test_every_registered_name_of_ours_loads(group):
 
 
 def test_an_unknown_name_lists_what_there_is():
-    with pytest.raises(EdgekitError, match=r"unknown pass 'clustr'.*quantise.*did you mean 'cluster'"):
+    with pytest.raises(EdgekitError, match=r"unknown pass 'clustr'.*quantize.*did you mean 'cluster'"):
         plugins.load("edgekit.passes", "clustr")
 
 

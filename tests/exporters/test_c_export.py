@@ -18,7 +18,7 @@ from edgekit.bundle.format import GOLDEN, arrays_to_bytes, assemble, golden_inpu
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import Network
 from edgekit.passes.base import Candidate
-from edgekit.passes.quantise import Quantise
+from edgekit.passes.quantize import Quantize
 from exporters.c import source as source_module
 from exporters.c.library import NATIVE, PLAIN, Compiler, Library
 from exporters.c.program import Buffer, program
@@ -93,9 +93,9 @@ def test_encoded_weights_are_stored_as_codes(toy, tmp_path, arguments, kind):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_what_quantise_leaves_is_stored_in_bytes_and_proved(bits, tiny_bundle, tiny_context, tmp_path):
+def test_what_quantize_leaves_is_stored_in_bytes_and_proved(bits, tiny_bundle, tiny_context, tmp_path):
     """From the compression pass to the check on the device: int8 in the file, decoded to float32 by each call."""
-    found = Quantise(bits=bits, epochs=0).apply(Candidate("t2", TINY, tiny_bundle.model()), tiny_context)
+    found = Quantize(bits=bits, epochs=0).apply(Candidate("t2", TINY, tiny_bundle.model()), tiny_context)
     inputs, expected = tiny_bundle.golden()
     empty = assemble(tiny_bundle.manifest, found.weights(), found.encodings, (inputs, expected))
     exact = network(empty, inputs, torch.float32)
@@ -151,12 +151,17 @@ def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
 def test_queries_and_keys_are_summed_in_double(tmp_path, flags):
     """Of a real model, whose scores reach hundreds. Planted: the same in float32, like every other layer."""
     bundle = zoo.resolve("t2-gr")
-    inputs = {spec.name: np.random.default_rng(0).standard_normal((300, *spec.shape[1:])).astype(np.float32)
-              for spec in bundle.manifest.inputs}  # fmt: skip
+    inputs = {
+        spec.name: np.random.default_rng(0).standard_normal((300, *spec.shape[1:])).astype(np.float32)
+        for spec in bundle.manifest.inputs
+    }
     exact = network(bundle, inputs)
     source = CExporter().source(bundle)
-    text, count = re.subn(r"dense_in_double\((\w+_), (\w+_), (\w+_), (\w+_), (\d+), (\d+)\);",
-                          r"dense(\1, \2, \3, \4, NULL, \5, \6, 0);", source.model)  # fmt: skip
+    text, count = re.subn(
+        r"dense_in_double\((\w+_), (\w+_), (\w+_), (\w+_), (\d+), (\d+)\);",
+        r"dense(\1, \2, \3, \4, NULL, \5, \6, 0);",
+        source.model,
+    )
     assert count == 2
     off, single = (
         run(compiled(item, tmp_path, flags), bundle, inputs) - exact for item in (source, replace(source, model=text))
@@ -214,8 +219,20 @@ def test_nothing_is_touched_outside_arrays_and_nothing_is_undefined(toy, tmp_pat
     (tmp_path / "model.c").write_text(source.model)
     (tmp_path / "model.h").write_text(source.header)
     (tmp_path / "check.c").write_text(source_module.write_check(program(bundle), *bundle.golden(), 1e-6))
-    command = [Compiler().path, *STRICT, "-O0", "-march=native", "-g", "-fsanitize=address,undefined",
-               "-fno-sanitize-recover=all", "model.c", "check.c", "-o", "check", "-lm"]  # fmt: skip
+    command = [
+        Compiler().path,
+        *STRICT,
+        "-O0",
+        "-march=native",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "model.c",
+        "check.c",
+        "-o",
+        "check",
+        "-lm",
+    ]
     built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:
         pytest.skip("this compiler comes without the sanitizers' libraries")
@@ -229,8 +246,9 @@ def test_nothing_is_touched_outside_arrays_and_nothing_is_undefined(toy, tmp_pat
 def test_buffers_in_use_do_not_overlap(toy, arguments):
     calls = program(toy(**arguments))
     places, size = source_module._places(calls)
-    last = {item.name: time for time, call in enumerate(calls.calls) for item in call.arguments
-            if isinstance(item, Buffer)}  # fmt: skip
+    last = {
+        item.name: time for time, call in enumerate(calls.calls) for item in call.arguments if isinstance(item, Buffer)
+    }
     live: dict[str, range] = {}
     for time, call in enumerate(calls.calls):
         for item in call.arguments:

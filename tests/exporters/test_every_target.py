@@ -22,8 +22,8 @@ from edgekit.passes.base import Context, GraphCandidate
 from edgekit.passes.static_int8 import StaticInt8
 from edgekit.targets import profile
 from exporters import kit
-from exporters.for_target import arithmetic, place, typed
 from exporters.onnx_export import OnnxExporter
+from exporters.target_graph import arithmetic, deployment_target, target_graph
 from exporters.tensorrt_export import build_script
 from exporters.tensorrt_rtx_export import compile_engine, preflight
 from exporters.verify import on_onnxruntime, verify
@@ -36,7 +36,7 @@ PLACES = {}
 for _name in profile.names():
     for _stack in profile.find(_name).stacks:
         if _stack.runtime in ("onnxruntime", "tensorrt", "tensorrt-rtx"):
-            _where = place(_name, _stack.runtime, _stack.name)
+            _where = deployment_target(_name, _stack.runtime, _stack.name)
             PLACES[f"{_name}, {_stack.name}"] = _where
 # what is refused, and the reason
 REFUSED = {}
@@ -45,7 +45,13 @@ REFUSED = {}
 def alike(where):
     """What of a place decides which graph it gets: those with the same share one."""
     plan = where.target.plan
-    return where.opset, where.generation and where.generation.name, plan.order, plan.never, where.target.kind == "cpu"
+    return (
+        where.opset,
+        where.parser_version and where.parser_version.name,
+        plan.order,
+        plan.never,
+        where.target.kind == "cpu",
+    )
 
 
 def source(name):
@@ -72,7 +78,7 @@ def test_places_that_read_alike_get_the_same_graph(toy):
     model = OnnxExporter(weights="float32").float_graph(toy())
     graphs = {}
     for where in PLACES.values():
-        content = typed(model, where).model.SerializeToString(deterministic=True)
+        content = target_graph(model, where).model.SerializeToString(deterministic=True)
         graphs.setdefault(alike(where), set()).add(content)
     assert {len(contents) for contents in graphs.values()} == {1}
     assert 1 < len(set.union(*graphs.values())) < len(graphs) < len(PLACES)
@@ -85,8 +91,10 @@ def test_the_matrix_has_teeth(toy, tmp_path, monkeypatch):
     nano = {key: where for key, where in PLACES.items() if where.target.name == "jetson-nano"}
     assert hold("toy", bundle, model, nano, tmp_path, (1, 16)) == {}
     poor = {
-        key: replace(where, generation=replace(where.generation, operators=where.generation.operators - {"Softmax"}))
-        if where.generation
+        key: replace(
+            where, parser_version=replace(where.parser_version, operators=where.parser_version.operators - {"Softmax"})
+        )
+        if where.parser_version
         else where
         for key, where in nano.items()
     }
@@ -112,26 +120,26 @@ def test_every_target_holds_it(name, monkeypatch, tmp_path):
 @pytest.mark.targets
 @pytest.mark.parametrize("name", ["t2-gr", "vit", "unet", "mixture"])
 def test_every_target_that_is_given_int8_holds_it(name, tmp_path):
-    """Its products in symmetric int8, held to the quantised graph as onnxruntime runs it: what int8 itself loses is
+    """Its products in symmetric int8, held to the quantized graph as onnxruntime runs it: what int8 itself loses is
     another question. Where TensorRT is the runtime; CPUs have a form of their own."""
     bundle, model = source(name)
     inputs, _ = bundle.golden()
     data = Dataset(inputs, np.full(len(next(iter(inputs.values()))), UNKNOWN))
     context = Context(data, None, seed=0)
-    quantised = StaticInt8(form="s8s8", weight_bits=8).apply(GraphCandidate(model), context).model
+    quantized = StaticInt8(scheme="s8s8", weight_bits=8).apply(GraphCandidate(model), context).model
     manifest = replace(bundle.manifest, family="onnx", arguments={})
-    golden = on_onnxruntime(quantised.SerializeToString()).run(None, inputs)
+    golden = on_onnxruntime(quantized.SerializeToString()).run(None, inputs)
     names = [spec.name for spec in manifest.outputs]
-    itself = assemble_graph(manifest, quantised.SerializeToString(), (inputs, dict(zip(names, golden, strict=True))))
-    places = {key: where for key, where in PLACES.items() if "int8" in where.target.plan.order and where.generation}
-    assert {where.generation.name for where in places.values()} == {"8.5", "8.6", "10", "11", "rtx"}
-    assert hold(name, itself, quantised, places, tmp_path, batches=(1, 16)) == {}
+    itself = assemble_graph(manifest, quantized.SerializeToString(), (inputs, dict(zip(names, golden, strict=True))))
+    places = {key: where for key, where in PLACES.items() if "int8" in where.target.plan.order and where.parser_version}
+    assert {where.parser_version.name for where in places.values()} == {"8.5", "8.6", "10", "11", "rtx"}
+    assert hold(name, itself, quantized, places, tmp_path, batches=(1, 16)) == {}
 
 
 def hold(name, bundle, model, places, folder, batches):
     """Try each place; what refuses it, and why. Numbers are compared at the end, for all graphs of a tolerance at once:
     the network is computed in float64 once for all of them."""
-    write = functools.cache(lambda key: typed(model, next(w for w in places.values() if alike(w) == key)))
+    write = functools.cache(lambda key: target_graph(model, next(w for w in places.values() if alike(w) == key)))
     computed = functools.cache(lambda key: arithmetic(write(key).model))
     shapes = kit.profile_of(bundle, ())
     refused, graphs, engines, parsed, scripts = {}, {}, {}, set(), 0
@@ -148,10 +156,10 @@ def hold(name, bundle, model, places, folder, batches):
                 pytest.importorskip("tensorrt_rtx")
                 if (content, where.target.sm) not in engines:
                     engines[content, where.target.sm] = len(compile_engine(got.model, shapes, where.target.sm))
-            elif where.generation:
+            elif where.parser_version:
                 script(folder / "build.sh", where, got, shapes)
                 scripts += 1
-                if where.generation.typing != "weak" and content not in parsed and preflight(got.model):
+                if where.parser_version.typing != "weak" and content not in parsed and preflight(got.model):
                     parsed.add(content)
         except EdgekitError as error:
             refused[key] = str(error)
@@ -159,8 +167,10 @@ def hold(name, bundle, model, places, folder, batches):
         files = {f"model.onnx for {key}": content for content, key in contents.items()}
         verify(files, bundle, tolerance=tolerance, batches=batches)
     print(f"\n{name}: {len(places) - len(refused)} of {len(places)} places, {sum(map(len, graphs.values()))} graphs")
-    print(f"  {len(engines)} engines of {sum(engines.values()):,} bytes; {scripts} build scripts; graphs parsed for "
-          f"TensorRT 10 and 11: {len(parsed)}")  # fmt: skip
+    print(
+        f"  {len(engines)} engines of {sum(engines.values()):,} bytes; {scripts} build scripts; graphs parsed for "
+        f"TensorRT 10 and 11: {len(parsed)}"
+    )
     for key, reason in refused.items():
         print(f"  refused: {key}: {reason[:200]}")
     return refused
@@ -168,9 +178,9 @@ def hold(name, bundle, model, places, folder, batches):
 
 def script(path, where, got, shapes):
     """The kit's build.sh: a shell reads it, and it uses its generation's options only."""
-    text = build_script(where, got.precision, shapes, 512, 3, "0" * 64, got.exact)
+    text = build_script(where, got.precision, shapes, 512, 3, "0" * 64, got.pinned)
     path.write_text(text)
     done = subprocess.run(["sh", "-n", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert set(flags(text)) <= where.generation.flags
+    assert set(flags(text)) <= where.parser_version.flags
     assert all(len(line) < 100_000 for line in text.splitlines()), "an argument that Linux does not take"

@@ -71,7 +71,7 @@ def test_unportable_operator_is_named(toy):
 
 
 @pytest.mark.parametrize("arguments", MODELS.values(), ids=MODELS)
-def test_initialisers_carry_the_names_and_values_of_parameters(toy, arguments):
+def test_initializers_carry_the_names_and_values_of_parameters(toy, arguments):
     bundle = toy(**arguments)
     stored = {item.name: numpy_helper.to_array(item) for item in OnnxExporter().graph(bundle).graph.initializer}
     for name, weight in bundle.weights().items():
@@ -123,12 +123,12 @@ def test_probabilities_are_softmaxed_and_logits_are_not(toy):
 @pytest.mark.parametrize("kind", ["affine rows", "affine", "palette"])
 def test_encoded_weights_are_stored_as_codes(toy, kind):
     bundle = toy(kind)
-    quantised = OnnxExporter().graph(bundle)
-    stored = {item.name: numpy_helper.to_array(item) for item in quantised.graph.initializer}
+    quantized = OnnxExporter().graph(bundle)
+    stored = {item.name: numpy_helper.to_array(item) for item in quantized.graph.initializer}
     for name, encoding in bundle.encodings().items():
         assert name not in stored
         assert stored[f"{name}.codes"].dtype == encoding.codes.dtype
-    assert quantised.ByteSize() < OnnxExporter(weights="float32").graph(bundle).ByteSize() - 2 * sum(
+    assert quantized.ByteSize() < OnnxExporter(weights="float32").graph(bundle).ByteSize() - 2 * sum(
         encoding.codes.size for encoding in bundle.encodings().values()
     )
 
@@ -139,7 +139,7 @@ def test_codes_that_save_nothing_are_not_written(toy, tmp_path):
 
 
 def test_decoding_is_exact(toy):
-    """Not merely close: ONNX Runtime must not quantise activations because it saw quantised weights."""
+    """Not merely close: ONNX Runtime must not quantize activations because it saw quantized weights."""
     bundle = toy("affine rows", context=2)
     inputs, _ = bundle.golden()
     exact = outputs(OnnxExporter(weights="float32").graph(bundle), inputs)

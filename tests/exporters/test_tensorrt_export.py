@@ -16,25 +16,28 @@ import pytest
 from edgekit.errors import EdgekitError
 from edgekit.targets import profile as targets
 from exporters import engines
-from exporters.exact import Exact
-from exporters.for_target import Typed, place
-from exporters.generations import RTX, generations
+from exporters.float32_pinned import Float32Pinned
+from exporters.parser_versions import RTX, parser_versions
+from exporters.target_graph import TargetGraph, deployment_target
 from exporters.tensorrt_export import TensorRtExporter, build_script, engine_key, options, unkept
 
 FAKE = Path(__file__).parent / "fake"
 SHAPES = {"light_curve": {"min": [1, 12, 2], "opt": [16, 12, 2], "max": [64, 12, 2]}}
 # one target for each generation, and the stack where it is not the first
 STACKS = {
-    "8.2": ("jetson-nano", ""), "8.5": ("jetson-xavier-nx", ""), "8.6": ("tesla-p40", ""),
-    "10": ("rtx-3060-12gb", "TensorRT 10"), "11": ("rtx-3060-12gb", "TensorRT 11"),
-}  # fmt: skip
+    "8.2": ("jetson-nano", ""),
+    "8.5": ("jetson-xavier-nx", ""),
+    "8.6": ("tesla-p40", ""),
+    "10": ("rtx-3060-12gb", "TensorRT 10"),
+    "11": ("rtx-3060-12gb", "TensorRT 11"),
+}
 
 
 def all_places():
     for name in targets.names():
         for stack in targets.find(name).stacks:
             if stack.runtime == "tensorrt":
-                yield place(name, "tensorrt", stack.name)
+                yield deployment_target(name, "tensorrt", stack.name)
 
 
 PLACES = list(all_places())
@@ -58,22 +61,22 @@ def test_build_scripts_are_valid_and_use_only_their_generations_options(where, p
         assert done.returncode == 0, done.stderr
     used = flags(text)
     assert {"onnx", "saveEngine", "minShapes", "optShapes", "maxShapes"} <= set(used)
-    assert set(used) <= where.generation.flags, set(used) - where.generation.flags
+    assert set(used) <= where.parser_version.flags, set(used) - where.parser_version.flags
     assert len(used) == len(set(used))
 
 
 def test_the_flag_table_has_teeth():
     """A flag of another generation is noticed."""
-    strong = options(place("rtx-3060-12gb", "tensorrt", "TensorRT 10"), "float16", SHAPES, 512, 3)
+    strong = options(deployment_target("rtx-3060-12gb", "tensorrt", "TensorRT 10"), "float16", SHAPES, 512, 3)
     used = {option[2:].partition("=")[0] for option in strong}
     assert "stronglyTyped" in used
     for name in ("8.2", "8.5", "8.6", "11"):
-        assert not used <= generations()[name].flags
-    assert not {"fp16"} <= generations()["11"].flags
+        assert not used <= parser_versions()[name].flags
+    assert not {"fp16"} <= parser_versions()["11"].flags
 
 
 @pytest.mark.parametrize(
-    ("generation", "precision", "there", "absent"),
+    ("parser_version", "precision", "there", "absent"),
     [
         (
             "8.2",
@@ -100,10 +103,10 @@ def test_the_flag_table_has_teeth():
         ("11", "int8", ["--skipInference"], ["int8", "fp16"]),
     ],
 )
-def test_each_generation_is_spoken_to_in_its_dialect(generation, precision, there, absent):
-    name, stack = STACKS[generation]
-    where = place(name, "tensorrt", stack)
-    assert where.generation.name == generation
+def test_each_generation_is_spoken_to_in_its_dialect(parser_version, precision, there, absent):
+    name, stack = STACKS[parser_version]
+    where = deployment_target(name, "tensorrt", stack)
+    assert where.parser_version.name == parser_version
     found = options(where, precision, SHAPES, 512, 3)
     assert set(there) <= set(found)
     assert not [option for option in found for word in absent if word in option]
@@ -180,14 +183,14 @@ def test_layers_that_must_stay_in_float32_are_named_to_trtexec_or_to_the_person(
 
 
 def test_layers_whose_names_trtexec_cannot_read_are_named_to_the_person():
-    kept = Exact(("a,b", "softmax"), ("a,b",))
-    where = place("jetson-xavier-nx", "tensorrt")
+    kept = Float32Pinned(("a,b", "softmax"), ("a,b",))
+    where = deployment_target("jetson-xavier-nx", "tensorrt")
     found = options(where, "float16", SHAPES, 512, 3, kept)
     assert "--layerPrecisions=softmax:fp32" in found
     assert not [option for option in found if "a,b" in option]
-    (note,) = unkept(Typed(onnx.ModelProto(), where, "float16", 1e-2, kept))
+    (note,) = unkept(TargetGraph(onnx.ModelProto(), where, "float16", 1e-2, kept))
     assert "a,b" in note
-    assert unkept(Typed(onnx.ModelProto(), where, "float16", 1e-2, Exact(("softmax",)))) == []
+    assert unkept(TargetGraph(onnx.ModelProto(), where, "float16", 1e-2, Float32Pinned(("softmax",)))) == []
 
 
 def test_build_script_refuses_another_generation(nano, tmp_path):
@@ -216,12 +219,18 @@ def test_kits_hold_what_they_promise(nano):
     manifest = json.loads((nano / "manifest.json").read_text())
     assert sorted(path.name for path in nano.iterdir()) == sorted([*manifest["files"], "manifest.json"])
     assert set(manifest["files"]) == {
-        "model.onnx", "profile.json", "golden.npz", "verify.py", "build.sh", "requirements-jetson-nano.txt", "README.md"
-    }  # fmt: skip
+        "model.onnx",
+        "profile.json",
+        "golden.npz",
+        "verify.py",
+        "build.sh",
+        "requirements-jetson-nano.txt",
+        "README.md",
+    }
     readme = (nano / "README.md").read_text()
     for text in ("JetPack 4.6: TensorRT 8.2", "float16", "opset 13", "sh build.sh && python3 verify.py", "never int8"):
         assert text in readme
-    assert (manifest["target"], manifest["sm"], manifest["generation"]) == ("jetson-nano", 53, "8.2")
+    assert (manifest["target"], manifest["sm"], manifest["parser_version"]) == ("jetson-nano", 53, "8.2")
     assert json.loads((nano / "profile.json").read_text())["context"]["max"] == [64, 2]
     assert (manifest["engine"]["file"], manifest["engine"]["built"]) == ("model.plan", False)
     assert manifest["engine"]["reason"] == "TensorRT is not installed here; build.sh builds it on the device"
@@ -287,7 +296,7 @@ def fake(monkeypatch, cudart, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("generation", "version", "capability", "made"),
+    ("parser_version", "version", "capability", "made"),
     [
         ("8.2", "8.2.1.8", 53, {"flags": ["FP16", "PREFER_PRECISION_CONSTRAINTS"], "network": 1, "level": None}),
         ("8.6", "8.6.1.6", 61, {"flags": [], "network": 1, "level": 2}),
@@ -296,10 +305,10 @@ def fake(monkeypatch, cudart, tmp_path):
     ],
 )
 def test_where_tensorrt_is_present_it_builds_caches_and_verifies(
-    fake, toy, tmp_path, generation, version, capability, made
+    fake, toy, tmp_path, parser_version, version, capability, made
 ):
     trt = fake(version, capability)
-    name, stack = STACKS[generation]
+    name, stack = STACKS[parser_version]
     exporter = TensorRtExporter(target=name, stack=stack, workspace=128, level=2)
     manifest = exporter.export(toy(context=2), tmp_path / "one").manifest
     engine = manifest["engine"]
@@ -417,7 +426,7 @@ def test_the_cache_key_holds_all_that_an_engine_depends_on():
         (*base[:4], 4, *base[5:]),
         (*base[:5], "10.4.0", 87),
         (*base[:6], 86),
-        (*base, Exact(("softmax",))),
+        (*base, Float32Pinned(("softmax",))),
     ]
     assert len({engine_key(*item) for item in (base, *others)}) == 9
     assert engine_key(*base) == engine_key(*base)
@@ -442,4 +451,4 @@ def test_the_stand_in_moves_real_memory(cudart):
 
 
 def test_rtx_is_no_generation_of_trtexec():
-    assert generations()[RTX].dialect == {}
+    assert parser_versions()[RTX].dialect == {}

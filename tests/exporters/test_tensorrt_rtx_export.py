@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.errors import EdgekitError
 from exporters import tensorrt_rtx_export as rtx
-from exporters.generations import RTX, generations
+from exporters.parser_versions import RTX, parser_versions
 from exporters.tensorrt_export import TensorRtExporter
 from exporters.tensorrt_rtx_export import TensorRtRtxExporter, compile_engine, preflight
-from tests.exporters.test_generations import graph, node, quantised
+from tests.exporters.test_parser_versions import graph, node, quantized
 
 SHAPES = {"x": {"min": [1, 8], "opt": [4, 8], "max": [16, 8]}}
 
@@ -42,7 +42,7 @@ def test_the_operator_table_is_what_the_parser_says(trt):
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     parser = trt.OnnxParser(builder.create_network(0), trt.Logger(trt.Logger.ERROR))
     names = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
-    assert {name for name in names if parser.supports_operator(name)} == generations()[RTX].operators
+    assert {name for name in names if parser.supports_operator(name)} == parser_versions()[RTX].operators
 
 
 def test_an_engine_is_compiled_and_its_release_pinned(trt, toy, tmp_path):
@@ -71,7 +71,7 @@ def test_other_capabilities_are_refused_with_those_that_are_known(trt):
 def float8():
     """Products in float8, which compute capability 8.6 has no units for."""
     zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
-    model = quantised(np.int8(0))
+    model = quantized(np.int8(0))
     model.opset_import[0].version = 19
     weight = helper.make_tensor("weight", TensorProto.FLOAT8E4M3FN, [8, 8], np.ones(64))
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in ("zero", "weight", "zeros", "scales")]
@@ -84,22 +84,20 @@ def float8():
 
 BAD = {
     "int32 bias": (
-        quantised(np.int8(0), bias=np.ones(8, np.int32)),
+        quantized(np.int8(0), bias=np.ones(8, np.int32)),
         r"node 'offset\.DequantizeLinear' \(DequantizeLinear\): .*Int32 but must have type FP8",
     ),
-    "zero point": (quantised(np.int8(3)), r"'codes\.QuantizeLinear' .*[Zz]ero.point"),
-    "uint8": (quantised(np.uint8(7)), r"'codes\.QuantizeLinear'"),
+    "zero point": (quantized(np.int8(3)), r"'codes\.QuantizeLinear' .*[Zz]ero.point"),
+    "uint8": (quantized(np.uint8(7)), r"'codes\.QuantizeLinear'"),
     "contrib operator": (
         graph(
-            helper.make_node(
-                "SkipLayerNormalization", ["x", "x", "g"], ["y"], "layer.skip", domain="com.microsoft"
-            ),
+            helper.make_node("SkipLayerNormalization", ["x", "x", "g"], ["y"], "layer.skip", domain="com.microsoft"),
             g=np.ones(8, np.float32),
         ),
         r"node 'layer\.skip' \(SkipLayerNormalization\): .*Plugin not found",
     ),
     "unknown operator": (graph(node("Det", ("x",))), r"'layer\.Det'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD)
@@ -119,7 +117,7 @@ def test_float8_is_refused_for_86_and_taken_for_89(trt):
 
 
 def test_symmetric_int8_compiles(trt):
-    assert compile_engine(quantised(np.int8(0)), SHAPES, 86)
+    assert compile_engine(quantized(np.int8(0)), SHAPES, 86)
 
 
 def test_a_shape_that_no_engine_can_have_is_the_builders_error(trt):
@@ -134,9 +132,9 @@ def test_kits_for_tensorrt_10_are_shown_to_its_parser(trt, toy, tmp_path, monkey
     assert result.manifest["parser"].startswith(f"accepted by the parser of TensorRT-RTX {trt.__version__}")
     nano = TensorRtExporter(target="jetson-nano").export(toy(), tmp_path / "nano")
     assert nano.manifest["parser"].startswith("not asked")
-    table = generations()["10"]
+    table = parser_versions()["10"]
     blind = replace(table, operators=table.operators | {"Det", "Unique"})
-    monkeypatch.setattr("exporters.for_target.generation", lambda stack: blind)
+    monkeypatch.setattr("exporters.target_graph.generation", lambda stack: blind)
     from exporters.onnx_export import OnnxExporter
 
     spoilt = OnnxExporter().graph(toy())
@@ -144,22 +142,24 @@ def test_kits_for_tensorrt_10_are_shown_to_its_parser(trt, toy, tmp_path, monkey
     monkeypatch.setattr(
         OnnxExporter,
         "aimed",
-        lambda self, bundle, runtime="": replace(aimed(self, bundle, runtime), model=contrib(spoilt)),
+        lambda self, bundle, runtime="": replace(lower_for_target(self, bundle, runtime), model=contrib(spoilt)),
     )
     with pytest.raises(EdgekitError, match="refuses the graph"):
         TensorRtExporter(target="jetson-orin-nano-8gb").export(toy(), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
 
-def aimed(exporter, bundle, runtime):
-    from exporters.for_target import place, typed
+def lower_for_target(exporter, bundle, runtime):
     from exporters.onnx_export import OnnxExporter
+    from exporters.target_graph import deployment_target, target_graph
 
-    return typed(OnnxExporter(weights="float32").float_graph(bundle), place(exporter.target, runtime))
+    return target_graph(
+        OnnxExporter(weights="float32").float_graph(bundle), deployment_target(exporter.target, runtime)
+    )
 
 
 def contrib(model):
-    """A node that only onnxruntime has, as its own optimiser leaves it."""
+    """A node that only onnxruntime has, as its own optimizer leaves it."""
     spoilt = onnx.ModelProto()
     spoilt.CopyFrom(model)
     spoilt.graph.node[0].domain, spoilt.graph.node[0].op_type = "com.microsoft", "FusedMatMul"

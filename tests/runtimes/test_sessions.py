@@ -17,7 +17,7 @@ from edgekit.session import open_session
 from exporters.base import KEY, model_key
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 from runtimes.sessions import onnxruntime_session as module
-from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession, Plan
+from runtimes.sessions.onnxruntime_session import BatchPlan, OnnxRuntimeSession
 from runtimes.sessions.torch_session import TorchSession
 from tests.toys import toy_bundle
 
@@ -225,7 +225,9 @@ def test_a_gpu_build_that_is_not_there_is_named_with_its_install_line(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan(1, 1, 1), Plan(1, 2, 7), Plan(2, 1, 3), Plan(3, 1, 64), Plan(1, 1, 100)], ids=str
+    "plan",
+    [BatchPlan(1, 1, 1), BatchPlan(1, 2, 7), BatchPlan(2, 1, 3), BatchPlan(3, 1, 64), BatchPlan(1, 1, 100)],
+    ids=str,
 )
 def test_rows_come_out_the_same_and_in_order_whatever_the_plan(plan):
     bundle = MODELS["context"]

@@ -47,9 +47,22 @@ def test_json_is_all_of_the_output(edgekit, model, packets, tmp_path):
     (tmp_path / "bad.avro").write_bytes(b"Obj\x01")
     out, errors = tmp_path / "out.parquet", tmp_path / "why.parquet"
     done = edgekit(
-        "alerts", "classify", packets, tmp_path / "bad.avro", "-o", out, "--errors", errors, "--model", model,
-        "--json", "--batch", 5, "--runtime", "torch",
-    )  # fmt: skip
+        "alerts",
+        "classify",
+        packets,
+        tmp_path / "bad.avro",
+        "-o",
+        out,
+        "--errors",
+        errors,
+        "--model",
+        model,
+        "--json",
+        "--batch",
+        5,
+        "--runtime",
+        "torch",
+    )
     assert done.status == 0, done.err  # a corrupt packet is accounted for
     told = json.loads(done.out)
     assert (told["in"], told["classified"], told["corrupt"], told["stopped"]) == (13, 12, 1, False)

@@ -34,13 +34,32 @@ def test_the_way_round(edgekit, broker, tmp_path):
     create_topics(address, {"cli-alerts": 2, "cli-results": 1, "cli-dead": 1})
     model = tmp_path / "small.edge"
     write_bundle(small_bundle(), model)
-    done = edgekit("alerts", "simulate", "--to-topic", "cli-alerts", "--survey", "ztf", "--count", 20, "--no-cutouts",
-                   *kafka(broker[:1]))  # fmt: skip
+    done = edgekit(
+        "alerts",
+        "simulate",
+        "--to-topic",
+        "cli-alerts",
+        "--survey",
+        "ztf",
+        "--count",
+        20,
+        "--no-cutouts",
+        *kafka(broker[:1]),
+    )
     assert done.status == 0, done.err
     assert "cli-alerts: 20 packets" in done.out
     (tmp_path / "damaged.avro").write_bytes(b"Obj\x01 no more")
-    done = edgekit("alerts", "replay", tmp_path / "damaged.avro", "--topic", "cli-alerts", "--repeat", 2, "--json",
-                   *kafka(broker[:1]))  # fmt: skip
+    done = edgekit(
+        "alerts",
+        "replay",
+        tmp_path / "damaged.avro",
+        "--topic",
+        "cli-alerts",
+        "--repeat",
+        2,
+        "--json",
+        *kafka(broker[:1]),
+    )
     assert json.loads(done.out)["messages"] == 2
     config = tmp_path / "broker.toml"
     config.write_text(f"""
@@ -69,8 +88,17 @@ topic = "cli-dead"
     assert logging.getLogger("edgekit").handlers  # with the secrets of the configuration masked
     assert json.loads(done.out) == {"sent": 2, "passed_over": 0, "gone": 0}
     for group, passed in (("", 0), ("cli-other", 2), ("cli-other", 0)):  # a group looks at a letter once
-        done = edgekit("alerts", "redrive", "--config", config, "--json", "--reason", "no such", *kafka(broker),
-                       *(["--group", group] if group else []))  # fmt: skip
+        done = edgekit(
+            "alerts",
+            "redrive",
+            "--config",
+            config,
+            "--json",
+            "--reason",
+            "no such",
+            *kafka(broker),
+            *(["--group", group] if group else []),
+        )
         assert json.loads(done.out) == {"sent": 0, "passed_over": passed, "gone": 0}
     done = edgekit("alerts", "consume", "--config", config, *kafka(broker))
     assert done.status == 0, done.err

@@ -108,16 +108,26 @@ class Rig:
 
     def send(self, values: Iterable[bytes], topic: str = "", headers=None, spread: int = 0) -> int:
         """spread: messages to a batch of the producer; the embedded broker counts the last of each partition only."""
-        producer = Producer({
-            "bootstrap.servers": self.address, "enable.idempotence": True, "linger.ms": 5,
-            "message.max.bytes": 8_388_608, "batch.num.messages": spread or 10_000,
-        })  # fmt: skip
+        producer = Producer(
+            {
+                "bootstrap.servers": self.address,
+                "enable.idempotence": True,
+                "linger.ms": 5,
+                "message.max.bytes": 8_388_608,
+                "batch.num.messages": spread or 10_000,
+            }
+        )
         failed = []
         partition = itertools.cycle(range(self.partitions))
         count = 0
         for value in values:
-            producer.produce(topic or self.source, value, partition=next(partition), headers=headers,
-                             on_delivery=lambda error, _: failed.append(error) if error else None)  # fmt: skip
+            producer.produce(
+                topic or self.source,
+                value,
+                partition=next(partition),
+                headers=headers,
+                on_delivery=lambda error, _: failed.append(error) if error else None,
+            )
             producer.poll(0)
             count += 1
         assert producer.flush(60) == 0

@@ -53,8 +53,9 @@ def test_it_reads_back_exactly(tmp_path):
     offsets = list(range(SEGMENT - 30, SEGMENT + 50))
     files = store.write(rows_of(offsets), positions_of(offsets))
     assert [str(path.relative_to(tmp_path)) for path in files] == [
-        "night=2025-11-25/alerts-0-000000000000.parquet", "night=2025-11-25/alerts-0-000000004096.parquet",
-    ]  # fmt: skip
+        "night=2025-11-25/alerts-0-000000000000.parquet",
+        "night=2025-11-25/alerts-0-000000004096.parquet",
+    ]
     found, order = content(tmp_path)
     assert order == offsets
     assert found.equals(pa.Table.from_batches([rows_of(offsets)]))
@@ -225,8 +226,13 @@ def test_a_disk_that_is_full_for_real(tmp_path):
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", command]).returncode:
         pytest.skip("no file system can be mounted here: unshare -rm mount -t tmpfs fails")
     run = f"{command} && exec {sys.executable} -c {shlex.quote(FULL_DISK)} {tmp_path}"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", run], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", run],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     error, full, after = done.stdout.splitlines()
     assert "No space left on device; free some space and start again" in error, done.stderr
     assert full == after == "True ['alerts-0-000000000000.parquet']"

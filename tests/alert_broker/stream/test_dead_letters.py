@@ -11,8 +11,8 @@ from alert_broker.stream.dead_letters import (
     PARTITION,
     REASON,
     TOPIC,
-    Letter,
-    Limits,
+    DeadLetter,
+    DeadLetterLimits,
     kind_of,
     outgoing,
     stack_digest,
@@ -23,24 +23,24 @@ from edgekit.errors import EdgekitError
 
 
 def letters(*places):
-    return [Letter(place, f"reason {place}") for place in places]
+    return [DeadLetter(place, f"reason {place}") for place in places]
 
 
 def test_in_a_row_across_batches():
-    limits = Limits(DeadLetters(max_consecutive=4, max_ratio=1.0))
+    limits = DeadLetterLimits(DeadLetters(max_consecutive=4, max_ratio=1.0))
     limits.check(letters(3, 4), 5)
     with pytest.raises(EdgekitError, match=r"4 alerts in a row.*reason 1"):
         limits.check(letters(0, 1, 2), 5)
 
 
 def test_a_good_alert_breaks_the_row():
-    limits = Limits(DeadLetters(max_consecutive=4, max_ratio=1.0))
+    limits = DeadLetterLimits(DeadLetters(max_consecutive=4, max_ratio=1.0))
     for _ in range(20):
         limits.check(letters(2, 3, 4), 5)
 
 
 def test_a_share_of_a_full_window_only():
-    limits = Limits(DeadLetters(max_ratio=0.5, window=10, max_consecutive=100))
+    limits = DeadLetterLimits(DeadLetters(max_ratio=0.5, window=10, max_consecutive=100))
     limits.check(letters(0, 1, 2, 3), 4)  # all of them, but of too few
     limits.check([], 4)
     with pytest.raises(EdgekitError, match="6 of the last 10"):
@@ -48,7 +48,7 @@ def test_a_share_of_a_full_window_only():
 
 
 def test_what_leaves_the_window_counts_no_more():
-    limits = Limits(DeadLetters(max_ratio=0.3, window=10, max_consecutive=100))
+    limits = DeadLetterLimits(DeadLetters(max_ratio=0.3, window=10, max_consecutive=100))
     for _ in range(50):
         limits.check(letters(0, 4, 7), 10)
     with pytest.raises(EdgekitError, match="4 of the last 10"):
@@ -115,5 +115,5 @@ def test_long_reasons_are_cut():
         def offset(self):
             return 5
 
-    letter = outgoing(Letter(0, "x" * 10**6), Message(), "dead")
+    letter = outgoing(DeadLetter(0, "x" * 10**6), Message(), "dead")
     assert len(dict(letter.headers)[REASON]) == MOST_REASON

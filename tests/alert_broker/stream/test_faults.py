@@ -205,8 +205,10 @@ def test_the_broker_is_killed_mid_stream(bundle, packets, tmp_path, monkeypatch)
         done = rig.outcome(sent)
         total = stats.ledger.total()
         twice = acknowledged.total() - len(acknowledged)
-        print(f"2 kills of the broker, {sent} alerts: {sent - len(acknowledged)} not acknowledged, {twice} twice; "
-              f"{done.lost} lost by the broker after that")  # fmt: skip
+        print(
+            f"2 kills of the broker, {sent} alerts: {sent - len(acknowledged)} not acknowledged, {twice} twice; "
+            f"{done.lost} lost by the broker after that"
+        )
         assert len(acknowledged) == sent
         assert acknowledged.total() == total.published <= sent + 2 * BATCH
         assert total.in_flight == 0
@@ -216,9 +218,10 @@ def test_the_broker_is_killed_mid_stream(bundle, packets, tmp_path, monkeypatch)
 
 def test_the_broker_is_away_mid_stream(bundle, packets, tmp_path, monkeypatch):
     """One that keeps what it has acknowledged. Its connections break twice amid what is sent."""
-    monkeypatch.setattr("tests.alert_broker.stream.rig.create_topics", lambda address, topics: [
-        cluster.create_topic(name, count) for name, count in topics.items()
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        "tests.alert_broker.stream.rig.create_topics",
+        lambda address, topics: [cluster.create_topic(name, count) for name, count in topics.items()],
+    )
     with brokers.MockCluster() as cluster:
         rig = Rig(cluster.address, {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}, tmp_path, bundle)
         small = sorted(packets, key=len)[:20]  # it keeps 5 MB of a partition
@@ -533,8 +536,10 @@ def test_partitions_that_are_lost_amid_a_transaction(transactional, packets, mon
     monkeypatch.setattr(Source, "group_metadata", group_metadata)
     total = rig.consume(publish=EXACTLY, batch={"size": 25}).ledger.total()
     done, seen = rig.outcome(sent), rig.outcome(sent, "read_uncommitted")
-    print(f"2 losses, {sent} alerts: {total.revoked} given back, {done.lost} lost, {done.duplicates} twice; "
-          f"{seen.duplicates} uncommitted")  # fmt: skip
+    print(
+        f"2 losses, {sent} alerts: {total.revoked} given back, {done.lost} lost, {done.duplicates} twice; "
+        f"{seen.duplicates} uncommitted"
+    )
     assert (done.lost, done.duplicates, done.results) == (0, 0, sent)
     assert (total.consumed, total.published, total.in_flight) == (sent, sent, 0)
     assert total.revoked >= 2 * 25

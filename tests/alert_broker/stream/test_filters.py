@@ -15,26 +15,56 @@ from alert_broker.stream import filters
 from alert_broker.stream.reuse import output_schema
 from edgekit.errors import EdgekitError
 
-SCHEMA = pa.schema([("n", pa.int32()), ("id", pa.int64()), ("p_SLSN-I", pa.float32()), ("x", pa.float64()),
-                    ("name", pa.string()), ("fresh", pa.bool_())])  # fmt: skip
-OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
-             ">=": operator.ge, "+": operator.add, "-": operator.sub, "*": operator.mul}  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("n", pa.int32()),
+        ("id", pa.int64()),
+        ("p_SLSN-I", pa.float32()),
+        ("x", pa.float64()),
+        ("name", pa.string()),
+        ("fresh", pa.bool_()),
+    ]
+)
+OPERATORS = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+}
 FINITE = st.floats(-100, 100, width=32)
 ROWS = st.lists(
-    st.fixed_dictionaries({
-        "n": st.none() | st.integers(-3, 3), "id": st.none() | st.integers(-(2**40), 2**40),
-        "p_SLSN-I": st.none() | FINITE, "x": st.none() | FINITE | st.just(math.nan),
-        "name": st.none() | st.sampled_from(["ztf", "lsst", "", "é\"'\\"]), "fresh": st.none() | st.booleans(),
-    }), min_size=1, max_size=6,
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {
+            "n": st.none() | st.integers(-3, 3),
+            "id": st.none() | st.integers(-(2**40), 2**40),
+            "p_SLSN-I": st.none() | FINITE,
+            "x": st.none() | FINITE | st.just(math.nan),
+            "name": st.none() | st.sampled_from(["ztf", "lsst", "", "é\"'\\"]),
+            "fresh": st.none() | st.booleans(),
+        }
+    ),
+    min_size=1,
+    max_size=6,
+)
 
 
 # --- trees of the language, as text and as a reference that knows nothing of Arrow: None is null
 
 
 def numbers():
-    columns = st.sampled_from([("n", lambda row: row["n"]), ("id", lambda row: row["id"]),
-                               ("x", lambda row: row["x"]), ("p_SLSN_I", lambda row: row["p_SLSN-I"])])  # fmt: skip
+    columns = st.sampled_from(
+        [
+            ("n", lambda row: row["n"]),
+            ("id", lambda row: row["id"]),
+            ("x", lambda row: row["x"]),
+            ("p_SLSN_I", lambda row: row["p_SLSN-I"]),
+        ]
+    )
     constants = (st.integers(-3, 3) | FINITE).map(lambda value: (repr(value), lambda row: value))
 
     def combined(inner):
@@ -102,7 +132,7 @@ def conditions():
         st.tuples(st.booleans(), st.lists(st.sampled_from(["ztf", "lsst", "é\"'\\"]), min_size=1)).map(_member),
         st.tuples(st.sampled_from(["n", "name", "fresh", "p_SLSN_I"]), st.booleans()).map(_null),
         st.sampled_from([("fresh", lambda row: row["fresh"]), ("true", lambda row: True), ("null", lambda row: None)]),
-    )  # fmt: skip
+    )
 
     def combined(inner):
         negated = inner.map(
@@ -138,9 +168,13 @@ def test_the_reference_has_teeth():
     batch = pa.RecordBatch.from_pylist([{"n": 1, "x": 1.0}, {"n": 2, "x": None}, {"n": 3, "x": 0.0}], schema=SCHEMA)
     texts = ["n > 1 and x < 1", "n > 1 or x < 1", "n > 1 and x <= 1", "not (x < 1)", "x < 1 or n == 2", "not (x > 5)"]
     assert [filters.compile(text, SCHEMA)(batch).to_pylist() for text in texts] == [
-        [False, False, True], [False, True, True], [False, False, True], [True, False, False], [False, True, True],
+        [False, False, True],
+        [False, True, True],
+        [False, False, True],
+        [True, False, False],
+        [False, True, True],
         [True, False, True],
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ def cluster(monkeypatch):
 
 def config_of(cluster, **source):
     tables = {
-        "source": {"topics": ["source"], "group": "g", **source}, "output": [{"topic": "results"}],
+        "source": {"topics": ["source"], "group": "g", **source},
+        "output": [{"topic": "results"}],
         "kafka": {"bootstrap.servers": cluster.address, "session.timeout.ms": 6000},
-    }  # fmt: skip
+    }
     return configuration.parse(tables, "test").check()
 
 
@@ -60,12 +61,15 @@ def settled(look, seconds=0.3):
     return found
 
 
-@pytest.mark.parametrize(("start_at", "committed", "expected"), [
-    ("earliest", None, [40, 0, 25]),
-    ("earliest", (10, 0, 25), [30, 0, 0]),
-    ("latest", None, [0, 0, 0]),
-    ("latest", (10, 0, 20), [30, 0, 5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("start_at", "committed", "expected"),
+    [
+        ("earliest", None, [40, 0, 25]),
+        ("earliest", (10, 0, 25), [30, 0, 0]),
+        ("latest", None, [0, 0, 0]),
+        ("latest", (10, 0, 20), [30, 0, 5]),
+    ],
+)
 def test_partitions_that_were_never_read(cluster, start_at, committed, expected):
     send(cluster, 40, 0, 25)
     if committed:

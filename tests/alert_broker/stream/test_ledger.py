@@ -41,9 +41,11 @@ def test_books_that_are_out_of_balance_are_an_error():
     ledger.revoke(("ztf", 3))
     ledger.check()
     assert ledger.to_json() | {"partitions": 0} == {
-        "partitions": 0, "in_flight": 0, "revoked": 1,
+        "partitions": 0,
+        "in_flight": 0,
+        "revoked": 1,
         "total": {"consumed": 5, "published": 3, "filtered": 1, "dead_lettered": 1, "revoked": 1},
-    }  # fmt: skip
+    }
 
 
 def test_a_copy_stays_as_it_was():

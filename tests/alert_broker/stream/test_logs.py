@@ -142,9 +142,16 @@ def test_lines_for_machines(log):
     first, second = map(json.loads, written().splitlines())
     assert first.pop("time").endswith("Z")
     assert first == {
-        "level": "warning", "logger": "edgekit", "message": "two\nlines", "topic": "ztf", "at": ["ztf", 3],
-        "ratio": "nan", "level_": "deep", "counts": {"1": 2}, "raw": "\\xff",
-    }  # fmt: skip
+        "level": "warning",
+        "logger": "edgekit",
+        "message": "two\nlines",
+        "topic": "ztf",
+        "at": ["ztf", 3],
+        "ratio": "nan",
+        "level_": "deep",
+        "counts": {"1": 2},
+        "raw": "\\xff",
+    }
     assert second["level"] == "error"
     assert second["exception"].startswith("Traceback")
     assert second["exception"].endswith("ZeroDivisionError: division by zero")

@@ -92,8 +92,13 @@ def test_the_comparison_has_teeth(monkeypatch):
     expected = [{avro_name(name): value for name, value in row.items()} for row in batch(rows).to_pylist()]
     assert_same(by_fastavro([message], avro_schema(SCHEMA), encode.identifier), expected)
     at = message.index(b"\x02\x09", 5)  # a value, and -5 in zigzag
-    for planted in (message[: at + 1] + b"\x0a" + message[at + 2 :], message[:-1], message + b"\0",
-                    message[:at] + b"\0" + message[at + 1 :], b"\0\0\0\0\7" + message[5:]):  # fmt: skip
+    for planted in (
+        message[: at + 1] + b"\x0a" + message[at + 2 :],
+        message[:-1],
+        message + b"\0",
+        message[:at] + b"\0" + message[at + 1 :],
+        b"\0\0\0\0\7" + message[5:],
+    ):
         with pytest.raises((AssertionError, EOFError, IndexError, UnicodeDecodeError)):
             assert_same(by_fastavro([planted], avro_schema(SCHEMA), encode.identifier), expected)
 

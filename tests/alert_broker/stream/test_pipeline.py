@@ -142,12 +142,12 @@ def test_an_alert_that_breaks_decoding_takes_no_other_along(rig, packets, monkey
 
 def test_columns_are_kept_for_some_schemas_only():
     stages = Stages(None)
-    stages._spare = dict.fromkeys(range(MOST_SPARE))
+    stages._buffer_pool = dict.fromkeys(range(MOST_SPARE))
     stages.decode([None])
-    assert len(stages._spare) == MOST_SPARE
-    stages._spare = dict.fromkeys(range(MOST_SPARE + 1))
+    assert len(stages._buffer_pool) == MOST_SPARE
+    stages._buffer_pool = dict.fromkeys(range(MOST_SPARE + 1))
     stages.decode([None])
-    assert not stages._spare
+    assert not stages._buffer_pool
 
 
 def test_too_many_dead_letters_stop_the_consumer_before_they_are_committed(rig, packets):
@@ -168,11 +168,11 @@ def test_redriven_letters_are_read_again(rig, packets):
     rig.send([*packets[:5], *(b"\x00\x00\x01\x86\x9f" + packet for packet in packets[:7])])
     rig.consume()
     assert len(rig.read(rig.dead)) == 7
-    done = redrive(rig.config().kafka_settings(), rig.config().dead_letters, group=f"{rig.name}-redrive",
-                   reason="no such reason")  # fmt: skip
+    done = redrive(
+        rig.config().kafka_settings(), rig.config().dead_letters, group=f"{rig.name}-redrive", reason="no such reason"
+    )
     assert (done.sent, done.passed_over) == (0, 7)
-    done = redrive(rig.config().kafka_settings(), rig.config().dead_letters, group=f"{rig.name}-again",
-                   reason="99999")  # fmt: skip
+    done = redrive(rig.config().kafka_settings(), rig.config().dead_letters, group=f"{rig.name}-again", reason="99999")
     assert (done.sent, done.passed_over) == (7, 0)
     again = redrive(rig.config().kafka_settings(), rig.config().dead_letters, group=f"{rig.name}-again")
     assert (again.sent, again.passed_over) == (0, 0)
@@ -298,8 +298,10 @@ def test_an_alert_whose_results_no_output_takes_is_one_dead_letter(rig, packets,
     """Two outputs with the packet in it, and one without, which has its result all the same."""
     other, small = f"{rig.name}-other", f"{rig.name}-small"
     create_topics(rig.address, {other: 1, small: 1})
-    outputs = [{"topic": topic, "format": "json", "attach": attach}
-               for topic, attach in ((rig.results, "packet"), (other, "packet"), (small, "nothing"))]  # fmt: skip
+    outputs = [
+        {"topic": topic, "format": "json", "attach": attach}
+        for topic, attach in ((rig.results, "packet"), (other, "packet"), (small, "nothing"))
+    ]
     chosen = sorted(packets, key=len)
     sizes = [len(packet) for packet in chosen]
     assert sizes[3] < sizes[-3]

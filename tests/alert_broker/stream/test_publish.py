@@ -25,10 +25,12 @@ def cluster():
 
 def config_of(cluster, **changes):
     tables = {
-        "source": {"topics": ["source"], "group": "g"}, "output": [{"topic": "results"}],
-        "dead_letters": {"topic": "dead"}, "publish": {"seconds": 3.0},
+        "source": {"topics": ["source"], "group": "g"},
+        "output": [{"topic": "results"}],
+        "dead_letters": {"topic": "dead"},
+        "publish": {"seconds": 3.0},
         "kafka": {"bootstrap.servers": cluster.address, "session.timeout.ms": 6000},
-    }  # fmt: skip
+    }
     return configuration.parse(tables | changes, "test").check()
 
 

@@ -167,9 +167,13 @@ def test_another_servers_404_is_not_an_unknown_id(service, waits):
 
 
 @pytest.mark.parametrize(
-    ("status", "advice"), [(401, "check user and password"), (409, "does not fit the subject's others"),
-                           (422, "takes the schema to be invalid")],
-)  # fmt: skip
+    ("status", "advice"),
+    [
+        (401, "check user and password"),
+        (409, "does not fit the subject's others"),
+        (422, "takes the schema to be invalid"),
+    ],
+)
 def test_a_refusal_says_what_to_do(service, waits, status, advice):
     service.failing = [status]
     with pytest.raises(RegistryError, match=f"refuses: HTTP status {status} .*; .*{advice}"):

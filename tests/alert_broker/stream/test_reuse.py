@@ -35,9 +35,11 @@ class FakeClassifier:
         columns = {f"p_{name}": pa.array((sums + k).astype(np.float32), mask=null) for k, name in enumerate(NAMES)}
         columns |= {
             "status": texts(null.astype(np.int64), ["classified", "no points in g, r"]),
-            "best_class": texts(best, NAMES, null), "best_probability": columns["p_SNIa"],
-            "model": repeat(self.model, count), "bundle": repeat("abc", count),
-        }  # fmt: skip
+            "best_class": texts(best, NAMES, null),
+            "best_probability": columns["p_SNIa"],
+            "model": repeat(self.model, count),
+            "bundle": repeat("abc", count),
+        }
         return result_rows(batch, self.schema, columns)
 
 
@@ -46,19 +48,32 @@ def curve(points, bands):
     time, band, flux, detected = (np.array(values) for values in zip(*points, strict=True)) if points else [[]] * 4
     flux = np.asarray(flux, np.float64)
     return LightCurves(
-        bands, np.array([0, len(flux)]), np.asarray(time, np.float64), np.asarray(band, np.int8), flux,
-        np.full(len(flux), 2.0), np.asarray(detected, np.bool_),
-    )  # fmt: skip
+        bands,
+        np.array([0, len(flux)]),
+        np.asarray(time, np.float64),
+        np.asarray(band, np.int8),
+        flux,
+        np.full(len(flux), 2.0),
+        np.asarray(detected, np.bool_),
+    )
 
 
 def batch_of(alerts, survey=ZTF):
     """Of (alert, object, points)."""
     rows = [
-        {"alert_id": number, "object_id": name, "survey": survey.name, "file": "f", "offset": number,
-         "n_detections": [len(points)] + [0] * (len(survey.bands) - 1), "n_forced": [0] * len(survey.bands),
-         "n_upper_limits": number, "n_dropped": 0}
+        {
+            "alert_id": number,
+            "object_id": name,
+            "survey": survey.name,
+            "file": "f",
+            "offset": number,
+            "n_detections": [len(points)] + [0] * (len(survey.bands) - 1),
+            "n_forced": [0] * len(survey.bands),
+            "n_upper_limits": number,
+            "n_dropped": 0,
+        }
         for number, name, points in alerts
-    ]  # fmt: skip
+    ]
     curves = concatenate(curve(points, survey.bands) for _, _, points in alerts)
     return AlertBatch(survey, curves, pa.RecordBatch.from_pylist(rows, schema=ALERT_COLUMNS))
 

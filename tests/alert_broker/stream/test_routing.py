@@ -24,11 +24,15 @@ def rows_of(count=40, seed=0):
     rng = np.random.default_rng(seed)
     return pa.RecordBatch.from_pylist(
         [
-            {"object_id": f"o{k}", "best_class": [None, "KN", "SNIa"][rng.integers(3)],
-             "p": None if rng.random() < 0.2 else float(np.float32(rng.random()))}
+            {
+                "object_id": f"o{k}",
+                "best_class": [None, "KN", "SNIa"][rng.integers(3)],
+                "p": None if rng.random() < 0.2 else float(np.float32(rng.random())),
+            }
             for k in range(count)
-        ], schema=SCHEMA,
-    )  # fmt: skip
+        ],
+        schema=SCHEMA,
+    )
 
 
 def value_of(message, registry):
@@ -42,14 +46,19 @@ def value_of(message, registry):
 def test_every_row_is_routed_or_filtered(default, seed):
     registry, rows = open_registry(f"mock://routing{seed}"), rows_of(seed=seed)
     router = Router(
-        [Route("kilonovae", 'best_class == "KN"'), Route("sure", "p > 0.7", "json")], SCHEMA, default=default,
+        [Route("kilonovae", 'best_class == "KN"'), Route("sure", "p > 0.7", "json")],
+        SCHEMA,
+        default=default,
         registry=registry,
-    )  # fmt: skip
+    )
     routed = router(rows)
     expected, left = [], []
     for k, row in enumerate(rows.to_pylist()):  # the reference
-        topics = [topic for topic, takes in (
-            ("kilonovae", row["best_class"] == "KN"), ("sure", (row["p"] or 0) > 0.7)) if takes]  # fmt: skip
+        topics = [
+            topic
+            for topic, takes in (("kilonovae", row["best_class"] == "KN"), ("sure", (row["p"] or 0) > 0.7))
+            if takes
+        ]
         if not topics and default:
             topics = ["rest"]
         expected += [(k, topic) for topic in topics]
@@ -135,9 +144,10 @@ def test_attached_to_those_that_are_routed(packets):
         [{"object_id": str(k), "best_class": "KN" if k % 2 else None, "p": k / 4} for k in range(4)], schema=SCHEMA
     )
     router = Router(
-        [Route("images", 'best_class == "KN"', attach="cutouts"), Route("whole", "p == 0.5", attach="packet")], SCHEMA,
+        [Route("images", 'best_class == "KN"', attach="cutouts"), Route("whole", "p == 0.5", attach="packet")],
+        SCHEMA,
         registry=registry,
-    )  # fmt: skip
+    )
     routed = router(rows, messages)
     found = [(message.row, message.topic, value_of(message, registry)) for message in routed.messages]
     assert [item[:2] for item in found] == [(1, "images"), (3, "images"), (2, "whole")]

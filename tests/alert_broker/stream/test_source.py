@@ -109,8 +109,12 @@ def source(monkeypatch):
     monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
     monkeypatch.setattr(module, "Lag", FakeLag)
     monkeypatch.setattr(module, "partitions_of", lambda client, topic: [0, 1])
-    tables = {"source": {"topics": ["t"], "drain_seconds": 0.05}, "output": [{"topic": "r"}],
-              "batch": {"bytes": 10_000}, "kafka": {"bootstrap.servers": "x:1"}}  # fmt: skip
+    tables = {
+        "source": {"topics": ["t"], "drain_seconds": 0.05},
+        "output": [{"topic": "r"}],
+        "batch": {"bytes": 10_000},
+        "kafka": {"bootstrap.servers": "x:1"},
+    }
     source = Source(configuration.parse(tables, "test").check(), Stats())
     assign(consumer, 0, 1)
     return source
@@ -172,8 +176,9 @@ def test_the_end_of_a_partition_is_heard_while_others_leave(source):
     # an end that was seen under an earlier assignment says nothing of the new one
     assign(source.consumer, 1)
     source.consumer.script = [
-        [FakeMessage(1, 7, end)], lambda c: revoke(c, 1) or assign(c, 1) or [],
-    ]  # fmt: skip
+        [FakeMessage(1, 7, end)],
+        lambda c: revoke(c, 1) or assign(c, 1) or [],
+    ]
     source.poll(10, 0.02)
     assert not source.at_end
 

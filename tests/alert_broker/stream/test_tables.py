@@ -108,11 +108,18 @@ def test_each_survey_recognises_the_record_of_its_rows():
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("name", [
-    "parquet/fink_alerts_2019_51", "parquet/fink_datatest_part2_67", "parquet/or4_lsst7.1_50",
-    "elasticc/elasticc_agn_100", "elasticc/elasticc_snia_260", "elasticc/elasticc_unlabelled_89",
-    "elasticc/elasticc_v0_29",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "parquet/fink_alerts_2019_51",
+        "parquet/fink_datatest_part2_67",
+        "parquet/or4_lsst7.1_50",
+        "elasticc/elasticc_agn_100",
+        "elasticc/elasticc_snia_260",
+        "elasticc/elasticc_unlabelled_89",
+        "elasticc/elasticc_v0_29",
+    ],
+)
 def test_real_tables(shared_data, name):
     path = shared_data / "alerts" / f"{name}.parquet"
     sent = messages(path)

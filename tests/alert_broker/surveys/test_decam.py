@@ -20,9 +20,15 @@ def row(mjd=61_000.0, band="g", magnitude=22.0, error=0.1, sign=1.0):
     flux = sign * 10 ** ((31.4 - magnitude) / 2.5)
     flux_error = abs(flux) * error / PER_MAGNITUDE
     return {
-        "mjd": mjd, "band": band, "psfFlux": flux, "psfFluxErr": flux_error, "forcediffimflux": flux / 1000,
-        "forcediffimfluxunc": flux_error / 1000, "forcediffimmag": magnitude, "isdiffpos": int(sign > 0),
-    }  # fmt: skip
+        "mjd": mjd,
+        "band": band,
+        "psfFlux": flux,
+        "psfFluxErr": flux_error,
+        "forcediffimflux": flux / 1000,
+        "forcediffimfluxunc": flux_error / 1000,
+        "forcediffimmag": magnitude,
+        "isdiffpos": int(sign > 0),
+    }
 
 
 def packet(candidate, history=()):

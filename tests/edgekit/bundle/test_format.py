@@ -28,7 +28,7 @@ from edgekit.bundle.format import (
     open_bundle,
     with_files,
     write_bundle,
-)  # fmt: skip
+)
 from edgekit.errors import EdgekitError
 
 FILES = (WEIGHTS, GOLDEN)
@@ -325,9 +325,14 @@ def test_arrays_come_back_and_numpy_reads_them(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "words"),
-    [((2, 12, 2), "float32", None), ((0, 12, 2), "float32", None), ((2, 12, 3), "float32", "shape"),
-     ((12, 2), "float32", "shape"), ((2, 12, 2), "float64", "dtype")],
-)  # fmt: skip
+    [
+        ((2, 12, 2), "float32", None),
+        ((0, 12, 2), "float32", None),
+        ((2, 12, 3), "float32", "shape"),
+        ((12, 2), "float32", "shape"),
+        ((2, 12, 2), "float64", "dtype"),
+    ],
+)
 def test_tensor_spec(shape, dtype, words):
     spec = TensorSpec("x", ("batch", 12, 2))
     if words is None:

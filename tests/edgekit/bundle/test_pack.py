@@ -35,10 +35,12 @@ def bundle_of(**weights):
 @pytest.fixture(scope="module")
 def packed():
     rng = np.random.default_rng(0)
-    return pack(bundle_of(
-        plain=rng.normal(size=(4, 3)).astype(np.float32),
-        palette=Palette(3, rng.integers(0, 8, (5, 6)).astype(np.uint8), rng.normal(size=8).astype(np.float32)),
-    ))  # fmt: skip
+    return pack(
+        bundle_of(
+            plain=rng.normal(size=(4, 3)).astype(np.float32),
+            palette=Palette(3, rng.integers(0, 8, (5, 6)).astype(np.uint8), rng.normal(size=8).astype(np.float32)),
+        )
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,7 +124,7 @@ def test_few_codes_and_zeros_make_small_files():
         "8 bit": len(pack(bundle_of(w=Palette(8, fine, values.ravel()[:256])))),
         "4 bit": len(pack(bundle_of(w=Palette(4, codes, values.ravel()[:16])))),
         "4 bit, most of them zero": len(pack(bundle_of(w=Palette(4, codes * (codes > 3), values.ravel()[:16])))),
-    }  # fmt: skip
+    }
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     frequencies = np.bincount(codes.ravel()) / codes.size
     entropy = -(frequencies[frequencies > 0] * np.log2(frequencies[frequencies > 0])).sum() * codes.size / 8

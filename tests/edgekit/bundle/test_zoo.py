@@ -32,9 +32,13 @@ def test_a_name_and_a_path(models, tiny_bundle):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("t2-on", "unknown model 't2-on'.*did you mean 't2-one'"), ("no.edge", "no.edge: no such bundle"),
-     ("a/b", "a/b: no such bundle"), ("no.edgepack", "no.edgepack: no such bundle")],
-)  # fmt: skip
+    [
+        ("t2-on", "unknown model 't2-on'.*did you mean 't2-one'"),
+        ("no.edge", "no.edge: no such bundle"),
+        ("a/b", "a/b: no such bundle"),
+        ("no.edgepack", "no.edgepack: no such bundle"),
+    ],
+)
 def test_what_is_neither(text, words, models):
     with pytest.raises(EdgekitError, match=words):
         zoo.resolve(text)

@@ -12,11 +12,12 @@ from edgekit.cost.operators import Rates, graph_cost, least_seconds
 
 def product(rows, inner, columns):
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])], "product",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", rows, inner))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", rows, columns))],
         [numpy_helper.from_array(np.ones((inner, columns), np.float32), "w")],
-    )  # fmt: skip
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
@@ -30,14 +31,19 @@ def test_what_a_product_costs():
 
 def test_a_convolution_and_a_gemm_cost_their_multiplications():
     conv = helper.make_graph(
-        [helper.make_node("Conv", ["x", "w"], ["y"]), helper.make_node("Flatten", ["y"], ["f"]),
-         helper.make_node("Gemm", ["f", "g"], ["z"], transB=1)],
+        [
+            helper.make_node("Conv", ["x", "w"], ["y"]),
+            helper.make_node("Flatten", ["y"], ["f"]),
+            helper.make_node("Gemm", ["f", "g"], ["z"], transB=1),
+        ],
         "conv",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 3, 10, 10))],
         [helper.make_tensor_value_info("z", TensorProto.FLOAT, ("n", 5))],
-        [numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "w"),
-         numpy_helper.from_array(np.ones((5, 256), np.float32), "g")],
-    )  # fmt: skip
+        [
+            numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "w"),
+            numpy_helper.from_array(np.ones((5, 256), np.float32), "g"),
+        ],
+    )
     model = helper.make_model(conv, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     assert graph_cost(model, batch=2).flops == 2 * (2 * 256 * 27 + 2 * 5 * 256)  # Flatten computes nothing
 
@@ -56,8 +62,11 @@ def test_bench_times_every_model_at_every_batch_size(models, edgekit):
     assert done.status == 0, done.err
     found = json.loads(done.out)
     assert [(row["model"], row["batch"]) for row in found["results"]] == [
-        (str(large), 1), (str(small), 1), (str(large), 4), (str(small), 4)
-    ]  # fmt: skip
+        (str(large), 1),
+        (str(small), 1),
+        (str(large), 4),
+        (str(small), 4),
+    ]
     for row in found["results"]:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert 0 < row["roofline"] < 1.5
@@ -109,8 +118,11 @@ def test_precision_power_and_layers_of_a_target(models, edgekit):
     full = json.loads(edgekit(*arguments, "--precision", "float32").out)["results"]
     low = json.loads(edgekit(*arguments, "--precision", "float32", "--power", "15W").out)["results"]
     assert [(row["model"], row["batch"]) for row in full] == [
-        (str(large), 1), (str(large), 64), (str(small), 1), (str(small), 64)
-    ]  # fmt: skip
+        (str(large), 1),
+        (str(large), 64),
+        (str(small), 1),
+        (str(small), 64),
+    ]
     assert low[1]["estimate"] > 2 * full[1]["estimate"]
     rows = json.loads(edgekit(*arguments, "--layers").out)["results"][0]["rows"]
     assert [row["kind"] for row in rows] == ["MatMul"]
@@ -140,11 +152,11 @@ def test_what_does_not_fit_is_said_with_the_numbers(models, edgekit, tmp_path, m
 
 def test_this_machine_is_measured_beside_the_estimate(models, edgekit, monkeypatch):
     from edgekit.cost import measured
-    from edgekit.cost.measured import TERMS, Table
+    from edgekit.cost.measured import TERMS, OperatorTable
     from edgekit.targets import local, profile
 
     law = tuple(1e-6 if term == "calls" else 0.0 for term in TERMS)
-    table = Table({"Add": law, "product with weights": law}, 5e-6, 0.0, 1 << 20, 16, 1.0, {}, {}, {}, "test")
+    table = OperatorTable({"Add": law, "product with weights": law}, 5e-6, 0.0, 1 << 20, 16, 1.0, {}, {}, {}, "test")
     monkeypatch.setattr(measured, "table", lambda **options: table)
     monkeypatch.setattr(local, "is_here", lambda target: target.name == "x86-avx512")
     large, _ = models

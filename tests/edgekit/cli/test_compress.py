@@ -28,9 +28,13 @@ def job(tiny_file, data_file, fake_runtime, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "with_report", lambda bundle, source: bundle)
     (tmp_path / "recipe.toml").write_text(RECIPE)
     return {
-        "model": tiny_file, "-o": tmp_path / "out.edge", "--recipe": tmp_path / "recipe.toml", "--data": data_file,
-        "--runtime": "fake", "--max-loss": "0.1",
-    }  # fmt: skip
+        "model": tiny_file,
+        "-o": tmp_path / "out.edge",
+        "--recipe": tmp_path / "recipe.toml",
+        "--data": data_file,
+        "--runtime": "fake",
+        "--max-loss": "0.1",
+    }
 
 
 def arguments(job, *flags, **changes):
@@ -82,7 +86,7 @@ def test_max_size(job, edgekit, tmp_path):
 
 
 def test_a_rolled_back_pass_shows_its_reason(job, edgekit, tmp_path):
-    job["--recipe"].write_text('[[pass]]\nname = "quantise"\nbits = 2\nepochs = 0')
+    job["--recipe"].write_text('[[pass]]\nname = "quantize"\nbits = 2\nepochs = 0')
     done = edgekit(*arguments(job, max_loss=0))
     assert done.status == 0
     assert "rolled back" in done.out

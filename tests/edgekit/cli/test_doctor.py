@@ -87,9 +87,9 @@ def test_a_precision_that_must_not_be_is_said_once(edgekit, tmp_path):
     import numpy as np
     import onnx
 
-    from tests.exporters.test_generations import quantised
+    from tests.exporters.test_parser_versions import quantized
 
-    onnx.save(quantised(np.int8(0)), tmp_path / "m.onnx")
+    onnx.save(quantized(np.int8(0)), tmp_path / "m.onnx")
     done = edgekit("doctor", tmp_path / "m.onnx", "--target", "jetson-nano")
     assert done.status == 1
     assert done.out.count("no unit for int8") == 1
@@ -99,17 +99,17 @@ def test_what_a_targets_parser_makes_of_a_network(edgekit, tiny_file, monkeypatc
     """It is exported as each stack wants it; a table without Softmax refuses it, by name of the node."""
     from dataclasses import replace
 
-    from exporters import generations
+    from exporters import parser_versions
 
     every = json.loads(edgekit("doctor", tiny_file, "--target", "rtx-3060-12gb", "--json").out)["checks"]
     said = [check["finding"] for check in every if check["name"] == "operators"]
     assert [text.partition(" takes it")[0] for text in said] == ["TensorRT-RTX", "TensorRT 10", "TensorRT 11"]
-    table = generations.generations()
+    table = parser_versions.parser_versions()
     poor = {
         name: replace(item, operators=item.operators - ({"Softmax"} if name in ("8.2", "10", "rtx") else set()))
         for name, item in table.items()
     }
-    monkeypatch.setattr(generations, "generations", lambda: poor)
+    monkeypatch.setattr(parser_versions, "parser_versions", lambda: poor)
     done = edgekit("doctor", tiny_file, "--target", "rtx-3060-12gb", "--json")
     refused = [check for check in json.loads(done.out)["checks"] if "does not take node" in check["finding"]]
     assert {check["status"] for check in refused} == {"warning"}  # TensorRT 11 and onnxruntime are left

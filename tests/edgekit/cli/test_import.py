@@ -26,9 +26,20 @@ def net(tmp_path, monkeypatch, edgekit, data_file):
     monkeypatch.setattr("edgekit.nn.module._trusted", set())
     monkeypatch.delenv("EDGEKIT_TRUST", raising=False)
     done = edgekit(
-        "import", "my_mlp:build", "--input", "light_curve:float32:batch,12,2", "--outputs", "probabilities",
-        "--classes", "rises,falls,peaks", "--data", data_file, "-o", tmp_path / "mlp.edge", "--json",
-    )  # fmt: skip
+        "import",
+        "my_mlp:build",
+        "--input",
+        "light_curve:float32:batch,12,2",
+        "--outputs",
+        "probabilities",
+        "--classes",
+        "rises,falls,peaks",
+        "--data",
+        data_file,
+        "-o",
+        tmp_path / "mlp.edge",
+        "--json",
+    )
     assert done.status == 0, done.err
     assert json.loads(done.out)["parameters"] == 24 * 32 + 32 + 32 * 3 + 3
     yield tmp_path / "mlp.edge"
@@ -96,8 +107,10 @@ def test_state_pairs_an_input_with_an_output_of_the_same_shape(edgekit, tmp_path
 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", 2)) for name in ("x", "before", "after")]
     wide = helper.make_tensor_value_info("wide", TensorProto.FLOAT, ("n", 4))
-    nodes = [helper.make_node("Add", ["x", "before"], ["after"]),
-             helper.make_node("Concat", ["x", "before"], ["wide"], axis=1)]  # fmt: skip
+    nodes = [
+        helper.make_node("Add", ["x", "before"], ["after"]),
+        helper.make_node("Concat", ["x", "before"], ["wide"], axis=1),
+    ]
     graph = helper.make_graph(nodes, "sum", values[:2], [values[2], wide])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, tmp_path / "sum.onnx")

@@ -17,22 +17,53 @@ STATE = {"quality": QUALITY, "bytes": 4000, "parameters": 600}
 TIMES = {"before_ms": 0.4, "after_ms": 0.2, "ratio": 0.5, "low": 0.4, "high": 0.6}
 LATENCY = [{"batch": 1, **TIMES}, {"batch": 8, **TIMES}]
 RECORDS = (
-    {"pass": "cluster", "parameters": {"bits": 4}, "before": STATE, "plan": [], "loss": QUALITY, "latency": LATENCY,
-     "after": {**STATE, "bytes": 2000, "quality": {**QUALITY, "value": 0.5125}}, "kept": True,
-     "reason": "2.00 times smaller", "seconds": 1.0},
-    {"pass": "quantise", "parameters": {}, "before": STATE, "kept": False, "reason": "bits = 99; expected 2 to 8",
-     "seconds": 0.1},
-    {"pass": "distill", "parameters": {}, "before": STATE, "after": {**STATE, "quality": {**QUALITY, "value": None}},
-     "loss": QUALITY, "latency": LATENCY, "kept": False, "reason": "the metric is nan", "seconds": 0.1},
-)  # fmt: skip
+    {
+        "pass": "cluster",
+        "parameters": {"bits": 4},
+        "before": STATE,
+        "plan": [],
+        "loss": QUALITY,
+        "latency": LATENCY,
+        "after": {**STATE, "bytes": 2000, "quality": {**QUALITY, "value": 0.5125}},
+        "kept": True,
+        "reason": "2.00 times smaller",
+        "seconds": 1.0,
+    },
+    {
+        "pass": "quantize",
+        "parameters": {},
+        "before": STATE,
+        "kept": False,
+        "reason": "bits = 99; expected 2 to 8",
+        "seconds": 0.1,
+    },
+    {
+        "pass": "distill",
+        "parameters": {},
+        "before": STATE,
+        "after": {**STATE, "quality": {**QUALITY, "value": None}},
+        "loss": QUALITY,
+        "latency": LATENCY,
+        "kept": False,
+        "reason": "the metric is nan",
+        "seconds": 0.1,
+    },
+)
 METRICS = {
     "log_loss": QUALITY,
     "log_loss_seeds": {"values": [0.5, 0.52, 0.54], "mean": 0.52, "half_width_95": 0.0497},
     "log_loss_by_days_since_first_detection": {"0": 2.5, "14": 1.5, "3": 2.0},
-    "compression": {"metric": "x", "original": QUALITY, "change": {**QUALITY, "value": 0.0012}, "latency": LATENCY,
-                    "limits": {}, "runtime": "onnxruntime", "machine": {"cpu": "Some CPU", "cores": 2}},
+    "compression": {
+        "metric": "x",
+        "original": QUALITY,
+        "change": {**QUALITY, "value": 0.0012},
+        "latency": LATENCY,
+        "limits": {},
+        "runtime": "onnxruntime",
+        "machine": {"cpu": "Some CPU", "cores": 2},
+    },
     "cross_validation": {"folds": 5, "epochs": 60, "log_loss": {**QUALITY, "value": 0.61}},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -47,9 +78,16 @@ def rich_bundle(tiny_bundle):
     }
     weights |= {name: encoding.decode() for name, encoding in encodings.items()}
     manifest = replace(
-        tiny_bundle.manifest, records=RECORDS, metrics=METRICS, parent="ab" * 32, target="p40", data="toy",
-        recipe={"pass": [{"name": "cluster", "bits": 4}]}, versions={"edgekit": "9.9"}, seed=7,
-    )  # fmt: skip
+        tiny_bundle.manifest,
+        records=RECORDS,
+        metrics=METRICS,
+        parent="ab" * 32,
+        target="p40",
+        data="toy",
+        recipe={"pass": [{"name": "cluster", "bits": 4}]},
+        versions={"edgekit": "9.9"},
+        seed=7,
+    )
     return assemble(manifest, weights, encodings, tiny_bundle.golden(), {"report.html": b"<html>"})
 
 
@@ -65,12 +103,27 @@ def test_people_see_what_it_is_and_how_it_was_made(edgekit, rich_file, rich_bund
     done = edgekit("inspect", rich_file)
     assert done.status == 0, done.err
     for words in (
-        "light_curve (batch, 12, 2) float32, scaled flux", "rises, falls, peaks", "p40", "toy", "edgekit 9.9",
-        "onnx", "report.html", rich_bundle.digest, "ab" * 32,
-        "0.5000 [0.4500, 0.5500] (n = 1,234)", "0.5200 +- 0.0497, 3 seeds", "0: 2.500, 3: 2.000, 14: 1.500",
-        "+0.0012 [+0.4500, +0.5500]", "0.50 times the time [0.40, 0.60]", "Some CPU, 2 cores", "0.6100",
-        "bits = 4", "2.00/2.00", "rolled back", "bits = 99; expected 2 to 8",
-    ):  # fmt: skip
+        "light_curve (batch, 12, 2) float32, scaled flux",
+        "rises, falls, peaks",
+        "p40",
+        "toy",
+        "edgekit 9.9",
+        "onnx",
+        "report.html",
+        rich_bundle.digest,
+        "ab" * 32,
+        "0.5000 [0.4500, 0.5500] (n = 1,234)",
+        "0.5200 +- 0.0497, 3 seeds",
+        "0: 2.500, 3: 2.000, 14: 1.500",
+        "+0.0012 [+0.4500, +0.5500]",
+        "0.50 times the time [0.40, 0.60]",
+        "Some CPU, 2 cores",
+        "0.6100",
+        "bits = 4",
+        "2.00/2.00",
+        "rolled back",
+        "bits = 99; expected 2 to 8",
+    ):
         assert words in done.out, words
     assert max(map(len, done.out.splitlines())) <= 80
 
@@ -92,9 +145,12 @@ def test_weights_by_tensor(edgekit, rich_file, rich_bundle):
     assert set(rows) == set(rich_bundle.weights())
     channels, bands = rich_bundle.weights()["embed.weight"].shape
     assert rows["embed.weight"] == {
-        "name": "embed.weight", "shape": [channels, bands], "encoding": "palette 4 bit", "zeros": 1 / 16,
+        "name": "embed.weight",
+        "shape": [channels, bands],
+        "encoding": "palette 4 bit",
+        "zeros": 1 / 16,
         "bytes": channels * bands // 2 + 4 * 16,
-    }  # fmt: skip
+    }
     assert rows["classifier.weight"]["encoding"] == "affine 8 bit"
     assert rows["classifier.weight"]["bytes"] == 3 * channels + 4 * 3
     assert rows["embed.bias"]["encoding"] == "float32"

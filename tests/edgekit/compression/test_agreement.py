@@ -137,8 +137,21 @@ def test_what_was_judged_on_other_runtimes_is_another_job(tiny_job):
 
 def test_the_command_line(edgekit, tiny_file, data_file, treacherous, tmp_path):
     (tmp_path / "recipe.toml").write_text('[[pass]]\nname = "cluster"\nbits = 5\nepochs = 1\n')
-    compress = ("compress", tiny_file, "--recipe", tmp_path / "recipe.toml", "--data", data_file, "--runtime", "fake",
-                "--max-loss", "0.05", "--batch", "1,16", "--json")  # fmt: skip
+    compress = (
+        "compress",
+        tiny_file,
+        "--recipe",
+        tmp_path / "recipe.toml",
+        "--data",
+        data_file,
+        "--runtime",
+        "fake",
+        "--max-loss",
+        "0.05",
+        "--batch",
+        "1,16",
+        "--json",
+    )
     done = edgekit(*compress, "--agree", "fake,torch,treacherous", "-o", tmp_path / "out.edge")
     assert done.status == 0, done.err
     assert "rolled back: quality depends on runtime and batch size: on treacherous at batch 16" in " ".join(
@@ -152,7 +165,7 @@ def test_the_command_line(edgekit, tiny_file, data_file, treacherous, tmp_path):
 
 
 # Facts of one machine: with some CPUs' kernels OpenVINO 2026.4 gives garbage for the later rows of large batches of a
-# transformer whose every activation is quantised; onnxruntime runs the same file as it should.
+# transformer whose every activation is quantized; onnxruntime runs the same file as it should.
 
 
 class Small(nn.Module):
@@ -180,7 +193,7 @@ class Small(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class StockInt8:
-    """onnxruntime's own static quantisation with its defaults: what everybody runs."""
+    """onnxruntime's own static quantization with its defaults: what everybody runs."""
 
     name: ClassVar[str] = "stock_int8"
     summary: ClassVar[str] = "quantize_static as it comes"
@@ -203,8 +216,14 @@ class StockInt8:
 
         before, after = Path(self.folder) / "before.onnx", Path(self.folder) / "after.onnx"
         before.write_bytes(candidate.model.SerializeToString())
-        quantize_static(before, after, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
-                        weight_type=QuantType.QInt8)  # fmt: skip
+        quantize_static(
+            before,
+            after,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
         return GraphCandidate(onnx.load(after))
 
 
@@ -215,9 +234,15 @@ def encoder() -> Bundle:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            Small().eval(), (example,), dynamo=True, opset_version=20, input_names=["x"], output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
-        )  # fmt: skip
+            Small().eval(),
+            (example,),
+            dynamo=True,
+            opset_version=20,
+            input_names=["x"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
     return from_onnx(program.model_proto.SerializeToString(), "encoder", "a test")
 
 
@@ -241,7 +266,7 @@ def test_openvinos_collapse_at_large_batches_is_rolled_back(encoder, register, f
 
     register("edgekit.sessions", "still", type("Still", (OnnxRuntimeSession,), {"seconds": 1e-3}))  # size alone decides
     register("edgekit.passes", "stock_int8", StockInt8)
-    monkeypatch.setitem(measure.FLOAT_FORMS, "still", ({"optimisation": "all"},))
+    monkeypatch.setitem(measure.FLOAT_FORMS, "still", ({"optimization": "all"},))
     train, test = (Dataset({"x": rows(seed, 256)}, np.full(256, -1)) for seed in (1, 2))
     recipe = [Step("stock_int8", {"folder": str(tmp_path)})]
     limits = Limits(max_loss=0.05, batches=(1, 32, 256))

@@ -132,8 +132,11 @@ def test_rare_classes_never_vanish_from_a_resample():
     ],
 )
 def test_what_is_no_classifiers_output_is_an_error(probabilities, labels, words):
-    for use in (lambda: measure(LOSS, probabilities, labels), lambda: LOSS.value(probabilities, labels),
-                lambda: measure_change(LOSS, probabilities, probabilities, labels)):  # fmt: skip
+    for use in (
+        lambda: measure(LOSS, probabilities, labels),
+        lambda: LOSS.value(probabilities, labels),
+        lambda: measure_change(LOSS, probabilities, probabilities, labels),
+    ):
         with pytest.raises(EdgekitError, match=words):
             use()
 

@@ -75,7 +75,16 @@ def test_a_mistake_is_one_error_that_names_file_and_thing(text, words, tmp_path)
 
 def test_files_that_are_not_there_or_not_text(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    for path, words in ((tmp_path / "none.toml", "no such recipe"), (tmp_path, "no such recipe"),
-                        (tmp_path / "binary.toml", "not valid TOML")):  # fmt: skip
+    for path, words in (
+        (tmp_path / "none.toml", "no such recipe"),
+        (tmp_path, "no such recipe"),
+        (tmp_path / "binary.toml", "not valid TOML"),
+    ):
         with pytest.raises(EdgekitError, match=words):
             read(path)
+
+
+def test_passes_and_parameters_are_known_by_their_old_names():
+    values = {"pass": [{"name": "quantise", "bits": 4}, {"name": "static_int8", "form": "s8s8"}]}
+    first, second = recipe.parse(values, "old.toml")
+    assert (first.name, dict(second.parameters)) == ("quantize", {"scheme": "s8s8"})

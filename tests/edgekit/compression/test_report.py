@@ -14,34 +14,58 @@ PLACES = re.compile(r"""(?:src|href|action|url)\s*[=(]\s*["']?\s*(?:https?:)?//"
 
 
 def state(size, quality=0.5, parameters=600):
-    return {"quality": {"value": quality, "low": quality - 0.04, "high": quality + 0.05, "samples": 1234},
-            "bytes": size, "parameters": parameters}  # fmt: skip
+    return {
+        "quality": {"value": quality, "low": quality - 0.04, "high": quality + 0.05, "samples": 1234},
+        "bytes": size,
+        "parameters": parameters,
+    }
 
 
 def record(name, before, after, *, kept=True, loss=0.002, ratio=0.8):
     return {
-        "pass": name, "parameters": {"bits": 4, "keep": {"heads": 2}}, "before": before, "after": after,
+        "pass": name,
+        "parameters": {"bits": 4, "keep": {"heads": 2}},
+        "before": before,
+        "after": after,
         "plan": [{"tensor": "embed.weight", "before": "16 x 32 bit", "after": "16 x 4 bit"}],
         "loss": {"value": loss, "low": loss - 0.001, "high": loss + 0.001, "samples": 1234},
-        "latency": [{"batch": batch, "before_ms": 0.4 * batch, "after_ms": 0.4 * batch * ratio, "ratio": ratio,
-                     "low": ratio - 0.05, "high": ratio + 0.05} for batch in (1, 16)],
-        "kept": kept, "reason": "2.00 times smaller" if kept else "costs +0.3000 in quality", "seconds": 1.5,
-    }  # fmt: skip
+        "latency": [
+            {
+                "batch": batch,
+                "before_ms": 0.4 * batch,
+                "after_ms": 0.4 * batch * ratio,
+                "ratio": ratio,
+                "low": ratio - 0.05,
+                "high": ratio + 0.05,
+            }
+            for batch in (1, 16)
+        ],
+        "kept": kept,
+        "reason": "2.00 times smaller" if kept else "costs +0.3000 in quality",
+        "seconds": 1.5,
+    }
 
 
 KEPT = record("cluster", state(4000), state(2000, 0.502))
 LOST = record("magnitude_prune", state(2000, 0.502), state(1500, 0.8), kept=False, loss=0.3)
-FAILED = {"pass": "structured_prune", "parameters": {}, "before": state(2000, 0.502), "kept": False,
-          "reason": "keep.heads = 99; expected 1 to 4", "seconds": 0.0}  # fmt: skip
+FAILED = {
+    "pass": "structured_prune",
+    "parameters": {},
+    "before": state(2000, 0.502),
+    "kept": False,
+    "reason": "keep.heads = 99; expected 1 to 4",
+    "seconds": 0.0,
+}
 NAN = copy.deepcopy(LOST)  # as the manifest holds it: JSON has no NaN
 NAN["after"]["quality"] |= {"value": None, "low": None, "high": None}
 NAN["loss"] |= {"value": None, "low": None, "high": None}
 COMPRESSION = {
-    "metric": "class-averaged log-loss", "runtime": "onnxruntime",
+    "metric": "class-averaged log-loss",
+    "runtime": "onnxruntime",
     "limits": {"max_loss": 0.01, "batches": [1, 16]},
     "latency": [{"batch": 1, "before_ms": 0.4, "after_ms": 0.31, "ratio": 0.77, "low": 0.75, "high": 0.79}],
     "machine": {"cpu": "A <fast> CPU", "cores": 2, "system": "Linux x86_64"},
-}  # fmt: skip
+}
 
 
 def compressed(source, *records, **values):
@@ -123,7 +147,7 @@ def test_chained_latency_joins_intervals_of_logarithms():
 
 def test_inherited_records_are_told_apart(tiny_bundle, no_pictures):
     source = compressed(tiny_bundle, KEPT)
-    again = record("quantise", state(2000, 0.502), state(1800, 0.503))
+    again = record("quantize", state(2000, 0.502), state(1800, 0.503))
     values = report.summary(compressed(source, KEPT, again), source)
     assert [item["pass"] for item in values["inherited"]] == ["cluster"]
     assert values["sizes"] == [2000, 1800]
@@ -177,8 +201,9 @@ SEARCH = {
         {"number": 2, "recipe": [], "loss": None, "bytes": 900, "speedup": 2.5, "latency_ms": 0.2, "on_front": False},
     ],
     "sensitivity": [{"name": "embed.weight", "change": 0.3}, {"name": "<b>", "change": None}],
-    "chosen": 0, "targets": {"max_loss": 0.01, "max_size": None, "max_latency": None},
-}  # fmt: skip
+    "chosen": 0,
+    "targets": {"max_loss": 0.01, "max_size": None, "max_latency": None},
+}
 
 
 def test_a_search_shows_its_front_and_what_was_sensitive(tiny_bundle):

@@ -20,7 +20,7 @@ from edgekit.passes.base import Candidate, Change
 from edgekit.passes.cluster import Cluster
 
 CLUSTER = ("cluster", {"bits": 5, "epochs": 1})
-RECIPE = [("magnitude_prune", {"sparsity": 0.5, "epochs": 2}), CLUSTER, ("quantise", {"bits": 4, "epochs": 1})]
+RECIPE = [("magnitude_prune", {"sparsity": 0.5, "epochs": 2}), CLUSTER, ("quantize", {"bits": 4, "epochs": 1})]
 
 
 def computed(bundle):
@@ -159,7 +159,7 @@ def test_what_comes_after_a_bad_pass_still_runs(tiny_job, register, tmp_path):
 
 
 class SlowWhenClustered:
-    """Mixed into the fake session: a codebook costs twice the time, as dequantising does in some runtimes."""
+    """Mixed into the fake session: a codebook costs twice the time, as dequantizing does in some runtimes."""
 
     def __init__(self, bundle, *, threads=None, chunk=None):
         super().__init__(bundle, threads=threads)
@@ -278,10 +278,10 @@ def passes_run(job, work):
 
 def test_only_what_changed_is_run_again(tiny_job, tmp_path):
     work = tmp_path / "w"
-    assert passes_run(tiny_job(RECIPE), work) == ["magnitude_prune", "cluster", "quantise"]
+    assert passes_run(tiny_job(RECIPE), work) == ["magnitude_prune", "cluster", "quantize"]
     assert passes_run(tiny_job(RECIPE), work) == []
-    other_end = [*RECIPE[:2], ("quantise", {"bits": 3, "epochs": 1})]
-    assert passes_run(tiny_job(other_end), work) == ["quantise"]
+    other_end = [*RECIPE[:2], ("quantize", {"bits": 3, "epochs": 1})]
+    assert passes_run(tiny_job(other_end), work) == ["quantize"]
     assert passes_run(tiny_job(RECIPE[:2]), work) == []
     assert passes_run(tiny_job([CLUSTER]), work) == ["cluster"]
 
@@ -338,9 +338,9 @@ def test_a_test_set_smaller_than_the_golden_rows(tiny_job, tmp_path):
 
 def test_a_compressed_bundle_can_be_compressed_further(tiny_job, tmp_path):
     once = run(tiny_job([CLUSTER]), tmp_path / "w1")
-    job = replace(tiny_job([("quantise", {"bits": 2, "epochs": 0})], max_loss=10), source=once)
+    job = replace(tiny_job([("quantize", {"bits": 2, "epochs": 0})], max_loss=10), source=once)
     twice = run(job, tmp_path / "w2")
-    assert [record["pass"] for record in twice.manifest.records] == ["cluster", "quantise"]
+    assert [record["pass"] for record in twice.manifest.records] == ["cluster", "quantize"]
     assert twice.manifest.parent == once.digest
     assert passes_run(job, tmp_path / "w2") == []
 

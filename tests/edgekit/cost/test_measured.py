@@ -8,9 +8,9 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy.optimize import nnls
 
 from edgekit.cost import measured
-from edgekit.cost.measured import TERMS, Table, family, non_negative, relative_fit, terms
+from edgekit.cost.measured import TERMS, OperatorTable, family, non_negative, relative_fit, terms
 from edgekit.cost.operators import work
-from edgekit.cost.profiled import Kernel, open_model, optimised_work, profiled, random_feeds
+from edgekit.cost.profiled import Kernel, open_model, optimized_work, profiled, random_feeds
 from edgekit.cost.samples import ALIKE, ROWS, samples
 from edgekit.errors import EdgekitError
 from edgekit.graph.shapes import sized
@@ -48,7 +48,7 @@ def counted():
     """(sample, its operator as the runtime runs it) for every graph of the calibration set."""
     found = []
     for sample in SAMPLES:
-        done = optimised_work(sample.model, 1)
+        done = optimized_work(sample.model, 1)
         found.append((sample, [item for item in done.operators if family(item) == sample.family]))
     return found
 
@@ -72,7 +72,7 @@ def test_a_table_finds_the_law_that_times_follow(counted, monkeypatch):
     law = dict(zip(TERMS, (3e-6, 1e-8, 2e-11, 5e-12, 3e-11, 1e-11), strict=True))
 
     def made_up(model, feeds, **options):
-        operators = optimised_work(model, 1).operators
+        operators = optimized_work(model, 1).operators
         return [
             Kernel(item.name, item.kind, float(np.dot(list(law.values()), terms(item, 1 << 20, 16))))
             for item in operators
@@ -93,11 +93,12 @@ def test_a_table_finds_the_law_that_times_follow(counted, monkeypatch):
 
 def product(rows, inner, columns):
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["a", "w"], ["y"], "product")], "held out",
+        [helper.make_node("MatMul", ["a", "w"], ["y"], "product")],
+        "held out",
         [helper.make_tensor_value_info("a", TensorProto.FLOAT, (rows, inner))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (rows, columns))],
         [numpy_helper.from_array(np.ones((inner, columns), np.float32), "w")],
-    )  # fmt: skip
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
@@ -123,7 +124,7 @@ def table_of(folder):
 
 def test_a_table_is_kept_and_a_damaged_one_measured_again(tmp_path, monkeypatch):
     calls = []
-    fake = Table(
+    fake = OperatorTable(
         {"Add": (1e-6,) * len(TERMS)}, 1e-6, 0.0, 1 << 20, 16, 1.0, {"Add": 3}, {"Add": 0.1}, {"cpu": "x"}, "ort"
     )
     monkeypatch.setattr(measured, "measure", lambda *a, **k: calls.append(1) or fake)
@@ -153,15 +154,19 @@ def test_the_runtimes_own_operators_are_sized():
         helper.make_node("Conv", ["x", "w"], ["c"], "conv", pads=[1] * 4),
         helper.make_node("Relu", ["c"], ["r"], "relu"),
         helper.make_node("Conv", ["r", "v"], ["y"], "second", pads=[1] * 4),
-    ]  # fmt: skip
+    ]
     graph = helper.make_graph(
-        nodes, "conv", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 16, 12, 12))],
+        nodes,
+        "conv",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 16, 12, 12))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 32, 12, 12))],
-        [numpy_helper.from_array(rng.random((32, 16, 3, 3), np.float32), "w"),
-         numpy_helper.from_array(rng.random((32, 32, 3, 3), np.float32), "v")],
-    )  # fmt: skip
+        [
+            numpy_helper.from_array(rng.random((32, 16, 3, 3), np.float32), "w"),
+            numpy_helper.from_array(rng.random((32, 32, 3, 3), np.float32), "v"),
+        ],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    done = optimised_work(model, 3)
+    done = optimized_work(model, 3)
     assert done.unknown == ()
     products = [item for item in done.operators if item.product]
     assert [item.operations for item in products] == [2 * 3 * 32 * 144 * 16 * 9, 2 * 3 * 32 * 144 * 32 * 9]

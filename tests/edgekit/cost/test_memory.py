@@ -41,12 +41,15 @@ def random_graph(seed, nodes=40):
             sizes[to] = 10
     outputs = ["v3", f"v{nodes - 1}"]
     graph = helper.make_graph(
-        made, "random",
-        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, (60,)),
-         helper.make_tensor_value_info("x1", TensorProto.FLOAT, (360,))],
+        made,
+        "random",
+        [
+            helper.make_tensor_value_info("x0", TensorProto.FLOAT, (60,)),
+            helper.make_tensor_value_info("x1", TensorProto.FLOAT, (360,)),
+        ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [numpy_helper.from_array(np.array([value]), name) for name, value in (("flat", -1), ("zero", 0), ("ten", 10))],
-    )  # fmt: skip
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
 
 
@@ -99,9 +102,11 @@ def chain(rows, width=1000):
     weights = numpy_helper.from_array(np.zeros((width, width), np.float32), "w")
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["h"], "product"), helper.make_node("Relu", ["h"], ["y"], "relu")],
-        "chain", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", width))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], [weights],
-    )  # fmt: skip
+        "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", width))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [weights],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     return work(model, sized(model, rows))
 

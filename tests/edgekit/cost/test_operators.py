@@ -21,11 +21,12 @@ def model(nodes, inputs, outputs, weights=None, opset=17, kind=FLOAT):
         for number, (op, reads, writes, attributes) in enumerate(nodes)
     ]
     graph = helper.make_graph(
-        made, "test",
+        made,
+        "test",
         [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info(name, HALF if kind == HALF else FLOAT, None) for name in outputs.split()],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()],
-    )  # fmt: skip
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
@@ -67,11 +68,11 @@ def test_stored_factors_are_weights_and_not_activations():
     assert set(done.stored) == {"w"}
 
 
-@pytest.mark.parametrize(("turned", "shape", "inner"), [(0, (6, 8), 8), (1, (6, 8), 6)])
-def test_a_gemm_reads_its_first_factor_either_way(turned, shape, inner):
+@pytest.mark.parametrize(("transposed", "shape", "inner"), [(0, (6, 8), 8), (1, (6, 8), 6)])
+def test_a_gemm_reads_its_first_factor_either_way(transposed, shape, inner):
     weights = {"b": zeros(inner, 5), "c": zeros(5)}
-    found, _ = costs(model([("Gemm", "a b c", "y", {"transA": turned})], {"a": shape}, "y", weights))
-    assert found["Gemm"].operations == 2 * (8 if turned else 6) * 5 * inner
+    found, _ = costs(model([("Gemm", "a b c", "y", {"transA": transposed})], {"a": shape}, "y", weights))
+    assert found["Gemm"].operations == 2 * (8 if transposed else 6) * 5 * inner
 
 
 def counted_convolution(batch, channels, size, out, kernel, groups, stride, pad):
@@ -105,11 +106,14 @@ def attention(rows, heads, tokens, width):
     shape = (rows, heads, tokens, width)
     return model(
         [
-            ("Transpose", "k", "kt", {"perm": [0, 1, 3, 2]}), ("MatMul", "q kt", "s", {}),
-            ("Softmax", "s", "p", {"axis": -1}), ("MatMul", "p v", "y", {}),
+            ("Transpose", "k", "kt", {"perm": [0, 1, 3, 2]}),
+            ("MatMul", "q kt", "s", {}),
+            ("Softmax", "s", "p", {"axis": -1}),
+            ("MatMul", "p v", "y", {}),
         ],
-        {"q": shape, "k": shape, "v": shape}, "y",
-    )  # fmt: skip
+        {"q": shape, "k": shape, "v": shape},
+        "y",
+    )
 
 
 def test_attention_costs_its_two_products_and_the_softmax():
@@ -133,20 +137,24 @@ def test_attention_in_one_operator_costs_the_same(flat):
     assert found["Attention"].operations == 2 * 2 * rows * heads * tokens * tokens * width
 
 
-def quantised(extra_reader=False):
+def quantized(extra_reader=False):
     nodes = [
-        ("QuantizeLinear", "x s z", "q", {}), ("DequantizeLinear", "q s z", "d", {}),
-        ("DequantizeLinear", "w ws wz", "dw", {}), ("MatMul", "d dw", "m", {}),
-    ]  # fmt: skip
+        ("QuantizeLinear", "x s z", "q", {}),
+        ("DequantizeLinear", "q s z", "d", {}),
+        ("DequantizeLinear", "w ws wz", "dw", {}),
+        ("MatMul", "d dw", "m", {}),
+    ]
     nodes.append(("Add", "m d", "y", {}) if extra_reader else ("Relu", "m", "y", {}))
     return model(
-        nodes, {"x": (8, 16)}, "y",
+        nodes,
+        {"x": (8, 16)},
+        "y",
         {"s": np.float32(1), "z": np.uint8(0), "ws": np.float32(1), "wz": np.int8(0), "w": np.zeros((16, 16), np.int8)},
-    )  # fmt: skip
+    )
 
 
 def test_a_product_between_codes_is_int8_and_reads_codes():
-    found, done = costs(quantised())
+    found, done = costs(quantized())
     assert found["MatMul"].precision == "int8"
     assert dict(found["MatMul"].read) == {"int8": 8 * 16}
     assert dict(found["MatMul"].weights) == {"int8": 16 * 16}
@@ -156,7 +164,7 @@ def test_a_product_between_codes_is_int8_and_reads_codes():
 
 
 def test_codes_that_something_else_reads_are_decoded():
-    found, _ = costs(quantised(extra_reader=True))
+    found, _ = costs(quantized(extra_reader=True))
     assert found["MatMul"].precision == "float32"
     assert not found["DequantizeLinear"].view
     assert dict(found["DequantizeLinear"].written) == {"float32": 4 * 8 * 16}

@@ -13,7 +13,7 @@ from edgekit.cost.roofline import estimate, in_mode, precision_on
 from edgekit.errors import EdgekitError
 from edgekit.graph.shapes import sized
 from edgekit.targets import profile
-from edgekit.targets.profile import Figure, Plan, PowerMode, Rate
+from edgekit.targets.profile import Figure, PowerMode, PrecisionPlan, Rate
 
 RATE, WIDTH = 1e12, 1e11
 
@@ -23,25 +23,36 @@ def toy(kind="gpu", launch=1e-6, **rates):
     base = profile.find("x86-avx2" if kind == "cpu" else "tesla-p40")
     figures = {"float32": RATE, **rates}
     return replace(
-        base, name="toy", kind=kind, bandwidth=Figure(WIDTH, "x"), launch=Figure(launch, "x"), cores=4,
+        base,
+        name="toy",
+        kind=kind,
+        bandwidth=Figure(WIDTH, "x"),
+        launch=Figure(launch, "x"),
+        cores=4,
         rates={name: Rate(Figure(value, "x")) for name, value in figures.items()},
-        plan=Plan(("float32",), "round numbers", never=("bfloat16",)),
-    )  # fmt: skip
+        plan=PrecisionPlan(("float32",), "round numbers", never=("bfloat16",)),
+    )
 
 
 def product(rows=64, width=256, *, relu=True, kind=TensorProto.FLOAT):
     """MatMul, bias, Relu, Softmax."""
     dtype = np.float16 if kind == TensorProto.FLOAT16 else np.float32
     nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["m"], "product"), helper.make_node("Add", ["m", "b"], ["a"], "bias"),
-        helper.make_node("Relu", ["a"], ["r"], "relu"), helper.make_node("Softmax", ["r"], ["y"], "softmax"),
-    ]  # fmt: skip
+        helper.make_node("MatMul", ["x", "w"], ["m"], "product"),
+        helper.make_node("Add", ["m", "b"], ["a"], "bias"),
+        helper.make_node("Relu", ["a"], ["r"], "relu"),
+        helper.make_node("Softmax", ["r"], ["y"], "softmax"),
+    ]
     graph = helper.make_graph(
-        nodes, "toy", [helper.make_tensor_value_info("x", kind, ("n", width))],
+        nodes,
+        "toy",
+        [helper.make_tensor_value_info("x", kind, ("n", width))],
         [helper.make_tensor_value_info("y", kind, None)],
-        [numpy_helper.from_array(np.zeros((width, width), dtype), "w"),
-         numpy_helper.from_array(np.zeros(width, dtype), "b")],
-    )  # fmt: skip
+        [
+            numpy_helper.from_array(np.zeros((width, width), dtype), "w"),
+            numpy_helper.from_array(np.zeros(width, dtype), "b"),
+        ],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     return work(model, sized(model, rows))
 
@@ -87,18 +98,25 @@ def test_on_a_cpu_nothing_is_fused_and_cores_share():
 def test_a_value_that_others_read_too_is_written():
     """The residual: x + f(x) may not swallow what comes after it is read again."""
     nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["m"], "product"), helper.make_node("Relu", ["m"], ["r"], "relu"),
-        helper.make_node("Softmax", ["m"], ["s"], "softmax"), helper.make_node("Add", ["r", "s"], ["y"], "sum"),
-    ]  # fmt: skip
+        helper.make_node("MatMul", ["x", "w"], ["m"], "product"),
+        helper.make_node("Relu", ["m"], ["r"], "relu"),
+        helper.make_node("Softmax", ["m"], ["s"], "softmax"),
+        helper.make_node("Add", ["r", "s"], ["y"], "sum"),
+    ]
     graph = helper.make_graph(
-        nodes, "toy", [helper.make_tensor_value_info("x", 1, (8, 16))], [helper.make_tensor_value_info("y", 1, None)],
+        nodes,
+        "toy",
+        [helper.make_tensor_value_info("x", 1, (8, 16))],
+        [helper.make_tensor_value_info("y", 1, None)],
         [numpy_helper.from_array(np.zeros((16, 16), np.float32), "w")],
-    )  # fmt: skip
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     found = estimate(work(model, sized(model, 1)), toy(), 1)
     assert [(layer.name, layer.fused) for layer in found.layers] == [
-        ("product", ()), ("relu", ()), ("softmax", ("sum",))
-    ]  # fmt: skip
+        ("product", ()),
+        ("relu", ()),
+        ("softmax", ("sum",)),
+    ]
     assert found.layers[2].bytes == 4 * 3 * 8 * 16  # m and r read, y written
 
 

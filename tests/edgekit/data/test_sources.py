@@ -83,9 +83,11 @@ def pictures(tmp_path, tiny_bundle):
             for number in range(count):
                 Image.new("RGB", (20 + number, 16), colour).save(tmp_path / "pictures" / part / name / f"{number}.png")
     manifest = replace(
-        tiny_bundle.manifest, inputs=(TensorSpec("image", ("batch", 3, 8, 8)),), classes=("red", "blue"),
+        tiny_bundle.manifest,
+        inputs=(TensorSpec("image", ("batch", 3, 8, 8)),),
+        classes=("red", "blue"),
         preprocessing={"id": "image/1", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5]},
-    )  # fmt: skip
+    )
     return tmp_path / "pictures", manifest
 
 
@@ -135,9 +137,15 @@ def test_an_iterable_of_the_users(module, tiny_bundle):
     assert test.labels.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("uneven", "row 1"), ("number", "gives a int"), ("nothing", "nothing"), ("breaks", "OSError: the disk went away"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("uneven", "row 1"),
+        ("number", "gives a int"),
+        ("nothing", "nothing"),
+        ("breaks", "OSError: the disk went away"),
+    ],
+)
 def test_what_is_no_iterable_of_rows(name, words, module, tiny_bundle):
     with pytest.raises(EdgekitError, match=words):
         load(f"{module}:{name}", tiny_bundle.manifest)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.doctor.check import Check
 from edgekit.doctor.checks import judge
+from edgekit.doctor.finding import Finding
 from edgekit.doctor.stacks import guess
 from edgekit.doctor.system import Gpu, Jetson, Provider, read
 from edgekit.targets.profile import find, names
@@ -35,88 +35,230 @@ RTX_26 = "pip install 'onnxruntime-gpu[cuda,cudnn]==1.26.0'"
 # recording: target, exit status, all that is not ok when that target is asked for
 RECORDED = {
     "p40-good": ("tesla-p40", 0, []),
-    "p40-cudnn-9.28": ("tesla-p40", 1, [
-        Check("packages", "error", "nvidia-cudnn-cu12 9.28.0.42 must not be used on tesla-p40: no code below sm_75; "
-              "plain pip installs it beside onnxruntime-gpu[cuda,cudnn]", "pip install nvidia-cudnn-cu12==9.10.2.21"),
-        Check("sm_61 code", "error", "nvidia-cudnn-cu12 9.28.0.42: none in libcudnn_adv.so.9, and 4 more "
-              "(sm 75 80 86 90 100 120, PTX 120)", "pip install nvidia-cudnn-cu12==9.10.2.21"),
-        Check("provider", "error", f"{INACTIVE}, nothing ran: CUDNN failure 5003: "
-              "CUDNN_STATUS_EXECUTION_FAILED_CUDART", P40),
-        Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: nvidia-cudnn-cu12 9.28.0.42 must not be used; "
-              "nothing ran on CUDAExecutionProvider", P40),
-    ]),
-    "p40-onnxruntime-1.31": ("tesla-p40", 1, [
-        Check("packages", "error", "onnxruntime-gpu 1.31.1 must not be used on tesla-p40: built for CUDA 13 and sm_75 "
-              "upwards", "pip install onnxruntime-gpu==1.26.0"),
-        Check("sm_61 code", "error", "onnxruntime-gpu 1.31.1: none in libonnxruntime_providers_cuda.so "
-              "(sm 75 80 86 89 90 120)", "pip install onnxruntime-gpu==1.26.0"),
-        Check("provider", "error", f"{INACTIVE}, nothing ran: CUDA error cudaErrorNoKernelImageForDevice: no kernel "
-              "image is available for execution on the device", P40),
-        Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: onnxruntime-gpu 1.31.1 must not be used; nothing ran "
-              "on CUDAExecutionProvider", P40),
-    ]),
-    "p40-tensorrt-8.6": ("tesla-p40", 0, [Check("provider", "warning", CPU_ALONE, INSTEAD)]),
-    "p40-tensorrt-10": ("tesla-p40", 1, [
-        Check("packages", "error", "tensorrt 10.3.0 must not be used on tesla-p40: Unsupported SM: 0x601", TENSORRT_8),
-        Check("sm_61 code", "error", "/opt/TensorRT-10.3.0.26/lib 10.3.0: none in libnvinfer.so.10.3.0 "
-              "(sm 70 75 80 86 89 90, PTX 90)", TENSORRT_8),
-        Check("provider", "warning", CPU_ALONE, INSTEAD),
-        Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: not installed: onnxruntime-gpu, nvidia-cudnn-cu12, "
-              "nvidia-cublas-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-nvrtc-cu12, nvidia-cufft-cu12, "
-              "nvidia-curand-cu12; onnxruntime has no CUDAExecutionProvider", INSTEAD),
-    ]),
-    "p40-both-onnxruntimes": ("tesla-p40", 1, [
-        Check("packages", "error", "onnxruntime 1.32.0 and onnxruntime-gpu 1.26.0 cannot work together: both install "
-              "the folder onnxruntime/: the later one overwrites the earlier, removing either breaks both", BOTH),
-        Check("provider", "warning", CPU_ALONE, BOTH),
-        Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: onnxruntime has no CUDAExecutionProvider", BOTH),
-    ]),
-    "p40-no-driver": ("tesla-p40", 1, [
-        Check("GPU", "error", "1 NVIDIA GPU on the bus, and no driver shows it",
-              "install NVIDIA's driver of a branch >=525,<=580; then nvidia-smi lists it"),
-        Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: not installed: onnxruntime-gpu, nvidia-cudnn-cu12, "
-              "nvidia-cublas-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-nvrtc-cu12, nvidia-cufft-cu12, "
-              "nvidia-curand-cu12; onnxruntime has no CUDAExecutionProvider", INSTEAD),
-    ]),
+    "p40-cudnn-9.28": (
+        "tesla-p40",
+        1,
+        [
+            Finding(
+                "packages",
+                "error",
+                "nvidia-cudnn-cu12 9.28.0.42 must not be used on tesla-p40: no code below sm_75; "
+                "plain pip installs it beside onnxruntime-gpu[cuda,cudnn]",
+                "pip install nvidia-cudnn-cu12==9.10.2.21",
+            ),
+            Finding(
+                "sm_61 code",
+                "error",
+                "nvidia-cudnn-cu12 9.28.0.42: none in libcudnn_adv.so.9, and 4 more (sm 75 80 86 90 100 120, PTX 120)",
+                "pip install nvidia-cudnn-cu12==9.10.2.21",
+            ),
+            Finding(
+                "provider",
+                "error",
+                f"{INACTIVE}, nothing ran: CUDNN failure 5003: CUDNN_STATUS_EXECUTION_FAILED_CUDART",
+                P40,
+            ),
+            Finding(
+                "stack",
+                "error",
+                "onnxruntime-gpu 1.26 on CUDA 12: nvidia-cudnn-cu12 9.28.0.42 must not be used; "
+                "nothing ran on CUDAExecutionProvider",
+                P40,
+            ),
+        ],
+    ),
+    "p40-onnxruntime-1.31": (
+        "tesla-p40",
+        1,
+        [
+            Finding(
+                "packages",
+                "error",
+                "onnxruntime-gpu 1.31.1 must not be used on tesla-p40: built for CUDA 13 and sm_75 upwards",
+                "pip install onnxruntime-gpu==1.26.0",
+            ),
+            Finding(
+                "sm_61 code",
+                "error",
+                "onnxruntime-gpu 1.31.1: none in libonnxruntime_providers_cuda.so (sm 75 80 86 89 90 120)",
+                "pip install onnxruntime-gpu==1.26.0",
+            ),
+            Finding(
+                "provider",
+                "error",
+                f"{INACTIVE}, nothing ran: CUDA error cudaErrorNoKernelImageForDevice: no kernel "
+                "image is available for execution on the device",
+                P40,
+            ),
+            Finding(
+                "stack",
+                "error",
+                "onnxruntime-gpu 1.26 on CUDA 12: onnxruntime-gpu 1.31.1 must not be used; nothing ran "
+                "on CUDAExecutionProvider",
+                P40,
+            ),
+        ],
+    ),
+    "p40-tensorrt-8.6": ("tesla-p40", 0, [Finding("provider", "warning", CPU_ALONE, INSTEAD)]),
+    "p40-tensorrt-10": (
+        "tesla-p40",
+        1,
+        [
+            Finding(
+                "packages", "error", "tensorrt 10.3.0 must not be used on tesla-p40: Unsupported SM: 0x601", TENSORRT_8
+            ),
+            Finding(
+                "sm_61 code",
+                "error",
+                "/opt/TensorRT-10.3.0.26/lib 10.3.0: none in libnvinfer.so.10.3.0 (sm 70 75 80 86 89 90, PTX 90)",
+                TENSORRT_8,
+            ),
+            Finding("provider", "warning", CPU_ALONE, INSTEAD),
+            Finding(
+                "stack",
+                "error",
+                "onnxruntime-gpu 1.26 on CUDA 12: not installed: onnxruntime-gpu, nvidia-cudnn-cu12, "
+                "nvidia-cublas-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-nvrtc-cu12, nvidia-cufft-cu12, "
+                "nvidia-curand-cu12; onnxruntime has no CUDAExecutionProvider",
+                INSTEAD,
+            ),
+        ],
+    ),
+    "p40-both-onnxruntimes": (
+        "tesla-p40",
+        1,
+        [
+            Finding(
+                "packages",
+                "error",
+                "onnxruntime 1.32.0 and onnxruntime-gpu 1.26.0 cannot work together: both install "
+                "the folder onnxruntime/: the later one overwrites the earlier, removing either breaks both",
+                BOTH,
+            ),
+            Finding("provider", "warning", CPU_ALONE, BOTH),
+            Finding(
+                "stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: onnxruntime has no CUDAExecutionProvider", BOTH
+            ),
+        ],
+    ),
+    "p40-no-driver": (
+        "tesla-p40",
+        1,
+        [
+            Finding(
+                "GPU",
+                "error",
+                "1 NVIDIA GPU on the bus, and no driver shows it",
+                "install NVIDIA's driver of a branch >=525,<=580; then nvidia-smi lists it",
+            ),
+            Finding(
+                "stack",
+                "error",
+                "onnxruntime-gpu 1.26 on CUDA 12: not installed: onnxruntime-gpu, nvidia-cudnn-cu12, "
+                "nvidia-cublas-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-nvrtc-cu12, nvidia-cufft-cu12, "
+                "nvidia-curand-cu12; onnxruntime has no CUDAExecutionProvider",
+                INSTEAD,
+            ),
+        ],
+    ),
     "rtx-3060-good": ("rtx-3060-12gb", 0, []),
-    "rtx-3060-driver-535": ("rtx-3060-12gb", 1, [
-        Check("driver", "error", "535.183.01 is too old for CUDA 13, which onnxruntime-gpu 1.31.1 needs",
-              f"update the driver to 580 or later, or install what fits it: {RTX_26}"),
-        Check("provider", "error", f"{INACTIVE}, nothing ran: CUDA failure 35: CUDA driver version is insufficient for "
-              "CUDA runtime version", RTX_26),
-        Check("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: nothing ran on CUDAExecutionProvider", RTX_26),
-    ]),
+    "rtx-3060-driver-535": (
+        "rtx-3060-12gb",
+        1,
+        [
+            Finding(
+                "driver",
+                "error",
+                "535.183.01 is too old for CUDA 13, which onnxruntime-gpu 1.31.1 needs",
+                f"update the driver to 580 or later, or install what fits it: {RTX_26}",
+            ),
+            Finding(
+                "provider",
+                "error",
+                f"{INACTIVE}, nothing ran: CUDA failure 35: CUDA driver version is insufficient for "
+                "CUDA runtime version",
+                RTX_26,
+            ),
+            Finding("stack", "error", "onnxruntime-gpu 1.26 on CUDA 12: nothing ran on CUDAExecutionProvider", RTX_26),
+        ],
+    ),
     "orin-good": ("jetson-orin-nano-8gb", 0, []),
-    "orin-pypi-wheel": ("jetson-orin-nano-8gb", 1, [
-        Check("packages", "error", "onnxruntime-gpu 1.31.1 must not be used on jetson-orin-nano-8gb: the aarch64 wheel "
-              "has code for sm_89, 90, 120 and 121, none for sm_87, and wants CUDA 13",
-              "pip uninstall -y onnxruntime-gpu"),
-        Check("sm_87 code", "error", "onnxruntime-gpu 1.31.1: none in libonnxruntime_providers_cuda.so "
-              "(sm 89 90 120 121)", "pip uninstall -y onnxruntime-gpu"),
-        Check("provider", "error", f"{INACTIVE}, the nodes ran on CPUExecutionProvider: libcublasLt.so.13: cannot open "
-              "shared object file", ORIN_WHEEL),
-    ]),
-    "nano-good": ("jetson-nano", 0, [
-        Check("provider", "warning", CPU_ALONE, "Jetson Zoo: a wheel for cp36; none on PyPI"),
-    ]),
-    "nano-python-3.8": ("jetson-nano", 1, [
-        Check("Python", "error", "/usr/bin/python3 is 3.8.0; software of jetson-nano is built for 3.6",
-              "keep the system's own Python 3.6 as /usr/bin/python3"),
-        Check("provider", "warning", CPU_ALONE, "Jetson Zoo: a wheel for cp36; none on PyPI"),
-        Check("stack", "error", "JetPack 4.6: TensorRT 8.2: it is for Python 3.6, here is 3.8.0"),
-    ]),
+    "orin-pypi-wheel": (
+        "jetson-orin-nano-8gb",
+        1,
+        [
+            Finding(
+                "packages",
+                "error",
+                "onnxruntime-gpu 1.31.1 must not be used on jetson-orin-nano-8gb: the aarch64 wheel "
+                "has code for sm_89, 90, 120 and 121, none for sm_87, and wants CUDA 13",
+                "pip uninstall -y onnxruntime-gpu",
+            ),
+            Finding(
+                "sm_87 code",
+                "error",
+                "onnxruntime-gpu 1.31.1: none in libonnxruntime_providers_cuda.so (sm 89 90 120 121)",
+                "pip uninstall -y onnxruntime-gpu",
+            ),
+            Finding(
+                "provider",
+                "error",
+                f"{INACTIVE}, the nodes ran on CPUExecutionProvider: libcublasLt.so.13: cannot open shared object file",
+                ORIN_WHEEL,
+            ),
+        ],
+    ),
+    "nano-good": (
+        "jetson-nano",
+        0,
+        [
+            Finding("provider", "warning", CPU_ALONE, "Jetson Zoo: a wheel for cp36; none on PyPI"),
+        ],
+    ),
+    "nano-python-3.8": (
+        "jetson-nano",
+        1,
+        [
+            Finding(
+                "Python",
+                "error",
+                "/usr/bin/python3 is 3.8.0; software of jetson-nano is built for 3.6",
+                "keep the system's own Python 3.6 as /usr/bin/python3",
+            ),
+            Finding("provider", "warning", CPU_ALONE, "Jetson Zoo: a wheel for cp36; none on PyPI"),
+            Finding("stack", "error", "JetPack 4.6: TensorRT 8.2: it is for Python 3.6, here is 3.8.0"),
+        ],
+    ),
     "cpu-avx2": ("x86-avx2", 0, []),
-    "cpu-bare": ("x86-avx2", 1, [
-        Check("memory", "warning", "300.0 MB of 67.0 GB free", "end what holds it: ps aux --sort -rss | head"),
-        Check("compiler", "warning", "no C compiler: small networks run on onnxruntime instead of as C",
-              "apt-get install gcc, or name one in $CC"),
-        Check("stack", "error", "onnxruntime 1.32: not installed: onnxruntime", "pip install onnxruntime==1.32.0"),
-    ]),
-    "cpu-zen5": ("x86-avx512", 0, [
-        Check("BLAS", "warning", "openblas 0.3.31, kernels for Haswell: AVX2, on a CPU with AVX-512",
-              "export OPENBLAS_CORETYPE=SkylakeX (twice as fast on Zen 5, no gain on Zen 4)"),
-    ]),
-}  # fmt: skip
+    "cpu-bare": (
+        "x86-avx2",
+        1,
+        [
+            Finding("memory", "warning", "300.0 MB of 67.0 GB free", "end what holds it: ps aux --sort -rss | head"),
+            Finding(
+                "compiler",
+                "warning",
+                "no C compiler: small networks run on onnxruntime instead of as C",
+                "apt-get install gcc, or name one in $CC",
+            ),
+            Finding(
+                "stack", "error", "onnxruntime 1.32: not installed: onnxruntime", "pip install onnxruntime==1.32.0"
+            ),
+        ],
+    ),
+    "cpu-zen5": (
+        "x86-avx512",
+        0,
+        [
+            Finding(
+                "BLAS",
+                "warning",
+                "openblas 0.3.31, kernels for Haswell: AVX2, on a CPU with AVX-512",
+                "export OPENBLAS_CORETYPE=SkylakeX (twice as fast on Zen 5, no gain on Zen 4)",
+            ),
+        ],
+    ),
+}
 
 
 def recorded(name: str):
@@ -168,7 +310,7 @@ def test_a_guessed_target_that_lacks_its_software_is_no_error():
 def test_another_machine_gets_one_line(name, target, reason):
     record = f"edgekit doctor --json > there.json; then: edgekit doctor --system there.json --target {target}"
     assert findings(recorded(name), target) == [
-        Check("target", "error", f"this machine is no {target}: {reason}", f"on that machine: {record}")
+        Finding("target", "error", f"this machine is no {target}: {reason}", f"on that machine: {record}")
     ]
 
 
@@ -178,13 +320,15 @@ def test_a_gpu_that_nobody_described_is_checked_all_the_same():
     assert guess(system, map(find, names())) is None
     found = findings(system, None, asked=False)
     assert [(check.name, check.status) for check in found] == [
-        ("target", "warning"), ("sm_61 code", "error"), ("provider", "warning"),
-    ]  # fmt: skip
+        ("target", "warning"),
+        ("sm_61 code", "error"),
+        ("provider", "warning"),
+    ]
 
 
 def test_a_driver_after_the_last_one_for_pascal():
     system = replace(recorded("p40-good"), driver="590.44.01")
-    assert findings(system, "tesla-p40")[0] == Check(
+    assert findings(system, "tesla-p40")[0] == Finding(
         "driver",
         "error",
         "590.44.01 has no support for compute capability 6.1",
@@ -203,7 +347,7 @@ def test_a_library_that_the_loader_does_not_find():
     found = findings(replace(system, libraries=(library,)), "tesla-p40")
     finding = "libonnxruntime_providers_cuda.so needs libcufft.so.11, libcudnn.so.9, which the loader does not find"
     pip = "pip install nvidia-cudnn-cu12==9.10.2.21 'nvidia-cufft-cu12>=11,<12'"
-    assert found == [Check("libraries", "error", finding, pip)]
+    assert found == [Finding("libraries", "error", finding, pip)]
     tensorrt = replace(library, missing=("libnvinfer.so.10",))  # TensorRT is optional
     (check,) = findings(replace(system, libraries=(tensorrt,)), "tesla-p40")
     assert (check.name, check.status) == ("libraries", "warning")
@@ -213,7 +357,7 @@ def test_a_damaged_library():
     system = recorded("p40-good")
     broken = replace(system.libraries[0], sms=(), ptx=(), problem="libx.so: damaged")
     assert findings(replace(system, libraries=(broken,)), "tesla-p40") == [
-        Check("GPU code", "error", "libx.so: damaged", "pip install onnxruntime-gpu==1.26.0")
+        Finding("GPU code", "error", "libx.so: damaged", "pip install onnxruntime-gpu==1.26.0")
     ]
 
 
@@ -222,8 +366,9 @@ def test_a_provider_that_runs_only_after_preloading():
     late = Provider("CUDAExecutionProvider", ("CUDAExecutionProvider",), preloaded=True)
     (check,) = findings(replace(system, providers=(late, system.providers[1])), "tesla-p40")
     assert (check.status, check.finding) == (
-        "warning", "CUDAExecutionProvider runs, but only after onnxruntime.preload_dlls()",
-    )  # fmt: skip
+        "warning",
+        "CUDAExecutionProvider runs, but only after onnxruntime.preload_dlls()",
+    )
 
 
 def test_a_half_placed_network_is_not_active():
@@ -235,15 +380,26 @@ def test_a_half_placed_network_is_not_active():
     ("jetson", "expected"),
     [
         (Jetson("36.4.3", "6.2", "7W", "locked"), [("power mode", "7W: 65% of the rates of 15W")]),
-        (Jetson("36.4.3", "6.2", "15W", "free"),
-         [("clocks", "clocks change with the load: a time measured now may not be seen again")]),
-        (Jetson("36.4.3", "", "", ""), [("power mode", "nvpmodel does not tell it"),
-         ("clocks", "jetson_clocks does not tell without root: a time measured now may not be seen again")]),
-        (Jetson("35.4.1", "", "15W", "locked"),
-         [("JetPack", "JetPack 5 (L4T 35.4.1); jetson-orin-nano-8gb needs 6.1 or 6.2"),
-          ("stack", "JetPack 6: TensorRT 10.3: it is for JetPack 6.1 or 6.2, here is 5")]),
+        (
+            Jetson("36.4.3", "6.2", "15W", "free"),
+            [("clocks", "clocks change with the load: a time measured now may not be seen again")],
+        ),
+        (
+            Jetson("36.4.3", "", "", ""),
+            [
+                ("power mode", "nvpmodel does not tell it"),
+                ("clocks", "jetson_clocks does not tell without root: a time measured now may not be seen again"),
+            ],
+        ),
+        (
+            Jetson("35.4.1", "", "15W", "locked"),
+            [
+                ("JetPack", "JetPack 5 (L4T 35.4.1); jetson-orin-nano-8gb needs 6.1 or 6.2"),
+                ("stack", "JetPack 6: TensorRT 10.3: it is for JetPack 6.1 or 6.2, here is 5"),
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_jetsons_image_and_clocks(jetson, expected):
     found = findings(replace(recorded("orin-good"), jetson=jetson), "jetson-orin-nano-8gb")
     assert [(check.name, check.finding) for check in found] == expected

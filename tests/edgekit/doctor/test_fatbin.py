@@ -33,8 +33,10 @@ def library(tmp_path):
 
 
 def test_every_entry_of_every_container_in_both_sections_is_found(library):
-    file = elf({".text": b"\x90" * 8, ".nv_fatbin": PASCAL, "__nv_relfatbin": container(entry(MACHINE_CODE, 86))},
-               ("libcudart.so.12", "libc.so.6"))  # fmt: skip
+    file = elf(
+        {".text": b"\x90" * 8, ".nv_fatbin": PASCAL, "__nv_relfatbin": container(entry(MACHINE_CODE, 86))},
+        ("libcudart.so.12", "libc.so.6"),
+    )
     assert read(library(file)) == Code((60, 61, 70, 86), (61,), ("libcudart.so.12", "libc.so.6"))
 
 

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle.format import Manifest, TensorSpec, assemble_graph
-from edgekit.doctor.check import Check
+from edgekit.doctor.finding import Finding
 from edgekit.doctor.needs import Needs, bytes_needed, judge, of, precisions
 from edgekit.targets.profile import find
 from tests.edgekit.doctor.test_checks import recorded
@@ -44,8 +44,12 @@ def test_the_peak_of_a_chain_is_three_values_and_a_skip_holds_a_fourth():
 
 
 def test_a_peak_that_cannot_be_told():
-    unknown = [helper.make_node("NonZero", ["x"], ["n"]), helper.make_node("ReduceSum", ["n"], ["s"], keepdims=0),
-               helper.make_node("Cast", ["s"], ["f"], to=1), helper.make_node("Add", ["x", "f"], ["y"])]  # fmt: skip
+    unknown = [
+        helper.make_node("NonZero", ["x"], ["n"]),
+        helper.make_node("ReduceSum", ["n"], ["s"], keepdims=0),
+        helper.make_node("Cast", ["s"], ["f"], to=1),
+        helper.make_node("Add", ["x", "f"], ["y"]),
+    ]
     assert bytes_needed(graph(unknown), 1)[1] is None
 
 
@@ -58,7 +62,7 @@ def test_a_stored_weight_is_no_activation():
     assert (needs.parameters, needs.domains, needs.asymmetric, needs.batch) == (64, (), False, 3)
 
 
-def quantised(point: int):
+def quantized(point: int):
     weight = np.arange(64, dtype=np.int8).reshape(8, 8)
     stored = [("w", weight), ("s", np.float32(0.1)), ("z", np.int8(point))]
     nodes = [
@@ -69,7 +73,7 @@ def quantised(point: int):
 
 
 def test_forms_of_int8():
-    symmetric, other = quantised(0), quantised(3)
+    symmetric, other = quantized(0), quantized(3)
     assert precisions(symmetric) == ("int8",)
     assert not of(bundled(symmetric), symmetric, 1).asymmetric
     assert of(bundled(other), other, 1).asymmetric
@@ -84,14 +88,17 @@ def test_half_precision_by_a_cast():
 
 
 def test_operators_of_one_runtime():
-    model = graph([helper.make_node("BiasGelu", ["x", "b"], ["y"], domain="com.microsoft")],
-                  [("b", np.ones(8, np.float32))], domains=["com.microsoft"])  # fmt: skip
+    model = graph(
+        [helper.make_node("BiasGelu", ["x", "b"], ["y"], domain="com.microsoft")],
+        [("b", np.ones(8, np.float32))],
+        domains=["com.microsoft"],
+    )
     needs = of(bundled(model), model, 1)
     assert needs.domains == ("com.microsoft",)
     found = judge(needs, find("jetson-nano"), None)
     finding = "operators of com.microsoft, which TensorRT does not read"
-    remedy = "export the model without a runtime's own optimisations"
-    assert Check("operators", "error", finding, remedy) in found
+    remedy = "export the model without a runtime's own optimizations"
+    assert Finding("operators", "error", finding, remedy) in found
     assert all(check.name != "operators" for check in judge(needs, find("x86-avx2"), None))
 
 

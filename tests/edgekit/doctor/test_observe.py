@@ -20,7 +20,7 @@ from edgekit.doctor.observe import (
     run,
     system_libraries,
     version,
-)  # fmt: skip
+)
 from edgekit.doctor.system import Gpu, Jetson
 from tests.edgekit.doctor.elves import MACHINE_CODE, container, elf, entry
 
@@ -32,8 +32,10 @@ def programs(answers):
 
     def answer(*command):
         line = " ".join(command)
-        return next(((0, text) if isinstance(text, str) else text for start, text in answers.items()
-                     if line.startswith(start)), (127, ""))  # fmt: skip
+        return next(
+            ((0, text) if isinstance(text, str) else text for start, text in answers.items() if line.startswith(start)),
+            (127, ""),
+        )
 
     return answer
 
@@ -85,8 +87,11 @@ def test_a_jetson(tree):
     (folder / "model").write_bytes(b"NVIDIA Jetson Orin Nano Developer Kit\0")
     (folder / "compatible").write_bytes(b"nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0")
     assert device_tree(root) == (
-        "NVIDIA Jetson Orin Nano Developer Kit", "nvidia,p3768-0000+p3767-0005", "nvidia,p3767-0005", "nvidia,tegra234",
-    )  # fmt: skip
+        "NVIDIA Jetson Orin Nano Developer Kit",
+        "nvidia,p3768-0000+p3767-0005",
+        "nvidia,p3767-0005",
+        "nvidia,tegra234",
+    )
     shown = "cpu0: Online=1 Governor=schedutil MinFreq=1510400 MaxFreq=1510400 CurrentFreq=1510400\nGPU MinFreq={} "
     shown += "MaxFreq=624750000 CurrentFreq=624750000"
     found = {"nvpmodel -q": "NV Power Mode: 15W\n0", "dpkg-query": "6.2+b77"}
@@ -131,16 +136,23 @@ def test_no_driver():
 
 def test_nvml_goes_first(monkeypatch):
     fake = SimpleNamespace(
-        nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
-        nvmlDeviceGetHandleByIndex=lambda number: number, nvmlDeviceGetCudaComputeCapability=lambda handle: (8, 6),
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetCudaComputeCapability=lambda handle: (8, 6),
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=12, free=11),
-        nvmlDeviceGetName=lambda handle: b"NVIDIA GeForce RTX 3060", nvmlSystemGetCudaDriverVersion_v2=lambda: 12020,
+        nvmlDeviceGetName=lambda handle: b"NVIDIA GeForce RTX 3060",
+        nvmlSystemGetCudaDriverVersion_v2=lambda: 12020,
         nvmlSystemGetDriverVersion=lambda: "535.183.01",
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     assert nvidia(programs({"nvidia-smi": SMI})) == (
-        (Gpu("NVIDIA GeForce RTX 3060", "8.6", 12, 11),), "535.183.01", "12.2", "",
-    )  # fmt: skip
+        (Gpu("NVIDIA GeForce RTX 3060", "8.6", 12, 11),),
+        "535.183.01",
+        "12.2",
+        "",
+    )
 
 
 def test_gpus_on_the_bus(tmp_path):
@@ -209,9 +221,11 @@ def test_libraries_of_packages(tmp_path):
         {".nv_fatbin": container(entry(MACHINE_CODE, 60))}, ("libcublas.so.12", "libbrother.so", "libc.so.6")
     )
     for name, content in {
-        "libonnxruntime_providers_cuda.so": provider, "libonnxruntime.so.1.26.0": elf({}, ("libc.so.6",)),
-        "readme.txt": b"", "libnvinfer_builder_resource_sm75.so.10": provider,
-    }.items():  # fmt: skip
+        "libonnxruntime_providers_cuda.so": provider,
+        "libonnxruntime.so.1.26.0": elf({}, ("libc.so.6",)),
+        "readme.txt": b"",
+        "libnvinfer_builder_resource_sm75.so.10": provider,
+    }.items():
         (tmp_path / name).write_bytes(content)
     known = programs({"ldconfig -p": "\tlibcublas.so.12 (libc6,x86-64) => /x\n"})
     found = {"onnxruntime-gpu": Installed(tmp_path), "requests": Installed(tmp_path)}

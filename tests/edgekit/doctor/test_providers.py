@@ -92,8 +92,9 @@ def test_the_reason_is_taken_from_the_log(monkeypatch):
         subprocess, "run", lambda command, **k: finished("noise\n" + json.dumps(answers[command[-1]]), log)()
     )
     assert observe(gpu=True)[0] == (
-        Provider(cuda, (CPU,), problem="libcublasLt.so.12: cannot open shared object file"), Provider(CPU, (CPU,)),
-    )  # fmt: skip
+        Provider(cuda, (CPU,), problem="libcublasLt.so.12: cannot open shared object file"),
+        Provider(CPU, (CPU,)),
+    )
 
 
 def test_without_a_gpu_its_providers_are_not_tried(monkeypatch):

@@ -10,12 +10,24 @@ from edgekit.doctor.system import Cpu, Gpu, Jetson, Library, Provider, System, f
 from edgekit.errors import EdgekitError
 
 FULL = System(
-    "aarch64", python="3.11.9", cpu=Cpu("x", "y", 4, ("a", "b")), memory=10, available=5, device_tree=("m", "c"),
-    jetson=Jetson("36.4.3", "6.2", "MAXN", "locked"), pci_gpus=1, gpus=(Gpu("g", "8.7", 9, 8),), driver="580.1",
-    cuda="13.0", system_libraries={"libnvinfer": "10.3.0"}, environment={"CC": "clang"}, packages={"numpy": "2"},
+    "aarch64",
+    python="3.11.9",
+    cpu=Cpu("x", "y", 4, ("a", "b")),
+    memory=10,
+    available=5,
+    device_tree=("m", "c"),
+    jetson=Jetson("36.4.3", "6.2", "MAXN", "locked"),
+    pci_gpus=1,
+    gpus=(Gpu("g", "8.7", 9, 8),),
+    driver="580.1",
+    cuda="13.0",
+    system_libraries={"libnvinfer": "10.3.0"},
+    environment={"CC": "clang"},
+    packages={"numpy": "2"},
     libraries=(Library("l.so", "p", "1", (87,), (90,), ("libcudart.so.12",), ("libx.so",), "bad"),),
-    providers=(Provider("P", ("P",), True, "why"),), compiler="cc",
-)  # fmt: skip
+    providers=(Provider("P", ("P",), True, "why"),),
+    compiler="cc",
+)
 
 
 @pytest.mark.parametrize("system", [FULL, System("x86_64"), replace(FULL, jetson=None)])

@@ -28,11 +28,12 @@ WEIGHT = RNG.normal(0, 1, (6, 4)).astype(np.float32)
 def affine(*, batch="n", weight=WEIGHT):
     """y = x W"""
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])], "affine",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "affine",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, (batch, 6))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (batch, 4))],
         [numpy_helper.from_array(weight, "w")],
-    )  # fmt: skip
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 

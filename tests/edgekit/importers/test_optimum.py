@@ -22,9 +22,14 @@ transformers = pytest.importorskip("transformers")
 def vit(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
         num_labels=3,
-    )  # fmt: skip
+    )
     model = transformers.ViTForImageClassification(config).eval()
     folder = tmp_path_factory.mktemp("hf") / "small-vit"
     model.save_pretrained(folder)
@@ -58,10 +63,15 @@ def exporter(monkeypatch):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.onnx.export(
-                    Logits(model), (torch.zeros(2, 3, 16, 16),), Path(output) / "model.onnx", dynamo=False,
-                    opset_version=17, input_names=["pixel_values"], output_names=["logits"],
+                    Logits(model),
+                    (torch.zeros(2, 3, 16, 16),),
+                    Path(output) / "model.onnx",
+                    dynamo=False,
+                    opset_version=17,
+                    input_names=["pixel_values"],
+                    output_names=["logits"],
                     dynamic_axes={"pixel_values": free, "logits": {0: "batch_size"}},
-                )  # fmt: skip
+                )
 
         for name in ("optimum", "optimum.exporters", "optimum.exporters.onnx", "optimum.exporters.tasks"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -127,8 +137,10 @@ def test_without_optimum_or_beside_transformers_5_the_way_out_is_named(vit, monk
     monkeypatch.setitem(sys.modules, "optimum", None)
     command = ("import", vit[0], "--via", "optimum", "-o", tmp_path / "vit.edge")
     assert edgekit(*command).failed_with(1, "pip install 'edgekit[optimum]'", "environment of its own")
-    there = [SimpleNamespace(metadata={"Name": name}, version=version)
-             for name, version in (("optimum-onnx", "0.1.0"), ("transformers", "5.23.0"))]  # fmt: skip
+    there = [
+        SimpleNamespace(metadata={"Name": name}, version=version)
+        for name, version in (("optimum-onnx", "0.1.0"), ("transformers", "5.23.0"))
+    ]
     monkeypatch.setattr("importlib.metadata.distributions", lambda: there)
     assert edgekit(*command).failed_with(1, "optimum-onnx 0.1.0 and transformers 5.23.0 cannot work together", "4.58")
     wrong = edgekit("import", vit[0], "--via", "optimun", "-o", tmp_path / "vit.edge")

@@ -19,9 +19,14 @@ def vit(tmp_path_factory):
     """A small ViT with random weights, as transformers saves it."""
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
         num_labels=3,
-    )  # fmt: skip
+    )
     model = transformers.ViTForImageClassification(config).eval()
     folder = tmp_path_factory.mktemp("hf") / "small-vit"
     model.save_pretrained(folder)

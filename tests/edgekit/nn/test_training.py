@@ -50,9 +50,13 @@ def test_a_resumed_run_gives_the_same_bits(stop, tiny, tiny_data, tmp_path):
     torch.manual_seed(99)  # another process would have another state
     resumed_epochs = []
     resumed = fit(
-        build("t2", tiny.arguments), tiny_data[0], SCHEDULE, **options, checkpoint=tmp_path / "c",
+        build("t2", tiny.arguments),
+        tiny_data[0],
+        SCHEDULE,
+        **options,
+        checkpoint=tmp_path / "c",
         progress=lambda done, total, loss: resumed_epochs.append(done),
-    )  # fmt: skip
+    )
     assert resumed_epochs == list(range(stop + 1, 5)), "it began where it was stopped"
     assert snapshot(resumed) == snapshot(straight)
     assert not resumed.training

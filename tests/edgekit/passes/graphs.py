@@ -87,7 +87,7 @@ def convolutional():
 
 
 def block():
-    """A transformer block without attention: x (batch, 6, 32) -> normalised -> up, Relu, down -> + x -> y."""
+    """A transformer block without attention: x (batch, 6, 32) -> normalized -> up, Relu, down -> + x -> y."""
     return graph(
         [
             ("LayerNormalization", "x gamma beta", "n", {"axis": -1}),
@@ -135,12 +135,12 @@ def dictionary():
     )
 
 
-def run(candidate, inputs, *names, optimised=True):
+def run(candidate, inputs, *names, optimized=True):
     """Outputs (or other values, by name) of the candidate under onnxruntime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    if not optimised:
+    if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     model = candidate.copy_model()
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)

@@ -201,8 +201,11 @@ def test_groups_of_heads_that_share_a_key_go_together():
     candidate = Candidate("module", arguments, build("module", arguments))
     groups = [change for change in DependencyPrune(sparsity=0.5).plan(candidate) if "groups of heads" in change.after]
     assert {change.tensor.removeprefix("attention.") for change in groups} == {
-        "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"
-    }  # fmt: skip
+        "q_proj.weight",
+        "k_proj.weight",
+        "v_proj.weight",
+        "o_proj.weight",
+    }
 
 
 def test_it_says_what_is_missing(problem, monkeypatch, tiny_candidate):
@@ -221,9 +224,14 @@ def test_it_says_what_is_missing(problem, monkeypatch, tiny_candidate):
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"sparsity": 0.99}, "sparsity"), ({"layers": {"a": -1.0}}, r"layers\.a"), ({"round_to": 0}, "round_to"),
-     ({"importance": "luck"}, "luck"), ({"epochs": -1}, "epochs")],
-)  # fmt: skip
+    [
+        ({"sparsity": 0.99}, "sparsity"),
+        ({"layers": {"a": -1.0}}, r"layers\.a"),
+        ({"round_to": 0}, "round_to"),
+        ({"importance": "luck"}, "luck"),
+        ({"epochs": -1}, "epochs"),
+    ],
+)
 def test_parameters_out_of_range_are_named(options, word):
     with pytest.raises(EdgekitError, match=word):
         DependencyPrune(**{"sparsity": 0.5, **options})

@@ -10,7 +10,7 @@ import pytest
 from edgekit.compression.recipe import Step
 from edgekit.errors import EdgekitError
 from edgekit.graph.calibration import BATCH, activations, calibration_rows, moments, ranges
-from edgekit.graph.model import serialised, specs, weights
+from edgekit.graph.model import serialized, specs, weights
 from edgekit.passes.base import GRAPH_LEVEL, Change, Context
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.passes.fold import Fold
@@ -35,12 +35,12 @@ from tests.edgekit.passes.graphs import (
 PASSES = {
     "dynamic_int8": DynamicInt8(),
     "static_int8 for CPUs": StaticInt8(),
-    "static_int8 for TensorRT": StaticInt8(form="s8s8", weight_bits=8),
+    "static_int8 for TensorRT": StaticInt8(scheme="s8s8", weight_bits=8),
     "half": Half(),
     "half, stored": Half(kind="bf16", storage=True),
     "weight_only 8": WeightOnly(smallest=256),
     "weight_only 4, gptq": WeightOnly(bits=4, rounding="gptq", smallest=256),
-    "weight_only 4, matmulnbits": WeightOnly(bits=4, form="matmulnbits", smallest=256),
+    "weight_only 4, matmulnbits": WeightOnly(bits=4, layout="matmulnbits", smallest=256),
     "fold": Fold(),
     "smooth_quant": SmoothQuant(),
     "low_rank": LowRank(rank=14),
@@ -77,7 +77,7 @@ def test_each_pass_on_each_graph(compression, make, shape):
     """It says first what it then does, leaves its candidate alone, repeats itself, and keeps inputs and outputs; or it
     says why not, when planning and when asked to do it."""
     candidate, calibration = make(), context(*shape)
-    before = serialised(candidate.model)
+    before = serialized(candidate.model)
     plan, refused = planned(compression, candidate)
     if refused:
         with pytest.raises(EdgekitError) as raised:
@@ -87,9 +87,9 @@ def test_each_pass_on_each_graph(compression, make, shape):
     assert plan
     assert all(isinstance(change, Change) and change.tensor and change.after for change in plan)
     after, again = (compression.apply(candidate, calibration) for _ in range(2))
-    assert serialised(candidate.model) == before
-    assert serialised(after.model) == serialised(again.model)
-    assert serialised(after.model) != before
+    assert serialized(candidate.model) == before
+    assert serialized(after.model) == serialized(again.model)
+    assert serialized(after.model) != before
     onnx.checker.check_model(after.model)
     assert specs(after.model, "after") == specs(candidate.model, "before")
     for rows in (1, 33):
@@ -153,9 +153,10 @@ def test_activations_that_are_not_finite_are_an_error(compute):
 def test_tied_weights_are_one_weight_with_several_readers():
     found = {weight.name: weight for weight in weights(dictionary().model)}
     assert sorted(found) == ["D", "out"]
-    assert [(use.node.name, use.axis, use.turned) for use in found["D"].uses] == [
-        ("a.MatMul", 0, False), ("b.MatMul", 1, True)
-    ]  # fmt: skip
+    assert [(use.node.name, use.axis, use.transposed) for use in found["D"].uses] == [
+        ("a.MatMul", 0, False),
+        ("b.MatMul", 1, True),
+    ]
     assert found["D"].axes == {0, 1}
     assert found["out"].axes == {0}
     gathered = graph(

@@ -12,7 +12,7 @@ from edgekit.passes.cluster import Cluster
 from edgekit.passes.dependency_prune import DependencyPrune
 from edgekit.passes.distill import Distill
 from edgekit.passes.magnitude_prune import MagnitudePrune
-from edgekit.passes.quantise import Quantise
+from edgekit.passes.quantize import Quantize
 from edgekit.passes.remove_layers import RemoveLayers
 from tests.edgekit.passes.networks import arguments_of, bundled, sequences
 
@@ -21,7 +21,7 @@ MODULE_PASSES = {
     "remove_layers": RemoveLayers(count=1, epochs=2),
     "magnitude_prune": MagnitudePrune(pattern="2:4", epochs=2),
     "cluster": Cluster(bits=4, epochs=2),
-    "quantise": Quantise(bits=8, epochs=2),
+    "quantize": Quantize(bits=8, epochs=2),
     "distill": Distill(student={"depth": 1}, epochs=2),
 }
 every_pass = pytest.mark.parametrize("compression", MODULE_PASSES.values(), ids=MODULE_PASSES)

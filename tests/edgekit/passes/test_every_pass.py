@@ -15,7 +15,7 @@ from edgekit.passes.cluster import Cluster
 from edgekit.passes.distill import Distill
 from edgekit.passes.magnitude_prune import MagnitudePrune
 from edgekit.passes.qat import Qat
-from edgekit.passes.quantise import Quantise
+from edgekit.passes.quantize import Quantize
 from edgekit.passes.structured_prune import StructuredPrune
 from tests.edgekit.passes.test_every_module_pass import MODULE_PASSES
 
@@ -25,8 +25,8 @@ PASSES = {
     "qat": Qat(epochs=2),
     "cluster": Cluster(bits=4, epochs=2),
     "cluster the classifier": Cluster(bits=2, epochs=2, include=("classifier.*",)),
-    "quantise to 8 bits": Quantise(bits=8, epochs=2),
-    "quantise the blocks to 4 bits": Quantise(bits=4, epochs=2, include=("blocks.*",)),
+    "quantize to 8 bits": Quantize(bits=8, epochs=2),
+    "quantize the blocks to 4 bits": Quantize(bits=4, epochs=2, include=("blocks.*",)),
     "distill": Distill(student={"embed_dim": 8, "heads": 2}, epochs=2),
 }
 every_pass = pytest.mark.parametrize("compression", PASSES.values(), ids=PASSES)
@@ -107,8 +107,8 @@ BAD = [
     (lambda: MagnitudePrune(sparsity=math.nan), "sparsity"),
     (lambda: Cluster(bits=9), "bits"),
     (lambda: Cluster(bits=4, learning_rate=0.0), "learning_rate"),
-    (lambda: Quantise(bits=1), "bits"),
-    (lambda: Quantise(learning_rate=math.inf), "learning_rate"),
+    (lambda: Quantize(bits=1), "bits"),
+    (lambda: Quantize(learning_rate=math.inf), "learning_rate"),
     (lambda: Distill(student={}), "student"),
 ]
 
@@ -123,7 +123,7 @@ def test_parameters_out_of_range_are_errors_that_name_them(make, word):
     ("compression", "word"),
     [
         (Cluster(bits=4, include=("nothing.*",)), "nothing"),
-        (Quantise(include=("nothing.*",)), "nothing"),
+        (Quantize(include=("nothing.*",)), "nothing"),
         (MagnitudePrune(sparsity=0.5, include=("nothing.*",)), "nothing"),
         (StructuredPrune(keep={"towers": 2}), "towers"),
         (StructuredPrune(keep={"heads": 5}), "heads = 5"),
@@ -135,8 +135,10 @@ def test_what_the_model_has_not_is_an_error_before_anything_is_done(compression,
         compression.plan(tiny_candidate)
 
 
-@pytest.mark.parametrize("second", [Cluster(bits=2, epochs=3, include=("classifier.*",)),
-                                    Quantise(bits=4, epochs=3, include=("classifier.*",))])  # fmt: skip
+@pytest.mark.parametrize(
+    "second",
+    [Cluster(bits=2, epochs=3, include=("classifier.*",)), Quantize(bits=4, epochs=3, include=("classifier.*",))],
+)
 def test_training_keeps_away_from_weights_that_are_encoded_already(second, tiny_candidate, tiny_context):
     """Otherwise the rest of the model would be trained for weights that are then put back on their codebook."""
     first = Cluster(bits=3, epochs=0, include=("blocks.*",)).apply(tiny_candidate, tiny_context)

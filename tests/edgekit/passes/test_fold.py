@@ -45,7 +45,7 @@ CASES = {
     "gemm with alpha and beta": (
         [("Gemm", "x w b", "y", {"alpha": 0.5, "beta": 3.0})], {"w": W, "b": VECTOR}, ["Gemm"],
     ),
-    "normalisation, mul, add": (
+    "normalization, mul, add": (
         [("LayerNormalization", "x g b", "a", {}), ("Mul", "a v", "c", {}), ("Add", "u c", "y", {})],
         {"g": OTHER, "b": VECTOR, "v": OTHER, "u": VECTOR}, ["LayerNormalization"],
     ),
@@ -83,8 +83,8 @@ def test_each_rule_leaves_the_function_as_it_is(nodes, tensors, left):
     onnx.checker.check_model(after.model, full_check=True)
     assert operators(after) == left
     x = normal(9, 10, N)
-    expected = run(candidate, x, optimised=False)
-    assert np.abs(run(after, x, optimised=False) - expected).max() < 1e-5 * (1 + np.abs(expected).max())
+    expected = run(candidate, x, optimized=False)
+    assert np.abs(run(after, x, optimized=False) - expected).max() < 1e-5 * (1 + np.abs(expected).max())
 
 
 def test_a_wrong_rule_would_be_seen(monkeypatch):
@@ -97,7 +97,7 @@ def test_a_wrong_rule_would_be_seen(monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_batch_normalisation_goes_into_the_convolution(bias):
+def test_batch_normalization_goes_into_the_convolution(bias):
     candidate = convolutional()
     if not bias:
         candidate.model.graph.node[0].input.pop()

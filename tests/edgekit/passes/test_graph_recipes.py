@@ -14,7 +14,7 @@ from edgekit.compression.recipe import Step
 from edgekit.compression.run import plan, run
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.graph.model import load, serialised, weights
+from edgekit.graph.model import load, serialized, weights
 from edgekit.passes.half import Half
 from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -33,7 +33,7 @@ class Still(OnnxRuntimeSession):
 @pytest.fixture
 def still(register, fake_clock, monkeypatch):
     register("edgekit.sessions", "still", Still)
-    monkeypatch.setitem(measure.FLOAT_FORMS, "still", ({"optimisation": "all"},))
+    monkeypatch.setitem(measure.FLOAT_FORMS, "still", ({"optimization": "all"},))
 
 
 def classifier():
@@ -77,7 +77,7 @@ def job(still):
         classes=("a", "b", "c", "d"),
     )
     inputs = {"x": parts[1].inputs["x"][:8]}
-    bundle = assemble_graph(manifest, serialised(candidate.model), (inputs, {"p": graphs.run(candidate, inputs["x"])}))
+    bundle = assemble_graph(manifest, serialized(candidate.model), (inputs, {"p": graphs.run(candidate, inputs["x"])}))
 
     def make(steps, **options):
         limits = Limits(max_loss=0.1, batches=(1, 16))
@@ -161,10 +161,12 @@ class SpoilsTheSecond(Planted):
     factor: float
 
     def mischief(self, graph):
-        maker = next(node for node in graph.node if "g" in node.output)
-        maker.output[0] = "g0"
+        producer = next(node for node in graph.node if "g" in node.output)
+        producer.output[0] = "g0"
         graph.initializer.append(numpy_helper.from_array(np.array(self.factor, np.float32), "factor"))
-        graph.node.insert(list(graph.node).index(maker) + 1, helper.make_node("Mul", ["g0", "factor"], ["g"], "spoil"))
+        graph.node.insert(
+            list(graph.node).index(producer) + 1, helper.make_node("Mul", ["g0", "factor"], ["g"], "spoil")
+        )
 
 
 @pytest.mark.parametrize(("factor", "kept"), [(2.5, False), (1.01, True)])
@@ -175,7 +177,7 @@ def test_an_output_that_the_metric_does_not_see_must_still_be_the_models(factor,
     made = job([("planted", {"factor": factor})], metric="error-rate")
     manifest = replace(made.source.manifest, outputs=(*made.source.manifest.outputs, TensorSpec("g", ("batch", 4))))
     inputs, outputs = made.source.golden()
-    source = assemble_graph(manifest, serialised(model), (inputs, {**outputs, "g": outputs["p"]}))
+    source = assemble_graph(manifest, serialized(model), (inputs, {**outputs, "g": outputs["p"]}))
     bundle = run(replace(made, source=source), tmp_path / "w")
     assert "output <code>g</code>" in report.render(bundle, source)
     record = bundle.manifest.records[0]
@@ -199,8 +201,15 @@ def test_a_pass_that_has_nothing_to_do_is_rolled_back_with_the_reason(name, job,
 
 def test_calibration_data_of_the_wrong_shape_is_refused(job, tmp_path):
     wrong = job([("static_int8", {})])
-    wrong = Job(wrong.source, wrong.recipe, Dataset({"x": normal(1, 50, 31)}, np.zeros(50, np.int64)), wrong.test,
-                wrong.limits, wrong.metric, wrong.runtime)  # fmt: skip
+    wrong = Job(
+        wrong.source,
+        wrong.recipe,
+        Dataset({"x": normal(1, 50, 31)}, np.zeros(50, np.int64)),
+        wrong.test,
+        wrong.limits,
+        wrong.metric,
+        wrong.runtime,
+    )
     bundle = run(wrong, tmp_path / "w")
     assert verdicts(bundle) == [("static_int8", False)]
     assert "calibration data does not fit the graph: input 'x' has shape" in bundle.manifest.records[0]["reason"]

@@ -82,14 +82,14 @@ def test_compute_in_half(make, shape):
 
 
 def test_sensitive_operators_stay_in_float32_and_the_list_decides():
-    def normalised(compression):
+    def normalized(compression):
         after = compression.apply(block(), context(6, 32))
         kinds = types(after)
         node = next(node for node in after.model.graph.node if node.op_type == "LayerNormalization")
         return {kinds[name] for name in node.input}
 
-    assert normalised(Half()) == {TensorProto.FLOAT}
-    assert normalised(Half(keep=("Softmax",))) == {TensorProto.FLOAT16}
+    assert normalized(Half()) == {TensorProto.FLOAT}
+    assert normalized(Half(keep=("Softmax",))) == {TensorProto.FLOAT16}
     after = Half(keep_nodes=("h3.*",)).apply(block(), context(6, 32))
     assert stored(after)["down"].dtype == np.float32
     assert np.array_equal(stored(after)["down"], stored(block())["down"])

@@ -24,7 +24,7 @@ from tests.edgekit.passes.graphs import (
     run,
     size,
     stored,
-)  # fmt: skip
+)
 
 FLOAT64 = np.float64
 
@@ -76,7 +76,7 @@ def test_static_int8_is_the_integer_arithmetic_of_the_paper(form):
     candidate = mlp()
     calibration = rows(candidate, 64)
     seen = calibration.train.inputs["x"]
-    after = StaticInt8(form=form, samples=64).apply(candidate, calibration)
+    after = StaticInt8(scheme=form, samples=64).apply(candidate, calibration)
     x = normal(7, 200, 32)
     expected = reference(stored(candidate), x, seen, form)
     assert same_rows(run(after, x), expected) > 0.85
@@ -97,7 +97,7 @@ def test_dynamic_int8_takes_the_range_of_the_batch():
     assert relative(run(after, x), halved) > 0.1
 
 
-def test_every_product_of_the_plan_is_quantised_gemm_included():
+def test_every_product_of_the_plan_is_quantized_gemm_included():
     after = DynamicInt8().apply(mlp(), context(32))
     assert operators(after).count("MatMulInteger") == 2
     assert not {name for name, value in stored(after).items() if value.ndim == 2 and value.dtype == np.float32}
@@ -150,14 +150,14 @@ def test_the_entropy_threshold_against_a_plain_loop():
 
 
 def test_the_form_for_tensorrt_has_no_zero_points_and_no_integer_bias():
-    after = StaticInt8(form="s8s8").apply(convolutional(), context(3, 8, 8))
+    after = StaticInt8(scheme="s8s8").apply(convolutional(), context(3, 8, 8))
     tensors = stored(after)
     zeros = [tensors[node.input[2]] for node in after.model.graph.node if node.op_type == "QuantizeLinear"]
     assert zeros
     assert not any(value.any() for value in zeros)
     assert {value.dtype for value in zeros} == {np.dtype(np.int8)}
     assert not any(value.dtype == np.int32 for value in tensors.values())
-    cpu = stored(StaticInt8(form="u8s8").apply(convolutional(), context(3, 8, 8)))
+    cpu = stored(StaticInt8(scheme="u8s8").apply(convolutional(), context(3, 8, 8)))
     assert any(value.dtype == np.int32 for value in cpu.values()), "the twin: the other form has integer biases"
 
 
@@ -283,9 +283,9 @@ def test_no_calibration_data_at_all():
 
 def test_the_seed_chooses_the_rows_and_the_same_seed_the_same():
     first, again, other = (
-        stored(StaticInt8(samples=8).apply(mlp(), context_)) for context_ in
-        (context(32), context(32), type(context(32))(context(32).train, None, seed=9))
-    )  # fmt: skip
+        stored(StaticInt8(samples=8).apply(mlp(), context_))
+        for context_ in (context(32), context(32), type(context(32))(context(32).train, None, seed=9))
+    )
     assert first["x.scale"] == again["x.scale"]
     assert first["x.scale"] != other["x.scale"]
 
@@ -293,7 +293,7 @@ def test_the_seed_chooses_the_rows_and_the_same_seed_the_same():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: StaticInt8(form="u8u8"), "unknown form 'u8u8'; expected one of: u8s8, s8s8"),
+        (lambda: StaticInt8(scheme="u8u8"), "unknown scheme 'u8u8'; expected one of: u8s8, s8s8"),
         (lambda: StaticInt8(method="mse"), "unknown method 'mse'"),
         (lambda: StaticInt8(samples=0), "samples = 0"),
         (lambda: StaticInt8(percentile=3.0), "percentile = 3"),
@@ -308,7 +308,7 @@ def test_mistakes_name_what_is_allowed(make, words):
 
 
 def test_results_are_valid_graphs():
-    for compression in (DynamicInt8(), StaticInt8(form="u8s8"), StaticInt8(form="s8s8")):
+    for compression in (DynamicInt8(), StaticInt8(scheme="u8s8"), StaticInt8(scheme="s8s8")):
         after = compression.apply(convolutional(), context(3, 8, 8))
         onnx.checker.check_model(after.model, full_check=True)
         assert isinstance(after, GraphCandidate)
@@ -318,16 +318,18 @@ def test_results_are_valid_graphs():
 def fused(candidate, tmp_path):
     """The operators that onnxruntime really runs."""
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(candidate.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
 
 
 def test_onnxruntime_finds_an_integer_kernel_for_every_product(tmp_path):
     for make, shape, kernel in (
-        (mlp, (32,), "QGemm"), (block, (6, 32), "MatMulIntegerToFloat"), (convolutional, (3, 8, 8), "QLinearConv")
-    ):  # fmt: skip
+        (mlp, (32,), "QGemm"),
+        (block, (6, 32), "MatMulIntegerToFloat"),
+        (convolutional, (3, 8, 8), "QLinearConv"),
+    ):
         kinds = fused(StaticInt8().apply(make(), context(*shape)), tmp_path)
         assert kernel in kinds
         assert not {"MatMul", "Gemm", "Conv"} & set(kinds)

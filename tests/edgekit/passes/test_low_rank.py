@@ -61,9 +61,9 @@ def test_the_graph_computes_the_product_of_the_factors(make, shape, activations)
     for item in whole.graph.initializer:
         if f"{item.name}.left" in tensors:
             left, right = tensors[f"{item.name}.left"].astype(np.float64), tensors[f"{item.name}.right"]
-            turned = item.name == "down" and make is mlp
-            product = (left @ (right.T if turned else right)).astype(np.float32)
-            item.CopyFrom(onnx.numpy_helper.from_array(product.T if turned else product, item.name))
+            transposed = item.name == "down" and make is mlp
+            product = (left @ (right.T if transposed else right)).astype(np.float32)
+            item.CopyFrom(onnx.numpy_helper.from_array(product.T if transposed else product, item.name))
     x = normal(9, 20, *shape)
     expected = run(type(candidate)(whole), x)
     assert np.abs(run(after, x) - expected).max() < 1e-4

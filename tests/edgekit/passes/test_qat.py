@@ -1,4 +1,4 @@
-"""Quantisation-aware training: the rounding is that of the int8 pass after it, and training through it helps."""
+"""Quantization-aware training: the rounding is that of the int8 pass after it, and training through it helps."""
 
 import numpy as np
 import pytest
@@ -50,9 +50,10 @@ def test_the_int8_pass_after_it_does_not_move_the_weights(tiny_job):
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in after.model.graph.initializer}
     wanted = model.blocks[0].expand.weight.detach().numpy().T  # a MatMul holds it the other way round
     node = next(
-        node for node in after.model.graph.node
+        node
+        for node in after.model.graph.node
         if node.op_type == "DequantizeLinear" and "expand.weight" in node.input[0]
-    )  # fmt: skip
+    )
     codes, scale = (stored[name].astype(np.float32) for name in node.input[:2])
     assert np.allclose(codes * scale, wanted, atol=1e-6)
     untrained = job.source.model().blocks[0].expand.weight.detach().numpy().T  # planted: off the grid

@@ -19,7 +19,7 @@ from edgekit.compression.recipe import Step
 from edgekit.compression.run import _context, applied, candidate_of, check_order
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.graph.model import serialised
+from edgekit.graph.model import serialized
 from edgekit.nn.training import tensors
 from edgekit.passes.base import Candidate
 from edgekit.passes.qat_int8 import QatInt8
@@ -43,20 +43,20 @@ def networks(tiny_bundle, tiny_data):
     return found
 
 
-def step_of(low, high, form):
-    return max(-low, high) / 127 if form == "s8s8" else (max(high, 0.0) - min(low, 0.0)) / 255
+def step_of(low, high, scheme):
+    return max(-low, high) / 127 if scheme == "s8s8" else (max(high, 0.0) - min(low, 0.0)) / 255
 
 
-def rounded(x, low, high, form):
+def rounded(x, low, high, scheme):
     """x on 8 bits over a range: 255 steps and a zero point, or 127 of either sign."""
-    scale = step_of(low, high, form)
-    if form == "s8s8":
+    scale = step_of(low, high, scheme)
+    if scheme == "s8s8":
         return torch.clamp(torch.round(x / scale), -127, 127) * scale
     zero = round(-min(low, 0.0) / scale)
     return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
 
 
-def by_hand(job: Job, form: str, bits: int = 7):
+def by_hand(job: Job, scheme: str, bits: int = 7):
     """Outputs on the test rows of the network in float64, its products rounded by hooks; ranges from the training rows
     that the pass draws."""
     model = copy.deepcopy(job.source.model()).double().eval()
@@ -67,7 +67,7 @@ def by_hand(job: Job, form: str, bits: int = 7):
 
     def on_range(key, x):
         low, high = ranges.setdefault(key, (float(x.min()), float(x.max())))
-        return rounded(x, low, high, form)
+        return rounded(x, low, high, scheme)
 
     steps, flat = {}, set()  # of weights; names of modules that run as Conv or Gemm, whose bias is int32
 
@@ -85,23 +85,23 @@ def by_hand(job: Job, form: str, bits: int = 7):
         module.weight.data = torch.round(module.weight.data / scale) * scale
         steps[name] = scale.flatten()
         module.register_forward_pre_hook(enter)
-        if isinstance(module, nn.Conv2d) and form == "u8s8":
+        if isinstance(module, nn.Conv2d) and scheme == "u8s8":
             relu = torch.relu if name in RECTIFIED else lambda y: y
             module.register_forward_hook(lambda _, __, y, name=name, relu=relu: on_range(f"{name} out", relu(y)))
     rows = np.sort(np.random.default_rng(job.seed).permutation(len(job.train))[:CALIBRATION])
     with torch.no_grad():
         model(*[x.double() for x in tensors(job.train.take(rows))])
-        for name in flat if form == "u8s8" else ():
-            step = step_of(*ranges[name], form) * steps[name]
+        for name in flat if scheme == "u8s8" else ():
+            step = step_of(*ranges[name], scheme) * steps[name]
             bias = model.get_submodule(name).bias
             bias.copy_(torch.round(bias / step) * step)
         return model(*[x.double() for x in tensors(job.test)]).softmax(dim=-1).numpy()
 
 
 @pytest.fixture(scope="module")
-def quantised(networks):
-    """quantised(kind, form): what the pass makes of a network without training, made once."""
-    return functools.cache(lambda kind, form: applied(networks[kind], step(form=form)))
+def quantized(networks):
+    """quantized(kind, scheme): what the pass makes of a network without training, made once."""
+    return functools.cache(lambda kind, scheme: applied(networks[kind], step(scheme=scheme)))
 
 
 def outputs(job, bundle):
@@ -115,31 +115,31 @@ def step(**parameters):
 CASES = [("t2", "u8s8"), ("t2", "s8s8"), ("transformer", "u8s8"), ("convnet", "u8s8")]
 
 
-@pytest.mark.parametrize(("kind", "form"), CASES)
-def test_the_graph_computes_what_rounding_by_hand_gives(networks, quantised, kind, form):
+@pytest.mark.parametrize(("kind", "scheme"), CASES)
+def test_the_graph_computes_what_rounding_by_hand_gives(networks, quantized, kind, scheme):
     job = networks[kind]
-    got = outputs(job, quantised(kind, form))
-    expected = by_hand(job, form)
+    got = outputs(job, quantized(kind, scheme))
+    expected = by_hand(job, scheme)
     assert graphs.relative(got, expected) < 1e-3  # a value that lies at a tie may fall either way
     wrong = {
         "not rounded": outputs(job, job.source),
-        "8 bits for 7": by_hand(job, form, bits=8),
-        "the other form": by_hand(job, "s8s8" if form == "u8s8" else "u8s8"),
+        "8 bits for 7": by_hand(job, scheme, bits=8),
+        "the other scheme": by_hand(job, "s8s8" if scheme == "u8s8" else "u8s8"),
     }
     for what, planted in wrong.items():
         assert graphs.relative(got, planted) > 2e-3, what
 
 
-@pytest.mark.parametrize(("kind", "form"), CASES)
-def test_the_forms_hold_what_their_runtimes_read(quantised, kind, form):
-    candidate = candidate_of(quantised(kind, form))
+@pytest.mark.parametrize(("kind", "scheme"), CASES)
+def test_the_forms_hold_what_their_runtimes_read(quantized, kind, scheme):
+    candidate = candidate_of(quantized(kind, scheme))
     stored, nodes = graphs.stored(candidate), candidate.model.graph.node
     rounders = [node for node in nodes if node.op_type == "QuantizeLinear"]
     assert rounders
     assert all(node.input[0] not in stored for node in rounders), "a weight is stored in float32 and rounded again"
     zeros = [stored[node.input[2]] for node in rounders]
-    assert {zero.dtype for zero in zeros} == {np.dtype(np.uint8 if form == "u8s8" else np.int8)}
-    assert any(zeros) == (form == "u8s8")
+    assert {zero.dtype for zero in zeros} == {np.dtype(np.uint8 if scheme == "u8s8" else np.int8)}
+    assert any(zeros) == (scheme == "u8s8")
     made = {output: node for node in nodes for output in node.output}
     products = [node for node in nodes if node.op_type in ("MatMul", "Gemm", "Conv")]
     weighted = [node for node in products if made[node.input[1]].op_type == "DequantizeLinear"]
@@ -151,13 +151,13 @@ def test_the_forms_hold_what_their_runtimes_read(quantised, kind, form):
         assert np.abs(codes).max() == 63  # 7 bits, and every channel reaches them
         assert made[node.input[0]].op_type == "DequantizeLinear"
         if node.op_type != "MatMul":
-            assert (node.input[2] in stored) == (form == "s8s8"), "int32 biases in one form, float32 in the other"
+            assert (node.input[2] in stored) == (scheme == "s8s8"), "int32 biases in one scheme, float32 in the other"
     weights = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear" and node.input[0] in stored}
     assert not [node for node in nodes if node.op_type == "Transpose" and node.input[0] in weights]
 
 
-def test_batches_of_any_length_give_the_same_rows(networks, quantised):
-    job, bundle = networks["t2"], quantised("t2", "u8s8")
+def test_batches_of_any_length_give_the_same_rows(networks, quantized):
+    job, bundle = networks["t2"], quantized("t2", "u8s8")
     whole = outputs(job, bundle)
     shape = candidate_of(bundle).model.graph.input[0].type.tensor_type.shape.dim[0]
     assert shape.dim_param
@@ -179,7 +179,7 @@ def test_training_recovers_what_two_bits_lose_repeats_itself_and_leaves_its_cand
     rough = accuracy(graphs.run(QatInt8(weight_bits=2, epochs=0).apply(candidate, context), dict(job.test.inputs)))
     training = QatInt8(weight_bits=2, epochs=3, learning_rate=3e-3)
     first, second = (training.apply(candidate, context) for _ in range(2))
-    assert serialised(first.model) == serialised(second.model)
+    assert serialized(first.model) == serialized(second.model)
     assert {name: value.tobytes() for name, value in candidate.weights().items()} == before
     assert whole - rough > 0.02, "two bits should hurt, or the test shows nothing"
     assert accuracy(graphs.run(first, dict(job.test.inputs))) > rough + 0.5 * (whole - rough)
@@ -256,21 +256,22 @@ def test_without_torchao_the_error_names_the_extra(networks, monkeypatch):
         applied(networks["t2"], step())
 
 
-@pytest.mark.parametrize(("options", "words"), [({"form": "u8u8"}, "u8s8"), ({"weight_bits": 1}, "weight_bits")])
+@pytest.mark.parametrize(("options", "words"), [({"scheme": "u8u8"}, "u8s8"), ({"weight_bits": 1}, "weight_bits")])
 def test_bad_parameters(options, words):
     with pytest.raises(EdgekitError, match=words):
         QatInt8(**options)
 
 
-def test_int32_biases_are_the_float_ones(networks, quantised):
-    job, candidate = networks["convnet"], candidate_of(quantised("convnet", "u8s8"))
+def test_int32_biases_are_the_float_ones(networks, quantized):
+    job, candidate = networks["convnet"], candidate_of(quantized("convnet", "u8s8"))
     stored = {item.name: numpy_helper.to_array(item) for item in candidate.model.graph.initializer}
     wanted = job.source.model().head.bias.detach().numpy()
     errors = [
         np.abs(stored[node.input[0]].astype(np.float64) * stored[node.input[1]] - wanted) / stored[node.input[1]]
         for node in candidate.model.graph.node
-        if node.op_type == "DequantizeLinear" and stored.get(node.input[0], np.zeros(0)).dtype == np.int32
+        if node.op_type == "DequantizeLinear"
+        and stored.get(node.input[0], np.zeros(0)).dtype == np.int32
         and stored[node.input[0]].shape == wanted.shape
-    ]  # fmt: skip
+    ]
     assert len(errors) == 1
     assert errors[0].max() < 0.501  # of a step

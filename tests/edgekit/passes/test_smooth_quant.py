@@ -24,7 +24,7 @@ OUTLIERS[[3, 17]] = 60
 
 
 def attention(shared=False):
-    """A normalisation with two outlying features, three products that read it, one that reads their sum."""
+    """A normalization with two outlying features, three products that read it, one that reads their sum."""
     names = ("q", "k", "v")
     weights = {name: normal(number, 32, 24, scale=0.2) for number, name in enumerate(names)}
     if shared:
@@ -45,7 +45,7 @@ def attention(shared=False):
 
 
 def scaled(beta=True):
-    """Mul and Add of their own instead of a normalisation."""
+    """Mul and Add of their own instead of a normalization."""
     return graph(
         [("Relu", "x", "r", {}), ("Mul", "r gamma", "s", {}), ("Add", "beta s", "n", {}), ("MatMul", "n w", "y", {})],
         {"gamma": normal(1, 32) * OUTLIERS, "beta": normal(2, 32), "w": normal(3, 32, 16)},
@@ -75,8 +75,8 @@ def test_the_scales_are_those_of_equation_4(alpha):
     after = stored(SmoothQuant(alpha=alpha, samples=100).apply(candidate, calibration))
     before = stored(candidate)
     x = calibration.train.inputs["x"].astype(np.float64)
-    normalised = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
-    seen = np.abs(normalised * before["gamma"] + before["beta"]).max(axis=0)
+    normalized = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+    seen = np.abs(normalized * before["gamma"] + before["beta"]).max(axis=0)
     largest = np.abs(np.hstack([before[name] for name in "qkv"])).max(axis=1)
     expected = seen**alpha / largest ** (1 - alpha)
     assert np.allclose(after["q"] / before["q"], expected[:, None], rtol=1e-4)
@@ -95,7 +95,7 @@ def test_int8_loses_less_after_it():
     expected = run(candidate, x)
     errors = []
     for model in (candidate, SmoothQuant().apply(candidate, calibration)):
-        errors.append(relative(run(StaticInt8(weight_bits=8).apply(model, calibration), x, optimised=False), expected))
+        errors.append(relative(run(StaticInt8(weight_bits=8).apply(model, calibration), x, optimized=False), expected))
     assert errors[1] < 0.5 * errors[0], errors
 
 
@@ -111,7 +111,7 @@ def test_features_that_are_zero_are_left():
     assert smoothing(np.array([0.0, 4.0, 4.0]), np.array([1.0, 0.0, 1.0]), 0.5).tolist() == [1.0, 1.0, 2.0]
 
 
-def test_a_normalisation_with_another_reader_is_left_and_named():
+def test_a_normalization_with_another_reader_is_left_and_named():
     candidate = graph(
         [("LayerNormalization", "x g b", "n", {}), ("MatMul", "n w", "a", {}), ("Add", "a n", "y", {})],
         {"g": normal(1, 16), "b": normal(2, 16), "w": normal(3, 16, 16)},
@@ -135,25 +135,33 @@ def test_a_tied_weight_is_left_and_named():
 
 def test_a_weight_that_two_readers_of_one_activation_share_is_scaled_once():
     candidate = graph(
-        [("LayerNormalization", "x g", "n", {}), ("MatMul", "n w", "a", {}), ("MatMul", "n w", "b", {}),
-         ("Mul", "a b", "y", {})],
+        [
+            ("LayerNormalization", "x g", "n", {}),
+            ("MatMul", "n w", "a", {}),
+            ("MatMul", "n w", "b", {}),
+            ("Mul", "a b", "y", {}),
+        ],
         {"g": normal(1, 16) * 9, "w": normal(3, 16, 16)},
         {"x": ("batch", 16)},
         {"y": ("batch", 16)},
-    )  # fmt: skip
+    )
     after = SmoothQuant().apply(candidate, context(16))
     x = normal(5, 9, 16)
     assert relative(run(after, x), run(candidate, x)) < 1e-5
 
 
-def test_a_scale_that_two_normalisations_share_is_parted():
+def test_a_scale_that_two_normalizations_share_is_parted():
     candidate = graph(
-        [("LayerNormalization", "x g", "n", {}), ("MatMul", "n w", "a", {}),
-         ("LayerNormalization", "a g", "m", {}), ("MatMul", "m v", "y", {})],
+        [
+            ("LayerNormalization", "x g", "n", {}),
+            ("MatMul", "n w", "a", {}),
+            ("LayerNormalization", "a g", "m", {}),
+            ("MatMul", "m v", "y", {}),
+        ],
         {"g": normal(1, 16) * 9, "w": normal(3, 16, 16), "v": normal(4, 16, 16)},
         {"x": ("batch", 16)},
         {"y": ("batch", 16)},
-    )  # fmt: skip
+    )
     after = SmoothQuant().apply(candidate, context(16))
     x = normal(5, 9, 16)
     assert relative(run(after, x), run(candidate, x)) < 1e-5
@@ -165,7 +173,7 @@ def test_the_plan_and_what_has_no_place_for_it():
     assert [change.after for change in SmoothQuant().plan(candidate)] == ["features balanced with q, k, v"]
     assert candidate.model.SerializeToString() == before
     for other in (mlp(), dictionary()):
-        with pytest.raises(EdgekitError, match="no product directly after a normalisation"):
+        with pytest.raises(EdgekitError, match="no product directly after a normalization"):
             SmoothQuant().plan(other)
     with pytest.raises(EdgekitError, match="alpha = 2"):
         SmoothQuant(alpha=2.0)

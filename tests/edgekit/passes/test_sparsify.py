@@ -82,10 +82,11 @@ def test_wanda_loses_less_where_inputs_differ():
     candidate = type(candidate)(copied)
     x = calibration.train.inputs["x"]
     errors = {
-        score: relative(run(Sparsify(score=score, include=("up",)).apply(candidate, calibration), x, "h0"),
-                        run(candidate, x, "h0"))
+        score: relative(
+            run(Sparsify(score=score, include=("up",)).apply(candidate, calibration), x, "h0"), run(candidate, x, "h0")
+        )
         for score in ("wanda", "magnitude")
-    }  # fmt: skip
+    }
     assert errors["wanda"] < 0.7 * errors["magnitude"], errors
 
 

@@ -118,8 +118,10 @@ def test_without_labels_the_models_own_answers_count(tiny_candidate, tiny_contex
     pruned = StructuredPrune(keep={"heads": 2}, epochs=1).apply(tiny_candidate, replace(tiny_context, train=bare))
     assert pruned.arguments["heads"] == 2
     groups = prunable_groups("t2", tiny_candidate.model)
-    blind, seeing = (importance(tiny_candidate.model, groups, replace(tiny_context, train=data))
-                     for data in (bare, tiny_context.train))  # fmt: skip
+    blind, seeing = (
+        importance(tiny_candidate.model, groups, replace(tiny_context, train=data))
+        for data in (bare, tiny_context.train)
+    )
     assert torch.corrcoef(torch.stack([torch.cat(blind), torch.cat(seeing)]))[0, 1] > 0.9, (
         "the model is right on nearly all rows"
     )

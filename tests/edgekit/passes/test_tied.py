@@ -38,9 +38,12 @@ def job(tmp_path, monkeypatch):
     (tmp_path / "tied_nets.py").write_text(NETS)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     source = from_factory(
-        "tied_nets:build", arguments={}, weights=None, inputs=[parse_spec("x:float32:batch,12")],
+        "tied_nets:build",
+        arguments={},
+        weights=None,
+        inputs=[parse_spec("x:float32:batch,12")],
         outputs=["probabilities"],
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     rows = Dataset({"x": rng.normal(0, 1, (90, 12)).astype(np.float32)}, np.arange(90) % 3)
     yield Job(source, [], rows, rows)
@@ -50,7 +53,7 @@ def job(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "step",
     [
-        Step("cluster", {"bits": 3, "epochs": 1}), Step("quantise", {"bits": 4, "epochs": 1}),
+        Step("cluster", {"bits": 3, "epochs": 1}), Step("quantize", {"bits": 4, "epochs": 1}),
         Step("magnitude_prune", {"sparsity": 0.5, "epochs": 1}),
     ],
     ids=lambda step: step.name,

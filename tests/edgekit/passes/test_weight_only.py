@@ -87,12 +87,12 @@ def expected_weights(candidate, bits, group):
     for item in copied.graph.initializer:
         value = onnx.numpy_helper.to_array(item)
         if value.ndim == 2 and value.size >= 256:
-            turned = item.name == "down" and value.shape[0] == 10  # read by a Gemm with transB
-            rows = (value.T if turned else value).astype(np.float64)
+            transposed = item.name == "down" and value.shape[0] == 10  # read by a Gemm with transB
+            rows = (value.T if transposed else value).astype(np.float64)
             padded = np.pad(rows, ((0, -len(rows) % group), (0, 0))).reshape(-1, group, rows.shape[1])
             scale = np.abs(padded).max(axis=1, keepdims=True) / (2 ** (bits - 1) - 1)
             grid = (np.round(padded / scale) * scale).reshape(-1, rows.shape[1])[: len(rows)]
-            item.CopyFrom(onnx.numpy_helper.from_array(np.float32(grid.T if turned else grid), item.name))
+            item.CopyFrom(onnx.numpy_helper.from_array(np.float32(grid.T if transposed else grid), item.name))
     return type(candidate)(copied)
 
 
@@ -101,7 +101,7 @@ def expected_weights(candidate, bits, group):
 @pytest.mark.parametrize(("make", "shape"), CASES.values(), ids=CASES)
 def test_the_graph_computes_with_the_rounded_weights(make, shape, bits, form):
     candidate = make()
-    after = WeightOnly(bits=bits, form=form, smallest=256).apply(candidate, context(*shape))
+    after = WeightOnly(bits=bits, layout=form, smallest=256).apply(candidate, context(*shape))
     onnx.checker.check_model(after.model)
     x = normal(9, 30, *shape)
     reference = expected_weights(candidate, bits, 32)
@@ -119,7 +119,7 @@ def test_the_portable_form_is_exact_and_of_the_standard_alone(bits):
     after = WeightOnly(bits=bits, smallest=256).apply(mlp(), context(32))
     assert {entry.domain for entry in after.model.opset_import} == {""}
     onnx.checker.check_model(after.model, full_check=True)
-    weights = run(after, normal(1, 2, 32), "up", optimised=False)
+    weights = run(after, normal(1, 2, 32), "up", optimized=False)
     expected = stored(expected_weights(mlp(), bits, 32))["up"]
     assert np.abs(weights - expected).max() <= 1e-6 * np.abs(expected).max()
 
@@ -153,7 +153,7 @@ def test_a_tied_dictionary_has_one_set_of_codes(rounding):
     x = normal(1, 2, 32)
     assert np.array_equal(run(after, x, "D"), run(after, x, "Dt").T)
     assert sum(value.size == 32 * 32 for value in stored(after).values()) == 2
-    left = {c.tensor: c.after for c in WeightOnly(form="matmulnbits").plan(dictionary())}
+    left = {c.tensor: c.after for c in WeightOnly(layout="matmulnbits").plan(dictionary())}
     assert left["D"].startswith("left in float32: tied")
 
 
@@ -175,7 +175,7 @@ def test_planning_changes_nothing_and_the_same_again_gives_the_same():
 
 
 def test_matmulnbits_takes_gemm_apart_and_leaves_its_bias():
-    after = WeightOnly(form="matmulnbits", smallest=256).apply(mlp(), context(32))
+    after = WeightOnly(layout="matmulnbits", smallest=256).apply(mlp(), context(32))
     assert operators(after) == ["MatMulNBits", "Add", "Relu", "MatMulNBits", "Add"]
 
 
@@ -186,7 +186,7 @@ def test_a_gemm_with_alpha_is_left_alone_by_matmulnbits():
         {"x": ("batch", 32)},
         {"y": ("batch", 32)},
     )
-    after = {c.tensor: c.after for c in WeightOnly(form="matmulnbits").plan(candidate)}
+    after = {c.tensor: c.after for c in WeightOnly(layout="matmulnbits").plan(candidate)}
     assert after["w"].startswith("left in float32: a.Gemm has alpha")
 
 
@@ -196,7 +196,7 @@ def test_a_gemm_with_alpha_is_left_alone_by_matmulnbits():
         (lambda: WeightOnly(bits=3), "bits = 3; expected 8 or 4"),
         (lambda: WeightOnly(group=48), "group = 48; expected 32 or 64 or 128"),
         (lambda: WeightOnly(rounding="up"), "unknown rounding 'up'"),
-        (lambda: WeightOnly(form="gguf"), "unknown form 'gguf'"),
+        (lambda: WeightOnly(layout="gguf"), "unknown layout 'gguf'"),
         (lambda: WeightOnly(include=("head*",)).plan(mlp()), r"no weight matches head\*; the graph has up, down"),
         (lambda: WeightOnly(smallest=10**6).plan(mlp()), "no matrix is left .*fewer than 1000000"),
         (lambda: WeightOnly(rounding="gptq").apply(mlp(), context(31)), "does not fit the graph"),

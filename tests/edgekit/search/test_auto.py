@@ -18,7 +18,7 @@ from edgekit.compression.run import run
 from edgekit.errors import EdgekitError
 from edgekit.search import auto
 from edgekit.search.auto import LONGER, held_out, search
-from edgekit.search.outcomes import Outcome, Targets, finals, promising
+from edgekit.search.outcomes import Constraints, Outcome, finalists, promising
 from edgekit.search.sensitivity import sensitivities
 
 
@@ -33,7 +33,7 @@ def silent(what, done, total):
 
 def test_the_search_finds_a_smaller_model_within_its_targets(job, tmp_path):
     said = []
-    found = search(job, Targets(max_loss=0.05), tmp_path / "w", trials=5, notify=said.append)
+    found = search(job, Constraints(max_loss=0.05), tmp_path / "w", trials=5, notify=said.append)
     assert len(pack(found.bundle)) < 0.7 * len(pack(job.source))
     summary = found.bundle.manifest.metrics["compression"]
     assert summary["change"]["value"] <= 0.05
@@ -45,7 +45,7 @@ def test_the_search_finds_a_smaller_model_within_its_targets(job, tmp_path):
 
 
 def test_its_recipe_gives_the_same_bytes_again(job, tmp_path):
-    found = search(job, Targets(max_loss=0.05), tmp_path / "w", trials=3)
+    found = search(job, Constraints(max_loss=0.05), tmp_path / "w", trials=3)
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml(found.recipe))
     again = run(replace(job, recipe=recipe.read(path)), tmp_path / "elsewhere")
@@ -53,9 +53,9 @@ def test_its_recipe_gives_the_same_bytes_again(job, tmp_path):
 
 
 def test_a_search_goes_on_where_it_was(job, tmp_path):
-    first = search(job, Targets(max_loss=0.05), tmp_path / "w", trials=2)
+    first = search(job, Constraints(max_loss=0.05), tmp_path / "w", trials=2)
     said = []
-    more = search(job, Targets(max_loss=0.05), tmp_path / "w", trials=4, notify=said.append)
+    more = search(job, Constraints(max_loss=0.05), tmp_path / "w", trials=4, notify=said.append)
     assert said[0] == "resuming the search after 2 trials"
     assert more.outcomes[:2] == tuple(
         replace(o, on_front=n.on_front) for o, n in zip(first.outcomes, more.outcomes[:2], strict=True)
@@ -68,12 +68,12 @@ def test_a_metric_under_which_more_is_better_is_refused_before_any_trial(job, tm
     monkeypatch.setattr(metrics, "metric", lambda name: accuracy)
     monkeypatch.setattr(auto, "run", lambda *_, **__: pytest.fail("a trial has begun"))
     with pytest.raises(EdgekitError, match="lower must be better"):
-        search(job, Targets(max_loss=0.05), tmp_path / "w", trials=1)
+        search(job, Constraints(max_loss=0.05), tmp_path / "w", trials=1)
 
 
 def test_targets_that_cannot_be_met_are_an_error_that_says_how_near_it_came(job, tmp_path):
     with pytest.raises(EdgekitError, match=r"no recipe keeps to max-loss 0.05, max-size 10"):
-        search(job, Targets(max_loss=0.05, max_size=10), tmp_path / "w", trials=2)
+        search(job, Constraints(max_loss=0.05, max_size=10), tmp_path / "w", trials=2)
 
 
 def test_trials_never_see_the_test_rows(job):
@@ -110,10 +110,10 @@ def test_the_weight_that_matters_most_comes_first(job):
 
 def test_what_fits():
     outcome = Outcome(0, (), loss=0.01, bytes=1000, speedup=1.2, latency_ms=3.0)
-    assert outcome.fits(Targets(0.01, 1000, 3.0))
-    for targets in (Targets(0.009), Targets(0.01, 999), Targets(0.01, None, 2.9)):
-        assert not outcome.fits(targets)
-    assert not replace(outcome, loss=math.nan).fits(Targets(1.0))
+    assert outcome.fits(Constraints(0.01, 1000, 3.0))
+    for constraints in (Constraints(0.009), Constraints(0.01, 999), Constraints(0.01, None, 2.9)):
+        assert not outcome.fits(constraints)
+    assert not replace(outcome, loss=math.nan).fits(Constraints(1.0))
 
 
 PRUNED = (Step("structured_prune", {"keep": {"heads": 1}, "epochs": 2}),)
@@ -126,8 +126,8 @@ def speed(outcome):
 def test_only_a_loss_that_recovery_may_mend_is_worth_a_longer_one():
     near = Outcome(1, PRUNED, loss=0.05, bytes=1000, speedup=3.0, latency_ms=1.0)
     best = Outcome(0, PRUNED, loss=0.0, bytes=1000, speedup=2.0, latency_ms=1.0)
-    assert promising(near, Targets(0.02), [best], speed)
-    assert promising(near, Targets(0.02), [], speed)
+    assert promising(near, Constraints(0.02), [best], speed)
+    assert promising(near, Constraints(0.02), [], speed)
     worse = {
         "keeps to the limit": replace(near, loss=0.01),
         "too far off": replace(near, loss=0.3),
@@ -138,9 +138,9 @@ def test_only_a_loss_that_recovery_may_mend_is_worth_a_longer_one():
         "does not fit the memory": replace(near, fits_memory=False),
     }
     for why, outcome in worse.items():
-        assert not promising(outcome, Targets(0.02), [best], speed), why
-    assert not promising(near, Targets(0.02, max_size=999), [best], speed)
-    assert promising(near, Targets(0.02), [replace(best, loss=0.05, speedup=9.0)], speed), "that one does not fit"
+        assert not promising(outcome, Constraints(0.02), [best], speed), why
+    assert not promising(near, Constraints(0.02, max_size=999), [best], speed)
+    assert promising(near, Constraints(0.02), [replace(best, loss=0.05, speedup=9.0)], speed), "that one does not fit"
 
 
 def test_the_last_round_takes_what_the_noise_leaves_open_and_no_more():
@@ -150,7 +150,7 @@ def test_the_last_round_takes_what_the_noise_leaves_open_and_no_more():
     few_rows = replace(safe, number=3, loss=0.06, low=0.0, speedup=5.0)
     old = replace(noisy, number=4, low=math.nan)
     nothing = replace(safe, number=5, recipe=())
-    found = finals([safe, noisy, lost, few_rows, old, nothing], Targets(0.02), speed)
+    found = finalists([safe, noisy, lost, few_rows, old, nothing], Constraints(0.02), speed)
     assert [outcome.number for outcome in found] == [1, 0]
 
 
@@ -159,7 +159,7 @@ def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
     heavy = {"removed": 0.5, "form": "float32", "exempt": 0, "apart": 0.0}
     monkeypatch.setattr(auto, "starts", lambda space: [heavy])
     said = []
-    first = search(job, Targets(max_loss=5.0), tmp_path / "measure", trials=1)
+    first = search(job, Constraints(max_loss=5.0), tmp_path / "measure", trials=1)
     short = first.outcomes[0].loss
     recovered = []
     real = auto.run
@@ -171,7 +171,7 @@ def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
     monkeypatch.setattr(auto, "run", run)
     limit = 0.45 * short  # farther off than noise goes
     assert short > 0.05, "the toy is no longer hurt by losing half of its units"
-    found = search(job, Targets(max_loss=limit), tmp_path / "w", trials=1, notify=said.append)
+    found = search(job, Constraints(max_loss=limit), tmp_path / "w", trials=1, notify=said.append)
     longest = found.outcomes[0].recipe[0].parameters["epochs"]
     assert recovered[:2] == [[2], [2 * LONGER[0]]]
     assert longest in (2 * factor for factor in LONGER)
@@ -181,7 +181,7 @@ def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
     # planted: a search that judges by the short recovery finds nothing
     monkeypatch.setattr(auto, "LONGER", ())
     with pytest.raises(EdgekitError, match="no trial came near"):
-        search(job, Targets(max_loss=limit / 2), tmp_path / "planted", trials=1)
+        search(job, Constraints(max_loss=limit / 2), tmp_path / "planted", trials=1)
 
 
 def last_round(job, monkeypatch, tmp_path, trials, results):
@@ -201,9 +201,7 @@ def last_round(job, monkeypatch, tmp_path, trials, results):
     monkeypatch.setattr(auto, "_outcome", outcome_of)
     monkeypatch.setattr(auto, "run", run)
     monkeypatch.setattr(auto, "of_bundle", lambda bundle: ())
-    found = auto._finish(
-        job, Targets(0.02), trials, (), speed, tmp_path, lambda line: None, lambda *state: None
-    )  # fmt: skip
+    found = auto._finish(job, Constraints(0.02), trials, (), speed, tmp_path, lambda line: None, lambda *state: None)
     return found.bundle.manifest.metrics["search"]["chosen"], tried
 
 

@@ -13,7 +13,7 @@ from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import plan
 from edgekit.errors import EdgekitError
-from edgekit.graph.model import serialised
+from edgekit.graph.model import serialized
 from edgekit.nn.families import build
 from edgekit.search import space as module
 from edgekit.search.sensitivity import Sensitivity, sensitivities
@@ -78,7 +78,7 @@ def test_only_recipes_that_can_be_run_are_suggested(room):
             met[step.name] += 1
         if seed < 6:
             plan(replace(room.job, recipe=steps))
-    assert {"dependency_prune", "remove_layers", "cluster", "quantise", "dynamic_int8", "qat_int8"} <= set(met)
+    assert {"dependency_prune", "remove_layers", "cluster", "quantize", "dynamic_int8", "qat_int8"} <= set(met)
 
 
 def test_of_a_family_too(tiny_job):
@@ -138,22 +138,22 @@ def test_matrices_may_become_thin_and_outliers_move_before_int8(tiny_job):
         "smooth_quant",
         "dynamic_int8",
     ]
-    assert not smoothable(job)  # t2 adds the residual before it normalises: nothing to balance
+    assert not smoothable(job)  # t2 adds the residual before it normalizes: nothing to balance
     assert names(suggested(Space(job), form="dynamic_int8")) == ["dynamic_int8"]
     nano = replace(job, target=profile.find("jetson-nano"))
     assert names(suggested(Space(nano), form="low_rank")) == ["low_rank"]
 
 
-def test_outliers_are_balanced_where_a_product_follows_a_normalisation(tiny_job):
+def test_outliers_are_balanced_where_a_product_follows_a_normalization(tiny_job):
     weights = {"g": np.ones(8, np.float32), "b": np.zeros(8, np.float32), "w": graphs.normal(1, 8, 4)}
     nodes = [("LayerNormalization", "x g b", "n", {}), ("MatMul", "n w", "y", {})]
     candidate = graphs.graph(nodes, weights, {"x": ("batch", 8)}, {"y": ("batch", 4)})
     x = graphs.normal(2, 8, 8)
     manifest = Manifest("even", "onnx", {}, (TensorSpec("x", ("batch", 8)),), (TensorSpec("y", ("batch", 4)),))
-    bundle = assemble_graph(manifest, serialised(candidate.model), ({"x": x}, {"y": graphs.run(candidate, x)}))
+    bundle = assemble_graph(manifest, serialized(candidate.model), ({"x": x}, {"y": graphs.run(candidate, x)}))
     job = replace(tiny_job([]), source=bundle)
     assert smoothable(job)
-    assert not set(forms(job)) & {"qat_int8", "cluster", "quantise"}, "a graph is not trained"
+    assert not set(forms(job)) & {"qat_int8", "cluster", "quantize"}, "a graph is not trained"
     space = explored(job, ())
     assert (space.groups, space.stack) == ((), ("", 0))
     trial = Choice(form="static_int8")
@@ -243,15 +243,15 @@ def test_a_family_gives_each_kind_of_unit_a_share_of_its_own(tiny_job):
 def test_bits_by_sensitivity(room):
     """8 for what is exempt, a bit more for the more sensitive half of the rest, in one pass where they are the same."""
     order = [item.name for item in room.ranked]
-    most, more, exact = suggested(room, form="quantise", exempt=2, wider=1, **{"quantise bits": 4})
+    most, more, exact = suggested(room, form="quantize", exempt=2, wider=1, **{"quantize bits": 4})
     coded = order[2:]
     half = len(coded) // 2
     assert (most.parameters["bits"], most.parameters["include"]) == (4, coded[half:])
     assert (more.parameters["bits"], more.parameters["include"]) == (5, coded[:half])
     assert (exact.parameters["bits"], exact.parameters["include"]) == (8, order[:2])
-    (same,) = suggested(room, form="quantise", wider=2, **{"quantise bits": 8})
+    (same,) = suggested(room, form="quantize", wider=2, **{"quantize bits": 8})
     assert same.parameters["include"] == order
-    assert len(suggested(room, form="quantise", wider=0, **{"quantise bits": 4})) == 1
+    assert len(suggested(room, form="quantize", wider=0, **{"quantize bits": 4})) == 1
 
 
 def test_recovery_is_longer_at_the_end():
@@ -259,7 +259,7 @@ def test_recovery_is_longer_at_the_end():
     assert lengthened(trial).parameters["epochs"] == FULL["dependency_prune"]
     assert lengthened(trial, 12).parameters["epochs"] == 12 * SHORT["dependency_prune"]
     assert lengthened(lengthened(trial, 12)).parameters["epochs"] == 24, "never shorter than what was judged"
-    untrained = Step("quantise", {"bits": 8, "epochs": 0})
+    untrained = Step("quantize", {"bits": 8, "epochs": 0})
     assert lengthened(untrained) == untrained
     assert lengthened(Step("dynamic_int8", {})) == Step("dynamic_int8", {})
     assert set(SHORT) == set(FULL)

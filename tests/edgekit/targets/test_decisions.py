@@ -11,7 +11,7 @@ from edgekit.compression.run import plan, run
 from edgekit.errors import EdgekitError
 from edgekit.search import auto
 from edgekit.search.auto import search
-from edgekit.search.outcomes import Outcome, Targets
+from edgekit.search.outcomes import Constraints, Outcome
 from edgekit.search.space import Space, forms, starts, suggest
 from edgekit.targets import decisions, local, profile
 from edgekit.targets.decisions import allowed, estimated, fitted, needed, rounded, with_defaults
@@ -48,7 +48,7 @@ def test_a_pass_that_is_not_for_the_target_is_refused(target, step, reason):
     ("target", "step"),
     [
         (P40, Step("half", {"storage": True})), (P40, Step("static_int8", {})), (P40, Step("dynamic_int8", {})),
-        (NANO, Step("half", {})), (NANO, Step("quantise", {"bits": 8, "epochs": 0})),
+        (NANO, Step("half", {})), (NANO, Step("quantize", {"bits": 8, "epochs": 0})),
         (NANO, Step("cluster", {"bits": 4})), (RTX, Step("half", {})), (RTX, Step("half", {"kind": "bf16"})),
         (RTX, Step("static_int8", {})), (AVX512, Step("dynamic_int8", {})), (ORIN, Step("weight_only", {"bits": 8})),
     ],
@@ -71,14 +71,14 @@ def test_channels_are_kept_in_the_targets_multiples(target, multiple):
 
 
 @pytest.mark.parametrize(
-    ("target", "form", "bits"), [(P40, "s8s8", 8), (RTX, "s8s8", 8), (AVX512, "u8s8", 7), (PI, "s8s8", 7)]
+    ("target", "scheme", "bits"), [(P40, "s8s8", 8), (RTX, "s8s8", 8), (AVX512, "u8s8", 7), (PI, "s8s8", 7)]
 )
-def test_int8_graphs_are_in_the_targets_form(target, form, bits):
+def test_int8_graphs_are_in_the_targets_scheme(target, scheme, bits):
     built = with_defaults(target, Step("static_int8", {})).build()
-    assert (built.form, built.weight_bits) == (form, bits)
-    other = {"form": "u8s8" if form == "s8s8" else "s8s8", "weight_bits": 15 - bits}
+    assert (built.scheme, built.weight_bits) == (scheme, bits)
+    other = {"scheme": "u8s8" if scheme == "s8s8" else "s8s8", "weight_bits": 15 - bits}
     given = with_defaults(target, Step("static_int8", other)).build()
-    assert (given.form, given.weight_bits) == tuple(other.values()), "the recipe says otherwise"
+    assert (given.scheme, given.weight_bits) == tuple(other.values()), "the recipe says otherwise"
 
 
 def test_the_form_of_another_pass_is_left_alone():
@@ -194,10 +194,10 @@ class Trial:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        (None, ["float32", "cluster", "quantise", "dynamic_int8", "half", "low_rank", "static_int8", "qat_int8"]),
-        (P40, ["float32", "cluster", "quantise", "dynamic_int8", "half", "low_rank", "static_int8", "qat_int8"]),
-        (NANO, ["float32", "cluster", "quantise", "half", "low_rank"]),
-        (RTX, ["float32", "cluster", "quantise", "half", "low_rank", "static_int8", "qat_int8"]),
+        (None, ["float32", "cluster", "quantize", "dynamic_int8", "half", "low_rank", "static_int8", "qat_int8"]),
+        (P40, ["float32", "cluster", "quantize", "dynamic_int8", "half", "low_rank", "static_int8", "qat_int8"]),
+        (NANO, ["float32", "cluster", "quantize", "half", "low_rank"]),
+        (RTX, ["float32", "cluster", "quantize", "half", "low_rank", "static_int8", "qat_int8"]),
     ],
 )
 def test_the_search_tries_only_what_is_allowed(tiny_job, target, expected):
@@ -223,15 +223,15 @@ def test_the_search_keeps_to_an_estimated_latency(tiny_job, tmp_path):
     generous = estimated(NANO, float_graph(job.source), float_graph(job.source), job.source.golden()[0], (1,))[
         0
     ].after_ms
-    found = search(job, Targets(max_loss=0.5, max_latency=1.01 * generous), tmp_path, trials=3)
+    found = search(job, Constraints(max_loss=0.5, max_latency=1.01 * generous), tmp_path, trials=3)
     assert found.bundle.manifest.metrics["compression"]["estimated_on"] == "jetson-nano"
     assert all(step.name not in ("dynamic_int8", "static_int8") for o in found.outcomes for step in o.recipe)
     with pytest.raises(EdgekitError, match=r"max-latency 1e-06 .*ms \(estimate\)|no trial came near"):
-        search(job, Targets(max_loss=0.5, max_latency=1e-6), tmp_path, trials=2)
+        search(job, Constraints(max_loss=0.5, max_latency=1e-6), tmp_path, trials=2)
 
 
 def test_an_outcome_that_does_not_fit_is_no_result():
     outcome = Outcome(0, (), 0.0, 10, 1.0, 1.0)
-    assert outcome.fits(Targets(1.0))
-    assert not replace(outcome, fits_memory=False).fits(Targets(1.0))
+    assert outcome.fits(Constraints(1.0))
+    assert not replace(outcome, fits_memory=False).fits(Constraints(1.0))
     assert "fits_memory" in auto.NUMBERS

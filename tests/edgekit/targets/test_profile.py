@@ -21,8 +21,17 @@ ISSUE = {
     "jetson-orin-nx-16gb", "jetson-agx-orin-32gb", "jetson-agx-orin-64gb", "h200", "x86-avx2", "x86-avx512",
     "raspberry-pi-5",
 }  # fmt: skip
-WORDS = ("data sheet", "vendor", "measured", "computed", "assumed", "general knowledge", "guide", "nvpmodel",
-         "Deep-Learning-Accelerator")  # fmt: skip
+WORDS = (
+    "data sheet",
+    "vendor",
+    "measured",
+    "computed",
+    "assumed",
+    "general knowledge",
+    "guide",
+    "nvpmodel",
+    "Deep-Learning-Accelerator",
+)
 OPSETS = {"8.2": 13, "8.5": 17, "8.6": 17, "10": 21, "11": 21, "1.7": 21}  # newest, by generation of TensorRT
 CAPABILITIES = {
     "tesla-p40": "6.1", "jetson-nano": "5.3", "jetson-tx2": "6.2", "jetson-xavier-nx": "7.2", "rtx-3060-12gb": "8.6",
@@ -123,10 +132,14 @@ def test_compute_capabilities(name, capability):
 def test_rates_follow_from_units_and_clocks():
     """Against the clocks and the operations per clock and multiprocessor of the CUDA guide."""
     for name, units, clock, float16 in (
-        ("jetson-nano", 1, 0.9216e9, 512), ("jetson-tx2", 2, 1.3e9, 512), ("tesla-p40", 30, 1.531e9, 4),
-        ("rtx-3060-12gb", 28, 1.777e9, 1024), ("jetson-xavier-nx", 6, 1.1e9, 1024),
-        ("jetson-orin-nano-8gb-super", 8, 1.02e9, 2048), ("jetson-agx-orin-64gb", 16, 1.3e9, 2048),
-    ):  # fmt: skip
+        ("jetson-nano", 1, 0.9216e9, 512),
+        ("jetson-tx2", 2, 1.3e9, 512),
+        ("tesla-p40", 30, 1.531e9, 4),
+        ("rtx-3060-12gb", 28, 1.777e9, 1024),
+        ("jetson-xavier-nx", 6, 1.1e9, 1024),
+        ("jetson-orin-nano-8gb-super", 8, 1.02e9, 2048),
+        ("jetson-agx-orin-64gb", 16, 1.3e9, 2048),
+    ):
         target = profile.find(name)
         per_unit = 2 * target.units["CUDA cores"] / target.units["SMs"]
         assert target.units["SMs"] == units

@@ -84,8 +84,9 @@ def test_a_changed_weight_shows():
 def test_few_models_are_compiled_and_the_oldest_make_room(monkeypatch):
     compiled = []
     real = Session._compile
-    monkeypatch.setattr(Session, "_compile", lambda self, rows: compiled.append(len(rows["light_curve"])) or
-                        real(self, rows))  # fmt: skip
+    monkeypatch.setattr(
+        Session, "_compile", lambda self, rows: compiled.append(len(rows["light_curve"])) or real(self, rows)
+    )
     bundle = MODELS["plain"]
     session = Session(bundle, threads=1)
     for rows in range(1, 50):

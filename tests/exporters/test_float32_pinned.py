@@ -9,11 +9,11 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.passes.half import Half
-from exporters.exact import MOVING, TYPED, Exact, exact
-from exporters.for_target import place, typed
+from exporters.float32_pinned import MOVING, TYPED, Float32Pinned, float32_pinned
 from exporters.onnx_export import OnnxExporter
+from exporters.target_graph import deployment_target, target_graph
 from exporters.tensorrt_export import options
-from tests.exporters.test_generations import graph, node, quantised
+from tests.exporters.test_parser_versions import graph, node, quantized
 
 
 def types(model, inputs):
@@ -34,7 +34,9 @@ def written():
     from tests.toys import toy_bundle
 
     bundle = toy_bundle(context=2)
-    got = typed(OnnxExporter(weights="float32").float_graph(bundle), place("jetson-xavier-nx", "tensorrt"))
+    got = target_graph(
+        OnnxExporter(weights="float32").float_graph(bundle), deployment_target("jetson-xavier-nx", "tensorrt")
+    )
     return got, bundle.golden()[0]
 
 
@@ -50,68 +52,74 @@ def test_what_computes_in_float32_is_what_is_named(written):
         and any(kinds[name] == np.float32 for name in item.input if name)
     }
     operators = {item.name: item.op_type for item in got.model.graph.node}
-    named = {name for name in got.exact.layers if operators[name] not in MOVING}
+    named = {name for name in got.pinned.layers if operators[name] not in MOVING}
     assert named == alone
     assert {"Softmax", "ReduceMean", "Sqrt", "Div"} <= {operators[name] for name in named}
-    assert not {"MatMul", "Gemm"} & {operators[name] for name in got.exact.layers}
+    assert not {"MatMul", "Gemm"} & {operators[name] for name in got.pinned.layers}
     assert len(named) < len(operators) / 2
 
 
 def test_results_that_are_narrowed_at_once_are_not_held(written):
     """A softmax that hands on half computes in float32; its result need not be written so."""
     got, _ = written
-    assert "blocks.0.attention.Softmax" in set(got.exact.layers) - set(got.exact.outputs)
-    assert {"blocks.0.norm1.LayerNormalization.Sub", "blocks.0.norm1.LayerNormalization.Sqrt"} <= set(got.exact.outputs)
+    assert "blocks.0.attention.Softmax" in set(got.pinned.layers) - set(got.pinned.outputs)
+    assert {"blocks.0.norm1.LayerNormalization.Sub", "blocks.0.norm1.LayerNormalization.Sqrt"} <= set(
+        got.pinned.outputs
+    )
 
 
 def test_a_softmax_that_the_graph_has_in_half_is_not_named():
     model = graph(node("Softmax", ("x",), ("s",)), node("Relu", ("s",)))
-    assert exact(model).layers == ("s.Softmax", "layer.Relu")
-    assert exact(Half(keep=()).converted(model)).layers == ()
+    assert float32_pinned(model).layers == ("s.Softmax", "layer.Relu")
+    assert float32_pinned(Half(keep=()).converted(model)).layers == ()
 
 
 def test_moving_is_held_only_between_layers_that_are():
     turn = node("Transpose", ("e",), ("t",), perm=[0, 1])
     held = graph(node("Exp", ("x",), ("e",)), turn, node("Softmax", ("t",)))
-    assert "t.Transpose" in exact(held).layers
+    assert "t.Transpose" in float32_pinned(held).layers
     half = helper.make_node("Cast", ["t"], ["h"], "h.Cast", to=onnx.TensorProto.FLOAT16)
     back = helper.make_node("Cast", ["h"], ["y"], "y.Cast", to=onnx.TensorProto.FLOAT)
-    assert exact(graph(node("Exp", ("x",), ("e",)), turn, half, back)) == Exact(("e.Exp",), ("e.Exp",))
+    assert float32_pinned(graph(node("Exp", ("x",), ("e",)), turn, half, back)) == Float32Pinned(("e.Exp",), ("e.Exp",))
 
 
 def test_beside_int8_sums_are_held_and_products_are_not():
     """The graph is float32 where it is not int8, and the Xavier's plan lets the builder put that into half."""
-    model = quantised(np.int8(0))
+    model = quantized(np.int8(0))
     last = model.graph.node[-1]
     assert last.output[0] == "y"
     last.output[0] = "products"
     model.graph.node.append(node("Softmax", ("products",)))
-    got = typed(model, place("jetson-xavier-nx", "tensorrt"))
-    assert (got.precision, got.exact.layers) == ("int8", ("layer.Softmax",))
-    assert typed(model, place("tesla-p40", "tensorrt")).exact == Exact()  # whose plan has no half
+    got = target_graph(model, deployment_target("jetson-xavier-nx", "tensorrt"))
+    assert (got.precision, got.pinned.layers) == ("int8", ("layer.Softmax",))
+    assert (
+        target_graph(model, deployment_target("tesla-p40", "tensorrt")).pinned == Float32Pinned()
+    )  # whose plan has no half
 
 
 @pytest.mark.parametrize(("name", "stack"), [("rtx-3060-12gb", "TensorRT 10"), ("jetson-orin-nano-8gb", "")])
 def test_strong_typing_needs_no_list(written, name, stack):
     got, _ = written
-    assert typed(got.model, place(name, "tensorrt", stack)).exact == Exact()
+    assert target_graph(got.model, deployment_target(name, "tensorrt", stack)).pinned == Float32Pinned()
 
 
 def test_tensorrt_10_is_told_the_same_where_a_stack_asks_for_weak_typing(written):
     """It takes both; a device file of one's own may choose flags."""
     got, _ = written
-    where = place("rtx-3060-12gb", "tensorrt", "TensorRT 10")
+    where = deployment_target("rtx-3060-12gb", "tensorrt", "TensorRT 10")
     weak = replace(where, stack=replace(where.stack, typing="weak"))
-    found = options(weak, "float16", {}, 512, 3, typed(got.model, weak).exact)
+    found = options(weak, "float16", {}, 512, 3, target_graph(got.model, weak).pinned)
     assert {"--fp16", "--precisionConstraints=prefer"} <= set(found)
     assert "--stronglyTyped" not in found
-    assert {option[2:].partition("=")[0] for option in found} <= weak.generation.flags
+    assert {option[2:].partition("=")[0] for option in found} <= weak.parser_version.flags
 
 
 def test_options_are_what_trtexec_reads():
-    kept = Exact(("b:0", "a"), ("a",))
+    kept = Float32Pinned(("b:0", "a"), ("a",))
     assert kept.options() == [
-        "--precisionConstraints=prefer", "--layerPrecisions=a:fp32,b:0:fp32", "--layerOutputTypes=a:fp32"
-    ]  # fmt: skip
-    assert Exact().options() == []
-    assert Exact(("a,b", "it's")).options() == []
+        "--precisionConstraints=prefer",
+        "--layerPrecisions=a:fp32,b:0:fp32",
+        "--layerOutputTypes=a:fp32",
+    ]
+    assert Float32Pinned().options() == []
+    assert Float32Pinned(("a,b", "it's")).options() == []

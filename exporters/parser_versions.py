@@ -25,7 +25,7 @@ RTX = "rtx"
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class ParserVersion:
     """One generation. `flags`: options of its trtexec, without dashes; `dialect`: its word for what build.sh needs."""
 
     name: str
@@ -55,7 +55,7 @@ class Generation:
         values = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in _nodes(model.graph.node):
             if node.domain not in ("", "ai.onnx"):
-                yield node, f"domain {node.domain!r} is a runtime's own; export without that runtime's optimisations"
+                yield node, f"domain {node.domain!r} is a runtime's own; export without that runtime's optimizations"
             elif node.op_type not in self.operators:
                 yield node, _instead(node.op_type)
             elif node.op_type in self.single and any(node.output[1:]):
@@ -83,7 +83,7 @@ def _nodes(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:
 
 def _instead(operator: str) -> str:
     if operator in ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"):
-        return "no such operator; quantise with the pass static_int8, form = 's8s8'"
+        return "no such operator; quantize with the pass static_int8, scheme = 's8s8'"
     return "no such operator; rewrite that layer with others"
 
 
@@ -91,7 +91,7 @@ def _asymmetric(node: NodeProto, values: Mapping[str, TensorProto]) -> str:
     """What is wrong with a pair's zero point or type; empty if nothing."""
     stored = values.get(node.input[0])
     if stored is not None and stored.data_type == TensorProto.INT32:
-        return "an int32 bias; quantise with the pass static_int8, form = 's8s8', which leaves biases in float32"
+        return "an int32 bias; quantize with the pass static_int8, scheme = 's8s8', which leaves biases in float32"
     if len(node.input) < 3 or not node.input[2]:
         return "" if node.op_type == "DequantizeLinear" else "without a zero point its codes are uint8"
     zero = values.get(node.input[2])
@@ -99,41 +99,45 @@ def _asymmetric(node: NodeProto, values: Mapping[str, TensorProto]) -> str:
         return "its zero point is not stored in the graph"
     if zero.data_type in (TensorProto.UINT8, TensorProto.INT32, TensorProto.UINT16, TensorProto.INT16):
         kind = TensorProto.DataType.Name(zero.data_type).lower()
-        return f"codes are {kind}, which must be int8; quantise with form = 's8s8'"
+        return f"codes are {kind}, which must be int8; quantize with scheme = 's8s8'"
     if zero.data_type == TensorProto.INT8 and np.any(numpy_helper.to_array(zero)):
-        return "its zero point is not 0; quantise with form = 's8s8'"
+        return "its zero point is not 0; quantize with scheme = 's8s8'"
     return ""
 
 
 @cache
-def generations() -> Mapping[str, Generation]:
+def parser_versions() -> Mapping[str, ParserVersion]:
     """All generations, by name, oldest first."""
     table: dict[str, dict[str, Any]] = tomllib.loads(TABLE.read_text("utf-8"))
-    found: dict[str, Generation] = {}
+    found: dict[str, ParserVersion] = {}
     for name, own in table.items():
         base = found.get(own.get("after", ""))
         operators = (base.operators if base else frozenset()) | set(own.get("operators", ()))
         flags = (base.flags if base else frozenset()) | set(own.get("flags", ()))
         stored = {key: tuple(numbers) for key, numbers in own["stored"].items()} if "stored" in own else None
-        found[name] = Generation(
-            name, own["opset"], own["typing"], operators - set(own.get("without", ())),
+        found[name] = ParserVersion(
+            name,
+            own["opset"],
+            own["typing"],
+            operators - set(own.get("without", ())),
             stored if stored is not None else base.stored if base else {},
             frozenset(own["single"]) if "single" in own else base.single if base else frozenset(),
             frozenset(own["resize"]) if "resize" in own else base.resize if base else frozenset(),
-            flags - set(own.get("without_flags", ())), own.get("dialect", {}),
-        )  # fmt: skip
+            flags - set(own.get("without_flags", ())),
+            own.get("dialect", {}),
+        )
     return found
 
 
-def generation(stack: Stack) -> Generation | None:
+def parser_version(stack: Stack) -> ParserVersion | None:
     """The generation of a stack's parser; None for runtimes without one."""
     if stack.runtime == "tensorrt-rtx":
-        return generations()[RTX]
+        return parser_versions()[RTX]
     if stack.runtime != "tensorrt":
         return None
-    known = [name for name in generations() if name != RTX]
+    known = [name for name in parser_versions() if name != RTX]
     parts = stack.tensorrt.split(".")
     for name in (".".join(parts[:2]), parts[0]):
         if name in known:
-            return generations()[name]
+            return parser_versions()[name]
     raise unknown("TensorRT generation", stack.tensorrt or "(none given)", known, where=stack.name)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from edgekit.passes.magnitude_prune import MagnitudePrune
-from edgekit.passes.quantise import CLIPS, Grid, Quantise, best_scale, rounded
+from edgekit.passes.quantize import CLIPS, FakeQuantize, Quantize, best_scale, rounded
 
 
 def numpy_error(weight, scale, bits):
@@ -51,22 +51,22 @@ def test_rows_of_zeros_and_of_one_value():
 
 def test_gradients_pass_through_the_rounding():
     weight = torch.tensor([[0.11, -0.52, 0.0]], requires_grad=True)
-    grid = Grid(weight.detach(), 4)
+    grid = FakeQuantize(weight.detach(), 4)
     (grid(weight) * torch.tensor([[2.0, 3.0, 5.0]])).sum().backward()
     assert weight.grad.tolist() == [[2.0, 3.0, 0.0]]  # the third is a pruned weight and stays where it is
 
 
-def test_zeros_survive_quantising_and_its_training(tiny_candidate, tiny_context):
+def test_zeros_survive_quantizing_and_its_training(tiny_candidate, tiny_context):
     pruned = MagnitudePrune(sparsity=0.6, epochs=1).apply(tiny_candidate, tiny_context)
-    quantised = Quantise(bits=8, epochs=4, learning_rate=1e-2).apply(pruned, tiny_context)
-    for name in quantised.encodings:
-        assert not quantised.weights()[name][pruned.weights()[name] == 0].any(), name
-    free = Quantise(bits=8, epochs=4, learning_rate=1e-2).apply(tiny_candidate, tiny_context)
+    quantized = Quantize(bits=8, epochs=4, learning_rate=1e-2).apply(pruned, tiny_context)
+    for name in quantized.encodings:
+        assert not quantized.weights()[name][pruned.weights()[name] == 0].any(), name
+    free = Quantize(bits=8, epochs=4, learning_rate=1e-2).apply(tiny_candidate, tiny_context)
     assert all(np.mean(free.weights()[name] == 0) < 0.2 for name in free.encodings)
 
 
 def test_the_plan_and_what_happened(tiny_candidate, tiny_context):
-    compression = Quantise(bits=5, epochs=1)
+    compression = Quantize(bits=5, epochs=1)
     plan = compression.plan(tiny_candidate)
     after = compression.apply(tiny_candidate, tiny_context)
     assert [change.tensor for change in plan] == list(after.encodings)
@@ -83,6 +83,6 @@ def test_eight_bits_cost_next_to_nothing_and_two_bits_a_lot(tiny_candidate, tiny
     original = probabilities(tiny_candidate.model, tiny_data[1])
     moved = {}
     for bits in (8, 2):
-        after = Quantise(bits=bits, epochs=0).apply(tiny_candidate, tiny_context)
+        after = Quantize(bits=bits, epochs=0).apply(tiny_candidate, tiny_context)
         moved[bits] = np.abs(probabilities(after.model, tiny_data[1]) - original).max()
     assert moved[8] < 0.1 < moved[2]

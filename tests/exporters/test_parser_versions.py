@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.errors import EdgekitError
 from edgekit.graph.opset import to_opset
 from edgekit.targets import profile
-from exporters.generations import RTX, generation, generations
+from exporters.parser_versions import RTX, parser_version, parser_versions
 
 NAMES = ("8.2", "8.5", "8.6", "10", "11", RTX)
 
@@ -29,10 +29,10 @@ def node(operator, inputs, outputs=("y",), **attributes):
 
 
 def test_generations_are_in_order_and_say_how_they_are_called():
-    assert tuple(generations()) == NAMES
-    opsets = [item.opset for item in generations().values()]
+    assert tuple(parser_versions()) == NAMES
+    opsets = [item.opset for item in parser_versions().values()]
     assert opsets == [13, 17, 17, 21, 24, 24]
-    for item in generations().values():
+    for item in parser_versions().values():
         assert item.typing in ("weak", "strong", "either")
         for operator in item.operators:
             assert any(s.name == operator and s.domain == "" for s in onnx.defs.get_all_schemas()), operator
@@ -44,32 +44,32 @@ def test_every_target_with_tensorrt_has_a_generation():
     for name in profile.names():
         for stack in profile.find(name).stacks:
             if stack.runtime.startswith("tensorrt"):
-                found[name, stack.tensorrt] = generation(stack).name
-                assert stack.opset <= generation(stack).opset
+                found[name, stack.tensorrt] = parser_version(stack).name
+                assert stack.opset <= parser_version(stack).opset
     assert found["jetson-nano", "8.2.1"] == "8.2"
     assert found["jetson-xavier-nx", "8.5.2"] == "8.5"
     assert found["tesla-p40", "8.6.1"] == "8.6"
     assert found["jetson-orin-nano-8gb", "10.3"] == "10"
     assert found["rtx-3060-12gb", "1.7.1.116"] == RTX
-    assert generation(profile.find("x86-avx2").stack) is None
+    assert parser_version(profile.find("x86-avx2").stack) is None
 
 
 def test_an_unknown_generation_lists_those_that_are_known():
     stack = profile.Stack("TensorRT 9", "tensorrt", "a test", tensorrt="9.3.0")
     with pytest.raises(EdgekitError, match=r"unknown TensorRT generation '9\.3\.0'.*8\.2, 8\.5, 8\.6, 10, 11"):
-        generation(stack)
+        parser_version(stack)
 
 
 def test_what_the_generations_brought():
     """The facts that exporting depends on, from the releases' own documents."""
-    has = {name: item.operators for name, item in generations().items()}
+    has = {name: item.operators for name, item in parser_versions().items()}
     assert [name for name in NAMES if "LayerNormalization" in has[name]] == ["8.6", "10", "11", RTX]
     assert [name for name in NAMES if "Trilu" in has[name]] == ["8.5", "8.6", "10", "11", RTX]
     assert [name for name in NAMES if "Gelu" in has[name]] == ["10", "11", RTX]
     assert "DeformConv" in has["11"] - has[RTX]
     for lacking in ("QLinearMatMul", "MatMulInteger", "DynamicQuantizeLinear", "Unique", "SkipLayerNormalization"):
         assert not any(lacking in operators for operators in has.values())
-    flags = {name: item.flags for name, item in generations().items()}
+    flags = {name: item.flags for name, item in parser_versions().items()}
     assert [name for name in NAMES[:5] if "stronglyTyped" in flags[name]] == ["10"]
     assert [name for name in NAMES[:5] if "fp16" in flags[name]] == ["8.2", "8.5", "8.6", "10"]
     assert [name for name in NAMES[:5] if "builderOptimizationLevel" in flags[name]] == ["8.6", "10", "11"]
@@ -81,7 +81,7 @@ CODES, SCALES = np.ones((8, 8), np.int8), np.ones(8, np.float32)
 ZEROS, ONE = np.zeros(8, np.int8), np.float32(1)
 
 
-def quantised(zero, *, bias=None):
+def quantized(zero, *, bias=None):
     """x in codes, times a weight in codes; with a bias in codes, if one is given."""
     nodes = [
         node("QuantizeLinear", ("x", "one", "zero"), ("codes",)),
@@ -106,11 +106,11 @@ BAD = {
     "unknown operator": (graph(node("Unique", ("x",))), "'layer.Unique' .Unique.: no such operator"),
     "dynamic int8": (
         graph(node("DynamicQuantizeLinear", ("x",), ("y", "s", "z"))),
-        "quantise with the pass static_int8, form = 's8s8'",
+        "quantize with the pass static_int8, scheme = 's8s8'",
     ),
-    "uint8": (quantised(np.uint8(0)), "codes are uint8, which must be int8"),
-    "zero point": (quantised(np.int8(3)), "its zero point is not 0"),
-    "int32 bias": (quantised(np.int8(0), bias=np.ones(8, np.int32)), "an int32 bias"),
+    "uint8": (quantized(np.uint8(0)), "codes are uint8, which must be int8"),
+    "zero point": (quantized(np.int8(3)), "its zero point is not 0"),
+    "int32 bias": (quantized(np.int8(0), bias=np.ones(8, np.int32)), "an int32 bias"),
     "no zero point": (graph(node("QuantizeLinear", ("x", "one")), one=ONE), "without a zero point its codes are uint8"),
     "second output": (
         graph(node("MaxPool", ("x",), ("y", "where"), kernel_shape=[2])), "it has its first output only",
@@ -128,19 +128,19 @@ def test_bad_graphs_are_refused_with_node_and_reason(name, case):
     model, reason = case
     model.opset_import[0].version = 13
     with pytest.raises(EdgekitError, match=f"does not take node .*{reason}"):
-        generations()[name].refuse(model)
+        parser_versions()[name].refuse(model)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_symmetric_int8_is_taken(name):
-    model = quantised(np.int8(0))
+    model = quantized(np.int8(0))
     model.opset_import[0].version = 13
-    generations()[name].refuse(model)
+    parser_versions()[name].refuse(model)
 
 
 def test_a_newer_opset_is_refused():
     with pytest.raises(EdgekitError, match=r"TensorRT 8\.2 reads ONNX opsets up to 13; the graph is in 17"):
-        generations()["8.2"].refuse(graph(node("Relu", ("x",))))
+        parser_versions()["8.2"].refuse(graph(node("Relu", ("x",))))
 
 
 def test_an_operator_inside_a_branch_is_seen():
@@ -149,12 +149,12 @@ def test_an_operator_inside_a_branch_is_seen():
     )
     model = graph(node("If", ("flag",), then_branch=inner, else_branch=inner), flag=np.array(True))
     with pytest.raises(EdgekitError, match="Unique"):
-        generations()["11"].refuse(model)
+        parser_versions()["11"].refuse(model)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layer_normalisation_reaches_every_generation(name):
-    item = generations()[name]
+def test_layer_normalization_reaches_every_generation(name):
+    item = parser_versions()[name]
     model = graph(node("LayerNormalization", ("x", "scale", "bias")), scale=SCALES, bias=SCALES)
     lowered = to_opset(model, min(17, item.opset), item.operators)
     item.refuse(lowered.model)

@@ -9,7 +9,7 @@ Status = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Finding:
     """One finding. error: it, or the target, cannot work like this; warning: slower than it need be, or not certain."""
 
     name: str

@@ -29,10 +29,10 @@ CLIPS = np.linspace(0.5, 1.0, 26)  # shares of a row's largest weight tried as t
 
 
 @dataclass(frozen=True, slots=True)
-class Quantise:
+class Quantize:
     """`bits`: 8 (int8) down to 2; activations stay in float, so every runtime can use it."""
 
-    name: ClassVar[str] = "quantise"
+    name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "put weights on a uniform grid, one scale per output row, then recover"
 
     bits: int = 8
@@ -62,7 +62,7 @@ class Quantise:
         grids = {}
         for name in names:
             module, attribute = owner(model, name)
-            grids[name] = Grid(getattr(module, attribute).detach(), self.bits)
+            grids[name] = FakeQuantize(getattr(module, attribute).detach(), self.bits)
             register(model, name, grids[name])
         encodings: dict[str, Encoding] = {name: e for name, e in candidate.encodings.items() if name not in names}
         frozen(model, encodings)
@@ -70,7 +70,7 @@ class Quantise:
         for name in names:
             weight = unregister(model, name)
             grid = grids[name]
-            codes = rounded(weight * grid.movable, grid.scale, self.bits).to(torch.int8)
+            codes = rounded(weight * grid.nonzero_mask, grid.scale, self.bits).to(torch.int8)
             encodings[name] = Affine(self.bits, codes.numpy(), grid.scale.numpy())
         decoded(encodings, model)
         return Candidate(candidate.family, candidate.arguments, model, encodings)
@@ -94,19 +94,19 @@ def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.round(weight / scale).clamp(-limit, limit)
 
 
-class Grid(nn.Module):
+class FakeQuantize(nn.Module):
     """Weight rounded to its grid; gradients pass through as if it were not. A weight of exactly zero is a pruned one
     and does not move."""
 
     scale: Tensor
-    movable: Tensor
+    nonzero_mask: Tensor
 
     def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__()
         self.bits = bits
         self.register_buffer("scale", best_scale(weight, bits))
-        self.register_buffer("movable", (weight != 0).to(weight.dtype))
+        self.register_buffer("nonzero_mask", (weight != 0).to(weight.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        weight = weight * self.movable
+        weight = weight * self.nonzero_mask
         return weight + (rounded(weight, self.scale, self.bits) * self.scale - weight).detach()

@@ -29,7 +29,7 @@ SEPARATORS = ",'*"  # what trtexec's list of layers takes for something else
 
 
 @dataclass(frozen=True, slots=True)
-class Exact:
+class Float32Pinned:
     """Nodes by name. layers: compute in float32; outputs: those of them whose result stays float32, too."""
 
     layers: tuple[str, ...] = ()
@@ -50,38 +50,38 @@ class Exact:
         return [name for name in self.layers if not name or set(SEPARATORS) & set(name)]
 
 
-NOTHING = Exact()
+NOTHING = Float32Pinned()
 
 
-def exact(model: ModelProto) -> Exact:
+def float32_pinned(model: ModelProto) -> Float32Pinned:
     """What a graph of float32 and half computes in float32."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
     kinds = {tensor.name: tensor.data_type for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.output, *inferred.value_info):
         kinds.setdefault(value.name, value.type.tensor_type.elem_type)
-    readers: dict[str, list[NodeProto]] = {}
+    consumers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
-            readers.setdefault(name, []).append(node)
+            consumers.setdefault(name, []).append(node)
     found: set[str] = set()
     outputs: set[str] = set()
     for node in reversed(model.graph.node):
-        if not _is_exact(node, kinds, readers.get(node.output[0], ()), found):
+        if not _is_pinned(node, kinds, consumers.get(node.output[0], ()), found):
             continue
         found.add(node.name)
-        after = readers.get(node.output[0], ())
-        narrowed = bool(after) and all(_to_half(reader) for reader in after)
+        after = consumers.get(node.output[0], ())
+        narrowed = bool(after) and all(_to_half(consumer) for consumer in after)
         if len(node.output) == 1 and kinds.get(node.output[0]) == TensorProto.FLOAT and not narrowed:
             outputs.add(node.name)
     names = [node.name for node in model.graph.node]
-    return Exact(tuple(n for n in names if n in found), tuple(n for n in names if n in outputs))
+    return Float32Pinned(tuple(n for n in names if n in found), tuple(n for n in names if n in outputs))
 
 
-def _is_exact(node: NodeProto, kinds: dict[str, int], after: Sequence[NodeProto], found: set[str]) -> bool:
+def _is_pinned(node: NodeProto, kinds: dict[str, int], after: Sequence[NodeProto], found: set[str]) -> bool:
     if node.op_type in TYPED or TensorProto.FLOAT not in {kinds.get(name) for name in node.input}:
         return False
     if node.op_type in MOVING:
-        return bool(after) and all(reader.name in found for reader in after)
+        return bool(after) and all(consumer.name in found for consumer in after)
     return kinds.get(node.output[0]) == TensorProto.FLOAT or node.op_type in DECIDING
 
 

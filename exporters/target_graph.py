@@ -19,8 +19,8 @@ from edgekit.graph.opset import to_opset
 from edgekit.passes.half import Half
 from edgekit.targets import profile
 from edgekit.targets.profile import Stack, Target
-from exporters.exact import NOTHING, Exact, exact
-from exporters.generations import Generation, generation
+from exporters.float32_pinned import NOTHING, Float32Pinned, float32_pinned
+from exporters.parser_versions import ParserVersion, parser_version
 from exporters.verify import TOLERANCE
 
 FAVOURED = 17  # every runtime since 2022 reads it; LayerNormalization is one node from here on
@@ -40,37 +40,37 @@ KINDS: dict[int, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DeploymentTarget:
     """A target, the stack of its that is exported for, and that stack's parser if it has one of its own."""
 
     target: Target
     stack: Stack
-    generation: Generation | None
+    parser_version: ParserVersion | None
 
     @property
     def opset(self) -> int:
         """The newest that is read there."""
         read = self.stack.opset or FAVOURED
-        return min(read, self.generation.opset) if self.generation else read
+        return min(read, self.parser_version.opset) if self.parser_version else read
 
     @property
     def weak(self) -> bool:
         """Whether the builder is told which precisions it may use, and takes the graph's types for a hint."""
-        if self.generation is None or self.generation.typing == "strong":
+        if self.parser_version is None or self.parser_version.typing == "strong":
             return False
-        return self.generation.typing == "weak" or self.stack.typing == "weak"
+        return self.parser_version.typing == "weak" or self.stack.typing == "weak"
 
 
 @dataclass(frozen=True, slots=True)
-class Typed:
+class TargetGraph:
     """A graph as a place reads it. `tolerance`: what its verification may allow. `exact`: under weak typing, what must
     be kept out of half."""
 
     model: ModelProto
-    place: Place
+    deployment: DeploymentTarget
     precision: str
     tolerance: float
-    exact: Exact = NOTHING
+    pinned: Float32Pinned = NOTHING
 
     @property
     def advice(self) -> str:
@@ -79,7 +79,7 @@ class Typed:
 
     def described(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        target, stack = self.place.target, self.place.stack
+        target, stack = self.deployment.target, self.deployment.stack
         return {
             "target": target.name,
             "sm": target.sm,
@@ -89,7 +89,7 @@ class Typed:
         }
 
 
-def place(target: str, runtime: str = "", stack: str = "") -> Place:
+def deployment_target(target: str, runtime: str = "", stack: str = "") -> DeploymentTarget:
     """A target by name, and its first stack with this runtime, or the one of this name."""
     found = profile.find(target)
     stacks = [item for item in found.stacks if not runtime or item.runtime == runtime]
@@ -102,10 +102,12 @@ def place(target: str, runtime: str = "", stack: str = "") -> Place:
     chosen = next((item for item in stacks if not stack or item.name == stack), None)
     if chosen is None:
         raise unknown("stack", stack, [item.name for item in stacks], where=found.name)
-    return Place(found, chosen, generation(chosen))
+    return DeploymentTarget(found, chosen, parser_version(chosen))
 
 
-def typed(model: ModelProto, where: Place, precision: str = "", version: int | None = None) -> Typed:
+def target_graph(
+    model: ModelProto, where: DeploymentTarget, precision: str = "", version: int | None = None
+) -> TargetGraph:
     """The graph in the opset and the precision of a place. `precision`: one of `WRITTEN`, else the first of the plan;
     `version`: an opset, else 17 or the newest that the place reads.
 
@@ -117,14 +119,14 @@ def typed(model: ModelProto, where: Place, precision: str = "", version: int | N
             f"opset {version} is newer than {where.target.name} reads: {where.stack.name} takes up to {newest}"
         )
     wanted = min(version or FAVOURED, newest, opset(model))
-    lowered = to_opset(model, wanted, where.generation.operators if where.generation else None)
+    lowered = to_opset(model, wanted, where.parser_version.operators if where.parser_version else None)
     graph = lowered.model
-    quantised = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
-    kind = _precision(where, precision, quantised)
+    quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+    kind = _precision(where, precision, quantized)
     keep = tuple(glob.escape(name) for name in (*lowered.sums, *_deciding(graph)))
     half = Half(keep_nodes=keep, overflow="keep")  # masks of -1e9 stay in float32
-    if where.generation:
-        where.generation.refuse(graph)  # before anything else is wrong with such a graph
+    if where.parser_version:
+        where.parser_version.refuse(graph)  # before anything else is wrong with such a graph
     if kind == "float16" and "float16" not in arithmetic(graph):
         try:
             graph = half.converted(graph)
@@ -133,25 +135,25 @@ def typed(model: ModelProto, where: Place, precision: str = "", version: int | N
             raise EdgekitError(f"it cannot be put into float16: {reason}; try --precision float32") from error
         onnx.checker.check_model(graph, full_check=True)
     refuse(graph, where)
-    return Typed(graph, where, kind, TOLERANCES[kind], _exact(graph, half, where, kind))
+    return TargetGraph(graph, where, kind, TOLERANCES[kind], _float32_pinned(graph, half, where, kind))
 
 
-def _exact(graph: ModelProto, half: Half, where: Place, kind: str) -> Exact:
+def _float32_pinned(graph: ModelProto, half: Half, where: DeploymentTarget, kind: str) -> Float32Pinned:
     """What must be kept out of half where the builder may choose it. Beside int8 the graph does not say, for it has no
     half in it: what would stay in float32, were the rest in half."""
     if not where.weak or "float16" not in (kind, *(where.target.plan.order if kind == "int8" else ())):
         return NOTHING
     if kind == "float16":
-        return exact(graph)
+        return float32_pinned(graph)
     mixed = ModelProto()
     mixed.CopyFrom(graph)
     try:
-        return exact(half.converted(mixed))
+        return float32_pinned(half.converted(mixed))
     except EdgekitError:  # nothing in it can be in half
-        return exact(graph)
+        return float32_pinned(graph)
 
 
-def requirements(where: Place, *lines: str) -> bytes:
+def requirements(where: DeploymentTarget, *lines: str) -> bytes:
     """requirements.txt for the device, pinned; `lines` in place of those of the stack."""
     # the last for Python 3.6, 1.19.5, is an illegal instruction on Jetsons (numpy/numpy#18131)
     numpy = "numpy==1.19.4" if where.stack.python == "3.6" else "numpy"
@@ -164,19 +166,19 @@ def requirements(where: Place, *lines: str) -> bytes:
     return "\n".join([head, *never, *needed, numpy, ""]).encode()
 
 
-def refuse(graph: ModelProto, where: Place) -> None:
+def refuse(graph: ModelProto, where: DeploymentTarget) -> None:
     """Raise for what the target must not be given, or its parser does not take."""
     for kind in sorted(arithmetic(graph)):
         where.target.refuse(kind)
-    if where.generation:
-        where.generation.refuse(graph)
+    if where.parser_version:
+        where.parser_version.refuse(graph)
     elif opset(graph) > where.opset:
         raise EdgekitError(f"{where.stack.name} reads ONNX opsets up to {where.opset}; the graph is in {opset(graph)}")
 
 
 def arithmetic(model: ModelProto) -> set[str]:
     """Precisions below float32 that nodes compute in. What is merely stored so, and cast before it is used, does not
-    count; codes count as int8 where activations are quantised."""
+    count; codes count as int8 where activations are quantized."""
     found: set[str] = set()
     inferred = onnx.shape_inference.infer_shapes(model).graph
     kinds = {tensor.name: tensor.data_type for tensor in inferred.initializer}
@@ -193,11 +195,11 @@ def arithmetic(model: ModelProto) -> set[str]:
 def _deciding(graph: ModelProto) -> list[str]:
     """Nodes whose values are compared, back to the nearest product: rounded to half, a router would take another expert
     and a code another sign."""
-    makers = {name: node for node in graph.graph.node for name in node.output}
+    producers = {name: node for node in graph.graph.node for name in node.output}
     waiting = [name for node in graph.graph.node if node.op_type in CHOICES for name in node.input]
     found: dict[str, None] = {}
     while waiting:
-        node = makers.get(waiting.pop())
+        node = producers.get(waiting.pop())
         if node is not None and node.name not in found:
             found[node.name] = None
             waiting += () if node.op_type in PRODUCTS else node.input
@@ -210,18 +212,18 @@ def _codes(node: NodeProto, kinds: dict[str, int]) -> set[str]:
     return {KINDS.get(kind, "int8")}
 
 
-def _precision(where: Place, asked: str, quantised: bool) -> str:
+def _precision(where: DeploymentTarget, asked: str, quantized: bool) -> str:
     plan = where.target.plan
-    if quantised:
+    if quantized:
         where.target.refuse("int8")
         if asked not in ("", "int8"):
-            raise EdgekitError(f"the model is quantised to int8; it cannot be exported in {asked}")
+            raise EdgekitError(f"the model is quantized to int8; it cannot be exported in {asked}")
         return "int8"
     if asked:
         where.target.refuse(asked)
         if asked == "int8":
-            form = "none is fast there" if plan.int8 == "none" else f"--recipe with static_int8, form = '{plan.int8}'"
-            raise EdgekitError(f"the model is not quantised; int8 comes from `edgekit compress`: {form}")
+            form = "none is fast there" if plan.int8 == "none" else f"--recipe with static_int8, scheme = '{plan.int8}'"
+            raise EdgekitError(f"the model is not quantized; int8 comes from `edgekit compress`: {form}")
         if asked == "bfloat16":
             raise EdgekitError("bfloat16 cannot be verified here: onnxruntime has no such arithmetic on CPUs")
         if asked not in WRITTEN:
@@ -230,7 +232,7 @@ def _precision(where: Place, asked: str, quantised: bool) -> str:
     return next(_floats(where), "float32")
 
 
-def _floats(where: Place) -> Iterator[str]:
+def _floats(where: DeploymentTarget) -> Iterator[str]:
     """The plan's precisions that a float graph can be put into. A CPU computes half in float32, between casts."""
     for name in where.target.plan.order:
         if name == "float32" or (name == "float16" and where.target.kind != "cpu"):
