@@ -77,7 +77,7 @@ def _prepare(path: Path, model: str, preprocessing: Mapping[str, Any], source: P
 
 def _known() -> dict[str, tuple[str, dict[str, Any]]]:
     """Data set to a model of the zoo that is measured on it, and that model's preprocessing."""
-    from edgekit.bundle.format import open_bundle
+    from edgekit.bundle.store import open_bundle
     from edgekit.bundle.zoo import folders
 
     known: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -105,7 +105,7 @@ def _text(preprocessing: Mapping[str, Any]) -> str:
 
 
 def _state(path: Path, preprocessing: Mapping[str, Any]) -> str:
-    from edgekit.bundle.format import arrays_from_bytes
+    from edgekit.bundle.tensors import arrays_from_bytes
 
     if not path.is_file():
         return "not prepared"
@@ -129,7 +129,7 @@ def _print_known(known: Mapping[str, tuple[str, dict[str, Any]]], as_json: bool)
 
 
 def _print_prepared(name: str, path: Path, as_json: bool) -> None:
-    from edgekit.bundle.format import arrays_from_bytes
+    from edgekit.bundle.tensors import arrays_from_bytes
 
     arrays = arrays_from_bytes(path.read_bytes(), str(path))
     shapes = {key: list(value.shape) for key, value in arrays.items() if key != PREPROCESSING}
