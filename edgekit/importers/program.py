@@ -14,6 +14,7 @@ from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.importers.onnx import from_onnx
+from edgekit.importers.program_json import checked
 
 
 def from_program(path: Path, *, golden: Arrays | None = None) -> Bundle:
@@ -57,9 +58,9 @@ def _plain_archive(path: Path) -> io.BytesIO:
     """
     import torch
 
-    checked = io.BytesIO()
+    copy = io.BytesIO()
     try:
-        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as plain:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as plain:
             names = archive.namelist()
             if len(set(names)) != len(names):
                 raise EdgekitError(f"{path}: holds two files of one name; {PLAIN}")
@@ -73,13 +74,15 @@ def _plain_archive(path: Path) -> io.BytesIO:
                     for key, entry in json.loads(content).get("config", {}).items():
                         if entry.get("use_pickle") is not False or not PAYLOAD.fullmatch(entry.get("path_name", "")):
                             raise EdgekitError(f"{path}: {key!r} is stored as a pickle, which is never read; {PLAIN}")
+                if name.startswith("models/"):
+                    content = checked(content, f"{path}: {name}")
                 if name.startswith("data/sample_inputs/"):
                     _check_tensors(content, path, name, torch)
                 plain.writestr(item, content)
     except (zipfile.BadZipFile, ValueError, AttributeError, NotImplementedError) as error:
         raise EdgekitError(f"{path}: not an archive of torch.export.save ({error}); write it again") from None
-    checked.seek(0)
-    return checked
+    copy.seek(0)
+    return copy
 
 
 def _check_tensors(content: bytes, path: Path, name: str, torch: Any) -> None:
