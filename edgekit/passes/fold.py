@@ -24,7 +24,7 @@ from onnx.reference import ReferenceEvaluator
 
 from edgekit.errors import EdgekitError
 from edgekit.graph.model import attribute, consumers, eliminate_dead_nodes, name_nodes, unique_name, value_names
-from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
+from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
 Array = npt.NDArray[Any]
 RANDOM = (
@@ -39,12 +39,12 @@ RANDOM = (
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
+class Fold(Pass[GraphCandidate]):
     """No parameters: every rule leaves the function as it is, to rounding."""
 
     name: ClassVar[str] = "fold"
     summary: ClassVar[str] = "fold constants and scaling operators into weights, store equal tensors once"
-    level: ClassVar[str] = GRAPH_LEVEL
+    level: ClassVar[Level] = Level.GRAPH
     prepares: ClassVar[bool] = True  # kept if it loses nothing, for the sake of the passes after it
 
     def plan(self, candidate: GraphCandidate) -> list[Change]:

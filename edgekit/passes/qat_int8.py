@@ -29,7 +29,18 @@ from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, uni
 from edgekit.nn.exported import Exported, dynamic_shapes, example
 from edgekit.nn.module import tied
 from edgekit.nn.training import tensors
-from edgekit.passes.base import Candidate, Change, Context, GraphCandidate, at_least, frozen, matrices, owner, recover
+from edgekit.passes.base import (
+    Candidate,
+    Change,
+    Context,
+    GraphCandidate,
+    Pass,
+    at_least,
+    frozen,
+    matrices,
+    owner,
+    recover,
+)
 from edgekit.passes.qat import PRODUCTS
 from edgekit.passes.static_int8 import SCHEMES, dequantized
 
@@ -37,13 +48,17 @@ WIDEST_BIAS = 2**30  # in int32, with room to add
 
 
 @dataclass(frozen=True, slots=True)
-class QatInt8:
+class QatInt8(Pass[Candidate]):
     """`scheme`: as in `static_int8`; `weight_bits`: the grid of the weights, whose codes are int8 whatever it is: 7 for
     any CPU, 8 for VNNI, ARM and TensorRT. `samples`: training rows that the ranges of activations start from."""
 
     name: ClassVar[str] = "qat_int8"
     summary: ClassVar[str] = "train through int8 by torchao's PT2E, and leave its graph in Q/DQ form"
     lowers: ClassVar[bool] = True
+    epochs_parameter: ClassVar[str] = "epochs"
+    computes_in: ClassVar[tuple[str, ...]] = ("int8",)
+    scheme_parameter: ClassVar[str] = "scheme"
+    weight_bits_parameter: ClassVar[str] = "weight_bits"
 
     scheme: str = "u8s8"
     weight_bits: int = 7
