@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle.files import write_directory, write_file
+from edgekit import cache
+from edgekit.bundle.files import write_directory
 from edgekit.bundle.format import Bundle
-from edgekit.cache import folder as cache_folder
 from edgekit.errors import EdgekitError
 from edgekit.graph.external import LARGEST
 from exporters import engine_check, engines, kit
@@ -146,7 +146,7 @@ class TensorRtExporter:
             capability,
             graph.pinned,
         )
-        stored = cache_folder() / "tensorrt" / f"{key}.plan"
+        stored = cache.folder("tensorrt") / f"{key}.plan"
         if cached := stored.is_file():
             engine = stored.read_bytes()
         else:
@@ -180,7 +180,7 @@ class TensorRtExporter:
             stored.unlink(missing_ok=True)  # the next export builds it again
             raise
         if not cached:
-            write_file(stored, engine)
+            cache.keep(stored, engine)
         written[ENGINE] = engine
         return {
             "built": True,
