@@ -38,8 +38,8 @@ from alert_broker.surveys.base import Survey, surveys
 from edgekit import __version__
 from edgekit.bundle.files import refuse_to_overwrite
 from edgekit.bundle.format import Bundle
-from edgekit.bundle.zoo import resolve
 from edgekit.errors import EdgekitError
+from edgekit.importers.files import resolve
 from edgekit.session import check_inputs, open_session
 
 # ZTF's public survey has two bands, and DECam has no u and y; PLAsTiCC, which the six-band model was trained on, is a

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.format import Arrays, Bundle, TensorSpec
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.tensors import Arrays, TensorSpec
 from edgekit.errors import EdgekitError, unknown
 
 

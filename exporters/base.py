@@ -5,30 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.bundle.files import write_directory
-from edgekit.bundle.format import GRAPH, WEIGHTS, Bundle, multiple
+from edgekit.bundle.format import KEY, Bundle, model_key
+from edgekit.bundle.tensors import multiple
 from edgekit.errors import EdgekitError
 
 MANIFEST = "manifest.json"
-KEY = "edgekit.model"  # metadata entry that holds model_key: a session cannot be handed another model's file
-
-
-def model_key(bundle: Bundle) -> str:
-    """SHA-256 of what an export computes: architecture, weights, inputs and outputs; not metrics, records or names."""
-    manifest = bundle.manifest
-    identity = {
-        "family": manifest.family,
-        "arguments": manifest.arguments,
-        "inputs": [asdict(spec) for spec in manifest.inputs],
-        "outputs": [asdict(spec) for spec in manifest.outputs],
-        "bits": manifest.bits,
-        "weights": hashlib.sha256(bundle.contents[GRAPH if bundle.is_graph else WEIGHTS]).hexdigest(),
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def described(bundle: Bundle) -> dict[str, Any]:
@@ -60,16 +45,6 @@ def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """What an exporter wrote, and how it was proved. checks: one record per file and batch size."""
-
-    directory: Path
-    files: dict[str, int]  # bytes
-    manifest: dict[str, Any]
-    checks: list[dict[str, Any]]
 
 
 def check_destination(directory: Path, *, force: bool) -> None:

@@ -23,9 +23,11 @@ import numpy as np
 import torch
 
 from edgekit import __version__
-from edgekit.bundle.format import GOLDEN, Arrays, Bundle
+from edgekit.bundle.format import GOLDEN, KEY, Bundle, model_key
+from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError
-from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
+from edgekit.exporter import Export, Exporter
+from exporters.base import MANIFEST, check_destination, publish
 from exporters.c.library import NATIVE, PLAIN, Compiler, Library
 from exporters.c.program import Program, program
 from exporters.c.source import FOLDER, CSource, write_check, write_source
@@ -35,7 +37,7 @@ MODEL, HEADER, CHECK = "model.c", "model.h", "check.c"
 
 
 @dataclass(frozen=True, slots=True)
-class CExporter:
+class CExporter(Exporter):
     """Parameters of a C export."""
 
     # encoded: the codes that compression passes left, decoded by each call into the caller's workspace; several times

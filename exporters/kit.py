@@ -25,7 +25,8 @@ import onnxruntime
 import torch
 
 from edgekit import __version__
-from edgekit.bundle.format import GOLDEN, Bundle, multiple
+from edgekit.bundle.format import GOLDEN, Bundle
+from edgekit.bundle.tensors import multiple
 from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.external import files
 from edgekit.graph.model import opset

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 
 from edgekit import __version__
-from edgekit.bundle.format import GOLDEN, Arrays, Bundle
+from edgekit.bundle.format import GOLDEN, KEY, Bundle, model_key
+from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError, missing_extra
-from exporters.base import KEY, MANIFEST, Export, check_destination, model_key, publish
-from exporters.onnx_export import OnnxExporter
+from edgekit.exporter import Export, Exporter
+from edgekit.graph.lower import lower
+from exporters.base import MANIFEST, check_destination, publish
 from exporters.verify import verify
 
 try:
@@ -41,7 +43,7 @@ EXACT = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
 @dataclass(frozen=True, slots=True)
-class OpenVinoExporter:
+class OpenVinoExporter(Exporter):
     """Parameters of an OpenVINO export."""
 
     # encoded: the codes that compression passes left, which OpenVINO decodes when it compiles: as fast, a smaller file
@@ -98,7 +100,7 @@ class OpenVinoExporter:
     def _convert(self, core: Any, bundle: Bundle) -> tuple[bytes, bytes, list[str]]:
         """Graph, weights and the graph's operators. From ONNX in memory, because openvino.convert_model has telemetry
         in it."""
-        source = OnnxExporter(weights=self.weights).graph(bundle).SerializeToString()
+        source = lower(bundle, weights=self.weights).SerializeToString()
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / MODEL
             try:

@@ -28,17 +28,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx import ModelProto
+
 from edgekit import cache
 from edgekit.bundle.files import write_directory
 from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError
+from edgekit.exporter import Export, Exporter
 from edgekit.graph.external import LARGEST
+from edgekit.targets.profile import Stack, Target
 from exporters import engine_check, engines, kit
-from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
+from exporters.base import MANIFEST, check_destination, hashes, manifest_bytes, publish
 from exporters.float32_pinned import NOTHING, Float32Pinned
 from exporters.onnx_export import OnnxExporter
 from exporters.target_graph import DeploymentTarget, TargetGraph
-from exporters.tensorrt_rtx_export import preflight
+from exporters.tensorrt_rtx_export import accepted, preflight
 
 ENGINE, SCRIPT = "model.plan", "build.sh"
 WORKSPACE = 4096  # MiB, at most; more finds no faster kernels for networks of this size
@@ -47,7 +51,7 @@ AMPERE = 80  # from here on, float32 products run in TF32 (10 bits) unless forbi
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRtExporter:
+class TensorRtExporter(Exporter):
     """Parameters of a TensorRT kit."""
 
     target: str = ""
@@ -66,6 +70,10 @@ class TensorRtExporter:
             raise EdgekitError(f"level = {self.level}; expected 0 to 5")
         if self.workspace is not None and self.workspace < 1:
             raise EdgekitError(f"workspace = {self.workspace} MiB; expected at least 1")
+
+    @classmethod
+    def accepts(cls, model: ModelProto, target: Target, stack: Stack) -> str:
+        return accepted(model, target, stack)
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
         """Write the kit once its graph is accepted and gives what the network gives; build it too where it can be."""

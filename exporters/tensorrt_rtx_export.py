@@ -20,19 +20,22 @@ from onnx import ModelProto
 
 from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError, missing_extra
+from edgekit.exporter import Export, Exporter
 from edgekit.graph.external import LARGEST
-from edgekit.graph.model import serialized
+from edgekit.graph.model import opset, serialized
 from edgekit.targets import profile as targets
+from edgekit.targets.profile import Stack, Target
 from exporters import engines, kit
-from exporters.base import MANIFEST, Export, check_destination, hashes, manifest_bytes, publish
+from exporters.base import MANIFEST, check_destination, hashes, manifest_bytes, publish
 from exporters.onnx_export import OnnxExporter
-from exporters.target_graph import deployment_target
+from exporters.parser_versions import parser_version
+from exporters.target_graph import DeploymentTarget, deployment_target, target_graph
 
 PACKAGE, RUNTIME = "tensorrt_rtx", "tensorrt-rtx"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRtRtxExporter:
+class TensorRtRtxExporter(Exporter):
     """Parameters of a TensorRT-RTX export."""
 
     target: str = "rtx-3060-12gb"
@@ -40,6 +43,10 @@ class TensorRtRtxExporter:
     precision: str = ""  # of the target's plan; else the plan's first
     opset: int | None = None  # none: 17
     axes: tuple[str, ...] = ()  # NAME=LEAST:BEST:LARGEST
+
+    @classmethod
+    def accepts(cls, model: ModelProto, target: Target, stack: Stack) -> str:
+        return accepted(model, target, stack)
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
         """Write the kit with its engine, once the graph gives what the network gives and compiles."""
@@ -119,6 +126,18 @@ def compile_engine(model: ModelProto, profile: engines.Profile, sm: int, *, exac
 
     what = f"TensorRT-RTX {trt.__version__}, for sm_{sm},"
     return engines.build(trt, model, serialized(model), profile, configure, strong=True, what=what)
+
+
+def accepted(model: ModelProto, target: Target, stack: Stack) -> str:
+    """How the TensorRT parser of a stack takes a graph in the opset and precision that it would be exported in: by the
+    table of its operators, and by NVIDIA's own parser where that is installed and of the same family."""
+    parser = parser_version(stack)
+    if parser is None:
+        return ""
+    lowered = target_graph(model, DeploymentTarget(target, stack, parser))
+    asked = preflight(lowered.model) if parser.typing != "weak" else ""
+    finding = f"{parser.title} takes it, exported in opset {opset(lowered.model)} and {lowered.precision}"
+    return f"{finding}: {asked or 'by the table of its operators'}"
 
 
 def preflight(model: ModelProto) -> str:

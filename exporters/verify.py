@@ -16,7 +16,8 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from edgekit.bundle.format import GRAPH, Arrays, Bundle, TensorSpec, golden_inputs, multiple
+from edgekit.bundle.format import GRAPH, Bundle
+from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs, multiple
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import PROBABILITIES, Network
 

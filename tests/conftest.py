@@ -51,7 +51,8 @@ def tiny_bundle(tiny_data):
     """A t2 of a few hundred parameters, trained until it is right on nine light curves of ten."""
     import torch
 
-    from edgekit.bundle.format import Manifest, TensorSpec, assemble
+    from edgekit.bundle.format import Manifest, assemble
+    from edgekit.bundle.tensors import TensorSpec
     from edgekit.nn.families import build
     from edgekit.nn.training import Schedule, fit, probabilities
 
@@ -90,7 +91,7 @@ def tiny_context(tiny_bundle, tiny_data):
 @pytest.fixture
 def tiny_file(tiny_bundle, tmp_path) -> Path:
     """The tiny bundle on disk."""
-    from edgekit.bundle.format import write_bundle
+    from edgekit.bundle.store import write_bundle
 
     write_bundle(tiny_bundle, tmp_path / "tiny.edge")
     return tmp_path / "tiny.edge"

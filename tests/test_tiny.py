@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle.format import WEIGHTS, open_bundle, write_bundle
+from edgekit.bundle.format import WEIGHTS
 from edgekit.bundle.pack import pack, unpack
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.cli import FIRST
 from edgekit.compression.metrics import metric
 from edgekit.errors import EdgekitError

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 
 from edgekit import machine
-from edgekit.bundle.format import Arrays, Bundle
-from edgekit.bundle.zoo import resolve
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.tensors import Arrays
 from edgekit.data.dataset import load, locate
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import Network
+from edgekit.importers.files import resolve
 from edgekit.session import Session, open_session
 from exporters.c.library import NATIVE, PLAIN, Compiler
 from exporters.c.program import Buffer, Program, program

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from edgekit import machine, plugins
-from edgekit.bundle.format import Arrays, Bundle
-from edgekit.bundle.zoo import resolve
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.tensors import Arrays, parse_spec
 from edgekit.compression import metrics
 from edgekit.compression.guard import Limits, ratio_interval, tiled, time_in_turns
 from edgekit.compression.job import Job, versions
@@ -41,7 +41,8 @@ from edgekit.compression.recipe import Step
 from edgekit.compression.run import applied, candidate_of
 from edgekit.data.dataset import load, locate
 from edgekit.errors import EdgekitError
-from edgekit.importers.files import from_factory, parse_spec
+from edgekit.importers.factory import from_factory
+from edgekit.importers.files import resolve
 from edgekit.search.auto import search
 from edgekit.search.outcomes import Constraints
 from edgekit.session import Session, open_session

@@ -23,11 +23,12 @@ import numpy as np
 import onnxruntime
 import torch
 
-from edgekit.bundle.format import Arrays, Bundle, Manifest, TensorSpec, assemble, golden_inputs
-from edgekit.bundle.zoo import resolve
+from edgekit.bundle.format import Bundle, Manifest, assemble
+from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
+from edgekit.graph.lower import lower
+from edgekit.importers.files import resolve
 from edgekit.nn.families import build
 from edgekit.session import Session
-from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.c_session import CSession
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
 from runtimes.sessions.torch_session import TorchSession
@@ -44,7 +45,7 @@ class Stock:
     """ONNX Runtime with the options it comes with, the whole batch in one call."""
 
     def __init__(self, bundle: Bundle) -> None:
-        graph = OnnxExporter(weights="float32").graph(bundle).SerializeToString()
+        graph = lower(bundle, weights="float32").SerializeToString()
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
     def run(self, arrays: Arrays) -> Any:

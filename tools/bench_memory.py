@@ -36,7 +36,7 @@ from alert_broker.stream.publish import Outgoing
 from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import MessageBatch
 from alert_broker.stream.stages import Stages
-from edgekit.bundle.zoo import resolve
+from edgekit.importers.files import resolve
 from edgekit.session import open_session
 
 BATCH = 512

@@ -26,7 +26,7 @@ from bench_inference import describe_machine
 
 from alert_broker import spark
 from alert_broker.simulate import simulate, write
-from edgekit.bundle.zoo import resolve
+from edgekit.importers.files import resolve
 
 ALERTS, ROWS_TO_BATCH, RUNS = 500, 1000, 5
 

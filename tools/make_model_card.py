@@ -19,8 +19,9 @@ from scipy import stats
 
 from edgekit import machine
 from edgekit.bundle.files import write_file
-from edgekit.bundle.format import Bundle, open_bundle
+from edgekit.bundle.format import Bundle
 from edgekit.bundle.pack import pack
+from edgekit.bundle.store import open_bundle
 from edgekit.compression import plots
 from edgekit.compression.metrics import ClassAveragedLogLoss, sample_losses
 from edgekit.errors import EdgekitError

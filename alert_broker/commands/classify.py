@@ -54,7 +54,7 @@ def classify(
     """
     with alert_packages():
         from alert_broker.classify import classify_files
-    from edgekit.bundle.zoo import resolve
+    from edgekit.importers.files import resolve
 
     bundle = resolve(model) if model is not None else None
     errors = errors or target.with_suffix(".errors.parquet")

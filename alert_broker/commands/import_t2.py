@@ -27,15 +27,9 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
     import numpy as np
 
     from alert_broker.plasticc import CLASSES
-    from edgekit.bundle.format import (
-        Manifest,
-        TensorSpec,
-        arrays_from_bytes,
-        assemble,
-        default_name,
-        golden_inputs,
-        write_bundle,
-    )
+    from edgekit.bundle.format import Manifest, assemble
+    from edgekit.bundle.store import default_name, write_bundle
+    from edgekit.bundle.tensors import TensorSpec, arrays_from_bytes, golden_inputs
     from edgekit.compression.job import versions
     from edgekit.data.dataset import Dataset
     from edgekit.errors import EdgekitError

@@ -68,7 +68,7 @@ class Pipeline:
     published and committed, and raises if a stage failed or the ledger does not add up."""
 
     def __init__(self, config: Config, stats: Stats, *, notify: Callable[[str], None] = lambda message: None) -> None:
-        from edgekit.bundle.zoo import resolve
+        from edgekit.importers.files import resolve
 
         self.config, self.stats = config, stats
         bundle = resolve(config.model.bundle) if config.model.bundle else None

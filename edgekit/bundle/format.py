@@ -12,26 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 import types
 import typing
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from edgekit.bundle.encoding import Encoding, Float, from_arrays, to_arrays
-from edgekit.bundle.files import write_directory
+from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_from_bytes, arrays_to_bytes
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -41,55 +35,7 @@ FORMAT = 1
 MANIFEST, WEIGHTS, GRAPH, GOLDEN = "edgekit.json", "weights.safetensors", "graph.onnx", "golden.npz"
 ONNX = "onnx"  # the family of bundles that hold a graph
 PROBABILITIES = "probabilities"  # an output of this name is the softmax of what the network gives
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One named input or output. A string in `shape` names an axis that may have any length, such as "batch", or any
-    multiple of a number, such as "9*faces"."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str = "float32"
-    unit: str = ""
-
-    def __post_init__(self) -> None:
-        for axis in self.shape:
-            if isinstance(axis, str) and not _AXIS.fullmatch(axis):
-                raise EdgekitError(f"{self.name!r}: axis {axis!r}; expected a name, or a multiple such as '9*faces'")
-
-    def check(self, array: npt.NDArray[Any]) -> None:
-        """Raise if the array does not fit this spec."""
-        fits = array.ndim == len(self.shape) and all(
-            isinstance(want, str) or want == got for want, got in zip(self.shape, array.shape, strict=True)
-        )
-        if not fits:
-            raise EdgekitError(f"input {self.name!r} has shape {array.shape}; expected {self.shape_text}")
-        for number, got in enumerate(array.shape):
-            step = multiple(self.shape[number])
-            if got % step or (step > 1 and got == 0):  # nothing of what comes in groups is no group
-                below, above = got // step * step, (got // step + 1) * step
-                nearest = f"{below} or {above}" if below else f"{above}"
-                raise EdgekitError(
-                    f"input {self.name!r} has length {got} along axis {number}; this model needs a multiple of {step} "
-                    f"({nearest})"
-                )
-        if str(array.dtype) != self.dtype:
-            raise EdgekitError(f"input {self.name!r} has dtype {array.dtype}; expected {self.dtype}")
-
-    @property
-    def shape_text(self) -> str:
-        return "(" + ", ".join(str(axis) for axis in self.shape) + ")"
-
-
-_AXIS = re.compile(r"(?:([1-9][0-9]*)\*)?[^*\s]+")
-
-
-def multiple(axis: int | str) -> int:
-    """What the length of an axis must be a multiple of: 9 for "9*faces"."""
-    found = _AXIS.fullmatch(axis) if isinstance(axis, str) else None
-    return int(found[1]) if found and found[1] else 1
+KEY = "edgekit.model"  # metadata entry that holds model_key: a session cannot be handed another model's file
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +183,20 @@ class Bundle:
         )
 
 
+def model_key(bundle: Bundle) -> str:
+    """SHA-256 of what an export computes: architecture, weights, inputs and outputs; not metrics, records or names."""
+    manifest = bundle.manifest
+    identity = {
+        "family": manifest.family,
+        "arguments": manifest.arguments,
+        "inputs": [asdict(spec) for spec in manifest.inputs],
+        "outputs": [asdict(spec) for spec in manifest.outputs],
+        "bits": manifest.bits,
+        "weights": hashlib.sha256(bundle.contents[GRAPH if bundle.is_graph else WEIGHTS]).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def assemble(
     manifest: Manifest,
     weights: Mapping[str, Float],
@@ -270,108 +230,6 @@ def with_files(bundle: Bundle, extra: Mapping[str, bytes]) -> Bundle:
     """The bundle with files added or replaced."""
     contents = {**bundle.contents, **extra}
     return replace(bundle, manifest=replace(bundle.manifest, files=_hashes(contents)), contents=contents)
-
-
-def open_bundle(path: str | Path) -> Bundle:
-    """Read a bundle directory, or a packed file, and verify it."""
-    path = Path(path)
-    if path.is_file():
-        from edgekit.bundle.pack import unpack
-
-        return replace(unpack(path.read_bytes(), str(path)), path=path)
-    if not path.exists():
-        raise EdgekitError(f"{path}: no such bundle; `edgekit models` lists those that come with edgekit")
-    if not (path / MANIFEST).is_file():
-        raise EdgekitError(f"{path}: not a bundle, it holds no {MANIFEST}; a bundle is a directory written by edgekit")
-    manifest = Manifest.from_json((path / MANIFEST).read_bytes(), f"{path}/{MANIFEST}")
-    contents = {}
-    for name, expected in manifest.files.items():
-        file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise EdgekitError(f"{path}/{MANIFEST}: file name {name!r} leaves the bundle; the bundle is not trusted")
-        if not file.is_file():
-            raise EdgekitError(f"{file}: listed in {MANIFEST} but missing; the bundle is incomplete, copy it again")
-        contents[name] = file.read_bytes()
-        if (got := hashlib.sha256(contents[name]).hexdigest()) != expected:
-            raise EdgekitError(
-                f"{file}: SHA-256 is {got[:12]}..., the manifest says {expected[:12]}...; the file was changed "
-                "or damaged after the bundle was written, restore it or write the bundle again"
-            )
-    for needed in (GRAPH if manifest.family == ONNX else WEIGHTS, GOLDEN):
-        if needed not in contents:
-            raise EdgekitError(f"{path}/{MANIFEST}: lists no {needed}; the bundle is incomplete, write it again")
-    return Bundle(manifest, contents, path)
-
-
-def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bundle:
-    """Write a new directory and move it into place: whatever goes wrong, `path` holds the old bundle or the new.
-
-    Replacing takes two renames; a process killed between them leaves the old bundle beside `path`, as .NAME.PID.old.
-    """
-    path = Path(path)
-    if path.exists():
-        if not force:
-            raise EdgekitError(f"{path} already exists; choose another name or pass --force to replace it")
-        if not (path / MANIFEST).is_file():
-            raise EdgekitError(
-                f"{path} exists and is not a bundle, so --force will not replace it; choose another name"
-            )
-    write_directory(path, {**bundle.contents, MANIFEST: bundle.manifest.to_json()})
-    return replace(bundle, path=path)
-
-
-def default_name(path: str | Path) -> str:
-    """The model's name that a path suggests: 'runs/t2-gr.edge' gives 't2-gr'."""
-    return Path(path).name.removesuffix(".edge")
-
-
-def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
-    """Inputs for golden data where no real ones are at hand: smooth, bounded, different in every element; whole numbers
-    from 0 to 7, which the smallest vocabulary has."""
-    made = {}
-    for number, spec in enumerate(specs):
-        axes = tuple(axis if isinstance(axis, int) else 2 * multiple(axis) for axis in spec.shape[1:])
-        index = np.arange(rows * math.prod(axes), dtype=np.int64)
-        values = np.sin(0.37 * index * (1 + number)) if np.dtype(spec.dtype).kind == "f" else index * (3 + number) % 8
-        made[spec.name] = values.reshape(rows, *axes).astype(spec.dtype)
-    return made
-
-
-def arrays_to_bytes(arrays: Arrays) -> bytes:
-    """A compressed, byte-for-byte reproducible .npz (numpy.savez stamps the time into the archive)."""
-    buffer = BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in sorted(arrays.items()):
-            inner = BytesIO()
-            np.lib.format.write_array(inner, np.asarray(array, order="C"), allow_pickle=False)
-            archive.writestr(
-                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), inner.getvalue(), zipfile.ZIP_DEFLATED
-            )
-    return buffer.getvalue()
-
-
-def arrays_from_bytes(content: bytes, source: str) -> Arrays:
-    if content[:4] not in (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM"):  # numpy takes anything else for a pickle
-        raise EdgekitError(f"{source}: not an .npz archive; write named arrays with numpy.savez")
-    try:
-        archive = np.load(BytesIO(content), allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise EdgekitError(f"{source}: one array (.npy), not named arrays; write them with numpy.savez")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except _UNREADABLE as error:
-        raise EdgekitError(f"{source}: not a readable .npz of plain arrays ({error})") from None
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise EdgekitError(f"{source}: {name!r} is not an array; expected an .npz as numpy.savez writes it")
-    return arrays
-
-
-# what numpy, zipfile and zlib raise for a damaged archive
-_UNREADABLE = (
-    ValueError, OSError, EOFError, LookupError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -53,8 +53,8 @@ def bench(
     the device is this machine, measured times beside the estimate. And whether the model fits into its memory.
     """
     from edgekit import machine
-    from edgekit.bundle.zoo import resolve
     from edgekit.compression.bench import compare
+    from edgekit.importers.files import resolve
 
     if target_name is None and (precision or power or layers):
         raise click.UsageError("--precision, --power and --layers go with --target NAME")
@@ -124,7 +124,7 @@ def _on_target(
             f"{target.name} is this machine, where the model is measured as it is, on one thread; leave --precision, "
             "--power and --threads out"
         )
-    from edgekit.bundle.zoo import resolve
+    from edgekit.importers.files import resolve
 
     bundles = [resolve(name) for name in names]
     with progress() as bar:

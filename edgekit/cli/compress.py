@@ -96,7 +96,7 @@ def compress(
     estimated from its data sheet, and every record and the report say so.
     """
     from edgekit.bundle.format import GOLDEN, GRAPH, WEIGHTS, with_files
-    from edgekit.bundle.zoo import folders, resolve
+    from edgekit.bundle.zoo import folders
     from edgekit.compression import metrics, recipe, states
     from edgekit.compression.guard import Limits
     from edgekit.compression.job import Job
@@ -104,6 +104,7 @@ def compress(
     from edgekit.compression.run import plan, run
     from edgekit.data.dataset import load, locate
     from edgekit.errors import EdgekitError
+    from edgekit.importers.files import resolve
     from edgekit.search.ladder import narrowed
 
     if not 0 <= max_loss < math.inf or (max_size is not None and max_size <= 0):
@@ -208,7 +209,7 @@ def default_metric(manifest: Any) -> str:
 def _write(bundle: Any, target: Path, force: bool) -> Any:
     from dataclasses import replace
 
-    from edgekit.bundle.format import default_name, write_bundle
+    from edgekit.bundle.store import default_name, write_bundle
 
     named = replace(bundle, manifest=replace(bundle.manifest, name=default_name(target)))
     return write_bundle(named, target, force=force)

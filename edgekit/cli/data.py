@@ -73,7 +73,7 @@ def _print_available(as_json: bool) -> None:
 
 
 def _print_prepared(dataset: PreparedDataset, as_json: bool) -> None:
-    from edgekit.bundle.format import arrays_from_bytes
+    from edgekit.bundle.tensors import arrays_from_bytes
     from edgekit.data.provider import PREPROCESSING
 
     arrays = arrays_from_bytes(dataset.path.read_bytes(), str(dataset.path))

@@ -77,8 +77,8 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
     from importlib.util import find_spec
 
     from edgekit.bundle.format import GRAPH
-    from edgekit.bundle.zoo import resolve
     from edgekit.doctor.needs import of
+    from edgekit.importers.files import resolve
 
     opened, graph = resolve(bundle), None
     if opened.is_graph:
@@ -86,10 +86,10 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
 
         graph = load(opened.contents[GRAPH], bundle)
     elif find_spec("torch") and find_spec("onnx") and find_spec("onnxruntime"):
-        from exporters.onnx_export import OnnxExporter
+        from edgekit.graph.lower import lower
 
         with status.status("exporting the model, to see what it needs"):
-            graph = OnnxExporter(weights="float32").graph(opened)
+            graph = lower(opened, weights="float32")
     return of(opened, graph, batch), graph
 
 
@@ -109,25 +109,20 @@ def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
                 "ask where torch is, or: pip install 'edgekit[compress]'",
             )
         ]
+    from edgekit import plugins
     from edgekit.errors import EdgekitError
-    from exporters.parser_versions import parser_version
-    from exporters.target_graph import DeploymentTarget, target_graph
-    from exporters.tensorrt_rtx_export import preflight
 
     verdicts: dict[str, str] = {}  # by stack: why its parser refuses
     taken = []
     for stack in target.stacks:
-        if (parser := parser_version(stack)) is None:
+        if stack.runtime not in plugins.names("edgekit.exporters"):  # a runtime that reads plain ONNX
             continue
         try:
-            got = target_graph(graph, DeploymentTarget(target, stack, parser))
-            asked = preflight(got.model) if parser.typing != "weak" else ""
+            answer = plugins.load("edgekit.exporters", stack.runtime).accepts(graph, target, stack)
         except EdgekitError as error:
             verdicts[stack.name] = str(error)
         else:
-            version = next(item.version for item in got.model.opset_import if item.domain in ("", "ai.onnx"))
-            finding = f"{parser.title} takes it, exported in opset {version} and {got.precision}"
-            taken.append(Finding("operators", "ok", f"{finding}: {asked or 'by the table of its operators'}"))
+            taken += [Finding("operators", "ok", answer)] if answer else []
     others = [stack.name for stack in target.stacks if stack.name not in verdicts]
     verdict: Literal["warning", "error"] = "warning" if others else "error"
     remedy = f"use {others[0]}" if others else "rewrite that layer, or run the model on another device"

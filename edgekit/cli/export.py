@@ -50,7 +50,7 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
 
     Opsets, unless --opset says another that is read there: 17; for TensorRT 8.2 (Jetson Nano, TX2) 13.
     """
-    from edgekit.bundle.zoo import resolve
+    from edgekit.importers.files import resolve
     from edgekit.plugins import load
 
     exporter_class = load("edgekit.exporters", form)

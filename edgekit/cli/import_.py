@@ -54,10 +54,13 @@ def import_(
     package.module:function that builds a torch network. Naming the function allows it to be run."""
     from dataclasses import replace
 
-    from edgekit.bundle.format import arrays_from_bytes, default_name, write_bundle
+    from edgekit.bundle.store import default_name, write_bundle
+    from edgekit.bundle.tensors import arrays_from_bytes, parse_spec
     from edgekit.compression.job import versions
     from edgekit.errors import EdgekitError
-    from edgekit.importers.files import from_factory, from_file, from_hugging_face, parse_spec
+    from edgekit.importers.factory import from_factory
+    from edgekit.importers.files import from_file
+    from edgekit.importers.hugging_face import from_hugging_face
 
     if target.exists() and not force:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")

@@ -27,7 +27,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
     """Show what BUNDLE (a directory, a packed file or a model's name) holds and how it was made."""
-    from edgekit.bundle.zoo import resolve
+    from edgekit.importers.files import resolve
 
     opened = resolve(bundle)
     if lineage:
@@ -82,7 +82,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 def ancestry(bundle: Bundle) -> list[dict[str, Any]]:
     """From the first ancestor to the bundle itself: digest, the zoo's name for it where it is one of the zoo's, and the
     passes that were run on it."""
-    from edgekit.bundle.zoo import folders, resolve
+    from edgekit.bundle.zoo import folders
+    from edgekit.importers.files import resolve
 
     names = {resolve(name).digest: name for name in folders()}
     steps: list[dict[str, Any]] = []

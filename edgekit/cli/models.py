@@ -11,7 +11,7 @@ from edgekit.cli.console import output, print_json, print_table
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def models(as_json: bool) -> None:
     """List the models that come with edgekit."""
-    from edgekit.bundle.format import open_bundle
+    from edgekit.bundle.store import open_bundle
     from edgekit.bundle.zoo import folders
 
     found = []

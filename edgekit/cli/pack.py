@@ -23,7 +23,7 @@ def pack(bundle: str, target: Path, force: bool, as_json: bool) -> None:
     from edgekit.bundle.files import refuse_to_overwrite, write_file
     from edgekit.bundle.pack import pack as packed
     from edgekit.bundle.pack import unpack
-    from edgekit.bundle.zoo import resolve
+    from edgekit.importers.files import resolve
 
     refuse_to_overwrite(target, force)
     source = resolve(bundle)

@@ -31,9 +31,9 @@ def run(bundle: str, source: Path, target: Path, runtime: str, batch: int, force
     import numpy as np
 
     from edgekit.bundle.files import refuse_to_overwrite, write_file
-    from edgekit.bundle.format import arrays_from_bytes, arrays_to_bytes
-    from edgekit.bundle.zoo import resolve
+    from edgekit.bundle.tensors import arrays_from_bytes, arrays_to_bytes
     from edgekit.errors import EdgekitError
+    from edgekit.importers.files import resolve
     from edgekit.session import check_inputs, open_session
 
     refuse_to_overwrite(target, force)

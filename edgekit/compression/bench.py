@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekit import plugins
-from edgekit.bundle.format import GRAPH, Bundle, golden_inputs
+from edgekit.bundle.format import GRAPH, Bundle
+from edgekit.bundle.tensors import golden_inputs
 from edgekit.compression.guard import ratio_interval, tiled
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
@@ -120,12 +120,13 @@ def on_target(
 
 def float_graph(bundle: Bundle) -> ModelProto:
     """The bundle's graph; of a network, as the ONNX exporter writes it in float32."""
-    from edgekit.graph.model import load
-
     if bundle.is_graph:
+        from edgekit.graph.model import load
+
         return load(bundle.contents[GRAPH], bundle.manifest.name)
-    model: ModelProto = plugins.load("edgekit.exporters", "onnx")(weights="float32").graph(bundle)
-    return model
+    from edgekit.graph.lower import float_graph as of_network
+
+    return of_network(bundle)
 
 
 def _golden(bundle: Bundle) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:

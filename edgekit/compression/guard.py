@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.format import Arrays
+from edgekit.bundle.tensors import Arrays
 from edgekit.compression.metrics import Measurement
 from edgekit.errors import EdgekitError, unknown
 from edgekit.session import Session

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.format import PROBABILITIES, Arrays, Bundle
+from edgekit.bundle.format import PROBABILITIES, Bundle
+from edgekit.bundle.tensors import Arrays
 from edgekit.compression import metrics
 from edgekit.compression.guard import (
     Agreement,

@@ -24,7 +24,8 @@ from typing import Any
 import tomli_w
 
 from edgekit import plugins
-from edgekit.bundle.format import MANIFEST, Bundle, open_bundle
+from edgekit.bundle.format import MANIFEST, Bundle
+from edgekit.bundle.store import open_bundle
 from edgekit.errors import EdgekitError, unknown
 from edgekit.settings import converted
 

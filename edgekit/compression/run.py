@@ -13,22 +13,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit import machine, plugins
-from edgekit.bundle.format import (
-    GRAPH,
-    PROBABILITIES,
-    Arrays,
-    Bundle,
-    assemble,
-    assemble_graph,
-    open_bundle,
-)
+from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle, assemble, assemble_graph
 from edgekit.bundle.pack import pack
+from edgekit.bundle.store import open_bundle
+from edgekit.bundle.tensors import Arrays
 from edgekit.compression import measure, metrics, states
 from edgekit.compression.guard import State, Verdict, judge
 from edgekit.compression.job import Job, Notify, ShowProgress, versions
@@ -247,8 +241,9 @@ def _context(
     job: Job, teacher: nn.Module | None, seed: int, progress: ShowProgress = lambda what, done, total: None
 ) -> Context:
     def lower(network: nn.Module) -> ModelProto:
-        exporter = plugins.load("edgekit.exporters", "onnx")(exporter="dynamo")
-        return cast("ModelProto", exporter.float_graph(job.source, network))
+        from edgekit.graph.lower import float_graph
+
+        return float_graph(job.source, network, exporter="dynamo")
 
     return Context(job.train, teacher, seed, progress, job.source.manifest.inputs, lower)
 
@@ -266,8 +261,9 @@ def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
     """The candidate as a graph."""
     if isinstance(candidate, GraphCandidate):
         return candidate
-    exporter = plugins.load("edgekit.exporters", "onnx")()
-    return GraphCandidate(exporter.graph(_bundle(job, candidate, ())))
+    from edgekit.graph.lower import lower
+
+    return GraphCandidate(lower(_bundle(job, candidate, ())))
 
 
 def candidate_of(bundle: Bundle) -> AnyCandidate:

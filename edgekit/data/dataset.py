@@ -14,7 +14,8 @@ import numpy.typing as npt
 import platformdirs
 
 from edgekit.bundle.files import write_file
-from edgekit.bundle.format import Arrays, Manifest, arrays_to_bytes
+from edgekit.bundle.format import Manifest
+from edgekit.bundle.tensors import Arrays, arrays_to_bytes
 from edgekit.data.sources import EXPECTED, read
 from edgekit.errors import EdgekitError
 from edgekit.session import check_inputs

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.bundle import zoo
-from edgekit.bundle.format import Arrays, arrays_from_bytes, open_bundle
+from edgekit.bundle.store import open_bundle
+from edgekit.bundle.tensors import Arrays, arrays_from_bytes
 from edgekit.data.dataset import folder, save
 from edgekit.errors import EdgekitError, unknown
 

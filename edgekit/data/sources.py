@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.bundle.format import Arrays, Manifest, TensorSpec, arrays_from_bytes
+from edgekit.bundle.format import Manifest
+from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_from_bytes
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.plugins import imported
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.format import Arrays
+from edgekit.bundle.tensors import Arrays
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.graph.model import serialized, specs

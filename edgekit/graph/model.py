@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.format import TensorSpec
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError, missing_extra
 
 try:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from edgekit.bundle.format import multiple
+from edgekit.bundle.tensors import multiple
 
 Array = npt.NDArray[Any]
 LARGEST = 4096  # numbers: what is larger is data, not a shape

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.bundle.format import Arrays, Bundle
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.tensors import Arrays
 from edgekit.doctor import extras
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.importers.files import described, from_onnx, safe_config
+from edgekit.importers.hugging_face import described, safe_config
+from edgekit.importers.onnx import from_onnx
 
 TOLERANCE = 1e-3  # of the largest output; float32 in another order of a deep network moves it by some 1e-5
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from edgekit.bundle.format import TensorSpec, multiple
+from edgekit.bundle.tensors import TensorSpec, multiple
 
 TRACED = {"batch": 2}  # any length other than 1 will do: tracers bake ones in
 

@@ -20,10 +20,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from edgekit.bundle.encoding import Encoding, Float
-from edgekit.bundle.format import TensorSpec, golden_inputs
+from edgekit.bundle.tensors import TensorSpec, golden_inputs, parse_spec
 from edgekit.data.dataset import Dataset, is_labelled
 from edgekit.errors import EdgekitError
-from edgekit.importers.files import parse_spec
 from edgekit.nn.families import build
 from edgekit.nn.module import tied
 from edgekit.nn.training import Schedule, balanced_class_weights, fit

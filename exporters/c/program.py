@@ -11,7 +11,8 @@ import numpy as np
 from torch import nn
 
 from edgekit.bundle.encoding import Float
-from edgekit.bundle.format import Bundle, TensorSpec
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import PROBABILITIES
 from edgekit.nn.t2 import T2, Block

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from edgekit import __version__
 from edgekit.bundle.encoding import Affine, Encoding, Float
-from edgekit.bundle.format import Arrays, TensorSpec
+from edgekit.bundle.tensors import Arrays, TensorSpec
 from exporters.c.program import LANES, Argument, Buffer, Port, Program, Tensor
 
 FOLDER = Path(__file__).parent

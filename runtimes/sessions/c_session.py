@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 import exporters
 from edgekit import cache
-from edgekit.bundle.format import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.bundle.format import Bundle, model_key
+from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError
 from edgekit.session import Session, check_inputs, open_session
-from exporters.base import model_key
 from exporters.c.library import NATIVE, Compiler, Library
 from runtimes.sessions.rows import cut, share_out
 

@@ -24,11 +24,12 @@ import numpy.typing as npt
 import onnxruntime
 
 from edgekit.bundle.files import write_file
-from edgekit.bundle.format import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.bundle.format import KEY, Bundle, model_key
+from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.doctor import extras
 from edgekit.errors import EdgekitError, unknown
+from edgekit.graph.lower import lower
 from edgekit.session import check_inputs
-from exporters.base import KEY, model_key
 from exporters.device_check import strays
 from runtimes.sessions.rows import cut, share_out
 
@@ -296,9 +297,7 @@ class OnnxRuntimeSession:
 def _graph(bundle: Bundle, source: str | Path | None, exporter: Literal["torchscript", "dynamo"]) -> bytes:
     """The ONNX file given, else the bundle exported now."""
     if source is None:
-        from exporters.onnx_export import OnnxExporter  # needs torch; a device with a source does not
-
-        content: bytes = OnnxExporter(weights="float32", exporter=exporter).graph(bundle).SerializeToString()
+        content: bytes = lower(bundle, weights="float32", exporter=exporter).SerializeToString()
         return content
     if not Path(source).is_file():
         raise EdgekitError(f"{source}: no such ONNX file; write one with: edgekit export BUNDLE --to onnx -o DIRECTORY")

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.format import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.bundle.format import KEY, Bundle, model_key
+from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError, missing_extra, unknown
+from edgekit.graph.lower import lower
 from edgekit.session import check_inputs
-from exporters.base import KEY, model_key
 from runtimes.sessions.rows import cut, share_out
 
 try:
@@ -210,10 +211,9 @@ def read_model(core: Any, bundle: Bundle, source: str | Path | None) -> Any:
                 f"{model_key(bundle)[:12]}; export it again: edgekit export BUNDLE --to openvino -o DIRECTORY"
             )
         return model
-    from exporters.onnx_export import OnnxExporter  # needs torch; a device with a source does not
 
     try:
-        return core.read_model(OnnxExporter(weights="float32").graph(bundle).SerializeToString())
+        return core.read_model(lower(bundle, weights="float32").SerializeToString())
     except RuntimeError as error:
         raise EdgekitError(f"openvino cannot read {bundle.manifest.name} as ONNX: {_reason(error)}") from error
 

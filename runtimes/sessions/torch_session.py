@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edgekit.bundle.format import Arrays, Bundle, TensorSpec, golden_inputs
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import Network
 from edgekit.session import check_inputs

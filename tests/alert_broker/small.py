@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from alert_broker import plasticc
 from alert_broker.features import LightCurveFeatures
 from alert_broker.surveys.base import LightCurve, PacketError, Survey, survey_named
-from edgekit.bundle.format import Bundle, Manifest, TensorSpec, assemble
+from edgekit.bundle.format import Bundle, Manifest, assemble
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.nn.families import build
 
 

@@ -16,7 +16,7 @@ from alert_broker.packets import AlertBatch, batches, read_blocks
 from alert_broker.results import ERRORS, ResultTable, all_bands, result_schema
 from alert_broker.simulate import simulate, write
 from alert_broker.surveys.base import survey_named
-from edgekit.bundle.format import write_bundle
+from edgekit.bundle.store import write_bundle
 from edgekit.errors import EdgekitError
 from tests.alert_broker.small import features_of, small_bundle
 

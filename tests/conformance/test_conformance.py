@@ -11,15 +11,17 @@ import onnxruntime
 import pytest
 import torch
 
-from edgekit.bundle.format import TensorSpec, golden_inputs, multiple, open_bundle, write_bundle
+from edgekit.bundle.store import open_bundle, write_bundle
+from edgekit.bundle.tensors import TensorSpec, golden_inputs, multiple, parse_spec
 from edgekit.compression import run
 from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
 from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
+from edgekit.graph.lower import lower
 from edgekit.graph.network import Network
-from edgekit.importers.files import from_factory, parse_spec
+from edgekit.importers.factory import from_factory
 from edgekit.passes.base import GraphCandidate
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from exporters.onnx_export import FLOAT, OnnxExporter
@@ -138,7 +140,7 @@ def test_a_network_goes_the_whole_way(bundle, still_clock, tmp_path):
 
 
 def test_dynamic_int8_runs_and_tells_what_it_left(bundle):
-    model = OnnxExporter().graph(bundle)
+    model = lower(bundle)
     lowered = GraphCandidate(model)
     if bundle.manifest.name == "lfq_tokenizer":  # convolutions only
         with pytest.raises(EdgekitError, match="no MatMul or Gemm"):
@@ -201,7 +203,7 @@ def test_lengths_of_outputs_follow_those_of_inputs():
 def test_no_token_hears_of_a_later_one(name, leaks):
     """In the exported graph; without the shift the network leaks, so the test has teeth."""
     bundle = imported(name)
-    graph = OnnxExporter().graph(bundle).SerializeToString()
+    graph = lower(bundle).SerializeToString()
     ids = np.random.default_rng(0).integers(0, 16, (1, 54))
     before = in_onnxruntime(graph, {"ids": ids})["output"]
     worst = 0.0
@@ -216,7 +218,7 @@ def test_no_token_hears_of_a_later_one(name, leaks):
 def test_chunks_with_carried_state_are_the_whole_clip():
     bundle = imported("lfq_tokenizer")
     assert bundle.manifest.state == {"before1": "after1", "before2": "after2"}
-    graph = OnnxExporter().graph(bundle).SerializeToString()
+    graph = lower(bundle).SerializeToString()
     video = np.random.default_rng(0).normal(size=(2, 3, 12, 8, 8)).astype(np.float32)
     start = {spec.name: np.zeros((2, *spec.shape[1:]), np.float32) for spec in bundle.manifest.inputs[1:]}
     whole = in_onnxruntime(graph, {"video": video, **start})["codes"]
@@ -238,7 +240,7 @@ def test_chunks_with_carried_state_are_the_whole_clip():
 
 def test_a_turned_molecule_flows_to_the_turned_place():
     bundle = imported("flow_step")
-    graph = OnnxExporter().graph(bundle).SerializeToString()
+    graph = lower(bundle).SerializeToString()
     rng = np.random.default_rng(0)
     inputs = {
         "positions": rng.normal(size=(2, 7, 3)).astype(np.float32),
@@ -289,7 +291,7 @@ def test_the_router_is_no_parameter_and_chooses_two():
         share = np.where(scores[..., expert] >= best[..., 0], np.exp(scores[..., expert]) / np.exp(best).sum(-1), 0)
         first, second = (network.get_parameter(key)[expert].detach().numpy() for key in ("first", "second"))
         alone += share[..., None] * (np.maximum(inputs["tokens"] @ first, 0) @ second)
-    found = in_onnxruntime(OnnxExporter().graph(bundle).SerializeToString(), inputs)["output"]
+    found = in_onnxruntime(lower(bundle).SerializeToString(), inputs)["output"]
     assert np.abs(found - inputs["tokens"] - alone).max() < 1e-5
 
 
@@ -343,7 +345,7 @@ def test_the_other_exporter_takes_multiples_too():
         inputs=[TensorSpec("x", ("batch", "3*vertices", 4))],
     )
     assert bundle.manifest.outputs[0].shape == ("batch", "vertices", 4)
-    graph = OnnxExporter(exporter="dynamo").graph(bundle).SerializeToString()
+    graph = lower(bundle, exporter="dynamo").SerializeToString()
     for length in (1, 5):
         inputs = rows_of(bundle, 3, length)
         assert difference(in_onnxruntime(graph, inputs), in_torch(bundle, inputs)) < PARITY

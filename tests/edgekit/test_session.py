@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import TensorSpec
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.session import check_inputs, open_session
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from edgekit.bundle import zoo
-from edgekit.bundle.format import GOLDEN, arrays_to_bytes, assemble, golden_inputs, with_files, write_bundle
+from edgekit.bundle.format import GOLDEN, assemble, with_files
+from edgekit.bundle.store import write_bundle
+from edgekit.bundle.tensors import arrays_to_bytes, golden_inputs
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import Network
+from edgekit.importers.files import resolve
 from edgekit.passes.base import Candidate
 from edgekit.passes.quantize import Quantize
 from exporters.c import source as source_module
@@ -134,7 +137,7 @@ def test_probabilities_are_softmaxed_and_logits_are_not(toy, tmp_path):
 @pytest.mark.parametrize("name", zoo.folders())
 def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
     """Also where attention scores reach thousands."""
-    bundle = zoo.resolve(name)
+    bundle = resolve(name)
     library = compiled(CExporter().source(bundle), tmp_path, NATIVE)
     inputs, expected = bundle.golden()
     np.testing.assert_allclose(run(library, bundle, inputs), expected["probabilities"], atol=5e-6)
@@ -150,7 +153,7 @@ def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
 @pytest.mark.parametrize("flags", [NATIVE, PLAIN, ("-O2", *SCALAR)], ids=["native", "plain", "scalar"])
 def test_queries_and_keys_are_summed_in_double(tmp_path, flags):
     """Of a real model, whose scores reach hundreds. Planted: the same in float32, like every other layer."""
-    bundle = zoo.resolve("t2-gr")
+    bundle = resolve("t2-gr")
     inputs = {
         spec.name: np.random.default_rng(0).standard_normal((300, *spec.shape[1:])).astype(np.float32)
         for spec in bundle.manifest.inputs

@@ -14,15 +14,16 @@ import onnx
 import pytest
 
 from edgekit.bundle.format import assemble_graph
-from edgekit.bundle.zoo import resolve
+from edgekit.bundle.tensors import parse_spec
 from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
-from edgekit.importers.files import from_factory, parse_spec
+from edgekit.graph.lower import float_graph
+from edgekit.importers.factory import from_factory
+from edgekit.importers.files import resolve
 from edgekit.passes.base import Context, GraphCandidate
 from edgekit.passes.static_int8 import StaticInt8
 from edgekit.targets import profile
 from exporters import kit
-from exporters.onnx_export import OnnxExporter
 from exporters.target_graph import arithmetic, deployment_target, target_graph
 from exporters.tensorrt_export import build_script
 from exporters.tensorrt_rtx_export import compile_engine, preflight
@@ -70,12 +71,12 @@ def source(name):
         from tests.conformance.test_conformance import imported
 
         bundle = imported(name)
-    return bundle, OnnxExporter(weights="float32").float_graph(bundle)
+    return bundle, float_graph(bundle)
 
 
 def test_places_that_read_alike_get_the_same_graph(toy):
     """What the matrix takes for granted, so that it need not write a network 42 times."""
-    model = OnnxExporter(weights="float32").float_graph(toy())
+    model = float_graph(toy())
     graphs = {}
     for where in PLACES.values():
         content = target_graph(model, where).model.SerializeToString(deterministic=True)
@@ -87,7 +88,7 @@ def test_places_that_read_alike_get_the_same_graph(toy):
 def test_the_matrix_has_teeth(toy, tmp_path, monkeypatch):
     """A table that lacks an operator refuses its place; weights that are another network's are no export of this."""
     bundle = toy()
-    model = OnnxExporter(weights="float32").float_graph(bundle)
+    model = float_graph(bundle)
     nano = {key: where for key, where in PLACES.items() if where.target.name == "jetson-nano"}
     assert hold("toy", bundle, model, nano, tmp_path, (1, 16)) == {}
     poor = {

@@ -8,9 +8,9 @@ import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
+from edgekit.graph.lower import float_graph
 from edgekit.passes.half import Half
 from exporters.float32_pinned import MOVING, TYPED, Float32Pinned, float32_pinned
-from exporters.onnx_export import OnnxExporter
 from exporters.target_graph import deployment_target, target_graph
 from exporters.tensorrt_export import options
 from tests.exporters.test_parser_versions import graph, node, quantized
@@ -34,9 +34,7 @@ def written():
     from tests.toys import toy_bundle
 
     bundle = toy_bundle(context=2)
-    got = target_graph(
-        OnnxExporter(weights="float32").float_graph(bundle), deployment_target("jetson-xavier-nx", "tensorrt")
-    )
+    got = target_graph(float_graph(bundle), deployment_target("jetson-xavier-nx", "tensorrt"))
     return got, bundle.golden()[0]
 
 

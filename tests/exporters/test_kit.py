@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import Manifest, TensorSpec, assemble
+from edgekit.bundle.format import Manifest, assemble
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from exporters.kit import profile_of
 

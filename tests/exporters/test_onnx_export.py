@@ -12,11 +12,11 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from edgekit.bundle.format import WEIGHTS, with_files
+from edgekit.bundle.format import KEY, WEIGHTS, model_key, with_files
 from edgekit.errors import EdgekitError
 from edgekit.graph.cleanup import shapes
+from edgekit.graph.lower import lower
 from exporters import onnx_export
-from exporters.base import KEY, model_key
 from exporters.device_check import load_onnxruntime, strays
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 
@@ -38,14 +38,14 @@ def outputs(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray
 def test_graph_gives_the_golden_outputs(toy, arguments, kind):
     bundle = toy(kind, **arguments)
     inputs, expected = bundle.golden()
-    got = outputs(OnnxExporter().graph(bundle), inputs)
+    got = outputs(lower(bundle), inputs)
     np.testing.assert_allclose(got, expected["probabilities"], atol=1e-6)
 
 
 @pytest.mark.parametrize("opset", onnx_export.OPSETS)
 def test_every_allowed_opset_is_the_one_obtained(toy, opset):
     bundle = toy(context=2)
-    model = OnnxExporter(opset=opset).graph(bundle)
+    model = lower(bundle, opset=opset)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
     inputs, expected = bundle.golden()
     np.testing.assert_allclose(outputs(model, inputs), expected["probabilities"], atol=1e-6)
@@ -58,13 +58,13 @@ def test_other_opsets_are_refused(opset):
 
 
 def test_an_opset_that_the_exporter_did_not_honour_is_noticed(toy):
-    model = OnnxExporter(opset=18).graph(toy())
+    model = lower(toy(), opset=18)
     with pytest.raises(EdgekitError, match=r"asked for opset 17, the exporter wrote \{'ai.onnx': 18\}"):
         onnx_export._check_graph(model, 17)
 
 
 def test_unportable_operator_is_named(toy):
-    model = OnnxExporter().graph(toy())
+    model = lower(toy())
     model.graph.node[0].op_type = "Einsum"
     with pytest.raises(EdgekitError, match=r"'embed.MatMul' is a Einsum"):
         onnx_export._check_graph(model, 17)
@@ -73,7 +73,7 @@ def test_unportable_operator_is_named(toy):
 @pytest.mark.parametrize("arguments", MODELS.values(), ids=MODELS)
 def test_initializers_carry_the_names_and_values_of_parameters(toy, arguments):
     bundle = toy(**arguments)
-    stored = {item.name: numpy_helper.to_array(item) for item in OnnxExporter().graph(bundle).graph.initializer}
+    stored = {item.name: numpy_helper.to_array(item) for item in lower(bundle).graph.initializer}
     for name, weight in bundle.weights().items():
         assert np.array_equal(stored[name], weight) or np.array_equal(stored[name], weight.T), name
     assert "positions" in stored
@@ -83,7 +83,7 @@ def test_initializers_carry_the_names_and_values_of_parameters(toy, arguments):
 
 def test_graph_is_free_of_litter(toy):
     bundle = toy(context=2)
-    model = OnnxExporter().graph(bundle)
+    model = lower(bundle)
     text = onnx.printer.to_text(model)
     assert "_output_0" not in text
     assert "Constant" not in text
@@ -98,37 +98,37 @@ def test_graph_is_free_of_litter(toy):
 def test_published_size_of_t2(toy):
     """13,262 parameters are 53 kB, the positional encoding 13 kB; names and nodes may add a tenth."""
     bundle = toy(sequence=100, embed_dim=32, heads=16, ff_dim=128, classes=14)
-    assert 66_000 < OnnxExporter().graph(bundle).ByteSize() < 73_000
+    assert 66_000 < lower(bundle).ByteSize() < 73_000
 
 
 def test_shapes_and_names_come_from_the_manifest(toy):
     bundle = toy(context=2, output="logits")
-    found = shapes(OnnxExporter().graph(bundle))
+    found = shapes(lower(bundle))
     assert found["light_curve"] == ("batch", 12, 2)
     assert found["context"] == ("batch", 2)
     assert found["logits"] == ("batch", 5)
     promised = replace(bundle.manifest.outputs[0], shape=("batch", 9))
     wrong = replace(bundle, manifest=replace(bundle.manifest, outputs=(promised,)))
     with pytest.raises(EdgekitError, match=r"'logits' has shape .*5.*; the manifest says \(batch, 9\)"):
-        OnnxExporter().graph(wrong)
+        lower(wrong)
 
 
 def test_probabilities_are_softmaxed_and_logits_are_not(toy):
     probabilities, logits = toy(), toy(output="logits")
     inputs, _ = probabilities.golden()
-    np.testing.assert_allclose(outputs(OnnxExporter().graph(probabilities), inputs).sum(axis=-1), 1, atol=1e-6)
-    assert np.abs(outputs(OnnxExporter().graph(logits), inputs).sum(axis=-1) - 1).max() > 0.01
+    np.testing.assert_allclose(outputs(lower(probabilities), inputs).sum(axis=-1), 1, atol=1e-6)
+    assert np.abs(outputs(lower(logits), inputs).sum(axis=-1) - 1).max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["affine rows", "affine", "palette"])
 def test_encoded_weights_are_stored_as_codes(toy, kind):
     bundle = toy(kind)
-    quantized = OnnxExporter().graph(bundle)
+    quantized = lower(bundle)
     stored = {item.name: numpy_helper.to_array(item) for item in quantized.graph.initializer}
     for name, encoding in bundle.encodings().items():
         assert name not in stored
         assert stored[f"{name}.codes"].dtype == encoding.codes.dtype
-    assert quantized.ByteSize() < OnnxExporter(weights="float32").graph(bundle).ByteSize() - 2 * sum(
+    assert quantized.ByteSize() < lower(bundle, weights="float32").ByteSize() - 2 * sum(
         encoding.codes.size for encoding in bundle.encodings().values()
     )
 
@@ -142,13 +142,13 @@ def test_decoding_is_exact(toy):
     """Not merely close: ONNX Runtime must not quantize activations because it saw quantized weights."""
     bundle = toy("affine rows", context=2)
     inputs, _ = bundle.golden()
-    exact = outputs(OnnxExporter(weights="float32").graph(bundle), inputs)
-    assert np.array_equal(outputs(OnnxExporter().graph(bundle), inputs), exact)
+    exact = outputs(lower(bundle, weights="float32"), inputs)
+    assert np.array_equal(outputs(lower(bundle), inputs), exact)
 
 
 def test_equal_parameters_keep_their_own_names(toy):
     """Fresh layer norms are equal, and the tracer stores equal tensors once."""
-    stored = {item.name for item in OnnxExporter().graph(toy()).graph.initializer}
+    stored = {item.name for item in lower(toy()).graph.initializer}
     assert {"blocks.0.norm1.weight", "blocks.0.norm2.weight"} <= stored
 
 
@@ -213,7 +213,7 @@ def test_what_ran_elsewhere_is_read_out_of_the_runtimes_profile(toy, tmp_path):
     bundle = toy(context=2)
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-    content = OnnxExporter().graph(bundle).SerializeToString()
+    content = lower(bundle).SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     session.run(None, bundle.golden()[0])
     events = json.loads(Path(session.end_profiling()).read_text())

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from edgekit.bundle import zoo
-from edgekit.bundle.format import GOLDEN, arrays_to_bytes, with_files, write_bundle
+from edgekit.bundle.format import GOLDEN, with_files
+from edgekit.bundle.store import write_bundle
+from edgekit.bundle.tensors import arrays_to_bytes
 from edgekit.errors import EdgekitError
-from edgekit.importers.files import from_onnx
-from exporters.onnx_export import OnnxExporter
+from edgekit.graph.lower import lower
+from edgekit.importers.files import resolve
+from edgekit.importers.onnx import from_onnx
 
 module = pytest.importorskip("exporters.openvino_export", exc_type=EdgekitError)
 MODEL, WEIGHTS = module.MODEL, module.WEIGHTS
@@ -51,7 +54,7 @@ def test_an_export_is_within_tolerance_at_every_batch_size(toy, tmp_path, kind, 
 
 def test_the_zoo_can_be_exported(tmp_path):
     for name in zoo.folders():
-        export = Exporter().export(zoo.resolve(name), tmp_path / name)
+        export = Exporter().export(resolve(name), tmp_path / name)
         assert max(check["difference"] for check in export.checks) <= export.checks[0]["allowed"] <= 2e-5
 
 
@@ -116,7 +119,7 @@ def test_wrong_numbers_are_not_exported(toy, tmp_path, monkeypatch):
 def test_a_graph_can_be_exported_and_a_mistake_is_named(toy, tmp_path):
     bundle = toy(context=2)
     inputs, _ = bundle.golden()
-    graph = from_onnx(OnnxExporter().graph(bundle).SerializeToString(), "graph", "a test", golden=inputs)
+    graph = from_onnx(lower(bundle).SerializeToString(), "graph", "a test", golden=inputs)
     assert max(check["difference"] for check in Exporter().export(graph, tmp_path / "out").checks) < 2e-6
     with pytest.raises(EdgekitError, match="'float16'; expected 'encoded' or 'float32'"):
         Exporter(weights="float16")

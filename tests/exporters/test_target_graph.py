@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.bundle.format import assemble_graph
 from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
+from edgekit.graph.lower import lower
 from edgekit.passes.base import Context, GraphCandidate
 from edgekit.passes.half import Half
 from edgekit.passes.static_int8 import StaticInt8
@@ -45,7 +46,7 @@ def bundle():
 
 @pytest.fixture(scope="module")
 def model(bundle):
-    return OnnxExporter(weights="float32").graph(bundle)
+    return lower(bundle, weights="float32")
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,7 @@ def test_what_is_compared_is_not_rounded(monkeypatch):
     from tests.conformance.test_conformance import imported
 
     bundle = imported("mixture")
-    model = OnnxExporter().graph(bundle)
+    model = lower(bundle)
 
     def worst():
         got = target_graph(model, deployment_target("rtx-3060-12gb"))

@@ -393,10 +393,10 @@ def test_parser_errors_are_shown_with_their_nodes(fake, toy, tmp_path, version, 
 
 
 def test_what_the_builder_says_is_shown(fake, toy):
-    from exporters.onnx_export import OnnxExporter
+    from edgekit.graph.lower import lower
 
     trt = fake("10.13.3.9", 86)
-    model = OnnxExporter().graph(toy())
+    model = lower(toy())
     content = model.SerializeToString()
     trt.Config.add_optimization_profile = lambda self, profile: None
     with pytest.raises(EdgekitError, match=r"cannot build it: Network has dynamic .* no optimization profile"):

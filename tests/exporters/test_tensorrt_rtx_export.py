@@ -135,9 +135,10 @@ def test_kits_for_tensorrt_10_are_shown_to_its_parser(trt, toy, tmp_path, monkey
     table = parser_versions()["10"]
     blind = replace(table, operators=table.operators | {"Det", "Unique"})
     monkeypatch.setattr("exporters.target_graph.generation", lambda stack: blind)
+    from edgekit.graph.lower import lower
     from exporters.onnx_export import OnnxExporter
 
-    spoilt = OnnxExporter().graph(toy())
+    spoilt = lower(toy())
     next(item for item in spoilt.graph.node if item.op_type == "Softmax").op_type = "Hardmax"
     monkeypatch.setattr(
         OnnxExporter,
@@ -150,12 +151,10 @@ def test_kits_for_tensorrt_10_are_shown_to_its_parser(trt, toy, tmp_path, monkey
 
 
 def lower_for_target(exporter, bundle, runtime):
-    from exporters.onnx_export import OnnxExporter
+    from edgekit.graph.lower import float_graph
     from exporters.target_graph import deployment_target, target_graph
 
-    return target_graph(
-        OnnxExporter(weights="float32").float_graph(bundle), deployment_target(exporter.target, runtime)
-    )
+    return target_graph(float_graph(bundle), deployment_target(exporter.target, runtime))
 
 
 def contrib(model):

@@ -8,8 +8,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle.format import GOLDEN, Bundle, arrays_to_bytes, with_files
+from edgekit.bundle.format import GOLDEN, Bundle, with_files
+from edgekit.bundle.tensors import arrays_to_bytes
 from edgekit.errors import EdgekitError
+from edgekit.graph.lower import lower
 from exporters import verify as module
 from exporters.onnx_export import FLOAT, OnnxExporter
 from exporters.verify import Reference, verify
@@ -18,7 +20,7 @@ BATCHES = (1, 4, 40)
 
 
 def graph(bundle: Bundle) -> onnx.ModelProto:
-    return OnnxExporter(weights="float32").graph(bundle)
+    return lower(bundle, weights="float32")
 
 
 def check(model: onnx.ModelProto, bundle: Bundle) -> list[module.Check]:

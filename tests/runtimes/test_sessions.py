@@ -11,10 +11,11 @@ import onnxruntime
 import pytest
 import torch
 
-from edgekit.bundle.format import golden_inputs, write_bundle
+from edgekit.bundle.format import KEY, model_key
+from edgekit.bundle.store import write_bundle
+from edgekit.bundle.tensors import golden_inputs
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
-from exporters.base import KEY, model_key
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 from runtimes.sessions import onnxruntime_session as module
 from runtimes.sessions.onnxruntime_session import BatchPlan, OnnxRuntimeSession

@@ -12,7 +12,7 @@ import pytest
 
 from alert_broker.commands.common import stopping
 from alert_broker.simulate import simulate, write
-from edgekit.bundle.format import write_bundle
+from edgekit.bundle.store import write_bundle
 from tests.alert_broker.small import features_of, small_bundle
 
 

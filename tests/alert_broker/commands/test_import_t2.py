@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import open_bundle
+from edgekit.bundle.store import open_bundle
 
 SHAPES = {"conv_embedding": (1, 2, 32), "ffn.0": (32, 128), "ffn.1": (128, 32), "classifier": (32, 14)}
 SHAPES |= {f"att.{part}": (32, 32) for part in ("query", "key", "value", "combine")}

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from edgekit.bundle.format import write_bundle
+from edgekit.bundle.store import write_bundle
 from tests.alert_broker.small import small_bundle
 
 

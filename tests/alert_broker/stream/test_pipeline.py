@@ -28,7 +28,7 @@ BROKEN = b"Obj\x01 and then nothing that Avro knows"
 def test_results_are_those_of_files(rig, packets, bundle, tmp_path):
     import pyarrow.parquet as pq
 
-    from edgekit.bundle.format import open_bundle
+    from edgekit.bundle.store import open_bundle
 
     rig.send(packets)
     stats = rig.consume()

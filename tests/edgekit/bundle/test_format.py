@@ -15,20 +15,9 @@ from hypothesis import strategies as st
 
 from edgekit.bundle import files
 from edgekit.bundle.encoding import Affine, Palette
-from edgekit.bundle.format import (
-    GOLDEN,
-    MANIFEST,
-    WEIGHTS,
-    Manifest,
-    TensorSpec,
-    arrays_from_bytes,
-    arrays_to_bytes,
-    assemble,
-    golden_inputs,
-    open_bundle,
-    with_files,
-    write_bundle,
-)
+from edgekit.bundle.format import GOLDEN, MANIFEST, WEIGHTS, Manifest, assemble, with_files
+from edgekit.bundle.store import open_bundle, write_bundle
+from edgekit.bundle.tensors import TensorSpec, arrays_from_bytes, arrays_to_bytes, golden_inputs
 from edgekit.errors import EdgekitError
 
 FILES = (WEIGHTS, GOLDEN)

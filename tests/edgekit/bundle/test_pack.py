@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgekit.bundle.encoding import Affine, Palette
-from edgekit.bundle.format import Manifest, TensorSpec, assemble, open_bundle, write_bundle
+from edgekit.bundle.format import Manifest, assemble
 from edgekit.bundle.pack import GOLDEN_ROWS, MAGIC, _pack_arrays, _shapes, _unpack_arrays, pack, unpack
+from edgekit.bundle.store import open_bundle, write_bundle
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 
 MANIFEST = Manifest(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import open_bundle
+from edgekit.bundle.store import open_bundle
 from edgekit.compression import recipe
 from edgekit.session import open_session
 

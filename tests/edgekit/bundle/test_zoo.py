@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from edgekit.bundle import zoo
-from edgekit.bundle.format import write_bundle
+from edgekit.bundle.store import write_bundle
 from edgekit.errors import EdgekitError
+from edgekit.importers.files import resolve
 
 
 @pytest.fixture
@@ -23,11 +24,11 @@ def models(tiny_bundle, tmp_path, monkeypatch):
 
 
 def test_a_name_and_a_path(models, tiny_bundle):
-    assert zoo.resolve("t2-one").manifest.name == "t2-one"
+    assert resolve("t2-one").manifest.name == "t2-one"
     write_bundle(tiny_bundle, "mine.edge")
-    assert zoo.resolve("mine.edge").manifest.name == "tiny"
+    assert resolve("mine.edge").manifest.name == "tiny"
     write_bundle(tiny_bundle, "t2-two")
-    assert zoo.resolve("t2-two").manifest.name == "tiny", "what is here comes before the zoo"
+    assert resolve("t2-two").manifest.name == "tiny", "what is here comes before the zoo"
 
 
 @pytest.mark.parametrize(
@@ -41,13 +42,13 @@ def test_a_name_and_a_path(models, tiny_bundle):
 )
 def test_what_is_neither(text, words, models):
     with pytest.raises(EdgekitError, match=words):
-        zoo.resolve(text)
+        resolve(text)
 
 
 def test_an_empty_zoo_says_so(models, monkeypatch):
     monkeypatch.setattr(zoo, "folders", dict)
     with pytest.raises(EdgekitError, match="no models are installed"):
-        zoo.resolve("t2-one")
+        resolve("t2-one")
 
 
 def test_every_model_of_the_checkout_is_found_and_opens():
@@ -55,7 +56,7 @@ def test_every_model_of_the_checkout_is_found_and_opens():
     expected = {path.parent.name for path in root.glob("*/edgekit.json")}
     assert set(zoo.folders()) == expected
     for name in expected:
-        assert zoo.resolve(name).manifest.name == name
+        assert resolve(name).manifest.name == name
 
 
 def test_models_of_a_wheel_are_found_under_its_prefix(tiny_bundle, tmp_path, monkeypatch):

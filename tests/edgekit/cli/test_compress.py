@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import MANIFEST, WEIGHTS, assemble, open_bundle, write_bundle
+from edgekit.bundle.format import MANIFEST, WEIGHTS, assemble
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.compression import report
 
 RECIPE = """

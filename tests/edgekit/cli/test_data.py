@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alert_broker import plasticc
-from edgekit.bundle.format import write_bundle
+from edgekit.bundle.store import write_bundle
 from edgekit.data.dataset import load
 from tests.alert_broker.small import features_of, small_bundle, small_plasticc, write_plasticc
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from edgekit.bundle.format import GOLDEN, arrays_to_bytes, open_bundle, with_files, write_bundle
+from edgekit.bundle.format import GOLDEN, with_files
+from edgekit.bundle.store import open_bundle, write_bundle
+from edgekit.bundle.tensors import arrays_to_bytes
 
 
 def test_writes_and_shows_the_verification(edgekit, tiny_file, tmp_path):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import open_bundle
+from edgekit.bundle.store import open_bundle
 
 NETS = """
 import torch

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from edgekit.bundle.encoding import Affine, Palette
-from edgekit.bundle.format import assemble, write_bundle
+from edgekit.bundle.format import assemble
 from edgekit.bundle.pack import pack
+from edgekit.bundle.store import write_bundle
 
 QUALITY = {"value": 0.5, "low": 0.45, "high": 0.55, "samples": 1234}
 STATE = {"quality": QUALITY, "bytes": 4000, "parameters": 600}

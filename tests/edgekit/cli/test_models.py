@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from edgekit.bundle import zoo
-from edgekit.bundle.format import WEIGHTS, write_bundle
+from edgekit.bundle.format import WEIGHTS
+from edgekit.bundle.store import write_bundle
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def blocks(section: str) -> dict[str, str]:
 
 def test_the_example_of_the_readme(edgekit, tmp_path, monkeypatch):
     pytest.importorskip("torch_pruning")
-    from edgekit.bundle.format import open_bundle
+    from edgekit.bundle.store import open_bundle
     from edgekit.compression import guard, measure
 
     noise = np.random.default_rng(0)  # how fast this machine is today is not what is tested

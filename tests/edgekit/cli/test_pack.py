@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from edgekit.bundle.format import WEIGHTS, open_bundle
+from edgekit.bundle.format import WEIGHTS
 from edgekit.bundle.pack import unpack
+from edgekit.bundle.store import open_bundle
 
 
 def test_pack_writes_one_file_that_is_a_bundle(edgekit, tiny_file, tmp_path):

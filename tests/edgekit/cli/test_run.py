@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import open_bundle
+from edgekit.bundle.store import open_bundle
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from edgekit.compression.recipe import Step
 from edgekit.compression.run import run
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.importers.files import from_onnx
+from edgekit.importers.onnx import from_onnx
 from edgekit.passes.base import Change, GraphCandidate
 from edgekit.session import open_session
 

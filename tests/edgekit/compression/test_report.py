@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.compression import report
 from edgekit.compression.guard import Latency
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle.format import GOLDEN, WEIGHTS, open_bundle, write_bundle
+from edgekit.bundle.format import GOLDEN, WEIGHTS
 from edgekit.bundle.pack import pack
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.compression import metrics, recipe
 from edgekit.compression.run import plan, run
 from edgekit.data.dataset import Dataset

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgekit.bundle.format import open_bundle
+from edgekit.bundle.store import open_bundle
 from edgekit.compression import states
 from edgekit.compression.run import run
 

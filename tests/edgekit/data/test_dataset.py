@@ -19,7 +19,7 @@ def test_what_is_saved_comes_back_split(data_file, tiny_bundle, tiny_data):
 
 
 def test_inputs_come_in_the_order_in_which_the_network_takes_them(tmp_path, tiny_bundle):
-    from edgekit.bundle.format import TensorSpec
+    from edgekit.bundle.tensors import TensorSpec
 
     specs = (TensorSpec("z", ("batch", 1)), TensorSpec("a", ("batch", 1)))
     one = np.ones((2, 1), np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import write_bundle
+from edgekit.bundle.store import write_bundle
 from edgekit.data import provider
 from edgekit.data.dataset import load
 from edgekit.data.provider import PREPROCESSING, PreparedDataset

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from edgekit.bundle.format import TensorSpec
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.data.dataset import UNKNOWN, is_labelled, load
 from edgekit.errors import EdgekitError
 

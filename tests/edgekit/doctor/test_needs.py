@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle.format import Manifest, TensorSpec, assemble_graph
+from edgekit.bundle.format import Manifest, assemble_graph
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.doctor.finding import Finding
 from edgekit.doctor.needs import Needs, bytes_needed, judge, of, precisions
 from edgekit.targets.profile import find

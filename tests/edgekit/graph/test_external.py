@@ -6,17 +6,18 @@ import onnxruntime
 from onnx import numpy_helper
 
 from edgekit.graph.external import ALIGNED, LEAST, files
+from edgekit.graph.lower import lower
 from exporters.onnx_export import OnnxExporter
 from exporters.verify import on_onnxruntime
 
 
 def test_a_small_graph_is_one_file(toy):
-    assert set(files(OnnxExporter().graph(toy()), "model.onnx")) == {"model.onnx"}
+    assert set(files(lower(toy()), "model.onnx")) == {"model.onnx"}
 
 
 def test_a_large_one_is_two_and_the_same(toy, tmp_path):
     bundle = toy(embed_dim=32, ff_dim=128)
-    model = OnnxExporter().graph(bundle)
+    model = lower(bundle)
     before = model.SerializeToString(deterministic=True)
     made = files(model, "model.onnx", largest=1000)
     assert model.SerializeToString(deterministic=True) == before

@@ -14,11 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 from torch import nn
 
-from edgekit.bundle.format import TensorSpec, open_bundle, write_bundle
 from edgekit.bundle.pack import pack, unpack
-from edgekit.bundle.zoo import resolve
+from edgekit.bundle.store import open_bundle, write_bundle
+from edgekit.bundle.tensors import TensorSpec, parse_spec
 from edgekit.errors import EdgekitError
-from edgekit.importers.files import from_factory, from_file, from_onnx, parse_spec
+from edgekit.importers.factory import from_factory
+from edgekit.importers.files import from_file, resolve
+from edgekit.importers.onnx import from_onnx
 from edgekit.session import open_session
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgekit.bundle.format import TensorSpec
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.nn.exported import Exported, dynamic_shapes, example
 
 SPECS = (TensorSpec("x", ("batch", 6)),)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.errors import EdgekitError
-from edgekit.importers.files import from_hugging_face
+from edgekit.importers.hugging_face import from_hugging_face
 from edgekit.session import open_session
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgekit.bundle.format import Manifest, TensorSpec, assemble
+from edgekit.bundle.format import Manifest, assemble
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.data.dataset import Dataset
 from edgekit.nn.families import build
 from edgekit.nn.module import trust

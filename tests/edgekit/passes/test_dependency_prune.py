@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nn.families import build

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.nn.families import build
 from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle.format import GRAPH, Manifest, TensorSpec, assemble_graph
+from edgekit.bundle.format import GRAPH, Manifest, assemble_graph
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.compression import measure, metrics, report
 from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nn.families import build

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle.format import Manifest, TensorSpec, assemble_graph
+from edgekit.bundle.format import Manifest, assemble_graph
+from edgekit.bundle.tensors import TensorSpec
 from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step

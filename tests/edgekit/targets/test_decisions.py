@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.bundle.format import open_bundle, write_bundle
+from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.compression.bench import float_graph
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import plan, run

@@ -11,7 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgekit.bundle.format import GOLDEN, arrays_to_bytes, golden_inputs, with_files, write_bundle
+from edgekit.bundle.format import GOLDEN, with_files
+from edgekit.bundle.store import write_bundle
+from edgekit.bundle.tensors import arrays_to_bytes, golden_inputs
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
 from exporters.c import program

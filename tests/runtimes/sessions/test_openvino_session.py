@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from edgekit.bundle.format import golden_inputs, write_bundle
+from edgekit.bundle.store import write_bundle
+from edgekit.bundle.tensors import golden_inputs
 from edgekit.errors import EdgekitError
+from edgekit.graph.lower import lower
 from edgekit.graph.network import Network
-from edgekit.importers.files import from_onnx
+from edgekit.importers.onnx import from_onnx
 from edgekit.session import open_session
-from exporters.onnx_export import OnnxExporter
 from runtimes.sessions.c_session import check_golden
 from tests.toys import toy_bundle
 
@@ -60,7 +61,7 @@ def test_a_graph_runs_as_its_network_does(name):
     """Also where it stores weights as integers, beside which OpenVINO would round activations to int8."""
     bundle = MODELS[name]
     inputs, expected = bundle.golden()
-    graph = from_onnx(OnnxExporter().graph(bundle).SerializeToString(), "graph", "a test", golden=inputs)
+    graph = from_onnx(lower(bundle).SerializeToString(), "graph", "a test", golden=inputs)
     got = Session(graph, threads=1).run(inputs)["probabilities"]
     np.testing.assert_allclose(got, expected["probabilities"], atol=1e-6)
 

@@ -1,0 +1,63 @@
+"""Read a bundle from disk, a directory or a packed file, and write one."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from edgekit.bundle.files import write_directory
+from edgekit.bundle.format import GOLDEN, GRAPH, MANIFEST, ONNX, WEIGHTS, Bundle, Manifest
+from edgekit.bundle.pack import unpack
+from edgekit.errors import EdgekitError
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Read a bundle directory, or a packed file, and verify it."""
+    path = Path(path)
+    if path.is_file():
+        return replace(unpack(path.read_bytes(), str(path)), path=path)
+    if not path.exists():
+        raise EdgekitError(f"{path}: no such bundle; `edgekit models` lists those that come with edgekit")
+    if not (path / MANIFEST).is_file():
+        raise EdgekitError(f"{path}: not a bundle, it holds no {MANIFEST}; a bundle is a directory written by edgekit")
+    manifest = Manifest.from_json((path / MANIFEST).read_bytes(), f"{path}/{MANIFEST}")
+    contents = {}
+    for name, expected in manifest.files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise EdgekitError(f"{path}/{MANIFEST}: file name {name!r} leaves the bundle; the bundle is not trusted")
+        if not file.is_file():
+            raise EdgekitError(f"{file}: listed in {MANIFEST} but missing; the bundle is incomplete, copy it again")
+        contents[name] = file.read_bytes()
+        if (got := hashlib.sha256(contents[name]).hexdigest()) != expected:
+            raise EdgekitError(
+                f"{file}: SHA-256 is {got[:12]}..., the manifest says {expected[:12]}...; the file was changed "
+                "or damaged after the bundle was written, restore it or write the bundle again"
+            )
+    for needed in (GRAPH if manifest.family == ONNX else WEIGHTS, GOLDEN):
+        if needed not in contents:
+            raise EdgekitError(f"{path}/{MANIFEST}: lists no {needed}; the bundle is incomplete, write it again")
+    return Bundle(manifest, contents, path)
+
+
+def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bundle:
+    """Write a new directory and move it into place: whatever goes wrong, `path` holds the old bundle or the new.
+
+    Replacing takes two renames; a process killed between them leaves the old bundle beside `path`, as .NAME.PID.old.
+    """
+    path = Path(path)
+    if path.exists():
+        if not force:
+            raise EdgekitError(f"{path} already exists; choose another name or pass --force to replace it")
+        if not (path / MANIFEST).is_file():
+            raise EdgekitError(
+                f"{path} exists and is not a bundle, so --force will not replace it; choose another name"
+            )
+    write_directory(path, {**bundle.contents, MANIFEST: bundle.manifest.to_json()})
+    return replace(bundle, path=path)
+
+
+def default_name(path: str | Path) -> str:
+    """The model's name that a path suggests: 'runs/t2-gr.edge' gives 't2-gr'."""
+    return Path(path).name.removesuffix(".edge")

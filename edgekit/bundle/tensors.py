@@ -1,0 +1,132 @@
+"""Named tensors: what describes one, made-up values for golden data, and archives of named arrays (.npz)."""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.errors import EdgekitError
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+SPEC_HELP = "NAME:DTYPE:AXES, such as image:float32:batch,3,224,224"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One named input or output. A string in `shape` names an axis that may have any length, such as "batch", or any
+    multiple of a number, such as "9*faces"."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        for axis in self.shape:
+            if isinstance(axis, str) and not _AXIS.fullmatch(axis):
+                raise EdgekitError(f"{self.name!r}: axis {axis!r}; expected a name, or a multiple such as '9*faces'")
+
+    def check(self, array: npt.NDArray[Any]) -> None:
+        """Raise if the array does not fit this spec."""
+        fits = array.ndim == len(self.shape) and all(
+            isinstance(want, str) or want == got for want, got in zip(self.shape, array.shape, strict=True)
+        )
+        if not fits:
+            raise EdgekitError(f"input {self.name!r} has shape {array.shape}; expected {self.shape_text}")
+        for number, got in enumerate(array.shape):
+            step = multiple(self.shape[number])
+            if got % step or (step > 1 and got == 0):  # nothing of what comes in groups is no group
+                below, above = got // step * step, (got // step + 1) * step
+                nearest = f"{below} or {above}" if below else f"{above}"
+                raise EdgekitError(
+                    f"input {self.name!r} has length {got} along axis {number}; this model needs a multiple of {step} "
+                    f"({nearest})"
+                )
+        if str(array.dtype) != self.dtype:
+            raise EdgekitError(f"input {self.name!r} has dtype {array.dtype}; expected {self.dtype}")
+
+    @property
+    def shape_text(self) -> str:
+        return "(" + ", ".join(str(axis) for axis in self.shape) + ")"
+
+
+_AXIS = re.compile(r"(?:([1-9][0-9]*)\*)?[^*\s]+")
+
+
+def multiple(axis: int | str) -> int:
+    """What the length of an axis must be a multiple of: 9 for "9*faces"."""
+    found = _AXIS.fullmatch(axis) if isinstance(axis, str) else None
+    return int(found[1]) if found and found[1] else 1
+
+
+def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
+    """Inputs for golden data where no real ones are at hand: smooth, bounded, different in every element; whole numbers
+    from 0 to 7, which the smallest vocabulary has."""
+    made = {}
+    for number, spec in enumerate(specs):
+        axes = tuple(axis if isinstance(axis, int) else 2 * multiple(axis) for axis in spec.shape[1:])
+        index = np.arange(rows * math.prod(axes), dtype=np.int64)
+        values = np.sin(0.37 * index * (1 + number)) if np.dtype(spec.dtype).kind == "f" else index * (3 + number) % 8
+        made[spec.name] = values.reshape(rows, *axes).astype(spec.dtype)
+    return made
+
+
+def arrays_to_bytes(arrays: Arrays) -> bytes:
+    """A compressed, byte-for-byte reproducible .npz (numpy.savez stamps the time into the archive)."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in sorted(arrays.items()):
+            inner = BytesIO()
+            np.lib.format.write_array(inner, np.asarray(array, order="C"), allow_pickle=False)
+            archive.writestr(
+                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), inner.getvalue(), zipfile.ZIP_DEFLATED
+            )
+    return buffer.getvalue()
+
+
+def arrays_from_bytes(content: bytes, source: str) -> Arrays:
+    if content[:4] not in (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM"):  # numpy takes anything else for a pickle
+        raise EdgekitError(f"{source}: not an .npz archive; write named arrays with numpy.savez")
+    try:
+        archive = np.load(BytesIO(content), allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise EdgekitError(f"{source}: one array (.npy), not named arrays; write them with numpy.savez")
+        with archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except _UNREADABLE as error:
+        raise EdgekitError(f"{source}: not a readable .npz of plain arrays ({error})") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise EdgekitError(f"{source}: {name!r} is not an array; expected an .npz as numpy.savez writes it")
+    return arrays
+
+
+# what numpy, zipfile and zlib raise for a damaged archive
+_UNREADABLE = (
+    ValueError, OSError, EOFError, LookupError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def parse_spec(text: str) -> TensorSpec:
+    """'image:float32:batch,3,224,224' as a spec."""
+    parts = text.split(":")
+    if len(parts) != 3 or not parts[2]:
+        raise EdgekitError(f"--input {text!r}: expected {SPEC_HELP}")
+    axes = tuple(int(axis) if axis.isdigit() else axis for axis in parts[2].split(","))
+    try:
+        np.dtype(parts[1])
+    except TypeError:
+        raise EdgekitError(f"--input {text!r}: unknown dtype {parts[1]!r}; expected float32, int64, ...") from None
+    if isinstance(axes[0], int):
+        raise EdgekitError(f"--input {text!r}: the first axis is the batch, of any length; expected {SPEC_HELP}")
+    return TensorSpec(parts[0], axes, parts[1])

@@ -1,0 +1,43 @@
+"""The contract of exporters: a bundle becomes files for a runtime or a device, and the files are proved before they
+appear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from edgekit.bundle.format import Bundle
+    from edgekit.targets.profile import Stack, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What an exporter wrote, and how the files were proved.
+
+    files: bytes by name; manifest: what manifest.json says; checks: one record for each file and batch size."""
+
+    directory: Path
+    files: dict[str, int]
+    manifest: dict[str, Any]
+    checks: list[dict[str, Any]]
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A frozen dataclass whose fields are the export's options; the command line offers them by name."""
+
+    def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
+        """Write the files once they give what the model gives. Raises EdgekitError and writes nothing if they do not,
+        or if the directory exists and `force` is not given."""
+        ...
+
+    @classmethod
+    def accepts(cls, model: ModelProto, target: Target, stack: Stack) -> str:
+        """Say in one line how the parser of this stack takes a float32 graph as it would be exported for the target;
+        say nothing ("") where this format has no parser of its own. Raises EdgekitError with the parser's reason where
+        it refuses the graph."""
+        return ""

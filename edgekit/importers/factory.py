@@ -1,0 +1,107 @@
+"""Networks that a Python function builds as bundles, with weights from a safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from edgekit.bundle.format import Bundle, Manifest, assemble
+from edgekit.bundle.tensors import SPEC_HELP, Arrays, TensorSpec, golden_inputs, multiple
+from edgekit.errors import EdgekitError
+from edgekit.importers.base import PICKLES, golden_rows, unsafe
+
+
+def from_factory(
+    factory: str,
+    *,
+    arguments: Mapping[str, Any],
+    weights: Path | None,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[str],
+    golden: Arrays | None = None,
+) -> Bundle:
+    """A bundle from a Python function that builds a network. outputs: their names, in order; one named
+    "probabilities" is the softmax of what the network gives."""
+    from edgekit.data.dataset import Dataset
+    from edgekit.nn.families import build
+    from edgekit.nn.module import tied, trust
+    from edgekit.nn.training import outputs as run_network
+
+    if not inputs:
+        raise EdgekitError(f"{factory}: its inputs are not known; pass --input {SPEC_HELP} for each")
+    trust(factory)
+    described = {spec.name: f"{spec.dtype}:{','.join(map(str, spec.shape))}" for spec in inputs}
+    values = {"factory": factory, "arguments": dict(arguments), "inputs": described}
+    stored = None
+    if weights is not None:
+        if weights.suffix in PICKLES:
+            raise unsafe(weights)
+        try:
+            stored = load_safetensors(weights.read_bytes())
+        except SafetensorError as error:
+            raise EdgekitError(f"{weights}: not a safetensors file ({error})") from None
+    model = build("module", values, stored)
+    given = golden_rows(tuple(inputs), golden)
+    names = list(outputs) or ["output"]
+
+    def run(rows: Arrays) -> list[npt.NDArray[Any]]:
+        data = Dataset(rows, np.zeros(len(next(iter(rows.values()))), np.int64))
+        try:
+            return run_network(model, data, softmax=[name == "probabilities" for name in names])
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            raise EdgekitError(
+                f"{factory}: does not run on inputs of shapes { ({n: a.shape for n, a in rows.items()}) }: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+
+    found = run(given)
+    shapes = _output_axes(run, inputs, names)
+    specs = tuple(TensorSpec(name, shapes[name], str(array.dtype)) for name, array in zip(names, found, strict=True))
+    manifest = Manifest(
+        name=factory.partition(":")[0].rpartition(".")[2],
+        family="module",
+        arguments=values,
+        inputs=tuple(inputs),
+        outputs=specs,
+    )
+    aliases = tied(model)
+    state = {name: value.detach().numpy() for name, value in model.state_dict().items() if name not in aliases}
+    return assemble(manifest, state, {}, (given, dict(zip(names, found, strict=True))))
+
+
+def _output_axes(
+    run: Callable[[Arrays], list[npt.NDArray[Any]]], inputs: Sequence[TensorSpec], names: Sequence[str]
+) -> dict[str, tuple[int | str, ...]]:
+    """Axes of the outputs by name. Which grow with which free axis of the inputs is found by making that longer."""
+
+    def outputs(longer: str | None) -> list[tuple[int, ...]]:
+        sized = [
+            replace(
+                spec,
+                shape=tuple(
+                    (2 + (axis == longer)) * multiple(axis) if isinstance(axis, str) else axis for axis in spec.shape
+                ),
+            )
+            for spec in inputs
+        ]
+        return [array.shape for array in run(golden_inputs(tuple(sized), 2))]
+
+    usual = outputs(None)
+    shapes: list[list[int | str]] = [["batch", *shape[1:]] for shape in usual]
+    for free in dict.fromkeys(axis for spec in inputs for axis in spec.shape[1:] if isinstance(axis, str)):
+        for number, shape in enumerate(outputs(free)):
+            for axis in range(1, len(shape)):
+                step, start = shape[axis] - usual[number][axis], usual[number][axis]
+                if step:
+                    proportional = start == 2 * step and isinstance(shapes[number][axis], int)
+                    own = free.partition("*")[2] or free
+                    name = own if step == 1 else f"{step}*{own}"
+                    shapes[number][axis] = name if proportional else f"{names[number]}_{axis}"
+    return {name: tuple(shape) for name, shape in zip(names, shapes, strict=True)}

@@ -1,0 +1,94 @@
+"""Folders that transformers saved, config.json and safetensors, as bundles."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file as save_safetensors
+
+from edgekit.bundle.format import Bundle
+from edgekit.bundle.tensors import SPEC_HELP, Arrays, TensorSpec
+from edgekit.errors import EdgekitError
+from edgekit.importers.base import PICKLES, unsafe
+from edgekit.importers.factory import from_factory
+
+
+def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden: Arrays | None = None) -> Bundle:
+    """A bundle from a folder of transformers: config.json and safetensors. Classes and the scaling of pixels come
+    along. `inputs` need only be given for models that take neither images nor token ids."""
+    config = safe_config(folder)
+    from edgekit.nn import hugging_face
+
+    specs = tuple(inputs) or _usual_inputs(config, hugging_face.model_class(config).main_input_name, folder)
+    try:
+        model = hugging_face.model_class(config).from_pretrained(
+            folder, config=hugging_face.configuration(config), use_safetensors=True, local_files_only=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise EdgekitError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+    state = {f"model.{name}": value.float().numpy() for name, value in model.state_dict().items()}
+    arguments = {"config": config, "inputs": [spec.name for spec in specs]}
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / "model.safetensors"
+        save_safetensors({name: np.ascontiguousarray(value) for name, value in state.items()}, weights)
+        bundle = from_factory(
+            hugging_face.FACTORY, arguments=arguments, weights=weights, inputs=specs, outputs=["logits"], golden=golden
+        )
+    return described(bundle, folder, config)
+
+
+def safe_config(folder: Path) -> dict[str, Any]:
+    """What config.json says. Raises if the model is its author's code, or its weights are not safetensors."""
+    config = _read_json(folder / "config.json")
+    if "auto_map" in config:
+        raise EdgekitError(
+            f"{folder}: its model is code of its author's (auto_map), which is not run; export it to ONNX"
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+        raise unsafe(pickles[0]) if pickles else EdgekitError(f"{folder}: holds no safetensors; save the model again")
+    return config
+
+
+def described(bundle: Bundle, folder: Path, config: Mapping[str, Any]) -> Bundle:
+    """The bundle with what the folder says of its classes and of the scaling of pixels."""
+    labels = config.get("id2label") or {}
+    pixels = folder / "preprocessor_config.json"
+    scaling = _read_json(pixels) if pixels.is_file() else {}
+    known = {"mean": scaling.get("image_mean"), "std": scaling.get("image_std")}
+    manifest = replace(
+        bundle.manifest,
+        name=folder.name,
+        classes=tuple(str(labels[key]) for key in sorted(labels, key=int)),
+        preprocessing={"id": "image/1", **known} if all(known.values()) else None,
+    )
+    return replace(bundle, manifest=manifest)
+
+
+def _usual_inputs(config: Mapping[str, Any], name: str, folder: Path) -> tuple[TensorSpec, ...]:
+    size = config.get("image_size")
+    if name == "pixel_values" and size:
+        height, width = size if isinstance(size, list) else (size, size)
+        return (TensorSpec(name, ("batch", int(config.get("num_channels", 3)), int(height), int(width))),)
+    if name == "input_ids":
+        return (TensorSpec(name, ("batch", "tokens"), "int64"),)
+    raise EdgekitError(f"{folder}: the shape of its input {name!r} is not known; pass --input {SPEC_HELP}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise EdgekitError(
+            f"{path}: cannot be read as JSON ({error}); expected a folder that transformers saved"
+        ) from None
+    if not isinstance(values, dict):
+        raise EdgekitError(f"{path}: expected a JSON object")
+    return values
