@@ -30,9 +30,9 @@ from typing import Any
 
 from onnx import ModelProto
 
-from edgekit.bundle.files import write_directory, write_file
+from edgekit import cache
+from edgekit.bundle.files import write_directory
 from edgekit.bundle.format import Bundle
-from edgekit.cache import folder as cache_folder
 from edgekit.errors import EdgekitError
 from edgekit.exporter import Export, Exporter
 from edgekit.graph.external import LARGEST
@@ -154,7 +154,7 @@ class TensorRtExporter(Exporter):
             capability,
             graph.pinned,
         )
-        stored = cache_folder() / "tensorrt" / f"{key}.plan"
+        stored = cache.folder("tensorrt") / f"{key}.plan"
         if cached := stored.is_file():
             engine = stored.read_bytes()
         else:
@@ -188,7 +188,7 @@ class TensorRtExporter(Exporter):
             stored.unlink(missing_ok=True)  # the next export builds it again
             raise
         if not cached:
-            write_file(stored, engine)
+            cache.keep(stored, engine)
         written[ENGINE] = engine
         return {
             "built": True,

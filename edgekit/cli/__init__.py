@@ -1,10 +1,12 @@
-"""The command line. Each verb lives in its own module and is imported only when it is called."""
+"""The command line. Every command is an entry point of the group `edgekit.commands`, those of the core too, so that the
+core names no command of another package, and a third party's package can add one."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import click
@@ -12,47 +14,87 @@ import click
 from edgekit import __version__
 from edgekit.errors import EdgekitError
 
-# verb -> (module:object, what the overview says); listed here so that `edgekit --help` imports none of them
-COMMANDS = {
-    "models": ("edgekit.cli.models:models", "List the models that come with edgekit."),
-    "inspect": ("edgekit.cli.inspect:inspect", "Show what a bundle holds and how it was made."),
-    "compress": ("edgekit.cli.compress:compress", "Make a model smaller and faster; keep only what measures better."),
-    "doctor": ("edgekit.cli.doctor:doctor", "Say what this machine can run, and what stands in the way."),
-    "bench": ("edgekit.cli.bench:bench", "Time models beside each other, in turns in one run."),
-    "targets": ("edgekit.cli.targets:targets", "List devices: what they can, what works on them, what never to use."),
-    "pack": ("edgekit.cli.pack:pack", "Write a bundle as one entropy-coded file."),
-    "export": ("edgekit.cli.export:export", "Write a model for a runtime or device, and prove that it still works."),
-    "run": ("edgekit.cli.run:run", "Run a bundle on named arrays."),
-    "alerts": ("alert_broker.commands:alerts", "Classify or simulate astronomical alerts."),
-    "data": ("edgekit.cli.data:data", "Prepare a data set that models are measured on."),
-    "import": ("edgekit.cli.import_:import_", "Make a bundle from an ONNX file, a torch program or a Python function."),
-    "import-t2": ("alert_broker.commands.import_t2:import_t2", "Make a bundle from published t2 weights."),
-}
+GROUP = "edgekit.commands"
+# The order in which a newcomer needs them. Commands that are not in it follow by name.
+FIRST = ("models", "inspect", "compress", "doctor", "bench", "targets", "pack", "export", "run", "data", "import")
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module when the command is asked for."""
+    """A group that imports a command's module when the command, or the list of commands, is asked for."""
 
-    def __init__(self, *arguments: Any, lazy: dict[str, tuple[str, str]], **options: Any) -> None:
+    def __init__(self, *arguments: Any, lazy: Mapping[str, str], **options: Any) -> None:
+        """lazy: the name of each command, and 'package.module:name' of its object, in the order of the help."""
         super().__init__(*arguments, **options)
         self.lazy = lazy
 
+    def points(self) -> dict[str, EntryPoint]:
+        """The entry points of the commands by name, in the order of the help."""
+        return {name: EntryPoint(name, value, GROUP) for name, value in self.lazy.items()}
+
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(self.lazy)
+        return list(self.points())
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in self.lazy:
-            return None
-        module, attribute = self.lazy[name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        point = self.points().get(name)
+        return None if point is None else _loaded(point)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Each command with the whole first sentence of its own help; click would cut it at the end of the line."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in self.lazy.items()])
+            formatter.write_dl(
+                [(name, _loaded(point).get_short_help_str(limit=1000)) for name, point in self.points().items()]
+            )
 
 
-@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+class InstalledCommands(LazyGroup):
+    """The commands of all installed packages. No other package can replace a command of edgekit."""
+
+    def points(self) -> dict[str, EntryPoint]:
+        others_first = sorted(entry_points(group=GROUP), key=lambda point: _package(point).startswith("edgekit "))
+        found = {point.name: point for point in others_first}
+        if not found:
+            raise EdgekitError(
+                "no command is registered, because edgekit is not installed here or was installed before it had entry "
+                "points for its commands; run: pip install edgekit (in a checkout: pip install -e .)"
+            )
+        names = [*(name for name in FIRST if name in found), *sorted(found.keys() - set(FIRST))]
+        return {name: found[name] for name in names}
+
+
+def _loaded(point: EntryPoint) -> click.Command:
+    """The command that an entry point names. If it cannot be loaded, a command that says so: the package of one command
+    must not break the others."""
+    try:
+        command = point.load()
+        if isinstance(command, click.Command):
+            return command
+        reason: BaseException = TypeError(f"it is of the type {type(command).__name__}; expected a click command")
+    except (Exception, SystemExit) as error:  # a module of a third party may raise anything when it is imported
+        reason = error
+    text = " ".join(f"{type(reason).__name__}: {reason}".split())
+
+    def fail(arguments: tuple[str, ...]) -> None:
+        raise EdgekitError(
+            f"the command {point.name!r} of {_package(point)} cannot be loaded from {point.value}: {text}; repair, "
+            "update or uninstall that package"
+        ) from reason
+
+    return click.Command(
+        point.name,
+        callback=fail,
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        short_help=f"(cannot be loaded: {text})",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True},
+    )
+
+
+def _package(point: EntryPoint) -> str:
+    """The name and version of the distribution that registers the entry point."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "edgekit itself"
+
+
+@click.group(cls=InstalledCommands, lazy={}, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edgekit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--trust", multiple=True, help="package.module:function that a bundle may run to build its network.")

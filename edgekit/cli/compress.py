@@ -97,8 +97,7 @@ def compress(
     """
     from edgekit.bundle.format import GOLDEN, GRAPH, WEIGHTS, with_files
     from edgekit.bundle.zoo import folders
-    from edgekit.cache import passes_folder, prune
-    from edgekit.compression import metrics, recipe
+    from edgekit.compression import metrics, recipe, states
     from edgekit.compression.guard import Limits
     from edgekit.compression.job import Job
     from edgekit.compression.report import with_report
@@ -161,7 +160,7 @@ def compress(
     assert target is not None
     target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is an error before the work
     scratch = None if before is None else tempfile.TemporaryDirectory(prefix="edgekit-replay-")
-    work = Path(scratch.name) if scratch else passes_folder()
+    work = Path(scratch.name) if scratch else states.folder()
     with progress() as bar:
         tasks: dict[str, Any] = {}
 
@@ -190,7 +189,7 @@ def compress(
         )
     bundle = with_report(bundle, source)
     bundle = _write(bundle, target, force)
-    prune(work)
+    states.prune(work)
     _show_result(bundle, source, target, as_json)
     if before is not None:
         same = all(bundle.contents.get(name) == before.contents.get(name) for name in (WEIGHTS, GRAPH, GOLDEN))

@@ -43,7 +43,7 @@ class Metric(Protocol):
 
 
 class ClassAveragedLogLoss:
-    """Weighted log-loss of the PLAsTiCC challenge with equal weights: the mean over classes of each class's mean
+    """Weighted log-loss with equal weights of the classes: the mean over classes of each class's mean
     -log p(true). Global: class means are taken over the whole set (Malz et al. 2019, AJ 158 171, eq. 4); averaged
     inside batches, as the reference did while training, an absent class counts as 0 and the result looks better.
     """

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from edgekit import machine, plugins
 from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle, assemble, assemble_graph
 from edgekit.bundle.pack import pack
-from edgekit.bundle.store import open_bundle, write_bundle
+from edgekit.bundle.store import open_bundle
 from edgekit.bundle.tensors import Arrays
-from edgekit.compression import measure, metrics
+from edgekit.compression import measure, metrics, states
 from edgekit.compression.guard import State, Verdict, judge
 from edgekit.compression.job import Job, Notify, ShowProgress, versions
 from edgekit.compression.measure import AGREEMENT_ROWS, outputs_of
@@ -163,7 +163,7 @@ def run(
         if verdict.kept:
             candidate, before = fresh, after
         bundle = _bundle(job, candidate, records)
-        write_bundle(bundle, paths[number - 1], force=True)
+        states.keep(paths[number - 1], bundle)
     return _with_metrics(job, bundle, original, expected, inputs, forms)
 
 
@@ -313,11 +313,13 @@ def _finite(value: Any) -> Any:
 
 
 def _state_paths(job: Job, work: Path) -> list[Path]:
-    """Where the state after each pass belongs: under the hash of the job and of the passes up to it."""
+    """Where the state after each pass belongs: under the hash of the job and of the passes up to it, their code
+    included."""
     key = hashlib.sha256(job.key().encode())
     paths = []
     for step in job.recipe:
-        key.update(json.dumps([step.name, dict(step.parameters), step.seed], sort_keys=True).encode())
+        identity = states.pass_identity(step.name)
+        key.update(json.dumps([step.name, dict(step.parameters), step.seed, identity], sort_keys=True).encode())
         paths.append(work / f"{key.hexdigest()[:32]}.edge")
     return paths
 

@@ -11,7 +11,7 @@ model is the sum over the operators that the runtime makes of it, plus what a ca
 that times one factor, found on a few small networks: in a model, an operator finds its weights and inputs further away
 than when it runs alone, over and over.
 
-The table is kept in the user's cache, under the machine and the version of the runtime.
+The table is kept in edgekit's cache, under the machine and the version of the runtime.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import numpy.typing as npt
 from onnx import ModelProto, helper
 
 from edgekit import cache, machine
-from edgekit.bundle.files import write_file
 from edgekit.cost.operators import Operator, Workload
 from edgekit.cost.profiled import open_model, optimized_work, profiled, random_feeds
 from edgekit.cost.samples import ALIKE, ROWS, Sample, composites, graph_of, samples
@@ -106,21 +105,18 @@ def terms(operator: Operator, own_cache: int, lanes: int) -> Terms:
     return np.array([1.0, operator.matrices, written, operations, moved, max(0.0, moved - own_cache)])
 
 
-def table(
-    *, folder: Path | None = None, progress: Callable[[str, int, int], None] = lambda what, done, total: None
-) -> OperatorTable:
+def table(*, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> OperatorTable:
     """This machine's table: from the cache, else measured now, which takes half a minute."""
     import onnxruntime
 
     facts = machine.describe()
     runtime = f"onnxruntime {onnxruntime.__version__}"
     identity = json.dumps([FORMAT, facts, runtime], sort_keys=True)
-    path = (folder or cache.folder()) / "operators" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    path = cache.folder("operators") / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
     if (known := _read(path)) is not None:
         return known
     found = measure(samples(), progress=progress, facts=facts, runtime=runtime)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(asdict(found), indent=1).encode())
+    cache.keep(path, json.dumps(asdict(found), indent=1).encode())
     return found
 
 

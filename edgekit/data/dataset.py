@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import platformdirs
 
 from edgekit.bundle.files import write_file
 from edgekit.bundle.format import Manifest
@@ -45,8 +46,8 @@ def is_labelled(data: Dataset) -> bool:
 
 def folder() -> Path:
     """Where prepared data sets live: $EDGEKIT_DATA, or edgekit's folder in the user's data directory."""
-    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(os.environ.get("EDGEKIT_DATA") or Path(home) / "edgekit")
+    given = os.environ.get("EDGEKIT_DATA")
+    return Path(given) if given else platformdirs.user_data_path("edgekit")
 
 
 def locate(manifest: Manifest, given: str | None) -> str | Path:

@@ -23,7 +23,7 @@ class T2Config:
     """Constructor arguments, as a bundle stores them."""
 
     bands: int
-    classes: int = 14  # PLAsTiCC's training classes
+    classes: int = 14  # as published
     context: int = 0  # per-object numbers beside the light curve; 2 = photometric redshift and its error, as published
     sequence: int = 100  # grid points of the interpolated light curve
     embed_dim: int = 32

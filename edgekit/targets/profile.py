@@ -8,7 +8,6 @@ from: a published source, "measured", or "computed" with its formula.
 from __future__ import annotations
 
 import math
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal
+
+import platformdirs
 
 from edgekit.errors import EdgekitError, unknown
 from edgekit.settings import from_table
@@ -216,7 +217,7 @@ def read(path: Path) -> Target:
 
 def user_folder() -> Path:
     """Where a user's own targets lie."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "edgekit" / "targets"
+    return platformdirs.user_config_path("edgekit") / "targets"
 
 
 def _files() -> dict[str, Path]:

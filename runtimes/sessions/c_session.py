@@ -1,6 +1,6 @@
 """The exported C, compiled for this machine: for networks so small that a runtime's memory traffic is most of its time.
 
-The shared library is compiled once and kept in the user's cache directory, under a name that depends on the model, on
+The shared library is compiled once and kept in edgekit's cache, under a name that depends on the model, on
 edgekit's generator, and on all that the compiler says of itself and of this CPU.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import exporters
-from edgekit.bundle.files import write_file
+from edgekit import cache
 from edgekit.bundle.format import Bundle, model_key
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError
@@ -53,7 +53,7 @@ class CSession:
                 raise EdgekitError(f"c: {name} = {value}; expected at least 1, or nothing for the default")
         self.inputs: Sequence[TensorSpec] = bundle.manifest.inputs
         self.outputs: Sequence[TensorSpec] = bundle.manifest.outputs
-        self._library = _library(bundle, Compiler(compiler), Path(cache) if cache is not None else cache_folder())
+        self._library = _library(bundle, Compiler(compiler), _folder(cache))
         self._shapes = {spec.name: spec.shape[1:] for spec in self.inputs}
         self._threads = threads or len(os.sched_getaffinity(0))
         self._chunk = chunk or CHUNK
@@ -142,26 +142,20 @@ def check_golden(session: Session, bundle: Bundle) -> None:
                 )
 
 
-def cache_folder() -> Path:
-    """Where compiled models are kept: edgekit's folder in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit" / "c"
+def _folder(given: str | Path | None) -> Path:
+    """Where compiled models are kept: the folder that was given, or the cache's."""
+    return cache.folder("c") if given is None else cache.private_folder(Path(given))
 
 
-def _library(bundle: Bundle, compiler: Compiler, cache: Path) -> Library:
+def _library(bundle: Bundle, compiler: Compiler, kept: Path) -> Library:
     """The bundle's compiled model, from the cache or compiled now."""
-    path = cache / f"{_digest(model_key(bundle), compiler)}.so"
+    path = kept / f"{_digest(model_key(bundle), compiler)}.so"
     if not _whole(path):
         from exporters.c_export import CExporter  # loads torch, which a compiled model does without
 
         source = CExporter().source(bundle)
         content = compiler.shared_library(source.model, source.header, NATIVE)
-        try:
-            write_file(path, content + hashlib.sha256(content).digest())  # loaders ignore what follows the library
-        except OSError as error:
-            raise EdgekitError(
-                f"{cache}: compiled models cannot be kept there ({error.strerror}); set XDG_CACHE_HOME to a folder "
-                "that can be written"
-            ) from None
+        cache.keep(path, content + hashlib.sha256(content).digest())  # loaders ignore what follows the library
     return Library(path)
 
 

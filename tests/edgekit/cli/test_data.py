@@ -1,6 +1,7 @@
 """`edgekit data`: what it writes is what `edgekit compress` reads."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_two_models_may_share_data_only_with_one_preprocessing(edgekit, zoo):
     assert len(json.loads(edgekit("data", "--json").out)) == 1
     other = features_of(margin_days=20.0).to_bundle()
     zoo(BUNDLE, replace(smaller, manifest=replace(smaller.manifest, preprocessing=other)))
-    assert edgekit("data").failed_with(1, "t2-gr", "t2-gr-tiny", "differ in preprocessing")
+    assert edgekit("data").failed_with(1, "t2-gr", "t2-gr-tiny", "differ in their preprocessing")
 
 
 @pytest.mark.parametrize(
@@ -101,4 +102,24 @@ def test_mistakes_take_one_line(edgekit, zoo, tmp_path, arguments, words):
 
 def test_without_models_there_is_no_data_set(edgekit, zoo):
     zoo()
-    assert edgekit("data").failed_with(1, "no model that is installed names a data set")
+    for arguments in ([], ["plasticc-gr"]):
+        assert edgekit("data", *arguments).failed_with(1, "no installed model names a data set")
+
+
+def test_the_list_says_where_data_comes_from_and_what_from_accepts(edgekit, zoo):
+    listed = " ".join(edgekit("data").out.split())
+    assert "The PLAsTiCC training set" in listed
+    assert "--from accepts a folder with plasticc_train_*.parquet, or the snmachine wheel." in listed
+
+
+def test_without_the_extra_the_install_line_is_named(edgekit, zoo, source, monkeypatch):
+    """Numba is in the extra `alerts`, and not in the core."""
+    for module in [name for name in sys.modules if name.startswith("alert_broker.")]:
+        if module.split(".")[1] in ("features", "gaussian_process", "vectors", "plasticc", "degrade", "lightcurve"):
+            monkeypatch.delitem(sys.modules, module)
+    for name in ("features", "gaussian_process", "vectors"):
+        monkeypatch.delattr(f"alert_broker.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    done = edgekit("data", "plasticc-gr", "--from", source)
+    assert done.failed_with(1, "preparing light curves needs numba", "pip install 'edgekit[alerts]'")
+    assert edgekit("data").status == 0

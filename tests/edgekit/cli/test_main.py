@@ -1,17 +1,20 @@
 """The command line as a whole: exit statuses, one-line errors, help, and how little it imports."""
 
-import importlib
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
 
-from edgekit.cli import COMMANDS
+from edgekit import __version__, cli
+from edgekit.cli import FIRST, GROUP
 from edgekit.cli import edgekit as root
 from edgekit.errors import EdgekitError
 
+COMMANDS = {point.name: point for point in entry_points(group=GROUP)}
 HEAVY = {"torch", "onnxruntime", "onnx", "numba", "pyarrow", "pandas", "scipy", "matplotlib", "jinja2", "numpy"}
 
 
@@ -35,14 +38,35 @@ def imported(*arguments: str) -> set[str]:
 
 
 @pytest.fixture
-def verb(monkeypatch):
+def verb(monkeypatch, points):
     """verb(function): a command `edgekit boom` that does what the function does."""
 
     def install(function):
-        monkeypatch.setitem(root.lazy, "boom", (f"{__name__}:boom", "Planted."))
-        module = type(sys)(__name__)
+        module = type(sys)("planted")
         module.boom = click.Command("boom", callback=function)
-        monkeypatch.setitem(sys.modules, __name__, module)
+        monkeypatch.setitem(sys.modules, "planted", module)
+        points([*COMMANDS.values(), EntryPoint("boom", "planted:boom", GROUP)])
+
+    return install
+
+
+@pytest.fixture
+def points(monkeypatch):
+    """points(list): the entry points that are installed, for one test."""
+    return lambda found: monkeypatch.setattr(cli, "entry_points", lambda group: found)
+
+
+@pytest.fixture
+def broken(points, monkeypatch, tmp_path):
+    """broken(text): another package's command `star`, in a module that holds this text."""
+
+    def install(text, *, name="star"):
+        (tmp_path / "star_package.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "star_package", raising=False)
+        point = EntryPoint(name, "star_package:star", GROUP)
+        vars(point)["dist"] = SimpleNamespace(name="starkit", version="1.2")
+        points([*COMMANDS.values(), point])
 
     return install
 
@@ -126,10 +150,73 @@ def test_wrong_usage_is_2_and_says_where_help_is(arguments, words, edgekit):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_imports_and_is_called_what_it_is_called(name):
-    module, _, attribute = COMMANDS[name][0].partition(":")
-    command = getattr(importlib.import_module(module), attribute)
+    command = COMMANDS[name].load()
     assert isinstance(command, click.Command)
     assert command.name == name
+
+
+def listed(text: str) -> dict[str, str]:
+    """The commands in a help text, in their order, each with its line."""
+    rows: dict[str, str] = {}
+    for line in text.partition("Commands:\n")[2].splitlines():
+        name = line[:12].strip()
+        rows[name or list(rows)[-1]] = f"{rows[list(rows)[-1]]} {line.strip()}" if not name else line[12:].strip()
+    return rows
+
+
+def test_the_help_lists_the_core_first_and_each_commands_own_sentence(edgekit):
+    found = listed(edgekit("--help").out)
+    assert list(found) == [*FIRST, "alerts", "import-t2"]
+    for name, sentence in found.items():
+        assert " ".join(COMMANDS[name].load().help.split()).startswith(sentence.rstrip(".")), name
+
+
+def test_the_core_names_no_command_of_another_package():
+    assert {COMMANDS[name].value.split(".")[0] for name in FIRST} == {"edgekit"}
+    assert {point.value.split(".")[0] for name, point in COMMANDS.items() if name not in FIRST} == {"alert_broker"}
+
+
+def test_a_command_of_another_package_is_found(edgekit, broken):
+    broken("import click\n@click.command()\ndef star():\n    'Show a star. And more.'\n    print('*')")
+    assert listed(edgekit("--help").out)["star"] == "Show a star."
+    assert edgekit("star").out == "*\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import there_is_no_such_package", "No module named 'there_is_no_such_package'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(7)", "SystemExit: 7"),
+        ("x = 1", "has no attribute 'star'"),
+        ("star = 1", "it is of the type int; expected a click command"),
+    ],
+)
+def test_a_command_that_cannot_be_loaded_says_why_and_breaks_no_other(text, reason, edgekit, broken):
+    broken(text)
+    done = edgekit("--help")
+    assert done.status == 0
+    found = listed(done.out)
+    assert reason in found["star"]
+    assert "cannot be loaded" in found["star"]
+    assert list(found) == [*FIRST, "alerts", "import-t2", "star"]
+    for arguments in ([], ["--help"], ["--option", "value", "more"]):
+        assert edgekit("star", *arguments).failed_with(
+            1, "'star' of starkit 1.2", reason, "star_package:star", "update"
+        )
+    assert edgekit("--debug", "models").status == 0
+
+
+def test_another_package_cannot_replace_a_command_of_edgekit(edgekit, broken):
+    broken("import click\n@click.command()\ndef star():\n    print('*')", name="models")
+    assert edgekit("models").out != "*\n"
+
+
+def test_without_entry_points_the_remedy_is_named(edgekit, points):
+    points([])
+    for arguments in (["--help"], ["models"]):
+        assert edgekit(*arguments).failed_with(1, "edgekit is not installed", "run: pip install")
+    assert edgekit("--version").out.split()[-1] == __version__
 
 
 def test_every_command_has_help_and_an_example():

