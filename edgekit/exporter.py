@@ -3,9 +3,12 @@ appear."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from edgekit import plugins
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -41,3 +44,29 @@ class Exporter(Protocol):
         say nothing ("") where this format has no parser of its own. Raises EdgekitError with the parser's reason where
         it refuses the graph."""
         return ""
+
+
+def load_exporter(name: str) -> type[Exporter]:
+    """The class of an export format by its name, checked against the contract."""
+    kind: type[Exporter] = plugins.load("edgekit.exporters", name, problem_with)
+    return kind
+
+
+def option_names(kind: type[Exporter]) -> set[str]:
+    """Names of the options that an export format takes."""
+    return {item.name for item in fields(kind)}  # type: ignore[arg-type]
+
+
+def problem_with(kind: Any, name: str) -> str:
+    """Why a class is no exporter; "" if it is one."""
+    if not isinstance(kind, type) or not getattr(kind, "__dataclass_params__", None):
+        return "it is not a dataclass of options"
+    for name_of in ("export", "accepts"):
+        if not callable(getattr(kind, name_of, None)):
+            return f"it has no method {name_of!r}"
+    try:
+        method = getattr(kind, "export")  # noqa: B009 - no type of `kind` is known yet
+        inspect.signature(method).bind(None, None, "directory", force=True)
+    except TypeError as error:
+        return f"export is called with (bundle, directory, force=...), and {error}"
+    return ""

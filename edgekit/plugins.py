@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError, unknown
 
-KINDS = {"edgekit.passes": "pass", "edgekit.exporters": "export format", "edgekit.sessions": "runtime"}
+KINDS = {
+    "edgekit.passes": "pass",
+    "edgekit.exporters": "export format",
+    "edgekit.sessions": "runtime",
+    "edgekit.families": "model family",
+    "edgekit.commands": "command",
+    "edgekit.datasets": "data set",
+}
+# what is wrong with a plug-in of this name, in words that follow "cannot be used: "; "" if it keeps the contract
+Check = Callable[[Any, str], str]
 
 
 def names(group: str) -> list[str]:
@@ -19,20 +29,37 @@ def names(group: str) -> list[str]:
     return sorted(_points(group))
 
 
-def load(group: str, name: str) -> Any:
-    """The object an entry point names."""
+def load(group: str, name: str, check: Check = lambda found, name: "") -> Any:
+    """The object that an entry point names, once it keeps the contract of its group.
+
+    Raises EdgekitError in one line that names the plug-in, the distribution that it comes from, and what is missing."""
     points = _points(group)
     if not points:
         raise EdgekitError(f"no {KINDS[group]} is registered; edgekit is not installed, run: pip install -e '.[all]'")
     if name not in points:
         raise unknown(KINDS[group], name, sorted(points))
+    point = points[name]
     try:
-        return points[name].load()
+        found = point.load()
     except ModuleNotFoundError as error:
         raise EdgekitError(
             f"{KINDS[group]} {name!r} needs the package {error.name!r}, which is not installed; "
             "run: pip install 'edgekit[all]'"
         ) from None
+    except AttributeError:
+        raise refused(group, name, f"{point.value} names nothing") from None
+    if problem := check(found, name):
+        raise refused(group, name, problem)
+    return found
+
+
+def refused(group: str, name: str, problem: str) -> EdgekitError:
+    """The error for a plug-in that does not keep the contract of its group."""
+    point = _points(group).get(name)
+    origin = f" of {point.dist.name} {point.dist.version}" if point is not None and point.dist is not None else ""
+    return EdgekitError(
+        f"the {KINDS[group]} {name!r}{origin} cannot be used: {problem}; correct or uninstall that package"
+    )
 
 
 def imported(text: str, what: str) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from edgekit import plugins
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import Arrays, TensorSpec
 from edgekit.errors import EdgekitError, unknown
@@ -49,7 +51,27 @@ def check_inputs(specs: Sequence[TensorSpec], arrays: Mapping[str, npt.NDArray[A
 
 def open_session(bundle: Bundle, runtime: str, **options: Any) -> Session:
     """A session on a runtime by name ('onnxruntime', 'torch', or one that another package adds)."""
-    from edgekit.plugins import load
-
-    session: Session = load("edgekit.sessions", runtime)(bundle, **options)
+    opener = plugins.load("edgekit.sessions", runtime, problem_with)
+    session: Session = opener(bundle, **options)
+    if missing := [name for name in (*ATTRIBUTES, *METHODS) if not hasattr(session, name)]:
+        raise plugins.refused("edgekit.sessions", runtime, f"the session that it opens has no {missing[0]!r}")
     return session
+
+
+ATTRIBUTES, METHODS = ("inputs", "outputs", "device", "provider"), ("run", "warmup")  # of the protocol
+
+
+def problem_with(opener: Any, name: str) -> str:
+    """Why an object opens no session: it is a class with `run` and `warmup`, or a function that returns a session, and
+    it takes (bundle, *, threads, chunk); "" if it does."""
+    if not callable(opener):
+        return f"it is a {type(opener).__name__}, which opens nothing"
+    if isinstance(opener, type) and (
+        missing := [item for item in METHODS if not callable(getattr(opener, item, None))]
+    ):
+        return f"it has no method {missing[0]!r}"
+    try:
+        inspect.signature(opener).bind(None, threads=1, chunk=1)
+    except TypeError as error:
+        return f"it is called with (bundle, threads=..., chunk=...), and {error}"
+    return ""

@@ -31,7 +31,7 @@ from exporters.base import MANIFEST, check_destination, publish
 from exporters.c.library import NATIVE, PLAIN, Compiler, Library
 from exporters.c.program import Program, program
 from exporters.c.source import FOLDER, CSource, write_check, write_source
-from exporters.verify import BATCHES, CALLS, TOLERANCE, Check, Reference, _compare, _repeated, reference
+from exporters.verify import BATCHES, CALLS, TOLERANCE, Check, Reference, compare, reference, repeated
 
 MODEL, HEADER, CHECK = "model.c", "model.h", "check.c"
 
@@ -126,7 +126,7 @@ def _verify(library: bytes, bundle: Bundle, expected: Reference, allowed: float)
     for batch in BATCHES:
         rows = min(max(BATCHES), batch * CALLS)
         outputs = _run(model, bundle, expected.inputs, batch, rows)
-        check = _compare(f"{MODEL}, {model.lanes} lanes", library, batch, rows, outputs, whole, expected, allowed)
+        check = compare(f"{MODEL}, {model.lanes} lanes", library, batch, rows, outputs, whole, expected, allowed)
         _judge(check, bundle.manifest.name)
         checks.append(check)
     return checks, model.lanes
@@ -134,13 +134,13 @@ def _verify(library: bytes, bundle: Bundle, expected: Reference, allowed: float)
 
 def _run(model: Library, bundle: Bundle, inputs: Arrays, batch: int, rows: int) -> Arrays:
     """The first `rows` rows, from the start again where there are fewer, `batch` in a call."""
-    repeated = [_repeated(inputs[spec.name], rows) for spec in bundle.manifest.inputs]
+    cycled = [repeated(inputs[spec.name], rows) for spec in bundle.manifest.inputs]
     spec = bundle.manifest.outputs[0]
     output = np.full((rows, *map(int, spec.shape[1:])), np.nan, np.float32)
     workspace = np.empty(model.workspace, np.float32)
     for start in range(0, rows, batch):
         part = slice(start, start + batch)
-        model.run(len(output[part]), [*(array[part] for array in repeated), output[part]], workspace)
+        model.run(len(output[part]), [*(array[part] for array in cycled), output[part]], workspace)
     return {spec.name: output}
 
 

@@ -123,7 +123,7 @@ def verify(
             outputs = (
                 whole if batch == max(batches) else _run(session, expected.inputs, batch, rows, bundle.manifest.outputs)
             )
-            check = _compare(file, content, batch, rows, outputs, whole, expected, allowed)
+            check = compare(file, content, batch, rows, outputs, whole, expected, allowed)
             _judge(check, bundle.manifest.name, advice)
             checks.append(check)
     if not bundle.is_graph:
@@ -166,13 +166,13 @@ def _at_lengths(
     checks = []
     for file, content in files.items():
         outputs = _run(load(content), inputs, SLICE, SLICE, bundle.manifest.outputs)
-        check = _compare(file, content, SLICE, SLICE, outputs, outputs, expected, max(allowed, 2 * noise))
+        check = compare(file, content, SLICE, SLICE, outputs, outputs, expected, max(allowed, 2 * noise))
         _judge(check, f"{bundle.manifest.name} at lengths {dict(lengths)}", advice)
         checks.append(replace(check, lengths=dict(lengths)))
     return checks
 
 
-def _compare(
+def compare(
     file: str,
     content: bytes,
     batch: int,
@@ -185,7 +185,7 @@ def _compare(
     difference = spread = golden = 0.0
     changed = 0
     for name, output in outputs.items():
-        exact, stored = _repeated(expected.exact[name], rows), expected.golden[name][:rows]
+        exact, stored = repeated(expected.exact[name], rows), expected.golden[name][:rows]
         difference = _largest(difference, _differences(name, output, exact))
         spread = _largest(spread, _differences(name, output, whole[name][:rows]))
         golden = _largest(golden, _differences(name, output[: len(stored)], stored))
@@ -217,13 +217,13 @@ def _judge(check: Check, model: str, advice: str) -> None:
 
 def _varied(array: Array, rows: int) -> Array:
     """The rows themselves first, then the rows again with 5 % noise, so that no two are equal and all are realistic."""
-    tiled = _repeated(array, rows)
+    tiled = repeated(array, rows)
     if array.dtype.kind == "f":
         tiled[len(array) :] *= 1 + 0.05 * np.random.default_rng(0).standard_normal(tiled[len(array) :].shape)
     return tiled
 
 
-def _repeated(array: Array, rows: int) -> Array:
+def repeated(array: Array, rows: int) -> Array:
     """The first `rows` rows, from the start again where there are fewer."""
     return array[np.arange(rows) % len(array)]
 
@@ -246,10 +246,10 @@ def _outputs(network: Network, inputs: Arrays, names: Sequence[str]) -> Arrays:
 
 def _run(session: Any, inputs: Arrays, batch: int, rows: int, specs: Sequence[TensorSpec]) -> Arrays:
     names = [spec.name for spec in specs]
-    repeated = {name: _repeated(array, rows) for name, array in inputs.items()}
+    cycled = {name: repeated(array, rows) for name, array in inputs.items()}
     try:
         parts = [
-            session.run(names, {name: array[start : start + batch] for name, array in repeated.items()})
+            session.run(names, {name: array[start : start + batch] for name, array in cycled.items()})
             for start in range(0, rows, batch)
         ]
     except Exception as error:  # onnxruntime's have no common base of their own

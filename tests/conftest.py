@@ -116,7 +116,15 @@ def register(monkeypatch):
 
     extra = {}
     real_load, real_points = plugins.load, plugins._points
-    monkeypatch.setattr(plugins, "load", lambda group, name: extra.get((group, name)) or real_load(group, name))
+
+    def load(group, name, check=lambda found, name: ""):
+        if (group, name) not in extra:
+            return real_load(group, name, check)
+        if problem := check(extra[group, name], name):
+            raise plugins.refused(group, name, problem)
+        return extra[group, name]
+
+    monkeypatch.setattr(plugins, "load", load)
     monkeypatch.setattr(
         plugins, "_points", lambda group: real_points(group) | {name: None for where, name in extra if where == group}
     )

@@ -111,6 +111,7 @@ def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
         ]
     from edgekit import plugins
     from edgekit.errors import EdgekitError
+    from edgekit.exporter import load_exporter
 
     verdicts: dict[str, str] = {}  # by stack: why its parser refuses
     taken = []
@@ -118,7 +119,7 @@ def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
         if stack.runtime not in plugins.names("edgekit.exporters"):  # a runtime that reads plain ONNX
             continue
         try:
-            answer = plugins.load("edgekit.exporters", stack.runtime).accepts(graph, target, stack)
+            answer = load_exporter(stack.runtime).accepts(graph, target, stack)
         except EdgekitError as error:
             verdicts[stack.name] = str(error)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,12 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
 
     Opsets, unless --opset says another that is read there: 17; for TensorRT 8.2 (Jetson Nano, TX2) 13.
     """
+    from edgekit.exporter import load_exporter, option_names
     from edgekit.importers.files import resolve
-    from edgekit.plugins import load
 
-    exporter_class = load("edgekit.exporters", form)
+    exporter_class = load_exporter(form)
     options = {name: value for name, value in given.items() if value not in (None, ())}
-    if strange := set(options) - {field.name for field in fields(exporter_class)}:
+    if strange := set(options) - option_names(exporter_class):
         flag = {"axes": "axis"}.get(min(strange), min(strange))
         raise click.UsageError(f"--{flag} means nothing to the format {form}; leave it out")
     exporter = exporter_class(**options)

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
@@ -28,6 +28,9 @@ from edgekit.bundle.format import MANIFEST, Bundle
 from edgekit.bundle.store import open_bundle
 from edgekit.errors import EdgekitError, unknown
 from edgekit.settings import converted
+
+if TYPE_CHECKING:
+    from edgekit.passes.base import Pass
 
 # what passes and their parameters were called before 0.1.0; recipes and the records of bundles may still say so
 OLD_PASSES = {"quantise": "quantize"}
@@ -42,11 +45,13 @@ class Step:
     parameters: Mapping[str, Any]
     seed: int | None = None  # None: the job's seed plus the pass's number
 
-    def build(self) -> Any:
+    def build(self) -> Pass[Any]:
         """The pass. Unknown names, unknown parameters and wrong types are errors that name what is allowed."""
-        kind = plugins.load("edgekit.passes", self.name)
+        from edgekit.passes.base import load_pass, parameters_of  # imports torch
+
+        kind = load_pass(self.name)
         hints = typing.get_type_hints(kind)
-        fields = {field.name: field for field in dataclasses.fields(kind)}
+        fields = parameters_of(kind)
         values = {}
         for name, value in self.parameters.items():
             if name not in fields:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from edgekit.compression.recipe import Step, to_tables
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nn.training import outputs as network_outputs
-from edgekit.passes.base import GRAPH_LEVEL, AnyCandidate, Candidate, Context, GraphCandidate
+from edgekit.passes.base import AnyCandidate, Candidate, Context, GraphCandidate, Level, Pass, load_pass
 from edgekit.session import open_session
 
 if TYPE_CHECKING:
@@ -44,18 +44,16 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
     lowered = "the model came as a graph" if source.is_graph else ""
     for number, step in enumerate(recipe, start=1):
         built = step.build()
-        graph = _level(built) == GRAPH_LEVEL
+        graph = built.level == Level.GRAPH
         if not graph and lowered:
             allowed = ", ".join(
-                name
-                for name in plugins.names("edgekit.passes")
-                if _level(plugins.load("edgekit.passes", name)) == GRAPH_LEVEL
+                name for name in plugins.names("edgekit.passes") if load_pass(name).level == Level.GRAPH
             )
             raise EdgekitError(
                 f"pass {number} ({step.name!r}) works on a network, and {lowered}; passes on graphs: {allowed}"
                 + ("" if source.is_graph else "; put it before them")
             )
-        if (graph or getattr(built, "lowers", False)) and not lowered:
+        if (graph or built.lowers) and not lowered:
             lowered = f"pass {number} ({step.name!r}) has turned it into a graph"
 
 
@@ -72,8 +70,8 @@ def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
         built = step.build()
         candidate = _for_pass(built, candidate, job)
         result.append((step, [asdict(change) for change in built.plan(candidate)]))
-        if "epochs" in {item.name for item in fields(built)}:
-            built = replace(built, epochs=0)
+        if built.epochs_parameter:
+            built = built.without_training()
         elif not isinstance(candidate, GraphCandidate):
             continue
         candidate = built.apply(candidate, context)
@@ -145,7 +143,7 @@ def run(
                 None,
             )
             verdict = judge(before, after, loss, latency, job.limits)
-            if verdict.useless and getattr(built, "prepares", False):
+            if verdict.useless and built.prepares:
                 verdict = Verdict(True, "loses nothing; it prepares the passes after it")
             if verdict.kept and problem:
                 verdict = Verdict(False, problem)
@@ -169,7 +167,7 @@ def run(
     return _with_metrics(job, bundle, original, expected, inputs, forms)
 
 
-def _tried(built: Any, subject: AnyCandidate, context: Context) -> tuple[list[dict[str, str]], AnyCandidate]:
+def _tried(built: Pass[Any], subject: AnyCandidate, context: Context) -> tuple[list[dict[str, str]], AnyCandidate]:
     """A pass's plan and result. Whatever somebody's pass, or a library behind it, raises is that pass's failure: it is
     rolled back with the reason, and the passes after it have their turn."""
     try:
@@ -248,13 +246,9 @@ def _context(
     return Context(job.train, teacher, seed, progress, job.source.manifest.inputs, lower)
 
 
-def _level(built: Any) -> str:
-    return str(getattr(built, "level", "network"))
-
-
-def _for_pass(built: Any, candidate: AnyCandidate, job: Job) -> AnyCandidate:
+def _for_pass(built: Pass[Any], candidate: AnyCandidate, job: Job) -> AnyCandidate:
     """The candidate as the pass takes it: lowered to a graph for the first pass that works on one."""
-    return candidate if _level(built) != GRAPH_LEVEL else lowered(candidate, job)
+    return candidate if built.level == Level.NETWORK else lowered(candidate, job)
 
 
 def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:

@@ -11,14 +11,13 @@ from edgekit.doctor.checks import gpu_of
 from edgekit.doctor.finding import Finding, size
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.system import System
+from edgekit.nn import families
 from edgekit.targets.profile import RESERVE, Target
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 FULL = 0.7  # share of the free memory above which a model is at risk: runtimes have buffers of their own
-# of a family; of every other network: those without c; of a graph: those without torch too
-RUNTIMES = {"t2": ("c", "onnxruntime", "openvino", "torch"), "onnx": ("onnxruntime", "openvino")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +195,9 @@ def _runtime(needs: Needs, system: System) -> Iterator[Finding]:
         "openvino": "openvino" in system.packages,
         "torch": "torch" in system.packages,
     }
-    wanted = RUNTIMES.get(needs.family, RUNTIMES["t2"][1:])
-    found = [name for name in wanted if have[name]]
-    if needs.family != "onnx" and "torch" not in system.packages:
+    family = families.find(needs.family)
+    found = [name for name in family.runtimes if have.get(name)]
+    if family.builder and "torch" not in system.packages:
         yield Finding(
             "runtime",
             "warning",
@@ -209,4 +208,6 @@ def _runtime(needs: Needs, system: System) -> Iterator[Finding]:
         devices = [item.name for item in system.providers if item.active and item.name != CPU]
         yield Finding("runtime", "ok", f"{', '.join(found)}{f' ({devices[0]})' if devices else ''}")
     else:
-        yield Finding("runtime", "error", f"none of {', '.join(wanted)} works here", "pip install 'edgekit[onnx]'")
+        yield Finding(
+            "runtime", "error", f"none of {', '.join(family.runtimes)} works here", "pip install 'edgekit[onnx]'"
+        )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgekit import plugins
 from edgekit.bundle.encoding import Float
-from edgekit.errors import EdgekitError, missing_extra, unknown
+from edgekit.errors import EdgekitError, missing_extra
 
 if TYPE_CHECKING:
     from torch import nn
-
-# each module has build(**arguments) -> nn.Module, and prunable_groups(model) if units can be removed from it
-FAMILIES = {"t2": "edgekit.nn.t2", "module": "edgekit.nn.module"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +31,55 @@ class PrunableGroup:
     consumer: str
 
 
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What edgekit knows of the models whose bundles name this family.
+
+    builder: package.module:function, which makes the network of the bundle's arguments; "" for bundles that hold a
+    graph. groups: package.module:function, which lists the units of a network that can be removed; "" where the family
+    names none. runtimes: which can run it, fastest first."""
+
+    name: str
+    builder: str = ""
+    groups: str = ""
+    runtimes: tuple[str, ...] = ("onnxruntime", "openvino", "torch")
+
+    @property
+    def written_in_c(self) -> bool:
+        """Whether the C exporter knows its networks."""
+        return "c" in self.runtimes
+
+
+T2 = Family("t2", "edgekit.nn.t2:build", "edgekit.nn.t2:prunable_groups", ("c", "onnxruntime", "openvino", "torch"))
+MODULE = Family("module", "edgekit.nn.module:build")  # whatever a Python function builds
+GRAPH = Family("onnx", runtimes=("onnxruntime", "openvino"))  # a graph without a network
+
+
+def find(name: str) -> Family:
+    """The family that a bundle names. Raises where none of this name is installed."""
+    family: Family = plugins.load("edgekit.families", name, problem_with)
+    return family
+
+
+def problem_with(family: Any, name: str) -> str:
+    """Why an object is no family; "" if it is one."""
+    if not isinstance(family, Family):
+        return f"it is a {type(family).__name__}; expected an edgekit.nn.families.Family"
+    return "" if family.name == name else f"its name is {family.name!r}, and it is registered as {name!r}"
+
+
 def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float] | None = None) -> nn.Module:
     """A network of the family, in evaluation mode; fresh weights unless given."""
-    if family not in FAMILIES:
-        raise unknown("model family", family, FAMILIES)
+    builder = find(family).builder
+    if not builder:
+        raise EdgekitError(f"a bundle of the family {family!r} holds a graph; there is no network to build")
     try:
         import torch
 
-        module = importlib.import_module(FAMILIES[family])
+        make = _function(builder)
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "compress", f"building a {family} network") from None
-    model: nn.Module = module.build(**arguments)
+    model: nn.Module = make(**arguments)
     if weights is not None:
         from edgekit.nn.module import tied
 
@@ -61,16 +97,21 @@ def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float
 def countable_units(family: str, model: nn.Module) -> dict[str, int]:
     """Constructor arguments that count units which can be removed, and how many there are; none for a network whose
     family does not say."""
-    module = importlib.import_module(FAMILIES[family])
-    if not hasattr(module, "prunable_groups"):
-        return {}
-    return {group.argument: group.size for group in module.prunable_groups(model)}
+    groups = find(family).groups
+    return {group.argument: group.size for group in _function(groups)(model)} if groups else {}
 
 
 def prunable_groups(family: str, model: nn.Module) -> list[PrunableGroup]:
     """What can be removed from a network of the family, layer by layer."""
-    module = importlib.import_module(FAMILIES[family])
-    if not hasattr(module, "prunable_groups"):
+    groups = find(family).groups
+    if not groups:
         raise EdgekitError(f"a {family} names no units that can be removed; leave structured_prune out of the recipe")
-    groups: list[PrunableGroup] = module.prunable_groups(model)
-    return groups
+    found: list[PrunableGroup] = _function(groups)(model)
+    return found
+
+
+def _function(text: str) -> Callable[..., Any]:
+    """What 'package.module:function' of an installed package stands for."""
+    module, _, name = text.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found

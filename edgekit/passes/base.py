@@ -9,9 +9,11 @@ CONTRIBUTING.md.
 from __future__ import annotations
 
 import fnmatch
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from edgekit import plugins
 from edgekit.bundle.encoding import Encoding, Float
 from edgekit.bundle.tensors import TensorSpec, golden_inputs, parse_spec
 from edgekit.data.dataset import Dataset, is_labelled
@@ -90,33 +93,93 @@ class Change:
     after: str
 
 
-class Pass(Protocol):
-    """`plan` must not change the candidate and `apply` must return a new one, of the network or, in a pass that says
-    `lowers = True`, of the graph that it has made of it."""
+class Level(StrEnum):
+    """What a pass works on."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-
-    def plan(self, candidate: Candidate) -> list[Change]: ...
-
-    def apply(self, candidate: Candidate, context: Context) -> Candidate | GraphCandidate: ...
+    NETWORK = "network"
+    GRAPH = "graph"
 
 
-class GraphPass(Protocol):
-    """The same on a graph; its class says so by `level = GRAPH_LEVEL`. Either kind may say `prepares = True`: it gains
-    nothing by itself, and is kept for the passes after it if it loses nothing."""
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    level: ClassVar[str]
-
-    def plan(self, candidate: GraphCandidate) -> list[Change]: ...
-
-    def apply(self, candidate: GraphCandidate, context: Context) -> GraphCandidate: ...
-
-
-GRAPH_LEVEL = "graph"
 AnyCandidate = Candidate | GraphCandidate
+Subject = TypeVar("Subject", Candidate, GraphCandidate)
+
+
+class Pass(ABC, Generic[Subject]):
+    """A compression technique with its parameters: a frozen dataclass that plans a change and applies it.
+
+    A pass on networks derives from Pass[Candidate], one on graphs from Pass[GraphCandidate] with `level = Level.GRAPH`.
+    The class attributes declare all that the loop, targets, the search and the help need to know of a pass."""
+
+    __slots__ = ()
+
+    name: ClassVar[str]  # as recipes call it
+    summary: ClassVar[str]  # one line of help
+    level: ClassVar[Level] = Level.NETWORK
+    lowers: ClassVar[bool] = False  # it takes a network and leaves a graph
+    # it gains nothing by itself and is kept for the passes after it, if it loses nothing
+    prepares: ClassVar[bool] = False
+    computes_in: ClassVar[tuple[str, ...]] = ()  # precisions below float32 of the result's arithmetic
+    writes: ClassVar[tuple[str, ...]] = ()  # operators that it adds and that not every runtime reads
+    # names of parameters with a meaning that others rely on; "" where the pass has none of the kind
+    epochs_parameter: ClassVar[str] = ""  # epochs of training; with 0 it does not train
+    multiple_parameter: ClassVar[str] = ""  # what the number of channels that are left is a multiple of
+    scheme_parameter: ClassVar[str] = ""  # quantization scheme of the graph it writes: "u8s8" or "s8s8"
+    weight_bits_parameter: ClassVar[str] = ""  # bits of a weight's codes
+
+    @abstractmethod
+    def plan(self, candidate: Subject) -> list[Change]:
+        """Say what `apply` would change, tensor by tensor, and change nothing. Raises EdgekitError where it would."""
+
+    @abstractmethod
+    def apply(self, candidate: Subject, context: Context) -> AnyCandidate:
+        """Return a changed copy: of the same kind as the candidate, or a GraphCandidate from a pass that `lowers`."""
+
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions below float32 that the result computes in with these parameters."""
+        return self.computes_in
+
+    def without_training(self) -> Self:
+        """The pass with 0 epochs of training."""
+        return replace(self, **{self.epochs_parameter: 0}) if self.epochs_parameter else self  # type: ignore[type-var]
+
+
+PARAMETERS = ("epochs_parameter", "multiple_parameter", "scheme_parameter", "weight_bits_parameter")
+
+
+def load_pass(name: str) -> type[Pass[Any]]:
+    """The class of a pass by its name, checked against the contract."""
+    kind: type[Pass[Any]] = plugins.load("edgekit.passes", name, problem_with)
+    return kind
+
+
+def parameters_of(kind: type[Pass[Any]]) -> dict[str, Field[Any]]:
+    """The parameters of a pass by name, as the dataclass declares them."""
+    return {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+
+
+def _is_frozen_dataclass(kind: Any) -> bool:
+    return is_dataclass(kind) and bool(getattr(kind, "__dataclass_params__").frozen)  # noqa: B009 - typeshed does not know it
+
+
+def problem_with(kind: Any, name: str) -> str:
+    """Why a class is no pass that recipes can call `name`; "" if it is one."""
+    if not isinstance(kind, type) or not issubclass(kind, Pass):
+        return "it does not derive from edgekit.passes.base.Pass"
+    if not _is_frozen_dataclass(kind):
+        return "it is not a frozen dataclass"
+    if missing := [item for item in ("name", "summary") if not isinstance(getattr(kind, item, None), str)]:
+        return f"it declares no {missing[0]!r}"
+    if kind.name != name:
+        return f"its name is {kind.name!r}, and it is registered as {name!r}"
+    if unwritten := sorted(kind.__abstractmethods__):
+        return f"it has no method {unwritten[0]!r}"
+    if kind.level not in Level:
+        return f"its level is {kind.level!r}; expected {Level.NETWORK} or {Level.GRAPH}"
+    known = parameters_of(kind)
+    for role in PARAMETERS:
+        if (parameter := getattr(kind, role)) and parameter not in known:
+            return f"its {role} is {parameter!r}, which is not among its parameters {', '.join(sorted(known))}"
+    return ""
 
 
 def recover(model: nn.Module, context: Context, epochs: int, learning_rate: float, what: str) -> nn.Module:

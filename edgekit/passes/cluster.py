@@ -16,6 +16,7 @@ from edgekit.passes.base import (
     Candidate,
     Change,
     Context,
+    Pass,
     at_least,
     decoded,
     frozen,
@@ -30,11 +31,12 @@ ITERATIONS = 50  # of Lloyd's algorithm; 300 gain nothing
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class Cluster(Pass[Candidate]):
     """`bits`: of an index into a matrix's codebook."""
 
     name: ClassVar[str] = "cluster"
     summary: ClassVar[str] = "let weights share a few values per matrix, then train those values"
+    epochs_parameter: ClassVar[str] = "epochs"
 
     bits: int
     epochs: int = 4

@@ -25,7 +25,7 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.nn.module import remove
 from edgekit.nn.training import tensors
 from edgekit.nn.units import Group, Place, find_groups, removal, results
-from edgekit.passes.base import Candidate, Change, Context, at_least, example_inputs, loss, recover
+from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, example_inputs, loss, recover
 
 SAMPLES, BATCH = 1024, 64  # for importance, as in structured_prune
 MOST = 0.9  # of a group's units at most, when groups compete: an empty layer cuts the network in two
@@ -34,12 +34,14 @@ _found: WeakKeyDictionary[nn.Module, dict[str, tuple[list[Group], dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class DependencyPrune:
+class DependencyPrune(Pass[Candidate]):
     """`sparsity`: share of each group's channels or heads to remove; `layers`: other shares, by shell-style patterns of
     layer names, the last match wins, 0 leaves a layer alone."""
 
     name: ClassVar[str] = "dependency_prune"
     summary: ClassVar[str] = "remove channels and attention heads of any network, then recover"
+    epochs_parameter: ClassVar[str] = "epochs"
+    multiple_parameter: ClassVar[str] = "round_to"
 
     sparsity: float
     layers: Mapping[str, float] = field(default_factory=dict)

@@ -14,16 +14,17 @@ from edgekit.errors import EdgekitError
 from edgekit.nn.families import build
 from edgekit.nn.training import tensors
 from edgekit.nn.units import results
-from edgekit.passes.base import Candidate, Change, Context, at_least, recover
+from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, recover
 
 
 @dataclass(frozen=True, slots=True)
-class Distill:
+class Distill(Pass[Candidate]):
     """`student` overrides constructor arguments of the family, or of the Python function that builds the network:
     {embed_dim = 16, heads = 4, head_dim = 4}."""
 
     name: ClassVar[str] = "distill"
     summary: ClassVar[str] = "train a smaller network to give the same probabilities"
+    epochs_parameter: ClassVar[str] = "epochs"
 
     student: Mapping[str, Any]
     epochs: int = 40

@@ -19,20 +19,21 @@ from onnx import ModelProto
 
 from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.model import Weight, attribute, name_nodes, stored_values, weights
-from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
+from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
 OPERATORS = ("MatMul", "Gemm", "Conv")
 
 
 @dataclass(frozen=True, slots=True)
-class DynamicInt8:
+class DynamicInt8(Pass[GraphCandidate]):
     """`operators`: which are quantized; `exclude`: names of nodes that stay in float32."""
 
     name: ClassVar[str] = "dynamic_int8"
     summary: ClassVar[str] = "int8 matrix products, activations quantized as the model runs"
-    level: ClassVar[str] = GRAPH_LEVEL
+    level: ClassVar[Level] = Level.GRAPH
     computes_in: ClassVar[tuple[str, ...]] = ("int8",)
     writes: ClassVar[tuple[str, ...]] = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+    weight_bits_parameter: ClassVar[str] = "weight_bits"
 
     operators: tuple[str, ...] = ("MatMul", "Gemm")
     exclude: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper,
 
 from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.model import LEAST, eliminate_dead_nodes, name_nodes, opset, replace_tensor, unique_name, value_names
-from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate
+from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 LARGEST = 65504.0  # of float16
@@ -34,14 +34,14 @@ NEVER = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")  # scale
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
+class Half(Pass[GraphCandidate]):
     """`kind`: fp16 or bf16. `keep`: operators that stay in float32; `keep_nodes`: patterns of nodes' names that do.
     `storage`: weights only. `overflow`: what to do about a weight that float16 cannot hold: refuse, or keep it and the
     nodes that read it in float32."""
 
     name: ClassVar[str] = "half"
     summary: ClassVar[str] = "weights and arithmetic in 16 bits, sensitive operators in float32"
-    level: ClassVar[str] = GRAPH_LEVEL
+    level: ClassVar[Level] = Level.GRAPH
 
     kind: str = "fp16"
     storage: bool = False
@@ -61,9 +61,7 @@ class Half:
             if not defs.has(name):
                 raise EdgekitError(f"keep: {name!r} is no ONNX operator; expected names such as Softmax")
 
-    @property
-    def computes_in(self) -> tuple[str, ...]:
-        """Precisions, for targets that must not be given them."""
+    def precisions(self) -> tuple[str, ...]:
         return () if self.storage else ({"fp16": "float16", "bf16": "bfloat16"}[self.kind],)
 
     def plan(self, candidate: GraphCandidate) -> list[Change]:

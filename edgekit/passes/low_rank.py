@@ -28,20 +28,20 @@ from edgekit.graph.model import (
     unique_name,
     value_names,
 )
-from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
+from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass, at_least
 
 DAMPING = 1e-6  # of the mean, added to the second moment's diagonal: inputs that never vary have no inverse
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Pass[GraphCandidate]):
     """`rank`: of every matrix; 0: as many as hold `energy` of the squared singular values. `samples`: rows of the
     training data to look at."""
 
     name: ClassVar[str] = "low_rank"
     summary: ClassVar[str] = "matrices as products of two thin ones, where that saves"
-    level: ClassVar[str] = GRAPH_LEVEL
+    level: ClassVar[Level] = Level.GRAPH
 
     rank: int = 0
     energy: float = 0.99  # 1 % of an output's variance is what int8 loses too

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.passes.base import Candidate, Change, Context, at_least, matrices, recover, register, unregister
+from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, matrices, recover, register, unregister
 
 PATTERNS = ("", "2:4")
 
 
 @dataclass(frozen=True, slots=True)
-class MagnitudePrune:
+class MagnitudePrune(Pass[Candidate]):
     """`sparsity`: share of the matching matrices' weights that becomes zero; `pattern`: "2:4" instead of it, half of
     the weights of every matrix whose inputs are multiples of 4."""
 
     name: ClassVar[str] = "magnitude_prune"
     summary: ClassVar[str] = "set the smallest weights to zero, then recover with the zeros held"
+    epochs_parameter: ClassVar[str] = "epochs"
 
     sparsity: float = 0.5
     pattern: str = ""

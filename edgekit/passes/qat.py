@@ -19,6 +19,7 @@ from edgekit.passes.base import (
     Candidate,
     Change,
     Context,
+    Pass,
     at_least,
     frozen,
     matrices,
@@ -33,13 +34,14 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True)
-class Qat:
+class Qat(Pass[Candidate]):
     """`weight_bits`: as in the int8 pass that follows; `activation_bits`: 8 there. Weights of other layers than Linear
     and Conv, and those that are encoded already, are left alone."""
 
     name: ClassVar[str] = "qat"
     summary: ClassVar[str] = "train through the rounding of int8, for the pass after it"
     prepares: ClassVar[bool] = True
+    epochs_parameter: ClassVar[str] = "epochs"
 
     weight_bits: int = 7
     activation_bits: int = 8

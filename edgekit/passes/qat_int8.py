@@ -25,11 +25,23 @@ from torch import nn
 from torch.fx import GraphModule
 
 from edgekit.errors import EdgekitError, missing_extra, unknown
+from edgekit.graph.index import Index
 from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, unique_name, value_names
 from edgekit.nn.exported import Exported, dynamic_shapes, example
 from edgekit.nn.module import tied
 from edgekit.nn.training import tensors
-from edgekit.passes.base import Candidate, Change, Context, GraphCandidate, at_least, frozen, matrices, owner, recover
+from edgekit.passes.base import (
+    Candidate,
+    Change,
+    Context,
+    GraphCandidate,
+    Pass,
+    at_least,
+    frozen,
+    matrices,
+    owner,
+    recover,
+)
 from edgekit.passes.qat import PRODUCTS
 from edgekit.passes.static_int8 import SCHEMES, dequantized
 
@@ -37,13 +49,17 @@ WIDEST_BIAS = 2**30  # in int32, with room to add
 
 
 @dataclass(frozen=True, slots=True)
-class QatInt8:
+class QatInt8(Pass[Candidate]):
     """`scheme`: as in `static_int8`; `weight_bits`: the grid of the weights, whose codes are int8 whatever it is: 7 for
     any CPU, 8 for VNNI, ARM and TensorRT. `samples`: training rows that the ranges of activations start from."""
 
     name: ClassVar[str] = "qat_int8"
     summary: ClassVar[str] = "train through int8 by torchao's PT2E, and leave its graph in Q/DQ form"
     lowers: ClassVar[bool] = True
+    epochs_parameter: ClassVar[str] = "epochs"
+    computes_in: ClassVar[tuple[str, ...]] = ("int8",)
+    scheme_parameter: ClassVar[str] = "scheme"
+    weight_bits_parameter: ClassVar[str] = "weight_bits"
 
     scheme: str = "u8s8"
     weight_bits: int = 7
@@ -151,8 +167,8 @@ def stored(model: ModelProto, scheme: str) -> ModelProto:
     them."""
     name_nodes(model)
     graph = model.graph
-    producers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
-    floats = {tensor.name: tensor for tensor in graph.initializer}
+    index = Index(model)
+    producers, floats = index.producers, index.initializers
     scales: dict[str, tuple[npt.NDArray[np.float64], bool]] = {}  # of a rounded value; whether it is a weight
     for node in list(graph.node):
         if node.op_type != "DequantizeLinear":

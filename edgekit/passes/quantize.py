@@ -15,6 +15,7 @@ from edgekit.passes.base import (
     Candidate,
     Change,
     Context,
+    Pass,
     at_least,
     decoded,
     frozen,
@@ -29,11 +30,12 @@ CLIPS = np.linspace(0.5, 1.0, 26)  # shares of a row's largest weight tried as t
 
 
 @dataclass(frozen=True, slots=True)
-class Quantize:
+class Quantize(Pass[Candidate]):
     """`bits`: 8 (int8) down to 2; activations stay in float, so every runtime can use it."""
 
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "put weights on a uniform grid, one scale per output row, then recover"
+    epochs_parameter: ClassVar[str] = "epochs"
 
     bits: int = 8
     epochs: int = 2

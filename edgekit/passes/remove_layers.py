@@ -15,18 +15,19 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.nn.module import ranges, remove
 from edgekit.nn.training import tensors
 from edgekit.nn.units import results
-from edgekit.passes.base import Candidate, Change, Context, at_least, example_inputs, loss, recover
+from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, example_inputs, loss, recover
 
 SAMPLES, BATCH = 256, 64  # for the loss without a block: differences between blocks are large
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveLayers:
+class RemoveLayers(Pass[Candidate]):
     """`count`: how many blocks to remove; `blocks`: the ModuleList or Sequential that holds them, needed where the
     network has several."""
 
     name: ClassVar[str] = "remove_layers"
     summary: ClassVar[str] = "remove the residual blocks that the loss misses least, then recover"
+    epochs_parameter: ClassVar[str] = "epochs"
 
     count: int
     blocks: str = ""

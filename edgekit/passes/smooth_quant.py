@@ -29,7 +29,7 @@ from edgekit.graph.model import (
     value_names,
     weights,
 )
-from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
+from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass, at_least
 
 Float64 = npt.NDArray[np.float64]
 
@@ -45,13 +45,13 @@ class _Site:
 
 
 @dataclass(frozen=True, slots=True)
-class SmoothQuant:
+class SmoothQuant(Pass[GraphCandidate]):
     """`alpha`: how much of the difficulty goes into the weights, from 0 (none) to 1. `samples`: rows of the training
     data to look at."""
 
     name: ClassVar[str] = "smooth_quant"
     summary: ClassVar[str] = "move outlying features from activations into weights, before int8"
-    level: ClassVar[str] = GRAPH_LEVEL
+    level: ClassVar[Level] = Level.GRAPH
     prepares: ClassVar[bool] = True  # kept if it loses nothing, for the sake of the passes after it
 
     alpha: float = 0.5  # the paper's, for all but the most extreme models

@@ -17,20 +17,20 @@ from onnx import ModelProto, numpy_helper
 from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.calibration import Moments, calibration_rows, moments
 from edgekit.graph.model import Weight, chosen_weights, name_nodes, set_tensor
-from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
+from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass, at_least
 
 SCORES, PATTERNS = ("wanda", "magnitude"), ("any", "2:4")
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Sparsify:
+class Sparsify(Pass[GraphCandidate]):
     """`sparsity`: share of each weight that becomes zero (pattern "2:4": half). `samples`: rows of the training
     data that wanda looks at."""
 
     name: ClassVar[str] = "sparsify"
     summary: ClassVar[str] = "set the least important weights to zero, any of them or two of four"
-    level: ClassVar[str] = GRAPH_LEVEL
+    level: ClassVar[Level] = Level.GRAPH
 
     sparsity: float = 0.5
     pattern: str = "any"

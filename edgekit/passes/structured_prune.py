@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from edgekit.errors import EdgekitError
 from edgekit.nn.families import PrunableGroup, build, prunable_groups
 from edgekit.nn.training import tensors
-from edgekit.passes.base import Candidate, Change, Context, at_least, loss, recover
+from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, loss, recover
 
 SAMPLES, BATCH = 1024, 64  # for importance; the ranking of t2's heads is stable from about 500
 
 
 @dataclass(frozen=True, slots=True)
-class StructuredPrune:
+class StructuredPrune(Pass[Candidate]):
     """`keep` names constructor arguments of the family and what is to be left: {heads = 8, ff_dim = 64}."""
 
     name: ClassVar[str] = "structured_prune"
     summary: ClassVar[str] = "remove attention heads and feed-forward units, then recover"
+    epochs_parameter: ClassVar[str] = "epochs"
 
     keep: Mapping[str, int]
     epochs: int = 8

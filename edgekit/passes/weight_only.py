@@ -31,7 +31,7 @@ from edgekit.graph.model import (
     unique_name,
     value_names,
 )
-from edgekit.passes.base import GRAPH_LEVEL, Change, Context, GraphCandidate, at_least
+from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass, at_least
 
 LAYOUTS, ROUNDINGS, GROUPS = ("portable", "matmulnbits"), ("nearest", "gptq"), (32, 64, 128)
 DOMAIN = "com.microsoft"
@@ -40,13 +40,13 @@ Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class WeightOnly:
+class WeightOnly(Pass[GraphCandidate]):
     """`bits`: 8 or 4. `group`: inputs that share a scale. `samples`: rows of the training data that gptq looks at;
     `damping`: added to the second moment's diagonal, relative to its mean."""
 
     name: ClassVar[str] = "weight_only"
     summary: ClassVar[str] = "matrices of 8 or 4 bits with a scale per group of inputs"
-    level: ClassVar[str] = GRAPH_LEVEL
+    level: ClassVar[Level] = Level.GRAPH
 
     bits: int = 8
     group: int = 32  # 1 bit per weight of scales; at 4 bits the accuracy pays for it
@@ -69,9 +69,8 @@ class WeightOnly:
         at_least("damping", self.damping, 1e-6, 1)
         at_least("smallest", self.smallest, 1, 1e12)
 
-    @property
-    def computes_in(self) -> tuple[str, ...]:
-        """What a runtime must know, though it computes in float: DequantizeLinear on int8 is int8 to TensorRT."""
+    def precisions(self) -> tuple[str, ...]:
+        """That of the codes: runtimes compute in float, but TensorRT takes DequantizeLinear on int8 for int8."""
         return (f"int{self.bits}",)
 
     def plan(self, candidate: GraphCandidate) -> list[Change]:

@@ -216,12 +216,13 @@ def _has_sparse_units(job: Job) -> bool:
 
 def _structure(job: Job) -> tuple[list[str], tuple[str, int]]:
     """Groups of units, and the stack of most blocks, of a network that a Python function builds."""
+    from edgekit.passes.dependency_prune import DependencyPrune
     from edgekit.passes.remove_layers import stacks
 
     candidate = None if job.source.is_graph else candidate_of(job.source)
     if not isinstance(candidate, Candidate) or candidate.family != "module":
         return [], ("", 0)
-    groups = Step("dependency_prune", {"sparsity": 0.5}).build().groups(candidate)
+    groups = DependencyPrune(sparsity=0.5).groups(candidate)
     able = {path: len(found) for path, found in stacks(candidate).items() if len(found) >= 1 / min(BLOCKS[1:])}
     path = max(able, key=lambda name: able[name], default="")
     return groups, (path, able.get(path, 0))

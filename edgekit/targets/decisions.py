@@ -4,8 +4,8 @@ recipe leaves them open, how long a call takes on a device that is not here, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 from onnx import ModelProto
@@ -21,7 +21,9 @@ from edgekit.graph.shapes import sized
 from edgekit.targets.local import is_here
 from edgekit.targets.profile import Target
 
-INT8_SCHEMES = ("u8s8", "s8s8")
+if TYPE_CHECKING:
+    from edgekit.passes.base import Pass
+
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -49,36 +51,30 @@ def allowed(target: Target | None, step: Step) -> bool:
     return True
 
 
-def refuse(target: Target, built: Any) -> None:
+def refuse(target: Target, built: Pass[Any]) -> None:
     """Raise if the pass makes the model compute in what the target must never be given, or writes operators that its
     runtime does not read."""
-    for precision in precisions_of(built):
+    for precision in built.precisions():
         target.refuse(precision)
-    if "DynamicQuantizeLinear" in getattr(built, "writes", ()) and target.stack.runtime in TENSORRT:
+    if "DynamicQuantizeLinear" in built.writes and target.stack.runtime in TENSORRT:
         raise EdgekitError(
             f"{target.stack.name}, which runs models on {target.name}, reads no DynamicQuantizeLinear and no "
             f"MatMulInteger; use {'static_int8' if target.plan.int8 != 'none' else ', '.join(target.plan.order)}"
         )
 
 
-def precisions_of(built: Any) -> tuple[str, ...]:
-    """What a pass makes the model compute in: what it says itself, and int8 for Q/DQ in one of the two forms."""
-    declared: tuple[str, ...] = getattr(built, "computes_in", ())
-    return declared or (("int8",) if getattr(built, "scheme", None) in INT8_SCHEMES else ())
-
-
 def with_defaults(target: Target, step: Step) -> Step:
-    """The pass with the target's multiple of channels and form of int8, unless the recipe has its own."""
-    from edgekit import plugins
+    """The pass with the target's multiple of channels and quantization scheme, unless the recipe has its own."""
+    from edgekit.passes.base import load_pass
 
-    names = {item.name: item for item in fields(plugins.load("edgekit.passes", step.name))}
+    kind = load_pass(step.name)
     values: dict[str, Any] = {}
-    if "round_to" in names:
-        values["round_to"] = target.plan.round_to
-    if "scheme" in names and names["scheme"].default in INT8_SCHEMES and target.plan.int8 != "none":
-        values["scheme"] = target.plan.int8
-        if target.kind != "cpu" and "weight_bits" in names:  # they add in 32 bits; 7 is for CPUs that add in 16
-            values["weight_bits"] = 8
+    if kind.multiple_parameter:
+        values[kind.multiple_parameter] = target.plan.round_to
+    if kind.scheme_parameter and target.plan.int8 != "none":
+        values[kind.scheme_parameter] = target.plan.int8
+        if target.kind != "cpu" and kind.weight_bits_parameter:  # they add in 32 bits; 7 is for CPUs that add in 16
+            values[kind.weight_bits_parameter] = 8
     return replace(step, parameters={**values, **step.parameters})
 
 

@@ -15,6 +15,7 @@ from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import PROBABILITIES
+from edgekit.nn import families
 from edgekit.nn.t2 import T2, Block
 
 LANES = 16  # of the widest vector that kernels.c knows: rows of a buffer are a multiple of it, on every machine
@@ -100,10 +101,10 @@ class Program:
 def program(bundle: Bundle) -> Program:
     """The bundle's network as kernel calls. Raises if its family, or its inputs and outputs, are not known in C."""
     manifest = bundle.manifest
-    if manifest.family not in FAMILIES:
+    if not families.find(manifest.family).written_in_c:
         raise EdgekitError(
             f"{manifest.name} is a {manifest.family}, which cannot be written as C yet; the C exporter knows the "
-            f"families {', '.join(FAMILIES)}; choose another format, such as --to onnx"
+            f"families {', '.join(WRITERS)}; choose another format, such as --to onnx"
         )
     if len(manifest.outputs) != 1:
         raise EdgekitError(f"{manifest.name} has {len(manifest.outputs)} outputs; the C exporter writes one")
@@ -116,7 +117,7 @@ def program(bundle: Bundle) -> Program:
                 f"{manifest.name}: {spec.name!r} cannot be a name in C, or is there twice; "
                 "use different lower-case words joined by _"
             )
-    return FAMILIES[manifest.family](bundle)
+    return WRITERS[manifest.family](bundle)
 
 
 def t2(bundle: Bundle) -> Program:
@@ -175,4 +176,5 @@ def _block(run: Program, x: Buffer, block: Block, name: str) -> Buffer:
     return out
 
 
-FAMILIES: dict[str, Callable[[Bundle], Program]] = {"t2": t2}
+# by family: those whose `Family` says that C runs them
+WRITERS: dict[str, Callable[[Bundle], Program]] = {"t2": t2}

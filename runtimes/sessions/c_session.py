@@ -23,13 +23,13 @@ from edgekit import cache
 from edgekit.bundle.format import Bundle, model_key
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError
+from edgekit.nn import families
 from edgekit.session import Session, check_inputs, open_session
 from exporters.c.library import NATIVE, Compiler, Library
 from runtimes.sessions.rows import cut, share_out
 
 CHUNK = 16  # rows that a thread takes at a time: some milliseconds, beside which handing them out is nothing
 AGREEMENT = 1e-5  # of a probability, on the bundle's golden rows; t2's float32 is up to 2e-6 away from float64
-FAMILIES = ("t2",)  # what open_fastest tries in C; exporters.c.program has the list, but loads torch
 
 
 class CSession:
@@ -108,7 +108,7 @@ def open_fastest(bundle: Bundle, *, threads: int | None = None, chunk: int | Non
     C is several times faster per core (tools/bench_c.py). Before it is trusted with a bundle, it has to give the
     bundle's golden outputs on this machine; if it does not, or cannot be compiled, a warning says so.
     """
-    if bundle.manifest.family in FAMILIES and has_compiler():
+    if families.find(bundle.manifest.family).written_in_c and has_compiler():
         try:
             session = CSession(bundle, threads=threads, chunk=chunk)
             check_golden(session, bundle)

@@ -28,7 +28,6 @@ from edgekit.bundle.format import KEY, Bundle, model_key
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.doctor import extras
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph.lower import lower
 from edgekit.session import check_inputs
 from exporters.device_check import strays
 from runtimes.sessions.rows import cut, share_out
@@ -297,6 +296,8 @@ class OnnxRuntimeSession:
 def _graph(bundle: Bundle, source: str | Path | None, exporter: Literal["torchscript", "dynamo"]) -> bytes:
     """The ONNX file given, else the bundle exported now."""
     if source is None:
+        from edgekit.graph.lower import lower  # imports torch, which an exported file does without
+
         content: bytes = lower(bundle, weights="float32", exporter=exporter).SerializeToString()
         return content
     if not Path(source).is_file():

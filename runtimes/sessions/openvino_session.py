@@ -23,7 +23,6 @@ import numpy.typing as npt
 from edgekit.bundle.format import KEY, Bundle, model_key
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError, missing_extra, unknown
-from edgekit.graph.lower import lower
 from edgekit.session import check_inputs
 from runtimes.sessions.rows import cut, share_out
 
@@ -213,6 +212,8 @@ def read_model(core: Any, bundle: Bundle, source: str | Path | None) -> Any:
         return model
 
     try:
+        from edgekit.graph.lower import lower  # imports torch, which an exported file does without
+
         return core.read_model(lower(bundle, weights="float32").SerializeToString())
     except RuntimeError as error:
         raise EdgekitError(f"openvino cannot read {bundle.manifest.name} as ONNX: {_reason(error)}") from error

@@ -1,7 +1,8 @@
 """Plug-ins: found by name, and a missing package is named."""
 
-import importlib
+import json
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,14 +10,24 @@ from edgekit import plugins
 from edgekit.errors import EdgekitError
 
 
-@pytest.mark.parametrize("group", plugins.KINDS)
-def test_every_registered_name_of_ours_loads(group):
-    assert plugins.names(group) == sorted(plugins.names(group))
-    assert plugins.names(group)
-    for name, point in plugins._points(group).items():
-        module, _, attribute = point.value.partition(":")
-        if module.split(".")[0] in ("edgekit", "exporters", "runtimes"):
-            assert plugins.load(group, name) is getattr(importlib.import_module(module), attribute)
+def test_a_plugin_that_breaks_its_contract_is_refused_in_one_line(monkeypatch):
+    """The line names the plug-in, the distribution that it comes from, and what is missing."""
+    point = EntryPoint("x", "json:loads", "edgekit.sessions")
+    vars(point).update(dist=SimpleNamespace(name="their-package", version="1.2"))
+    monkeypatch.setattr(plugins, "_points", lambda group: {"x": point})
+    with pytest.raises(EdgekitError) as refused:
+        plugins.load("edgekit.sessions", "x", lambda found, name: "it has no method 'run'")
+    assert str(refused.value) == (
+        "the runtime 'x' of their-package 1.2 cannot be used: it has no method 'run'; correct or uninstall that package"
+    )
+    assert plugins.load("edgekit.sessions", "x") is json.loads, "the twin: without the check it would be taken"
+
+
+def test_a_plugin_that_is_not_there_is_named(monkeypatch):
+    point = EntryPoint("x", "json:nothing", "edgekit.sessions")
+    monkeypatch.setattr(plugins, "_points", lambda group: {"x": point})
+    with pytest.raises(EdgekitError, match=r"the runtime 'x' cannot be used: json:nothing names nothing"):
+        plugins.load("edgekit.sessions", "x")
 
 
 def test_an_unknown_name_lists_what_there_is():

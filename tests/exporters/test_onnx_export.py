@@ -14,9 +14,9 @@ from onnx import numpy_helper
 
 from edgekit.bundle.format import KEY, WEIGHTS, model_key, with_files
 from edgekit.errors import EdgekitError
+from edgekit.graph import lower as lowering
 from edgekit.graph.cleanup import shapes
 from edgekit.graph.lower import lower
-from exporters import onnx_export
 from exporters.device_check import load_onnxruntime, strays
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 
@@ -42,7 +42,7 @@ def test_graph_gives_the_golden_outputs(toy, arguments, kind):
     np.testing.assert_allclose(got, expected["probabilities"], atol=1e-6)
 
 
-@pytest.mark.parametrize("opset", onnx_export.OPSETS)
+@pytest.mark.parametrize("opset", lowering.OPSETS)
 def test_every_allowed_opset_is_the_one_obtained(toy, opset):
     bundle = toy(context=2)
     model = lower(bundle, opset=opset)
@@ -60,14 +60,14 @@ def test_other_opsets_are_refused(opset):
 def test_an_opset_that_the_exporter_did_not_honour_is_noticed(toy):
     model = lower(toy(), opset=18)
     with pytest.raises(EdgekitError, match=r"asked for opset 17, the exporter wrote \{'ai.onnx': 18\}"):
-        onnx_export._check_graph(model, 17)
+        lowering._check_graph(model, 17)
 
 
 def test_unportable_operator_is_named(toy):
     model = lower(toy())
     model.graph.node[0].op_type = "Einsum"
     with pytest.raises(EdgekitError, match=r"'embed.MatMul' is a Einsum"):
-        onnx_export._check_graph(model, 17)
+        lowering._check_graph(model, 17)
 
 
 @pytest.mark.parametrize("arguments", MODELS.values(), ids=MODELS)

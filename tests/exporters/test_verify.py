@@ -86,7 +86,7 @@ def test_a_graph_that_depends_on_the_batch_is_caught_at_the_batch_that_shows_it(
 def compare(outputs: np.ndarray, exact: np.ndarray, allowed: float = 1e-5) -> module.Check:
     expected = Reference({}, {"probabilities": exact}, {"probabilities": exact[:0]}, 0.0)
     got = {"probabilities": outputs}
-    return module._compare(FLOAT, b"", len(exact), len(exact), got, got, expected, allowed)
+    return module.compare(FLOAT, b"", len(exact), len(exact), got, got, expected, allowed)
 
 
 def test_ties_are_not_changed_classes_but_clear_calls_are():

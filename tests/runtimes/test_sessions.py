@@ -15,6 +15,7 @@ from edgekit.bundle.format import KEY, model_key
 from edgekit.bundle.store import write_bundle
 from edgekit.bundle.tensors import golden_inputs
 from edgekit.errors import EdgekitError
+from edgekit.graph import lower as lowering
 from edgekit.session import open_session
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 from runtimes.sessions import onnxruntime_session as module
@@ -316,7 +317,7 @@ def test_plans_are_kept_in_a_file_and_belong_to_one_model(tmp_path):
 def test_an_exported_file_runs_and_only_for_its_own_bundle(file, tmp_path, monkeypatch):
     bundle = MODELS["palette"]
     OnnxExporter().export(bundle, tmp_path / "out")
-    monkeypatch.setattr(OnnxExporter, "graph", lambda *_: pytest.fail("exported again"))
+    monkeypatch.setattr(lowering, "lower", lambda *_, **options: pytest.fail("exported again"))
     inputs, expected = bundle.golden()
     session = OnnxRuntimeSession(bundle, source=tmp_path / "out" / file)
     np.testing.assert_allclose(session.run(inputs)["probabilities"], expected["probabilities"], atol=2e-6)
@@ -333,7 +334,7 @@ def test_a_device_without_torch_runs_an_exported_file(tmp_path):
     program = """
 import sys
 sys.modules["torch"] = None  # as if it were not installed
-from edgekit.bundle.format import open_bundle
+from edgekit.bundle.store import open_bundle
 from edgekit.session import open_session
 open_session(open_bundle(sys.argv[1]), "onnxruntime", source=sys.argv[2]).warmup(9)
 """

@@ -20,7 +20,7 @@ from edgekit.compression.run import run
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.importers.onnx import from_onnx
-from edgekit.passes.base import Change, GraphCandidate
+from edgekit.passes.base import Change, GraphCandidate, Level, Pass
 from edgekit.session import open_session
 
 CLUSTER = ("cluster", {"bits": 5, "epochs": 1})
@@ -192,12 +192,12 @@ class Small(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class StockInt8:
+class StockInt8(Pass[GraphCandidate]):
     """onnxruntime's own static quantization with its defaults: what everybody runs."""
 
     name: ClassVar[str] = "stock_int8"
     summary: ClassVar[str] = "quantize_static as it comes"
-    level: ClassVar[str] = "graph"
+    level: ClassVar[Level] = Level.GRAPH
 
     folder: str = ""
 

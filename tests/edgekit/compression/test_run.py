@@ -17,7 +17,7 @@ from edgekit.compression.run import plan, run
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nn.training import probabilities
-from edgekit.passes.base import Candidate, Change
+from edgekit.passes.base import Candidate, Change, Pass
 from edgekit.passes.cluster import Cluster
 
 CLUSTER = ("cluster", {"bits": 5, "epochs": 1})
@@ -34,7 +34,7 @@ def verdicts(bundle):
 
 
 @dataclass(frozen=True, slots=True)
-class Shrink:
+class Shrink(Pass[Candidate]):
     """Not a real pass: clusters, so that there is a gain, and then does `mischief` to the candidate."""
 
     name: ClassVar[str] = "planted"

@@ -1,5 +1,6 @@
 """Families: networks by name."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_weights_arrive_and_the_network_is_in_evaluation_mode(tiny_bundle, tiny)
 @pytest.mark.parametrize(
     ("family", "arguments", "words"),
     [
-        ("t3", {}, "model family 't3'; expected one of: t2"),
+        ("t3", {}, "model family 't3'; expected one of: module, onnx, t2"),
         ("t2", {"bands": 3}, "weights do not fit t2"),
         ("t2", {"bnads": 2}, "bnads"),
     ],
@@ -40,7 +41,27 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         build("t2", {"bands": 2})
 
 
-def test_a_family_without_prunable_units_says_so(monkeypatch):
-    monkeypatch.setitem(families.FAMILIES, "solid", "edgekit.errors")
+def test_a_family_without_prunable_units_says_so(register):
+    register("edgekit.families", "solid", families.Family("solid", "edgekit.nn.module:build"))
     with pytest.raises(EdgekitError, match="solid"):
         prunable_groups("solid", None)
+    assert families.countable_units("solid", None) == {}
+
+
+def test_a_graph_has_no_network_to_build():
+    with pytest.raises(EdgekitError, match="'onnx' holds a graph"):
+        build("onnx", {})
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [(object(), "it is a object; expected"), (families.Family("other"), "its name is 'other'")]
+)
+def test_a_family_that_is_none_is_refused(family, words, register):
+    register("edgekit.families", "solid", family)
+    with pytest.raises(EdgekitError, match=rf"the model family 'solid' cannot be used: {words}"):
+        families.find("solid")
+
+
+def test_looking_at_a_family_imports_no_torch():
+    code = "import sys; from edgekit.nn import families; families.find('t2'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

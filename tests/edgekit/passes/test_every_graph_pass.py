@@ -11,7 +11,7 @@ from edgekit.compression.recipe import Step
 from edgekit.errors import EdgekitError
 from edgekit.graph.calibration import BATCH, activations, calibration_rows, moments, ranges
 from edgekit.graph.model import serialized, specs, weights
-from edgekit.passes.base import GRAPH_LEVEL, Change, Context
+from edgekit.passes.base import Change, Context, Level
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.passes.fold import Fold
 from edgekit.passes.half import Half
@@ -59,7 +59,7 @@ every_graph = pytest.mark.parametrize(("make", "shape"), GRAPHS.values(), ids=GR
 
 def test_the_list_holds_every_registered_pass():
     registered = {point.load() for point in entry_points(group="edgekit.passes") if point.value.startswith("edgekit.")}
-    on_graphs = {kind for kind in registered if getattr(kind, "level", None) == GRAPH_LEVEL}
+    on_graphs = {kind for kind in registered if kind.level == Level.GRAPH}
     assert on_graphs == {type(item) for item in PASSES.values()}
 
 

@@ -10,7 +10,7 @@ from edgekit.bundle.encoding import Affine
 from edgekit.bundle.format import assemble
 from edgekit.errors import EdgekitError
 from edgekit.nn.training import probabilities
-from edgekit.passes.base import GRAPH_LEVEL, Candidate, Context, decoded, frozen, matrices
+from edgekit.passes.base import Candidate, Context, Level, decoded, frozen, matrices
 from edgekit.passes.cluster import Cluster
 from edgekit.passes.distill import Distill
 from edgekit.passes.magnitude_prune import MagnitudePrune
@@ -38,7 +38,7 @@ def snapshot(candidate: Candidate) -> dict[str, bytes]:
 
 def test_the_list_holds_every_registered_pass():
     registered = {point.load() for point in entry_points(group="edgekit.passes") if point.value.startswith("edgekit.")}
-    networks = {kind for kind in registered if getattr(kind, "level", None) != GRAPH_LEVEL}
+    networks = {kind for kind in registered if kind.level != Level.GRAPH}
     networks -= {kind for kind in networks if getattr(kind, "lowers", False)}  # they leave a graph: test_qat_int8.py
     assert networks == {type(item) for item in (*PASSES.values(), *MODULE_PASSES.values())}
 

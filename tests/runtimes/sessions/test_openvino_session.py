@@ -186,7 +186,7 @@ def test_an_exported_model_runs_without_torch_and_only_for_its_own_bundle(tmp_pa
     program = """
 import sys
 sys.modules["torch"] = None  # as if it were not installed
-from edgekit.bundle.format import open_bundle
+from edgekit.bundle.store import open_bundle
 from edgekit.session import open_session
 from runtimes.sessions.c_session import check_golden
 bundle = open_bundle(sys.argv[1])
