@@ -254,8 +254,6 @@ def test_a_planted_room_too_many_is_caught(tree):
 def test_models_and_tools_are_no_packages():
     for folder in ("models", "tools", "tests"):
         found = [path for path in (ROOT / folder).rglob("__init__.py") if "plugin" not in path.parts]
-            path for path in (ROOT / folder).rglob("__init__.py") if "plugin" not in path.parts
-        ]  # packages of others
         assert found == [], folder
 
 
