@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup lint test test-rtx test-faults test-spark demo bench bench-compress bench-alerts soak fuzz train
+.PHONY: help setup lint test docs test-rtx test-faults test-spark demo bench bench-compress bench-alerts soak fuzz train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -23,6 +23,9 @@ lint: setup ## style, formatting, types
 
 test: lint ## lint and all tests; what CI runs
 	$(BIN)/python -m pytest -q -n 2 --durations=10
+
+docs: setup ## the documentation, in site/; a warning is an error, and so is anything fetched from another host
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 test-rtx: setup ## every model for every target, TensorRT-RTX's compiler included (proprietary, 95 MB; minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx]'

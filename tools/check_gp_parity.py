@@ -246,7 +246,20 @@ def compare_features(sample: Sample, published: Any) -> dict[str, Any]:
         "differ": len(rows) / len(sample.objects),
         "difference_percentiles": {str(q): float(np.percentile(difference, q)) for q in (50, 90, 95, 99)},
         "why": dict(Counter(row["why"] for row in rows).most_common()),
-        "rows": rows,
+        "rows_by_reason": {
+            why: describe([row for row in rows if row["why"] == why])
+            for why, _ in Counter(row["why"] for row in rows).most_common()
+        },
+    }
+
+
+def describe(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The number of objects, and the 0th, 5th, 50th, 95th and 100th percentile of their figures."""
+    return {"objects": len(rows)} | {
+        f"{name}_percentiles": {
+            str(q): float(np.percentile([row[name] for row in rows], q)) for q in (0, 5, 50, 95, 100)
+        }
+        for name in ("points", "difference", "days", "george_days")
     }
 
 

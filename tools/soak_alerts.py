@@ -52,6 +52,19 @@ class Results(threading.Thread):
                         self.counts[topic][int(headers["edgekit.partition"]), int(headers["edgekit.offset"])] += 1
 
 
+def spread(values: Any) -> dict[str, float]:
+    """The number of samples, their extremes and three percentiles: the samples themselves are not stored."""
+    low, median, high = (float(value) for value in np.percentile(values, (5, 50, 95)))
+    return {
+        "samples": len(values),
+        "min": float(np.min(values)),
+        "p5": low,
+        "p50": median,
+        "p95": high,
+        "max": float(np.max(values)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -102,8 +115,8 @@ def main() -> None:
         out, log = process.communicate(timeout=60)
         time.sleep(1.0)  # for a result that comes twice
     ledger = json.loads(out)["ledger"]
-    quarters = np.array_split(np.array([rss for _, rss, _ in memory]), 4)
-    second, last = float(np.median(quarters[1])), float(np.median(quarters[3]))
+    samples = np.array_split(np.array(memory), 4)
+    second, last = float(np.median(samples[1][:, 1])), float(np.median(samples[3][:, 1]))
     bad = total // DAMAGED_EVERY
     checks = {
         "memory is flat": last <= second * (1 + GROWTH),
@@ -117,7 +130,13 @@ def main() -> None:
     row = {
         "machine": machine, "minutes": options.minutes, "rate": options.rate, "messages": total, "mean_bytes": size,
         "producer_late_s": late, "cpu_share_of_a_core": cpu, "ledger": ledger["total"],
-        "consumer_mb": {"second_quarter": second, "last_quarter": last}, "memory": memory, "checks": checks,
+        "consumer_mb": {"second_quarter": second, "last_quarter": last},
+        "memory_mb": {
+            "sample_seconds": SAMPLE_SECONDS,
+            "consumer_by_quarter": [spread(quarter[:, 1]) for quarter in samples],
+            "broker_by_quarter": [spread(quarter[:, 2]) for quarter in samples],
+        },
+        "checks": checks,
     }  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(row, indent=1) + "\n")
