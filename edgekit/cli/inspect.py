@@ -29,9 +29,9 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
     """Show what BUNDLE (a directory, a packed file or a model's name) holds and how it was made."""
-    from edgekit.importers.files import resolve
+    from edgekit.importers.api import open_model
 
-    opened = resolve(bundle)
+    opened = open_model(bundle)
     if lineage:
         _show_lineage(ancestry(opened), as_json)
         return
@@ -86,9 +86,9 @@ def ancestry(bundle: Bundle) -> list[dict[str, Any]]:
     passes that were run on it."""
     from edgekit.bundle.zoo import folders
     from edgekit.compression.record import records_of
-    from edgekit.importers.files import resolve
+    from edgekit.importers.api import open_model
 
-    names = {resolve(name).digest: name for name in folders()}
+    names = {open_model(name).digest: name for name in folders()}
     steps: list[dict[str, Any]] = []
     for record in records_of(bundle):
         if not steps or steps[-1]["digest"] != record.parent:

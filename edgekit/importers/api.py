@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.format import Bundle
+from edgekit.bundle.format import Bundle, Manifest
 from edgekit.bundle.tensors import Arrays, TensorSpec, parse_spec
 from edgekit.errors import EdgekitError
 from edgekit.importers.factory import from_factory
@@ -123,6 +124,69 @@ def import_hugging_face(folder: str | Path, *, inputs: Inputs = (), golden: Mapp
     """A bundle from a folder that transformers saved: config.json and safetensors. inputs: needed only for models that
     take neither images nor token ids."""
     return from_hugging_face(Path(folder), inputs=_specs(inputs), golden=_arrays(golden) or _examples(inputs))
+
+
+def import_any(
+    source: str,
+    *,
+    via: str | None = None,
+    inputs: Inputs = (),
+    outputs: Sequence[str] = ("output",),
+    arguments: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    golden: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """A bundle of whatever `source` names: a folder of transformers, package.module:function, an .onnx or a .pt2 file.
+    via: "optimum" makes a graph of a folder by optimum's ONNX exporter."""
+    path = Path(source)
+    if via is not None:
+        from edgekit.importers.optimum import from_optimum
+
+        return from_optimum(path, golden=_arrays(golden))
+    if ":" in source and not path.exists():
+        return import_factory(
+            source, inputs=inputs, outputs=outputs, arguments=arguments, weights=weights, golden=golden
+        )
+    if path.is_dir():
+        return import_hugging_face(path, inputs=inputs, golden=golden)
+    return from_file(path, golden=_arrays(golden))
+
+
+def described(
+    bundle: Bundle,
+    *,
+    name: str,
+    classes: Sequence[str] = (),
+    preprocessing: Mapping[str, Any] | None = None,
+    state: Mapping[str, str] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Bundle:
+    """The bundle with what its file does not say. state: which output a caller hands back as which input."""
+    manifest = bundle.manifest
+    check_state(manifest, state or {})
+    own = {
+        "name": name,
+        "classes": tuple(classes) or manifest.classes,
+        "preprocessing": dict(preprocessing) if preprocessing else manifest.preprocessing,
+        "state": dict(state or {}),
+        "versions": dict(versions or manifest.versions),
+    }
+    return replace(bundle, manifest=replace(manifest, **own))  # type: ignore[arg-type]
+
+
+def check_state(manifest: Manifest, state: Mapping[str, str]) -> None:
+    """Raise unless each output of the state can be handed back as its input."""
+    inputs, outputs = ({spec.name: spec for spec in specs} for specs in (manifest.inputs, manifest.outputs))
+    for name, source in state.items():
+        if name not in inputs or source not in outputs:
+            raise EdgekitError(
+                f"'{name}={source}': expected INPUT=OUTPUT, of {', '.join(inputs)} and {', '.join(outputs)}"
+            )
+        if inputs[name].shape != outputs[source].shape or inputs[name].dtype != outputs[source].dtype:
+            raise EdgekitError(
+                f"'{name}={source}': {inputs[name].shape_text} {inputs[name].dtype} cannot be fed with "
+                f"{outputs[source].shape_text} {outputs[source].dtype}"
+            )
 
 
 class Session:

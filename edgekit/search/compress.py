@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekit.bundle.format import GOLDEN, GRAPH, PROBABILITIES, WEIGHTS, Bundle, Manifest, with_files
+from edgekit.bundle.store import refuse_to_replace
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.bundle.zoo import folders
 from edgekit.compression import metrics, states
@@ -97,8 +98,8 @@ def compress(
 
     Raises EdgekitError for a mistake in the arguments, if nothing keeps to max_size or max_latency, and if the result
     does not fit the target's memory. A pass that fails is no error: it is rolled back, and its record tells why."""
-    if output is not None and Path(output).exists() and not force:
-        raise EdgekitError(f"{output} already exists; choose another name or pass --force to replace it")
+    if output is not None:
+        prepare(Path(output), force=force)
     job = job_of(
         model, data=data, recipe=recipe, auto=auto, target=target, max_loss=max_loss, metric=metric,
         objective=objective, runtime=runtime, batches=batches, agree=agree, seed=seed, notify=notify,
@@ -108,6 +109,12 @@ def compress(
     if output is not None:
         result = replace(result, bundle=result.save(output, force=force))
     return result
+
+
+def prepare(output: Path, *, force: bool) -> None:
+    """Raise before the work if the result could not be written."""
+    refuse_to_replace(output, force)
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def job_of(
@@ -143,7 +150,10 @@ def job_of(
     else:
         train, test = checked(given, source.manifest, labelled=labelled)
     others = tuple(dict.fromkeys(other for other in agree if other not in ("", runtime)))
-    return Job(source, steps, train, test, limits, name, runtime, seed, chosen, others, replay=replay is not None)
+    job = Job(source, steps, train, test, limits, name, runtime, seed, chosen, others, replay=replay is not None)
+    if job.estimated and chosen is not None:
+        notify(f"{chosen.name} is not this machine: latency is estimated from its data sheet, quality is measured here")
+    return job
 
 
 def carry_out(
@@ -160,10 +170,6 @@ def carry_out(
         raise EdgekitError(f"max_size = {constraints.max_size}; expected bytes, more than 0")
     if constraints.max_latency is not None and not auto:
         raise EdgekitError("max_latency is for a search; pass auto=True too")
-    if job.estimated and job.target is not None:
-        notify(
-            f"{job.target.name} is not this machine: latency is estimated from its data sheet, quality is measured here"
-        )
     with _work(job) as work:
         if auto:
             from edgekit.search.auto import search
@@ -189,7 +195,7 @@ def check_replay(result: Result, original: Bundle) -> None:
     """Raise unless the passes gave the bytes that they gave when the original was made."""
     if any(result.bundle.contents.get(name) != original.contents.get(name) for name in (WEIGHTS, GRAPH, GOLDEN)):
         raise EdgekitError(
-            f"the passes of {original.path or original.manifest.name} gave other bytes here; versions then: "
+            f"replayed: NOT the same bytes as {original.path or original.manifest.name}; versions then: "
             f"{original.manifest.versions}, now: {result.bundle.manifest.versions}; see that the data and the number "
             "of threads are the same too"
         )
