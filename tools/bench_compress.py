@@ -34,12 +34,13 @@ from edgekit import machine, plugins
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import Arrays, parse_spec
 from edgekit.compression import metrics
-from edgekit.compression.guard import Limits, ratio_interval, tiled, time_in_turns
+from edgekit.compression.guard import Limits, tiled, time_in_turns
 from edgekit.compression.job import Job, versions
 from edgekit.compression.measure import outputs_of
 from edgekit.compression.recipe import Step, of_bundle, to_table
 from edgekit.compression.run import applied, candidate_of
 from edgekit.compression.trials import Constraints
+from edgekit.cost.timing import ratio_interval
 from edgekit.data.dataset import load, locate
 from edgekit.errors import EdgekitError
 from edgekit.importers.factory import from_factory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import numpy as np
 
 from edgekit.bundle.format import GRAPH, Bundle
 from edgekit.bundle.tensors import Arrays, golden_inputs
-from edgekit.compression.guard import ratio_interval, tiled
+from edgekit.compression.guard import tiled
+from edgekit.cost.timing import GRAIN, in_turns, ratio_interval, timed
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
 
@@ -61,22 +63,12 @@ def compare(
     result = []
     for done, batch in enumerate(batches):
         feeds = [tiled(inputs or _golden(bundle), batch) for bundle in bundles]
-        wall: list[Any] = []
-        cpu: list[Any] = []
-        for session, feed in zip(sessions, feeds, strict=True):
-            session.run(feed)
-            session.run(feed)
-        until = time.perf_counter() + seconds
-        while (time.perf_counter() < until and len(wall) < MOST_ROUNDS) or len(wall) < LEAST_ROUNDS:
-            taken = np.empty((2, len(sessions)))
-            for turn in range(len(sessions)):
-                index = (turn + len(wall)) % len(sessions)
-                started, spent = time.perf_counter(), time.process_time()
-                sessions[index].run(feeds[index])
-                taken[:, index] = time.perf_counter() - started, time.process_time() - spent
-            wall.append(taken[0])
-            cpu.append(np.maximum(taken[1], 1e-9))
-        clock, spent_cpu = np.array(wall) * 1e3, np.array(cpu) * 1e3
+        calls = [
+            timed(functools.partial(session.run, feed), time.perf_counter, time.process_time)
+            for session, feed in zip(sessions, feeds, strict=True)
+        ]
+        taken = np.maximum(in_turns(calls, seconds=seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS), GRAIN)
+        clock, spent_cpu = taken[:, :, 0] * 1e3, taken[:, :, 1] * 1e3
         for index, name in enumerate(names):
             ratio, low, high = ratio_interval(spent_cpu[:, index], spent_cpu[:, 0])
             p50, p90, p99 = (float(value) for value in np.percentile(clock[:, index], [50, 90, 99]))
