@@ -79,7 +79,8 @@ def targets_page() -> str:
         "# Targets",
         "",
         f"edgekit knows {len(targets)} devices. Memory is in GB and bandwidth in GB/s. Rates are in 10^12 dense",
-        "operations per second; the rate of a CPU is that of one core. `-` means that the device has no unit for that precision.",
+        "operations per second; the rate of a CPU is that of one core. `-` means that the device has no unit for that "
+        "precision.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
