@@ -22,7 +22,7 @@ from alert_broker.avro import columns as avro
 from alert_broker.containers import BadPacket
 from alert_broker.features import LightCurveFeatures
 from alert_broker.gaussian_process import Status
-from alert_broker.packets import AlertBatch, Source, batches, find_files, read_blocks
+from alert_broker.packets import AlertBatch, PacketSource, batches, find_files, read_blocks
 from alert_broker.results import (
     CLASSIFIED,
     ERRORS,
@@ -303,7 +303,7 @@ def load_kernels(notify: Callable[[str], None]) -> None:
 
 def _counted(
     files: Sequence[Path], account: Account, progress: Progress, stop: Callable[[], bool]
-) -> Iterator[Source | BadPacket]:
+) -> Iterator[PacketSource | BadPacket]:
     """The packets of these files, counted as they come, until `stop`."""
     ends = np.cumsum([file.stat().st_size for file in files]).tolist()
     start_of = dict(zip(map(str, files), [0, *ends], strict=False))

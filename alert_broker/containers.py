@@ -57,9 +57,9 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Avro data of `count` packets in a row, without framing; offset: byte of the first in the file.
+    """Avro data of `count` packets in a row, without framing. offset: byte of the first packet in the file.
 
-    place: what the packet goes by instead of its byte, where it came as a message of its own.
+    index: the packet's index in its batch, if it came as a message of its own; it is reported instead of the byte.
     """
 
     file: str
@@ -68,27 +68,28 @@ class Block:
     count: int
     data: bytes | memoryview = field(repr=False)
     compressed: bool = False
-    place: int | None = None
+    index: int | None = None
 
 
-def message(data: Buffer, place: int, schema_text: Callable[[int], str] | None = None) -> Block | BadPacket:
-    """The one packet in a message, or why there is none; `place` stands for it in what is made of it."""
-    if data[: len(AVRO_MAGIC)] == AVRO_MAGIC and (whole := _one_packet(data, place)) is not None:
+def message(data: Buffer, index: int, schema_text: Callable[[int], str] | None = None) -> Block | BadPacket:
+    """The one packet in a message, or the reason why there is none. index: of the message in its batch; the packet's
+    rows and errors carry it."""
+    if data[: len(AVRO_MAGIC)] == AVRO_MAGIC and (whole := _one_packet(data, index)) is not None:
         return whole
     packets = 0
     block: Block | None = None
     for item in split(data, "", schema_text):
         if isinstance(item, BadPacket):
-            return replace(item, offset=place, packets=1)
+            return replace(item, offset=index, packets=1)
         packets += item.count
         block = item
     if block is None or packets != 1:
-        return BadPacket("", place, f"the message holds {packets} packets; expected one, as alerts replay sends them")
-    return replace(block, place=place)
+        return BadPacket("", index, f"the message holds {packets} packets; expected one, as alerts replay sends them")
+    return replace(block, index=index)
 
 
-def _one_packet(data: Buffer, place: int) -> Block | None:
-    """The packet of a container of one, without a codec and with nothing wrong; None for all others."""
+def _one_packet(data: Buffer, index: int) -> Block | None:
+    """The packet of an intact, uncompressed container of exactly one packet; None for all other data."""
     try:
         header = _header(data)
     except (PacketError, UnicodeDecodeError):
@@ -97,11 +98,11 @@ def _one_packet(data: Buffer, place: int) -> Block | None:
     count, start, end, fault = _frame(data, at, data[at - SYNC_BYTES : at])
     if fault or count != 1 or end == start or end + SYNC_BYTES != len(data) or header.codec != "null":
         return None
-    return Block("", start, header.schema, 1, memoryview(data)[start:end], place=place)
+    return Block("", start, header.schema, 1, memoryview(data)[start:end], index=index)
 
 
 def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = None) -> Iterator[Block | BadPacket]:
-    """Cut a file or a message into blocks of Avro data; what kind it is shows in its first bytes.
+    """Cut a file or a message into blocks of Avro data; the first bytes say which format it is.
 
     schema_text: asked for schemas of Confluent messages that are not LSST's installed ones (`Registry.schema`). Its
     PacketError makes a BadPacket; what else it raises comes through, since the packet is not to blame.

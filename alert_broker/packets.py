@@ -42,7 +42,7 @@ class ParquetRows:
         return int(self.columns.num_rows)
 
 
-Source = Block | ParquetRows
+PacketSource = Block | ParquetRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +88,19 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def read_blocks(paths: Iterable[str | Path]) -> Iterator[Source | BadPacket]:
+def read_blocks(paths: Iterable[str | Path]) -> Iterator[PacketSource | BadPacket]:
     """All packets of these files and folders, in order; a path that does not exist is an EdgekitError now."""
     return _read_files(find_files(paths))
 
 
 def batches(
-    blocks: Iterable[Source | BadPacket], size: int = 1024, buffer_pool: dict[ReadPlan, Columns] | None = None
+    blocks: Iterable[PacketSource | BadPacket], size: int = 1024, buffer_pool: dict[ReadPlan, Columns] | None = None
 ) -> Iterator[AlertBatch | BadPacket]:
-    """Light curves of up to `size` alerts of one survey; bad packets pass through as they come.
+    """Light curves of up to `size` alerts of one survey; bad packets are passed through in their order.
 
-    A packet that cannot be decoded takes the rest of its block along: nothing marks where the next one begins. One that
-    can be, but gives no light curve, comes as a BadPacket before its batch. spare: keeps grown columns for
-    the next call.
+    A packet that cannot be decoded makes the rest of its block unreadable, because nothing marks where the next one
+    begins. A packet that can be decoded but gives no light curve comes as a BadPacket before its batch. buffer_pool:
+    keeps the read buffers for the next call.
     """
     if size < 1:
         raise EdgekitError(f"batch size is {size}; expected 1 or more")
@@ -133,29 +133,29 @@ class _Waiting:
         self.survey, self._buffer_pool = survey, buffer_pool
         self._files: list[str] = []  # of each packet, in the order in which they came
         self._offsets: list[int] = []
-        self._columns: dict[str, tuple[Columns, list[int]]] = {}  # by layout; and the packets' places in that order
+        self._columns: dict[str, tuple[Columns, list[int]]] = {}  # by layout, with the packets' indices in that order
         self._tables: list[tuple[pa.RecordBatch, list[int]]] = []
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def add(self, block: Source) -> BadPacket | None:
-        """Read a block; what could not be decoded of it."""
+    def add(self, block: PacketSource) -> BadPacket | None:
+        """Read a block into columns; return the part of it that could not be decoded."""
         if isinstance(block, ParquetRows):
-            places = self._place(block.file, range(block.offset, block.offset + block.count))
-            self._tables.append((block.columns, places))
+            indices = self._number(block.file, range(block.offset, block.offset + block.count))
+            self._tables.append((block.columns, indices))
             return None
         plan = block.schema.plan
         assert plan is not None
         if plan.layout not in self._columns:
             grown = next((known for known in self._buffer_pool if known.layout == plan.layout), None)
             self._columns[plan.layout] = (Columns(plan) if grown is None else self._buffer_pool.pop(grown), [])
-        columns, places = self._columns[plan.layout]
+        columns, indices = self._columns[plan.layout]
         ends, fault = columns.read(block.data, block.count, plan)
         starts = [0, *ends.tolist()]
         inside = [0] * len(starts) if block.compressed else starts
-        where = [block.offset + start for start in inside] if block.place is None else [block.place] * len(starts)
-        places += self._place(block.file, where[: len(ends)])
+        where = [block.offset + start for start in inside] if block.index is None else [block.index] * len(starts)
+        indices += self._number(block.file, where[: len(ends)])
         if fault is None:
             return None
         name, lost = block.schema.name, block.count - len(ends)
@@ -167,28 +167,28 @@ class _Waiting:
         return BadPacket(block.file, where[len(ends)], reason, packets=lost)
 
     def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
-        """All that waits, as batches of up to `size`."""
-        sources = [(columns.take(), places) for columns, places in self._columns.values()] + self._tables
+        """Everything that waits, as batches of up to `size`."""
+        sources = [(columns.take(), indices) for columns, indices in self._columns.values()] + self._tables
         self._buffer_pool.update((columns.plan, columns) for columns, _ in self._columns.values())
         found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
-        for columns, places in sources:
+        for columns, indices in sources:
             try:
                 extracted = self.survey.light_curves(columns)
                 errors = extracted.errors
             except PacketError as error:
-                errors = dict.fromkeys(range(len(places)), str(error))
+                errors = dict.fromkeys(range(len(indices)), str(error))
             for alert, reason in sorted(errors.items()):
-                yield BadPacket(self._files[places[alert]], self._offsets[places[alert]], reason)
-            if len(errors) < len(places):
-                good = [alert for alert in range(len(places)) if alert not in errors]
-                kept = [places[alert] for alert in good]
+                yield BadPacket(self._files[indices[alert]], self._offsets[indices[alert]], reason)
+            if len(errors) < len(indices):
+                good = [alert for alert in range(len(indices)) if alert not in errors]
+                kept = [indices[alert] for alert in good]
                 found.append((*self._alerts(extracted, good, kept), kept))
         if not found:
             return
         curves = concatenate(part for part, _, _ in found)
         alerts = pa.Table.from_batches([part for _, part, _ in found])
         if len(found) > 1:
-            order = np.argsort([place for _, _, kept in found for place in kept])
+            order = np.argsort([index for _, _, kept in found for index in kept])
             curves, alerts = curves.take(order), alerts.take(order)
         (rows,) = alerts.combine_chunks().to_batches()
         for start in range(0, len(curves), size):
@@ -196,22 +196,22 @@ class _Waiting:
             part = curves.take(np.arange(start, stop)) if stop - start < len(curves) else curves
             yield AlertBatch(self.survey, part, rows.slice(start, stop - start))
 
-    def _place(self, file: str, offsets: Sequence[int]) -> list[int]:
-        """Note where packets come from."""
+    def _number(self, file: str, offsets: Sequence[int]) -> list[int]:
+        """Record the file and the offset of packets; return their indices."""
         first = len(self._files)
         self._files += [file] * len(offsets)
         self._offsets += offsets
         return list(range(first, len(self._files)))
 
-    def _alerts(self, found: Extracted, good: list[int], places: list[int]) -> tuple[LightCurves, pa.RecordBatch]:
+    def _alerts(self, found: Extracted, good: list[int], indices: list[int]) -> tuple[LightCurves, pa.RecordBatch]:
         """The light curves of some of the alerts, and their rows of `ALERT_COLUMNS`."""
         curves = found.curves if len(good) == len(found.curves) else found.curves.take(good)
         columns = [
             found.alert_id[good],
             [found.object_id[alert] for alert in good],
             [self.survey.name] * len(good),
-            [self._files[place] for place in places],
-            [self._offsets[place] for place in places],
+            [self._files[index] for index in indices],
+            [self._offsets[index] for index in indices],
             _count_by_band(curves, detected=True),
             _count_by_band(curves, detected=False),
             found.upper_limits[good],
@@ -224,7 +224,7 @@ class _Waiting:
 def _unsupported(block: Block) -> BadPacket:
     known = ", ".join(surveys())
     reason = f"unsupported survey: the schema is {block.schema.name!r}; supported: {known}"
-    where = block.offset if block.place is None else block.place
+    where = block.offset if block.index is None else block.index
     return BadPacket(block.file, where, reason, "skipped", block.count)
 
 
@@ -240,7 +240,7 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _read_files(files: Sequence[Path]) -> Iterator[Source | BadPacket]:
+def _read_files(files: Sequence[Path]) -> Iterator[PacketSource | BadPacket]:
     for path in files:
         try:
             with path.open("rb") as stream:
@@ -293,11 +293,11 @@ def leaves(schema: pa.Schema) -> list[str]:
     return [name for item in schema for name in _leaves(item.name, item.type)]
 
 
-def _leaves(name: str, kind: pa.DataType) -> Iterator[str]:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        yield from _leaves(name, kind.value_type)
-    elif pa.types.is_struct(kind):
-        for item in kind:
+def _leaves(name: str, dtype: pa.DataType) -> Iterator[str]:
+    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
+        yield from _leaves(name, dtype.value_type)
+    elif pa.types.is_struct(dtype):
+        for item in dtype:
             yield from _leaves(f"{name}.{item.name}", item.type)
     else:
         yield name

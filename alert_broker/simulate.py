@@ -127,29 +127,29 @@ def _simulate_one(survey: str, seed: int, index: int, cutouts: bool) -> Simulate
     rng = np.random.default_rng([seed, index])  # per alert: the n-th is the same however many are asked for
     cadence = CADENCES[survey]
     weights = np.array([item.weight for item in CLASSES])
-    kind = CLASSES[rng.choice(len(CLASSES), p=weights / weights.sum())]
+    alert_class = CLASSES[rng.choice(len(CLASSES), p=weights / weights.sum())]
     for _ in range(1000):  # a faint or fast source can pass undetected: draw another one
-        observed = _observe(rng, survey, cadence, kind)
+        observed = _observe(rng, survey, cadence, alert_class)
         if observed.detected.any():
             break
     else:
-        raise AssertionError(f"{kind.name} is never detected")
+        raise AssertionError(f"{alert_class.name} is never detected")
     build = simulated_packets.ztf_packet if survey == "ztf" else simulated_packets.lsst_packet
     last = int(rng.choice(np.flatnonzero(observed.detected)))  # the exposure that raises this alert
     packet, curve = build(rng, observed.until(last), index, seed, cutouts)
-    return SimulatedAlert(survey, packet, kind.name, kind.identifier, curve)
+    return SimulatedAlert(survey, packet, alert_class.name, alert_class.identifier, curve)
 
 
 def _observe(
-    rng: np.random.Generator, survey: str, cadence: Cadence, kind: AlertClass
+    rng: np.random.Generator, survey: str, cadence: Cadence, alert_class: AlertClass
 ) -> simulated_packets.Observations:
     wavelengths = np.array(survey_named(survey).wavelengths)
     time, band = _visits(rng, cadence)
     depth = np.array(cadence.depth)
     limit = depth[band] + cadence.scatter * rng.standard_normal(len(time))
     r_band = survey_named(survey).bands.index("r")
-    reference = fluxcal(depth[r_band] - rng.uniform(*kind.brightness) - FLUX_ZERO_POINT)
-    flux = reference * kind.shape(rng, time, wavelengths[band], float(time[0]))
+    reference = fluxcal(depth[r_band] - rng.uniform(*alert_class.brightness) - FLUX_ZERO_POINT)
+    flux = reference * alert_class.shape(rng, time, wavelengths[band], float(time[0]))
     sky = fluxcal(limit - FLUX_ZERO_POINT) / DETECTION_SNR
     # Photon noise of what is in the aperture of the difference: the change itself, and the steady source below it.
     noise = np.sqrt(sky**2 + (np.abs(flux) + 0.2 * reference) / cadence.electrons)

@@ -79,9 +79,9 @@ class SparkJob:
 
     def _blocks(self, rows: pa.RecordBatch) -> Iterator[Block | ParquetRows | BadPacket]:
         if self.packets is not None:
-            for place, value in enumerate(rows.column(self.packets)):
+            for index, value in enumerate(rows.column(self.packets)):
                 content = value.as_py()
-                yield BadPacket("", place, "the message is null") if content is None else message(content, place)
+                yield BadPacket("", index, "the message is null") if content is None else message(content, index)
             return
         survey = _survey(leaves(rows.schema))
         wanted = [name for name in survey.fields if name in rows.schema.names]
@@ -114,16 +114,16 @@ def classify(
         if name not in rows.columns:
             raise unknown("column", name, rows.columns)
     if packets is not None and not isinstance(rows.schema[packets].dataType, types.BinaryType):
-        kind = rows.schema[packets].dataType.simpleString()
-        raise EdgekitError(f"the column {packets!r} is of type {kind}; expected binary, with a packet in each row")
+        dtype = rows.schema[packets].dataType.simpleString()
+        raise EdgekitError(f"the column {packets!r} is of type {dtype}; expected binary, with a packet in each row")
     ours = {item.name.lower() for item in _schema(bundle.manifest.classes)}
     if clash := [name for name in keep if name.lower() in ours]:
         raise EdgekitError(f"keep: {', '.join(clash)} would stand twice in the result; rename before")
     needed = {packets: functions.col(packets)} if packets is not None else _fields(rows)
     chosen = rows.select(*keep, *(column for name, column in needed.items() if name not in keep))
-    kinds = {"string": types.StringType(), "bigint": types.LongType(), "int": types.IntegerType()}
-    kinds["float"] = types.FloatType()
-    fields = [types.StructField(item.name, kinds[SPARK_TYPES[item.type]]) for item in _schema(bundle.manifest.classes)]
+    dtypes = {"string": types.StringType(), "bigint": types.LongType(), "int": types.IntegerType()}
+    dtypes["float"] = types.FloatType()
+    fields = [types.StructField(item.name, dtypes[SPARK_TYPES[item.type]]) for item in _schema(bundle.manifest.classes)]
     function = map_in_arrow(bundle, packets, keep=keep, runtime=runtime)
     return chosen.mapInArrow(function, types.StructType([*chosen.schema.fields[: len(keep)], *fields]))
 
@@ -271,11 +271,11 @@ def _fields(rows: DataFrame) -> dict[str, Any]:
     from pyspark.sql import functions
     from pyspark.sql.types import ArrayType, StructType
 
-    def names_of(kind: Any, name: str) -> Iterator[str]:
-        if isinstance(kind, ArrayType):
-            yield from names_of(kind.elementType, name)
-        elif isinstance(kind, StructType):
-            yield from (leaf for item in kind for leaf in names_of(item.dataType, f"{name}{name and '.'}{item.name}"))
+    def names_of(dtype: Any, name: str) -> Iterator[str]:
+        if isinstance(dtype, ArrayType):
+            yield from names_of(dtype.elementType, name)
+        elif isinstance(dtype, StructType):
+            yield from (leaf for item in dtype for leaf in names_of(item.dataType, f"{name}{name and '.'}{item.name}"))
         else:
             yield name
 
@@ -289,10 +289,10 @@ def _fields(rows: DataFrame) -> dict[str, Any]:
     for top, inner in survey.fields.items():
         if top not in rows.columns:
             continue
-        kind, column = rows.schema[top].dataType, functions.col(top)
-        record = kind.elementType if isinstance(kind, ArrayType) else kind
+        dtype, column = rows.schema[top].dataType, functions.col(top)
+        record = dtype.elementType if isinstance(dtype, ArrayType) else dtype
         if isinstance(record, StructType) and inner:
             cut = cut_to([name for name in inner if name in record.names])
-            column = functions.transform(column, cut) if isinstance(kind, ArrayType) else cut(column)
+            column = functions.transform(column, cut) if isinstance(dtype, ArrayType) else cut(column)
         chosen[top] = column.alias(top)
     return chosen

@@ -55,12 +55,12 @@ def _record(name: str, fields: list[dict[str, Any]], namespace: str = "ztf") -> 
     return {"type": "record", "name": name, "namespace": namespace, "version": VERSION, "fields": fields}
 
 
-def _field(name: str, kind: Any) -> dict[str, Any]:
-    return {"name": name, "type": kind}
+def _field(name: str, avro_type: Any) -> dict[str, Any]:
+    return {"name": name, "type": avro_type}
 
 
-def _nullable(name: str, kind: Any) -> dict[str, Any]:
-    return {"name": name, "type": ["null", kind], "default": None}
+def _nullable(name: str, avro_type: Any) -> dict[str, Any]:
+    return {"name": name, "type": ["null", avro_type], "default": None}
 
 
 def _nullable_array(name: str, items: Any) -> dict[str, Any]:
@@ -70,6 +70,6 @@ def _nullable_array(name: str, items: Any) -> dict[str, Any]:
 def _fields(words: str) -> list[dict[str, Any]]:
     fields = []
     for word in words.split():
-        name, kind = word.split(":")
-        fields.append((_nullable if kind.endswith("?") else _field)(name, TYPES[kind[0]]))
+        name, avro_type = word.split(":")
+        fields.append((_nullable if avro_type.endswith("?") else _field)(name, TYPES[avro_type[0]]))
     return fields

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
+from edgekit.graph.index import Index, element_types
 from edgekit.graph.model import attribute
 
 # they compute nothing: in half only if they lie between layers that are
@@ -55,34 +55,27 @@ NOTHING = Float32Pinned()
 
 def float32_pinned(model: ModelProto) -> Float32Pinned:
     """What a graph of float32 and half computes in float32."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    kinds = {tensor.name: tensor.data_type for tensor in inferred.initializer}
-    for value in (*inferred.input, *inferred.output, *inferred.value_info):
-        kinds.setdefault(value.name, value.type.tensor_type.elem_type)
-    consumers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
+    types, index = element_types(model), Index(model)
     found: set[str] = set()
     outputs: set[str] = set()
     for node in reversed(model.graph.node):
-        if not _is_pinned(node, kinds, consumers.get(node.output[0], ()), found):
+        if not _is_pinned(node, types, index.consumers(node.output[0]), found):
             continue
         found.add(node.name)
-        after = consumers.get(node.output[0], ())
+        after = index.consumers(node.output[0])
         narrowed = bool(after) and all(_to_half(consumer) for consumer in after)
-        if len(node.output) == 1 and kinds.get(node.output[0]) == TensorProto.FLOAT and not narrowed:
+        if len(node.output) == 1 and types.get(node.output[0]) == TensorProto.FLOAT and not narrowed:
             outputs.add(node.name)
     names = [node.name for node in model.graph.node]
     return Float32Pinned(tuple(n for n in names if n in found), tuple(n for n in names if n in outputs))
 
 
-def _is_pinned(node: NodeProto, kinds: dict[str, int], after: Sequence[NodeProto], found: set[str]) -> bool:
-    if node.op_type in TYPED or TensorProto.FLOAT not in {kinds.get(name) for name in node.input}:
+def _is_pinned(node: NodeProto, types: dict[str, int], after: Sequence[NodeProto], found: set[str]) -> bool:
+    if node.op_type in TYPED or TensorProto.FLOAT not in {types.get(name) for name in node.input}:
         return False
     if node.op_type in MOVING:
         return bool(after) and all(consumer.name in found for consumer in after)
-    return kinds.get(node.output[0]) == TensorProto.FLOAT or node.op_type in DECIDING
+    return types.get(node.output[0]) == TensorProto.FLOAT or node.op_type in DECIDING
 
 
 def _to_half(node: NodeProto) -> bool:

@@ -14,6 +14,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from edgekit.errors import EdgekitError, unknown
+from edgekit.graph.index import Index, element_types
 from edgekit.graph.model import attribute, opset
 from edgekit.graph.opset import to_opset
 from edgekit.passes.half import Half
@@ -32,7 +33,7 @@ CHOICES = frozenset(
     ("TopK", "ArgMax", "ArgMin", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "NonMaxSuppression")
 )
 PRODUCTS = ("MatMul", "Gemm", "Conv")
-KINDS: dict[int, str] = {
+PRECISIONS: dict[int, str] = {
     TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.INT4: "int4",
     TensorProto.UINT4: "int4", TensorProto.FLOAT8E4M3FN: "float8", TensorProto.FLOAT8E5M2: "float8",
     TensorProto.FLOAT8E4M3FNUZ: "float8", TensorProto.FLOAT8E5M2FNUZ: "float8",
@@ -180,22 +181,19 @@ def arithmetic(model: ModelProto) -> set[str]:
     """Precisions below float32 that nodes compute in. What is merely stored so, and cast before it is used, does not
     count; codes count as int8 where activations are quantized."""
     found: set[str] = set()
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    kinds = {tensor.name: tensor.data_type for tensor in inferred.initializer}
-    for value in (*inferred.input, *inferred.output, *inferred.value_info):
-        kinds.setdefault(value.name, value.type.tensor_type.elem_type)
+    types = element_types(model)
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear":
-            found |= _codes(node, kinds)
+            found |= _codes(node, types)
         elif node.op_type not in ("Cast", "DequantizeLinear"):
-            found |= {KINDS[kinds[name]] for name in node.input if kinds.get(name) in KINDS}
+            found |= {PRECISIONS[types[name]] for name in node.input if types.get(name) in PRECISIONS}
     return found
 
 
 def _deciding(graph: ModelProto) -> list[str]:
     """Nodes whose values are compared, back to the nearest product: rounded to half, a router would take another expert
     and a code another sign."""
-    producers = {name: node for node in graph.graph.node for name in node.output}
+    producers = Index(graph).producers
     waiting = [name for node in graph.graph.node if node.op_type in CHOICES for name in node.input]
     found: dict[str, None] = {}
     while waiting:
@@ -206,10 +204,10 @@ def _deciding(graph: ModelProto) -> list[str]:
     return list(found)
 
 
-def _codes(node: NodeProto, kinds: dict[str, int]) -> set[str]:
+def _codes(node: NodeProto, types: dict[str, int]) -> set[str]:
     zero = node.input[2] if len(node.input) > 2 else ""
-    kind: int = kinds.get(zero) or attribute(node, "output_dtype", 0) or TensorProto.UINT8
-    return {KINDS.get(kind, "int8")}
+    code: int = types.get(zero) or attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    return {PRECISIONS.get(code, "int8")}
 
 
 def _precision(where: DeploymentTarget, asked: str, quantized: bool) -> str:

@@ -125,9 +125,9 @@ class Columns:
         rows = int(self._levels[level, walk.ROWS])
         if isinstance(node, Record):
             children = [self._array(inner, level) for inner in node.fields.values()]
-            kind = pa.struct(list(zip(node.fields, (child.type for child in children), strict=True)))
+            dtype = pa.struct(list(zip(node.fields, (child.type for child in children), strict=True)))
             nulls = self._nulls(node.column, rows) if node.column >= 0 else None
-            return pa.Array.from_buffers(kind, rows, [nulls], children=children)
+            return pa.Array.from_buffers(dtype, rows, [nulls], children=children)
         nulls, cells = self._nulls(node.column, rows), self._cells[self._columns[node.column, walk.BASE] :][:rows]
         if isinstance(node, Array):
             items = self._array(node.items, node.level)
@@ -152,11 +152,11 @@ def _offsets(ends: npt.NDArray[np.int64]) -> pa.Buffer:
     return pa.py_buffer(np.concatenate([np.zeros(1, np.int64), ends]))
 
 
-def _values(cells: npt.NDArray[np.int64], kind: pa.DataType) -> npt.NDArray[Any]:
+def _values(cells: npt.NDArray[np.int64], dtype: pa.DataType) -> npt.NDArray[Any]:
     """Cells of 64 bits as the bytes that Arrow has for the type."""
-    if pa.types.is_boolean(kind):
+    if pa.types.is_boolean(dtype):
         return np.packbits(cells != 0, bitorder="little")
-    if pa.types.is_float32(kind) or pa.types.is_int32(kind):
+    if pa.types.is_float32(dtype) or pa.types.is_int32(dtype):
         return cells.astype(np.int32)  # the bits of a float32, too
     return cells.copy()
 

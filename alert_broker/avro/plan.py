@@ -156,21 +156,21 @@ class _Compiler:
             if schema in enclosing:
                 raise SchemaError(f"it is recursive: {schema} contains itself")
             schema = self._named[schema]
-        kind = schema["type"] if isinstance(schema, dict) else schema
-        if isinstance(kind, (dict, list)):
-            return self.value(kind, wanted, path, level, inner)
+        avro_type = schema["type"] if isinstance(schema, dict) else schema
+        if isinstance(avro_type, (dict, list)):
+            return self.value(avro_type, wanted, path, level, inner)
         if name := self._define(schema):
             inner = (*enclosing, name)
-        if kind in ("record", "error"):
+        if avro_type in ("record", "error"):
             return self._record(schema, wanted, path, level, inner)
-        if kind == "array":
+        if avro_type == "array":
             return self._array(schema, wanted, path, level, inner)
-        if kind == "map":
+        if avro_type == "map":
             if wanted is not None:
                 raise SchemaError(f"{path} is a map, which gives no column")
             return self._map(schema, path, level, inner)
         if wanted:
-            raise SchemaError(f"{path} is of type {kind!r}; it has no field {next(iter(wanted))!r}")
+            raise SchemaError(f"{path} is of type {avro_type!r}; it has no field {next(iter(wanted))!r}")
         return self._scalar(schema, wanted, path, level)
 
     def add(
@@ -195,9 +195,9 @@ class _Compiler:
         self, schema: Any, wanted: Wanted | None, path: str, level: int, tag: int = NO_TAG
     ) -> tuple[Leaf | None, int]:
         """A value with no others inside it, or null where there is a tag."""
-        kind, size, symbols = _checked(schema)
-        operation, operand, arrow = SCALARS[kind]
-        if kind in SIZES or kind == "fixed":
+        avro_type, size, symbols = _checked(schema)
+        operation, operand, arrow = SCALARS[avro_type]
+        if avro_type in SIZES or avro_type == "fixed":
             operand, least = size, size
         else:
             operand, least = len(symbols) or operand, 1
@@ -207,10 +207,10 @@ class _Compiler:
             self.add(operation, path, column, operand, tag=tag)
             return Leaf(column, arrow, symbols), least
         if tag != NO_TAG and size:
-            self._skip_optional(size, tag, NOT_OF_BOOLEAN if kind == "boolean" else 0, path)
-        elif size and kind != "boolean":
+            self._skip_optional(size, tag, NOT_OF_BOOLEAN if avro_type == "boolean" else 0, path)
+        elif size and avro_type != "boolean":
             self._skip(size, path)
-        elif kind != "null":
+        elif avro_type != "null":
             self.add(operation, path, -1, operand, tag=tag)
         return None, least
 
@@ -301,12 +301,12 @@ class _Compiler:
     def _union(
         self, branches: list[Any], wanted: Wanted | None, path: str, level: int, enclosing: tuple[str, ...]
     ) -> tuple[Node | None, int]:
-        kinds = [_kind(branch) for branch in branches]
-        valued = [kind for kind in kinds if kind != "null"]
+        avro_types = [_type_name(branch) for branch in branches]
+        valued = [avro_type for avro_type in avro_types if avro_type != "null"]
         if not valued:
             raise SchemaError(f"it has a union of nothing: {path}")
         if len(branches) == 2 and len(valued) == 1 and valued[0] in SCALARS and not wanted:
-            null = kinds.index("null")
+            null = avro_types.index("null")
             self._define(branches[1 - null])
             return self._scalar(branches[1 - null], wanted, path, level, 2 * null)
         if wanted is None:
@@ -315,7 +315,7 @@ class _Compiler:
             )
         if len(valued) == 1:
             return self._optional(branches, wanted, path, level, enclosing)
-        return self._numbers(kinds, wanted, path, level)
+        return self._numbers(avro_types, wanted, path, level)
 
     def _branches(self, branches: list[Any], path: str, emit: Callable[[Any], int]) -> int:
         """UNION, a jump to each branch, the branches, each with a jump to the end; the fewest bytes."""
@@ -343,7 +343,7 @@ class _Compiler:
 
         def emit(branch: Any) -> int:
             nonlocal node
-            if _kind(branch) == "null":
+            if _type_name(branch) == "null":
                 # Which columns are null then is known once the other branch is compiled, and that may come second.
                 nulls.append(self.add(walk.JUMP, path))
                 return 0
@@ -362,42 +362,42 @@ class _Compiler:
         self._aim(over)
         return node, least
 
-    def _numbers(self, kinds: list[Any], wanted: Wanted, path: str, level: int) -> tuple[Node, int]:
+    def _numbers(self, avro_types: list[Any], wanted: Wanted, path: str, level: int) -> tuple[Node, int]:
         """A union of several kinds of numbers, as the widest of them."""
-        if wanted or not all(kind in (*NUMBERS, "null") for kind in kinds):
-            shown = ", ".join(map(str, kinds))
+        if wanted or not all(avro_type in (*NUMBERS, "null") for avro_type in avro_types):
+            shown = ", ".join(map(str, avro_types))
             raise SchemaError(f"{path} is a union of {shown}; a column can be of null and one type, or of numbers")
-        real = "float" in kinds or "double" in kinds
+        real = "float" in avro_types or "double" in avro_types
         column = self._column(level)
 
-        def emit(kind: str) -> int:
-            operation, operand, _ = SCALARS[kind]
+        def emit(avro_type: str) -> int:
+            operation, operand, _ = SCALARS[avro_type]
             self.add(operation, path, column, operand, int(real))
-            return SIZES.get(kind, 1)
+            return SIZES.get(avro_type, 1)
 
-        return Leaf(column, pa.float64() if real else pa.int64()), self._branches(kinds, path, emit)
+        return Leaf(column, pa.float64() if real else pa.int64()), self._branches(avro_types, path, emit)
 
 
-def _kind(schema: Any) -> str:
+def _type_name(schema: Any) -> str:
     """The name of a type, or of one that was defined before; empty if that lies deeper."""
-    kind = schema["type"] if isinstance(schema, dict) else schema
-    return kind if isinstance(kind, str) else ""
+    avro_type = schema["type"] if isinstance(schema, dict) else schema
+    return avro_type if isinstance(avro_type, str) else ""
 
 
 def _checked(schema: Any) -> tuple[str, int, tuple[str, ...]]:
     """A scalar's type, the bytes that it always takes, and the symbols of an enum."""
-    kind = _kind(schema)
-    if kind not in SCALARS:
-        raise SchemaError(f"it has a value of unknown type {kind!r}")
-    if kind == "fixed":
+    avro_type = _type_name(schema)
+    if avro_type not in SCALARS:
+        raise SchemaError(f"it has a value of unknown type {avro_type!r}")
+    if avro_type == "fixed":
         size = schema["size"]
         if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= LARGEST_FIXED:
             raise SchemaError(f"it has a fixed of {size!r} bytes; expected 0 to {LARGEST_FIXED}")
-        return kind, size, ()
-    symbols = tuple(map(str, schema["symbols"])) if kind == "enum" else ()
-    if kind == "enum" and not symbols:
+        return avro_type, size, ()
+    symbols = tuple(map(str, schema["symbols"])) if avro_type == "enum" else ()
+    if avro_type == "enum" and not symbols:
         raise SchemaError("it has an enum without symbols")
-    return kind, SIZES.get(kind, 0), symbols
+    return avro_type, SIZES.get(avro_type, 0), symbols
 
 
 def _columns(node: Node | None) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ EXTRA_OF = {"confluent_kafka": "stream"}  # what is not in the extra `alerts`
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Gives a question that Ctrl-C or SIGTERM turns true, for a loop to ask; a second one is a KeyboardInterrupt."""
+    """Give a function that returns true after Ctrl-C or SIGTERM; a second signal raises KeyboardInterrupt."""
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
@@ -35,7 +35,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def alert_packages() -> Iterator[None]:
-    """Names the extra to install where an import fails for want of a package."""
+    """Name the extra to install if an import fails because a package is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -44,7 +44,7 @@ def alert_packages() -> Iterator[None]:
 
 
 def key_values(pairs: Sequence[str], flag: str) -> dict[str, str]:
-    """NAME=VALUE, many times. What is wrong is said without the value, which may be a secret."""
+    """The pairs NAME=VALUE as a dictionary. An error does not show the value, which may be a secret."""
     values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")

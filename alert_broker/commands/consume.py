@@ -35,7 +35,7 @@ A file, broker.toml:
 
 
 class Consume(click.Command):
-    """Has a flag for every value of the configuration's tables, so that the two cannot differ."""
+    """A command with a flag for every value of the configuration's tables, so that flags and tables cannot differ."""
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
         return [*super().get_params(context)[:-1], *flags(), super().get_params(context)[-1]]
@@ -46,11 +46,11 @@ def flags() -> Iterator[click.Option]:
 
     from alert_broker.stream.config import Config
 
-    for table, kind in typing.get_type_hints(Config).items():
-        if not hasattr(kind, "__dataclass_fields__"):
+    for table, settings in typing.get_type_hints(Config).items():
+        if not hasattr(settings, "__dataclass_fields__"):
             continue
-        types_of = typing.get_type_hints(kind)
-        for item in fields(kind):
+        types_of = typing.get_type_hints(settings)
+        for item in fields(settings):
             name = f"--{table}-{item.name}".replace("_", "-")
             hint, text = types_of[item.name], f"{item.metadata['help']}"
             shown = ", ".join(item.default) if isinstance(item.default, tuple) else item.default
@@ -107,7 +107,7 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
 
 @contextmanager
 def watching(config: Config, stats: Stats, *, as_json: bool) -> Iterator[None]:
-    """Logs, metrics and the dashboard, while the block runs."""
+    """Logs, metrics and the dashboard are active while the block runs."""
     from alert_broker.stream import dashboard, health, logs
 
     logs.configure(as_json=as_json, config=dict(config.kafka_settings()))

@@ -36,15 +36,17 @@ Examples:
 def redrive(
     path: Path, kafka: tuple[str, ...], reason: str, to_topic: str, group: str, max_attempts: int, as_json: bool
 ) -> None:
-    """Send dead letters to where they came from, after what killed them is fixed: as they came, up to the last one.
+    """Send dead letters to the topics where they were read, after the cause of their failure is fixed.
 
-    Restart the consumer with the fix, then redrive: it reads them from its topic as any other alert. Others who read
-    that topic see them again; --to-topic sends them to a topic of its own instead, for the consumer to read as well.
-    What dies again is a new dead letter, which says how often it died, and is for the next run.
+    Restart the consumer with the fix, then run redrive: the consumer reads the alerts from its topic again. Other
+    consumers of that topic read them again too; --to-topic sends them to a separate topic instead, which the consumer
+    must read as well. A dead letter that fails again becomes a new dead letter, which counts its failures; the next run
+    handles it.
 
-    They stay in their topic; the group GROUP-redrive remembers which were sent or passed over, and looks at neither
-    again. After one --reason, the next one needs a --group of its own, which begins with the first dead letter. A
-    letter that was too large for its topic has no bytes: they are read where the alert was, if that is still there.
+    Dead letters stay in their topic. The consumer group GROUP-redrive records which were sent or skipped, and handles
+    none of them twice. To run with another --reason, name another --group, which starts at the first dead letter. A
+    dead letter over the size limit was stored without its payload; redrive re-reads it from the original topic,
+    partition and offset.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration

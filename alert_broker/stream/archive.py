@@ -65,10 +65,10 @@ class Archive:
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
         self.folder = folder
         self.schema = schema
-        for name, kind in POSITION:
+        for name, dtype in POSITION:
             if name in schema.names:
                 raise EdgekitError(f"the results have a column {name!r}, which the archive adds; rename it")
-            self.schema = self.schema.append(pa.field(name, kind, nullable=False))
+            self.schema = self.schema.append(pa.field(name, dtype, nullable=False))
         if "night" in schema.names:
             raise EdgekitError("the results have a column 'night', which the archive's folders add; rename it")
         with _writing(folder):

@@ -232,11 +232,11 @@ def load(path: Path | None, changes: Mapping[str, Mapping[str, Any]] | None = No
 
 def parse(tables: Mapping[str, Any], where: str) -> Config:
     """Tables as TOML gives them; names that do not exist and values of another type are errors."""
-    kinds = typing.get_type_hints(Config)
+    classes = typing.get_type_hints(Config)
     values: dict[str, Any] = {}
     for name, table in tables.items():
-        if name not in kinds:
-            raise unknown("table", name, kinds, where=where)
+        if name not in classes:
+            raise unknown("table", name, classes, where=where)
         if name == "output":
             if not isinstance(table, list):
                 raise EdgekitError(f"{where}: output is one table; write [[output]], as there may be several")
@@ -246,7 +246,7 @@ def parse(tables: Mapping[str, Any], where: str) -> Config:
         elif name == "kafka":
             values[name] = _kafka(table, where)
         else:
-            values[name] = from_table(kinds[name], table, f"{where} [{name}]")
+            values[name] = from_table(classes[name], table, f"{where} [{name}]")
     return Config(**values)
 
 

@@ -1,4 +1,4 @@
-"""The images in packets, as they came: science, template and difference."""
+"""The image cutouts in packets, unchanged: science, template and difference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cutouts(
 ) -> list[pa.LargeBinaryArray]:
     """(packets,) bytes for each of CUTOUTS, null where a packet has no such image or the message is not one packet."""
     groups: dict[ReadPlan, tuple[tuple[str, str, str], Columns, list[int]]] = {}
-    for place, packet in enumerate(packets):
+    for index, packet in enumerate(packets):
         parts = list(split(bytes(packet), "", schema_text))
         block = parts[0] if len(parts) == 1 else None
         if not isinstance(block, Block) or block.count != 1 or not block.schema.survey or not block.schema.cutouts:
@@ -28,16 +28,16 @@ def cutouts(
         plan = block.schema.cutouts
         if plan not in groups:
             groups[plan] = (block.schema.survey.cutouts, Columns(plan), [])
-        _, columns, places = groups[plan]
+        _, columns, indices = groups[plan]
         if columns.read(block.data, 1)[1] is None:
-            places.append(place)
+            indices.append(index)
     # the images of all groups behind each other, with a null at the end for packets without
-    order = np.full(len(packets), sum(len(places) for _, _, places in groups.values()))
+    order = np.full(len(packets), sum(len(indices) for _, _, indices in groups.values()))
     parts_of: list[list[pa.Array]] = [[] for _ in CUTOUTS]
     before = 0
-    for paths, columns, places in groups.values():
-        order[places] = np.arange(before, before + len(places))
-        before += len(places)
+    for paths, columns, indices in groups.values():
+        order[indices] = np.arange(before, before + len(indices))
+        before += len(indices)
         rows = columns.take()
         for images, path in zip(parts_of, paths, strict=True):
             images.append(_images(rows, path))

@@ -1,8 +1,9 @@
-"""Dead letters: an alert that cannot be read goes to a topic of its own, as it came, with all that is needed to tell
-why and to send it again. Too many of them stop the consumer: then it is not the alerts that are broken.
+"""Dead letters: a message that cannot be processed is sent to a topic of its own, unchanged, with headers that say why
+and where it was read, so that it can be sent again. Too many dead letters stop the consumer, because then the fault
+is not in the alerts.
 
-One that is too large for that topic goes without its bytes, and says so in the header `edgekit.omitted`; the topic,
-partition and offset in its other headers tell where they are, and `redrive` gets them from there.
+A dead letter over the size limit is stored without its payload, and the header `edgekit.omitted` says so; `redrive`
+re-reads the payload from the original topic, partition and offset, which other headers hold.
 """
 
 from __future__ import annotations
@@ -21,50 +22,53 @@ from confluent_kafka import Message
 from alert_broker.containers import WIRE_HEADER, WIRE_MAGIC
 from alert_broker.stream.config import DeadLetters
 from alert_broker.stream.publish import Headers, Outgoing
-from alert_broker.stream.source import place_of
+from alert_broker.stream.source import position_of
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-PREFIX = "edgekit."  # of our headers
+PREFIX = "edgekit."  # of the headers that edgekit adds
 REASON, STATUS, SCHEMA_ID, STACK = (PREFIX + name for name in ("reason", "status", "schema-id", "stack"))
 TOPIC, PARTITION, OFFSET = (PREFIX + name for name in ("topic", "partition", "offset"))
 WHEN, ATTEMPTS, OMITTED = PREFIX + "dead-lettered-at", PREFIX + "attempts", PREFIX + "omitted"
-REDRIVEN = PREFIX + "redriven"  # which run of `redrive` has sent it last
+REDRIVEN = PREFIX + "redriven"  # the run of `redrive` that sent the message last
 SHOWN = 300  # characters of a reason in messages to people
 MOST_REASON = 4096  # characters of a reason in a header
-KIND = 100  # characters of a reason in counts
-ALONE = re.compile(r"(?<![\w.])\d+(?![\w.])")  # a number that is a word: a byte, a size; not a schema's version
+LONGEST_CATEGORY = 100  # characters
+ALONE = re.compile(
+    r"(?<![\w.])\d+(?![\w.])"
+)  # a number on its own, such as a byte or a size; not part of a schema's version
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """Why one message of a batch is a dead letter. stack: digest of where the program failed, if it did."""
+    """Why one message of a batch is a dead letter. index: of the message in the batch; stack: a digest of the stack
+    trace if the program failed, else empty."""
 
-    place: int
+    index: int
     reason: str
     status: str = "error"
     stack: str = ""
 
 
 def stack_digest(error: BaseException) -> str:
-    """The same for the same failure at the same place, whatever the alert: for counting."""
+    """A digest that is equal for equal stack traces, whatever the alert, so that failures can be counted."""
     frames = [f"{frame.filename}:{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
     return hashlib.sha256("\n".join([type(error).__name__, *frames]).encode()).hexdigest()[:16]
 
 
-def kind_of(reason: str) -> str:
-    """A reason without what differs from alert to alert, for counting."""
-    return ALONE.sub("N", reason.split(":")[0])[:KIND].encode(errors="replace").decode()
+def category_of(reason: str) -> str:
+    """The reason without the numbers and details that differ from alert to alert, so that reasons can be counted."""
+    return ALONE.sub("N", reason.split(":")[0])[:LONGEST_CATEGORY].encode(errors="replace").decode()
 
 
 def text_of(value: str | bytes | None) -> str:
-    """A header's value as text."""
+    """The value of a header as text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
 
 
 def position_headers(message: Message) -> Headers:
-    """Where a message was read."""
-    (topic, partition), offset = place_of(message)
+    """Headers that say where a message was read: topic, partition and offset."""
+    (topic, partition), offset = position_of(message)
     return [(TOPIC, topic.encode()), (PARTITION, b"%d" % partition), (OFFSET, b"%d" % offset)]
 
 
@@ -74,67 +78,72 @@ def headers_of(message: Message) -> Headers:
 
 
 def attempts(headers: Headers) -> int:
-    """How often it was a dead letter before."""
+    """How often the message was a dead letter before."""
     text = text_of(dict(headers).get(ATTEMPTS))
     return int(text) if text.isdigit() else 0
 
 
-def outgoing(letter: DeadLetter, message: Message, topic: str) -> Outgoing:
-    """The dead letter as a message: the same key and bytes, the headers that it had, and ours."""
+def outgoing(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
+    """The dead letter as a message: with the key, the payload and the headers of the alert, and headers of edgekit."""
     value = message.value()
     before = headers_of(message)
     headers: Headers = [
         *((name, content) for name, content in before if not name.startswith(PREFIX) or name == REDRIVEN),
-        *position_headers(message), (REASON, letter.reason[:MOST_REASON].encode(errors="replace")),
-        (STATUS, letter.status.encode()), (WHEN, b"%d" % int(time.time() * 1000)),
+        *position_headers(message), (REASON, dead_letter.reason[:MOST_REASON].encode(errors="replace")),
+        (STATUS, dead_letter.status.encode()), (WHEN, b"%d" % int(time.time() * 1000)),
         (ATTEMPTS, b"%d" % (attempts(before) + 1)),
     ]  # fmt: skip
     if value is not None and value[:1] == WIRE_MAGIC and len(value) >= WIRE_HEADER.size:
         headers.append((SCHEMA_ID, b"%d" % WIRE_HEADER.unpack(value[: WIRE_HEADER.size])[1]))
-    if letter.stack:
-        headers.append((STACK, letter.stack.encode()))
-    return Outgoing(topic, value, headers, letter.place, message.key())
+    if dead_letter.stack:
+        headers.append((STACK, dead_letter.stack.encode()))
+    return Outgoing(topic, value, headers, dead_letter.index, message.key())
 
 
 def without_content(message: Outgoing, refusal: str) -> Outgoing:
-    """A dead letter that no broker takes, without the bytes, key and headers of its alert: ours say where those are."""
+    """A dead letter that the broker refuses, without the payload, the key and the headers of the alert. The headers of
+    edgekit say where the alert can be read again."""
     ours: Headers = [(name, content) for name, content in message.headers if name.startswith(PREFIX)]
     if message.value is None and len(ours) == len(message.headers):
-        raise EdgekitError(f"a dead letter cannot be sent: {refusal}; raise the broker's limits")
-    omitted = f"{len(message.value or b'')} bytes, as the letter cannot be sent with them: {refusal}"
+        raise EdgekitError(
+            f"a dead letter cannot be sent even without its payload: {refusal}; raise the broker's limits, such as "
+            "message.max.bytes"
+        )
+    omitted = f"{len(message.value or b'')} bytes, because the broker refuses the dead letter with them: {refusal}"
     named = dict(ours)
     where = [text_of(named.get(name)) for name in (TOPIC, PARTITION, OFFSET)]
-    LOG.warning("the dead letter for %s[%s] at %s goes without its %s", *where, omitted)
-    return Outgoing(message.topic, None, [*ours, (OMITTED, omitted.encode())], message.place)
+    LOG.warning("the dead letter for the message at %s[%s], offset %s, is sent without its %s", *where, omitted)
+    return Outgoing(message.topic, None, [*ours, (OMITTED, omitted.encode())], message.alert_index)
 
 
 class DeadLetterLimits:
-    """Counts dead letters among the last alerts, in the order in which they came."""
+    """Counts the dead letters among the last alerts, in the order in which the alerts came."""
 
     def __init__(self, config: DeadLetters) -> None:
         self._config = config
         self._window: deque[bool] = deque(maxlen=config.window)
         self._dead = self._row = 0
 
-    def check(self, letters: Sequence[DeadLetter], count: int) -> None:
-        """A batch of `count` alerts with these dead letters; raise where that is too many."""
-        dead = {letter.place: letter for letter in letters}
-        for place in range(count):
-            is_dead = place in dead
+    def check(self, dead_letters: Sequence[DeadLetter], count: int) -> None:
+        """Count the dead letters of a batch of `count` alerts; raise if there are too many."""
+        dead = {dead_letter.index: dead_letter for dead_letter in dead_letters}
+        for index in range(count):
+            is_dead = index in dead
             if len(self._window) == self._window.maxlen:
                 self._dead -= self._window[0]
             self._window.append(is_dead)
             self._dead += is_dead
             self._row = self._row + 1 if is_dead else 0
             if self._row >= self._config.max_consecutive:
-                self._stop(f"{self._row} alerts in a row are dead letters", dead[place])
+                self._stop(f"{self._row} alerts in a row are dead letters", dead[index])
             full = len(self._window) == self._window.maxlen
             if is_dead and full and self._dead > self._config.max_ratio * len(self._window):
-                self._stop(f"{self._dead} of the last {len(self._window)} alerts are dead letters", dead[place])
+                self._stop(f"{self._dead} of the last {len(self._window)} alerts are dead letters", dead[index])
 
     def _stop(self, what: str, last: DeadLetter) -> None:
         raise EdgekitError(
-            f"stopped, as {what} (allowed: {self._config.max_consecutive} in a row, {self._config.max_ratio:.0%} of "
-            f"{self._config.window}); the last: {last.reason[:SHOWN]}; this batch is not committed: find the cause, "
-            "and start again, or raise dead_letters.max_ratio and dead_letters.max_consecutive"
+            f"the consumer stopped, because {what} (allowed: {self._config.max_consecutive} in a row, "
+            f"{self._config.max_ratio:.0%} of {self._config.window}); the last one: {last.reason[:SHOWN]}; "
+            "this batch is not committed: find the cause and start again, or raise dead_letters.max_ratio or "
+            "dead_letters.max_consecutive"
         )

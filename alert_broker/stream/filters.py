@@ -29,7 +29,7 @@ from edgekit.errors import EdgekitError, unknown
 LONGEST = 2000  # characters
 DEEPEST = 32  # expressions inside each other; a chain of `and` is one
 SHOWN = 100  # characters of a filter in an error
-KINDS = ("number", "text", "boolean", "null")
+CATEGORIES = ("number", "text", "boolean", "null")
 
 Value = Any  # an Arrow array or scalar
 Evaluate = Callable[[pa.RecordBatch], Value]
@@ -56,7 +56,7 @@ class Filter:
     _evaluate: Evaluate = field(repr=False)
 
     def __call__(self, rows: pa.RecordBatch) -> pa.BooleanArray:
-        """(rows,) whether the filter takes each; never null."""
+        """(rows,) whether the filter takes each row; never null."""
         found = self._evaluate(rows)
         if isinstance(found, pa.Scalar):
             found = pa.repeat(found, rows.num_rows)
@@ -65,9 +65,9 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of the expression; kind: one of KINDS."""
+    """A part of the expression. category: one of CATEGORIES."""
 
-    kind: str
+    category: str
     evaluate: Evaluate
     constant: bool = False
 
@@ -83,17 +83,17 @@ def compile(text: str, schema: pa.Schema) -> Filter:
             tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "too deep, or with characters that cannot be"
-        place = f" at character {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
-        raise EdgekitError(f"the filter {shown(text)} is not an expression{place}: {reason}") from None
+        where = f" at character {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
+        raise EdgekitError(f"the filter {shown(text)} is not an expression{where}: {reason}") from None
     compiler = _Compiler(text, schema)
     part = compiler.part(tree.body, 0)
-    if part.kind not in ("boolean", "null"):
-        raise compiler.error(tree.body, f"is a {part.kind}; expected a condition, such as a comparison")
+    if part.category not in ("boolean", "null"):
+        raise compiler.error(tree.body, f"is a {part.category}; expected a condition, such as a comparison")
     return Filter(text, tuple(compiler.columns), part.evaluate)
 
 
 def shown(text: str) -> str:
-    """In quotes, cut where it is long."""
+    """The text in quotes, cut if it is long."""
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
@@ -105,7 +105,7 @@ class _Compiler:
 
     def part(self, node: ast.expr, depth: int) -> _Part:
         if depth > DEEPEST:
-            raise EdgekitError(f"the filter {shown(self.text)} has more than {DEEPEST} expressions inside each other")
+            raise EdgekitError(f"the filter {shown(self.text)} nests more than {DEEPEST} expressions; simplify it")
         match node:
             case ast.Constant(value=value):
                 return self._constant(node, value)
@@ -140,51 +140,51 @@ class _Compiler:
             raise unknown("column", name, self._names, where=f"the filter {shown(self.text)}")
         column = self._names[name]
         self.columns[column] = None
-        kind = self.schema.field(column).type
-        if pa.types.is_boolean(kind):
+        dtype = self.schema.field(column).type
+        if pa.types.is_boolean(dtype):
             found = "boolean"
-        elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        elif pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
             found = "number"
-        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        elif pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
             found = "text"
         else:
             raise EdgekitError(
-                f"the filter {shown(self.text)} reads {column!r}, which is of type {kind}; only numbers, texts and "
+                f"the filter {shown(self.text)} reads {column!r}, which is of type {dtype}; only numbers, texts and "
                 "booleans can be compared"
             )
         return _Part(found, lambda rows: rows.column(column))
 
     def _constant(self, node: ast.expr, value: object) -> _Part:
         if isinstance(value, bool):
-            kind, scalar = "boolean", pa.scalar(value)
+            category, scalar = "boolean", pa.scalar(value)
         elif isinstance(value, int):
             if not -(2**63) <= value < 2**63:
                 raise self.error(node, "does not fit into 64 bits")
-            kind, scalar = "number", pa.scalar(value, pa.int64())
+            category, scalar = "number", pa.scalar(value, pa.int64())
         elif isinstance(value, float):
-            kind, scalar = "number", pa.scalar(value, pa.float64())
+            category, scalar = "number", pa.scalar(value, pa.float64())
         elif isinstance(value, str):
             try:
-                kind, scalar = "text", pa.scalar(value)
+                category, scalar = "text", pa.scalar(value)
             except UnicodeEncodeError:
-                raise self.error(node, "has a character that is none") from None
+                raise self.error(node, "has a character that is not valid Unicode") from None
         elif value is None:
-            kind, scalar = "null", pa.scalar(None, pa.bool_())
+            category, scalar = "null", pa.scalar(None, pa.bool_())
         else:
             raise self.error(node, "is not a number, a text, true, false or null")
-        return _Part(kind, lambda rows: scalar, constant=True)
+        return _Part(category, lambda rows: scalar, constant=True)
 
     def _condition(self, node: ast.expr, depth: int) -> _Part:
         part = self.part(node, depth + 1)
-        if part.kind not in ("boolean", "null"):
-            raise self.error(node, f"is a {part.kind}; expected a condition, such as a comparison")
+        if part.category not in ("boolean", "null"):
+            raise self.error(node, f"is a {part.category}; expected a condition, such as a comparison")
         return part
 
     def _number(self, node: ast.expr, depth: int) -> _Part:
-        """As float64, in which arithmetic cannot overflow."""
+        """The value as float64, in which arithmetic cannot overflow."""
         part = self.part(node, depth + 1)
-        if part.kind != "number":
-            raise self.error(node, f"is a {part.kind}; expected a number")
+        if part.category != "number":
+            raise self.error(node, f"is a {part.category}; expected a number")
         return _Part("number", _apply(lambda value: pc.cast(value, pa.float64(), safe=False), part))
 
     def _comparison(self, left: ast.expr, operator: ast.cmpop, right: ast.expr, depth: int) -> _Part:
@@ -192,15 +192,15 @@ class _Compiler:
             return self._membership(left, right, depth, negate=isinstance(operator, ast.NotIn))
         first, second = self.part(left, depth + 1), self.part(right, depth + 1)
         if isinstance(operator, (ast.Is, ast.IsNot)):
-            if second.kind != "null":
+            if second.category != "null":
                 raise self.error(right, "stands behind `is`, which only compares with null; use ==")
             return _Part("boolean", _apply(pc.is_null if isinstance(operator, ast.Is) else pc.is_valid, first))
-        if "null" in (first.kind, second.kind):
+        if "null" in (first.category, second.category):
             raise self.error(right, "cannot be compared: null equals nothing; use `is null`")
-        if first.kind != second.kind:
-            raise self.error(right, f"is a {second.kind}, and it is compared with a {first.kind}")
-        if first.kind == "boolean" and not isinstance(operator, (ast.Eq, ast.NotEq)):
-            raise self.error(right, "is a boolean, which is neither more nor less than another; use == or !=")
+        if first.category != second.category:
+            raise self.error(right, f"is a {second.category}, and it is compared with a {first.category}")
+        if first.category == "boolean" and not isinstance(operator, (ast.Eq, ast.NotEq)):
+            raise self.error(right, "is a boolean, and booleans have no order; use == or !=")
         return _Part("boolean", _apply(COMPARISONS[type(operator)], first, second))
 
     def _membership(self, left: ast.expr, right: ast.expr, depth: int, *, negate: bool) -> _Part:
@@ -211,8 +211,8 @@ class _Compiler:
         found = []
         for item in items:
             value = self.part(item, depth + 1)
-            if not value.constant or value.kind != first.kind:
-                raise self.error(item, f"stands in a list with a {first.kind} before `in`; expected such constants")
+            if not value.constant or value.category != first.category:
+                raise self.error(item, f"stands in a list with a {first.category} before `in`; expected such constants")
             found.append(_Part("boolean", _apply(pc.equal, first, value)))
         member = _fold(pc.or_kleene, found)
         return _Part("boolean", (lambda rows: pc.invert(member(rows))) if negate else member)

@@ -150,9 +150,9 @@ class _Request(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         now, path = self.server.stats.snapshot(), self.path.partition("?")[0]
-        good, kind = True, JSON
+        good, content_type = True, JSON
         if path == "/metrics":
-            content, kind = metrics.page(now), metrics.CONTENT_TYPE
+            content, content_type = metrics.page(now), metrics.CONTENT_TYPE
         elif path in ("/healthz", "/readyz"):
             good, answer = (health if path == "/healthz" else readiness)(now, self.server.stuck_after)
             content = json.dumps(answer).encode() + b"\n"
@@ -160,7 +160,7 @@ class _Request(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND, explain="There are /metrics, /healthz and /readyz.")
             return
         self.send_response(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":

@@ -1,8 +1,8 @@
-"""How far behind we are: for each partition that is ours, the end that the broker has less our position.
+"""Consumer lag: for each assigned partition, the end offset on the broker minus the consumer's position.
 
-The broker is asked for it, and nobody waits for the answer. What the consumer itself knows of an end came with the last
-messages that it fetched: nothing of a partition that was never read, and nothing new while it is paused or stuck,
-which is when somebody wants to know.
+The broker is asked for the end offsets without waiting for the answer. The consumer's own knowledge of an end came with
+the last messages that it fetched: it knows nothing of a partition that it never read, and nothing new while it is
+paused or stuck, which is when the lag matters most.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Lag:
         return lag
 
     def forget(self, where: Partition) -> None:
-        """The partition leaves, or comes; what was asked before says nothing of it."""
+        """The partition was revoked or assigned; answers to earlier questions do not count."""
         self._pending.clear()
         for found in (self._ends, self._begins, self._committed):
             found.pop(where, None)
@@ -92,7 +92,7 @@ class Lag:
             isolation_level=IsolationLevel.READ_COMMITTED,
             request_timeout=ANSWER_SECONDS,
         )
-        self._pending += [(found, (place.topic, place.partition), future) for place, future in answers.items()]
+        self._pending += [(found, (position.topic, position.partition), future) for position, future in answers.items()]
 
     def _take(self, found: Offsets, where: Partition | None, future: Future[Any]) -> None:
         try:
@@ -108,7 +108,7 @@ class Lag:
             }
 
     def _tell(self, error: KafkaException) -> None:
-        """Once for each reason: the question is asked every second."""
+        """Log each reason once, because the question is asked every second."""
         if (reason := reason_of(error)) != self._told:
             LOG.warning("how far behind we are cannot be told: %s", reason)
             self._told = reason

@@ -1,8 +1,9 @@
-"""The conservation ledger: of every partition, consumed = published + filtered + dead-lettered at rest.
+"""The conservation ledger: for every partition, consumed = published + filtered + dead-lettered when nothing is in
+flight.
 
-An alert counts as consumed when it enters the pipeline, and in one of the other columns when its fate is sealed: the
-delivery report is in (published, dead-lettered), or a filter has said no (filtered). Offsets are committed only up to
-the last alert of which that is true, and of all before it.
+An alert is counted as consumed when it enters the pipeline. It is counted in another column when its outcome is final:
+its delivery report has arrived (published, dead-lettered), or no output's filter takes it (filtered). The committed
+offset is never after an alert whose outcome is not final.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ Partition = tuple[str, int]  # topic, number
 
 @dataclass(slots=True)
 class Entry:
-    """Alerts of one partition. revoked: were in flight when the partition went to another consumer, which consumes them
-    again; they are in no other column."""
+    """The counts of one partition. revoked: alerts that were in flight when the partition went to another consumer,
+    which reads them again; they are in no other column."""
 
     consumed: int = 0
     published: int = 0
@@ -50,7 +51,7 @@ class Ledger:
             entry.dead_lettered += dead_lettered
 
     def revoke(self, partition: Partition) -> int:
-        """Take what is in flight of a partition off the books; returns how many alerts."""
+        """Take the alerts of a partition that are in flight off the ledger; return how many they are."""
         with self._lock:
             entry = self.entries.get(partition, Entry())
             lost = entry.in_flight
@@ -63,24 +64,24 @@ class Ledger:
         return self.total().revoked
 
     def copy(self) -> Ledger:
-        """As it stands at this moment."""
+        """The ledger at this moment."""
         with self._lock:
             return Ledger({partition: replace(entry) for partition, entry in self.entries.items()})
 
     def total(self) -> Entry:
-        """Of all partitions."""
+        """The sum over all partitions."""
         with self._lock:
             columns = [asdict(entry) for entry in self.entries.values()]
         return Entry(**{name: sum(column[name] for column in columns) for name in asdict(Entry())})
 
     def check(self) -> None:
-        """Raise unless the books of every partition are balanced."""
+        """Raise unless the counts of every partition add up."""
         for (topic, number), entry in sorted(self.entries.items()):
             if entry.in_flight:
                 raise EdgekitError(
                     f"the ledger of {topic}[{number}] does not add up: {entry.consumed} consumed, {entry.published} "
                     f"published + {entry.filtered} filtered + {entry.dead_lettered} dead-lettered; offsets were "
-                    "committed only up to the last one whose fate is known: start again to process the rest"
+                    "committed only up to the last one whose outcome is final: start again to process the rest"
                 )
 
     def to_json(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class _Formatter(logging.Formatter):
 
 def _printable(value: object) -> str:
     """Without what would end the line or paint on the terminal: messages quote packets."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(value))
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(value))
 
 
 def _is_secret(key: object) -> bool:

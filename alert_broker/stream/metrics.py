@@ -91,7 +91,7 @@ def _partitions(now: Snapshot) -> Iterator[Metric]:
         samples = ((at, float(getattr(entry, column) + extra[at])) for at, entry in entries.items())
         yield _counter(f"alerts_{column}", text, labels, samples)
     in_flight = ((at, float(entry.in_flight)) for at, entry in entries.items())
-    yield _gauge("alerts_in_flight", "Alerts whose fate is not sealed yet", labels, in_flight)
+    yield _gauge("alerts_in_flight", "Alerts whose outcome is not final yet", labels, in_flight)
     lag = (((topic, str(number)), float(behind)) for (topic, number), behind in sorted(now.lag.items()))
     yield _gauge("consumer_lag", "Messages up to the end of each assigned partition", labels, lag)
 

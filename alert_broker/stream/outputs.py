@@ -96,8 +96,8 @@ def avro_schema(schema: pa.Schema) -> str:
         if name in taken:
             raise EdgekitError(f"the columns {taken[name]!r} and {item.name!r} are both {name!r} in Avro; rename one")
         taken[name] = item.name
-        kind = _type(item)[0]
-        field: dict[str, Any] = {"name": name, "type": ["null", kind] if item.nullable else kind}
+        avro_type = _type(item)[0]
+        field: dict[str, Any] = {"name": name, "type": ["null", avro_type] if item.nullable else avro_type}
         if item.nullable:
             field["default"] = None
         if name != item.name:
@@ -117,20 +117,23 @@ class AvroEncoder:
     def __init__(self, schema: pa.Schema, identifier: int) -> None:
         self.schema, self.identifier = schema, identifier
         self._header = np.frombuffer(WIRE_HEADER.pack(0, identifier), np.uint8)
-        self._kinds = np.array([_type(item)[1] for item in schema], np.int64)
+        self._encodings = np.array([_type(item)[1] for item in schema], np.int64)
         self._optional = np.array([item.nullable for item in schema], np.uint8)
-        self._fixed = len(self._header) + sum(1 + MOST_BYTES[int(kind)] for kind in self._kinds)
+        self._fixed = len(self._header) + sum(1 + MOST_BYTES[int(encoding)] for encoding in self._encodings)
 
     def encode(self, rows: pa.RecordBatch) -> list[bytes]:
         _check(rows, self.schema)
         count = rows.num_rows
-        cells, sizes = np.zeros((len(self._kinds), count), np.int64), np.zeros((len(self._kinds), count), np.int64)
-        valid = np.ones((len(self._kinds), count), np.uint8)
+        cells, sizes = (
+            np.zeros((len(self._encodings), count), np.int64),
+            np.zeros((len(self._encodings), count), np.int64),
+        )
+        valid = np.ones((len(self._encodings), count), np.uint8)
         texts, used = [], 0
-        for k, (column, kind) in enumerate(zip(rows.columns, self._kinds.tolist(), strict=True)):
+        for k, (column, encoding) in enumerate(zip(rows.columns, self._encodings.tolist(), strict=True)):
             if column.null_count:
                 valid[k] = column.is_valid().to_numpy(zero_copy_only=False)
-            if kind == SIZED:
+            if encoding == SIZED:
                 ends, text = _content(column)
                 cells[k], sizes[k] = ends[:-1] + used, np.diff(ends)
                 texts.append(text)
@@ -141,7 +144,7 @@ class AvroEncoder:
         ends = np.empty(count, np.int64)
         _write(
             self._header,
-            self._kinds,
+            self._encodings,
             self._optional,
             cells,
             sizes,
@@ -177,9 +180,9 @@ class JsonEncoder:
 
 def _type(item: pa.Field) -> tuple[str, int]:
     """The Avro type of a column and how it is written."""
-    for matches, name, kind in TYPES:
+    for matches, name, encoding in TYPES:
         if matches(item.type):
-            return name, kind
+            return name, encoding
     raise EdgekitError(
         f"the column {item.name!r} is of type {item.type}; outputs have booleans, integers of up to 64 bits, floats, "
         "strings and bytes"
@@ -199,13 +202,13 @@ def _check(rows: pa.RecordBatch, schema: pa.Schema) -> None:
 
 def _bits(column: pa.Array) -> Integers:
     """(rows,) the values as 64 bits: numbers, or the bits of a float."""
-    kind = column.type
-    if pa.types.is_boolean(kind):
+    dtype = column.type
+    if pa.types.is_boolean(dtype):
         return np.asarray(pc.fill_null(column, False).to_numpy(zero_copy_only=False).astype(np.int64))
     values = pc.fill_null(column, 0) if column.null_count else column
     array = values.to_numpy(zero_copy_only=False)
-    if pa.types.is_floating(kind):
-        return np.asarray(array.view(np.int32 if pa.types.is_float32(kind) else np.int64).astype(np.int64))
+    if pa.types.is_floating(dtype):
+        return np.asarray(array.view(np.int32 if pa.types.is_float32(dtype) else np.int64).astype(np.int64))
     return np.asarray(array.astype(np.int64))
 
 
@@ -223,8 +226,8 @@ def _content(column: pa.Array) -> tuple[Integers, Bytes]:
 
 def _json(column: pa.Array) -> pa.Array:
     """(rows,) strings: the JSON of each value."""
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    dtype = column.type
+    if pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
         column = column.cast(pa.string())
         plain = pc.binary_join_element_wise('"', column, '"', "")
         special = pc.fill_null(pc.match_substring_regex(column, NEEDS_ESCAPE), False)
@@ -232,11 +235,11 @@ def _json(column: pa.Array) -> pa.Array:
             escaped = [json.dumps(text, ensure_ascii=False) for text in column.filter(special).to_pylist()]
             plain = pc.replace_with_mask(plain, special, pa.array(escaped, pa.string()))
         return pc.fill_null(plain, "null")
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
         data = (None if item is None else f'"{base64.b64encode(item).decode()}"' for item in column.to_pylist())
         return pc.fill_null(pa.array(data, pa.string()), "null")
-    if pa.types.is_floating(kind):
-        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, kind))
+    if pa.types.is_floating(dtype):
+        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, dtype))
     return pc.fill_null(column.cast(pa.string()), "null")
 
 
@@ -259,7 +262,7 @@ def _put_number(out: Bytes, at: int, value: int) -> int:
 @_compiled
 def _write(
     header: Bytes,
-    kinds: Integers,
+    encodings: Integers,
     optional: Bytes,
     cells: Integers,
     sizes: Integers,
@@ -277,23 +280,23 @@ def _write(
         for k in range(len(header)):
             out[at + k] = header[k]
         at += len(header)
-        for column in range(len(kinds)):
+        for column in range(len(encodings)):
             if optional[column]:
                 out[at] = 2 * valid[column, row]  # the branch: null is 0, the value is 1
                 at += 1
                 if not valid[column, row]:
                     continue
-            kind, value = kinds[column], cells[column, row]
-            if kind == NUMBER:
+            encoding, value = encodings[column], cells[column, row]
+            if encoding == NUMBER:
                 at = _put_number(out, at, value)
-            elif kind == SIZED:
+            elif encoding == SIZED:
                 size = sizes[column, row]
                 at = _put_number(out, at, size)
                 for k in range(size):
                     out[at + k] = text[value + k]
                 at += size
             else:
-                width = 1 if kind == BYTE else 4 if kind == FOUR else 8
+                width = 1 if encoding == BYTE else 4 if encoding == FOUR else 8
                 for k in range(width):
                     out[at + k] = np.uint8((value >> (8 * k)) & 0xFF)
                 at += width

@@ -1,9 +1,9 @@
-"""poll -> decode -> classify -> route -> publish -> commit, over batches of alerts.
+"""The consumer: poll -> decode -> classify -> route -> publish -> commit, over batches of alerts.
 
-The calling thread polls, and each of three stages has a thread: what is compiled (the Avro walk, the Gaussian process,
-the network) releases the interpreter lock, so that stages overlap. Between them are queues of a few batches; when they
-are full, fetching is paused, and memory stays what it is. Order is kept throughout, which is what makes a commit after
-the last of a batch safe.
+The calling thread polls, and each of the three stages has a thread of its own. Compiled code (the Avro decoder, the
+Gaussian process, the network) releases the interpreter lock, so the stages overlap. Queues of a few batches are between
+them; when they are full, fetching is paused, so that memory is bounded. The order of the messages is kept throughout,
+so it is safe to commit the offset after the last message of a batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from alert_broker.stream.config import Config
 from alert_broker.stream.dead_letters import (
     DeadLetter,
     DeadLetterLimits,
-    kind_of,
+    category_of,
     outgoing,
     position_headers,
     without_content,
@@ -46,26 +46,28 @@ from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-PAUSE_AFTER = 1.0  # seconds of full queues; pausing throws away what librdkafka has read ahead
-IDLE_POLL = 0.01  # seconds between looks at what the publishing thread asks of this one
-REGISTRY_RETRY = 1.0  # seconds between looks at a registry that does not answer
+PAUSE_AFTER = (
+    1.0  # seconds of full queues before fetching is paused; a pause drops the messages that librdkafka has read ahead
+)
+IDLE_POLL = 0.01  # seconds between checks for requests of the publishing thread
+REGISTRY_RETRY = 1.0  # seconds between attempts to reach a registry that does not answer
 
 
 @dataclass(slots=True)
 class InFlight:
-    """A batch on its way. `alerts` after decoding, `rows` after classifying: in the order of `place`, (rows,), the
-    numbers of their messages; `letters`: the messages that have no row."""
+    """A batch that is being processed. alerts: set by decoding; rows: set by classifying; index: (rows,) the index in
+    the batch of each row's message; dead_letters: the messages that have no row."""
 
     batch: MessageBatch
     alerts: list[AlertBatch] = field(default_factory=list)
-    letters: list[DeadLetter] = field(default_factory=list)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
     rows: pa.RecordBatch | None = None
-    place: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    index: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class Pipeline:
-    """The consumer's threads. `run` returns when it is told to stop or has reached the end, with all in flight
-    published and committed, and raises if a stage failed or the ledger does not add up."""
+    """The consumer's threads. `run` returns when `stop` says so or when the end of the topic is reached; by then
+    everything in flight is published and committed. It raises if a stage failed or if the ledger does not add up."""
 
     def __init__(self, config: Config, stats: Stats, *, notify: Callable[[str], None] = lambda message: None) -> None:
         from edgekit.importers.files import resolve
@@ -98,7 +100,7 @@ class Pipeline:
             name: queue.Queue[InFlight | None](config.batch.queue) for name in ("decode", "classify", "publish")
         }
         self._stopping = threading.Event()
-        self._waiting: deque[InFlight] = deque()  # read, and not yet given to a stage
+        self._waiting: deque[InFlight] = deque()  # batches that were read and not yet given to a stage
         self.source.while_draining = self._hand_on
 
     def run(self, stop: Callable[[], bool]) -> None:
@@ -116,7 +118,7 @@ class Pipeline:
             self._poll(stop)
         except BaseException as error:
             self._failure = self._failure or error
-            if not isinstance(error, Exception):  # a second Ctrl-C: nobody wants to wait
+            if not isinstance(error, Exception):  # a second Ctrl-C: the user does not want to wait
                 raise
         finally:
             self._stopping.set()
@@ -162,17 +164,17 @@ class Pipeline:
                 self.source.serve()
                 if time.monotonic() - full_since > PAUSE_AFTER:
                     self.source.pause(True)
-                    # nothing comes of it, but the group sees that we live, and can take partitions away
+                    # a paused consumer gets no messages, but must poll to stay in the group and to notice revocations
                     if (batch := self.source.poll(self.config.batch.size, 0.0)) is not None:
                         waiting.append(InFlight(batch))
-        self._stopping.set()  # a stage that waits for the registry would keep us here
+        self._stopping.set()  # else a stage that waits for the registry would block here
         while waiting and self._failure is None:
             self._hand_on()
             self.source.serve()
             time.sleep(IDLE_POLL)
 
     def _hand_on(self) -> bool:
-        """Give the stages what waits for them, as far as there is room; whether they still work."""
+        """Give waiting batches to the stages as far as there is room; return whether the stages still work."""
         try:
             while self._waiting:
                 self._queues["decode"].put_nowait(self._waiting[0])
@@ -184,7 +186,7 @@ class Pipeline:
     # --- stages
 
     def _serve(self, name: str, stage: Callable[[InFlight], InFlight | None], following: str | None) -> None:
-        """Take from this stage's queue and hand on, until there is None; after a failure, take and drop."""
+        """Process batches from this stage's queue and pass them on, until None arrives. After a failure, drop them."""
         source = self._queues[name]
         while (work := source.get()) is not None:
             self.stats.queue_depths[name] = source.qsize()
@@ -210,9 +212,9 @@ class Pipeline:
         while True:
             try:
                 with self.stats.stage("decode"):
-                    work.alerts, work.letters = self.stages.decode(values)
+                    work.alerts, work.dead_letters = self.stages.decode(values)
                 return
-            except RegistryError as error:  # no alert is to blame for it: wait, meanwhile fetching pauses
+            except RegistryError as error:  # no alert is at fault: wait; fetching is paused meanwhile
                 if self._stopping.is_set() or time.monotonic() > deadline:
                     raise
                 LOG.warning("%s; trying again", error)
@@ -220,72 +222,73 @@ class Pipeline:
 
     def _classify(self, work: InFlight) -> None:
         before = self.stages.classifiers.seconds
-        rows, letters = self.stages.classify(work.alerts)
+        rows, dead_letters = self.stages.classify(work.alerts)
         for stage, seconds in self.stages.classifiers.seconds.items():
             self.stats.observe(stage, seconds - before[stage])
-        work.letters += letters
-        work.place = rows["offset"].to_numpy()
-        work.rows = with_positions(rows, work.batch, work.place)
+        work.dead_letters += dead_letters
+        work.index = rows["offset"].to_numpy()
+        work.rows = with_positions(rows, work.batch, work.index)
         work.alerts = []
 
     def _publish(self, work: InFlight) -> None:
-        batch, rows, place = work.batch, work.rows, work.place
+        batch, rows, index = work.batch, work.rows, work.index
         assert rows is not None
-        letters = sorted(work.letters, key=lambda letter: letter.place)
-        assert len(place) + len(letters) == len(batch)
+        dead_letters = sorted(work.dead_letters, key=lambda dead_letter: dead_letter.index)
+        assert len(index) + len(dead_letters) == len(batch)
         published, dead = np.zeros(len(batch), np.bool_), np.zeros(len(batch), np.bool_)
         with self.stats.stage("route"):
             results = self._results(work)
-            published[place if self.archive else [message.place for message in results]] = True
+            published[index if self.archive else [message.alert_index for message in results]] = True
         with self.source.publishing:
             owned = self.source.owned(batch)
             if not owned.any():
                 return
-            self._limits.check(letters, len(batch))
+            self._limits.check(dead_letters, len(batch))
             if self.archive is not None:
-                keep = owned[place]
-                self.archive.write(rows.filter(pa.array(keep)), positions_of(batch, place[keep]))
-            messages = [message for message in results if owned[message.place]]
-            messages += [self._letter(letter, work) for letter in letters if owned[letter.place]]
-            dead[[letter.place for letter in letters]] = True
+                keep = owned[index]
+                self.archive.write(rows.filter(pa.array(keep)), positions_of(batch, index[keep]))
+            messages = [message for message in results if owned[message.alert_index]]
+            messages += [self._outgoing(dead_letter, work) for dead_letter in dead_letters if owned[dead_letter.index]]
+            dead[[dead_letter.index for dead_letter in dead_letters]] = True
 
             def instead(refused: Refused) -> list[Outgoing]:
-                """Results that no broker takes make their alert a dead letter: one, however many outputs refuse it."""
+                """If brokers refuse results for good, their alert becomes a dead letter: one, however many outputs
+                refuse it."""
                 mine = self.config.dead_letters.topic
                 found = [without_content(message, reason) for message, reason in refused if message.topic == mine]
                 reasons: dict[int, list[str]] = {}
                 for message, reason in refused:
-                    if message.topic != mine and not dead[message.place]:
-                        reasons.setdefault(message.place, []).append(reason)
+                    if message.topic != mine and not dead[message.alert_index]:
+                        reasons.setdefault(message.alert_index, []).append(reason)
                 for number, texts in reasons.items():
-                    letters.append(DeadLetter(number, f"the result cannot be sent: {'; '.join(texts)}"))
+                    dead_letters.append(DeadLetter(number, f"the result cannot be sent: {'; '.join(texts)}"))
                     dead[number] = True
-                    found.append(self._letter(letters[-1], work))
+                    found.append(self._outgoing(dead_letters[-1], work))
                 return found
 
             try:
                 with self.stats.stage("publish"):
                     self.publisher.publish(messages, next_offsets(batch, owned), instead)
-            except LostError as error:  # the ledger is told when the partitions are given up
-                LOG.warning("a batch of %d alerts goes to another member: %s", len(batch), error)
+            except LostError as error:  # the ledger is updated when the partitions are revoked
+                LOG.warning("another member will process a batch of %d alerts again: %s", len(batch), error)
                 return
-            self._account(work, owned, published & ~dead, dead, letters)
+            self._account(work, owned, published & ~dead, dead, dead_letters)
 
     def _results(self, work: InFlight) -> list[Outgoing]:
         """The messages of a batch's rows."""
-        if self.router is None or len(work.place) == 0:
+        if self.router is None or len(work.index) == 0:
             return []
-        messages, place = work.batch.messages, work.place.tolist()
-        packets = [messages[k].value() or b"" for k in place] if self._attaches else None
-        headers = [position_headers(messages[k]) for k in place]
+        messages, index = work.batch.messages, work.index.tolist()
+        packets = [messages[k].value() or b"" for k in index] if self._attaches else None
+        headers = [position_headers(messages[k]) for k in index]
         routed = self.router(work.rows, packets, self.stages.schema_text)
         return [
-            Outgoing(message.topic, message.value, headers[message.row], place[message.row], message.key)
+            Outgoing(message.topic, message.value, headers[message.row], index[message.row], message.key)
             for message in routed.messages
         ]
 
-    def _letter(self, letter: DeadLetter, work: InFlight) -> Outgoing:
-        return outgoing(letter, work.batch.messages[letter.place], self.config.dead_letters.topic)
+    def _outgoing(self, dead_letter: DeadLetter, work: InFlight) -> Outgoing:
+        return outgoing(dead_letter, work.batch.messages[dead_letter.index], self.config.dead_letters.topic)
 
     def _account(
         self,
@@ -293,16 +296,16 @@ class Pipeline:
         owned: npt.NDArray[np.bool_],
         published: npt.NDArray[np.bool_],
         dead: npt.NDArray[np.bool_],
-        letters: Sequence[DeadLetter],
+        dead_letters: Sequence[DeadLetter],
     ) -> None:
-        """The fate of each alert is sealed: into the ledger and the statistics."""
+        """Write the outcome of each alert into the ledger and the statistics."""
         ledger, batch, stats = self.stats.ledger, work.batch, self.stats
         columns = {"published": published, "dead_lettered": dead, "filtered": ~published & ~dead}
         for name, chosen in columns.items():
             for where, number in batch.counts(chosen & owned).items():
                 ledger.add(where, **{name: number})
         stats.observe("end-to-end", time.monotonic() - batch.received, int(owned.sum()))
-        stats.dead_letters(kind_of(letter.reason) for letter in letters if owned[letter.place])
+        stats.dead_letters(category_of(dead_letter.reason) for dead_letter in dead_letters if owned[dead_letter.index])
         assert work.rows is not None
         for item in work.rows["best_class"].drop_null().value_counts().to_pylist():
             stats.classes[item["values"]] += item["counts"]
@@ -310,7 +313,7 @@ class Pipeline:
 
 
 def open_classifiers(config: Config, bundle: Bundle | None) -> Classifiers:
-    """The models, each with a memory of what it said of an object, as the configuration has it."""
+    """The models. If the configuration says so, each reuses its last classification of an object."""
     same = config.model.reuse
     threads = config.model.threads or None
     if same == "off":
@@ -319,20 +322,20 @@ def open_classifiers(config: Config, bundle: Bundle | None) -> Classifiers:
     return Classifiers(bundle, config.model.runtime, threads=threads, wrap=wrap, columns=COLUMNS)
 
 
-def positions_of(batch: MessageBatch, place: npt.NDArray[np.int64]) -> Positions:
-    """Where these messages of the batch stood."""
+def positions_of(batch: MessageBatch, index: npt.NDArray[np.int64]) -> Positions:
+    """The positions of these messages of the batch."""
     topics = [topic for topic, _ in batch.partitions]
     numbers = np.array([number for _, number in batch.partitions], np.int64)
-    of = batch.partition[place]
-    stamps = np.array([batch.messages[k].timestamp()[1] for k in place.tolist()], np.int64)
-    return Positions([topics[k] for k in of.tolist()], numbers[of], batch.offset[place], stamps)
+    of = batch.partition[index]
+    stamps = np.array([batch.messages[k].timestamp()[1] for k in index.tolist()], np.int64)
+    return Positions([topics[k] for k in of.tolist()], numbers[of], batch.offset[index], stamps)
 
 
-def with_positions(rows: pa.RecordBatch, batch: MessageBatch, place: npt.NDArray[np.int64]) -> pa.RecordBatch:
-    """The rows with their message's topic and partition as `file`, and its offset."""
+def with_positions(rows: pa.RecordBatch, batch: MessageBatch, index: npt.NDArray[np.int64]) -> pa.RecordBatch:
+    """The rows with their message's topic and partition in `file`, and its offset in `offset`."""
     texts = pa.array([f"{topic}[{number}]" for topic, number in batch.partitions], pa.string())
-    files = pa.DictionaryArray.from_arrays(pa.array(batch.partition[place]), texts).cast(pa.string())
-    columns: dict[str, Any] = {"file": files, "offset": pa.array(batch.offset[place])}
+    files = pa.DictionaryArray.from_arrays(pa.array(batch.partition[index]), texts).cast(pa.string())
+    columns: dict[str, Any] = {"file": files, "offset": pa.array(batch.offset[index])}
     arrays = [columns.get(name, rows[name]) for name in rows.schema.names]
     return pa.RecordBatch.from_arrays(arrays, schema=rows.schema)
 

@@ -1,8 +1,8 @@
-"""Results and dead letters to their topics, a batch at a time, and only then the offsets.
+"""Publish results and dead letters, a batch at a time, and commit the offsets after that.
 
-At least once: the whole batch is acknowledged before its offsets are committed, and the next batch is sent after that,
-so that a crash repeats one batch at most. Exactly once: results and offsets are one transaction; whoever reads
-committed messages sees a batch once or not at all, and an old incarnation of this member is fenced off.
+At least once: offsets are committed after the broker has acknowledged the whole batch, and the next batch is sent after
+that; a crash repeats one batch at most. Exactly once: results and offsets are one transaction; whoever reads only
+committed messages sees a batch once or not at all, and an earlier process of this member is fenced off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 ATTEMPTS = 5  # at a transaction that the broker asks to have aborted
-# What is wrong with one message and not with the broker: it would fail again and again
+# Errors of one message, not of the broker: sending the message again would fail again
 UNSENDABLE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD}
 
 
@@ -30,16 +30,16 @@ Headers = list[tuple[str, str | bytes | None]]
 
 
 class Outgoing(NamedTuple):
-    """A message to be sent; place: number of the alert in its batch that it was made of."""
+    """A message to be sent. alert_index: the index, in its batch, of the alert that it was made from."""
 
     topic: str
     value: bytes | None
     headers: Headers
-    place: int
+    alert_index: int
     key: bytes | None = None
 
 
-Refused = Sequence[tuple[Outgoing, str]]  # and why no broker would ever take it
+Refused = Sequence[tuple[Outgoing, str]]  # each with the reason for which no broker would ever accept it
 Instead = Callable[[Refused], Sequence[Outgoing]]
 
 
@@ -62,7 +62,7 @@ def open_publisher(config: Config, source: Source) -> Publisher:
 
 
 class Sender:
-    """A producer that knows what has failed."""
+    """A producer that records which messages failed."""
 
     def __init__(self, settings: dict[str, Secret], seconds: float) -> None:
         self.failed: list[tuple[Outgoing, KafkaError]] = []
@@ -73,8 +73,8 @@ class Sender:
             raise EdgekitError(f"the producer cannot be configured: {reason_of(error)}") from None
 
     def send(self, messages: Sequence[Outgoing]) -> Refused:
-        """Send all and wait for the broker. What no broker would take comes back with the reason; NotSentError for
-        anything else that fails."""
+        """Send all messages and wait for the broker. Messages that no broker would ever accept are returned with the
+        reason; any other failure is a NotSentError."""
         self.failed.clear()
         produce = self.producer.produce
         for message in messages:
@@ -131,7 +131,7 @@ class AtLeastOnce:
                 messages = instead(refused)
         except NotSentError as error:
             raise EdgekitError(
-                f"results cannot be published: {error}; nothing of this batch was committed, start again to go on"
+                f"results cannot be published: {error}; nothing of this batch was committed; start again to continue"
             ) from None
         if offsets:
             self._source.commit(dict(offsets))
@@ -190,14 +190,14 @@ class ExactlyOnce:
                 last = error
                 time.sleep(0.1 * attempt)
         raise EdgekitError(
-            f"the transaction was aborted {ATTEMPTS} times: {last}; nothing of it is visible, start again"
+            f"the transaction was aborted {ATTEMPTS} times: {last}; nothing of it is visible; start again"
         )
 
     def close(self) -> None:
         pass  # no transaction is open between batches
 
     def _guard(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Call it, again where the broker says that it may work then."""
+        """Call the function, again if the broker says that a retry may work."""
         deadline = time.monotonic() + self._seconds
         while True:
             try:
@@ -216,7 +216,7 @@ class ExactlyOnce:
 
 
 class NotSentError(Exception):
-    """Messages that the broker did not acknowledge, for a reason that is not theirs."""
+    """Messages that the broker did not acknowledge, for a reason that is not in the messages."""
 
     def __init__(self, error: KafkaError) -> None:
         super().__init__(error.str())
@@ -224,7 +224,7 @@ class NotSentError(Exception):
 
 
 class AbortedError(Exception):
-    """The transaction is to be aborted and may be tried again."""
+    """The transaction must be aborted and may be tried again."""
 
 
 def fenced(reason: str) -> EdgekitError:

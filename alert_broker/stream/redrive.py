@@ -1,4 +1,4 @@
-"""Dead letters back to where they came from, after what killed them is fixed."""
+"""Redrive: send dead letters to the topics where they were read, after the cause of their failure is fixed."""
 
 from __future__ import annotations
 
@@ -26,35 +26,37 @@ from alert_broker.stream.dead_letters import (
 )
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.publish import NotSentError, Outgoing, Sender
-from alert_broker.stream.source import place_of
+from alert_broker.stream.source import position_of
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-BATCH = 256  # dead letters that are sent before the next are read: some MB
+BATCH = 256  # dead letters that are read and sent together: some MB
 SEND_SECONDS = 60.0
-JOIN_SECONDS = 90.0  # for a partition to be ours: a member that was killed holds it for a session, 45 s by default
-READ_SECONDS = 30.0  # for a message at an offset
+JOIN_SECONDS = (
+    90.0  # to wait for a partition: a member that was killed holds its partitions for a session, 45 s by default
+)
+READ_SECONDS = 30.0  # to wait for a message at an offset
 
 
 @dataclass(frozen=True, slots=True)
 class Redriven:
-    """What became of the dead letters that were looked at. gone: too large to carry their alert, which its topic has
-    no more; each is told in the log."""
+    """How many dead letters were sent, skipped or lost. gone: dead letters without payload whose alert is no longer in
+    its original topic; the log names each of them."""
 
     sent: int = 0
-    passed_over: int = 0  # for another reason, or with too many attempts
+    passed_over: int = 0  # with another reason, or with too many attempts
     gone: int = 0
 
 
 class Originals:
-    """Messages at their offsets, for the letters that do not carry them."""
+    """Reads messages at given offsets, for dead letters that were stored without their payload."""
 
     def __init__(self, settings: dict[str, Secret]) -> None:
         self._settings = settings
         self._consumer: Consumer | None = None
 
     def read(self, topic: str, partition: int, offset: int) -> Message | None:
-        """The message, or None if it is not there any more."""
+        """The message, or None if it is no longer there."""
         if self._consumer is None:
             self._consumer = open_consumer({**self._settings, "group.id": "edgekit-none", "auto.offset.reset": "error"})
         self._consumer.assign([TopicPartition(topic, partition, offset)])
@@ -68,7 +70,10 @@ class Originals:
                     return None
                 if error.code() in HOPELESS:
                     raise EdgekitError(f"{topic} cannot be read: {error.str()}")
-        raise EdgekitError(f"{topic}[{partition}] does not give its message at {offset}; is the broker up?")
+        raise EdgekitError(
+            f"the broker did not send the message at offset {offset} of {topic}[{partition}] within "
+            f"{READ_SECONDS:.0f} s; check that the broker is up, and start again"
+        )
 
     def close(self) -> None:
         if self._consumer is not None:
@@ -87,13 +92,14 @@ def redrive(
     progress: Callable[[int], None] = lambda count: None,
     join_seconds: float = JOIN_SECONDS,
 ) -> Redriven:
-    """Send dead letters, as they came, to the topics that they came from (or `to_topic`), up to the end of their topic,
-    or to the first one in a partition that has died again since this began: the next run begins there.
+    """Send dead letters to the topics where they were read (or to `to_topic`). In each partition of the dead-letter
+    topic it stops at the end, or at the first dead letter that failed again since this run began; the next run
+    starts there.
 
-    reason: only those whose reason holds this text; the others are passed over, and stay in the topic. A letter that
-    has died `max_attempts` times is passed over too. A letter is behind us once the broker has it where it went, so
-    that a crash sends some again rather than none; `group` remembers how far we are. progress: told how many were
-    looked at.
+    reason: only dead letters whose reason contains this text are sent; the others are skipped and stay in the topic. A
+    dead letter that has failed more than `max_attempts` times is skipped too. The offset of a dead letter is committed,
+    for the consumer group `group`, after the broker has acknowledged the message; after a crash some are sent again and
+    none is lost. progress: is called with the number of dead letters that were processed.
     """
     reading: dict[str, Secret] = {
         **consumer_defaults(), **settings, "enable.auto.commit": False, "enable.auto.offset.store": False,
@@ -134,11 +140,11 @@ def redrive(
                 error = message.error()
                 if error is not None:
                     if error.code() == KafkaError._PARTITION_EOF:
-                        at_end.add(place_of(message)[0])
+                        at_end.add(position_of(message)[0])
                     elif error.code() in HOPELESS:
                         raise EdgekitError(f"{config.topic} cannot be read: {error.str()}")
                     continue
-                where, offset = place_of(message)
+                where, offset = position_of(message)
                 at_end.discard(where)
                 headers = headers_of(message)
                 if text_of(dict(headers).get(REDRIVEN)) == run:
@@ -148,21 +154,23 @@ def redrive(
                 after[where] = offset + 1
                 if reason not in text_of(dict(headers).get(REASON)) or attempts(headers) > max_attempts:
                     passed += 1
-                elif (letter := restored(message, len(batch), originals, to_topic, run)) is None:
+                elif (dead_letter := restored(message, len(batch), originals, to_topic, run)) is None:
                     gone += 1
                 else:
-                    batch.append(letter)
+                    batch.append(dead_letter)
             if assigned:
                 deadline = time.monotonic() + join_seconds
             elif time.monotonic() > deadline:
                 raise EdgekitError(
-                    f"no partition of {config.topic} came to us within {join_seconds:.0f} s: other members of the "
-                    f"group {group} hold them; wait until they have ended, or name another --group"
+                    f"no partition of {config.topic} was assigned within {join_seconds:.0f} s, because other members "
+                    f"of the group {group} hold them; wait until they have ended, or name another --group"
                 )
             try:
                 refused = sender.send(batch)
             except NotSentError as error:
-                raise EdgekitError(f"dead letters cannot be sent: {error}; {sent} were, start again to go on") from None
+                raise EdgekitError(
+                    f"dead letters cannot be sent: {error}; {sent} were sent, start again to send the rest"
+                ) from None
             if refused:
                 raise EdgekitError(f"a dead letter cannot be sent: {refused[0][1]}")
             sent += len(batch)
@@ -176,7 +184,7 @@ def redrive(
 
 
 def commit(consumer: Consumer, after: dict[Partition, int]) -> None:
-    """Remember how far we are. If the partitions are another member's by now, it sends some letters again."""
+    """Commit the offsets. If another member owns the partitions by now, it sends some dead letters again."""
     try:
         consumer.commit(
             offsets=[TopicPartition(name, number, offset) for (name, number), offset in after.items()],
@@ -188,32 +196,32 @@ def commit(consumer: Consumer, after: dict[Partition, int]) -> None:
                 f"offsets cannot be committed: {reason_of(error)}; the last {BATCH} dead letters at most will be sent "
                 "again"
             ) from None
-        LOG.warning("the group has a new generation: another member may send some dead letters again")
+        LOG.warning("the group was rebalanced: another member may send some dead letters again")
 
 
-def restored(message: Message, place: int, originals: Originals, to_topic: str, run: str) -> Outgoing | None:
-    """What to send for a dead letter: the alert as it came, with our headers, which count how often it died; None if
-    it is nowhere any more."""
+def restored(message: Message, index: int, originals: Originals, to_topic: str, run: str) -> Outgoing | None:
+    """The message to send for a dead letter: the alert with its original payload, and edgekit's headers, which count
+    its failures; None if the payload is nowhere any more."""
     headers = headers_of(message)
     named = {name: text_of(content) for name, content in headers}
-    (own, partition), offset = place_of(message)
+    (own, partition), offset = position_of(message)
     topic = to_topic or named.get(TOPIC, "")
     if not topic:
         raise EdgekitError(
-            f"{own}[{partition}] has a message at {offset} that does not say where it came from; it is no dead "
-            "letter of ours: name a topic with --to-topic"
+            f"the message at offset {offset} of {own}[{partition}] has no header {TOPIC!r}, so it is not a dead letter "
+            "of edgekit; name the topic to send it to with --to-topic"
         )
     ours = [
         *((name, content) for name, content in headers if name not in (OMITTED, REDRIVEN)),
         (REDRIVEN, run.encode()),
     ]
     if OMITTED not in named:
-        return Outgoing(topic, message.value(), ours, place, message.key())
+        return Outgoing(topic, message.value(), ours, index, message.key())
     position = named[TOPIC], int(named[PARTITION]), int(named[OFFSET])
     alert = originals.read(*position)
     if alert is None:
         LOG.warning(
-            "the dead letter at %s[%d] %d has no bytes, and %s[%d] has none at %d any more: %s",
+            "the dead letter at %s[%d], offset %d, has no payload, and its alert is gone from %s[%d], offset %d: %s",
             own,
             partition,
             offset,
@@ -222,4 +230,4 @@ def restored(message: Message, place: int, originals: Originals, to_topic: str, 
         )
         return None
     theirs = [(name, content) for name, content in headers_of(alert) if not name.startswith(PREFIX)]
-    return Outgoing(topic, alert.value(), [*theirs, *ours], place, alert.key())
+    return Outgoing(topic, alert.value(), [*theirs, *ours], index, alert.key())

@@ -45,7 +45,7 @@ ADVICE = {
 
 
 class RegistryError(EdgekitError):
-    """The registry did not answer, or not as one should; what was to be read with its schemas is to be tried again."""
+    """The registry did not answer, or not as a registry should; whoever needs its schemas should try again later."""
 
 
 def open_registry(
@@ -60,7 +60,7 @@ def open_registry(
     if scheme == "mock":
         return _mocks.setdefault(rest, MemoryRegistry())
     raise EdgekitError(
-        f"the schema registry {scheme + ':...'!r} is of no known kind; expected http://HOST:PORT, "
+        f"the schema registry {scheme + ':...'!r} is not supported; expected http://HOST:PORT, "
         "https://HOST:PORT, file:FOLDER or mock://NAME"
     )
 
@@ -94,7 +94,7 @@ _mocks: dict[str, MemoryRegistry] = {}
 
 @dataclass(frozen=True, slots=True)
 class FolderRegistry:
-    """`ID.avsc` files; several processes can register at once. Files put there by hand count."""
+    """`ID.avsc` files in a folder. Several processes can register at once; files may also be put there by hand."""
 
     folder: Path
     _known: dict[int, str] = field(default_factory=dict, repr=False)
@@ -107,7 +107,7 @@ class FolderRegistry:
                 if self.folder.is_dir():
                     raise _unknown_id(identifier, f"the folder {self.folder}") from None
                 raise RegistryError(
-                    f"the schema registry's folder {self.folder} does not exist; make it, or name another"
+                    f"the schema registry's folder {self.folder} does not exist; create it, or name another one"
                 ) from None
             except (OSError, UnicodeDecodeError) as error:
                 raise RegistryError(f"the schema registry {self.folder} cannot be read: {error}") from error
@@ -181,7 +181,9 @@ class HttpRegistry:
             if answer.get("schemaType", "AVRO") != "AVRO":
                 raise PacketError(f"schema {identifier} in {self.url} is {answer['schemaType']!r}; expected AVRO")
             if answer.get("references"):
-                raise PacketError(f"schema {identifier} in {self.url} refers to others; register it in one piece")
+                raise PacketError(
+                    f"schema {identifier} in {self.url} refers to other schemas; register it without references"
+                )
             if not isinstance(answer.get("schema"), str):
                 raise RegistryError(f"the schema registry {self.url} has no text for schema {identifier}")
             self._known[identifier] = answer["schema"]
@@ -222,7 +224,7 @@ class HttpRegistry:
                 self._sleep(delay)
         raise RegistryError(
             f"the schema registry {self.url} does not answer: {reason} (tried {len(DELAYS) + 1} times); "
-            "nothing is lost, start again when it does"
+            "nothing is lost; start again when it answers"
         )
 
 
@@ -237,7 +239,7 @@ _opener = urllib.request.build_opener(_NoRedirect)
 
 
 def _error_code(error: urllib.error.HTTPError) -> int:
-    """The registry's own code for what is not there, 40403 or the like; 404 if it was some other server's page."""
+    """The registry's own error code, such as 40403 for an unknown schema; 404 if another server's page was returned."""
     try:
         code = json.loads(error.read(LARGEST_ANSWER)).get("error_code")
     except (ValueError, AttributeError, OSError):
@@ -246,7 +248,7 @@ def _error_code(error: urllib.error.HTTPError) -> int:
 
 
 def _same(first: str, second: str) -> bool:
-    """Whether two schemas differ in white space at most."""
+    """Whether two schemas are equal except for white space."""
     try:
         return bool(json.loads(first) == json.loads(second))
     except ValueError:

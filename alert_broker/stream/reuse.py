@@ -1,13 +1,14 @@
-"""An alert that brings nothing new has the classification of its object's last one, with `fresh` false.
+"""Reuse of classifications: an alert without new data gets the classification of its object's last alert, with `fresh`
+false.
 
-Nothing new: the detections that the model's light curve is made of are the same, to the bit, as in that alert. A survey
-sends such alerts all the time: the detection that raised it is in a band that the model does not see, or of an exposure
-that the light curve already has. `same="points"` asks that forced photometry is the same, too: then reuse gives what
-classifying would give, and with "detections" it may lag behind forced fluxes of exposures in which nothing was found.
+No new data means that the detections in the model's light curve are equal, bit for bit, to those of that alert. Surveys
+send many such alerts: the new detection is in a band that the model does not use, or in an exposure that the light
+curve already has. With `same="points"` forced photometry must be equal too, and then reuse gives what classifying would
+give. With "detections" the result may miss new forced fluxes of exposures without a detection.
 
-Why it cannot be wrong otherwise: the cache belongs to one classifier, hence to one model, and lives and dies with it. A
-cache that was lost in a restart, or an object that was forgotten, costs a classification and no more: the alert is
-`fresh` then. An alert that comes again, in a replay, is not new to itself: it is classified as it was the first time.
+A stored classification belongs to one classifier, hence to one model. If it is lost in a restart or evicted, the alert
+is classified again and is `fresh`. A repeated alert in a replay is compared with the data before it, so it is
+classified as it was the first time.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from edgekit.errors import EdgekitError, unknown
 COLUMNS = (pa.field("fresh", pa.bool_()), pa.field("reused_from", pa.int64()))
 TEXTS = ("status", "best_class")
 CONSTANT = ("model", "bundle")  # of a classifier
-CAPACITY = 200_000  # objects, of some 400 bytes each: a night of alerts is of about as many in a field that comes back
+CAPACITY = 200_000  # objects, some 400 bytes each: about as many as raise alerts in one night
 Same = Literal["detections", "points"]
 
 
 def output_schema(classes: Sequence[str]) -> pa.Schema:
-    """What the stream publishes: the columns of results, `fresh` and `reused_from`, null where fresh."""
+    """The columns that the stream publishes: those of results, `fresh` and `reused_from`, which is null for fresh
+    alerts."""
     return with_reuse(result_schema(classes))
 
 
@@ -48,7 +50,7 @@ def with_reuse(schema: pa.Schema) -> pa.Schema:
 
 
 class Stage(Protocol):
-    """A `Classifier`, as far as it is used here."""
+    """The part of `Classifier` that is used here."""
 
     features: LightCurveFeatures
     schema: pa.Schema
@@ -58,8 +60,8 @@ class Stage(Protocol):
 
 @dataclass(slots=True)
 class _Entry:
-    """What an object's alert was classified as. numbers: best_probability and the probabilities, float32; texts: as in
-    TEXTS; both empty until its batch is classified."""
+    """The classification of one alert of an object. numbers: best_probability and the probabilities, float32; texts:
+    the columns TEXTS; both are empty until the alert's batch is classified."""
 
     key: bytes
     alert_id: int
@@ -68,16 +70,17 @@ class _Entry:
 
 
 class Reuse:
-    """In the place of a classifier: a row for every alert of the batch, in order, with two columns more. One thread.
+    """Used instead of a classifier: it gives a row with two more columns for every alert of the batch, in order. It is
+    not safe to use from several threads.
 
-    What it answers depends on the order of the alerts only, not on how they fall into batches.
+    The result depends on the order of the alerts, and not on how they are cut into batches.
     """
 
     def __init__(self, classifier: Stage, capacity: int = CAPACITY, same: Same = "detections") -> None:
         if capacity < 1:
             raise EdgekitError(f"the capacity of the cache of objects is {capacity}; expected 1 or more")
         if same not in ("detections", "points"):
-            raise unknown("kind of sameness", same, ("detections", "points"))
+            raise unknown("value of same", same, ("detections", "points"))
         self.classifier, self.capacity, self.same = classifier, capacity, same
         self.schema = with_reuse(classifier.schema)
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
@@ -92,26 +95,26 @@ class Reuse:
         if keys is None:
             rows = self.classifier(batch)
             return self._complete(rows, np.ones(count, np.bool_), np.zeros(count, np.int64))
-        places, sources = self._assign(batch, keys)
+        indices, sources = self._assign(batch, keys)
         fresh = np.zeros(count, np.bool_)
-        fresh[places] = True
+        fresh[indices] = True
         try:
-            if len(places) == count:
+            if len(indices) == count:
                 rows = self.classifier(batch)
                 self._remember(sources, rows)
             else:
-                if places:
-                    some = AlertBatch(batch.survey, batch.curves.take(places), batch.alerts.take(pa.array(places)))
-                    self._remember([sources[place] for place in places], self.classifier(some))
+                if indices:
+                    some = AlertBatch(batch.survey, batch.curves.take(indices), batch.alerts.take(pa.array(indices)))
+                    self._remember([sources[index] for index in indices], self.classifier(some))
                 rows = self._rows(batch, sources)
         except BaseException:
-            self._entries.clear()  # some wait for results that will not come
+            self._entries.clear()  # entries that wait for results of the failed batch
             raise
         fresh |= np.array([entry.texts[0] != CLASSIFIED for entry in sources], np.bool_)  # a reason is not a class
         return self._complete(rows, fresh, np.array([entry.alert_id for entry in sources], np.int64))
 
     def _keys(self, batch: AlertBatch) -> list[bytes] | None:
-        """(alerts,) digests of the points that decide; None if the model cannot see this survey."""
+        """(alerts,) digests of the points that are compared; None if the model cannot classify this survey."""
         if any(band not in batch.survey.bands for band in self.classifier.features.seen):
             return None
         chosen = for_survey(self.classifier.features, batch.survey).select(batch.curves)
@@ -123,24 +126,24 @@ class Reuse:
         return [hashlib.blake2b(data[start:end], digest_size=16).digest() for start, end in pairwise(ends)]
 
     def _assign(self, batch: AlertBatch, keys: list[bytes]) -> tuple[list[int], list[_Entry]]:
-        """The alerts to be classified, and for each alert the entry that it has its classification from."""
+        """The indices of the alerts to classify, and for each alert the entry that holds its classification."""
         entries, survey = self._entries, batch.survey.name
-        places: list[int] = []
+        indices: list[int] = []
         sources: list[_Entry] = []
         objects, alerts = batch.alerts["object_id"].to_pylist(), batch.alerts["alert_id"].to_pylist()
-        for place, (name, alert, key) in enumerate(zip(objects, alerts, keys, strict=True)):
+        for index, (name, alert, key) in enumerate(zip(objects, alerts, keys, strict=True)):
             entry = entries.get((survey, name))
             if entry is None or entry.key != key or entry.alert_id == alert:
                 entry = entries[survey, name] = _Entry(key, alert)
-                places.append(place)
+                indices.append(index)
                 if len(entries) > self.capacity:
                     entries.popitem(last=False)
             entries.move_to_end((survey, name))
             sources.append(entry)
-        return places, sources
+        return indices, sources
 
     def _remember(self, entries: list[_Entry], rows: pa.RecordBatch) -> None:
-        """Write down what alerts were classified as."""
+        """Store the classifications of alerts."""
         columns = [rows[name].to_numpy(zero_copy_only=False) for name in self._numbers]  # NaN for null
         numbers = np.column_stack(columns).astype(np.float32)
         texts = zip(*(rows[name].to_pylist() for name in TEXTS), strict=True)

@@ -125,18 +125,18 @@ class Router:
         route: Route,
         rows: pa.RecordBatch,
         keys: Sequence[bytes],
-        places: npt.NDArray[np.int64],
+        indices: npt.NDArray[np.int64],
         packets: Sequence[bytes | memoryview] | None,
         schema_text: Callable[[int], str] | None,
     ) -> list[Message]:
-        if len(places) == 0:
+        if len(indices) == 0:
             return []
-        chosen = rows if len(places) == rows.num_rows else rows.take(pa.array(places))
+        chosen = rows if len(indices) == rows.num_rows else rows.take(pa.array(indices))
         arrays = list(chosen.columns)
         if route.attach != "nothing":
             if packets is None:
                 raise EdgekitError(f"the route to {route.topic} attaches {route.attach}, but there are no packets")
-            of_these = [packets[place] for place in places.tolist()]
+            of_these = [packets[index] for index in indices.tolist()]
             if route.attach == "packet":
                 arrays.append(pa.array([bytes(packet) for packet in of_these], pa.large_binary()))
             else:
@@ -144,6 +144,6 @@ class Router:
         encode = self._encoders[route]
         values = encode.encode(pa.RecordBatch.from_arrays(arrays, schema=encode.schema))
         return [
-            Message(place, route.topic, keys[place], value)
-            for place, value in zip(places.tolist(), values, strict=True)
+            Message(index, route.topic, keys[index], value)
+            for index, value in zip(indices.tolist(), values, strict=True)
         ]

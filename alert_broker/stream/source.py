@@ -48,13 +48,13 @@ class MessageBatch:
         return len(self.messages)
 
     def counts(self, chosen: npt.NDArray[np.bool_]) -> dict[Partition, int]:
-        """How many of these messages there are of each partition."""
+        """The number of these messages in each partition."""
         numbers = np.bincount(self.partition[chosen], minlength=len(self.partitions)).tolist()
         return {partition: number for partition, number in zip(self.partitions, numbers, strict=True) if number}
 
 
 class Request:
-    """Something that another thread asks of the one that polls."""
+    """A request of another thread to the thread that polls."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call, self._done = call, Event()
@@ -76,7 +76,7 @@ class Request:
 
 
 class LostError(Exception):
-    """This member is out of its group, and what it has read is another's."""
+    """This member is out of its group; another member will read its messages again."""
 
 
 class Source:
@@ -141,7 +141,7 @@ class Source:
             if (fault := message.error()) is not None:
                 self._note_error(fault, message)
                 continue
-            where, number = place_of(message)
+            where, number = position_of(message)
             if where not in self._generations:  # read before the partition was taken away
                 continue
             partition.append(index.setdefault(where, len(index)))
@@ -172,12 +172,12 @@ class Source:
         error = message.error()
         if error is not None and error.code() != KafkaError._PARTITION_EOF:
             return True
-        where, _ = place_of(message)
+        where, _ = position_of(message)
         return where in before and before[where] == self._generations.get(where)
 
     @property
     def at_end(self) -> bool:
-        """Whether all partitions that are ours, and there is one, have been read to their end."""
+        """Whether at least one partition is assigned and all assigned partitions were read to their end."""
         return bool(self._generations) and self._at_end >= set(self._generations)
 
     @property
@@ -188,14 +188,14 @@ class Source:
         return all(not lag[where] if where in lag else where in self._at_end for where in self._generations)
 
     def pause(self, paused: bool) -> None:
-        """Stop fetching, or go on; `poll` must be called all the same, so that we stay in the group."""
+        """Stop fetching, or resume. `poll` must still be called, so that this member stays in the group."""
         if paused != self._paused:
             assigned = self.consumer.assignment()
             (self.consumer.pause if paused else self.consumer.resume)(assigned)
             self._paused = self.stats.paused = paused
 
     def serve(self) -> None:
-        """Do what the publishing thread has asked for."""
+        """Do what the publishing thread has requested."""
         while True:
             try:
                 self._requests.get_nowait().serve()
@@ -203,14 +203,14 @@ class Source:
                 return
 
     def close(self) -> None:
-        """Leave the group. What still is in flight then will never be published: nobody waits for it."""
+        """Leave the group. Batches that are still in flight are never published."""
         self._closing = True
         self.consumer.close()
 
     # --- the thread that publishes
 
     def owned(self, batch: MessageBatch) -> npt.NDArray[np.bool_]:
-        """(messages,) whether each still is ours."""
+        """(messages,) whether this member still owns each message's partition."""
         mine = [
             self._generations.get(where) == generation
             for where, generation in zip(batch.partitions, batch.generations, strict=True)
@@ -218,8 +218,8 @@ class Source:
         return np.array(mine, np.bool_)[batch.partition]
 
     def commit(self, offsets: dict[Partition, int]) -> None:
-        """Commit these next offsets and wait for the broker. A group that has moved on in between is no error: the
-        new owner reads again what was published since the last commit."""
+        """Commit these next offsets and wait for the broker. If the group was rebalanced meanwhile, that is no error:
+        the new owner reads again what was published since the last commit."""
         positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
         try:
             results = self._ask(lambda: self.consumer.commit(offsets=positions, asynchronous=False))
@@ -267,7 +267,7 @@ class Source:
         (consumer.pause if self._paused else consumer.resume)(partitions)
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Let what is in flight be published and committed; after `drain_seconds` take it off the books."""
+        """Let batches in flight be published and committed; after `drain_seconds`, take them off the ledger."""
         ours = [(item.topic, item.partition) for item in partitions]
         deadline = time.monotonic() + (0.0 if self._closing else self.config.source.drain_seconds)
         entries = self.stats.ledger.entries
@@ -306,7 +306,7 @@ class Source:
 
     def _note_error(self, error: KafkaError, message: Message) -> None:
         if error.code() == KafkaError._PARTITION_EOF:
-            where, position = place_of(message)
+            where, position = position_of(message)
             if where in self._generations:
                 self._at_end.add(where)
                 self._move(where, position)  # behind the marks of transactions, too, which are no messages
@@ -324,7 +324,7 @@ class Source:
         self.stats.lag = self._lag.look(self._generations, self._next)
 
 
-def place_of(message: Message) -> tuple[Partition, int]:
+def position_of(message: Message) -> tuple[Partition, int]:
     """The partition and the offset of a message that was read."""
     topic, partition, offset = message.topic(), message.partition(), message.offset()
     assert topic is not None

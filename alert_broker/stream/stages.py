@@ -1,4 +1,4 @@
-"""What becomes of the bytes of a batch, from Avro to rows of classes; no Kafka in here."""
+"""The stages that need no Kafka: payloads are decoded to light curves, and light curves are classified."""
 
 from __future__ import annotations
 
@@ -19,85 +19,90 @@ from alert_broker.stream.dead_letters import DeadLetter, stack_digest
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-MOST_SPARE = 64  # schemas whose grown columns are kept for the next batch; packets may bring any number of them
+MOST_POOLED = 64  # schemas whose read buffers are kept for the next batch; packets may bring any number of schemas
 
 
 class Stages:
-    """What becomes of the bytes of a batch; no Kafka in here."""
+    """Decodes and classifies batches of payloads. The schemas' read buffers are pooled from batch to batch."""
 
     def __init__(self, classifiers: Classifiers, schema_text: Callable[[int], str] | None = None) -> None:
         self.classifiers, self.schema_text = classifiers, schema_text
         self._buffer_pool: dict[ReadPlan, Columns] = {}
 
     def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[DeadLetter]]:
-        """Light curves, whose `offset` is the number of their message, and the messages that give none.
+        """The light curves, whose `offset` is the index of their message in the batch, and the messages that give none.
 
-        Columns are read for many alerts at once, and one that breaks the reading must not take the others along: what
-        has failed together is looked at again alone.
+        Many alerts are decoded at once. If decoding fails for several of them with one reason, or fails as a whole,
+        each is decoded again alone, so that one bad alert does not take the others with it.
         """
-        places = list(enumerate(values))
+        indices = list(enumerate(values))
         try:
-            alerts, letters = self._decode(places)
+            alerts, dead_letters = self._decode(indices)
         except EdgekitError:
-            raise  # a registry that does not answer
+            raise  # the registry does not answer: no alert is at fault
         except Exception:
-            LOG.warning("decoding a batch failed, so each alert of it is looked at alone", exc_info=True)
-            alerts, letters, again = [], [], places
+            LOG.warning("decoding a batch failed; each of its alerts is decoded alone now", exc_info=True)
+            alerts, dead_letters, again = [], [], indices
         else:
-            reasons = Counter(letter.reason for letter in letters)
-            again = [(letter.place, values[letter.place]) for letter in letters if reasons[letter.reason] > 1]
-            letters = [letter for letter in letters if reasons[letter.reason] == 1]
-        for place in again:
+            reasons = Counter(dead_letter.reason for dead_letter in dead_letters)
+            again = [
+                (dead_letter.index, values[dead_letter.index])
+                for dead_letter in dead_letters
+                if reasons[dead_letter.reason] > 1
+            ]
+            dead_letters = [dead_letter for dead_letter in dead_letters if reasons[dead_letter.reason] == 1]
+        for index in again:
             try:
-                some, others = self._decode([place])
+                some, others = self._decode([index])
             except EdgekitError:
                 raise
             except Exception as error:
                 reason = f"decoding failed ({type(error).__name__}: {error})"
-                some, others = [], [DeadLetter(place[0], reason, stack=stack_digest(error))]
+                some, others = [], [DeadLetter(index[0], reason, stack=stack_digest(error))]
             alerts += some
-            letters += others
-        return alerts, letters
+            dead_letters += others
+        return alerts, dead_letters
 
     def _decode(self, values: Sequence[tuple[int, bytes | None]]) -> tuple[list[AlertBatch], list[DeadLetter]]:
         alerts: list[AlertBatch] = []
-        letters: list[DeadLetter] = []
-        blocks = (containers.message(value or b"", place, self.schema_text) for place, value in values)
-        buffer_pool, self._buffer_pool = self._buffer_pool, {}  # not to be used again if what follows raises
+        dead_letters: list[DeadLetter] = []
+        blocks = (containers.message(value or b"", index, self.schema_text) for index, value in values)
+        buffer_pool, self._buffer_pool = self._buffer_pool, {}  # the buffers must not be used again if decoding raises
         for item in batches(blocks, len(values), buffer_pool):
             if isinstance(item, BadPacket):
-                letters.append(DeadLetter(item.offset, item.reason, item.status))
+                dead_letters.append(DeadLetter(item.offset, item.reason, item.status))
             else:
                 alerts.append(item)
-        self._buffer_pool = buffer_pool if len(buffer_pool) <= MOST_SPARE else {}
-        return alerts, letters
+        self._buffer_pool = buffer_pool if len(buffer_pool) <= MOST_POOLED else {}
+        return alerts, dead_letters
 
     def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[DeadLetter]]:
-        """Rows of all alerts that the program survives, in the order of their messages, and those on which it fails."""
+        """The rows of all alerts that can be classified, in the order of their messages, and the alerts on which the
+        program fails."""
         parts: list[pa.RecordBatch] = []
-        letters: list[DeadLetter] = []
+        dead_letters: list[DeadLetter] = []
         for batch in alerts:
-            self._classify(batch, parts, letters)
+            self._classify(batch, parts, dead_letters)
         if len(parts) == 1:
-            return parts[0], letters
+            return parts[0], dead_letters
         table = pa.Table.from_batches(parts, self.classifiers.schema).sort_by("offset").combine_chunks()
-        return (table.to_batches() or [pa.RecordBatch.from_pylist([], self.classifiers.schema)])[0], letters
+        return (table.to_batches() or [pa.RecordBatch.from_pylist([], self.classifiers.schema)])[0], dead_letters
 
-    def _classify(self, batch: AlertBatch, parts: list[pa.RecordBatch], letters: list[DeadLetter]) -> None:
+    def _classify(self, batch: AlertBatch, parts: list[pa.RecordBatch], dead_letters: list[DeadLetter]) -> None:
         count = len(batch.curves)
         try:
             parts.append(self.classifiers(batch))
         except EdgekitError:
-            raise  # a model that cannot be used: not this alert's fault
+            raise  # the model cannot be used: the alert is not at fault
         except Exception as error:
-            if count > 1:  # find the one to blame; the others are sound
+            if count > 1:  # halve the batch until the alert that fails is alone
                 middle = count // 2
                 for start, stop in ((0, middle), (middle, count)):
                     part = AlertBatch(
                         batch.survey, batch.curves.take(np.arange(start, stop)), batch.alerts.slice(start, stop - start)
                     )
-                    self._classify(part, parts, letters)
+                    self._classify(part, parts, dead_letters)
                 return
             LOG.exception("classifying an alert failed")
             reason = f"classifying failed ({type(error).__name__}: {error})"
-            letters.append(DeadLetter(batch.alerts["offset"][0].as_py(), reason, stack=stack_digest(error)))
+            dead_letters.append(DeadLetter(batch.alerts["offset"][0].as_py(), reason, stack=stack_digest(error)))

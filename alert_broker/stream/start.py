@@ -1,4 +1,4 @@
-"""Where a group starts to read, if it is told: at a time or at offsets."""
+"""Start positions: move a consumer group to a time or to offsets before it reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from edgekit.errors import EdgekitError
 
 
 def reset_group(config: Config, settings: dict[str, Secret]) -> None:
-    """Move the group to a time or to offsets, before it is joined; a broker allows that while it has no members."""
+    """Move the group to a time or to offsets before this member joins; a broker allows that only while the group is
+    empty."""
     consumer = open_consumer({**settings, "enable.partition.eof": False})
     try:
         partitions = [

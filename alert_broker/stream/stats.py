@@ -1,5 +1,5 @@
-"""What the pipeline tells of itself while it runs. Stages write; the terminal dashboard, the Prometheus page and the
-health checks read a `Snapshot` and know nothing of the pipeline."""
+"""The pipeline's statistics. The stages write them; the dashboard, the Prometheus page and the health checks read a
+`Snapshot` and do not know the pipeline."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Snapshot:
 
 
 class Stats:
-    """Where stages write. Cheap: a batch at a time, one lock."""
+    """Statistics that the stages write, a batch at a time, under one lock."""
 
     def __init__(self, ledger: Ledger | None = None) -> None:
         self.ledger = ledger or Ledger()
@@ -88,7 +88,7 @@ class Stats:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times what is done inside, as one batch's pass through a stage."""
+        """Time the block as one batch's pass through a stage."""
         started = time.monotonic()
         try:
             yield
@@ -104,14 +104,14 @@ class Stats:
             self._sizes.add(size)
 
     def dead_letters(self, reasons: Iterable[str]) -> None:
-        """Count these reasons; those that come up when there are `MOST_REASONS` already, together."""
+        """Count these reasons. Once there are `MOST_REASONS` different ones, new ones are counted together."""
         with self._lock:
             for reason in reasons:
                 known = reason in self.reasons or len(self.reasons) < MOST_REASONS
                 self.reasons[reason if known else OTHER] += 1
 
     def progress(self) -> None:
-        """Something was finished, or there is nothing to do."""
+        """Record that something was finished, or that there is nothing to do."""
         self._progress = time.monotonic()
 
     def snapshot(self) -> Snapshot:

@@ -106,19 +106,19 @@ def _record(full_name: str, fields: Any, where: str) -> dict[str, Any]:
         "type": "record",
         "name": full_name,
         "fields": [
-            {"name": avro_name(item.name), "type": ["null", kind] if kind != "null" else "null", "default": None}
+            {"name": avro_name(item.name), "type": ["null", dtype] if dtype != "null" else "null", "default": None}
             for item in fields
-            for kind in [_type(item.type, f"{full_name}.{avro_name(item.name)}", where)]
+            for dtype in [_type(item.type, f"{full_name}.{avro_name(item.name)}", where)]
         ],
     }
 
 
-def _type(kind: pa.DataType, path: str, where: str) -> Any:
+def _type(dtype: pa.DataType, path: str, where: str) -> Any:
     types = pa.types
-    if types.is_struct(kind):
-        return _record(path, kind, where)
-    if types.is_list(kind) or types.is_large_list(kind):
-        inner = _type(kind.value_type, f"{path}.item", where)
+    if types.is_struct(dtype):
+        return _record(path, dtype, where)
+    if types.is_list(dtype) or types.is_large_list(dtype):
+        inner = _type(dtype.value_type, f"{path}.item", where)
         return {"type": "array", "items": ["null", inner] if inner != "null" else "null"}
     for matches, name in (
         (types.is_null, "null"),
@@ -134,6 +134,8 @@ def _type(kind: pa.DataType, path: str, where: str) -> Any:
         (types.is_binary, "bytes"),
         (types.is_large_binary, "bytes"),
     ):
-        if matches(kind) and name:
+        if matches(dtype) and name:
             return name
-    raise EdgekitError(f"{where}: {path} is of type {kind}, which a replay of rows does not have; leave the column out")
+    raise EdgekitError(
+        f"{where}: {path} is of type {dtype}, which a replay of rows does not have; leave the column out"
+    )

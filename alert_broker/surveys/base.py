@@ -229,9 +229,9 @@ class Survey(ABC):
 
 
 @functools.lru_cache(maxsize=64)
-def _value_set(labels: tuple[Any, ...], kind: pa.DataType) -> pc.SetLookupOptions:
+def _value_set(labels: tuple[Any, ...], dtype: pa.DataType) -> pc.SetLookupOptions:
     """Labels to be looked up in columns of a type; made once, for a batch has a dozen such columns."""
-    return pc.SetLookupOptions(value_set=pa.array(labels).cast(kind))
+    return pc.SetLookupOptions(value_set=pa.array(labels).cast(dtype))
 
 
 @functools.cache
@@ -243,9 +243,9 @@ def surveys() -> Mapping[str, Survey]:
     found: dict[str, Survey] = {}
     pending = list(Survey.__subclasses__())
     while pending:
-        kind = pending.pop()
-        pending += kind.__subclasses__()
-        found[kind.name] = kind()
+        survey = pending.pop()
+        pending += survey.__subclasses__()
+        found[survey.name] = survey()
     return dict(sorted(found.items()))
 
 

@@ -111,7 +111,7 @@ def main() -> None:
     """Entry point of the console script: one line per error, exit status 1, or 2 for wrong usage, or 130 for Ctrl-C."""
     debug = "--debug" in sys.argv[1:2]
     try:
-        from edgekit._siblings import refuse_strangers
+        from edgekit.plugins import refuse_strangers
 
         refuse_strangers()
         status = edgekit.main(prog_name="edgekit", standalone_mode=False)

@@ -47,9 +47,14 @@ class Step:
 
     def build(self) -> Pass[Any]:
         """The pass. Unknown names, unknown parameters and wrong types are errors that name what is allowed."""
-        from edgekit.passes.base import load_pass, parameters_of  # imports torch
+        from edgekit.passes.base import load_pass  # imports torch
 
-        kind = load_pass(self.name)
+        return self.build_as(load_pass(self.name))
+
+    def build_as(self, kind: type[Pass[Any]]) -> Pass[Any]:
+        """The pass as an object of this class, which need not be registered."""
+        from edgekit.passes.base import parameters_of
+
         hints = typing.get_type_hints(kind)
         fields = parameters_of(kind)
         values = {}

@@ -13,6 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from edgekit.errors import EdgekitError
+from edgekit.graph.index import Index
 from edgekit.graph.shapes import Sizes, Value, item_bytes, sized
 
 Shape = tuple[int, ...]
@@ -163,19 +164,15 @@ def _constants(model: ModelProto, sizes: Sizes) -> set[str]:
 def _codes(model: ModelProto) -> dict[str, str]:
     """Codes by what a DequantizeLinear makes of them, where only products on dequantized factors read it."""
     made = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    consumers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
-    ends = {value.name for value in model.graph.output}
+    index = Index(model)
     return {
         name: node.input[0]
         for name, node in made.items()
-        if name not in ends
-        and consumers.get(name)
+        if name not in index.outputs
+        and index.consumers(name)
         and all(
             consumer.op_type in ("MatMul", "Gemm", "Conv") and all(factor in made for factor in consumer.input[:2])
-            for consumer in consumers[name]
+            for consumer in index.consumers(name)
         )
     }
 

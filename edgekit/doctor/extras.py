@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import distributions
 
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -121,8 +122,6 @@ def conflicts(installed: Mapping[str, str]) -> list[Conflict]:
 
 def check(*packages: str) -> None:
     """Raise if one of the packages, about to be imported, conflicts with another that is installed."""
-    from importlib.metadata import distributions
-
     found = conflicts({item.metadata["Name"]: item.version for item in distributions() if item.metadata["Name"]})
     for conflict in found:
         if {entry.partition(" ")[0] for entry in conflict.packages} & {canonicalize_name(name) for name in packages}:

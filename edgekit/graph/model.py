@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,8 @@ try:
     from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "onnx", "onnx", "reading an ONNX graph") from None
+
+from edgekit.graph.index import Index  # imports onnx
 
 Array = npt.NDArray[Any]
 _PLAIN = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32)  # numpy's own
@@ -183,28 +184,27 @@ class Weight:
 def weights(model: ModelProto) -> list[Weight]:
     """Every float32 tensor of two or more dimensions that a MatMul, Gemm or Conv reads as its second input, directly or
     through the Transpose of a matrix."""
-    consumers = _consumers(model)
+    index = Index(model)
     result = []
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) >= 2:
-            uses, others = _uses(tensor.name, len(tensor.dims), consumers)
+            uses, others = _uses(tensor.name, len(tensor.dims), index)
             if uses:
                 result.append(Weight(tensor, tuple(sorted(uses, key=lambda use: use.transposed)), tuple(others)))
     return result
 
 
-def _uses(
-    name: str, rank: int, consumers: Mapping[str, list[_Consumer]], transposed: bool = False
-) -> tuple[list[Use], list[str]]:
+def _uses(name: str, rank: int, index: Index, transposed: bool = False) -> tuple[list[Use], list[str]]:
     uses: list[Use] = []
     others: list[str] = []
-    for node, slot, inside in consumers[name]:
+    for item in index.consumptions(name):
+        node = item.node
         if node is None:
             others.append("an output of the graph")
-        elif not inside and slot == 1 and (axis := _summed_axis(node, rank)) is not None:
+        elif not item.nested and item.slot == 1 and (axis := _summed_axis(node, rank)) is not None:
             uses.append(Use(node, axis ^ transposed, transposed))
-        elif not inside and node.op_type == "Transpose" and rank == 2 and _swaps(node):
-            through = _uses(node.output[0], rank, consumers, not transposed)
+        elif not item.nested and node.op_type == "Transpose" and rank == 2 and _swaps(node):
+            through = _uses(node.output[0], rank, index, not transposed)
             uses += through[0]
             others += through[1]
         else:
@@ -226,34 +226,6 @@ def _summed_axis(node: NodeProto, rank: int) -> int | None:
 def _swaps(node: NodeProto) -> bool:
     """Whether a Transpose of a matrix really swaps its axes."""
     return list(attribute(node, "perm", [1, 0])) == [1, 0]
-
-
-_Consumer = tuple[NodeProto | None, int, bool]  # node, None for the graph's output; which input; inside a subgraph
-
-
-def _consumers(model: ModelProto) -> Mapping[str, list[_Consumer]]:
-    """What reads each value, subgraphs included."""
-    result: defaultdict[str, list[_Consumer]] = defaultdict(list)
-
-    def collect(nodes: Iterable[NodeProto], inside: bool) -> None:
-        for node in nodes:
-            for slot, name in enumerate(node.input):
-                result[name].append((node, slot, inside))
-            for item in node.attribute:
-                for graph in [item.g] if item.HasField("g") else item.graphs:
-                    collect(graph.node, True)
-                    for value in graph.output:
-                        result[value.name].append((node, -1, True))
-
-    collect(model.graph.node, False)
-    for value in model.graph.output:
-        result[value.name].append((None, -1, False))
-    return result
-
-
-def consumers(model: ModelProto) -> dict[str, int]:
-    """How many inputs of nodes, subgraphs included, and outputs of the graph read each value."""
-    return {name: len(found) for name, found in _consumers(model).items()}
 
 
 def stored_values(model: ModelProto) -> set[str]:
@@ -294,9 +266,7 @@ def unique_name(name: str, taken: Iterable[str]) -> str:
 
 def value_names(model: ModelProto) -> set[str]:
     """Names of all values of the graph and its subgraphs."""
-    graph = model.graph
-    names = {item.name for item in (*graph.input, *graph.output, *graph.initializer)}
-    return names | set(_consumers(model)) | {name for node in graph.node for name in node.output}
+    return set(Index(model).values)
 
 
 def replace_tensor(model: ModelProto, name: str, tensors: Sequence[TensorProto], nodes: Sequence[NodeProto]) -> None:
@@ -315,9 +285,9 @@ def eliminate_dead_nodes(model: ModelProto) -> None:
     """Remove stored tensors and nodes that nothing reads."""
     graph = model.graph
     while True:
-        read = consumers(model)
-        nodes = [node for node in graph.node if any(name in read for name in node.output)]
-        tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+        index = Index(model)
+        nodes = [node for node in graph.node if any(index.is_consumed(name) for name in node.output)]
+        tensors = [tensor for tensor in graph.initializer if index.is_consumed(tensor.name)]
         if len(nodes) == len(graph.node) and len(tensors) == len(graph.initializer):
             return
         for field, kept in (("node", nodes), ("initializer", tensors)):

@@ -23,7 +23,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.errors import EdgekitError
-from edgekit.graph.model import attribute, consumers, eliminate_dead_nodes, name_nodes, unique_name, value_names
+from edgekit.graph.index import Index
+from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, unique_name, value_names
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
 Array = npt.NDArray[Any]
@@ -94,10 +95,12 @@ class _Graph:
     def __init__(self, model: ModelProto, widths: Mapping[str, int], refused: set[str]) -> None:
         self.model, self.widths = model, widths
         self.refused = refused  # nodes whose result would make the file larger: not computed again in every round
-        self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.producers = {name: node for node in model.graph.node for name in node.output}
-        self.reads = consumers(model)
-        self.outputs = {value.name for value in model.graph.output}
+        self.index = Index(model)
+        self.stored, self.producers, self.outputs = self.index.initializers, self.index.producers, self.index.outputs
+
+    def read_times(self, name: str) -> int:
+        """How many inputs of nodes, subgraphs included, and outputs of the graph read a value."""
+        return len(self.index.consumptions(name))
 
     def array(self, name: str) -> Array | None:
         """A stored float32 tensor."""
@@ -108,7 +111,7 @@ class _Graph:
         """A stored float32 tensor that one node alone reads, which a rule may therefore change; a vector may also be
         shared, such as the ones that normalizations begin with."""
         found = self.array(name)
-        return found if found is not None and (self.reads.get(name) == 1 or found.ndim < 2) else None
+        return found if found is not None and (self.read_times(name) == 1 or found.ndim < 2) else None
 
     def store(self, near: str, array: Array) -> str:
         """A new tensor, named after one that it takes the place of."""
@@ -118,9 +121,7 @@ class _Graph:
 
     def only_reader(self, name: str) -> NodeProto | None:
         """The node that alone reads a value, if it is no output of the graph."""
-        if self.reads.get(name) != 1 or name in self.outputs:
-            return None
-        return next((node for node in self.model.graph.node if name in node.input), None)
+        return self.index.only_consumer(name)
 
     def take_out(self, node: NodeProto, before: NodeProto) -> None:
         """Remove a node whose work the one before it now does."""
@@ -164,9 +165,9 @@ def _constant(graph: _Graph, node: NodeProto) -> Change | None:
             return None
         if not all(name in graph.stored for name in reads):
             return None
-        if node.op_type == "Transpose" and graph.reads[reads[0]] != 1:
+        if node.op_type == "Transpose" and graph.read_times(reads[0]) != 1:
             return None  # the tensor stays for its other readers: this would be a second copy
-        freed = sum(graph.stored[name].ByteSize() for name in set(reads) if graph.reads[name] == reads.count(name))
+        freed = sum(graph.stored[name].ByteSize() for name in set(reads) if graph.read_times(name) == reads.count(name))
         values = _evaluate(graph, node)
         if sum(value.nbytes for value in values) > freed + node.ByteSize():
             graph.refused.add(node.name)
@@ -212,7 +213,7 @@ def _common_subexpression(graph: _Graph, node: NodeProto) -> Change | None:
 def _does_nothing(graph: _Graph, node: NodeProto) -> Change | None:
     """Identity, and Dropout outside training."""
     training = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]
-    mask = len(node.output) > 1 and bool(graph.reads.get(node.output[1]))
+    mask = len(node.output) > 1 and bool(graph.read_times(node.output[1]))
     if node.op_type not in ("Identity", "Dropout") or training or mask or not graph.bypass(node):
         return None
     return Change(node.name, node.op_type, "removed")

@@ -25,6 +25,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from edgekit.errors import EdgekitError, missing_extra, unknown
+from edgekit.graph.index import Index
 from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, unique_name, value_names
 from edgekit.nn.exported import Exported, dynamic_shapes, example
 from edgekit.nn.module import tied
@@ -166,8 +167,8 @@ def stored(model: ModelProto, scheme: str) -> ModelProto:
     them."""
     name_nodes(model)
     graph = model.graph
-    producers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
-    floats = {tensor.name: tensor for tensor in graph.initializer}
+    index = Index(model)
+    producers, floats = index.producers, index.initializers
     scales: dict[str, tuple[npt.NDArray[np.float64], bool]] = {}  # of a rounded value; whether it is a weight
     for node in list(graph.node):
         if node.op_type != "DequantizeLinear":

@@ -23,6 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.calibration import calibration_rows, ranges
+from edgekit.graph.index import Index
 from edgekit.graph.model import Weight, eliminate_dead_nodes, opset, replace_tensor, unique_name, value_names
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass, at_least
 from edgekit.passes.dynamic_int8 import OPERATORS, check_operators, check_weight_bits, products
@@ -150,18 +151,13 @@ class StaticInt8(Pass[GraphCandidate]):
 def _rounded_outputs(model: ModelProto, nodes: list[NodeProto]) -> dict[str, str]:
     """Results to round as well, by the node that makes them: the CPU has no integer convolution with a float32 result.
     After a Relu, which the rounding then does."""
-    consumers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
-    ends = {value.name for value in model.graph.output}
+    index = Index(model)
     result = {}
     for node in nodes:
         if node.op_type == "Conv":
-            after = consumers.get(node.output[0], [])
-            alone = len(after) == 1 and after[0].op_type == "Relu" and node.output[0] not in ends
-            name = after[0].output[0] if alone else node.output[0]
-            if name not in ends:
+            after = index.only_consumer(node.output[0])
+            name = after.output[0] if after is not None and after.op_type == "Relu" else node.output[0]
+            if name not in index.outputs:
                 result[node.name] = name
     return result
 

@@ -123,7 +123,7 @@ class Constant:
 
     provider = device = "constant"
 
-    def __init__(self, bundle):
+    def __init__(self, bundle, *, threads=None, chunk=None):
         self.inputs, self.outputs = bundle.manifest.inputs, bundle.manifest.outputs
 
     def run(self, arrays):

@@ -5,8 +5,8 @@ from types import ModuleType
 
 import pytest
 
-from edgekit._siblings import SIBLINGS, refuse_strangers
 from edgekit.errors import EdgekitError
+from edgekit.plugins import SIBLINGS, refuse_strangers
 
 
 def test_our_own_are_accepted():

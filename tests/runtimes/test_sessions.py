@@ -221,7 +221,7 @@ def test_a_gpu_build_that_is_not_there_is_named_with_its_install_line(monkeypatc
     with pytest.raises(EdgekitError, match=r"has no 'CUDAExecutionProvider' here.*pip install 'edgekit\[gpu\]'"):
         OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
     both = [SimpleNamespace(metadata={"Name": name}, version="1.26.0") for name in ("onnxruntime", "onnxruntime-gpu")]
-    monkeypatch.setattr("importlib.metadata.distributions", lambda: both)
+    monkeypatch.setattr("edgekit.doctor.extras.distributions", lambda: both)
     with pytest.raises(EdgekitError, match=r"onnxruntime 1.26.0 and onnxruntime-gpu 1.26.0 cannot work together"):
         OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
 

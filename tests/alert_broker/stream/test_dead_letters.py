@@ -4,7 +4,7 @@ import pytest
 
 from alert_broker.stream.config import DeadLetters
 from alert_broker.stream.dead_letters import (
-    KIND,
+    LONGEST_CATEGORY,
     MOST_REASON,
     OFFSET,
     OMITTED,
@@ -13,7 +13,7 @@ from alert_broker.stream.dead_letters import (
     TOPIC,
     DeadLetter,
     DeadLetterLimits,
-    kind_of,
+    category_of,
     outgoing,
     stack_digest,
     without_content,
@@ -22,37 +22,37 @@ from alert_broker.stream.publish import Outgoing
 from edgekit.errors import EdgekitError
 
 
-def letters(*places):
-    return [DeadLetter(place, f"reason {place}") for place in places]
+def dead_letters(*indices):
+    return [DeadLetter(index, f"reason {index}") for index in indices]
 
 
 def test_in_a_row_across_batches():
     limits = DeadLetterLimits(DeadLetters(max_consecutive=4, max_ratio=1.0))
-    limits.check(letters(3, 4), 5)
+    limits.check(dead_letters(3, 4), 5)
     with pytest.raises(EdgekitError, match=r"4 alerts in a row.*reason 1"):
-        limits.check(letters(0, 1, 2), 5)
+        limits.check(dead_letters(0, 1, 2), 5)
 
 
 def test_a_good_alert_breaks_the_row():
     limits = DeadLetterLimits(DeadLetters(max_consecutive=4, max_ratio=1.0))
     for _ in range(20):
-        limits.check(letters(2, 3, 4), 5)
+        limits.check(dead_letters(2, 3, 4), 5)
 
 
 def test_a_share_of_a_full_window_only():
     limits = DeadLetterLimits(DeadLetters(max_ratio=0.5, window=10, max_consecutive=100))
-    limits.check(letters(0, 1, 2, 3), 4)  # all of them, but of too few
+    limits.check(dead_letters(0, 1, 2, 3), 4)  # all of them, but of too few
     limits.check([], 4)
     with pytest.raises(EdgekitError, match="6 of the last 10"):
-        limits.check(letters(0, 1), 2)
+        limits.check(dead_letters(0, 1), 2)
 
 
 def test_what_leaves_the_window_counts_no_more():
     limits = DeadLetterLimits(DeadLetters(max_ratio=0.3, window=10, max_consecutive=100))
     for _ in range(50):
-        limits.check(letters(0, 4, 7), 10)
+        limits.check(dead_letters(0, 4, 7), 10)
     with pytest.raises(EdgekitError, match="4 of the last 10"):
-        limits.check(letters(0, 1, 4, 7), 10)
+        limits.check(dead_letters(0, 1, 4, 7), 10)
 
 
 def failing(number):
@@ -76,9 +76,13 @@ def test_stack_digests_are_of_the_place():
 
 
 def test_reasons_are_counted_without_their_numbers():
-    assert kind_of("the block at byte 12 ends 3 bytes early: lost") == kind_of("the block at byte 7 ends 9 bytes early")
-    assert kind_of("decodes as lsst.v7_1 with 3.5 of 4 bytes left") == "decodes as lsst.v7_1 with 3.5 of N bytes left"
-    assert len(kind_of("x" * 5000)) == KIND
+    assert category_of("the block at byte 12 ends 3 bytes early: lost") == category_of(
+        "the block at byte 7 ends 9 bytes early"
+    )
+    assert (
+        category_of("decodes as lsst.v7_1 with 3.5 of 4 bytes left") == "decodes as lsst.v7_1 with 3.5 of N bytes left"
+    )
+    assert len(category_of("x" * 5000)) == LONGEST_CATEGORY
 
 
 FOUND = [(TOPIC, b"t"), (PARTITION, b"3"), (OFFSET, b"17"), (REASON, b"broken")]
@@ -87,9 +91,12 @@ FOUND = [(TOPIC, b"t"), (PARTITION, b"3"), (OFFSET, b"17"), (REASON, b"broken")]
 def test_what_is_left_of_a_letter_that_no_broker_takes(caplog):
     whole = Outgoing("dead", b"x" * 900, [("survey", b"y" * 900), *FOUND], 4, b"key")
     small = without_content(whole, "dead: too large")
-    assert (small.topic, small.value, small.key, small.place) == ("dead", None, None, 4)
+    assert (small.topic, small.value, small.key, small.alert_index) == ("dead", None, None, 4)
     assert small.headers[:-1] == FOUND
-    assert small.headers[-1] == (OMITTED, b"900 bytes, as the letter cannot be sent with them: dead: too large")
+    assert small.headers[-1] == (
+        OMITTED,
+        b"900 bytes, because the broker refuses the dead letter with them: dead: too large",
+    )
     assert "t[3] at 17 goes without its 900 bytes" in caplog.text
     with pytest.raises(EdgekitError, match="cannot be sent: still; raise the broker's limits"):
         without_content(small, "still")
@@ -115,5 +122,5 @@ def test_long_reasons_are_cut():
         def offset(self):
             return 5
 
-    letter = outgoing(DeadLetter(0, "x" * 10**6), Message(), "dead")
-    assert len(dict(letter.headers)[REASON]) == MOST_REASON
+    dead_letter = outgoing(DeadLetter(0, "x" * 10**6), Message(), "dead")
+    assert len(dict(dead_letter.headers)[REASON]) == MOST_REASON

@@ -213,7 +213,7 @@ def test_ids_of_64_bits_are_compared_exactly():
         ("n == 'a'", "'\\\\'a\\\\'' is a text|is a text, and it is compared with a number"),
         ("n == null", "null equals nothing; use `is null`"),
         ("n is 3", "only compares with null; use =="),
-        ("fresh < true", "neither more nor less"),
+        ("fresh < true", "booleans have no order"),
         ("name + name == 'aa'", "'name' is a text; expected a number"),
         ("n and fresh", "'n' is a number; expected a condition"),
         ("n in ()", "is empty"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from alert_broker.stream import metrics
-from alert_broker.stream.dead_letters import KIND, kind_of
+from alert_broker.stream.dead_letters import LONGEST_CATEGORY, category_of
 from alert_broker.stream.metrics import page
 from alert_broker.stream.stats import MOST_REASONS, OTHER, SECONDS, Stats
 from edgekit.errors import EdgekitError
@@ -114,14 +114,14 @@ def test_reasons_are_bounded_and_keep_their_label():
     assert before[OTHER,] == 2 * MOST_REASONS + 1
 
 
-@given(st.dictionaries(st.text(max_size=3 * KIND), st.integers(1, 9), max_size=50))
+@given(st.dictionaries(st.text(max_size=3 * LONGEST_CATEGORY), st.integers(1, 9), max_size=50))
 def test_any_text_can_be_a_reason(reasons):
     stats = Stats()
     for reason, number in reasons.items():
-        stats.dead_letters([kind_of(reason)] * number)
+        stats.dead_letters([category_of(reason)] * number)
     found = read(stats).get("edgekit_dead_letters_total", {})
     assert sum(found.values()) == sum(reasons.values())
-    assert all(len(label) <= KIND for (label,) in found)
+    assert all(len(label) <= LONGEST_CATEGORY for (label,) in found)
 
 
 def test_before_anything_has_come():

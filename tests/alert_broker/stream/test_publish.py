@@ -46,7 +46,7 @@ def source(cluster):
 
 
 def messages(count):
-    return [Outgoing("results", b"x" * 100, [], place) for place in range(count)]
+    return [Outgoing("results", b"x" * 100, [], index) for index in range(count)]
 
 
 def no_other(refused):
@@ -117,11 +117,11 @@ def test_what_no_broker_takes_is_replaced_and_the_rest_is_not_sent_twice(cluster
     replaced = []
 
     def instead(refused):
-        replaced.extend((message.place, reason) for message, reason in refused)
-        return [Outgoing("dead", b"small", [], message.place) for message, _ in refused]
+        replaced.extend((message.alert_index, reason) for message, reason in refused)
+        return [Outgoing("dead", b"small", [], message.alert_index) for message, _ in refused]
 
     publisher.publish([*messages(1), large], {("source", 0): 2}, instead)
-    assert [place for place, _ in replaced] == [1]
+    assert [index for index, _ in replaced] == [1]
     assert "too large" in replaced[0][1].lower()
 
 

@@ -96,7 +96,7 @@ def test_what_dies_again_meanwhile_is_for_the_next_run(rig, monkeypatch):
     assert (done, told) == (Redriven(sent=7), [7])
     again = redrive(config.kafka_settings(), config.dead_letters, group=f"{rig.name}-redrive")
     assert again == Redriven(sent=7)
-    died = sorted(int(dict(headers_of(letter))[ATTEMPTS]) for letter in rig.read(rig.dead))
+    died = sorted(int(dict(headers_of(dead_letter))[ATTEMPTS]) for dead_letter in rig.read(rig.dead))
     assert died == [1] * 7 + [2] * 7
 
 
@@ -122,11 +122,11 @@ def test_a_dead_letter_that_is_too_large_stops_nothing(large):
     done = large.outcome(13)
     assert (done.lost, done.duplicates, done.results, done.dead) == (0, 0, 10, 3)
     assert sum(stats.reasons.values()) == 3
-    for letter in done.dead_messages:
-        headers = dict(headers_of(letter))
-        assert letter.value() is None
+    for dead_letter in done.dead_messages:
+        headers = dict(headers_of(dead_letter))
+        assert dead_letter.value() is None
         assert b"survey" not in headers
-        assert headers[OMITTED].startswith(b"60037 bytes, as the letter cannot be sent with them: ")
+        assert headers[OMITTED].startswith(b"60037 bytes, because the broker refuses the dead letter with them: ")
     assert large.consume(**large.limited).ledger.total().consumed == 0  # all was committed
 
 

@@ -206,7 +206,7 @@ def test_the_password_is_sent_and_never_shown(service, waits, caplog):
     ("extra", "reason"),
     [
         ({"schemaType": "PROTOBUF"}, "is 'PROTOBUF'; expected AVRO"),
-        ({"references": [{"name": "x"}]}, "refers to others"),
+        ({"references": [{"name": "x"}]}, "refers to other schemas"),
     ],
 )
 def test_schemas_that_cannot_be_used(service, waits, extra, reason):
@@ -263,7 +263,7 @@ def test_processes_that_register_at_once_do_not_share_a_number(tmp_path):
 
 
 def test_registries_of_no_known_kind():
-    with pytest.raises(EdgekitError, match="is of no known kind; expected http://HOST:PORT"):
+    with pytest.raises(EdgekitError, match="is not supported; expected http://HOST:PORT"):
         open_registry("ftp://host")
 
 

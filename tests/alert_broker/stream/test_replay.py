@@ -16,12 +16,12 @@ COUNTS = {"ztf": 7, "lsst": 5}
 
 def identifiers(messages) -> list[int]:
     """The alerts' ids, as the consumer would read them."""
-    blocks = [containers.message(value, place) for place, value in enumerate(messages)]
+    blocks = [containers.message(value, index) for index, value in enumerate(messages)]
     assert all(isinstance(block, Block) for block in blocks), blocks
     found = {}
     for batch in batches(blocks):
         found |= dict(zip(batch.alerts["offset"].to_pylist(), batch.alerts["alert_id"].to_pylist(), strict=True))
-    return [found[place] for place in sorted(found)]
+    return [found[index] for index in sorted(found)]
 
 
 @pytest.mark.parametrize("survey", COUNTS)

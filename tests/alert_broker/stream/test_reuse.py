@@ -230,5 +230,5 @@ def test_another_model_has_a_cache_of_its_own():
 def test_settings_that_cannot_be():
     with pytest.raises(EdgekitError, match="capacity of the cache of objects is 0; expected 1 or more"):
         Reuse(FakeClassifier(), 0)
-    with pytest.raises(EdgekitError, match=r"unknown kind of sameness 'point'.*did you mean 'points'"):
+    with pytest.raises(EdgekitError, match=r"unknown value of same 'point'.*did you mean 'points'"):
         Reuse(FakeClassifier(), same="point")

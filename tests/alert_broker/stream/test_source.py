@@ -120,14 +120,14 @@ def source(monkeypatch):
     return source
 
 
-def places(batch):
+def indices(batch):
     return [(batch.partitions[k][1], offset) for k, offset in zip(batch.partition, batch.offset.tolist(), strict=True)]
 
 
 def test_a_batch_counts_as_consumed(source):
     source.consumer.script = [messages(0, 5, 6), messages(1, 9)]
     batch = source.poll(3, 1.0)
-    assert places(batch) == [(0, 5), (0, 6), (1, 9)]
+    assert indices(batch) == [(0, 5), (0, 6), (1, 9)]
     assert source.stats.ledger.total().consumed == 3
     assert source.owned(batch).all()
     assert next_offsets(batch, source.owned(batch)) == {("t", 0): 7, ("t", 1): 10}
@@ -139,7 +139,7 @@ def test_a_partition_that_leaves_while_a_batch_is_read(source):
         return messages(1, 10)
 
     source.consumer.script = [[*messages(0, 5), *messages(1, 9)], rebalance]
-    assert places(source.poll(9, 1.0)) == [(1, 9), (1, 10)]
+    assert indices(source.poll(9, 1.0)) == [(1, 9), (1, 10)]
     assert source.stats.ledger.total().consumed == 2
 
 
@@ -152,7 +152,7 @@ def test_a_partition_that_leaves_and_comes_back_while_a_batch_is_read(source):
         return messages(0, 3, 4, 5)
 
     source.consumer.script = [[*messages(0, 5), *messages(1, 9)], rebalance]
-    assert places(source.poll(9, 1.0)) == [(1, 9), (0, 3), (0, 4), (0, 5)]
+    assert indices(source.poll(9, 1.0)) == [(1, 9), (0, 3), (0, 4), (0, 5)]
 
 
 def test_a_partition_that_leaves_while_paused_is_fetched_when_it_comes_back(source):

@@ -52,7 +52,7 @@ def messages(path):
 
 
 def as_blocks(values):
-    return [containers.message(value, place) for place, value in enumerate(values)]
+    return [containers.message(value, index) for index, value in enumerate(values)]
 
 
 @pytest.mark.parametrize(("name", "column"), [("packet", ""), ("value", ""), ("raw", "raw")])

@@ -16,11 +16,11 @@ from edgekit.compression.run import run
 PASS = """
 from dataclasses import dataclass
 from typing import ClassVar
-from edgekit.passes.base import Change
+from edgekit.passes.base import Candidate, Change, Pass
 from edgekit.passes.cluster import Cluster
 
 @dataclass(frozen=True, slots=True)
-class Mine:
+class Mine(Pass[Candidate]):
     name: ClassVar[str] = "mine"
     summary: ClassVar[str] = "A pass of another package."
 
@@ -113,7 +113,7 @@ def test_the_distribution_and_its_version_count(monkeypatch):
 
 def test_a_pass_without_a_file_is_never_taken_from_the_cache(register):
     space = {"__name__": "typed_in"}
-    exec(PASS.replace("@dataclass(frozen=True, slots=True)", ""), space)
+    exec(PASS, space)
     register("edgekit.passes", "mine", space["Mine"])
     assert states.pass_identity("mine") != states.pass_identity("mine")
 

@@ -70,7 +70,7 @@ def test_importing_what_conflicts_is_an_error_that_explains(monkeypatch):
             self.metadata, self.version = {"Name": name}, version
 
     there = [Installed("optimum_onnx", "0.1.0"), Installed("transformers", "5.23.0"), Installed("onnx", "1.23.2")]
-    monkeypatch.setattr("importlib.metadata.distributions", lambda: there)
+    monkeypatch.setattr("edgekit.doctor.extras.distributions", lambda: there)
     with pytest.raises(EdgekitError, match=r"optimum-onnx 0.1.0 and transformers 5.23.0 cannot .*'edgekit\[optimum\]'"):
         extras.check("optimum-onnx")
     extras.check("onnx")  # not its business

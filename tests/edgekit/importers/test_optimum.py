@@ -141,7 +141,7 @@ def test_without_optimum_or_beside_transformers_5_the_way_out_is_named(vit, monk
         SimpleNamespace(metadata={"Name": name}, version=version)
         for name, version in (("optimum-onnx", "0.1.0"), ("transformers", "5.23.0"))
     ]
-    monkeypatch.setattr("importlib.metadata.distributions", lambda: there)
+    monkeypatch.setattr("edgekit.doctor.extras.distributions", lambda: there)
     assert edgekit(*command).failed_with(1, "optimum-onnx 0.1.0 and transformers 5.23.0 cannot work together", "4.58")
     wrong = edgekit("import", vit[0], "--via", "optimun", "-o", tmp_path / "vit.edge")
     assert wrong.status == 2

@@ -1,0 +1,76 @@
+"""One index of a graph: which node produces a value, what consumes it, and which tensors are stored.
+
+The index is built once and describes the graph as it was then. Code that has changed the graph builds another.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto
+
+
+@dataclass(frozen=True, slots=True)
+class Consumption:
+    """One place where a value is read. node: None where the graph gives it as an output; slot: which of the node's
+    inputs; nested: the node, or the output, is in a subgraph such as a branch of an If."""
+
+    node: NodeProto | None
+    slot: int
+    nested: bool
+
+
+class Index:
+    """Producers, consumers and stored tensors of a graph by the names of values; subgraphs are read too."""
+
+    def __init__(self, model: ModelProto) -> None:
+        graph = model.graph
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self.producers: dict[str, NodeProto] = {name: node for node in graph.node for name in node.output if name}
+        self.outputs: frozenset[str] = frozenset(value.name for value in graph.output)
+        self._consumptions: defaultdict[str, list[Consumption]] = defaultdict(list)
+        self._collect(graph.node, nested=False)
+        for name in self.outputs:
+            self._consumptions[name].append(Consumption(None, -1, nested=False))
+        self.values: frozenset[str] = frozenset(
+            [*self.initializers, *self.producers, *self._consumptions, *(value.name for value in graph.input)]
+        ) - {""}
+
+    def _collect(self, nodes: Iterable[NodeProto], *, nested: bool) -> None:
+        for node in nodes:
+            for slot, name in enumerate(node.input):
+                self._consumptions[name].append(Consumption(node, slot, nested))
+            for item in node.attribute:
+                for graph in [item.g] if item.HasField("g") else item.graphs:
+                    self._collect(graph.node, nested=True)
+                    for value in graph.output:
+                        self._consumptions[value.name].append(Consumption(node, -1, nested=True))
+
+    def consumptions(self, name: str) -> list[Consumption]:
+        """Every place that reads the value: inputs of nodes, those of subgraphs included, and outputs of graphs."""
+        return self._consumptions.get(name, [])
+
+    def consumers(self, name: str) -> list[NodeProto]:
+        """The nodes of the graph itself that read the value, once for each input that does."""
+        return [item.node for item in self.consumptions(name) if item.node is not None and not item.nested]
+
+    def is_consumed(self, name: str) -> bool:
+        return name in self._consumptions
+
+    def only_consumer(self, name: str) -> NodeProto | None:
+        """The node that alone reads the value, through one of its inputs; None if others, or a subgraph, or the graph's
+        output read it too."""
+        found = self.consumptions(name)
+        return found[0].node if len(found) == 1 and not found[0].nested else None
+
+
+def element_types(model: ModelProto) -> dict[str, int]:
+    """ONNX's number of the element type of every value whose type ONNX can infer."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    found: dict[str, int] = {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    for value in (*inferred.input, *inferred.output, *inferred.value_info):
+        found.setdefault(value.name, value.type.tensor_type.elem_type)
+    return found

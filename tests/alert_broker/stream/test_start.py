@@ -1,0 +1,52 @@
+"""Where a group starts to read: offsets and times, and what is said about a wrong one."""
+
+from datetime import UTC, datetime
+
+import pytest
+from confluent_kafka import OFFSET_END, TopicPartition
+
+from alert_broker.stream.start import start_positions
+from edgekit.errors import EdgekitError
+
+PARTITIONS = [TopicPartition("alerts", number) for number in range(3)]
+
+
+class Broker:
+    """A consumer's answers: a message at 5000 ms and offset 50 in partition 0; the others end before that."""
+
+    def __init__(self):
+        self.asked = []
+
+    def offsets_for_times(self, asked, timeout):
+        self.asked = [item.offset for item in asked]
+        return [TopicPartition(item.topic, item.partition, 50 if item.partition == 0 else OFFSET_END) for item in asked]
+
+    def get_watermark_offsets(self, partition, timeout):
+        return 0, 70 + partition.partition
+
+
+def offsets(found):
+    return {item.partition: item.offset for item in found}
+
+
+@pytest.mark.parametrize("text", ["0=1200,2=7", " 0=1200 , 2=7 "])
+def test_offsets_are_taken_as_they_are(text):
+    assert offsets(start_positions(text, PARTITIONS, None)) == {0: 1200, 2: 7}
+
+
+def test_a_partition_that_does_not_exist_is_named():
+    with pytest.raises(EdgekitError, match="start_at names partition 3; the topic has 3"):
+        start_positions("0=1,3=1", PARTITIONS, None)
+
+
+@pytest.mark.parametrize("text", ["2026-08-01T04:00:00Z", "2026-08-01T04:00:00", "2026-08-01T06:00:00+02:00"])
+def test_a_time_without_a_zone_is_utc_and_partitions_without_a_later_message_start_at_their_end(text):
+    broker = Broker()
+    assert offsets(start_positions(text, PARTITIONS, broker)) == {0: 50, 1: 71, 2: 72}
+    assert broker.asked == [datetime(2026, 8, 1, 4, tzinfo=UTC).timestamp() * 1000] * 3
+
+
+@pytest.mark.parametrize("text", ["yesterday", "0=x", "0:1200", "-1=5"])
+def test_what_is_neither_is_refused_with_an_example(text):
+    with pytest.raises(EdgekitError, match=r"start_at is .*expected earliest, latest, a time such as"):
+        start_positions(text, PARTITIONS, Broker())
