@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from edgekit.cli.console import batch_sizes, note, output, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from edgekit.bundle.format import Bundle
+    from edgekit.compression.recipe import Step
+    from edgekit.compression.result import Result
+    from edgekit.compression.trials import SearchRecord
+    from edgekit.passes.change import Change
 
 EXAMPLE = """\b
 Examples:
@@ -95,12 +104,13 @@ def compress(
     device's plan, and the result must fit its memory. Latency is measured if the device is this machine; else it is
     estimated from its data sheet, and every record and the report say so.
     """
+    from dataclasses import replace
+
     from edgekit.bundle.format import GOLDEN, GRAPH, WEIGHTS, with_files
     from edgekit.bundle.zoo import folders
     from edgekit.compression import metrics, recipe, states
     from edgekit.compression.guard import Limits
     from edgekit.compression.job import Job
-    from edgekit.compression.report import with_report
     from edgekit.compression.run import plan, run
     from edgekit.data.dataset import load, locate
     from edgekit.errors import EdgekitError
@@ -171,26 +181,25 @@ def compress(
             bar.update(task, completed=done, visible=done < total)
 
         if auto:
+            from edgekit.compression.trials import Constraints
             from edgekit.search.auto import search
-            from edgekit.search.outcomes import Constraints
 
             constraints = Constraints(max_loss, max_size, max_latency)
-            found = search(job, constraints, work, trials=trials, notify=note, progress=show)
-            bundle = with_files(found.bundle, {"recipe.toml": recipe.to_toml(found.recipe).encode()})
+            result = search(job, constraints, work, trials=trials, notify=note, progress=show)
+            toml = recipe.to_toml(recipe.of_bundle(result.bundle)).encode()
+            result = replace(result, bundle=with_files(result.bundle, {"recipe.toml": toml}))
         else:
-            bundle = run(job, work, notify=note, progress=show)
+            result = run(job, work, notify=note, progress=show)
         if max_size is not None and not auto:
-            bundle = narrowed(job, bundle, max_size, work, notify=note, progress=show)
-    memory = bundle.manifest.metrics.get("compression", {}).get("memory")
-    if memory is not None and not memory["fits"]:
+            result = narrowed(job, result, max_size, work, notify=note, progress=show)
+    if not result.summary.fits:
         raise EdgekitError(
-            f"the result does not fit on {device} at batch size {memory['batch']}: {memory['text']}; declare smaller "
-            "--batch sizes, or compress further. Nothing was written"
+            f"the result does not fit on {device} at batch size {result.summary.memory_batch}: {result.memory}; "
+            "declare smaller --batch sizes, or compress further. Nothing was written"
         )
-    bundle = with_report(bundle, source)
-    bundle = _write(bundle, target, force)
+    bundle = result.save(target, force=force)
     states.prune(work)
-    _show_result(bundle, source, target, as_json)
+    _show_result(result, bundle, target, as_json)
     if before is not None:
         same = all(bundle.contents.get(name) == before.contents.get(name) for name in (WEIGHTS, GRAPH, GOLDEN))
         note(f"replayed: {'identical to' if same else 'NOT the same bytes as'} {original}")
@@ -206,77 +215,67 @@ def default_metric(manifest: Any) -> str:
     return "log-loss" if manifest.outputs[0].name == "probabilities" else "relative-error"
 
 
-def _write(bundle: Any, target: Path, force: bool) -> Any:
-    from dataclasses import replace
-
-    from edgekit.bundle.store import default_name, write_bundle
-
-    named = replace(bundle, manifest=replace(bundle.manifest, name=default_name(target)))
-    return write_bundle(named, target, force=force)
-
-
-def _show_plan(planned: Any, as_json: bool) -> None:
+def _show_plan(planned: Sequence[tuple[Step, list[Change]]], as_json: bool) -> None:
     if as_json:
-        print_json(
-            [{"pass": step.name, "parameters": dict(step.parameters), "plan": changes} for step, changes in planned]
-        )
+        plain = [(step, [asdict(change) for change in changes]) for step, changes in planned]
+        print_json([{"pass": step.name, "parameters": dict(step.parameters), "plan": rows} for step, rows in plain])
         return
     for number, (step, changes) in enumerate(planned, start=1):
         given = ", ".join(f"{name} = {value}" for name, value in step.parameters.items())
         print_table(
             ["tensor", "before", "after"],
-            [[change["tensor"], change["before"], change["after"]] for change in changes],
+            [[change.tensor, change.before, change.after] for change in changes],
             title=f"{number}. {step.name}: {given}",
         )
         output.print()
     output.print("Nothing was changed: this was a dry run.")
 
 
-def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
-    from edgekit.bundle.pack import pack
-
-    packed, original = len(pack(bundle)), len(pack(source))
-    records, search = bundle.manifest.records, bundle.manifest.metrics.get("search")
+def _show_result(result: Result, bundle: Bundle, path: Path, as_json: bool) -> None:
+    """bundle: as it was written."""
+    packed, original = result.packed_bytes, result.source_packed_bytes
     if as_json:
         print_json(
             {
-                "bundle": str(target),
+                "bundle": str(path),
                 "digest": bundle.digest,
                 "packed_bytes": packed,
                 "source_packed_bytes": original,
-                "records": list(records),
-                "search": search,
+                "records": [record.to_json() for record in result.records],
+                "search": result.search.to_json() if result.search else None,
             }
         )
         return
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)  # None: was not a finite number
-
-    if search:
-        from edgekit.compression.report import front
-
-        best = [
-            [
-                trial["passes"],
-                number(trial["loss"], "+.4f"),
-                f"{trial['bytes']:,}",
-                f"{trial['speedup']:.2f}",
-                "chosen" if trial["number"] == search["chosen"] else "",
-            ]
-            for trial in front(search)
-        ]
-        title = f"Pareto front of {len(search['trials'])} trials, on held-out rows"
-        print_table(["recipe", "loss", "packed bytes", "times as fast", ""], best, title=title)
-        output.print()
+    if result.search:
+        _show_front(result.search)
     rows = []
-    for record in records:
-        after = record.get("after", record["before"])
-        speed = "/".join(number(item["ratio"] and 1 / item["ratio"], ".2f") for item in record.get("latency", []))
-        verdict = "kept" if record["kept"] else "rolled back"
-        quality = number(after["quality"]["value"], ".4f")
-        rows.append([record["pass"], verdict, quality, f"{after['bytes']:,}", speed, record["reason"]])
-    speed = "speed-up (estimate)" if any("estimated_on" in record for record in records) else "speed-up"
+    for record in result.records:
+        after = record.after or record.before
+        speed = "/".join(_number(1 / item.ratio, ".2f") for item in record.latency)
+        verdict = "kept" if record.kept else "rolled back"
+        quality = _number(after.quality.value, ".4f")
+        rows.append([record.name, verdict, quality, f"{after.bytes:,}", speed, record.reason])
+    speed = "speed-up (estimate)" if any(record.estimated_on for record in result.records) else "speed-up"
     print_table(["pass", "verdict", "quality", "packed bytes", speed, "reason"], rows)
-    output.print(f"\n{target}: {original:,} to {packed:,} bytes packed")
-    output.print(f"report: {target}/report.html")
+    output.print(f"\n{path}: {original:,} to {packed:,} bytes packed")
+    output.print(f"report: {path}/report.html")
+
+
+def _show_front(search: SearchRecord) -> None:
+    best = [
+        [
+            trial.passes,
+            _number(trial.loss, "+.4f"),
+            f"{trial.bytes:,}",
+            f"{trial.speedup:.2f}",
+            "chosen" if trial.number == search.chosen else "",
+        ]
+        for trial in search.front
+    ]
+    title = f"Pareto front of {len(search.trials)} trials, on held-out rows"
+    print_table(["recipe", "loss", "packed bytes", "times as fast", ""], best, title=title)
+    output.print()
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"

@@ -257,7 +257,7 @@ def test_the_report_says_that_latency_was_estimated(tiny_job, tmp_path):
 
     steps = [("cluster", {"bits": 5, "epochs": 1})]
     elsewhere, here = (
-        report.render(run(made := tiny_job(steps, target=target), tmp_path), made.source)
+        report.render(run(made := tiny_job(steps, target=target), tmp_path).bundle, made.source)
         for target in (profile.find("jetson-nano"), None)
     )
     assert "Latency is an estimate for jetson-nano, from its data sheet: nothing was run there." in elsewhere
