@@ -8,8 +8,10 @@ mkdocs loads this file as a hook. Nothing that it writes is stored in git.
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +21,20 @@ import click
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
+API = {
+    "Models": ("edgekit.importers.files.resolve", "edgekit.bundle.store.open_bundle", "edgekit.bundle.format.Bundle"),
+    "Run": ("edgekit.session.open_session", "edgekit.session.Session"),
+    "Targets": ("edgekit.targets.profile.names", "edgekit.targets.profile.find", "edgekit.targets.profile.Target"),
+    "Errors": ("edgekit.errors.EdgekitError",),
+    "Contracts for plug-ins": (
+        "edgekit.passes.base.Pass",
+        "edgekit.passes.base.Candidate",
+        "edgekit.passes.base.GraphCandidate",
+        "edgekit.passes.base.Context",
+        "edgekit.exporter.Exporter",
+        "edgekit.exporter.Export",
+    ),
+}
 WIDTH = 100  # characters of a line of help
 # attributes by which a browser fetches something for a page, by tag; a link that a person may click is not among them
 FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
@@ -79,7 +95,8 @@ def targets_page() -> str:
         "# Targets",
         "",
         f"edgekit knows {len(targets)} devices. Memory is in GB and bandwidth in GB/s. Rates are in 10^12 dense",
-        "operations per second; the rate of a CPU is that of one core. `-` means that the device has no unit for that precision.",
+        "operations per second; the rate of a CPU is that of one core. `-` means that the device has no unit for that",
+        "precision.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -112,17 +129,12 @@ def targets_page() -> str:
 
 
 def api_page() -> str:
-    """The docstring of every name in `edgekit.__all__`, and the contracts that a plug-in keeps."""
-    import edgekit
-
-    contracts = ("edgekit.passes.base.Pass", "edgekit.exporter.Exporter", "edgekit.exporter.Export")
-    parts = ["# Python API", "", "`import edgekit` is quick: a name below loads torch or ONNX when it is used.", ""]
-    for name in edgekit.__all__:
-        item = getattr(edgekit, name)
-        parts += [f"::: {item.__module__}.{item.__qualname__}", "    options: {heading_level: 2}", ""]
-    parts += ["# Contracts for plug-ins", ""]
-    for name in (*contracts, "edgekit.session.Session"):
-        parts += [f"::: {name}", "    options: {heading_level: 2}", ""]
+    """The docstrings of what a program uses, and of the contracts that a plug-in keeps."""
+    parts = ["# Python API", "", "`import edgekit` is quick: torch and ONNX are loaded when something needs them.", ""]
+    for title, names in API.items():
+        parts += [f"## {title}", ""]
+        for name in names:
+            parts += [f"::: {name}", "    options: {heading_level: 3}", ""]
     return "\n".join(parts)
 
 
@@ -146,7 +158,7 @@ def notebook_page(path: Path) -> str:
             parts += [cell.source, ""]
         elif cell.cell_type == "code":
             parts += ["```python", cell.source, "```", ""]
-            for output in cell.outputs:
+            for output in _joined(cell.outputs):
                 parts += [*_rendered(output), ""]
     return "\n".join(parts)
 
@@ -161,7 +173,19 @@ def run_notebook(path: Path) -> Any:
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}})
-        return client.execute()
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # cells run `edgekit`
+        return client.execute(env={**os.environ, "PATH": path})
+
+
+def _joined(outputs: list[Any]) -> Iterator[Any]:
+    """The outputs of a cell, with the pieces of one stream put together again."""
+    for name, pieces in itertools.groupby(outputs, lambda item: item.get("name")):
+        first, *others = pieces
+        if name is None:
+            yield from (first, *others)
+        else:
+            first.text += "".join(item.text for item in others)
+            yield first
 
 
 def _rendered(output: Any) -> list[str]:
