@@ -38,7 +38,7 @@ from edgekit.compression.guard import Limits, tiled, time_in_turns
 from edgekit.compression.job import Job, versions
 from edgekit.compression.measure import outputs_of
 from edgekit.compression.recipe import Step, of_bundle, to_table
-from edgekit.compression.run import applied, candidate_of
+from edgekit.compression.subject import applied, candidate_of
 from edgekit.compression.trials import Constraints
 from edgekit.cost.timing import ratio_interval
 from edgekit.data.dataset import load, locate

@@ -14,30 +14,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from edgekit import machine, plugins
-from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle, Manifest, assemble, assemble_graph
+from edgekit.bundle.format import Bundle
 from edgekit.bundle.pack import pack
 from edgekit.bundle.store import open_bundle
 from edgekit.bundle.tensors import Arrays
 from edgekit.compression import measure, metrics, states
 from edgekit.compression.guard import Agreement, Latency, State, Verdict, judge
-from edgekit.compression.job import Job, Notify, ShowProgress, versions
+from edgekit.compression.job import Job, Notify, ShowProgress
 from edgekit.compression.measure import AGREEMENT_ROWS, outputs_of
 from edgekit.compression.recipe import Step, to_table, to_tables
 from edgekit.compression.record import COMPRESSION, PassRecord, Summary, finite, records_of
 from edgekit.compression.result import Result
-from edgekit.data.dataset import Dataset
+from edgekit.compression.subject import bundle_of, candidate_of, context_of, for_pass
 from edgekit.errors import EdgekitError
-from edgekit.nn.training import outputs as network_outputs
 from edgekit.passes.base import AnyCandidate, Candidate, Context, GraphCandidate, Level, Pass, load_pass
 from edgekit.passes.change import Change
-from edgekit.session import Session, open_session
+from edgekit.session import Session
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
     from torch import nn
 
     from edgekit.targets.profile import Target
@@ -68,11 +65,11 @@ def plan(job: Job) -> list[tuple[Step, list[Change]]]:
     check_order(job.source, job.recipe)
     candidate = candidate_of(job.source)
     teacher = candidate.model if isinstance(candidate, Candidate) else None
-    context = _context(job, teacher, job.seed)
+    context = context_of(job, teacher, job.seed)
     result = []
     for step in job.recipe:
         built = step.build()
-        candidate = _for_pass(built, candidate, job)
+        candidate = for_pass(built, candidate, job)
         result.append((step, built.plan(candidate)))
         if built.epochs_parameter:
             built = built.without_training()
@@ -144,7 +141,7 @@ def run(
         after, record = _attempt(job, reference, standing, replace(step, seed=seed), records, progress)
         records.append(record)
         notify(f"  {'kept' if record.kept else 'rolled back'}: {record.reason}")
-        standing = replace(after or standing, bundle=_bundle(job, (after or standing).candidate, records))
+        standing = replace(after or standing, bundle=bundle_of(job, (after or standing).candidate, records))
         states.keep(paths[number - 1], standing.bundle)
     return _result(job, standing.bundle, reference)
 
@@ -184,11 +181,11 @@ def _attempt(
     started = time.perf_counter()
     session = measure.session(job, before.bundle, reference.forms)  # if a runtime is missing, no pass is to blame
     built = step.build()
-    context = _context(job, reference.teacher, step.seed or 0, progress)
+    context = context_of(job, reference.teacher, step.seed or 0, progress)
     changes: tuple[Change, ...] = ()
     measured: Measured | None = None
     try:
-        changes, candidate = _tried(built, _for_pass(built, before.candidate, job), context)
+        changes, candidate = _tried(built, for_pass(built, before.candidate, job), context)
         measured = _measure(job, reference, before, session, candidate, records)
         verdict = _judge(job, before, measured, built)
     except EdgekitError as error:
@@ -207,7 +204,7 @@ def _measure(
     records: Sequence[PassRecord],
 ) -> Measured:
     """Quality, size, latency and agreement of what a pass made."""
-    bundle = _bundle(job, candidate, records)
+    bundle = bundle_of(job, candidate, records)
     outputs = outputs_of(job, bundle, candidate)
     quality = metrics.measure(reference.metric, outputs, reference.expected)
     after = Standing(bundle, candidate, State(quality, len(pack(bundle)), bundle.parameters))
@@ -294,14 +291,6 @@ def _tried(built: Pass[Any], subject: AnyCandidate, context: Context) -> tuple[t
         raise EdgekitError(f"failed: {type(error).__name__}{first and ': '}{first[:300]}") from error
 
 
-def applied(job: Job, step: Step) -> Bundle:
-    """What one pass makes of the source, neither timed nor judged."""
-    candidate = candidate_of(job.source)
-    context = _context(job, candidate.model if isinstance(candidate, Candidate) else None, job.seed)
-    built = step.build()
-    return _bundle(job, built.apply(_for_pass(built, candidate, job), context), ())
-
-
 def _result(job: Job, bundle: Bundle, reference: Reference) -> Result:
     """The finished bundle, the source and the result measured beside each other in one run."""
     outputs = outputs_of(job, bundle, candidate_of(bundle))
@@ -339,74 +328,6 @@ def _on_target(job: Job, target: Target, bundle: Bundle, summary: Summary, input
     return replace(summary, memory=memory, memory_batch=batch, estimated_on=estimated)
 
 
-def _context(
-    job: Job, teacher: nn.Module | None, seed: int, progress: ShowProgress = lambda what, done, total: None
-) -> Context:
-    def lower(network: nn.Module) -> ModelProto:
-        from edgekit.graph.lower import float_graph
-
-        return float_graph(job.source, network, exporter="dynamo")
-
-    return Context(job.train, teacher, seed, progress, job.source.manifest.inputs, lower)
-
-
-def _for_pass(built: Pass[Any], candidate: AnyCandidate, job: Job) -> AnyCandidate:
-    """The candidate as the pass takes it: lowered to a graph for the first pass that works on one."""
-    return candidate if built.level == Level.NETWORK else lowered(candidate, job)
-
-
-def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
-    """The candidate as a graph."""
-    if isinstance(candidate, GraphCandidate):
-        return candidate
-    from edgekit.graph.lower import lower
-
-    return GraphCandidate(lower(_bundle(job, candidate, ())))
-
-
-def candidate_of(bundle: Bundle) -> AnyCandidate:
-    """The bundle's model as passes take it."""
-    if bundle.is_graph:
-        from edgekit.graph.model import load
-
-        return GraphCandidate(load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name)))
-    return Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
-
-
-def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) -> Bundle:
-    """The candidate as a bundle, its golden outputs recomputed on the source's golden inputs. records: of this run."""
-    inputs, _ = job.source.golden()
-    inputs = {spec.name: inputs[spec.name] for spec in job.source.manifest.inputs}
-    manifest = replace(
-        job.source.manifest,
-        recipe=to_tables(job.recipe),
-        records=(*job.source.manifest.records, *(record.to_json() for record in records)),
-        parent=job.source.digest,
-        seed=job.seed,
-        metrics={},
-        target=job.target.name if job.target else job.source.manifest.target,
-        versions=versions(),
-    )
-    if isinstance(candidate, GraphCandidate):
-        return _graph_bundle(manifest, candidate, inputs)
-    names = [spec.name for spec in manifest.outputs]
-    rows = len(next(iter(inputs.values())))
-    golden = Dataset(inputs, np.zeros(rows, np.int64))
-    softmax = [name == PROBABILITIES for name in names]
-    outputs = dict(zip(names, network_outputs(candidate.model, golden, softmax=softmax), strict=True))
-    manifest = replace(manifest, arguments=dict(candidate.arguments))
-    return assemble(manifest, candidate.weights(), candidate.encodings, (inputs, outputs))
-
-
-def _graph_bundle(manifest: Manifest, candidate: GraphCandidate, inputs: Arrays) -> Bundle:
-    from edgekit.graph.model import serialized
-
-    graph = serialized(candidate.model)
-    empty = {spec.name: np.zeros(0, np.float32) for spec in manifest.outputs}
-    outputs = open_session(assemble_graph(manifest, graph, (inputs, empty)), "onnxruntime", threads=1).run(inputs)
-    return assemble_graph(manifest, graph, (inputs, outputs))
-
-
 def _state_paths(job: Job, work: Path) -> list[Path]:
     """Where the state after each pass belongs: under the hash of the job and of the passes up to it, their code
     included."""
@@ -426,4 +347,4 @@ def _resume(job: Job, paths: Sequence[Path]) -> tuple[int, Bundle]:
         except EdgekitError:  # not reached, or damaged: the state before it will do
             continue
         return done, replace(state, manifest=replace(state.manifest, recipe=to_tables(job.recipe)))
-    return 0, _bundle(job, candidate_of(job.source), ())
+    return 0, bundle_of(job, candidate_of(job.source), ())

@@ -13,7 +13,7 @@ from edgekit.compression import metrics
 from edgekit.compression.job import Job, ShowProgress
 from edgekit.compression.measure import outputs_of
 from edgekit.compression.recipe import Step
-from edgekit.compression.run import applied, candidate_of, lowered
+from edgekit.compression.subject import applied, candidate_of, lowered
 from edgekit.compression.trials import Sensitivity
 from edgekit.data.dataset import Dataset
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
-from edgekit.compression.run import candidate_of, lowered
+from edgekit.compression.subject import candidate_of, lowered
 from edgekit.compression.trials import Sensitivity
 from edgekit.data.dataset import is_labelled
 from edgekit.errors import EdgekitError

@@ -8,7 +8,7 @@ from torch import nn
 
 from edgekit.compression.metrics import ClassAveragedLogLoss
 from edgekit.compression.recipe import Step
-from edgekit.compression.run import _for_pass, applied
+from edgekit.compression.subject import applied, for_pass
 from edgekit.errors import EdgekitError
 from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context
@@ -45,7 +45,7 @@ def test_the_int8_pass_after_it_does_not_move_the_weights(tiny_job):
     job = tiny_job([])
     bundle = applied(job, Step("qat", {"epochs": 1}))
     model = bundle.model()
-    graph = _for_pass(StaticInt8(), Candidate(bundle.manifest.family, bundle.manifest.arguments, model), job)
+    graph = for_pass(StaticInt8(), Candidate(bundle.manifest.family, bundle.manifest.arguments, model), job)
     after = StaticInt8(samples=32).apply(graph, Context(job.train, model, 0))
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in after.model.graph.initializer}
     wanted = model.blocks[0].expand.weight.detach().numpy().T  # a MatMul holds it the other way round

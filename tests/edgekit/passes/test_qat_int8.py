@@ -16,7 +16,8 @@ from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job
 from edgekit.compression.measure import outputs_of
 from edgekit.compression.recipe import Step
-from edgekit.compression.run import _context, applied, candidate_of, check_order
+from edgekit.compression.run import check_order
+from edgekit.compression.subject import applied, candidate_of, context_of
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.graph.model import serialized
@@ -169,7 +170,7 @@ def test_batches_of_any_length_give_the_same_rows(networks, quantized):
 def test_training_recovers_what_two_bits_lose_repeats_itself_and_leaves_its_candidate_alone(networks):
     job = networks["t2"]
     candidate = candidate_of(job.source)
-    context = _context(job, candidate.model, 0)
+    context = context_of(job, candidate.model, 0)
     before = {name: value.tobytes() for name, value in candidate.weights().items()}
 
     def accuracy(probabilities):
@@ -247,7 +248,7 @@ def test_torch_export_fails_in_one_line(networks, monkeypatch):
     monkeypatch.setattr(kind, "forward", branches)
     candidate = candidate_of(job.source)
     with pytest.raises(EdgekitError, match=r"cannot capture.*use qat"):
-        QatInt8(epochs=0).apply(candidate, _context(job, candidate.model, 0))
+        QatInt8(epochs=0).apply(candidate, context_of(job, candidate.model, 0))
 
 
 def test_without_torchao_the_error_names_the_extra(networks, monkeypatch):

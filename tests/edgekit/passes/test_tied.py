@@ -10,7 +10,7 @@ from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.bundle.tensors import parse_spec
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
-from edgekit.compression.run import applied
+from edgekit.compression.subject import applied
 from edgekit.data.dataset import Dataset
 from edgekit.importers.factory import from_factory
 from edgekit.nn.module import tied

@@ -1,0 +1,101 @@
+"""A bundle as passes take it, and what a pass leaves as a bundle again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle, Manifest, assemble, assemble_graph
+from edgekit.bundle.tensors import Arrays
+from edgekit.compression.job import Job, ShowProgress, versions
+from edgekit.compression.recipe import Step, to_tables
+from edgekit.compression.record import PassRecord
+from edgekit.data.dataset import Dataset
+from edgekit.nn.training import outputs as network_outputs
+from edgekit.passes.base import AnyCandidate, Candidate, Context, GraphCandidate, Level, Pass
+from edgekit.session import open_session
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
+
+
+def context_of(
+    job: Job, teacher: nn.Module | None, seed: int, progress: ShowProgress = lambda what, done, total: None
+) -> Context:
+    """What the passes of a job may use."""
+
+    def lower(network: nn.Module) -> ModelProto:
+        from edgekit.graph.lower import float_graph
+
+        return float_graph(job.source, network, exporter="dynamo")
+
+    return Context(job.train, teacher, seed, progress, job.source.manifest.inputs, lower)
+
+
+def for_pass(built: Pass[Any], candidate: AnyCandidate, job: Job) -> AnyCandidate:
+    """The candidate as the pass takes it: lowered to a graph for the first pass that works on one."""
+    return candidate if built.level == Level.NETWORK else lowered(candidate, job)
+
+
+def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
+    """The candidate as a graph."""
+    if isinstance(candidate, GraphCandidate):
+        return candidate
+    from edgekit.graph.lower import lower
+
+    return GraphCandidate(lower(bundle_of(job, candidate, ())))
+
+
+def candidate_of(bundle: Bundle) -> AnyCandidate:
+    """The bundle's model as passes take it."""
+    if bundle.is_graph:
+        from edgekit.graph.model import load
+
+        return GraphCandidate(load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name)))
+    return Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
+
+
+def bundle_of(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) -> Bundle:
+    """The candidate as a bundle, its golden outputs recomputed on the source's golden inputs. records: of this run."""
+    inputs, _ = job.source.golden()
+    inputs = {spec.name: inputs[spec.name] for spec in job.source.manifest.inputs}
+    manifest = replace(
+        job.source.manifest,
+        recipe=to_tables(job.recipe),
+        records=(*job.source.manifest.records, *(record.to_json() for record in records)),
+        parent=job.source.digest,
+        seed=job.seed,
+        metrics={},
+        target=job.target.name if job.target else job.source.manifest.target,
+        versions=versions(),
+    )
+    if isinstance(candidate, GraphCandidate):
+        return _graph_bundle(manifest, candidate, inputs)
+    names = [spec.name for spec in manifest.outputs]
+    rows = len(next(iter(inputs.values())))
+    golden = Dataset(inputs, np.zeros(rows, np.int64))
+    softmax = [name == PROBABILITIES for name in names]
+    outputs = dict(zip(names, network_outputs(candidate.model, golden, softmax=softmax), strict=True))
+    manifest = replace(manifest, arguments=dict(candidate.arguments))
+    return assemble(manifest, candidate.weights(), candidate.encodings, (inputs, outputs))
+
+
+def _graph_bundle(manifest: Manifest, candidate: GraphCandidate, inputs: Arrays) -> Bundle:
+    from edgekit.graph.model import serialized
+
+    graph = serialized(candidate.model)
+    empty = {spec.name: np.zeros(0, np.float32) for spec in manifest.outputs}
+    outputs = open_session(assemble_graph(manifest, graph, (inputs, empty)), "onnxruntime", threads=1).run(inputs)
+    return assemble_graph(manifest, graph, (inputs, outputs))
+
+
+def applied(job: Job, step: Step) -> Bundle:
+    """What one pass makes of the source, neither timed nor judged."""
+    candidate = candidate_of(job.source)
+    context = context_of(job, candidate.model if isinstance(candidate, Candidate) else None, job.seed)
+    built = step.build()
+    return bundle_of(job, built.apply(for_pass(built, candidate, job), context), ())

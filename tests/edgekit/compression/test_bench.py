@@ -1,0 +1,55 @@
+"""`edgekit.bench`: every model at every batch size, a planted slowness, and rows of the caller's."""
+
+import time
+
+import numpy as np
+import pytest
+
+from edgekit.compression.bench import bench
+from edgekit.errors import EdgekitError
+from tests.conftest import FakeSession
+
+
+class Slow(FakeSession):
+    """Works three milliseconds longer once the model has codes."""
+
+    def run(self, arrays):
+        until = time.process_time() + (3e-3 if self.codes else 0)
+        outputs = super().run(arrays)
+        while time.process_time() < until:
+            pass
+        return outputs
+
+    def __init__(self, bundle, **options):
+        super().__init__(bundle, **options)
+        self.codes = bool(bundle.encodings())
+
+
+def test_a_planted_slowness_is_in_the_speedup_of_its_model_alone(register, toy):
+    register("edgekit.sessions", "slow", Slow)
+    rows = bench([toy(), toy("palette")], batches=(1, 4), runtime="slow", seconds=0.1)
+    assert [row.batch for row in rows] == [1, 1, 4, 4]
+    for first, second in (rows[:2], rows[2:]):
+        assert first.speedup == 1.0
+        assert second.speedup_high < 0.8
+        assert second.cpu_p50_ms >= 3
+        assert first.p50_ms <= first.p90_ms <= first.p99_ms
+
+
+def test_the_callers_rows_are_what_is_run(register, toy):
+    seen = []
+
+    class Looks(FakeSession):
+        def run(self, arrays):
+            seen.append(arrays["light_curve"].copy())
+            return super().run(arrays)
+
+    register("edgekit.sessions", "looks", Looks)
+    bench(toy(), data={"light_curve": np.full((1, 12, 2), 0.25)}, batches=(3,), runtime="looks", seconds=0.01)
+    assert {array.shape for array in seen} == {(3, 12, 2)}
+    assert all((array == 0.25).all() for array in seen)
+
+
+def test_a_model_that_is_not_there_is_an_error():
+    with pytest.raises(EdgekitError, match=r"nothing\.edge"):
+        bench(["t2-gr", "nothing.edge"])
