@@ -183,10 +183,14 @@ def run_notebook(path: Path) -> Any:
 
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}})
+        client = NotebookClient(
+            notebook,
+            timeout=300,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            extra_arguments=["--log-level=ERROR"],
+        )
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # cells run `edgekit`
-        client.km = client.create_kernel_manager()
-        client.km.transport = "ipc"  # files of this user; with TCP, others on the machine could listen
         return client.execute(env={**os.environ, "PATH": path})
 
 
