@@ -107,7 +107,7 @@ def test_every_target_is_in_the_table_with_its_figures(build):
     for name in names():
         target = find(name)
         assert f"| {target.memory.value / 1e9:g} |" in rows[f"[{name}](#{name})"]
-        assert target.plan.order[0] in rows[f"[{name}](#{name})"]
+        assert f"| {target.plan.order[0]} |" in rows[f"[{name}](#{name})"]
 
 
 def test_navigation_names_pages_that_exist_or_are_generated(build):
@@ -158,6 +158,34 @@ def test_the_pass_of_the_documentation_works(tiny_bundle, tiny_data):
     for name, value in after.items():
         assert np.array_equal(candidate.weights()[name], before[name])
         assert np.allclose(value % 0.25, 0) if name in changed else np.array_equal(value, before[name])
+
+
+def test_the_python_example_of_the_readme(tmp_path):
+    text = (ROOT / "README.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    (tmp_path / "example.py").write_text(code)
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = re.match(r"(\d+) bytes before, (\d+) after", done.stdout).groups()
+    assert int(after) < 0.5 * int(before)
+    assert (tmp_path / "small-onnx" / "model.onnx").is_file()
+
+
+def test_examples_of_docstrings_are_shown_as_code():
+    pytest.importorskip("griffe")
+    spec = importlib.util.spec_from_file_location("docs_doctests", ROOT / "docs" / "doctests.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.fenced("Text.\n\n>>> 1 + 1\n2\n\nMore.") == "Text.\n\n\n```pycon\n>>> 1 + 1\n2\n```\n\nMore."
+    assert module.fenced("Text.\n    >>> 1").endswith("```pycon\n    >>> 1\n```")
+    assert module.fenced("No example.\n\nMore.") == "No example.\n\nMore."
+
+
+def test_the_page_of_the_api_has_every_public_name(build):
+    import edgekit
+
+    headings = re.findall(r"heading: edgekit\.([a-zA-Z_]+),", build.api_page())
+    assert sorted(headings) == sorted(set(edgekit.__all__) - {"__version__"})
 
 
 def test_the_target_of_the_documentation_is_valid(tmp_path):
