@@ -5,8 +5,8 @@
 
 All run in turns in one process, and the CPU time of the thread is counted, so that other programs on the machine
 disturb all of them alike. Each ratio is the median of the ratios of neighbouring runs. The inputs are the bundle's
-golden rows, repeated. At the end, the script compares outputs on random rows, and on the model's own data set if `edgekit data` has
-prepared it.
+golden rows, repeated. At the end, the script compares outputs on random rows, and on the model's own data set if
+`edgekit data` has prepared it.
 """
 
 from __future__ import annotations
