@@ -14,7 +14,7 @@ import pytest
 from edgekit.bundle.pack import pack
 from edgekit.compression import metrics, recipe, record
 from edgekit.compression.guard import State
-from edgekit.compression.recipe import Step
+from edgekit.compression.recipe import Step, of_bundle
 from edgekit.compression.record import PassRecord
 from edgekit.compression.run import run
 from edgekit.compression.trials import Constraints, Outcome
@@ -178,7 +178,7 @@ def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
     assert recovered[:2] == [[2], [2 * LONGER[0]]]
     assert longest in (2 * factor for factor in LONGER)
     assert found.search.trials[0].loss < short
-    assert found.recipe[0].parameters["epochs"] == longest
+    assert of_bundle(found.bundle)[0].parameters["epochs"] == longest
     assert any("it would be the best but for its loss" in line for line in said)
     # planted: a search that judges by the short recovery finds nothing
     monkeypatch.setattr(auto, "LONGER", ())
