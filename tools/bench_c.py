@@ -3,9 +3,10 @@
     python tools/bench_c.py --json c_export.json
     python tools/bench_c.py models/t2-ugrizy
 
-All run in turns in one process, and CPU time of the thread is counted, so that whatever else the machine does falls on
-each alike; ratios are medians of the ratios of neighbouring runs. Inputs are the bundle's golden rows over and over.
-Last, outputs are compared on random rows, and on the model's own data set where it is prepared (edgekit data).
+All run in turns in one process, and the CPU time of the thread is counted, so that other programs on the machine
+disturb all of them alike. Each ratio is the median of the ratios of neighbouring runs. The inputs are the bundle's
+golden rows, repeated. At the end, the script compares outputs on random rows, and on the model's own data set if
+`edgekit data` has prepared it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Milliseconds per batch: ONNX Runtime as it comes, edgekit's sessions (ONNX Runtime, C), and PyTorch eager.
+"""Milliseconds per batch: ONNX Runtime with default settings, edgekit's sessions (ONNX Runtime, C), and PyTorch eager.
 
     python tools/bench_inference.py --json inference.json
     python tools/bench_inference.py models/t2-gr
 
-All run in turns in one process, so that whatever else the machine does falls on each alike; ratios are medians of
-the ratios of neighbouring runs. Without a bundle a t2 with random weights is timed: speed does not depend on them.
+All run in turns in one process, so that other programs on the machine disturb all of them alike. Each ratio is the
+median of the ratios of neighbouring runs. Without a bundle, the script times a t2 with random weights, because speed
+does not depend on them.
 """
 
 from __future__ import annotations

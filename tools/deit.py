@@ -1,5 +1,5 @@
-"""DeiT-tiny (Touvron et al. 2021, arXiv 2012.12877, table 1): 12 layers, 192 wide, 3 heads, 16 x 16 patches. Written
-out here because the usual package for it drags in a build of torchvision for GPUs.
+"""DeiT-tiny (Touvron et al. 2021, arXiv 2012.12877, table 1): 12 layers, 192 wide, 3 heads, 16 x 16 patches. It is
+written out here because the usual package for it requires a build of torchvision for GPUs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ The compiled loop runs as plain Python, so that each branch of it counts, on num
 targets, chosen by the first byte of an input: a message as it comes (`containers.split`, then its blocks are read), and
 data for one of a few schemas that have every type there is. Whatever is accepted is compared with fastavro. An error
 other than those that a packet may have, an index out of bounds, an input of more than ten seconds, or other values than
-fastavro's end the run, with the input in a file. The corpus stays in `--corpus` and is gone on with.
+fastavro's end the run, with the input in a file. The corpus stays in `--corpus`, and the next run continues from it.
 """
 
 from __future__ import annotations

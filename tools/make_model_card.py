@@ -213,7 +213,7 @@ normalize. Bars are 95 % Wilson intervals; bins of fewer than ten objects are no
 {{ "; ZTF has other filters, another depth and another cadence, and no result on real, labelled ZTF alerts is claimed" \
 if bands|length < 6 }}.
 - Batch size, learning rate and the choice of context numbers were made on exploratory runs that were measured on the \
-same test objects: the log-loss is optimiztic by a little, how little was not measured.
+same test objects: the log-loss is optimistic by a little, how little was not measured.
 - The training set imitates a spectroscopic sample: brighter and nearer than what a survey finds.
 - Rare classes: {% for row in rare %}{{ row.name }} ({{ row.train }} training, {{ row.test }} test objects)\
 {{ ", " if not loop.last }}{% endfor %}. Their rows above rest on few objects, and through equal weights they carry \

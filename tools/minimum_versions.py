@@ -1,7 +1,7 @@
 """Print the lowest version of each dependency that pyproject.toml allows, as constraints for pip.
 
     python tools/minimum_versions.py compress onnx > minimum.txt
-    python -m pip install -c minimum.txt -e '.[compress,onnx]' pytest
+    python -m pip install -c minimum.txt -e '.[compress,onnx]' pytest hypothesis
 
 The arguments are extras; the dependencies of the core are always in the list.
 """

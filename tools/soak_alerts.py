@@ -3,10 +3,10 @@
     python tools/soak_alerts.py --minutes 30 --json benchmarks/soak.json
 
 `edgekit alerts consume` between topics of an embedded broker (Tansu, in memory); one packet in a hundred is damaged.
-The broker keeps every message, so LSST packets come without their images (--cutouts sends them, 100 kB each, for a
-short run). Memory is the consumer's resident set, read every few seconds; flat means that its median in the last
-quarter is at most 5 % above that in the second. Exit status 1 if it is not, or if the ledger, the results or the dead
-letters are not what was sent.
+The broker keeps every message, so the LSST packets contain no images (--cutouts adds them, 100 kB each, for a short
+run). Memory is the resident set of the consumer, read every few seconds. It is flat if its median in the last quarter
+is at most 5 % above that in the second quarter. The exit status is 1 if it is not flat, or if the ledger, the results
+or the dead letters do not match what was sent.
 """
 
 from __future__ import annotations

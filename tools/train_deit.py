@@ -3,11 +3,11 @@
     python tools/train_deit.py work/             # deit-tiny.safetensors and its log there; minutes on two cores
 
 The task is synthetic: gratings of ten classes (five directions, two wavelengths), 224 x 224, whose phase, contrast,
-colours and, within a few per cent, direction and wavelength are random, under noise that is stronger than they are.
-It says how much accuracy compression costs a vision transformer that has learnt something; nothing about photographs.
+colours and, within a few per cent, direction and wavelength are random, under noise that is stronger than the gratings.
+The task shows how much accuracy compression costs a trained vision transformer. It says nothing about photographs.
 
-Most of the time it sees a sixth of the patches, drawn anew for each batch (PatchDropout, Liu et al. 2022, arXiv
-2208.07220), which makes a step so much cheaper; at the end, whole images, as it will be used.
+During most of the training, the network sees a sixth of the patches, which are drawn anew for each batch (PatchDropout,
+Liu et al. 2022, arXiv 2208.07220). This makes a step much cheaper. At the end it sees whole images, as in use.
 """
 
 from __future__ import annotations

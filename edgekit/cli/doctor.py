@@ -24,21 +24,30 @@ Examples:
   edgekit doctor --json > there.json
   edgekit doctor --system there.json --target tesla-p40
 """
-LONG = 60  # characters; a remedy of more is printed once
+LONG = 60  # characters; a longer remedy is printed only once
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 @click.command(epilog=EXAMPLE)
 @click.argument("bundle", required=False)
-@click.option("--target", "target_name", help="What it must work as: a name of `edgekit targets`, or a TOML file.")
-@click.option("--system", "recorded", type=click.Path(path_type=Path), help="Judge a machine recorded with --json.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of BUNDLE's estimate.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: what was observed, and the checks.")
+@click.option("--target", "target_name", help="The device to check for: a name of `edgekit targets`, or a TOML file.")
+@click.option(
+    "--system", "recorded", type=click.Path(path_type=Path), help="Check the machine in this file, which --json wrote."
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Rows for which the memory of BUNDLE is estimated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the observed facts and the checks as JSON.")
 def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, batch: int, as_json: bool) -> int:
-    """Say what this machine can run, what stands in the way, and what to do about it.
+    """Say what this machine can run, what prevents the rest, and how to fix it.
 
-    Without --target the machine's own is looked for. With BUNDLE: what the model asks for, held against the machine, or
-    with --target against that device's profile. Exit status 1 if something cannot work.
+    Without --target, edgekit recognises the target of this machine. With BUNDLE, it compares what the model requires
+    with this machine, or, with --target, with the profile of that device. The exit status is 1 if something cannot
+    work.
     """
     from dataclasses import asdict
 
@@ -53,7 +62,7 @@ def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, b
     if recorded:
         system = read(recorded)
     elif not (bundle and target):
-        with status.status("looking at this machine"):
+        with status.status("examining this machine"):
             system = observe()
     meant = target or (guess(system, map(find, names())) if system else None)
     checks = judge(system, meant, asked=target is not None) if system else []
@@ -73,7 +82,7 @@ def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, b
 
 
 def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
-    """What a bundle asks for, and its graph: a network's is exported to see, where torch is here."""
+    """What a bundle requires, and its graph. A network is lowered to a graph if torch is installed."""
     from importlib.util import find_spec
 
     from edgekit.bundle.format import GRAPH
@@ -88,14 +97,14 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
     elif find_spec("torch") and find_spec("onnx") and find_spec("onnxruntime"):
         from edgekit.graph.lower import lower
 
-        with status.status("exporting the model, to see what it needs"):
+        with status.status("exporting the model to find out what it requires"):
             graph = lower(opened, weights="float32")
     return of(opened, graph, batch), graph
 
 
 def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
-    """Whether each of the target's TensorRT parsers takes the model as it would be exported for it: rewritten to its
-    opset, in the precision of the plan."""
+    """Whether each TensorRT parser of the target accepts the model as an export would write it: in the opset of the
+    parser and the precision of the plan."""
     from edgekit.doctor.finding import Finding
 
     if not any(stack.runtime.startswith("tensorrt") for stack in target.stacks):
@@ -105,8 +114,8 @@ def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
             Finding(
                 "operators",
                 "warning",
-                "TensorRT's were not looked at: the network cannot be exported without torch",
-                "ask where torch is, or: pip install 'edgekit[compress]'",
+                "TensorRT's parsers were not asked: the network cannot be exported without torch",
+                "run this on a machine with torch, or: pip install 'edgekit[compress]'",
             )
         ]
     from edgekit import plugins
@@ -131,7 +140,7 @@ def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
 
 
 def show(checks: list[Finding]) -> None:
-    """A line each, and below it what to do."""
+    """Print one line for each finding, and the remedy below it."""
     from rich.text import Text
 
     width = max(len(check.name) for check in checks)

@@ -16,7 +16,7 @@ Examples:
   edgekit targets
   edgekit targets tesla-p40
   edgekit targets jetson-orin-nano-8gb --json
-A device of your own: a TOML file in ~/.config/edgekit/targets, written like the ones that `--json` shows the path of.
+To add a device of your own, put a TOML file into ~/.config/edgekit/targets. `--json` prints the paths of the profiles.
 """
 
 
@@ -24,10 +24,11 @@ A device of your own: a TOML file in ~/.config/edgekit/targets, written like the
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def targets(name: str | None, as_json: bool) -> None:
-    """List the devices that are known, or all that is known of one: NAME, or a TOML file.
+    """List the devices that edgekit knows, or show the profile of one: NAME, or a TOML file.
 
-    Rates are of one core for a CPU, of the whole device else. What can never be used is as important as what can: the
-    precisions that are slow there without a word, and the software that has no code for it.
+    The rate of a CPU is that of one core; every other rate is that of the whole device. A profile also lists what must
+    never be used: precisions that are slow there without any warning, and software that contains no code for the
+    device.
     """
     from dataclasses import asdict
 

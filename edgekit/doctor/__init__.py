@@ -1,1 +1,2 @@
-"""What this machine can run, and why not: `observe.py` looks, `checks.py` judges, `needs.py` is what a bundle asks."""
+"""Say what this machine can run and why it cannot run the rest: `observe.py` collects facts about the machine,
+`needs.py` lists what a bundle requires, and `checks.py` compares the two."""

@@ -1,4 +1,4 @@
-"""What is wrong with a machine, and what to do: pure functions of what was observed and of a target's profile."""
+"""Find what is wrong with a machine and how to fix it: pure functions of the observed system and a target's profile."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ from edgekit.doctor.stacks import (
 from edgekit.doctor.system import Gpu, Library, System
 from edgekit.targets.profile import Target
 
-# oldest driver branch that runs programs of a CUDA generation (CUDA release notes, minor version compatibility)
+# the oldest driver branch that runs programs of a CUDA version (CUDA release notes, minor version compatibility)
 DRIVERS = {11: 450, 12: 525, 13: 580}
 LAST_DRIVER = 580  # branch for GPUs before Turing (7.5): NVIDIA's notice of the end of Maxwell, Pascal and Volta
 TURING = 75
 SHOWN = re.compile(r"(onnxruntime|openvino$|tensorrt|torch$|numpy$)")
-PACKAGE_OF = {  # what brings a CUDA library, by the start of its name; %s is the CUDA generation
+PACKAGE_OF = {  # the package that contains a CUDA library, by the start of the library's name; %s is the CUDA version
     "libcublas": "nvidia-cublas-cu%s", "libcudart": "nvidia-cuda-runtime-cu%s", "libcudnn": "nvidia-cudnn-cu%s",
     "libcufft": "nvidia-cufft-cu%s", "libcurand": "nvidia-curand-cu%s", "libnvrtc": "nvidia-cuda-nvrtc-cu%s",
 }  # fmt: skip
 
 
 def judge(system: System, target: Target | None, *, asked: bool) -> list[Finding]:
-    """All checks. asked: the target was named, so what it lacks is an error; a guessed one may not be meant."""
+    """Run all checks. asked: the user named the target, so a missing part is an error; for a guessed target it is a
+    warning."""
     if target and asked and (reason := _stranger(system, target)):
         record = f"edgekit doctor --json > there.json; then: edgekit doctor --system there.json --target {target.name}"
         return [Finding("target", "error", f"this machine is no {target.name}: {reason}", f"on that machine: {record}")]
@@ -54,7 +55,7 @@ def judge(system: System, target: Target | None, *, asked: bool) -> list[Finding
 
 
 def _stranger(system: System, target: Target) -> str:
-    """Why this machine cannot be the target, whatever is installed on it; empty if it can."""
+    """Say why this machine cannot be the target, whatever is installed on it; "" if it can."""
     if target.machine != system.machine:
         return f"it is {system.machine}, not {target.machine}"
     if target.device_tree and not set(target.device_tree) & set(system.device_tree):
@@ -74,7 +75,7 @@ def _stranger(system: System, target: Target) -> str:
 
 
 def gpu_of(system: System, target: Target | None) -> Gpu | None:
-    """The GPU that is meant: the target's, else the first."""
+    """The GPU that the checks are about: the one that matches the target, otherwise the first."""
     if target and target.kind == "cpu":
         return None
     same = [gpu for gpu in system.gpus if target and gpu.compute_capability == target.compute_capability]
@@ -82,7 +83,7 @@ def gpu_of(system: System, target: Target | None) -> Gpu | None:
 
 
 def sm_of(system: System, target: Target | None) -> int | None:
-    """Compute capability of the GPU that is here, 61 for 6.1. A Jetson's is known by its board."""
+    """The compute capability of this machine's GPU, 61 for 6.1. For a Jetson, the board determines it."""
     gpu = gpu_of(system, target)
     if gpu and gpu.sm:
         return gpu.sm
@@ -97,12 +98,12 @@ def _target(system: System, target: Target | None, asked: bool) -> Iterator[Find
     if system.os == "Linux":
         yield Finding("machine", "ok", finding)
     else:
-        yield Finding("machine", "warning", finding, "edgekit is tested on Linux alone")
+        yield Finding("machine", "warning", finding, "edgekit is tested only on Linux")
     if target is None:
         yield Finding(
             "target",
             "warning",
-            "no profile describes this machine; it is checked without one",
+            "no profile describes this machine; edgekit checks it without one",
             "see edgekit targets, or describe it in a file: edgekit doctor --target FILE.toml",
         )
         return
@@ -126,7 +127,7 @@ def _gpu(system: System, target: Target | None, asked: bool) -> Iterator[Finding
         yield Finding(
             "GPU",
             unusable,
-            f"{_many(system.pci_gpus, 'NVIDIA GPU')} on the bus, and no driver shows it",
+            f"{_many(system.pci_gpus, 'NVIDIA GPU')} on the bus, but no driver shows it",
             f"install NVIDIA's driver{branches}; then nvidia-smi lists it",
         )
     chosen = gpu_of(system, target)
@@ -136,16 +137,16 @@ def _gpu(system: System, target: Target | None, asked: bool) -> Iterator[Finding
         memory = f"{size(gpu.free)} of {size(gpu.memory)} free"
         finding = f"{gpu.name}, compute capability {gpu.compute_capability or 'not told'}, {memory}"
         if gpu is not chosen and gpu.compute_capability != chosen.compute_capability:
-            finding += f"; what follows is about the {chosen.name}"
+            finding += f"; the checks below are about the {chosen.name}"
         if gpu.free < gpu.memory / 5:
-            yield Finding("GPU", "warning", finding, "see who holds its memory: nvidia-smi")
+            yield Finding("GPU", "warning", finding, "see which programs use its memory: nvidia-smi")
         else:
             yield Finding("GPU", "ok", finding)
 
 
 def _driver(system: System, target: Target | None) -> Iterator[Finding]:
     if not system.driver or system.jetson or (target and target.kind == "cpu"):
-        return  # a Jetson's is part of its JetPack
+        return  # the driver of a Jetson is part of its JetPack
     found, sm = branch(system.driver), sm_of(system, target)
     finding = f"{system.driver}{f', CUDA up to {system.cuda}' * bool(system.cuda)}"
     possible = [s for s in target.stacks if not s.driver or within(str(found), s.driver)] if target else []
@@ -169,7 +170,7 @@ def _driver(system: System, target: Target | None) -> Iterator[Finding]:
                 "driver",
                 "error",
                 f"{system.driver} has no support for compute capability {sm / 10}",
-                f"install branch {LAST_DRIVER}, the last that has",
+                f"install branch {LAST_DRIVER}, the last one that supports it",
             )
         )
     elif target and not possible and not checks:
@@ -186,7 +187,7 @@ def _driver(system: System, target: Target | None) -> Iterator[Finding]:
 
 
 def _generations(system: System) -> dict[int, set[str]]:
-    """CUDA generations that installed libraries are linked to, and the packages that are."""
+    """The CUDA versions that installed libraries are linked to, and the packages that these libraries belong to."""
     found: dict[int, set[str]] = {}
     for library in system.libraries:
         for name in library.needed:
@@ -215,7 +216,10 @@ def _jetson(system: System, target: Target | None) -> Iterator[Finding]:
     mode = next((item for item in modes if item.name == image.mode), None)
     if not image.mode:
         yield Finding(
-            "power mode", "warning", "nvpmodel does not tell it", "run edgekit doctor as root, or: nvpmodel -q"
+            "power mode",
+            "warning",
+            "nvpmodel does not report the power mode",
+            "run edgekit doctor as root, or: nvpmodel -q",
         )
     elif mode and full and mode is not full:
         yield Finding(
@@ -227,11 +231,11 @@ def _jetson(system: System, target: Target | None) -> Iterator[Finding]:
     else:
         yield Finding("power mode", "ok", image.mode)
     if image.clocks != "locked":
-        told = "clocks change with the load" if image.clocks else "jetson_clocks does not tell without root"
+        told = "clocks change with the load" if image.clocks else "jetson_clocks reports the clocks only to root"
         yield Finding(
             "clocks",
             "warning",
-            f"{told}: a time measured now may not be seen again",
+            f"{told}: a time that is measured now may not be repeatable",
             "before measuring: sudo jetson_clocks",
         )
     else:
@@ -269,12 +273,12 @@ def _packages(system: System, target: Target | None) -> Iterator[Finding]:
         yield Finding("packages", "error", finding, _replace(system, target, name))
     if not clashes and not banned:
         shown = [f"{name} {version}" for name, version in sorted(system.packages.items()) if SHOWN.match(name)]
-        every = f"{_many(len(system.packages), 'package')}, none that exclude one another"
+        every = f"{_many(len(system.packages), 'package')}, none of them exclude one another"
         yield Finding("packages", "ok", f"{', '.join(shown)}; {every}" if shown else every)
 
 
 def _replace(system: System, target: Target | None, package: str, library: str = "") -> str:
-    """How to get the right version of a package, or rid of it."""
+    """Say how to install the right version of a package, or how to remove the package."""
     if found := pins(system, target, [package]):
         return found
     if package in system.packages:
@@ -288,13 +292,13 @@ def _replace(system: System, target: Target | None, package: str, library: str =
 
 
 def _getting(system: System, target: Target | None, provider: str) -> str:
-    """How to get an onnxruntime provider that works here."""
+    """Say how to install an onnxruntime provider that works on this machine."""
     line = next((remedy(system, stack) for stack in fitting(system, target) if stack.provider == provider), "")
     return line or "pip install 'edgekit[gpu]'"
 
 
 def _cuda(system: System, target: Target | None) -> Iterator[Finding]:
-    """CUDA and cuDNN that are installed, wherever they are from."""
+    """The installed CUDA and cuDNN, whether they came with pip or with the system."""
     if target and target.kind == "cpu":
         return
     parser_versions = [f"CUDA {number} ({', '.join(sorted(users))})" for number, users in _generations(system).items()]

@@ -1,4 +1,4 @@
-"""ELF files, as far as a look from outside needs them: the table of sections, and which libraries are needed.
+"""Read from an ELF file what the doctor needs: the table of sections, and the libraries that the file needs.
 
 Format: System V gABI 4.1, chapters 4 and 5. Every offset and size in a file may lie, so each is held against the file's
 length before it is used; nothing is allocated by a number that a file gives.
@@ -40,7 +40,7 @@ class Elf:
     sections: tuple[Section, ...]
 
     def needed(self) -> tuple[str, ...]:
-        """Names of the shared libraries that the loader must find."""
+        """The names of the shared libraries that the loader must find."""
         names = []
         for section in self.sections:
             if section.kind != DYNAMIC:
@@ -66,8 +66,8 @@ def opened(path: Path) -> Iterator[Elf]:
 
 
 def damaged(path: Path, what: str) -> EdgekitError:
-    """Error for a file that contradicts itself."""
-    return EdgekitError(f"{path}: damaged or cut short: {what}; install the package again that it belongs to")
+    """The error for a file whose parts contradict one another."""
+    return EdgekitError(f"{path}: damaged or cut short: {what}; reinstall the package that it belongs to")
 
 
 def _sections(path: Path, content: mmap.mmap) -> tuple[Section, ...]:

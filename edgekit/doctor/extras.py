@@ -1,4 +1,4 @@
-"""Packages that cannot live in one environment, as data. Only compares: what is installed is the caller's to say."""
+"""Packages that cannot be used in one environment, as data. The caller says which packages are installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN_ENVIRONMENT = ("optimum", "modelopt")  # extras whose pins contradict those 
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Packages found together that cannot work together. packages: with their versions, 'onnx 1.23.2'."""
+    """Installed packages that cannot work together. packages: names with versions, 'onnx 1.23.2'."""
 
     packages: tuple[str, ...]
     why: str
@@ -27,7 +27,7 @@ class Conflict:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A conflict if every package is there at a version that its specifier names; an empty one names all."""
+    """There is a conflict if every package is installed in a version that its specifier allows; "" allows all."""
 
     packages: Mapping[str, str]
     why: str
@@ -111,7 +111,7 @@ RULES = (
 
 
 def conflicts(installed: Mapping[str, str]) -> list[Conflict]:
-    """The rules that packages, by name with their versions, break. Names may be spelt as pip allows: Torch_Pruning."""
+    """The rules that these packages break; versions by name, in any spelling that pip allows: Torch_Pruning."""
     versions: dict[str, str] = {canonicalize_name(name): version for name, version in installed.items()}
     return [
         Conflict(tuple(f"{name} {versions[name]}" for name in rule.packages), rule.why, rule.remedy, rule.source)
@@ -121,7 +121,7 @@ def conflicts(installed: Mapping[str, str]) -> list[Conflict]:
 
 
 def check(*packages: str) -> None:
-    """Raise if one of the packages, about to be imported, conflicts with another that is installed."""
+    """Raise EdgekitError if a package that is about to be imported conflicts with another installed package."""
     found = conflicts({item.metadata["Name"]: item.version for item in distributions() if item.metadata["Name"]})
     for conflict in found:
         if {entry.partition(" ")[0] for entry in conflict.packages} & {canonicalize_name(name) for name in packages}:
@@ -135,5 +135,5 @@ def _named(name: str, specifier: str, versions: Mapping[str, str]) -> bool:
         return False
     try:
         return Version(versions[name]) in SpecifierSet(specifier, prereleases=True)
-    except InvalidVersion:  # a vendor's own build: only a rule for all versions can speak of it
+    except InvalidVersion:  # a vendor's own build, which only a rule for all versions can cover
         return not specifier

@@ -1,4 +1,4 @@
-"""Which GPUs a library has code for, read out of the file itself: no GPU, driver or CUDA tool is needed.
+"""Read from a library for which GPUs it contains code. No GPU, driver or CUDA tool is needed.
 
 nvcc puts device code into the sections .nv_fatbin and __nv_relfatbin: containers (magic 0xBA55ED50, a header of 16
 bytes, their length), each with entries: kind (1 PTX, 2 machine code), length of header and of payload, and at byte 28
@@ -30,8 +30,8 @@ TEGRA = (53, 62, 72, 87, 101, 110)  # Jetson's
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What a library has for GPUs. sms: compute capabilities of its machine code; ptx: of what a driver can still
-    compile for newer ones; needed: names of the libraries it is linked to."""
+    """The GPU code of a library. sms: compute capabilities of its machine code; ptx: those of its PTX, which a driver
+    can compile for newer GPUs; needed: names of the libraries that it is linked to."""
 
     sms: tuple[int, ...] = ()
     ptx: tuple[int, ...] = ()

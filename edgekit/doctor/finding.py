@@ -1,4 +1,4 @@
-"""One line of what `edgekit doctor` says."""
+"""One line of the output of `edgekit doctor`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ Status = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One finding. error: it, or the target, cannot work like this; warning: slower than it need be, or not certain."""
+    """One finding. error: the part, or the target, cannot work; warning: it works slower than it could, or it may not
+    work."""
 
     name: str
     status: Status
@@ -19,5 +20,5 @@ class Finding:
 
 
 def size(count: float) -> str:
-    """Bytes for a person."""
+    """A number of bytes in a unit that is easy to read."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

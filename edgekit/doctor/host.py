@@ -1,4 +1,4 @@
-"""What is wrong with the machine itself, whatever runs on it: memory, instructions, BLAS, compiler."""
+"""Check the machine itself, whatever runs on it: memory, CPU instructions, BLAS, compiler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from edgekit.doctor.finding import Finding, size
 from edgekit.doctor.system import System
 
-FEW = 512 << 20  # bytes of free memory with which little can be started
+FEW = 512 << 20  # bytes of free memory; with less, few programs can start
 X86 = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8")
 ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
 
@@ -18,8 +18,10 @@ def memory(system: System) -> Iterator[Finding]:
     shared = ", shared with the GPU" if system.jetson else ""
     finding = f"{size(system.available)} of {size(system.memory)} free{shared}"
     if system.available < max(FEW, system.memory / 10):
-        desktop = "; a desktop goes with: sudo systemctl isolate multi-user.target" if system.jetson else ""
-        yield Finding("memory", "warning", finding, f"end what holds it: ps aux --sort -rss | head{desktop}")
+        desktop = "; to stop the desktop: sudo systemctl isolate multi-user.target" if system.jetson else ""
+        yield Finding(
+            "memory", "warning", finding, f"stop the programs that use most of it: ps aux --sort -rss | head{desktop}"
+        )
     else:
         yield Finding("memory", "ok", finding)
 
@@ -30,7 +32,9 @@ def cpu(system: System) -> Iterator[Finding]:
     if system.machine == "x86_64" and system.cpu.flags and "avx2" not in flags:
         yield Finding("CPU", "warning", f"{finding}; without AVX2 runtimes fall back to 128-bit kernels", "")
     elif "avx2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags):
-        yield Finding("CPU", "ok", f"{finding}; no VNNI: int8 in the form U8S8 saturates, its weights need 7 bits")
+        yield Finding(
+            "CPU", "ok", f"{finding}; no VNNI: int8 products of the scheme u8s8 saturate, so weights need 7 bits"
+        )
     elif system.cpu.flags:
         yield Finding("CPU", "ok", finding)
     for library in system.blas:

@@ -1,4 +1,4 @@
-"""What a model asks of a device, and whether the device, or this machine, has it."""
+"""List what a model requires of a device, and check whether the device, or this machine, provides it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from edgekit.targets.profile import RESERVE, Target
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-FULL = 0.7  # share of the free memory above which a model is at risk: runtimes have buffers of their own
+FULL = 0.7  # share of the free memory above which a model may not fit, because runtimes allocate buffers too
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a model asks for. opset: of a graph that is stored as it is; None for a network, which exports are made of
-    as the target wants them. domains: operators of one runtime alone. weights, activations: bytes, the latter at
-    `batch` rows; None where only the exported graph would tell."""
+    """What a model requires. opset: of a stored graph; None for a network, whose exports get the opset of the target.
+    domains: operator domains that only one runtime knows. weights, activations: bytes, the latter at `batch` rows, or
+    None if only the exported graph could tell."""
 
     name: str
     family: str
@@ -39,7 +39,7 @@ class Needs:
 
 
 def of(bundle: Bundle, graph: ModelProto | None, batch: int) -> Needs:
-    """A bundle's needs. graph: its own, or what an exporter makes of its network; None without one."""
+    """What a bundle requires. graph: the bundle's own, or the one that its network is lowered to, or None."""
     manifest = bundle.manifest
     if graph is None:
         size = bundle.parameters
@@ -61,7 +61,7 @@ def of(bundle: Bundle, graph: ModelProto | None, batch: int) -> Needs:
 
 
 def precisions(model: ModelProto) -> tuple[str, ...]:
-    """The types that a graph stores weights in or casts values to."""
+    """The data types in which a graph stores weights or to which it casts values."""
     from edgekit.cost.operators import PRECISION
     from edgekit.graph.model import learnt
 
@@ -73,8 +73,8 @@ def precisions(model: ModelProto) -> tuple[str, ...]:
 
 
 def bytes_needed(model: ModelProto, batch: int) -> tuple[float, float | None]:
-    """Bytes of the stored tensors, and the most of activations that are alive at once; None for the latter if a shape
-    cannot be told."""
+    """The bytes of the stored tensors, and the largest total of live activations; None for the latter if a shape is not
+    known."""
     from edgekit.cost.memory import peak
     from edgekit.cost.operators import work
     from edgekit.graph.shapes import sized
@@ -97,7 +97,7 @@ def _asymmetric(model: ModelProto) -> bool:
 
 
 def judge(needs: Needs, target: Target | None, system: System | None) -> list[Finding]:
-    """The model on a target, or, with a system, on the machine at hand."""
+    """Check the model against a target, or, if a system is given, against this machine."""
     opset = f", opset {needs.opset}" if needs.opset else ""
     kinds = ", ".join(needs.precisions)
     found = [Finding("model", "ok", f"{needs.name}: {needs.family}, {needs.parameters:,} parameters, {kinds}{opset}")]
@@ -154,15 +154,15 @@ def _graph(needs: Needs, target: Target) -> Iterator[Finding]:
         yield Finding(
             "operators",
             "error" if of_tensorrt else "warning",
-            f"operators of {', '.join(needs.domains)}, which TensorRT does not read",
-            "export the model without a runtime's own optimizations",
+            f"operators of {', '.join(needs.domains)}, which TensorRT cannot parse",
+            "export the model without the optimizations of one runtime",
         )
     if needs.asymmetric and target.plan.int8 == "s8s8":
         yield Finding(
             "int8 form",
             "error" if of_tensorrt else "warning",
             "zero points other than 0, which TensorRT refuses",
-            "quantize it in the form s8s8",
+            "quantize it with the scheme s8s8",
         )
 
 
@@ -180,15 +180,17 @@ def _memory(needs: Needs, target: Target | None, system: System | None) -> Itera
     free = "free on" if system else "on"
     finding = f"{size(need)} for weights and {told}, {size(room)} {free} {where}"
     if need > room:
-        yield Finding("model memory", "error", finding, "a smaller batch, or compress it: edgekit compress")
+        yield Finding("model memory", "error", finding, "use a smaller batch, or compress the model: edgekit compress")
     elif need > FULL * room:
-        yield Finding("model memory", "warning", f"{finding}: little is left for the runtime", "try a smaller batch")
+        yield Finding(
+            "model memory", "warning", f"{finding}: this leaves little for the runtime", "try a smaller batch"
+        )
     else:
         yield Finding("model memory", "ok", finding)
 
 
 def _runtime(needs: Needs, system: System) -> Iterator[Finding]:
-    """Which of the runtimes that can run this family are there."""
+    """Which of the runtimes that can run this family are installed."""
     have = {
         "c": bool(system.compiler),
         "onnxruntime": any(item.active for item in system.providers),
@@ -201,8 +203,8 @@ def _runtime(needs: Needs, system: System) -> Iterator[Finding]:
         yield Finding(
             "runtime",
             "warning",
-            "without torch its network cannot be exported here",
-            "export it where torch is, or: pip install 'edgekit[compress]'",
+            "its network cannot be exported here, because torch is not installed",
+            "export it on a machine with torch, or: pip install 'edgekit[compress]'",
         )
     if found:
         devices = [item.name for item in system.providers if item.active and item.name != CPU]

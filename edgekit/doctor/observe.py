@@ -1,4 +1,4 @@
-"""Fill a `System` from the machine at hand. Every probe takes absence for an answer: what is not there stays empty."""
+"""Fill a `System` with facts about this machine. If something is absent, its field stays empty; that is no error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgekit.doctor.system import Blas, Cpu, Gpu, Jetson, Library, System
 from edgekit.errors import EdgekitError
 
 Run = Callable[..., tuple[int, str]]
-FOLDERS = (  # where a system's own CUDA libraries lie
+FOLDERS = (  # folders of the CUDA libraries that the system installed
     "usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/local/cuda/lib64",
     "usr/local/cuda/targets/x86_64-linux/lib", "usr/local/cuda/targets/aarch64-linux/lib",
 )  # fmt: skip
@@ -42,7 +42,7 @@ VENDOR = "0x10de"  # NVIDIA's on the PCI bus
 
 
 def run(*command: str) -> tuple[int, str]:
-    """Exit status and what a program printed, on either stream; 127 without it."""
+    """The exit status of a program and what it printed to both streams; 127 if the program does not exist."""
     try:
         done = subprocess.run(
             command,
@@ -60,7 +60,7 @@ def run(*command: str) -> tuple[int, str]:
 
 
 def observe(root: Path = Path("/"), run: Run = run) -> System:
-    """This machine. root and run stand for the file system and the programs on it."""
+    """Observe this machine. root: the root of its file system; run: starts a program on it. Tests replace both."""
     gpus, driver, cuda, problem = nvidia(run)
     on_bus, image = pci_gpus(root), jetson(root, run)
     with ThreadPoolExecutor(1) as pool:  # onnxruntime takes as long as all the rest
@@ -99,13 +99,13 @@ def observe(root: Path = Path("/"), run: Run = run) -> System:
 
 
 def version(answer: tuple[int, str], pattern: str = r"(\d+\.\d[\d.]*)") -> str:
-    """The first version in what a program printed; empty if it failed."""
+    """The first version number in the output of a program; "" if the program failed."""
     found = re.search(pattern, answer[1]) if answer[0] == 0 else None
     return found[1] if found else ""
 
 
 def text(path: Path) -> str:
-    """A small file of the kernel's or the system's; empty where there is none."""
+    """The text of a small file of the kernel or the system; "" if it does not exist."""
     try:
         return path.read_bytes().decode("utf-8", "replace")
     except OSError:
@@ -120,7 +120,7 @@ def cpu(root: Path) -> Cpu:
 
 
 def memory_bytes(root: Path) -> tuple[int, int]:
-    """Memory in all and free for programs, within the limits of a container."""
+    """The total memory, and the memory that programs can use, within the limits of a container."""
     values = {
         name: 1024 * int(size)
         for name, size in re.findall(r"^(MemTotal|MemAvailable): +(\d+) kB", text(root / "proc/meminfo"), re.MULTILINE)
@@ -134,14 +134,14 @@ def memory_bytes(root: Path) -> tuple[int, int]:
 
 
 def device_tree(root: Path) -> tuple[str, ...]:
-    """Model and compatible strings of an ARM board."""
+    """The model and the compatible strings of an ARM board."""
     folder = root / "proc/device-tree"
     strings = [part for name in ("model", "compatible") for part in text(folder / name).split("\0")]
     return tuple(part for part in strings if part)
 
 
 def jetson(root: Path, run: Run) -> Jetson | None:
-    """What NVIDIA's image for Jetsons says of itself; None elsewhere."""
+    """The versions and settings of NVIDIA's system image on a Jetson; None on other machines."""
     release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text(root / "etc/nv_tegra_release"))
     if release is None:
         return None
@@ -223,7 +223,7 @@ def system_libraries(root: Path, run: Run) -> tuple[dict[str, str], tuple[Librar
 
 
 def packaged_libraries(found: Mapping[str, Distribution], run: Run) -> Iterator[Library]:
-    """GPU libraries that pip installed."""
+    """The GPU libraries that pip installed."""
     files: dict[Path, str] = {}
     for name, item in sorted(found.items()):
         if not PACKAGES.fullmatch(name):
@@ -253,7 +253,7 @@ def _library(path: Path, package: str, number: str, known: set[str] | None) -> L
 
 
 def _loadable(run: Run) -> set[str] | None:
-    """Names that the loader finds; None where it does not tell."""
+    """The library names that the loader knows; None if it does not list them."""
     status, printed = run("ldconfig", "-p")
     if status == 127:
         status, printed = run("/sbin/ldconfig", "-p")
@@ -264,7 +264,7 @@ def _loadable(run: Run) -> set[str] | None:
 
 
 def blas() -> tuple[Blas, ...]:
-    """What NumPy loaded and which kernels it runs; empty without threadpoolctl."""
+    """The linear algebra libraries that NumPy loaded, with their kernels; empty if threadpoolctl is not installed."""
     try:
         import numpy as np
         import threadpoolctl
@@ -280,7 +280,7 @@ def blas() -> tuple[Blas, ...]:
 
 
 def compiler(run: Run) -> str:
-    """The first line of what the C compiler says of itself: $CC, else cc, gcc or clang."""
+    """The first line of the version text of the C compiler: $CC, otherwise cc, gcc or clang."""
     for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
         status, printed = run(name, "--version")
         if status == 0 and printed:

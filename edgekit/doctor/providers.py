@@ -19,10 +19,10 @@ from typing import Any
 from edgekit.doctor.system import Provider
 
 CPU = "CPUExecutionProvider"
-REMOTE = ("AzureExecutionProvider",)  # sends requests to a service; not a device of this machine
+REMOTE = ("AzureExecutionProvider",)  # it sends requests to a service and is no device of this machine
 NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 AGAIN = "second attempt, with the libraries that pip installed"  # what was printed before it is settled
-SECONDS = 120  # TensorRT builds an engine first
+SECONDS = 120  # long enough for TensorRT, which builds an engine first
 # y = c @ c with c = conv(x), whose kernel is the identity; opset 13, (1, 1, 4, 4); the test builds it with onnx
 NETWORK = bytes.fromhex(
     "080712003aad010a220a01780a01771201632204436f6e762a110a04706164734001400140014001a001070a110a01630a01631201792206"
@@ -78,7 +78,7 @@ def complaint(log: str) -> str:
 
 
 def _run(name: str) -> list[str]:
-    """Providers that the nodes ran on, when this one is asked for."""
+    """The providers on which the nodes ran when this provider was requested."""
     import numpy as np
     import onnxruntime
 
@@ -96,12 +96,12 @@ def _run(name: str) -> list[str]:
 
 
 def main(name: str) -> dict[str, Any]:
-    """What `observe` reads: the providers available, and what ran when this one was asked for."""
+    """Print what `observe` reads: the available providers, and what ran when this provider was requested."""
     import onnxruntime
 
     answer: dict[str, Any] = {"available": onnxruntime.get_available_providers()}
     for preloaded in (False, True):
-        if preloaded:  # CUDA and cuDNN from pip lie where the loader does not look
+        if preloaded:  # the loader does not search the folders of pip's CUDA and cuDNN
             if not hasattr(onnxruntime, "preload_dlls"):
                 break
             print(AGAIN, file=sys.stderr, flush=True)

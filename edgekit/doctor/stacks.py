@@ -1,4 +1,4 @@
-"""Which target a machine is, and which of the target's software stacks are there and work."""
+"""Recognise which target a machine is, and find which of the target's software stacks are installed and work."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from packaging.version import InvalidVersion, Version
 from edgekit.doctor.system import System
 from edgekit.targets.profile import Never, Stack, Target
 
-# generation of NVIDIA's image for Jetsons to JetPack (NVIDIA's JetPack archive)
+# major version of NVIDIA's system image for Jetsons (L4T) to JetPack version (NVIDIA's JetPack archive)
 JETPACKS = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7"}
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
 def guess(system: System, targets: Iterable[Target]) -> Target | None:
-    """The target that this machine is, as far as names tell; None for one that nobody described.
+    """The target that this machine is, judged by names; None if no profile describes the machine.
 
     A Jetson and a board by their device tree, a GPU by name and compute capability, each with the nearest memory; a CPU
     by its instructions, the most demanding target that it fulfils.
@@ -56,7 +56,7 @@ def guess(system: System, targets: Iterable[Target]) -> Target | None:
 
 
 def names(system: System) -> dict[str, str]:
-    """What is installed, by pip's names, with the TensorRT of the system among it."""
+    """The installed packages by pip's names, including the TensorRT of the system."""
     found = dict(system.packages)
     if system.tensorrt:
         found.setdefault("tensorrt", system.tensorrt)
@@ -64,16 +64,16 @@ def names(system: System) -> dict[str, str]:
 
 
 def within(version: str, specifier: str) -> bool:
-    """Whether a version is what a specifier names; '3.6' stands for 3.6 and all its patches."""
+    """Whether a version satisfies a specifier; '3.6' stands for 3.6 and all its patch releases."""
     text = specifier if not specifier[:1].isdigit() else f"=={specifier}.*"
     try:
         return Version(version) in SpecifierSet(text, prereleases=True)
-    except (InvalidVersion, InvalidSpecifier):  # a vendor's own spelling: nothing to compare
+    except (InvalidVersion, InvalidSpecifier):  # a vendor's own spelling cannot be compared
         return False
 
 
 def forbidden(target: Target, installed: Mapping[str, str]) -> list[tuple[str, str, Never]]:
-    """What is installed and must never be used there: name, version, and the profile's word on it."""
+    """The installed packages that must never be used on the target: name, version, and the profile's rule."""
     versions = {canonicalize_name(name): version for name, version in installed.items()}
     found: list[tuple[str, str, Never]] = []
     for rule in target.never:
@@ -86,13 +86,13 @@ def forbidden(target: Target, installed: Mapping[str, str]) -> list[tuple[str, s
 
 
 def fitting(system: System, target: Target | None) -> tuple[Stack, ...]:
-    """The target's stacks that this machine's driver, Python and JetPack allow; all, if they allow none."""
+    """The stacks of the target that the driver, Python and JetPack of this machine allow; all if they allow none."""
     stacks = target.stacks if target else ()
     return tuple(stack for stack in stacks if target and not unfit(system, target, stack)) or stacks
 
 
 def pins(system: System, target: Target | None, packages: Iterable[str]) -> str:
-    """The line that installs these packages as a stack of the target pins them; empty if none does."""
+    """The command that installs these packages in the versions that a stack of the target pins; "" if no stack does."""
     wanted = {canonicalize_name(name) for name in packages}
     for stack in fitting(system, target):
         lines = [line for line in stack.requirements if canonicalize_name(Requirement(line).name) in wanted]
@@ -106,7 +106,7 @@ def install(requirements: Iterable[str]) -> str:
 
 
 def jetpack(system: System) -> str:
-    """JetPack's version, or only its generation where the meta-package is not installed."""
+    """The version of JetPack, or only its major version if the meta-package is not installed."""
     if system.jetson is None:
         return ""
     return system.jetson.jetpack or JETPACKS.get(system.jetson.l4t.partition(".")[0], "")
@@ -119,12 +119,12 @@ def branch(driver: str) -> int:
 
 
 def python_of(system: System, target: Target) -> str:
-    """The Python that a stack's bindings must fit: a Jetson's come with its system."""
+    """The Python version that a stack's bindings must support; on a Jetson, that of the system."""
     return system.system_python if target.kind == "jetson" else system.python
 
 
 def unfit(system: System, target: Target, stack: Stack) -> list[str]:
-    """What stands in a stack's way that no installation of packages changes."""
+    """What prevents a stack and cannot be changed by installing packages."""
     found = []
     python = python_of(system, target)
     if stack.python and python and not within(python, stack.python):
@@ -138,7 +138,7 @@ def unfit(system: System, target: Target, stack: Stack) -> list[str]:
 
 
 def lacking(system: System, target: Target, stack: Stack) -> list[str]:
-    """What a stack still needs to work here."""
+    """What a stack lacks to work on this machine."""
     installed = names(system)
     bad = {name for name, _, _ in forbidden(target, installed)}
     wanted = packages_of(stack)
@@ -169,12 +169,12 @@ def _generation(tensorrt: str) -> list[str]:
 
 
 def packages_of(stack: Stack) -> tuple[str, ...]:
-    """Names of the packages that a stack consists of."""
+    """The names of the packages in a stack."""
     return tuple(canonicalize_name(Requirement(line).name) for line in stack.requirements)
 
 
 def differing(system: System, stack: Stack) -> list[str]:
-    """Packages of a stack that are there in another version than it pins."""
+    """The packages of a stack that are installed in another version than the stack pins."""
     installed = names(system)
     pinned = [Requirement(line) for line in stack.requirements]
     return [
@@ -186,7 +186,7 @@ def differing(system: System, stack: Stack) -> list[str]:
 
 
 def remedy(system: System, stack: Stack) -> str:
-    """How to get a stack; two onnxruntimes share a folder, so where there is another, all of them go first."""
+    """Say how to install a stack. Two onnxruntime packages share a folder, so the others are uninstalled first."""
     if stack.requirements:
         present = [name for name in RUNTIMES if name in system.packages]
         wanted = set(packages_of(stack)) & set(RUNTIMES)

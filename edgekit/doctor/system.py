@@ -1,4 +1,4 @@
-"""A machine as it was observed: plain data, so that checks are pure and a report can be judged on another machine."""
+"""The facts about a machine as plain data, so that checks are pure and one machine can judge the record of another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A shared library with GPU code, or linked to one. package: the distribution that brought it, else its folder."""
+    """A shared library that contains GPU code or is linked to one. package: its distribution, otherwise its folder."""
 
     name: str
     package: str
@@ -68,7 +68,7 @@ class Provider:
 
     @property
     def active(self) -> bool:
-        """Whether everything really ran on it."""
+        """Whether every node really ran on this provider."""
         return self.ran == (self.name,)
 
 
@@ -93,7 +93,7 @@ class Blas:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Everything that was observed. What is not there is empty. Memory in bytes."""
+    """All observed facts. A field is empty if the thing is absent. Memory is in bytes."""
 
     machine: str  # "x86_64"
     os: str = "Linux"
@@ -121,7 +121,7 @@ class System:
     environment: Mapping[str, str] = field(default_factory=dict)  # variables that change what is chosen
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; what is empty is left out."""
+        """The system as plain values, without empty fields."""
         return dict(_plain(self))
 
     @property

@@ -1,4 +1,4 @@
-"""Whether a target is the machine that this runs on."""
+"""Find out whether a target is this machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ CPU_INFO, DEVICE_TREE = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
 
 
 def is_here(target: Target) -> bool:
-    """Whether a CPU's profile is that of this machine: it has the features, and no other profile that fits says more
-    about it. GPUs and boards are found by `edgekit doctor`, which asks their drivers."""
+    """Whether the profile of a CPU describes this machine: the CPU has the features of the profile, and no other
+    matching profile has more. `edgekit doctor` recognises GPUs and boards, because it asks their drivers."""
     if not _fits(target):
         return False
     others = [profile.find(name) for name in profile.names()]
@@ -21,12 +21,12 @@ def is_here(target: Target) -> bool:
 
 
 def here() -> Target | None:
-    """The profile of this machine's CPU, if there is one."""
+    """The profile of this machine's CPU; None if there is none."""
     return next((target for name in profile.names() if is_here(target := profile.find(name))), None)
 
 
 def cpu_flags(info: Path | None = None) -> frozenset[str]:
-    """What the CPU can, in Linux's words."""
+    """The features of the CPU, as Linux spells them."""
     try:
         lines = (info or CPU_INFO).read_text().splitlines()
     except OSError:

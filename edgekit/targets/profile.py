@@ -1,8 +1,8 @@
-"""A target: what a device can do, the last software that works on it, and what it must never be given.
+"""A target: what a device can do, the last software that works on it, and what must never be used on it.
 
-One TOML file per device lies beside this module; a user adds one by dropping a file into `edgekit/targets` in the
-configuration folder ($XDG_CONFIG_HOME, else ~/.config), or by naming the file itself. Every figure says where it is
-from: a published source, "measured", or "computed" with its formula.
+The folder `profiles` beside this module contains one TOML file for each device. A user adds a device by putting a file
+into `edgekit/targets` in the configuration folder ($XDG_CONFIG_HOME, otherwise ~/.config), or names the file itself.
+Every figure has a source: a publication, "measured", or "computed" with its formula.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Operations per second in one precision, a multiplication and an addition counted as two. A rate that the device
-    has no units for is left out, not 0."""
+    """Operations per second in one precision; a multiplication and an addition count as two. If the device has no unit
+    for a precision, the profile has no rate for it."""
 
     dense: Figure
     sparse: Figure | None = None  # with 2:4 sparsity
@@ -53,7 +53,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class PowerMode:
-    """A clock setting; rates and bandwidth are those of the full one (`share` = 1)."""
+    """A clock setting. The rates and the bandwidth of the profile are those of the setting with `share` = 1."""
 
     name: str
     watts: float
@@ -68,13 +68,13 @@ class PowerMode:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """Which precisions to use, best first, and why."""
+    """The precisions to use, best first, and the reason."""
 
     order: tuple[str, ...]
     reason: str
     round_to: int = 8  # channels are kept in multiples of this: what the matrix units take at a time
-    never: tuple[str, ...] = ()  # precisions that are slower than float32 there, or do not run
-    int8: Literal["u8s8", "s8s8", "none"] = "none"  # form of Q/DQ graphs: see passes/static_int8.py
+    never: tuple[str, ...] = ()  # precisions that are slower than float32 on the device, or do not run there
+    int8: Literal["u8s8", "s8s8", "none"] = "none"  # quantization scheme of Q/DQ graphs: see passes/static_int8.py
 
     def __post_init__(self) -> None:
         for name in (*self.order, *self.never):
@@ -85,21 +85,21 @@ class PrecisionPlan:
         if self.round_to < 1:
             raise EdgekitError(f"round_to = {self.round_to}; expected a whole number from 1")
         if (self.int8 == "none") != ("int8" not in self.order):
-            raise EdgekitError(f"int8 = {self.int8!r}, order = {list(self.order)}; a plan with int8 says in which form")
+            raise EdgekitError(f"int8 = {self.int8!r}, order = {list(self.order)}; a plan with int8 names its scheme")
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Versions that work together on the device. requirements: lines for pip, pinned; empty where the software comes
-    with the device's system image."""
+    """Versions that work together on the device. requirements: pinned lines for pip; empty if the software is part of
+    the system image of the device."""
 
     name: str
     runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino", "c"]
     source: str
     requirements: tuple[str, ...] = ()
     python: str = ""  # such as "3.6" or ">=3.11"
-    opset: int | None = None  # newest that its parser takes
-    provider: str = ""  # of onnxruntime, that really runs there
+    opset: int | None = None  # the newest opset that its parser accepts
+    provider: str = ""  # the onnxruntime provider that really runs there
     tensorrt: str = ""
     cuda: str = ""
     cudnn: str = ""
@@ -110,12 +110,12 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Never:
-    """What breaks on the device, or is slow without a word."""
+    """What does not work on the device, or is slow there without any warning."""
 
     what: str
     why: str
     source: str
-    requirement: str = ""  # pip's notation, where it is a package: "nvidia-cudnn-cu12>=9.11"
+    requirement: str = ""  # in pip's notation, if it is a package: "nvidia-cudnn-cu12>=9.11"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Target:
     machine: Literal["x86_64", "aarch64"]  # of the host that the runtime is installed on
     memory: Figure  # bytes
     bandwidth: Figure  # bytes/s
-    launch: Figure  # seconds that a kernel or an operator takes at least, however small
+    launch: Figure  # seconds that even the smallest kernel or operator takes
     rates: Mapping[str, Rate]  # by precision; of a CPU, of one core
     plan: PrecisionPlan
     stacks: tuple[Stack, ...]  # the recommended one first
@@ -174,7 +174,7 @@ class Target:
         return found
 
     def refuse(self, precision: str) -> None:
-        """Raise if this precision must not be used on the device."""
+        """Raise EdgekitError if this precision must not be used on the device."""
         if precision in self.plan.never:
             allowed = ", ".join(self.plan.order)
             raise EdgekitError(f"{self.name} must not be given {precision}: {self.plan.reason} Use one of: {allowed}")
@@ -196,7 +196,7 @@ def list_targets() -> list[Target]:
 
 
 def find(text: str) -> Target:
-    """A target by name, or from a TOML file of one's own."""
+    """A target by name, or from a TOML file of the user."""
     return read(path_of(text))
 
 
@@ -226,11 +226,11 @@ def read(path: Path) -> Target:
 
 
 def user_folder() -> Path:
-    """Where a user's own targets lie."""
+    """The folder of the user's own targets."""
     return platformdirs.user_config_path("edgekit") / "targets"
 
 
 def _files() -> dict[str, Path]:
-    """Target name to file; a user's file goes before ours."""
+    """The file of each target by name; a file of the user replaces a profile of edgekit."""
     folders = (Path(__file__).parent / "profiles", user_folder())
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}

@@ -122,7 +122,7 @@ def test_what_a_targets_parser_makes_of_a_network(edgekit, tiny_file, monkeypatc
         for check in json.loads(edgekit("doctor", tiny_file, "--target", "tesla-p40", "--json").out)["checks"]
         if check["name"] == "operators"
     ]
-    assert unseen["finding"] == "TensorRT's were not looked at: the network cannot be exported without torch"
+    assert unseen["finding"] == "TensorRT's parsers were not asked: the network cannot be exported without torch"
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ RECORDED = {
             Finding(
                 "GPU",
                 "error",
-                "1 NVIDIA GPU on the bus, and no driver shows it",
+                "1 NVIDIA GPU on the bus, but no driver shows it",
                 "install NVIDIA's driver of a branch >=525,<=580; then nvidia-smi lists it",
             ),
             Finding(
@@ -234,7 +234,12 @@ RECORDED = {
         "x86-avx2",
         1,
         [
-            Finding("memory", "warning", "300.0 MB of 67.0 GB free", "end what holds it: ps aux --sort -rss | head"),
+            Finding(
+                "memory",
+                "warning",
+                "300.0 MB of 67.0 GB free",
+                "stop the programs that use most of it: ps aux --sort -rss | head",
+            ),
             Finding(
                 "compiler",
                 "warning",
@@ -332,7 +337,7 @@ def test_a_driver_after_the_last_one_for_pascal():
         "driver",
         "error",
         "590.44.01 has no support for compute capability 6.1",
-        "install branch 580, the last that has",
+        "install branch 580, the last one that supports it",
     )
 
 
@@ -382,13 +387,16 @@ def test_a_half_placed_network_is_not_active():
         (Jetson("36.4.3", "6.2", "7W", "locked"), [("power mode", "7W: 65% of the rates of 15W")]),
         (
             Jetson("36.4.3", "6.2", "15W", "free"),
-            [("clocks", "clocks change with the load: a time measured now may not be seen again")],
+            [("clocks", "clocks change with the load: a time that is measured now may not be repeatable")],
         ),
         (
             Jetson("36.4.3", "", "", ""),
             [
-                ("power mode", "nvpmodel does not tell it"),
-                ("clocks", "jetson_clocks does not tell without root: a time measured now may not be seen again"),
+                ("power mode", "nvpmodel does not report the power mode"),
+                (
+                    "clocks",
+                    "jetson_clocks reports the clocks only to root: a time that is measured now may not be repeatable",
+                ),
             ],
         ),
         (
@@ -458,7 +466,8 @@ def test_two_cards_of_two_generations():
     found = judge(replace(system, gpus=(other, *system.gpus)), find("tesla-p40"), asked=True)
     assert [check.finding for check in found if check.name == "GPU"] == [
         "Tesla P40, compute capability 6.1, 23.5 GB of 24.0 GB free",
-        "NVIDIA GeForce RTX 3060, compute capability 8.6, 12.0 GB of 12.9 GB free; what follows is about the Tesla P40",
+        "NVIDIA GeForce RTX 3060, compute capability 8.6, 12.0 GB of 12.9 GB free; "
+        "the checks below are about the Tesla P40",
     ]
     assert {check.name for check in found} >= {"sm_61 code"}
     assert all(check.status == "ok" for check in found)

@@ -97,8 +97,8 @@ def test_operators_of_one_runtime():
     needs = of(bundled(model), model, 1)
     assert needs.domains == ("com.microsoft",)
     found = judge(needs, find("jetson-nano"), None)
-    finding = "operators of com.microsoft, which TensorRT does not read"
-    remedy = "export the model without a runtime's own optimizations"
+    finding = "operators of com.microsoft, which TensorRT cannot parse"
+    remedy = "export the model without the optimizations of one runtime"
     assert Finding("operators", "error", finding, remedy) in found
     assert all(check.name != "operators" for check in judge(needs, find("x86-avx2"), None))
 
@@ -139,7 +139,9 @@ def test_memory_is_that_which_is_free_here():
     large = replace(NEEDS, weights=23_000_000_000)
     line = next(check for check in judge(large, target, system) if check.name == "model memory")
     assert line.status == "warning"
-    assert line.finding.startswith("23.0 GB for weights and activations at batch 1, 23.5 GB free on the GPU: little is")
+    assert line.finding.startswith(
+        "23.0 GB for weights and activations at batch 1, 23.5 GB free on the GPU: this leaves little"
+    )
     line = next(check for check in judge(large, find("x86-avx2"), system) if check.name == "model memory")
     assert line.status == "ok"  # the same model in the host's 60 GB
 

@@ -178,7 +178,7 @@ def test_a_p40_never_gets_half_and_a_nano_no_int8():
         ('order = ["float32", "int8"]', 'order = ["float32", "int8", "float16"]', r"'float16' is both in the plan"),
         ('order = ["float32", "int8"]', 'order = ["float32", "int4", "int8"]', r"plan uses int4, for which no rate"),
         ('int8 = "s8s8"', 'int8 = "s8u8"', r"unknown int8 's8u8'"),
-        ('int8 = "s8s8"', 'int8 = "none"', r"a plan with int8 says in which form"),
+        ('int8 = "s8s8"', 'int8 = "none"', r"a plan with int8 names its scheme"),
         ('name = "tesla-p40"', 'name = "tesla-p4"', r"name = 'tesla-p4'; expected the file's own name, 'tesla-p40'"),
         ("[plan]", "[plan", r"not a TOML file"),
     ],
