@@ -8,8 +8,10 @@ mkdocs loads this file as a hook. Nothing that it writes is stored in git.
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +21,16 @@ import click
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
-WIDTH = 100  # characters of a line of help
+CONTRACTS = (
+    "edgekit.passes.base.Pass",
+    "edgekit.passes.base.Candidate",
+    "edgekit.passes.base.GraphCandidate",
+    "edgekit.passes.base.Context",
+    "edgekit.exporter.Exporter",
+    "edgekit.session.Session",
+)
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")  # by which a terminal is coloured and its cursor moved
+WIDTH = 80  # characters of a line of help
 # attributes by which a browser fetches something for a page, by tag; a link that a person may click is not among them
 FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
 
@@ -74,31 +85,32 @@ def targets_page() -> str:
     from edgekit.targets.profile import find, names
 
     targets = [find(name) for name in names()]
-    head = ("target", "device", "memory", "bandwidth", "float32", "float16", "int8", "try first", "never", "software")
+    head = ("target", "memory", "bandwidth", "float32", "float16", "int8", "try first")
     parts = [
         "# Targets",
         "",
         f"edgekit knows {len(targets)} devices. Memory is in GB and bandwidth in GB/s. Rates are in 10^12 dense",
-        "operations per second; the rate of a CPU is that of one core. `-` means that the device has no unit for that precision.",
+        "operations per second; the rate of a CPU is that of one core. `-` means that the device has no unit for that",
+        "precision.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
     for item in targets:
-        rates = [f"{item.rates[name].dense.value / 1e12:.4g}" if name in item.rates else "-" for name in head[4:7]]
+        rates = [f"{item.rates[name].dense.value / 1e12:.4g}" if name in item.rates else "-" for name in head[3:6]]
         row = [
             f"[{item.name}](#{item.name})",
-            item.title,
             f"{item.memory.value / 1e9:g}",
             f"{item.bandwidth.value / 1e9:g}",
             *rates,
             item.plan.order[0],
-            ", ".join(item.plan.never) or "-",
-            item.stack.name,
         ]
         parts.append("| " + " | ".join(row) + " |")
     for item in targets:
-        parts += ["", f"## {item.name}", "", f"{item.title}. {item.plan.reason}", ""]
+        precisions = f"Use {', '.join(item.plan.order)}." + f" Never use {', '.join(item.plan.never)}." * bool(
+            item.plan.never
+        )
+        parts += ["", f"## {item.name}", "", f"{item.title}. {precisions} {item.plan.reason}", ""]
         parts += ["| figure | value | source |", "|---|---|---|"]
         parts.append(f"| memory | {item.memory.value / 1e9:g} GB | {item.memory.source} |")
         parts.append(f"| bandwidth | {item.bandwidth.value / 1e9:g} GB/s | {item.bandwidth.source} |")
@@ -106,24 +118,35 @@ def targets_page() -> str:
             parts.append(f"| {name} | {rate.dense.value / 1e12:.4g} x 10^12/s | {rate.dense.source} |")
         parts += ["", "Software, the recommended stack first: " + "; ".join(stack.name for stack in item.stacks) + "."]
         if item.never:
-            parts += ["", "Never use:", ""]
+            parts += ["", "Software that does not work there, or works badly:", ""]
             parts += [f"- {rule.what}: {rule.why}" for rule in item.never]
     return "\n".join(parts) + "\n"
 
 
 def api_page() -> str:
-    """The docstring of every name in `edgekit.__all__`, and the contracts that a plug-in keeps."""
+    """The docstring of every name in `edgekit.__all__`, functions first, and the contracts that a plug-in keeps."""
     import edgekit
 
-    contracts = ("edgekit.passes.base.Pass", "edgekit.exporter.Exporter", "edgekit.exporter.Export")
-    parts = ["# Python API", "", "`import edgekit` is quick: a name below loads torch or ONNX when it is used.", ""]
-    for name in edgekit.__all__:
-        item = getattr(edgekit, name)
-        parts += [f"::: {item.__module__}.{item.__qualname__}", "    options: {heading_level: 2}", ""]
-    parts += ["# Contracts for plug-ins", ""]
-    for name in (*contracts, "edgekit.session.Session"):
-        parts += [f"::: {name}", "    options: {heading_level: 2}", ""]
+    public = {name: getattr(edgekit, name) for name in edgekit.__all__ if not name.startswith("__")}
+    order = sorted(public, key=lambda name: (isinstance(public[name], type), name))
+    parts = [
+        "# Python API",
+        "",
+        "`import edgekit` is quick: a name below loads torch or ONNX when it is first used.",
+        "",
+    ]
+    for name in order:
+        parts += _entry(f"{public[name].__module__}.{public[name].__qualname__}", f"edgekit.{name}")
+    parts += ["", "## Contracts for plug-ins", "", "The following types are what a plug-in provides or receives.", ""]
+    for path in CONTRACTS:
+        parts += _entry(path, path)
     return "\n".join(parts)
+
+
+def _entry(path: str, heading: str) -> list[str]:
+    """The lines that make mkdocstrings write one object."""
+    label = heading.rpartition(".")[2]
+    return [f"::: {path}", f"    options: {{heading_level: 3, heading: {heading}, toc_label: {label}}}", ""]
 
 
 def repository_page(name: str) -> str:
@@ -146,7 +169,7 @@ def notebook_page(path: Path) -> str:
             parts += [cell.source, ""]
         elif cell.cell_type == "code":
             parts += ["```python", cell.source, "```", ""]
-            for output in cell.outputs:
+            for output in _joined(cell.outputs):
                 parts += [*_rendered(output), ""]
     return "\n".join(parts)
 
@@ -160,14 +183,33 @@ def run_notebook(path: Path) -> Any:
 
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}})
-        return client.execute()
+        client = NotebookClient(
+            notebook,
+            timeout=300,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            extra_arguments=["--log-level=ERROR"],
+        )
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # cells run `edgekit`
+        return client.execute(env={**os.environ, "PATH": path})
+
+
+def _joined(outputs: list[Any]) -> Iterator[Any]:
+    """The outputs of a cell, with the pieces of one stream put together again."""
+    for name, pieces in itertools.groupby(outputs, lambda item: item.get("name")):
+        first, *others = pieces
+        if name is None:
+            yield from (first, *others)
+        else:
+            first.text += "".join(item.text for item in others)
+            yield first
 
 
 def _rendered(output: Any) -> list[str]:
     """An output of a cell as Markdown: a picture, or text."""
     if output.output_type == "stream":
-        return [] if output.name == "stderr" else ["```text", output.text.rstrip(), "```"]
+        text = ESCAPES.sub("", output.text).rstrip()
+        return [] if output.name == "stderr" else ["```text", text, "```"]
     if "image/png" in output.get("data", {}):
         picture = base64.b64encode(base64.b64decode(output.data["image/png"])).decode()
         return [f"![output of the cell above](data:image/png;base64,{picture})"]

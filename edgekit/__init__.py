@@ -1,3 +1,92 @@
-"""edgekit: make a trained network run, fast and honestly, on hardware people already own."""
+"""edgekit: make a trained network run, fast and honestly, on hardware people already own.
+
+    import edgekit
+
+    result = edgekit.compress(network, data=(inputs, labels), auto=True)
+    print(result)
+    result.save("small.edge")
+
+`import edgekit` imports neither torch nor numpy; each name imports what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgekit.bundle.format import Bundle
+    from edgekit.compression.bench import Timing, bench
+    from edgekit.compression.recipe import Step
+    from edgekit.compression.record import PassRecord
+    from edgekit.compression.result import Result
+    from edgekit.data.dataset import Dataset
+    from edgekit.errors import EdgekitError
+    from edgekit.exporter import Export, export
+    from edgekit.importers.api import (
+        Session,
+        import_factory,
+        import_hugging_face,
+        import_module,
+        import_onnx,
+        import_program,
+    )
+    from edgekit.importers.api import open_model as open
+    from edgekit.search.compress import compress
+    from edgekit.targets.profile import Target, list_targets
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "edgekit.bundle.format": ("Bundle",),
+    "edgekit.compression.bench": ("Timing", "bench"),
+    "edgekit.compression.recipe": ("Step",),
+    "edgekit.compression.record": ("PassRecord",),
+    "edgekit.compression.result": ("Result",),
+    "edgekit.data.dataset": ("Dataset",),
+    "edgekit.errors": ("EdgekitError",),
+    "edgekit.exporter": ("Export", "export"),
+    "edgekit.importers.api": (
+        "Session", "import_factory", "import_hugging_face", "import_module", "import_onnx", "import_program", "open",
+    ),
+    "edgekit.search.compress": ("compress",),
+    "edgekit.targets.profile": ("Target", "list_targets"),
+}  # fmt: skip
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
+_OWN_NAMES = {"open": "open_model"}  # in its module, where it must not hide Python's own
+
+__all__ = [
+    "Bundle",
+    "Dataset",
+    "EdgekitError",
+    "Export",
+    "PassRecord",
+    "Result",
+    "Session",
+    "Step",
+    "Target",
+    "Timing",
+    "__version__",
+    "bench",
+    "compress",
+    "export",
+    "import_factory",
+    "import_hugging_face",
+    "import_module",
+    "import_onnx",
+    "import_program",
+    "list_targets",
+    "open",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_PLACES[name]), _OWN_NAMES.get(name, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

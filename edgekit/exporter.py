@@ -4,11 +4,13 @@ appear."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from edgekit import plugins
+from edgekit.errors import unknown
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -44,6 +46,36 @@ class Exporter(Protocol):
         say nothing ("") where this format has no parser of its own. Raises EdgekitError with the parser's reason where
         it refuses the graph."""
         return ""
+
+
+def export(
+    model: str | Path | Bundle,
+    directory: str | Path,
+    *,
+    to: str = "onnx",
+    target: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Export:
+    """Write a model for a runtime or a device, once the files are proved to give what the model gives.
+
+    model: as for `edgekit.open`; to: onnx, openvino, tensorrt, tensorrt-rtx or c; target: a device, which decides the
+    opset, operators and precision; options: the format's own, such as {"opset": 17}.
+
+    >>> import edgekit, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(edgekit.export("t2-gr", f"{folder}/t2", to="onnx").files)[:2]
+    ['golden.npz', 'manifest.json']
+
+    Raises EdgekitError, and writes nothing, if the exported model differs, if the directory exists and `force` is not
+    given, and for an option that the format does not take."""
+    from edgekit.importers.api import open_model
+
+    kind = load_exporter(to)
+    given = {**(options or {}), **({} if target is None else {"target": target})}
+    if strange := sorted(set(given) - option_names(kind)):
+        raise unknown("option", strange[0], sorted(option_names(kind)), where=f"the format {to}")
+    return kind(**given).export(open_model(model), directory, force=force)
 
 
 def load_exporter(name: str) -> type[Exporter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +56,21 @@ def open_session(bundle: Bundle, runtime: str, **options: Any) -> Session:
     if missing := [name for name in (*ATTRIBUTES, *METHODS) if not hasattr(session, name)]:
         raise plugins.refused("edgekit.sessions", runtime, f"the session that it opens has no {missing[0]!r}")
     return session
+
+
+def run_in_batches(
+    session: Session,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    batch: int,
+    progress: Callable[[int, int], None] = lambda done, rows: None,
+) -> Arrays:
+    """Outputs by name of any number of rows, `batch` at a time; empty outputs for no rows."""
+    rows = check_inputs(session.inputs, arrays)
+    parts = []
+    for start in range(0, max(rows, 1), batch):  # once even for no rows
+        parts.append(session.run({name: array[start : start + batch] for name, array in arrays.items()}))
+        progress(min(start + batch, rows), rows)
+    return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in session.outputs}
 
 
 ATTRIBUTES, METHODS = ("inputs", "outputs", "device", "provider"), ("run", "warmup")  # of the protocol

@@ -1,11 +1,13 @@
 """What many tests build on: toy light curves, a tiny trained t2, a runtime and a clock that are not real."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -16,6 +18,9 @@ TINY = {"bands": 2, "classes": 3, "sequence": 12, "embed_dim": 16, "heads": 4, "
 
 def pytest_configure():
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; two threads only get into each other's way
+    # the same examples in every run; what a random run finds is kept as an @example
+    hypothesis.settings.register_profile("repeatable", derandomize=True)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session")
@@ -206,6 +211,8 @@ def edgekit(monkeypatch, capsys, tmp_path_factory):
     from edgekit.cli import main
 
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    logger = logging.getLogger("edgekit")  # a command that serves a stream sets it up for the rest of its process
+    before = list(logger.handlers), logger.level, logger.propagate
 
     def run(*arguments) -> Finished:
         monkeypatch.setattr(sys, "argv", ["edgekit", *map(str, arguments)])
@@ -215,7 +222,8 @@ def edgekit(monkeypatch, capsys, tmp_path_factory):
         printed = capsys.readouterr()
         return Finished(stopped.value.code or 0, printed.out, printed.err)
 
-    return run
+    yield run
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

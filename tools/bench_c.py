@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ import torch
 from edgekit import machine
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import Arrays
+from edgekit.cost.timing import in_turns, timed
 from edgekit.data.dataset import load, locate
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import Network
@@ -63,19 +65,10 @@ void peak(size_t rounds, float *out)
 
 def measure(sessions: dict[str, Session], rows: Arrays, batch: int, seconds: float = SECONDS) -> dict[str, Any]:
     """CPU milliseconds of each session, in turns, and how many times as long as C the others take."""
-    taken: dict[str, list[float]] = {name: [] for name in sessions}
-    for session in sessions.values():
-        session.run(rows)
-        session.run(rows)
-    order = list(sessions)
-    until = time.perf_counter() + seconds
-    while (time.perf_counter() < until and len(taken[C]) < MOST_ROUNDS) or len(taken[C]) < 3:
-        for name in order:
-            started = time.thread_time()
-            sessions[name].run(rows)
-            taken[name].append((time.thread_time() - started) * 1e3)
-        order.append(order.pop(0))  # so that nobody always runs behind the same neighbour
-    result: dict[str, Any] = {"batch": batch, "rounds": len(taken[C])}
+    calls = [timed(functools.partial(session.run, rows), time.thread_time) for session in sessions.values()]
+    times = in_turns(calls, seconds=seconds, least=3, most=MOST_ROUNDS)[:, :, 0] * 1e3
+    taken = dict(zip(sessions, times.T, strict=True))
+    result: dict[str, Any] = {"batch": batch, "rounds": len(times)}
     for name, values in taken.items():
         ratios = np.divide(values, taken[C])
         result[name] = {

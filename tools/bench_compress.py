@@ -34,17 +34,18 @@ from edgekit import machine, plugins
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import Arrays, parse_spec
 from edgekit.compression import metrics
-from edgekit.compression.guard import Limits, ratio_interval, tiled, time_in_turns
+from edgekit.compression.guard import Limits, tiled, time_in_turns
 from edgekit.compression.job import Job, versions
 from edgekit.compression.measure import outputs_of
-from edgekit.compression.recipe import Step
+from edgekit.compression.recipe import Step, of_bundle, to_table
 from edgekit.compression.run import applied, candidate_of
+from edgekit.compression.trials import Constraints
+from edgekit.cost.timing import ratio_interval
 from edgekit.data.dataset import load, locate
 from edgekit.errors import EdgekitError
 from edgekit.importers.factory import from_factory
 from edgekit.importers.files import resolve
 from edgekit.search.auto import search
-from edgekit.search.outcomes import Constraints
 from edgekit.session import Session, open_session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +133,7 @@ def measure(name: str, job: Job, constraints: Constraints, trials: int, work: Pa
     original = outputs_of(replace(job, runtime="onnxruntime"), job.source, candidate_of(job.source))
     rows = stock(job)
     found = search(job, constraints, work, trials=trials, notify=lambda line: print("  " + line, flush=True))
+    recipe = of_bundle(found.bundle)
     sessions: dict[str, Session] = {
         label: open_session(bundle, "onnxruntime", threads=1, chunk=4, **options)
         for label, (bundle, options) in rows.items()
@@ -147,10 +149,10 @@ def measure(name: str, job: Job, constraints: Constraints, trials: int, work: Pa
     losses = {label: loss(job, bundle, original) for label, bundle in bundles.items()}
     inputs: Arrays = dict(job.test.inputs)
     result: dict[str, Any] = {
-        "model": name, "recipe": [{"name": step.name, **step.parameters} for step in found.recipe],
+        "model": name, "recipe": [to_table(step) for step in recipe],
         "runtime": job.runtime, "metric": job.metric, "losses": losses, "batches": {},
     }  # fmt: skip
-    print(f"\n{name}: {', '.join(step.name for step in found.recipe)} on {job.runtime}")
+    print(f"\n{name}: {', '.join(step.name for step in recipe)} on {job.runtime}")
     for batch in BATCHES[name]:
         times = time_in_turns(list(sessions.values()), tiled(inputs, batch), batch, seconds=seconds)
         middle = np.median(times, axis=0)

@@ -10,6 +10,7 @@ the ratios of neighbouring runs. Without a bundle a t2 with random weights is ti
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ import torch
 
 from edgekit.bundle.format import Bundle, Manifest, assemble
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
+from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.graph.lower import lower
 from edgekit.importers.files import resolve
 from edgekit.nn.families import build
@@ -69,22 +71,21 @@ def random_t2() -> Bundle:
 
 def measure(runners: dict[str, Any], rows: Arrays, batch: int) -> dict[str, Any]:
     """Wall and CPU milliseconds of each runner, in turns, and the ratios of ONNX Runtime's defaults to the others."""
-    wall: dict[str, list[float]] = {name: [] for name in runners}
-    cpu: dict[str, list[float]] = {name: [] for name in runners}
-    for runner in runners.values():
-        runner.run(rows)
-        runner.run(rows)
-    order = list(runners)
-    until = time.perf_counter() + SECONDS
-    while (time.perf_counter() < until and len(wall[STOCK]) < MOST_ROUNDS) or len(wall[STOCK]) < 3:
-        for name in order:
+
+    def paused(run: Timed) -> Timed:
+        def call() -> tuple[float, ...]:
             time.sleep(PAUSE)
-            started, spent = time.perf_counter(), time.process_time()
-            runners[name].run(rows)
-            wall[name].append((time.perf_counter() - started) * 1e3)
-            cpu[name].append((time.process_time() - spent) * 1e3)
-        order.append(order.pop(0))  # so that nobody always runs behind the same neighbour
-    result: dict[str, Any] = {"batch": batch, "rounds": len(wall[STOCK])}
+            return run()
+
+        return call
+
+    calls = [
+        paused(timed(functools.partial(runner.run, rows), time.perf_counter, time.process_time))
+        for runner in runners.values()
+    ]
+    taken = in_turns(calls, seconds=SECONDS, least=3, most=MOST_ROUNDS) * 1e3
+    wall, cpu = (dict(zip(runners, taken[:, :, clock].T, strict=True)) for clock in (0, 1))
+    result: dict[str, Any] = {"batch": batch, "rounds": len(taken)}
     for name in runners:
         result[name] = {
             "p50_ms": float(np.percentile(wall[name], 50)),

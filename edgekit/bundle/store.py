@@ -6,9 +6,9 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from edgekit.bundle.files import write_directory
+from edgekit.bundle.files import refuse_to_overwrite, write_directory, write_file
 from edgekit.bundle.format import GOLDEN, GRAPH, MANIFEST, ONNX, WEIGHTS, Bundle, Manifest
-from edgekit.bundle.pack import unpack
+from edgekit.bundle.pack import pack, unpack
 from edgekit.errors import EdgekitError
 
 
@@ -43,6 +43,21 @@ def open_bundle(path: str | Path) -> Bundle:
     return Bundle(manifest, contents, path)
 
 
+def refuse_to_replace(path: str | Path, force: bool) -> None:
+    """Raise if the path is taken and `force` was not given; called before the work starts, not after."""
+    if Path(path).exists() and not force:
+        raise EdgekitError(f"{path} already exists; choose another name or pass --force to replace it")
+
+
+def write_packed(bundle: Bundle, path: Path, *, force: bool = False) -> int:
+    """Write the bundle as one entropy-coded file, once the file is known to be readable. Returns its bytes."""
+    refuse_to_overwrite(path, force)
+    content = pack(bundle)
+    unpack(content, str(path))
+    write_file(path, content)
+    return len(content)
+
+
 def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bundle:
     """Write a new directory and rename it to `path`: after any failure, `path` holds the old bundle or the new one.
 
@@ -50,13 +65,9 @@ def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bu
     .NAME.PID.old.
     """
     path = Path(path)
-    if path.exists():
-        if not force:
-            raise EdgekitError(f"{path} already exists; choose another name or pass --force to replace it")
-        if not (path / MANIFEST).is_file():
-            raise EdgekitError(
-                f"{path} exists and is not a bundle, so --force will not replace it; choose another name"
-            )
+    refuse_to_replace(path, force)
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise EdgekitError(f"{path} exists and is not a bundle, so --force will not replace it; choose another name")
     write_directory(path, {**bundle.contents, MANIFEST: bundle.manifest.to_json()})
     return replace(bundle, path=path)
 

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,13 @@ def arrays_to_bytes(arrays: Arrays) -> bytes:
                 zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), inner.getvalue(), zipfile.ZIP_DEFLATED
             )
     return buffer.getvalue()
+
+
+def read_arrays(path: Path) -> Arrays:
+    """The named arrays of an .npz file."""
+    if not path.is_file():
+        raise EdgekitError(f"{path}: no such file; expected an .npz that holds the model's inputs by name")
+    return arrays_from_bytes(path.read_bytes(), str(path))
 
 
 def arrays_from_bytes(content: bytes, source: str) -> Arrays:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from edgekit.cli.console import batch_sizes, output, print_json, print_table, progress
+from edgekit.cli.console import batch_sizes, output, print_json, print_table, steps
 
 EXAMPLE = """\b
 Examples:
@@ -53,8 +53,7 @@ def bench(
     the device is this machine, measured times beside the estimate. And whether the model fits into its memory.
     """
     from edgekit import machine
-    from edgekit.compression.bench import compare
-    from edgekit.importers.files import resolve
+    from edgekit.compression.bench import bench as run_bench
 
     if target_name is None and (precision or power or layers):
         raise click.UsageError("--precision, --power and --layers go with --target NAME")
@@ -65,14 +64,15 @@ def bench(
     if target_name is not None:
         _on_target(names, sizes, target_name, precision, power, threads, seconds, layers, as_json)
         return
-    bundles = [resolve(name) for name in names]
-    with progress() as bar:
-        task = bar.add_task("batch sizes", total=len(sizes))
-
-        def show(done: int) -> None:
-            bar.update(task, completed=done)
-
-        rows = compare(names, bundles, sizes, runtime=runtime, threads=threads, seconds=seconds, progress=show)
+    with steps() as show:
+        rows = run_bench(
+            names,
+            batches=sizes,
+            runtime=runtime,
+            threads=threads,
+            seconds=seconds,
+            progress=lambda done: show("batch sizes", done, len(sizes)),
+        )
     facts: dict[str, Any] = {"machine": machine.describe(), "runtime": runtime, "threads": threads}
     if as_json:
         from dataclasses import asdict
@@ -127,13 +127,7 @@ def _on_target(
     from edgekit.importers.files import resolve
 
     bundles = [resolve(name) for name in names]
-    with progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            task = tasks.setdefault(what, bar.add_task(what, total=total))
-            bar.update(task, completed=done, total=total, visible=done < total)
-
+    with steps() as show:
         options: dict[str, Any] = {"precision": precision, "power": power, "threads": threads, "seconds": seconds}
         reports = []
         for name, bundle in zip(names, bundles, strict=True):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from edgekit.cli.console import batch_sizes, note, output, print_json, print_table, progress
+from edgekit.cli import console
+
+if TYPE_CHECKING:
+    from edgekit.bundle.format import Bundle
+    from edgekit.compression.recipe import Step
+    from edgekit.compression.result import Result
+    from edgekit.compression.trials import SearchRecord
+    from edgekit.passes.change import Change
 
 EXAMPLE = """\b
 Examples:
@@ -26,8 +34,8 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 
 @click.command(epilog=EXAMPLE)
 @click.argument("model")
-@click.option("-o", "--output", "target", type=Path, help="Bundle to write, such as t2.edge.")
-@click.option("--recipe", "recipe_file", type=Path, help="Passes to apply; default: the recipe beside the zoo's model.")
+@click.option("-o", "--output", type=Path, help="Bundle to write, such as t2.edge.")
+@click.option("--recipe", type=Path, help="Passes to apply; default: the recipe beside the zoo's model.")
 @click.option(
     "--max-loss", type=float, default=0.01, show_default=True, help="Quality it may cost, in the metric's unit."
 )
@@ -39,10 +47,9 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
     type=float,
     help="CPU milliseconds of a call at the first batch size, for --auto; with a --target elsewhere, estimated ones.",
 )
-@click.option("--target", "device", help="The device it is for (see edgekit targets): decides what passes may do.")
+@click.option("--target", help="The device it is for (see edgekit targets): decides what passes may do.")
 @click.option(
     "--data",
-    "data_file",
     help="Inputs, labels and split: an .npz, a Parquet table, a folder of images, or package.module:iterable "
     "(default: the model's own data set).",
 )
@@ -57,31 +64,32 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 @click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime that latency is measured on.")
 @click.option(
     "--agree",
+    default="",
     help="Other runtimes, such as openvino,c, on which the result must be as good at every batch size.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--replay", "original", help="A bundle: run the passes it kept again, and compare the bytes.")
+@click.option("--replay", help="A bundle: run the passes it kept again, and compare the bytes.")
 @click.option("--dry-run", is_flag=True, help="Print what each pass would do, and do nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compress(
     model: str,
-    target: Path | None,
-    recipe_file: Path | None,
+    output: Path | None,
+    recipe: Path | None,
     max_loss: float,
     max_size: int | None,
     auto: bool,
     trials: int,
     max_latency: float | None,
-    device: str | None,
-    data_file: str | None,
+    target: str | None,
+    data: str | None,
     metric: str | None,
     objective: str,
     batches: str,
     runtime: str,
-    agree: str | None,
+    agree: str,
     seed: int,
-    original: str | None,
+    replay: str | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -95,188 +103,131 @@ def compress(
     device's plan, and the result must fit its memory. Latency is measured if the device is this machine; else it is
     estimated from its data sheet, and every record and the report say so.
     """
-    from edgekit.bundle.format import GOLDEN, GRAPH, WEIGHTS, with_files
-    from edgekit.bundle.zoo import folders
-    from edgekit.compression import metrics, recipe, states
-    from edgekit.compression.guard import Limits
-    from edgekit.compression.job import Job
-    from edgekit.compression.report import with_report
-    from edgekit.compression.run import plan, run
-    from edgekit.data.dataset import load, locate
-    from edgekit.errors import EdgekitError
-    from edgekit.importers.files import resolve
-    from edgekit.search.ladder import narrowed
+    from edgekit.compression.run import plan
+    from edgekit.compression.trials import Constraints
+    from edgekit.importers.api import open_model
+    from edgekit.search.compress import carry_out, check_replay, job_of, prepare
 
+    _check_usage(output, recipe, max_loss, max_size, auto, replay, dry_run)
+    if output is not None and not dry_run:
+        prepare(output, force=force)
+    job = job_of(
+        model,
+        data=data,
+        recipe=recipe,
+        auto=auto,
+        replay=replay,
+        target=target,
+        max_loss=max_loss,
+        metric=metric,
+        objective=objective,
+        runtime=runtime,
+        batches=console.batch_sizes(batches),
+        agree=[name.strip() for name in agree.split(",")],
+        seed=seed,
+        notify=console.note,
+    )
+    if output is None or dry_run:
+        _show_plan(plan(job), as_json)
+        return
+    constraints = Constraints(max_loss, max_size, max_latency)
+    with console.steps() as show:
+        result = carry_out(job, constraints, auto=auto, trials=trials, notify=console.note, progress=show)
+    written = result.save(output, force=force)
+    _show_result(result, written, output, as_json)
+    if replay is not None:
+        check_replay(result, open_model(replay))
+        console.note(f"replayed: identical to {replay}")
+
+
+def _check_usage(
+    output: Path | None,
+    recipe: Path | None,
+    max_loss: float,
+    max_size: int | None,
+    auto: bool,
+    replay: str | None,
+    dry_run: bool,
+) -> None:
+    """Raise for options that contradict each other, or that would do nothing."""
     if not 0 <= max_loss < math.inf or (max_size is not None and max_size <= 0):
         raise click.UsageError(f"--max-loss {max_loss} and --max-size {max_size} must be positive and finite")
-    if original is not None and (auto or recipe_file is not None or max_size is not None):
+    if replay is not None and (auto or recipe is not None or max_size is not None):
         raise click.UsageError("--replay runs a bundle's own passes; leave --auto, --recipe and --max-size out")
+    if auto and (recipe is not None or dry_run):
+        raise click.UsageError("--auto finds a recipe of its own; leave --recipe and --dry-run out")
     if not auto:
         given = click.get_current_context().get_parameter_source
         for name in ("max_latency", "trials"):
             if given(name) is ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"--{name.replace('_', '-')} is for --auto; without it, it would do nothing")
-    if target is None and not dry_run:
+    if output is None and not dry_run:
         raise click.UsageError("-o/--output is missing: name the bundle to write, such as -o t2.edge")
-    if target and target.exists() and not force and not dry_run:
-        raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
-    chosen = None
-    if device is not None:
-        from edgekit.targets import profile
-
-        chosen = profile.find(device)
-    source = resolve(model)
-    before = resolve(original) if original else None
-    if before is not None and before.manifest.parent != source.digest:
-        raise EdgekitError(
-            f"{original} was made from {(before.manifest.parent or 'no bundle')[:12]}, {model} is "
-            f"{source.digest[:12]}; replay it on the bundle that it was made from (edgekit inspect --lineage)"
-        )
-    steps: list[recipe.Step] = []
-    if before is not None:
-        steps = recipe.of_bundle(before)
-        seed = before.manifest.seed or 0
-    elif auto:
-        if recipe_file is not None or dry_run:
-            raise click.UsageError("--auto finds a recipe of its own; leave --recipe and --dry-run out")
-    elif recipe_file is None:
-        recipe_file = folders().get(source.manifest.name, Path()) / "recipe.toml"
-        if not recipe_file.is_file():
-            raise EdgekitError(f"{source.manifest.name} comes with no recipe of its own; pass --recipe FILE")
-    if before is None and recipe_file is not None:
-        steps = recipe.read(recipe_file)
-    metric = metric or default_metric(source.manifest)
-    train, test = load(locate(source.manifest, data_file), source.manifest, labelled=metrics.metric(metric).labelled)
-    limits = Limits(max_loss=max_loss, batches=batch_sizes(batches), objective=objective)  # type: ignore[arg-type]
-    others = tuple(
-        dict.fromkeys(name.strip() for name in (agree or "").split(",") if name.strip() not in ("", runtime))
-    )
-    job = Job(source, steps, train, test, limits, metric, runtime, seed, chosen, others, replay=before is not None)
-    if job.estimated:
-        note(f"{device} is not this machine: latency is estimated from its data sheet, quality is measured here")
-    if dry_run:
-        _show_plan(plan(job), as_json)
-        return
-    assert target is not None
-    target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is an error before the work
-    scratch = None if before is None else tempfile.TemporaryDirectory(prefix="edgekit-replay-")
-    work = Path(scratch.name) if scratch else states.folder()
-    with progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            task = tasks.get(what)
-            if task is None or bar.tasks[task].total != total or done < bar.tasks[task].completed:
-                task = tasks[what] = bar.add_task(f"  {what}", total=total)
-            bar.update(task, completed=done, visible=done < total)
-
-        if auto:
-            from edgekit.search.auto import search
-            from edgekit.search.outcomes import Constraints
-
-            constraints = Constraints(max_loss, max_size, max_latency)
-            found = search(job, constraints, work, trials=trials, notify=note, progress=show)
-            bundle = with_files(found.bundle, {"recipe.toml": recipe.to_toml(found.recipe).encode()})
-        else:
-            bundle = run(job, work, notify=note, progress=show)
-        if max_size is not None and not auto:
-            bundle = narrowed(job, bundle, max_size, work, notify=note, progress=show)
-    memory = bundle.manifest.metrics.get("compression", {}).get("memory")
-    if memory is not None and not memory["fits"]:
-        raise EdgekitError(
-            f"the result does not fit on {device} at batch size {memory['batch']}: {memory['text']}; declare smaller "
-            "--batch sizes, or compress further. Nothing was written"
-        )
-    bundle = with_report(bundle, source)
-    bundle = _write(bundle, target, force)
-    states.prune(work)
-    _show_result(bundle, source, target, as_json)
-    if before is not None:
-        same = all(bundle.contents.get(name) == before.contents.get(name) for name in (WEIGHTS, GRAPH, GOLDEN))
-        note(f"replayed: {'identical to' if same else 'NOT the same bytes as'} {original}")
-        if not same:
-            raise EdgekitError(
-                f"the passes of {original} gave other bytes here; versions then: {before.manifest.versions}, now: "
-                f"{bundle.manifest.versions}; see that the data and the number of threads are the same too"
-            )
 
 
-def default_metric(manifest: Any) -> str:
-    """Probabilities are measured by their log-loss; of other outputs nothing is known but what the original gives."""
-    return "log-loss" if manifest.outputs[0].name == "probabilities" else "relative-error"
-
-
-def _write(bundle: Any, target: Path, force: bool) -> Any:
-    from dataclasses import replace
-
-    from edgekit.bundle.store import default_name, write_bundle
-
-    named = replace(bundle, manifest=replace(bundle.manifest, name=default_name(target)))
-    return write_bundle(named, target, force=force)
-
-
-def _show_plan(planned: Any, as_json: bool) -> None:
+def _show_plan(planned: Sequence[tuple[Step, list[Change]]], as_json: bool) -> None:
     if as_json:
-        print_json(
-            [{"pass": step.name, "parameters": dict(step.parameters), "plan": changes} for step, changes in planned]
+        plain = [(step, [asdict(change) for change in changes]) for step, changes in planned]
+        console.print_json(
+            [{"pass": step.name, "parameters": dict(step.parameters), "plan": rows} for step, rows in plain]
         )
         return
     for number, (step, changes) in enumerate(planned, start=1):
         given = ", ".join(f"{name} = {value}" for name, value in step.parameters.items())
-        print_table(
+        console.print_table(
             ["tensor", "before", "after"],
-            [[change["tensor"], change["before"], change["after"]] for change in changes],
+            [[change.tensor, change.before, change.after] for change in changes],
             title=f"{number}. {step.name}: {given}",
         )
-        output.print()
-    output.print("Nothing was changed: this was a dry run.")
+        console.output.print()
+    console.output.print("Nothing was changed: this was a dry run.")
 
 
-def _show_result(bundle: Any, source: Any, target: Path, as_json: bool) -> None:
-    from edgekit.bundle.pack import pack
-
-    packed, original = len(pack(bundle)), len(pack(source))
-    records, search = bundle.manifest.records, bundle.manifest.metrics.get("search")
+def _show_result(result: Result, bundle: Bundle, path: Path, as_json: bool) -> None:
+    """bundle: as it was written."""
+    packed, original = result.packed_bytes, result.source_packed_bytes
     if as_json:
-        print_json(
+        console.print_json(
             {
-                "bundle": str(target),
+                "bundle": str(path),
                 "digest": bundle.digest,
                 "packed_bytes": packed,
                 "source_packed_bytes": original,
-                "records": list(records),
-                "search": search,
+                "records": [record.to_json() for record in result.records],
+                "search": result.search.to_json() if result.search else None,
             }
         )
         return
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)  # None: was not a finite number
-
-    if search:
-        from edgekit.compression.report import front
-
-        best = [
-            [
-                trial["passes"],
-                number(trial["loss"], "+.4f"),
-                f"{trial['bytes']:,}",
-                f"{trial['speedup']:.2f}",
-                "chosen" if trial["number"] == search["chosen"] else "",
-            ]
-            for trial in front(search)
-        ]
-        title = f"Pareto front of {len(search['trials'])} trials, on held-out rows"
-        print_table(["recipe", "loss", "packed bytes", "times as fast", ""], best, title=title)
-        output.print()
+    if result.search:
+        _show_front(result.search)
     rows = []
-    for record in records:
-        after = record.get("after", record["before"])
-        speed = "/".join(number(item["ratio"] and 1 / item["ratio"], ".2f") for item in record.get("latency", []))
-        verdict = "kept" if record["kept"] else "rolled back"
-        quality = number(after["quality"]["value"], ".4f")
-        rows.append([record["pass"], verdict, quality, f"{after['bytes']:,}", speed, record["reason"]])
-    speed = "speed-up (estimate)" if any("estimated_on" in record for record in records) else "speed-up"
-    print_table(["pass", "verdict", "quality", "packed bytes", speed, "reason"], rows)
-    output.print(f"\n{target}: {original:,} to {packed:,} bytes packed")
-    output.print(f"report: {target}/report.html")
+    for record in result.records:
+        after = record.after or record.before
+        speed = "/".join(_number(1 / item.ratio, ".2f") for item in record.latency)
+        verdict = "kept" if record.kept else "rolled back"
+        quality = _number(after.quality.value, ".4f")
+        rows.append([record.name, verdict, quality, f"{after.bytes:,}", speed, record.reason])
+    speed = "speed-up (estimate)" if any(record.estimated_on for record in result.records) else "speed-up"
+    console.print_table(["pass", "verdict", "quality", "packed bytes", speed, "reason"], rows)
+    console.output.print(f"\n{path}: {original:,} to {packed:,} bytes packed")
+    console.output.print(f"report: {path}/report.html")
+
+
+def _show_front(search: SearchRecord) -> None:
+    best = [
+        [
+            trial.passes,
+            _number(trial.loss, "+.4f"),
+            f"{trial.bytes:,}",
+            f"{trial.speedup:.2f}",
+            "chosen" if trial.number == search.chosen else "",
+        ]
+        for trial in search.front
+    ]
+    title = f"Pareto front of {len(search.trials)} trials, on held-out rows"
+    console.print_table(["recipe", "loss", "packed bytes", "times as fast", ""], best, title=title)
+    console.output.print()
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"

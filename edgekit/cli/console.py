@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 # no markup and no emoji: a path such as data[1].npz or a reason in brackets is printed as it is
@@ -23,6 +24,21 @@ def progress(*, enabled: bool = True) -> Progress:
     """A progress bar on standard error; nothing is drawn where that is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=status, transient=True, disable=not (enabled and status.is_terminal))
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A function (what, done, total) that shows the progress of work with several parts, one bar for each."""
+    with progress() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            task = tasks.get(what)
+            if task is None or bar.tasks[task].total != total or done < bar.tasks[task].completed:
+                task = tasks[what] = bar.add_task(f"  {what}", total=total)
+            bar.update(task, completed=done, visible=done < total)
+
+        yield show
 
 
 def note(message: str) -> None:

@@ -49,19 +49,16 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
 
     Opsets, unless --opset says another that is read there: 17; for TensorRT 8.2 (Jetson Nano, TX2) 13.
     """
+    from edgekit.exporter import export as run_export
     from edgekit.exporter import load_exporter, option_names
-    from edgekit.importers.files import resolve
 
-    exporter_class = load_exporter(form)
     options = {name: value for name, value in given.items() if value not in (None, ())}
-    if strange := set(options) - option_names(exporter_class):
+    if strange := set(options) - option_names(load_exporter(form)):
         flag = {"axes": "axis"}.get(min(strange), min(strange))
         raise click.UsageError(f"--{flag} means nothing to the format {form}; leave it out")
-    exporter = exporter_class(**options)
-    source = resolve(bundle)
     if not as_json:
-        note(f"Exporting {source.manifest.name} to {form} and verifying it ...")
-    result = exporter.export(source, directory, force=force)
+        note(f"Exporting {bundle} to {form} and verifying it ...")
+    result = run_export(bundle, directory, to=form, options=options, force=force)
     if as_json:
         print_json({"directory": str(result.directory), "bytes": result.files, "manifest": result.manifest})
         return

@@ -11,6 +11,8 @@ from edgekit.cli.console import output, print_json, print_table
 if TYPE_CHECKING:
     from edgekit.bundle.encoding import Encoding
     from edgekit.bundle.format import Bundle
+    from edgekit.compression.guard import State
+    from edgekit.compression.record import Summary
 
 EXAMPLE = """\b
 Examples:
@@ -27,9 +29,9 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
     """Show what BUNDLE (a directory, a packed file or a model's name) holds and how it was made."""
-    from edgekit.importers.files import resolve
+    from edgekit.importers.api import open_model
 
-    opened = resolve(bundle)
+    opened = open_model(bundle)
     if lineage:
         _show_lineage(ancestry(opened), as_json)
         return
@@ -38,7 +40,7 @@ def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
     if as_json:
         print_json(found | ({"weights": tensors} if tensors is not None else {}))
         return
-    _show(found)
+    _show(opened, found)
     if tensors is not None:
         output.print("\nweights", style="bold")
         rows = [
@@ -83,14 +85,16 @@ def ancestry(bundle: Bundle) -> list[dict[str, Any]]:
     """From the first ancestor to the bundle itself: digest, the zoo's name for it where it is one of the zoo's, and the
     passes that were run on it."""
     from edgekit.bundle.zoo import folders
-    from edgekit.importers.files import resolve
+    from edgekit.compression.record import records_of
+    from edgekit.importers.api import open_model
 
-    names = {resolve(name).digest: name for name in folders()}
+    names = {open_model(name).digest: name for name in folders()}
     steps: list[dict[str, Any]] = []
-    for record in bundle.manifest.records:
-        if not steps or steps[-1]["digest"] != record.get("parent"):
-            steps.append({"digest": record.get("parent"), "name": names.get(str(record.get("parent"))), "passes": []})
-        steps[-1]["passes"].append({key: record.get(key) for key in ("pass", "parameters", "seed", "kept", "reason")})
+    for record in records_of(bundle):
+        if not steps or steps[-1]["digest"] != record.parent:
+            steps.append({"digest": record.parent, "name": names.get(str(record.parent)), "passes": []})
+        told = {"parameters": record.parameters, "seed": record.seed, "kept": record.kept, "reason": record.reason}
+        steps[-1]["passes"].append({"pass": record.name, **told})
     if not steps and bundle.manifest.parent:
         steps.append({"digest": bundle.manifest.parent, "name": names.get(bundle.manifest.parent), "passes": []})
     return [*steps, {"digest": bundle.digest, "name": bundle.manifest.name, "passes": []}]
@@ -155,7 +159,9 @@ def _encoding(encoding: Encoding | None) -> str:
     return f"{'affine' if isinstance(encoding, Affine) else 'palette'} {encoding.bits} bit"
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(bundle: Bundle, found: dict[str, Any]) -> None:
+    from edgekit.compression.record import COMPRESSION, records_of, summary_of
+
     manifest, sizes = found["manifest"], found["bytes"]
     lines = [
         ("family", manifest["family"]),
@@ -180,56 +186,70 @@ def _show(found: dict[str, Any]) -> None:
     _columns([(name, str(value)) for name, value in lines if value not in (None, "")])
     if manifest["metrics"]:
         output.print("\nmetrics", style="bold")
-        _columns([line for name, item in manifest["metrics"].items() for line in _metric(name, item)])
+        compression = summary_of(bundle)
+        _columns(
+            [
+                line
+                for name, item in manifest["metrics"].items()
+                for line in (_compression(compression) if name == COMPRESSION and compression else _metric(name, item))
+            ]
+        )
     if manifest["recipe"]:
         output.print("\nrecipe", style="bold")
         steps = [dict(step) for step in manifest["recipe"].get("pass", [])]
         _columns([(step.pop("name"), _pairs(step)) for step in steps])
-    if records := manifest["records"]:
+    if records := records_of(bundle):
         output.print("\npasses", style="bold")
-        batches = next(("/".join(str(item["batch"]) for item in r["latency"]) for r in records if "latency" in r), "")
+        batches = next(
+            ("/".join(str(item.batch) for item in record.latency) for record in records if record.latency), ""
+        )
         speed = f"speed-up at batch {batches}".removesuffix(" at batch ")
-        rows = [_state("original", "", records[0]["before"], "")]
+        rows = [_state("original", "", records[0].before, "")]
         for record in records:
-            factors = "/".join(f"{1 / item['ratio']:.2f}" for item in record.get("latency", []))
-            verdict = "kept" if record["kept"] else "rolled back"
-            rows.append(_state(record["pass"], verdict, record.get("after"), factors))
+            factors = "/".join(f"{1 / item.ratio:.2f}" for item in record.latency)
+            rows.append(_state(record.name, "kept" if record.kept else "rolled back", record.after, factors))
         print_table(["pass", "verdict", "quality", "packed", speed], rows)
         output.print()
-        _columns([(record["pass"], record["reason"]) for record in records])
+        _columns([(record.name, record.reason) for record in records])
 
 
-def _state(name: str, verdict: str, state: dict[str, Any] | None, speed: str) -> list[str]:
-    """Cells of one line; a pass that failed led nowhere."""
+def _state(name: str, verdict: str, state: State | None, speed: str) -> list[str]:
+    """Cells of one line; a pass that failed has no state after it."""
     if state is None:
         return [name, verdict, "-", "-", speed]
-    return [name, verdict, _number(state["quality"]["value"]), f"{state['bytes']:,}", speed]
+    return [name, verdict, f"{state.quality.value:.4f}", f"{state.bytes:,}", speed]
 
 
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "nan" if value is None else f"{value:{form}}"  # JSON has no NaN: the manifest holds null
+def _compression(summary: Summary) -> list[tuple[str, str]]:
+    """Lines for what a compression measured."""
+    latency = [
+        (
+            f"CPU ms at batch {item.batch}",
+            f"{item.before_ms:.3g} > {item.after_ms:.3g}, {item.ratio:.2f} times the time "
+            f"[{item.low:.2f}, {item.high:.2f}]",
+        )
+        for item in summary.latency
+    ]
+    original, change = summary.original, summary.change
+    return [
+        ("original", str(original)),
+        ("change", f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}] (n = {change.samples:,})"),
+        *latency,
+        ("machine", f"{summary.machine['cpu']}, {summary.machine['cores']} cores"),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"  # JSON has no NaN: the manifest holds null
 
 
 def _metric(name: str, item: Any) -> list[tuple[str, str]]:
-    """Lines for one metric: a measurement, a mean over seeds, a table of numbers, or what a compression measured."""
+    """Lines for one metric: a measurement, a mean over seeds, or a table of numbers."""
     label = name.replace("_", " ")
-    if name == "compression":
-        latency = [
-            (
-                f"CPU ms at batch {one['batch']}",
-                f"{one['before_ms']:.3g} > {one['after_ms']:.3g}, "
-                f"{one['ratio']:.2f} times the time [{one['low']:.2f}, {one['high']:.2f}]",
-            )
-            for one in item.get("latency", [])
-        ]
-        nested = [line for key in ("original", "change") if key in item for line in _metric(key, item[key])]
-        machine = item.get("machine")
-        return nested + latency + ([("machine", f"{machine['cpu']}, {machine['cores']} cores")] if machine else [])
     if not isinstance(item, dict):
         return [(label, _value(item))]
     if {"value", "low", "high", "samples"} <= set(item):
-        form = "+.4f" if name == "change" else ".4f"
-        value, low, high = (_number(item[key], form) for key in ("value", "low", "high"))
+        value, low, high = (_number(item[key]) for key in ("value", "low", "high"))
         return [(label, f"{value} [{low}, {high}] (n = {item['samples']:,})")]
     if {"values", "mean"} <= set(item):
         half = item.get("half_width_95")

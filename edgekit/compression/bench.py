@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekit.bundle.format import GRAPH, Bundle
-from edgekit.bundle.tensors import golden_inputs
-from edgekit.compression.guard import ratio_interval, tiled
+from edgekit.bundle.tensors import Arrays, golden_inputs
+from edgekit.compression.guard import tiled
+from edgekit.cost.timing import GRAIN, in_turns, ratio_interval, timed
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
 
@@ -50,30 +53,22 @@ def compare(
     runtime: str = "onnxruntime",
     threads: int = 1,
     seconds: float = 3.0,
+    inputs: Arrays | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Timing]:
-    """A row for each batch size and model, in that order. Each model gets its own golden inputs, as often as needed."""
+    """A row for each batch size and model, in that order. The inputs, or else each model's golden inputs, are repeated
+    as often as a batch needs."""
     sessions = [open_session(bundle, runtime, threads=threads) for bundle in bundles]
     least = [_least_seconds(bundle, batches, threads) for bundle in bundles]
     result = []
     for done, batch in enumerate(batches):
-        feeds = [tiled(_golden(bundle), batch) for bundle in bundles]
-        wall: list[Any] = []
-        cpu: list[Any] = []
-        for session, feed in zip(sessions, feeds, strict=True):
-            session.run(feed)
-            session.run(feed)
-        until = time.perf_counter() + seconds
-        while (time.perf_counter() < until and len(wall) < MOST_ROUNDS) or len(wall) < LEAST_ROUNDS:
-            taken = np.empty((2, len(sessions)))
-            for turn in range(len(sessions)):
-                index = (turn + len(wall)) % len(sessions)
-                started, spent = time.perf_counter(), time.process_time()
-                sessions[index].run(feeds[index])
-                taken[:, index] = time.perf_counter() - started, time.process_time() - spent
-            wall.append(taken[0])
-            cpu.append(np.maximum(taken[1], 1e-9))
-        clock, spent_cpu = np.array(wall) * 1e3, np.array(cpu) * 1e3
+        feeds = [tiled(inputs or _golden(bundle), batch) for bundle in bundles]
+        calls = [
+            timed(functools.partial(session.run, feed), time.perf_counter, time.process_time)
+            for session, feed in zip(sessions, feeds, strict=True)
+        ]
+        taken = np.maximum(in_turns(calls, seconds=seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS), GRAIN)
+        clock, spent_cpu = taken[:, :, 0] * 1e3, taken[:, :, 1] * 1e3
         for index, name in enumerate(names):
             ratio, low, high = ratio_interval(spent_cpu[:, index], spent_cpu[:, 0])
             p50, p90, p99 = (float(value) for value in np.percentile(clock[:, index], [50, 90, 99]))
@@ -83,6 +78,39 @@ def compare(
             result.append(Timing(name, batch, len(clock), p50, p90, p99, cpu_p50, ratio, low, high, share))
         progress(done + 1)
     return result
+
+
+def bench(
+    models: str | Path | Bundle | Sequence[str | Path | Bundle],
+    *,
+    data: Any = None,
+    batches: Sequence[int] = (1, 16, 256),
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    seconds: float = 3.0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Timing]:
+    """Time one model, or several in turns in one run. A row for each batch size and model, in that order.
+
+    models: as for `edgekit.open`; data: the inputs by name, (rows, ...) each, instead of each model's golden inputs;
+    seconds: for each batch size. A row's speedup is the first model's CPU time by its own.
+
+    >>> import edgekit
+    >>> [row.batch for row in edgekit.bench("t2-gr", batches=(1, 4), runtime="torch", seconds=0.05)]
+    [1, 4]
+    """
+    from edgekit.data.live import named_arrays
+    from edgekit.importers.api import open_model
+
+    several = [models] if isinstance(models, (str, Path, Bundle)) else list(models)
+    bundles = [open_model(model) for model in several]
+    names = [model.manifest.name if isinstance(model, Bundle) else str(model) for model in several]
+    rows = None
+    if data is not None:
+        found = named_arrays(data, [spec.name for spec in bundles[0].manifest.inputs])
+        rows = {name: array for name, array in found.items() if name not in ("labels", "split")}
+    options: dict[str, Any] = {"runtime": runtime, "threads": threads, "seconds": seconds, "progress": progress}
+    return compare(names, bundles, batches, inputs=rows, **options)
 
 
 def on_target(

@@ -7,8 +7,8 @@ shared and their clocks wander; the ratio's interval is bootstrapped over the pa
 
 from __future__ import annotations
 
+import functools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from edgekit.bundle.tensors import Arrays
 from edgekit.compression.metrics import Measurement
+from edgekit.cost.timing import GRAIN, in_turns, ratio_interval, thread_seconds
 from edgekit.errors import EdgekitError, unknown
 from edgekit.session import Session
 
@@ -151,29 +152,12 @@ def compare_latency(
 def time_in_turns(
     sessions: Sequence[Session], inputs: Arrays, batch: int, *, seconds: float = 1.5
 ) -> npt.NDArray[np.float64]:
-    """(rounds, sessions) CPU seconds of a call, taken in turns; the first run of each is thrown away."""
+    """(rounds, sessions) CPU seconds of a call, the sessions taken in turns for about `seconds`."""
     rows = tiled(inputs, batch)
     for session in sessions:
         session.warmup(batch)
-    once = max(_thread_seconds(session, rows) for session in sessions)
-    rounds = int(np.clip(seconds / (len(sessions) * max(once, 1e-6)), 7, 400))
-    times = np.empty((rounds, len(sessions)))
-    for number in range(rounds):
-        # the one that goes first changes from round to round, so that none always finds another's cache
-        for turn in range(len(sessions)):
-            index = (turn + number) % len(sessions)
-            times[number, index] = _thread_seconds(sessions[index], rows)
-    return np.maximum(times, 1e-9)  # the clock's grain: an empty run must not divide by zero
-
-
-def ratio_interval(
-    before: npt.NDArray[np.float64], after: npt.NDArray[np.float64], seed: int = 0
-) -> tuple[float, float, float]:
-    """Median of after / before over the rounds, and its 95 % bootstrap interval."""
-    ratios = after / before
-    draws = np.median(ratios[np.random.default_rng(seed).integers(0, len(ratios), (400, len(ratios)))], axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+    calls = [functools.partial(_timed, session, rows) for session in sessions]
+    return np.maximum(in_turns(calls, seconds=seconds, warmup=1)[:, :, 0], GRAIN)
 
 
 def compare_batches(
@@ -262,7 +246,9 @@ def rows_together(session: Session, inputs: Mapping[str, npt.NDArray[Any]], batc
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def _timed(session: Session, rows: Arrays) -> tuple[float, ...]:
+    return (_thread_seconds(session, rows),)
+
+
 def _thread_seconds(session: Session, rows: Arrays) -> float:
-    start = time.thread_time()
-    session.run(rows)
-    return time.thread_time() - start
+    return thread_seconds(lambda: session.run(rows))

@@ -17,11 +17,11 @@ from edgekit.compression.guard import (
     Latency,
     compare_batches,
     compare_latency,
-    ratio_interval,
     rows_together,
     time_in_turns,
 )
 from edgekit.compression.job import Job, Notify
+from edgekit.cost.timing import ratio_interval
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nn.training import outputs as network_outputs

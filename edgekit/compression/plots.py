@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any, ParamSpec, TypeVar
@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from edgekit.compression.guard import Latency
 from edgekit.compression.metrics import Float, Labels, check
+from edgekit.compression.trials import Outcome, Sensitivity
 
 COLOURS = {
     "ink": "#1f2530",
@@ -200,39 +201,39 @@ def latency_bars(latency: Sequence[Latency]) -> Figure:
 
 
 @styled
-def pareto(trials: Sequence[Mapping[str, Any]], chosen: int, max_loss: float, metric: str) -> Figure:
+def pareto(trials: Sequence[Outcome], chosen: int, max_loss: float, metric: str) -> Figure:
     """Every trial of a search: change of quality against packed size, larger where it is faster; the front filled."""
     figure, axes = _figure(5.6, 4.2)
-    shown = [trial for trial in trials if trial["loss"] is not None]
-    top = max(3 * max_loss, 3 * min((abs(trial["loss"]) for trial in shown), default=0.0), 1e-3)
+    shown = [trial for trial in trials if np.isfinite(trial.loss)]
+    top = max(3 * max_loss, 3 * min((abs(trial.loss) for trial in shown), default=0.0), 1e-3)
     for trial in shown:
-        x, y, beyond = trial["bytes"] / 1e3, min(trial["loss"], top), trial["loss"] > top
+        x, y, beyond = trial.bytes / 1e3, min(trial.loss, top), trial.loss > top
         axes.plot(
             [x],
             [y],
             "^" if beyond else "o",
-            markersize=4 + 3 * min(max(trial["speedup"], 0.5), 4),
-            markerfacecolor=KEPT if trial["on_front"] else "none",
-            markeredgecolor=KEPT if trial["on_front"] else MUTED,
+            markersize=4 + 3 * min(max(trial.speedup, 0.5), 4),
+            markerfacecolor=KEPT if trial.on_front else "none",
+            markeredgecolor=KEPT if trial.on_front else MUTED,
             alpha=0.85,
         )
-        if trial["number"] == chosen:
+        if trial.number == chosen:
             axes.plot([x], [y], "s", markersize=16, markerfacecolor="none", markeredgecolor=INK)
-            _note(axes, f"chosen, {trial['speedup']:.2f} x as fast", (x, y), (10, 8), color=INK)
+            _note(axes, f"chosen, {trial.speedup:.2f} x as fast", (x, y), (10, 8), color=INK)
     axes.axhline(max_loss, color=MUTED, linewidth=1, linestyle=(0, (5, 3)))
-    axes.set_xlim(0, 1.1 * max((trial["bytes"] for trial in shown), default=1) / 1e3)
+    axes.set_xlim(0, 1.1 * max((trial.bytes for trial in shown), default=1) / 1e3)
     axes.set_xlabel("packed file (kB)")
     axes.set_ylabel(f"change of {metric} on held-out rows")
     return figure
 
 
 @styled
-def sensitivity_bars(rows: Sequence[Mapping[str, Any]], metric: str, most: int = 24) -> Figure:
+def sensitivity_bars(rows: Sequence[Sensitivity], metric: str, most: int = 24) -> Figure:
     """How much worse the metric gets when one weight alone is coarse, the most sensitive on top."""
-    rows = [row for row in rows if row["change"] is not None][:most]
+    rows = [row for row in rows if np.isfinite(row.change)][:most]
     figure, axes = _figure(5.6, 0.9 + 0.22 * max(1, len(rows)))
-    axes.barh(range(len(rows)), [row["change"] for row in rows], height=0.62, color=KEPT)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+    axes.barh(range(len(rows)), [row.change for row in rows], height=0.62, color=KEPT)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(f"change of {metric}")

@@ -109,7 +109,7 @@ def parse(values: Mapping[str, Any], source: str) -> list[Step]:
         seed = entry.get("seed")
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise EdgekitError(f"{source}: pass {number}: seed = {seed!r}; expected a whole number from 0")
-        step = renamed(entry["name"], {key: v for key, v in entry.items() if key not in ("name", "seed")}, seed)
+        step = from_table(entry)
         try:
             step.build()
         except EdgekitError as error:
@@ -131,11 +131,19 @@ def of_bundle(bundle: Bundle) -> list[Step]:
 
 def to_tables(steps: Sequence[Step]) -> dict[str, Any]:
     """The tables of a recipe, as `parse` reads them."""
-    tables = []
-    for step in steps:
-        seed = {} if step.seed is None else {"seed": step.seed}
-        tables.append({"name": step.name, **seed, **step.parameters})
-    return {"pass": tables}
+    return {"pass": [to_table(step) for step in steps]}
+
+
+def to_table(step: Step) -> dict[str, Any]:
+    """A step as one flat table: in recipes, manifests, studies of a search and keys of the cache."""
+    seed = {} if step.seed is None else {"seed": step.seed}
+    return {"name": step.name, **seed, **step.parameters}
+
+
+def from_table(table: Mapping[str, Any]) -> Step:
+    """The inverse of `to_table`. A table that an older edgekit wrote gives a step with the present names."""
+    parameters = {key: value for key, value in table.items() if key not in ("name", "seed")}
+    return renamed(table["name"], parameters, table.get("seed"))
 
 
 def to_toml(steps: Sequence[Step]) -> str:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
 from edgekit import machine
 from edgekit.bundle.format import Bundle, with_files
 from edgekit.bundle.pack import pack
-from edgekit.compression.guard import Latency
+from edgekit.compression.guard import Latency, State
+from edgekit.compression.metrics import Measurement
+from edgekit.compression.record import PassRecord, records_of, search_of, summary_of
 from edgekit.errors import missing_extra
 
 try:  # at import, so that a missing package is told before the work and not after it
@@ -26,11 +29,10 @@ except ImportError as error:
     raise missing_extra(error.name or "matplotlib", "compress", "the report") from None
 
 NAME = "report.html"
-Record = Mapping[str, Any]
 
 
 def with_report(bundle: Bundle, source: Bundle) -> Bundle:
-    """The bundle with `report.html` added: what its passes made of `source`."""
+    """The bundle with `report.html` added, which compares it with `source`."""
     return with_files(bundle, {NAME: render(bundle, source).encode()})
 
 
@@ -46,48 +48,39 @@ def render(bundle: Bundle, source: Bundle) -> str:
 
 
 def summary(bundle: Bundle, source: Bundle) -> dict[str, Any]:
-    """What the report says, as plain values.
+    """The values that the template shows.
 
-    `before` and `after` are states {quality, bytes, parameters} of the source and of the result, None where no pass
-    was measured. `latency` compares the two, `latency_measured` tells whether directly or as a product over passes.
+    `before` and `after` are the states of the source and of the result, None if no pass was run. `latency` compares the
+    two; `latency_measured` tells whether it was measured directly or is a product over the passes.
     """
-    manifest = bundle.manifest
     inherited, own = _split(bundle, source)
-    compression = manifest.metrics.get("compression", {})
-    kept = [record for record in own if record["kept"]]
-    before = own[0]["before"] if own else None
-    measured = [Latency(**item) for item in compression.get("latency", [])]
-    latency = measured or chained([[Latency(**item) for item in record["latency"]] for record in kept])
-    sizes = [before["bytes"], (kept[-1]["after"] if kept else before)["bytes"]] if before else _packed(source, bundle)
+    summarized, search = summary_of(bundle), search_of(bundle)
+    kept = [record for record in own if record.kept]
+    before = own[0].before if own else None
+    after: State | None = kept[-1].after if kept else before
+    latency = summarized.latency if summarized else chained([record.latency for record in kept])
+    sizes = [before.bytes, after.bytes] if before and after else [len(pack(item)) for item in (source, bundle)]
     return {
         "name": source.manifest.name,
-        "manifest": manifest,
+        "manifest": bundle.manifest,
         "digest": source.digest,
         "own": own,
         "inherited": inherited,
         "kept": kept,
         "before": before,
-        "after": kept[-1]["after"] if kept else before,
-        "change": kept[-1]["loss"] if kept else None,
+        "after": after,
+        "change": kept[-1].loss if kept else None,
         "sizes": sizes,
         "latency": latency,
-        "latency_measured": bool(measured),
-        "metric": compression.get("metric", "quality metric"),
-        "limits": compression.get("limits", {}),
-        "search": manifest.metrics.get("search"),
-        "front": front(manifest.metrics.get("search")),
-        "runtime": compression.get("runtime"),
-        "estimated_on": compression.get("estimated_on"),
-        "machine": compression.get("machine") or machine.describe(),
+        "latency_measured": summarized is not None,
+        "metric": summarized.metric if summarized else "quality metric",
+        "limits": asdict(summarized.limits) if summarized else {},
+        "search": search,
+        "front": search.front if search else [],
+        "runtime": summarized.runtime if summarized else None,
+        "estimated_on": summarized.estimated_on if summarized else None,
+        "machine": summarized.machine if summarized else machine.describe(),
     }
-
-
-def front(search: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The trials on the Pareto front of a search, smallest loss first, each with its passes in words."""
-    found = [dict(trial) for trial in search["trials"] if trial["on_front"]] if search else []
-    for trial in found:
-        trial["passes"] = ", ".join(step["name"] for step in trial["recipe"]) or "as it is"
-    return sorted(found, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])
 
 
 def chained(passes: Sequence[Sequence[Latency]]) -> list[Latency]:
@@ -115,76 +108,69 @@ def chained(passes: Sequence[Sequence[Latency]]) -> list[Latency]:
     return result
 
 
-def _split(bundle: Bundle, source: Bundle) -> tuple[list[Record], list[Record]]:
+def _split(bundle: Bundle, source: Bundle) -> tuple[tuple[PassRecord, ...], tuple[PassRecord, ...]]:
     """Records that the source came with, and those of this compression."""
-    records: list[Record] = list(bundle.manifest.records)
-    old: list[Record] = list(source.manifest.records)
-    count = len(old) if records[: len(old)] == old else 0
+    old = source.manifest.records
+    count = len(old) if bundle.manifest.records[: len(old)] == old else 0
+    records = records_of(bundle)
     return records[:count], records[count:]
-
-
-def _packed(*bundles: Bundle) -> list[int]:
-    return [len(pack(bundle)) for bundle in bundles]
 
 
 def _pictures(values: Mapping[str, Any]) -> dict[str, Markup]:
     """Inline SVG by name; a picture without data is left out."""
     found = {}
-    before = values["before"]
-    measured = [
-        (number, record)
-        for number, record in enumerate(values["own"], start=1)
-        if "after" in record and None not in (*record["after"]["quality"].values(), *record["loss"].values())
-    ]
-    if measured:
-        quality = before["quality"]["value"]
-        start = plots.Point(0, "original", before["bytes"], quality, quality, quality, kept=True)
-        steps = [
-            plots.Point(
-                number,
-                record["pass"],
-                record["after"]["bytes"],
-                record["after"]["quality"]["value"],
-                quality + record["loss"]["low"],
-                quality + record["loss"]["high"],
-                record["kept"],
-            )
-            for number, record in measured
-        ]
-        figure = plots.trajectory(start, steps, values["limits"].get("max_loss"), values["metric"])
+    metric, search = values["metric"], values["search"]
+    if points := _points(values["own"]):
+        figure = plots.trajectory(points[0], points[1:], values["limits"].get("max_loss"), metric)
         found["trajectory"] = _inline(figure, "Quality against packed size, pass by pass")
-        found["bytes"] = _inline(plots.bytes_per_pass(start, steps), "Packed bytes after each pass")
-    if search := values["search"]:
-        limit = search["targets"]["max_loss"]
-        found["pareto"] = _inline(
-            plots.pareto(search["trials"], search["chosen"], limit, values["metric"]), "Trials of the search"
-        )
-        if search["sensitivity"]:
-            found["sensitivity"] = _inline(
-                plots.sensitivity_bars(search["sensitivity"], values["metric"]), "Sensitivity of each weight"
-            )
+        found["bytes"] = _inline(plots.bytes_per_pass(points[0], points[1:]), "Packed bytes after each pass")
+    if search:
+        figure = plots.pareto(search.trials, search.chosen, search.constraints.max_loss, metric)
+        found["pareto"] = _inline(figure, "Trials of the search")
+        if search.sensitivity:
+            figure = plots.sensitivity_bars(search.sensitivity, metric)
+            found["sensitivity"] = _inline(figure, "Sensitivity of each weight")
     if values["latency"]:
-        where = (
-            f"Time per call, estimate for {values['estimated_on']}" if values["estimated_on"] else "CPU time per call"
-        )
+        estimated = values["estimated_on"]
+        where = f"Time per call, estimate for {estimated}" if estimated else "CPU time per call"
         found["latency"] = _inline(plots.latency_bars(values["latency"]), f"{where}, before and after")
     return found
+
+
+def _points(records: Sequence[PassRecord]) -> list[plots.Point]:
+    """The original and each measured pass, as points of quality and size; none if no pass was measured."""
+    found = []
+    for number, record in enumerate(records, start=1):
+        after, loss = record.after, record.loss
+        if after is None or loss is None or not all(_finite(item) for item in (after.quality, loss)):
+            continue
+        quality = records[0].before.quality.value
+        low, high = quality + loss.low, quality + loss.high
+        found.append(plots.Point(number, record.name, after.bytes, after.quality.value, low, high, record.kept))
+    if not found:
+        return []
+    first = records[0].before
+    quality = first.quality.value
+    return [plots.Point(0, "original", first.bytes, quality, quality, quality, kept=True), *found]
+
+
+def _finite(item: Measurement) -> bool:
+    return all(map(math.isfinite, (item.value, item.low, item.high)))
 
 
 def _inline(figure: Figure, title: str) -> Markup:
     return Markup(plots.to_svg(figure, title, inline=True))  # made here from numbers; matplotlib escapes the labels
 
 
-def _number(value: float | None, form: str = ".4f") -> str:
-    """Whole numbers with thousands separated; a manifest writes null where a measurement was NaN."""
-    if value is None:
+def _number(value: float, form: str = ".4f") -> str:
+    """Whole numbers with thousands separated."""
+    if not math.isfinite(value):
         return "not a number"
     return f"{value:,}" if isinstance(value, int) else f"{value:{form}}"
 
 
-def _interval(item: Mapping[str, float | None] | Latency, form: str = ".4f") -> str:
-    low, high = (item.low, item.high) if isinstance(item, Latency) else (item["low"], item["high"])
-    return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
+def _interval(item: Measurement | Latency, form: str = ".4f") -> str:
+    return f"[{item.low:{form}}, {item.high:{form}}]" if math.isfinite(item.low) and math.isfinite(item.high) else ""
 
 
 def _setting(value: object) -> str:

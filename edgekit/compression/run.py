@@ -1,17 +1,16 @@
-"""Run a recipe: apply each pass, measure, keep or roll back, record. Stopped at any moment, it goes on where it was.
+"""Run a recipe: apply each pass, measure its result, judge it, and record it.
 
-The state after each pass is kept under the hash of everything it depends on, so that neither a run that was killed nor
-another recipe with the same beginning computes it again.
+The state after each pass is kept under the hash of everything that it depends on. A run that was stopped at any moment
+therefore continues after its last finished pass, and another recipe with the same beginning starts from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +18,29 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit import machine, plugins
-from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle, assemble, assemble_graph
+from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle, Manifest, assemble, assemble_graph
 from edgekit.bundle.pack import pack
 from edgekit.bundle.store import open_bundle
 from edgekit.bundle.tensors import Arrays
 from edgekit.compression import measure, metrics, states
-from edgekit.compression.guard import State, Verdict, judge
+from edgekit.compression.guard import Agreement, Latency, State, Verdict, judge
 from edgekit.compression.job import Job, Notify, ShowProgress, versions
 from edgekit.compression.measure import AGREEMENT_ROWS, outputs_of
-from edgekit.compression.recipe import Step, to_tables
+from edgekit.compression.recipe import Step, to_table, to_tables
+from edgekit.compression.record import COMPRESSION, PassRecord, Summary, finite, records_of
+from edgekit.compression.result import Result
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nn.training import outputs as network_outputs
 from edgekit.passes.base import AnyCandidate, Candidate, Context, GraphCandidate, Level, Pass, load_pass
-from edgekit.session import open_session
+from edgekit.passes.change import Change
+from edgekit.session import Session, open_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import nn
+
+    from edgekit.targets.profile import Target
 
 
 def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
@@ -57,9 +61,9 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
             lowered = f"pass {number} ({step.name!r}) has turned it into a graph"
 
 
-def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
-    """What each pass would do to the model as it is now; changes nothing. Later passes are planned on what earlier ones
-    leave, by applying those without recovery training."""
+def plan(job: Job) -> list[tuple[Step, list[Change]]]:
+    """Say what each pass would do to the model as it is now, and change nothing. A later pass is planned on the result
+    of the earlier ones, which are applied without recovery training."""
     job = job.on_target()
     check_order(job.source, job.recipe)
     candidate = candidate_of(job.source)
@@ -69,7 +73,7 @@ def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
     for step in job.recipe:
         built = step.build()
         candidate = _for_pass(built, candidate, job)
-        result.append((step, [asdict(change) for change in built.plan(candidate)]))
+        result.append((step, built.plan(candidate)))
         if built.epochs_parameter:
             built = built.without_training()
         elif not isinstance(candidate, GraphCandidate):
@@ -78,103 +82,211 @@ def plan(job: Job) -> list[tuple[Step, list[dict[str, str]]]]:
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The original model, as every pass of a run is held against it.
+
+    original: its first output for each test row; expected: what the metric compares outputs with; others: its outputs
+    that the metric does not see; forms: session options of its fastest float32 form; best: a session of that form;
+    inputs: the rows that latency is measured on."""
+
+    metric: metrics.Metric
+    original: npt.NDArray[Any]
+    expected: npt.NDArray[Any]
+    others: Arrays
+    forms: Mapping[str, str]
+    best: Session
+    inputs: Arrays
+    teacher: nn.Module | None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The model between two passes."""
+
+    bundle: Bundle
+    candidate: AnyCandidate
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of a pass's result, in one run with the model before it."""
+
+    after: Standing
+    loss: metrics.Measurement
+    latency: list[Latency]
+    agreement: list[Agreement]
+    drift: Mapping[str, float]
+
+
 def run(
     job: Job,
     work: Path,
     *,
     notify: Notify = lambda message: None,
     progress: ShowProgress = lambda what, done, total: None,
-) -> Bundle:
-    """The compressed bundle, records included. `work`: folder for the state after each pass."""
+) -> Result:
+    """Apply each pass of the job's recipe, measure it, judge it, and record it. `work`: a folder that keeps the state
+    after each pass. Raises EdgekitError for a mistake in the job; a pass that fails is rolled back instead."""
     job = job.on_target()
     check_order(job.source, job.recipe)  # a mistake in the recipe is an error now, not a pass rolled back
-    measured = metrics.metric(job.metric)
-    source = candidate_of(job.source)
-    teacher = source.model if isinstance(source, Candidate) else None
-    forms = measure.best_float_form(job, notify)
-    original = outputs_of(job, job.source, source)
-    expected = job.test.labels if measured.labelled else original
-    metrics.check_direction(measured, original, expected)
-    beside = measure.other_outputs(job, job.source, source)
+    reference = _reference(job, notify)
     paths = _state_paths(job, work)
     done, bundle = _resume(job, paths)
-    records = list(bundle.manifest.records)
     if done:
         notify(f"resuming after pass {done} of {len(job.recipe)}")
-    candidate = candidate_of(bundle)
-    before = _state(bundle, metrics.measure(measured, outputs_of(job, bundle, candidate), expected))
-    inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
-    best = measure.session(job, job.source, forms)
-    if job.agree:
-        measure.check_source(job, measure.agreement(job, job.source, forms, measured, expected))
+    records = list(records_of(bundle))[len(job.source.manifest.records) :]
+    standing = _standing(job, reference, bundle, candidate_of(bundle))
     for number, step in enumerate(job.recipe[done:], start=done + 1):
-        started = time.perf_counter()
         notify(f"pass {number} of {len(job.recipe)}: {step.name}")
         seed = job.seed + number if step.seed is None else step.seed
-        context = _context(job, teacher, seed, progress)
-        record: dict[str, Any] = {
-            "pass": step.name,
-            "parameters": dict(step.parameters),
-            "seed": seed,
-            "parent": job.source.digest,
-            "before": asdict(before),
-        }
-        session = measure.session(job, bundle, forms)  # a runtime that is not there is no pass's fault
-        built = step.build()
-        try:
-            subject = _for_pass(built, candidate, job)
-            changes, fresh = _tried(built, subject, context)
-            record["plan"] = changes
-            fresh_bundle = _bundle(job, fresh, records)
-            outputs = outputs_of(job, fresh_bundle, fresh)
-            after = _state(fresh_bundle, metrics.measure(measured, outputs, expected))
-            loss = metrics.measure_change(measured, original, outputs, expected)
-            fresh_session = measure.session(job, fresh_bundle, forms)
-            latency = measure.latency(job, bundle, fresh_bundle, (session, fresh_session), inputs, best)
-            agreement = measure.agreement(job, fresh_bundle, forms, measured, expected)
-            drifted = measure.drifted(beside, measure.other_outputs(job, fresh_bundle, fresh))
-            problem = next((item.problem for item in agreement if item.problem), None) or next(
-                (
-                    f"output {name!r}, which the metric does not see, is no longer what the original gives: "
-                    f"{far:.2g} times its size away"
-                    for name, far in drifted.items()
-                    if far >= measure.DRIFT_LIMIT
-                ),
-                None,
-            )
-            verdict = judge(before, after, loss, latency, job.limits)
-            if verdict.useless and built.prepares:
-                verdict = Verdict(True, "loses nothing; it prepares the passes after it")
-            if verdict.kept and problem:
-                verdict = Verdict(False, problem)
-            if job.replay:
-                verdict = Verdict(True, f"replayed; measured here: {verdict.reason}")
-            record |= {"after": asdict(after), "loss": asdict(loss), "latency": [asdict(item) for item in latency]}
-            record["agreement"] = [asdict(item) for item in agreement]
-            record |= {"other_outputs": drifted} if drifted else {}
-            if job.target is not None and job.estimated:
-                record["estimated_on"] = job.target.name
-                verdict = replace(verdict, reason=f"{verdict.reason} (latency: an estimate for {job.target.name})")
-        except EdgekitError as error:
-            verdict = Verdict(False, str(error))
-        record |= {"kept": verdict.kept, "reason": verdict.reason, "seconds": round(time.perf_counter() - started, 1)}
-        records.append(_finite(record))
-        notify(f"  {'kept' if verdict.kept else 'rolled back'}: {verdict.reason}")
-        if verdict.kept:
-            candidate, before = fresh, after
-        bundle = _bundle(job, candidate, records)
-        states.keep(paths[number - 1], bundle)
-    return _with_metrics(job, bundle, original, expected, inputs, forms)
+        after, record = _attempt(job, reference, standing, replace(step, seed=seed), records, progress)
+        records.append(record)
+        notify(f"  {'kept' if record.kept else 'rolled back'}: {record.reason}")
+        standing = replace(after or standing, bundle=_bundle(job, (after or standing).candidate, records))
+        states.keep(paths[number - 1], standing.bundle)
+    return _result(job, standing.bundle, reference)
 
 
-def _tried(built: Pass[Any], subject: AnyCandidate, context: Context) -> tuple[list[dict[str, str]], AnyCandidate]:
-    """A pass's plan and result. Whatever somebody's pass, or a library behind it, raises is that pass's failure: it is
-    rolled back with the reason, and the passes after it have their turn."""
+def _reference(job: Job, notify: Notify) -> Reference:
+    """What the original gives, before any pass. Raises if the metric or the runtimes do not suit the original."""
+    metric = metrics.metric(job.metric)
+    source = candidate_of(job.source)
+    forms = measure.best_float_form(job, notify)
+    original = outputs_of(job, job.source, source)
+    expected = job.test.labels if metric.labelled else original
+    metrics.check_direction(metric, original, expected)
+    others = measure.other_outputs(job, job.source, source)
+    best = measure.session(job, job.source, forms)
+    if job.agree:
+        measure.check_source(job, measure.agreement(job, job.source, forms, metric, expected))
+    inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
+    teacher = source.model if isinstance(source, Candidate) else None
+    return Reference(metric, original, expected, others, forms, best, inputs, teacher)
+
+
+def _standing(job: Job, reference: Reference, bundle: Bundle, candidate: AnyCandidate) -> Standing:
+    outputs = outputs_of(job, bundle, candidate)
+    quality = metrics.measure(reference.metric, outputs, reference.expected)
+    return Standing(bundle, candidate, State(quality, len(pack(bundle)), bundle.parameters))
+
+
+def _attempt(
+    job: Job,
+    reference: Reference,
+    before: Standing,
+    step: Step,
+    records: Sequence[PassRecord],
+    progress: ShowProgress,
+) -> tuple[Standing | None, PassRecord]:
+    """Apply one pass, measure its result, judge it and record it. The result is None if the pass is rolled back."""
+    started = time.perf_counter()
+    session = measure.session(job, before.bundle, reference.forms)  # if a runtime is missing, no pass is to blame
+    built = step.build()
+    context = _context(job, reference.teacher, step.seed or 0, progress)
+    changes: tuple[Change, ...] = ()
+    measured: Measured | None = None
     try:
-        changes, fresh = [asdict(change) for change in built.plan(subject)], built.apply(subject, context)
-        if not isinstance(fresh, (Candidate, GraphCandidate)):
-            raise EdgekitError(f"gave a {type(fresh).__name__}; a pass gives a Candidate or a GraphCandidate")
-        return changes, fresh
+        changes, candidate = _tried(built, _for_pass(built, before.candidate, job), context)
+        measured = _measure(job, reference, before, session, candidate, records)
+        verdict = _judge(job, before, measured, built)
+    except EdgekitError as error:
+        verdict = Verdict(False, str(error))
+    seconds = round(time.perf_counter() - started, 1)
+    record = _record(job, step, before, changes, measured, verdict, seconds)
+    return (measured.after if verdict.kept and measured else None), record
+
+
+def _measure(
+    job: Job,
+    reference: Reference,
+    before: Standing,
+    session: Session,
+    candidate: AnyCandidate,
+    records: Sequence[PassRecord],
+) -> Measured:
+    """Quality, size, latency and agreement of what a pass made."""
+    bundle = _bundle(job, candidate, records)
+    outputs = outputs_of(job, bundle, candidate)
+    quality = metrics.measure(reference.metric, outputs, reference.expected)
+    after = Standing(bundle, candidate, State(quality, len(pack(bundle)), bundle.parameters))
+    loss = metrics.measure_change(reference.metric, reference.original, outputs, reference.expected)
+    sessions = session, measure.session(job, bundle, reference.forms)
+    latency = measure.latency(job, before.bundle, bundle, sessions, reference.inputs, reference.best)
+    agreement = measure.agreement(job, bundle, reference.forms, reference.metric, reference.expected)
+    drift = measure.drifted(reference.others, measure.other_outputs(job, bundle, candidate))
+    return Measured(after, loss, latency, agreement, drift)
+
+
+def _judge(job: Job, before: Standing, measured: Measured, built: Pass[Any]) -> Verdict:
+    """The guard's verdict, and what overrules it."""
+    verdict = judge(before.state, measured.after.state, measured.loss, measured.latency, job.limits)
+    if verdict.useless and built.prepares:
+        verdict = Verdict(True, "loses nothing; it prepares the passes after it")
+    if verdict.kept and (problem := _problem(measured)):
+        verdict = Verdict(False, problem)
+    if job.replay:
+        verdict = Verdict(True, f"replayed; measured here: {verdict.reason}")
+    if job.target is not None and job.estimated:
+        verdict = replace(verdict, reason=f"{verdict.reason} (latency: an estimate for {job.target.name})")
+    return verdict
+
+
+def _problem(measured: Measured) -> str | None:
+    """Why a model that is good enough by its metric must not ship all the same."""
+    for item in measured.agreement:
+        if item.problem:
+            return item.problem
+    for name, far in measured.drift.items():
+        if far >= measure.DRIFT_LIMIT:
+            return (
+                f"output {name!r}, which the metric does not see, differs from the original: relative error {far:.2g}"
+            )
+    return None
+
+
+def _record(
+    job: Job,
+    step: Step,
+    before: Standing,
+    changes: tuple[Change, ...],
+    measured: Measured | None,
+    verdict: Verdict,
+    seconds: float,
+) -> PassRecord:
+    record = PassRecord(
+        name=step.name,
+        parameters=dict(step.parameters),
+        seed=step.seed,
+        parent=job.source.digest,
+        before=before.state,
+        plan=changes,
+        kept=verdict.kept,
+        reason=verdict.reason,
+        seconds=seconds,
+    )
+    if measured is None:
+        return record
+    return replace(
+        record,
+        after=measured.after.state,
+        loss=measured.loss,
+        latency=tuple(measured.latency),
+        agreement=tuple(measured.agreement),
+        other_outputs=measured.drift,
+        estimated_on=job.target.name if job.target is not None and job.estimated else None,
+    )
+
+
+def _tried(built: Pass[Any], subject: AnyCandidate, context: Context) -> tuple[tuple[Change, ...], AnyCandidate]:
+    """The plan and the result of a pass. Whatever a third party's pass, or a library behind it, raises counts as a
+    failure of that pass: it is rolled back with the reason, and the passes after it still run."""
+    try:
+        changes, result = tuple(built.plan(subject)), built.apply(subject, context)
+        if not isinstance(result, (Candidate, GraphCandidate)):
+            raise EdgekitError(f"gave a {type(result).__name__}; a pass gives a Candidate or a GraphCandidate")
+        return changes, result
     except EdgekitError:
         raise
     except Exception as error:
@@ -190,49 +302,41 @@ def applied(job: Job, step: Step) -> Bundle:
     return _bundle(job, built.apply(_for_pass(built, candidate, job), context), ())
 
 
-def _with_metrics(
-    job: Job,
-    bundle: Bundle,
-    original: npt.NDArray[Any],
-    expected: npt.NDArray[Any],
-    inputs: Arrays,
-    forms: Mapping[str, str],
-) -> Bundle:
-    """The finished bundle with what the whole job did: source and result side by side, measured in one run."""
-    measured = metrics.metric(job.metric)
+def _result(job: Job, bundle: Bundle, reference: Reference) -> Result:
+    """The finished bundle, the source and the result measured beside each other in one run."""
     outputs = outputs_of(job, bundle, candidate_of(bundle))
-    before, after = (measure.session(job, item, forms) for item in (job.source, bundle))
-    agreement = measure.agreement(job, bundle, forms, measured, expected)
-    latency = measure.latency(job, job.source, bundle, (before, after), inputs)
-    measures = {
-        job.metric.replace("-", "_"): asdict(metrics.measure(measured, outputs, expected)),
-        "compression": {
-            "metric": measured.name,
-            "original": asdict(metrics.measure(measured, original, expected)),
-            "change": asdict(metrics.measure_change(measured, original, outputs, expected)),
-            "latency": [asdict(item) for item in latency],
-            "baseline": dict(forms),
-            "limits": asdict(job.limits),
-            "runtime": job.runtime,
-            "agreement": [asdict(item) for item in agreement],
-            "machine": machine.describe(),
-        },
-    }
+    quality = metrics.measure(reference.metric, outputs, reference.expected)
+    sessions = (
+        measure.session(job, job.source, reference.forms),
+        measure.session(job, bundle, reference.forms),
+    )
+    agreement = measure.agreement(job, bundle, reference.forms, reference.metric, reference.expected)
+    summary = Summary(
+        metric=reference.metric.name,
+        original=metrics.measure(reference.metric, reference.original, reference.expected),
+        change=metrics.measure_change(reference.metric, reference.original, outputs, reference.expected),
+        latency=tuple(measure.latency(job, job.source, bundle, sessions, reference.inputs)),
+        baseline=dict(reference.forms),
+        limits=job.limits,
+        runtime=job.runtime,
+        agreement=tuple(agreement),
+        machine=machine.describe(),
+    )
     if job.target is not None:
-        from edgekit.compression.bench import float_graph
-        from edgekit.targets.decisions import needed
+        summary = _on_target(job, job.target, bundle, summary, reference.inputs)
+    found = {job.metric.replace("-", "_"): finite(asdict(quality)), COMPRESSION: summary.to_json()}
+    bundle = replace(bundle, manifest=replace(bundle.manifest, metrics=found))
+    return Result(bundle, job.source, records_of(bundle), summary, quality)
 
-        batch, memory = needed(job.target, float_graph(bundle), inputs, job.limits.batches)
-        measures["compression"]["memory"] = {
-            **asdict(memory),
-            "batch": batch,
-            "fits": memory.fits,
-            "needed": memory.needed,
-            "text": str(memory),
-        }
-        if job.estimated:
-            measures["compression"]["estimated_on"] = job.target.name
-    return replace(bundle, manifest=replace(bundle.manifest, metrics=_finite(measures)))
+
+def _on_target(job: Job, target: Target, bundle: Bundle, summary: Summary, inputs: Arrays) -> Summary:
+    """The summary with the memory that the result needs on its target, and whether latency is an estimate for it."""
+    from edgekit.compression.bench import float_graph
+    from edgekit.targets.decisions import needed
+
+    batch, memory = needed(target, float_graph(bundle), inputs, job.limits.batches)
+    estimated = target.name if job.estimated else None
+    return replace(summary, memory=memory, memory_batch=batch, estimated_on=estimated)
 
 
 def _context(
@@ -269,15 +373,14 @@ def candidate_of(bundle: Bundle) -> AnyCandidate:
     return Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
 
 
-def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[Mapping[str, Any]]) -> Bundle:
-    """The candidate as a bundle, its golden outputs recomputed on the source's golden inputs."""
+def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) -> Bundle:
+    """The candidate as a bundle, its golden outputs recomputed on the source's golden inputs. records: of this run."""
     inputs, _ = job.source.golden()
     inputs = {spec.name: inputs[spec.name] for spec in job.source.manifest.inputs}
-    names = [spec.name for spec in job.source.manifest.outputs]
     manifest = replace(
         job.source.manifest,
         recipe=to_tables(job.recipe),
-        records=tuple(dict(record) for record in records),
+        records=(*job.source.manifest.records, *(record.to_json() for record in records)),
         parent=job.source.digest,
         seed=job.seed,
         metrics={},
@@ -285,12 +388,8 @@ def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[Mapping[str, An
         versions=versions(),
     )
     if isinstance(candidate, GraphCandidate):
-        from edgekit.graph.model import serialized
-
-        graph = serialized(candidate.model)
-        empty = {name: np.zeros(0, np.float32) for name in names}
-        outputs = open_session(assemble_graph(manifest, graph, (inputs, empty)), "onnxruntime", threads=1).run(inputs)
-        return assemble_graph(manifest, graph, (inputs, outputs))
+        return _graph_bundle(manifest, candidate, inputs)
+    names = [spec.name for spec in manifest.outputs]
     rows = len(next(iter(inputs.values())))
     golden = Dataset(inputs, np.zeros(rows, np.int64))
     softmax = [name == PROBABILITIES for name in names]
@@ -299,17 +398,13 @@ def _bundle(job: Job, candidate: AnyCandidate, records: Sequence[Mapping[str, An
     return assemble(manifest, candidate.weights(), candidate.encodings, (inputs, outputs))
 
 
-def _state(bundle: Bundle, measurement: metrics.Measurement) -> State:
-    return State(measurement, len(pack(bundle)), bundle.parameters)
+def _graph_bundle(manifest: Manifest, candidate: GraphCandidate, inputs: Arrays) -> Bundle:
+    from edgekit.graph.model import serialized
 
-
-def _finite(value: Any) -> Any:
-    """The value with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    graph = serialized(candidate.model)
+    empty = {spec.name: np.zeros(0, np.float32) for spec in manifest.outputs}
+    outputs = open_session(assemble_graph(manifest, graph, (inputs, empty)), "onnxruntime", threads=1).run(inputs)
+    return assemble_graph(manifest, graph, (inputs, outputs))
 
 
 def _state_paths(job: Job, work: Path) -> list[Path]:
@@ -318,8 +413,7 @@ def _state_paths(job: Job, work: Path) -> list[Path]:
     key = hashlib.sha256(job.key().encode())
     paths = []
     for step in job.recipe:
-        identity = states.pass_identity(step.name)
-        key.update(json.dumps([step.name, dict(step.parameters), step.seed, identity], sort_keys=True).encode())
+        key.update(json.dumps([to_table(step), states.pass_identity(step.name)], sort_keys=True).encode())
         paths.append(work / f"{key.hexdigest()[:32]}.edge")
     return paths
 
@@ -332,4 +426,4 @@ def _resume(job: Job, paths: Sequence[Path]) -> tuple[int, Bundle]:
         except EdgekitError:  # not reached, or damaged: the state before it will do
             continue
         return done, replace(state, manifest=replace(state.manifest, recipe=to_tables(job.recipe)))
-    return 0, _bundle(job, candidate_of(job.source), job.source.manifest.records)
+    return 0, _bundle(job, candidate_of(job.source), ())

@@ -16,6 +16,7 @@ The table is kept in edgekit's cache, under the machine and the version of the r
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -32,6 +33,7 @@ from edgekit import cache, machine
 from edgekit.cost.operators import Operator, Workload
 from edgekit.cost.profiled import open_model, optimized_work, profiled, random_feeds
 from edgekit.cost.samples import ALIKE, ROWS, Sample, composites, graph_of, samples
+from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.errors import EdgekitError
 from edgekit.targets.local import cpu_flags
 
@@ -203,11 +205,8 @@ def _overheads(kernels: OperatorTable) -> tuple[float, float]:
         ]
         model = graph_of(nodes, [(1, 16, 32)], {})
         session, feeds = open_model(model), dict(random_feeds(model, 1))
-        taken = []
-        for _ in range(400):
-            started = time.thread_time()
-            session.run(None, feeds)
-            taken.append(time.thread_time() - started)
+        call = timed(functools.partial(session.run, None, feeds), time.thread_time)
+        taken = in_turns([call], least=400, most=400)
         operators = optimized_work(model, 1).operators
         times[len(operators)] = float(np.median(taken)) - sum(kernels.seconds(operator) for operator in operators)
     (few, short), (many, long) = sorted(times.items())
@@ -218,14 +217,19 @@ def _overheads(kernels: OperatorTable) -> tuple[float, float]:
 def _contention(alone: OperatorTable, networks: Sequence[ModelProto], rounds: int = 15) -> float:
     """Return how many times longer whole networks take than the sum of their operators alone. Each network runs after
     others have run."""
-    sessions = [(open_model(model), dict(random_feeds(model, 1))) for model in networks]
-    taken = np.empty((rounds, len(networks)))
-    for number in range(rounds):
-        for index, (session, feeds) in enumerate(sessions):
-            session.run(None, feeds)
-            started = time.thread_time()
-            session.run(None, feeds)
-            taken[number, index] = time.thread_time() - started
+
+    def second_run(model: ModelProto) -> Timed:
+        """Time a run that follows another of the same network."""
+        run = functools.partial(open_model(model).run, None, dict(random_feeds(model, 1)))
+        once = timed(run, time.thread_time)
+
+        def call() -> tuple[float, ...]:
+            run()
+            return once()
+
+        return call
+
+    taken = in_turns([second_run(model) for model in networks], least=rounds, most=rounds)[:, :, 0]
     expected = [alone.total(optimized_work(model, 1)) for model in networks]
     return float(np.median(np.median(taken, axis=0) / expected))
 

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from edgekit.cost.timing import in_turns, timed
 from edgekit.errors import EdgekitError
 from edgekit.graph.index import Index
 from edgekit.graph.shapes import Sizes, Value, item_bytes, sized
 
 Shape = tuple[int, ...]
+MOST_TRIES = 100_000  # the largest number of calls that measure a rate
 Bytes = Mapping[str, float]  # by precision: "float32", "int8"; "other" for all other types
 PRECISION: Mapping[int, str] = {
     TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
@@ -316,11 +318,7 @@ def _one_node(operator: str, left: Shape, right: Shape) -> Callable[[], Any]:
 
 def _fastest(call: Callable[[], Any], seconds: float) -> float:
     """Return the CPU seconds of the fastest call: the limit is the machine's speed without load."""
-    best, until = math.inf, time.thread_time() + seconds
-    while time.thread_time() < until:
-        started = time.thread_time()
-        call()
-        best = min(best, time.thread_time() - started)
+    best = float(in_turns([timed(call, time.thread_time)], seconds=seconds, most=MOST_TRIES).min())
     if not 0 < best < math.inf:
         raise EdgekitError("the machine's rates cannot be measured: its clock of CPU time stands still")
     return best

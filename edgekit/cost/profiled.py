@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import time
@@ -16,6 +17,8 @@ import onnx
 from onnx import ModelProto, TensorProto
 
 from edgekit.cost.operators import Workload, work
+from edgekit.cost.timing import GRAIN as GRAIN_OF_CLOCK
+from edgekit.cost.timing import in_turns, timed
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.graph.shapes import Value, sized
 
@@ -26,7 +29,7 @@ except ModuleNotFoundError as error:
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 GRAIN = 0.5e-6  # seconds; the profiler cuts off fractions of a microsecond, on average half of one
-LEAST_RUNS, MOST_RUNS, WARM_RUNS = 7, 400, 3
+LEAST_RUNS, MOST_RUNS, WARM_RUNS, FIRST_RUNS = 7, 400, 3, 2  # FIRST_RUNS of the WARM_RUNS are not timed
 WHOLE = 0.95  # the share of wall time that the run itself must have had
 BLOCKED = "_nchwc"  # ONNX Runtime's suffix for results in its blocked channel layout
 
@@ -89,12 +92,11 @@ def profiled(model: ModelProto, feeds: Arrays, *, seconds: float = 0.2, threads:
     """Return the operators in the order in which they ran, with the time of each."""
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         session = open_model(model, threads, enable_profiling=True, profile_file_prefix=str(Path(folder) / "run"))
-        until = time.perf_counter() + seconds
-        alone: list[float] = []  # for each run, the share of wall time in which the thread ran
-        while (time.perf_counter() < until and len(alone) < MOST_RUNS) or len(alone) < LEAST_RUNS + WARM_RUNS:
-            clock, spent = time.perf_counter(), time.thread_time()
-            session.run(None, dict(feeds))
-            alone.append((time.thread_time() - spent) / max(time.perf_counter() - clock, 1e-9))
+        run = timed(functools.partial(session.run, None, dict(feeds)), time.perf_counter, time.thread_time)
+        least = LEAST_RUNS + WARM_RUNS - FIRST_RUNS
+        clock, spent = in_turns([run], seconds=seconds, least=least, most=MOST_RUNS, warmup=FIRST_RUNS)[:, 0].T
+        # for each run, the share of wall time in which the thread ran; the profiler also records the discarded runs
+        alone = [0.0] * FIRST_RUNS + list(spent / np.maximum(clock, GRAIN_OF_CLOCK))
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     taken: dict[str, list[float]] = {}
     kinds: dict[str, str] = {}

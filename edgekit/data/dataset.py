@@ -70,7 +70,14 @@ def locate(manifest: Manifest, given: str | None) -> str | Path:
 def load(path: str | Path, manifest: Manifest, *, labelled: bool = True) -> tuple[Dataset, Dataset]:
     """Training and test part of a data source, checked against what the model takes. Labels may be missing if nobody
     needs them (`labelled` is False)."""
-    arrays = read(path, manifest)
+    return checked(read(path, manifest), manifest, path, labelled=labelled)
+
+
+def checked(
+    rows: Arrays, manifest: Manifest, path: str | Path = "data", *, labelled: bool = True
+) -> tuple[Dataset, Dataset]:
+    """Training and test part of named arrays, checked against what the model takes. path: where they come from."""
+    arrays = dict(rows)
     if "labels" not in arrays and not labelled and arrays:
         arrays["labels"] = np.full(len(next(iter(arrays.values()))), UNKNOWN)
     wanted = {spec.name for spec in manifest.inputs}

@@ -22,13 +22,13 @@ def from_factory(
     factory: str,
     *,
     arguments: Mapping[str, Any],
-    weights: Path | None,
+    weights: Path | Mapping[str, npt.NDArray[Any]] | None,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[str],
     golden: Arrays | None = None,
 ) -> Bundle:
-    """Make a bundle from a Python function that builds a network. outputs: their names, in order; one named
-    "probabilities" is the softmax of the network's result."""
+    """Make a bundle from a Python function that builds a network. weights: a safetensors file, or arrays by name;
+    outputs: their names, in order; one named "probabilities" is the softmax of the network's result."""
     from edgekit.data.dataset import Dataset
     from edgekit.nn.families import build
     from edgekit.nn.module import tied, trust
@@ -39,14 +39,7 @@ def from_factory(
     trust(factory)
     described = {spec.name: f"{spec.dtype}:{','.join(map(str, spec.shape))}" for spec in inputs}
     values = {"factory": factory, "arguments": dict(arguments), "inputs": described}
-    stored = None
-    if weights is not None:
-        if weights.suffix in PICKLES:
-            raise unsafe(weights)
-        try:
-            stored = load_safetensors(weights.read_bytes())
-        except SafetensorError as error:
-            raise EdgekitError(f"{weights}: not a safetensors file ({error})") from None
+    stored = _weights(weights) if isinstance(weights, Path) else weights
     model = build("module", values, stored)
     given = golden_rows(tuple(inputs), golden)
     names = list(outputs) or ["output"]
@@ -74,6 +67,15 @@ def from_factory(
     aliases = tied(model)
     state = {name: value.detach().numpy() for name, value in model.state_dict().items() if name not in aliases}
     return assemble(manifest, state, {}, (given, dict(zip(names, found, strict=True))))
+
+
+def _weights(path: Path) -> dict[str, npt.NDArray[Any]]:
+    if path.suffix in PICKLES:
+        raise unsafe(path)
+    try:
+        return load_safetensors(path.read_bytes())
+    except SafetensorError as error:
+        raise EdgekitError(f"{path}: not a safetensors file ({error})") from None
 
 
 def _output_axes(

@@ -29,6 +29,7 @@ from edgekit.errors import EdgekitError
 from edgekit.nn.families import build
 from edgekit.nn.module import tied
 from edgekit.nn.training import Schedule, balanced_class_weights, fit
+from edgekit.passes.change import Change as Change
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -82,15 +83,6 @@ class Context:
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     inputs: tuple[TensorSpec, ...] = ()
     lower: Callable[[nn.Module], ModelProto] = _nowhere
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One line of a plan: the change to one tensor."""
-
-    tensor: str
-    before: str
-    after: str
 
 
 class Level(StrEnum):

@@ -1,29 +1,30 @@
-"""`edgekit compress --auto`: find the recipe. Sensitivity of every weight first, then a multi-objective search
-(NSGA-II, Deb et al. 2002) over passes and their parameters; every trial is a real run, guarded and measured.
+"""Find a recipe (`edgekit compress --auto`). The search measures the sensitivity of every weight, then runs a
+multi-objective search (NSGA-II, Deb et al. 2002) over passes and their parameters. Every trial is a real, measured run.
 
-Trials are judged on rows held out of the training part; the test rows see only the recipe that is chosen, so that the
-choice does not flatter itself. A trial recovers for a few epochs; one that would be the best but for its loss recovers
-longer before it is judged. The study is a journal on disk: a search that was killed goes on and loses at most the
-trial it was in, and the states that trials share are computed once.
+Trials are judged on rows held out of the training part; only the finalists are run on the test rows, so that the choice
+is not biased towards them. A trial recovers for a few epochs; one that would be the best but for its loss recovers
+longer before it is judged. The study is a journal on disk: a search that was killed continues and loses at most the
+trial that was running, and the states that trials share are computed once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from edgekit.bundle.format import Bundle
 from edgekit.compression.job import Job, Notify, ShowProgress
-from edgekit.compression.recipe import Step, of_bundle
+from edgekit.compression.recipe import Step
+from edgekit.compression.record import PassRecord
+from edgekit.compression.result import Result, with_search
 from edgekit.compression.run import run
+from edgekit.compression.trials import Constraints, Outcome, SearchRecord, Sensitivity
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.search.outcomes import Constraints, Outcome, Score, finalists, packed, promising, score_of
-from edgekit.search.sensitivity import Sensitivity, sensitivities
+from edgekit.search.outcomes import Score, finalists, promising, score_of
+from edgekit.search.sensitivity import sensitivities
 from edgekit.search.space import SPACE, Space, explored, lengthened, starts, suggest
 
 try:
@@ -36,19 +37,8 @@ except ModuleNotFoundError as error:
 
 HELD_OUT = 0.25  # of the training rows, for trials
 PATIENCE = 12  # trials without a new point on the Pareto front after which the search stops
-NUMBERS = ("loss", "low", "bytes", "speedup", "latency_ms", "fits_memory")  # of an outcome, kept in the study
-LONGER = (4, 12)  # times the short recovery, for a recipe that only the loss stands in the way of
-FINALISTS = 5  # recipes that the test rows see
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The result of a search: the compressed bundle, its recipe, and what was tried on the way."""
-
-    bundle: Bundle
-    recipe: tuple[Step, ...]
-    outcomes: tuple[Outcome, ...]
-    sensitivity: tuple[Sensitivity, ...]
+LONGER = (4, 12)  # times the short recovery, for a recipe that would be the best but for its loss
+FINALISTS = 5  # recipes that are run on the test rows
 
 
 def search(
@@ -59,9 +49,10 @@ def search(
     trials: int = 40,
     notify: Notify = lambda message: None,
     progress: ShowProgress = lambda what, done, total: None,
-) -> Found:
-    """Search, then run the best recipe within the targets on the job's own data. Where that one fails on the test rows,
-    the next best has its turn; where none is left, an error says how far they were."""
+) -> Result:
+    """Search, then run the best recipe within the constraints on the job's own data. If that recipe fails on the test
+    rows, the next best is run. The result holds the search. Raises EdgekitError if no recipe keeps to the
+    constraints."""
     trial_job = held_out(job)
     study, score = _study(job, work), score_of(job)
     space = _space(study, job, trial_job, progress)
@@ -73,36 +64,48 @@ def search(
             study.enqueue_trial(start)
     if done:
         notify(f"resuming the search after {done} trials")
-    stopped = ""
     while (done := len(_complete(study))) < trials:
         progress("search", done, trials)
         if _stale(study):
-            stopped = f"no better recipe in the last {PATIENCE} trials"
+            notify(f"search stopped: no better recipe in the last {PATIENCE} trials")
             break
         trial = study.ask()
-        steps = suggest(trial, space)
-        outcome = _outcome(trial.number, steps, run(replace(trial_job, recipe=steps), work, progress=progress))
-        for factor in LONGER:
-            if not promising(outcome, constraints, _outcomes(study), score):
-                break
-            notify(f"  it would be the best but for its loss, {outcome.loss:+.4f}: recovers {factor} times as long")
-            short, steps = outcome, tuple(lengthened(step, factor) for step in steps)
-            outcome = _outcome(trial.number, steps, run(replace(trial_job, recipe=steps), work, progress=progress))
-            if outcome.loss > short.loss / 2:  # more of the same would not do
-                break
-        trial.set_user_attr("recipe", [[step.name, dict(step.parameters), step.seed] for step in steps])
-        for name in NUMBERS:
-            trial.set_user_attr(name, getattr(outcome, name))
+        outcome = _tried(
+            trial.number, suggest(trial, space), trial_job, constraints, study, score, work, notify, progress
+        )
+        trial.set_user_attr("outcome", outcome.to_json())
         study.tell(trial, [outcome.loss, math.log(outcome.bytes), -math.log(outcome.speedup)])
         notify(
             f"recipe {trial.number + 1}, trial {done + 1} of {trials}: {outcome.loss:+.4f}, {outcome.bytes:,} bytes, "
-            f"{outcome.speedup:.2f} times as fast: {', '.join(step.name for step in steps) or 'as it is'}"
+            f"{outcome.speedup:.2f} times as fast: {outcome.passes}"
         )
     progress("search", trials, trials)
-    if stopped:
-        notify(f"search stopped: {stopped}")
     outcomes = _outcomes(study)
     return _finish(job, constraints, outcomes, space.ranked, score, work, notify, progress)
+
+
+def _tried(
+    number: int,
+    steps: tuple[Step, ...],
+    job: Job,
+    constraints: Constraints,
+    study: optuna.Study,
+    score: Score,
+    work: Path,
+    notify: Notify,
+    progress: ShowProgress,
+) -> Outcome:
+    """Run a recipe with its short recovery, and again with longer ones while only its loss keeps it from being best."""
+    outcome = _outcome(number, steps, run(replace(job, recipe=steps), work, progress=progress))
+    for factor in LONGER:
+        if not promising(outcome, constraints, _outcomes(study), score):
+            break
+        notify(f"  it would be the best but for its loss, {outcome.loss:+.4f}: recovers {factor} times as long")
+        short, steps = outcome, tuple(lengthened(step, factor) for step in steps)
+        outcome = _outcome(number, steps, run(replace(job, recipe=steps), work, progress=progress))
+        if outcome.loss > short.loss / 2:  # an even longer recovery would not be enough
+            break
+    return outcome
 
 
 def held_out(job: Job) -> Job:
@@ -115,22 +118,19 @@ def held_out(job: Job) -> Job:
     return replace(job, train=job.train.take(rows[cut:]), test=job.train.take(rows[:cut]), limits=limits)
 
 
-def _outcome(number: int, steps: Sequence[Step], bundle: Bundle) -> Outcome:
-    """What a run came to. A pass that failed was rolled back and leaves its mark in the numbers."""
-    summary = bundle.manifest.metrics["compression"]
-    loss, latency = summary["change"]["value"], summary["latency"]
-    worse = [item["worse"] or 0.0 for item in summary["agreement"]]  # what a runtime or a batch size takes from it
-    speedup = float(np.exp(-np.mean(np.log([item["ratio"] for item in latency]))))
-    extra = max([0.0, *worse])
+def _outcome(number: int, steps: Sequence[Step], result: Result) -> Outcome:
+    """The numbers of a run. If a pass failed and was rolled back, they are those of the model without it."""
+    change, latency = result.summary.change, result.latency
+    extra = max([0.0, *(item.worse or 0.0 for item in result.agreement)])  # what a runtime or a batch size costs
     return Outcome(
         number,
         tuple(steps),
-        math.inf if loss is None else float(loss) + extra,
-        packed(bundle),
-        speedup,
-        float(latency[0]["after_ms"]),
-        fits_memory=bool(summary.get("memory", {}).get("fits", True)),
-        low=math.nan if loss is None else float(summary["change"]["low"]) + extra,
+        math.inf if math.isnan(change.value) else change.value + extra,
+        result.packed_bytes,
+        float(np.exp(-np.mean(np.log([item.ratio for item in latency])))),
+        latency[0].after_ms,
+        fits_memory=result.summary.fits,
+        low=change.low + extra,
     )
 
 
@@ -149,7 +149,7 @@ def _study(job: Job, work: Path) -> optuna.Study:
 
 
 def _space(study: optuna.Study, job: Job, trial_job: Job, progress: ShowProgress) -> Space:
-    """What may be suggested, found out once for all the runs of a study."""
+    """The space of recipes, explored once for all the runs of a study."""
     kept = study.user_attrs.get("space")
     if kept is None:
         space = explored(job, tuple(sensitivities(trial_job, progress)))
@@ -179,12 +179,7 @@ def _stale(study: optuna.Study) -> bool:
 def _outcomes(study: optuna.Study) -> tuple[Outcome, ...]:
     front = {trial.number for trial in study.best_trials}
     return tuple(
-        Outcome(
-            trial.number,
-            tuple(Step(name, parameters, seed) for name, parameters, seed in trial.user_attrs["recipe"]),
-            **{name: trial.user_attrs[name] for name in NUMBERS if name in trial.user_attrs},
-            on_front=trial.number in front,
-        )
+        replace(Outcome.from_json(trial.user_attrs["outcome"]), on_front=trial.number in front)
         for trial in _complete(study)
     )
 
@@ -198,61 +193,47 @@ def _finish(
     work: Path,
     notify: Notify,
     progress: ShowProgress,
-) -> Found:
-    """Run the candidates in order of merit, at full length, and take the best that keeps to the targets on the test
-    rows. One that lost a pass there is another recipe than was chosen: those after it have their turn while they
-    promise more than is left of it."""
+) -> Result:
+    """Run the finalists in the order of their scores, at full length, and take the best that keeps to the constraints
+    on the test rows. If the guard rolls back a pass in the final run, the result is a different recipe, so the next
+    finalists are also run while their scores are higher than that result's."""
     tried: list[str] = []
-    best: tuple[float, int, Bundle] | None = None
-    lost = math.inf  # on held-out rows, by the mildest recipe that lost too much on the test rows
+    best: tuple[float, int, Result] | None = None
+    lost = math.inf  # the smallest loss on held-out rows of a recipe that lost too much on the test rows
     for outcome in finalists(outcomes, constraints, score):
         if best is not None and score(outcome) <= best[0]:
             break
-        if outcome.loss >= lost or len(tried) == FINALISTS:  # what lost more would do so as well
+        if outcome.loss >= lost or len(tried) == FINALISTS:  # a recipe that loses more would fail too
             continue
         recipe = tuple(lengthened(step) for step in outcome.recipe)
         notify(f"final run of recipe {outcome.number + 1}: {', '.join(step.name for step in recipe)}")
         final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=constraints.max_loss))
-        bundle = run(final, work, notify=notify, progress=progress)
-        result, records = _outcome(outcome.number, recipe, bundle), bundle.manifest.records
-        kept = [bool(record["kept"]) for record in records]
-        if result.fits(constraints) and any(kept) and (best is None or score(result) > best[0]):
-            best = score(result), outcome.number, bundle
+        result = run(final, work, notify=notify, progress=progress)
+        found = _outcome(outcome.number, recipe, result)
+        kept = [record.kept for record in result.records]
+        if found.fits(constraints) and any(kept) and (best is None or score(found) > best[0]):
+            best = score(found), outcome.number, result
             if all(kept):
                 break
-        if result.loss > constraints.max_loss or any(_lost_too_much(record, constraints) for record in records):
+        if found.loss > constraints.max_loss or any(_lost_too_much(item, constraints) for item in result.records):
             lost = min(lost, outcome.loss)
-        tried.append(
-            f"{result.loss:+.4f}, {result.bytes:,} bytes, {result.latency_ms:.3g} ms{' (estimate)' * job.estimated}"
-            + ("" if result.fits_memory else f", which does not fit on {job.target.name if job.target else ''}")
-        )
+        tried.append(_described(found, job))
     if best is None:
         raise EdgekitError(
             f"no recipe keeps to max-loss {constraints.max_loss:g}, max-size {constraints.max_size or 'any'}, "
             f"max-latency {constraints.max_latency or 'any'} on the test rows; best: "
             f"{'; '.join(tried) or 'no trial came near'}. Allow more, or give it more --trials"
         )
-    _, chosen, bundle = best
-    facts = {
-        "trials": [_plain(item) for item in outcomes],
-        "sensitivity": [
-            {"name": item.name, "change": item.change if math.isfinite(item.change) else None} for item in ranked
-        ],
-        "chosen": chosen,
-        "targets": asdict(constraints),
-    }
-    manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, "search": facts})
-    return Found(replace(bundle, manifest=manifest), tuple(of_bundle(bundle)), outcomes, ranked)
+    _, chosen, result = best
+    return with_search(result, SearchRecord(outcomes, ranked, chosen, constraints))
 
 
-def _lost_too_much(record: Mapping[str, Any], constraints: Constraints) -> bool:
-    """Whether a pass was rolled back for what it costs in quality."""
-    loss = record.get("loss", {}).get("value")
-    return not record["kept"] and loss is not None and loss > constraints.max_loss
+def _described(found: Outcome, job: Job) -> str:
+    """A final run in an error's words."""
+    text = f"{found.loss:+.4f}, {found.bytes:,} bytes, {found.latency_ms:.3g} ms{' (estimate)' * job.estimated}"
+    return text if found.fits_memory else f"{text}, which does not fit on {job.target.name if job.target else ''}"
 
 
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    """For the manifest: JSON has no infinity."""
-    values = asdict(outcome)
-    values["recipe"] = [{"name": step.name, **step.parameters} for step in outcome.recipe]
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+def _lost_too_much(record: PassRecord, constraints: Constraints) -> bool:
+    """Whether a pass was rolled back because of what it costs in quality."""
+    return not record.kept and record.loss is not None and record.loss.value > constraints.max_loss

@@ -1,9 +1,9 @@
-"""Which weights the metric depends on most: each alone on a coarse grid."""
+"""Measure which weights the metric depends on most: quantize each alone to few bits."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,10 @@ from edgekit.compression.job import Job, ShowProgress
 from edgekit.compression.measure import outputs_of
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import applied, candidate_of, lowered
+from edgekit.compression.trials import Sensitivity
 from edgekit.data.dataset import Dataset
 
 PROBE_BITS = 3  # coarse enough that a weight that matters shows
-
-
-@dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """How much worse the metric gets when this weight alone is put on a grid of PROBE_BITS bits. nodes: of the graph,
-    those that multiply by it; passes on graphs know them, not the weight."""
-
-    name: str
-    change: float
-    nodes: tuple[str, ...] = ()
 
 
 def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:

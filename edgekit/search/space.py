@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import candidate_of, lowered
+from edgekit.compression.trials import Sensitivity
 from edgekit.data.dataset import is_labelled
 from edgekit.errors import EdgekitError
 from edgekit.nn.families import countable_units
 from edgekit.passes.base import Candidate
-from edgekit.search.sensitivity import Sensitivity
 from edgekit.targets.decisions import allowed, rounded
 
 if TYPE_CHECKING:
     import optuna
 
-SPACE = 3  # of recipes: a study goes on only in the space that it began in
+SPACE = 4  # version of what a study stores: a study is resumed only by the version that began it
 # Epochs of recovery, in trials and at the end.
 SHORT = {"structured_prune": 2, "dependency_prune": 2, "remove_layers": 2, "cluster": 1, "quantize": 1, "qat_int8": 1}
 FULL = {"structured_prune": 8, "dependency_prune": 8, "remove_layers": 8, "cluster": 2, "quantize": 2, "qat_int8": 3}

@@ -185,6 +185,16 @@ def names() -> list[str]:
     return sorted(_files())
 
 
+def list_targets() -> list[Target]:
+    """Every device that is known, in the order of the names: those that come with edgekit, and the user's own.
+
+    >>> import edgekit
+    >>> "jetson-nano" in [target.name for target in edgekit.list_targets()]
+    True
+    """
+    return [find(name) for name in names()]
+
+
 def find(text: str) -> Target:
     """A target by name, or from a TOML file of one's own."""
     return read(path_of(text))

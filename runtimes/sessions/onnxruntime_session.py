@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -26,6 +27,7 @@ import onnxruntime
 from edgekit.bundle.files import write_file
 from edgekit.bundle.format import KEY, Bundle, model_key
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
+from edgekit.cost.timing import in_turns, timed
 from edgekit.doctor import extras
 from edgekit.errors import EdgekitError, unknown
 from edgekit.session import check_inputs
@@ -287,13 +289,11 @@ class OnnxRuntimeSession:
         index = np.resize(np.arange(batch), rows)
         trial = {name: array[index] for name, array in arrays.items()}
         candidates = [plan for plan in candidates if plan.chunk <= rows or not alone]
-        times: dict[BatchPlan, list[float]] = {plan: [] for plan in candidates}
-        for _ in range(int(np.clip(TRIAL_SECONDS / (seconds * rows), *ROUNDS))):
-            for plan in candidates:
-                started = clock()
-                self._run_plan(replace(plan, workers=1), trial, rows)
-                times[plan].append(clock() - started)
-        middle = {plan: float(np.median(taken)) for plan, taken in times.items()}
+        calls = [timed(partial(self._run_plan, replace(plan, workers=1), trial, rows), clock) for plan in candidates]
+        least, most = ROUNDS
+        budget = TRIAL_SECONDS * len(candidates)
+        times = in_turns(calls, seconds=budget, least=least, most=most, warmup=1)[:, :, 0]
+        middle = dict(zip(candidates, np.median(times, axis=0).tolist(), strict=True))
         chosen = next(plan for plan in candidates if middle[plan] <= (1 + MARGIN) * min(middle.values()))
         return replace(chosen, rows_per_second=rows / max(middle[chosen], 1e-6), origin="measured")
 

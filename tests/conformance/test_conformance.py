@@ -118,7 +118,7 @@ def test_a_network_goes_the_whole_way(bundle, still_clock, tmp_path):
     data = Dataset(rows_of(bundle, 16), np.full(16, UNKNOWN))
     # replayed: random networks have nothing to lose, and the guard would say so
     job = Job(bundle, recipe, data, data, Limits(batches=(1,)), "relative-error", "torch", replay=True)
-    small = run.run(job, tmp_path / "work")
+    small = run.run(job, tmp_path / "work").bundle
     assert [(record["pass"], record["kept"]) for record in small.manifest.records] == [(s.name, True) for s in recipe]
     learnt = [sum(np.count_nonzero(value) for value in item.weights().values()) for item in (bundle, small)]
     assert learnt[1] < 0.9 * learnt[0]

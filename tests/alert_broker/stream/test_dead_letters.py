@@ -97,8 +97,8 @@ def test_what_is_left_of_a_letter_that_no_broker_takes(caplog):
         OMITTED,
         b"900 bytes, because the broker refuses the dead letter with them: dead: too large",
     )
-    assert "t[3] at 17 goes without its 900 bytes" in caplog.text
-    with pytest.raises(EdgekitError, match="cannot be sent: still; raise the broker's limits"):
+    assert "t[3], offset 17, is sent without its 900 bytes" in caplog.text
+    with pytest.raises(EdgekitError, match="cannot be sent even without its payload: still; raise the broker's limits"):
         without_content(small, "still")
 
 

@@ -119,14 +119,14 @@ def test_an_existing_bundle_is_replaced_only_with_force(job, edgekit, tmp_path, 
 
 
 def test_a_stopped_run_goes_on(job, edgekit, tmp_path, monkeypatch):
-    from edgekit.cli import compress
+    from edgekit.cli import console
 
     def stop(message):
         if message.startswith("pass 2"):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "note", stop)
+        patch.setattr(console, "note", stop)
         assert edgekit(*arguments(job)).failed_with(130, "stopped")
     assert not (tmp_path / "out.edge").exists()
     done = edgekit(*arguments(job))
@@ -257,7 +257,7 @@ def test_the_report_says_that_latency_was_estimated(tiny_job, tmp_path):
 
     steps = [("cluster", {"bits": 5, "epochs": 1})]
     elsewhere, here = (
-        report.render(run(made := tiny_job(steps, target=target), tmp_path), made.source)
+        report.render(run(made := tiny_job(steps, target=target), tmp_path).bundle, made.source)
         for target in (profile.find("jetson-nano"), None)
     )
     assert "Latency is an estimate for jetson-nano, from its data sheet: nothing was run there." in elsewhere

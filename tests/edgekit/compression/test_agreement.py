@@ -109,7 +109,7 @@ def treacherous(register, fake_runtime):
 
 
 def test_a_result_that_fails_on_another_runtime_at_one_batch_size_is_rolled_back(tiny_job, treacherous, tmp_path):
-    bundle = run(tiny_job([CLUSTER], agree=("treacherous",)), tmp_path / "w")
+    bundle = run(tiny_job([CLUSTER], agree=("treacherous",)), tmp_path / "w").bundle
     (record,) = bundle.manifest.records
     assert record["kept"] is False
     with pytest.raises(EdgekitError, match=r"on treacherous at batch 16 it is worse by .* than on fake at batch 1"):
@@ -118,7 +118,7 @@ def test_a_result_that_fails_on_another_runtime_at_one_batch_size_is_rolled_back
     assert seen == [("fake", 1, True), ("fake", 16, True), ("treacherous", 1, True), ("treacherous", 16, False)]
     # the twins: without that runtime, and with another that is sound, the same result is kept
     for agree in ((), ("torch",)):
-        kept = run(tiny_job([CLUSTER], agree=agree), tmp_path / "w")
+        kept = run(tiny_job([CLUSTER], agree=agree), tmp_path / "w").bundle
         assert [item["kept"] for item in kept.manifest.records] == [True]
         assert {item["runtime"] for item in kept.manifest.metrics["compression"]["agreement"]} == {"fake", *agree}
 
@@ -271,14 +271,14 @@ def test_openvinos_collapse_at_large_batches_is_rolled_back(encoder, register, f
     recipe = [Step("stock_int8", {"folder": str(tmp_path)})]
     limits = Limits(max_loss=0.05, batches=(1, 32, 256))
     job = Job(encoder, recipe, train, test, limits, "changed", "still")
-    alone = run(job, tmp_path / "w")
+    alone = run(job, tmp_path / "w").bundle
     assert [record["kept"] for record in alone.manifest.records] == [True], "on onnxruntime it is a good result"
     assert same_class(alone, "onnxruntime", 256) > 0.95
     assert same_class(alone, "openvino", 32) > 0.95
     share = same_class(alone, "openvino", 256)
     if share > 0.95:
         pytest.skip(f"OpenVINO gives the same classes at batch 256 here ({share:.1%}): this CPU's kernels are sound")
-    together = run(replace(job, agree=("openvino",)), tmp_path / "w")
+    together = run(replace(job, agree=("openvino",)), tmp_path / "w").bundle
     (record,) = together.manifest.records
     assert record["kept"] is False
     with pytest.raises(EdgekitError, match=r"on openvino at batch 256 it is worse by 0\.[2-9]"):

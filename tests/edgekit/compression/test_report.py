@@ -9,6 +9,7 @@ import pytest
 from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.compression import report
 from edgekit.compression.guard import Latency
+from edgekit.compression.trials import SearchRecord
 
 PLACES = re.compile(r"""(?:src|href|action|url)\s*[=(]\s*["']?\s*(?:https?:)?//""")
 
@@ -60,6 +61,8 @@ NAN = copy.deepcopy(LOST)  # as the manifest holds it: JSON has no NaN
 NAN["after"]["quality"] |= {"value": None, "low": None, "high": None}
 NAN["loss"] |= {"value": None, "low": None, "high": None}
 COMPRESSION = {
+    "original": {"value": 0.5, "low": 0.46, "high": 0.55, "samples": 1234},
+    "change": {"value": 0.002, "low": 0.001, "high": 0.003, "samples": 1234},
     "metric": "class-averaged log-loss",
     "runtime": "onnxruntime",
     "limits": {"max_loss": 0.01, "batches": [1, 16]},
@@ -119,8 +122,8 @@ def test_every_kind_of_record_is_told(tiny_bundle, records, metrics):
 def test_headline_is_the_last_kept_pass_and_not_the_one_rolled_back(tiny_bundle, no_pictures):
     values = report.summary(compressed(tiny_bundle, KEPT, LOST), tiny_bundle)
     assert values["sizes"] == [4000, 2000]
-    assert values["after"]["quality"]["value"] == 0.502
-    assert values["change"]["value"] == 0.002
+    assert values["after"].quality.value == 0.502
+    assert values["change"].value == 0.002
     html = report.render(compressed(tiny_bundle, KEPT, LOST), tiny_bundle)
     assert "4,000 → 2,000 bytes" in html
     assert "2.00 times smaller" in html
@@ -149,7 +152,7 @@ def test_inherited_records_are_told_apart(tiny_bundle, no_pictures):
     source = compressed(tiny_bundle, KEPT)
     again = record("quantize", state(2000, 0.502), state(1800, 0.503))
     values = report.summary(compressed(source, KEPT, again), source)
-    assert [item["pass"] for item in values["inherited"]] == ["cluster"]
+    assert [item.name for item in values["inherited"]] == ["cluster"]
     assert values["sizes"] == [2000, 1800]
     assert "inherited from the source" in report.render(compressed(source, KEPT, again), source)
     assert "inherited from the source" not in report.render(compressed(tiny_bundle, KEPT, again), tiny_bundle)
@@ -211,7 +214,10 @@ def test_a_search_shows_its_front_and_what_was_sensitive(tiny_bundle):
     html = report.render(compressed(tiny_bundle, KEPT, metrics=metrics), tiny_bundle)
     without = report.render(compressed(tiny_bundle, KEPT, metrics={"compression": COMPRESSION}), tiny_bundle)
     assert html.count("<svg") == without.count("<svg") + 2
-    assert [trial["number"] for trial in report.front(SEARCH)] == [0, 1]  # the best first, and no trial behind it
+    assert [trial.number for trial in SearchRecord.from_json(SEARCH).front] == [
+        0,
+        1,
+    ]  # the best first, and no trial behind it
     for words in ("3 trials of the search", "embed.weight", "chosen, 1.20 x as fast", "Pareto front of the search"):
         assert words in html
         assert words not in without.split("<h2>Passes")[0]

@@ -107,24 +107,24 @@ class PreparesBadly(Prepares, Destroys):
 
 def test_a_pass_that_prepares_others_is_kept_if_it_loses_nothing(tiny_job, register, tmp_path):
     register("edgekit.passes", "planted", Prepares)
-    assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "a")) == [("planted", True)]
+    assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "a").bundle) == [("planted", True)]
     register("edgekit.passes", "planted", PreparesBadly)
-    assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "b")) == [("planted", False)]
+    assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "b").bundle) == [("planted", False)]
 
 
 def test_a_bundles_recipe_gives_its_bytes_again(tiny_job, tmp_path):
-    made = run(tiny_job(RECIPE), tmp_path / "a")
+    made = run(tiny_job(RECIPE), tmp_path / "a").bundle
     steps = recipe.of_bundle(write_bundle(made, tmp_path / "made.edge"))
     assert [step.seed for step in steps] == [number for number, (_, kept) in enumerate(verdicts(made), 1) if kept]
-    again = run(replace(tiny_job([]), recipe=steps, replay=True), tmp_path / "b")
+    again = run(replace(tiny_job([]), recipe=steps, replay=True), tmp_path / "b").bundle
     assert computed(again) == computed(made)
     other = [replace(step, seed=99) for step in steps]  # planted: the seed matters
-    assert computed(run(replace(tiny_job([]), recipe=other, replay=True), tmp_path / "c")) != computed(made)
+    assert computed(run(replace(tiny_job([]), recipe=other, replay=True), tmp_path / "c").bundle) != computed(made)
 
 
 def test_the_shrinking_that_the_planted_passes_do_is_kept_on_its_own(tiny_job, register, tmp_path):
     register("edgekit.passes", "planted", Shrink)
-    assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "w")) == [("planted", True)]
+    assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "w").bundle) == [("planted", True)]
 
 
 PLANTED = {
@@ -143,8 +143,8 @@ PLANTED = {
 @pytest.mark.parametrize("first", [[], [CLUSTER]], ids=["first", "after a good pass"])
 def test_a_planted_bad_pass_is_rolled_back(kind, words, first, tiny_job, register, tmp_path):
     register("edgekit.passes", "planted", kind)
-    with_it = run(tiny_job([*first, ("planted", {})]), tmp_path / "with")
-    without = run(tiny_job(first), tmp_path / "without")
+    with_it = run(tiny_job([*first, ("planted", {})]), tmp_path / "with").bundle
+    without = run(tiny_job(first), tmp_path / "without").bundle
     assert computed(with_it) == computed(without)
     record = with_it.manifest.records[-1]
     assert record["kept"] is False
@@ -155,7 +155,7 @@ def test_a_planted_bad_pass_is_rolled_back(kind, words, first, tiny_job, registe
 
 def test_what_comes_after_a_bad_pass_still_runs(tiny_job, register, tmp_path):
     register("edgekit.passes", "planted", Destroys)
-    bundle = run(tiny_job([("planted", {}), CLUSTER]), tmp_path / "w")
+    bundle = run(tiny_job([("planted", {}), CLUSTER]), tmp_path / "w").bundle
     assert verdicts(bundle) == [("planted", False), ("cluster", True)]
 
 
@@ -187,12 +187,14 @@ def test_a_runtime_that_does_not_like_the_result_rolls_it_back(
     mixin, words, tiny_job, register, fake_runtime, tmp_path
 ):
     register("edgekit.sessions", "picky", type("Picky", (mixin, fake_runtime), {}))
-    bundle = run(tiny_job([CLUSTER], runtime="picky"), tmp_path / "w")
+    bundle = run(tiny_job([CLUSTER], runtime="picky"), tmp_path / "w").bundle
     assert verdicts(bundle) == [("cluster", False)]
     with pytest.raises(EdgekitError, match=words):
         raise EdgekitError(bundle.manifest.records[0]["reason"])
     assert bundle.encodings() == {}
-    assert verdicts(run(tiny_job([CLUSTER]), tmp_path / "w2")) == [("cluster", True)], "on another runtime it is kept"
+    assert verdicts(run(tiny_job([CLUSTER]), tmp_path / "w2").bundle) == [("cluster", True)], (
+        "on another runtime it is kept"
+    )
 
 
 def test_a_metric_that_gives_nan_rolls_everything_back_and_the_bundle_can_be_written(tiny_job, monkeypatch, tmp_path):
@@ -204,7 +206,7 @@ def test_a_metric_that_gives_nan_rolls_everything_back_and_the_bundle_can_be_wri
             return math.nan
 
     monkeypatch.setitem(metrics.METRICS, "broken", Broken())
-    bundle = run(tiny_job([CLUSTER], metric="broken"), tmp_path / "w")
+    bundle = run(tiny_job([CLUSTER], metric="broken"), tmp_path / "w").bundle
     assert verdicts(bundle) == [("cluster", False)]
     assert "not a number" in bundle.manifest.records[0]["reason"]
     assert bundle.manifest.records[0]["after"]["quality"]["value"] is None
@@ -215,7 +217,7 @@ def test_a_metric_that_gives_nan_rolls_everything_back_and_the_bundle_can_be_wri
 def test_a_good_run_and_its_records(tiny_job, tmp_path):
     job = tiny_job(RECIPE)
     said = []
-    bundle = run(job, tmp_path / "w", notify=said.append)
+    bundle = run(job, tmp_path / "w", notify=said.append).bundle
     assert all(kept for _, kept in verdicts(bundle)[:2])
     assert len(pack(bundle)) < 0.6 * len(pack(job.source))
     assert bundle.manifest.parent == job.source.digest
@@ -243,7 +245,7 @@ def test_a_good_run_and_its_records(tiny_job, tmp_path):
 
 def test_two_runs_give_the_same_bytes_and_another_seed_others(tiny_job, tmp_path):
     first, second, third = (
-        run(tiny_job(RECIPE, seed=seed), tmp_path / str(number)) for number, seed in enumerate([0, 0, 1])
+        run(tiny_job(RECIPE, seed=seed), tmp_path / str(number)).bundle for number, seed in enumerate([0, 0, 1])
     )
     assert computed(first) == computed(second)
     assert computed(first) != computed(third)
@@ -255,7 +257,7 @@ class StoppedError(BaseException):
 
 @pytest.mark.parametrize("stopped_at", [2, 3])
 def test_a_stopped_run_goes_on_after_its_last_finished_pass(stopped_at, tiny_job, tmp_path):
-    straight = run(tiny_job(RECIPE), tmp_path / "straight")
+    straight = run(tiny_job(RECIPE), tmp_path / "straight").bundle
 
     def stop(message):
         if message.startswith(f"pass {stopped_at} "):
@@ -264,7 +266,7 @@ def test_a_stopped_run_goes_on_after_its_last_finished_pass(stopped_at, tiny_job
     with pytest.raises(StoppedError):
         run(tiny_job(RECIPE), tmp_path / "w", notify=stop)
     said = []
-    resumed = run(tiny_job(RECIPE), tmp_path / "w", notify=said.append)
+    resumed = run(tiny_job(RECIPE), tmp_path / "w", notify=said.append).bundle
     assert said[0] == f"resuming after pass {stopped_at - 1} of 3"
     assert not any(line.startswith(f"pass {stopped_at - 1} ") for line in said), "a finished pass was run again"
     assert computed(resumed) == computed(straight)
@@ -301,10 +303,10 @@ def test_the_state_of_another_job_is_not_taken_for_this_ones(other, tiny_job, tm
 
 
 def test_a_damaged_state_is_computed_again(tiny_job, tmp_path):
-    straight = run(tiny_job(RECIPE[:2]), tmp_path / "w")
+    straight = run(tiny_job(RECIPE[:2]), tmp_path / "w").bundle
     for weights in (tmp_path / "w").glob(f"*.edge/{WEIGHTS}"):
         weights.write_bytes(b"")
-    assert computed(run(tiny_job(RECIPE[:2]), tmp_path / "w")) == computed(straight)
+    assert computed(run(tiny_job(RECIPE[:2]), tmp_path / "w").bundle) == computed(straight)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tiny_job, tmp_path):
@@ -333,14 +335,14 @@ def test_the_users_mistake_is_an_error_and_not_a_pass_rolled_back(steps, options
 def test_a_test_set_smaller_than_the_golden_rows(tiny_job, tmp_path):
     job = tiny_job([CLUSTER])
     small = replace(job, test=job.test.take(np.arange(6)))
-    inputs, outputs = run(small, tmp_path / "w").golden()
+    inputs, outputs = run(small, tmp_path / "w").bundle.golden()
     assert len(inputs["light_curve"]) == len(outputs["probabilities"]) == 8
 
 
 def test_a_compressed_bundle_can_be_compressed_further(tiny_job, tmp_path):
-    once = run(tiny_job([CLUSTER]), tmp_path / "w1")
+    once = run(tiny_job([CLUSTER]), tmp_path / "w1").bundle
     job = replace(tiny_job([("quantize", {"bits": 2, "epochs": 0})], max_loss=10), source=once)
-    twice = run(job, tmp_path / "w2")
+    twice = run(job, tmp_path / "w2").bundle
     assert [record["pass"] for record in twice.manifest.records] == ["cluster", "quantize"]
     assert twice.manifest.parent == once.digest
     assert passes_run(job, tmp_path / "w2") == []
@@ -358,13 +360,13 @@ def test_the_plan_follows_the_shapes_and_changes_nothing(tiny_job, tmp_path):
     planned = plan(job)
     assert [step.name for step, _ in planned] == [name for name, _ in steps]
     changes = {
-        name: {item["tensor"]: item for item in items} for (name, _), (_, items) in zip(steps, planned, strict=True)
+        name: {item.tensor: item for item in items} for (name, _), (_, items) in zip(steps, planned, strict=True)
     }
     query = "blocks.0.attention.query.weight"
-    assert changes["structured_prune"][query]["before"] == "(6, 16)"
-    assert changes["structured_prune"][query]["after"].startswith("(4, 16)")
-    assert changes["magnitude_prune"][query]["before"] == "64 weights"
-    assert changes["cluster"]["blocks.0.expand.weight"]["before"] == f"{12 * 16} x 32 bit"
+    assert changes["structured_prune"][query].before == "(6, 16)"
+    assert changes["structured_prune"][query].after.startswith("(4, 16)")
+    assert changes["magnitude_prune"][query].before == "64 weights"
+    assert changes["cluster"]["blocks.0.expand.weight"].before == f"{12 * 16} x 32 bit"
     assert computed(job.source) == before
     assert list(tmp_path.iterdir()) == []
 
@@ -376,6 +378,6 @@ def test_an_impossible_later_pass_is_found_by_the_plan(tiny_job):
 
 
 def test_infinite_limits_can_be_recorded(tiny_job, tmp_path):
-    bundle = run(tiny_job([CLUSTER], max_loss=math.inf), tmp_path / "w")
+    bundle = run(tiny_job([CLUSTER], max_loss=math.inf), tmp_path / "w").bundle
     assert bundle.manifest.metrics["compression"]["limits"]["max_loss"] is None
     assert len(bundle.digest) == 64

@@ -104,7 +104,9 @@ def test_a_graph_with_other_numbers_than_the_model_is_refused(vit, exporter):
         model.classifier.bias[1] += 0.01
 
     exporter(spoil)
-    with pytest.raises(EdgekitError, match=r"'logits' of optimum's graph differs from transformers' by .*e-0.; 0.001 is allowed"):
+    with pytest.raises(
+        EdgekitError, match=r"'logits' of optimum's graph differs from transformers' by .*e-0.; 0.001 is allowed"
+    ):
         from_optimum(vit[0])
 
 

@@ -94,13 +94,15 @@ def verdicts(bundle):
 
 
 def test_a_pass_that_destroys_accuracy_is_rolled_back_and_the_next_starts_from_before_it(job, tmp_path):
-    with_it = run(job([("low_rank", {"rank": 1}), BIG]), tmp_path / "with")
-    without = run(job([BIG]), tmp_path / "without")
+    with_it = run(job([("low_rank", {"rank": 1}), BIG]), tmp_path / "with").bundle
+    without = run(job([BIG]), tmp_path / "without").bundle
     assert verdicts(with_it) == [("low_rank", False), ("weight_only", True)]
     assert "in quality against the original" in with_it.manifest.records[0]["reason"]
     assert with_it.contents[GRAPH] == without.contents[GRAPH]
     # the twin: a rank that keeps the answers is kept
-    assert verdicts(run(job([("low_rank", {"rank": 8, "include": ["up"]})]), tmp_path / "twin")) == [("low_rank", True)]
+    assert verdicts(run(job([("low_rank", {"rank": 8, "include": ["up"]})]), tmp_path / "twin").bundle) == [
+        ("low_rank", True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_pass_that_destroys_accuracy_is_rolled_back_and_the_next_starts_from_b
     ids=lambda step: step[0],
 )
 def test_each_pass_that_shrinks_is_kept_and_its_plan_recorded(step, job, tmp_path):
-    bundle = run(job([step]), tmp_path / "w")
+    bundle = run(job([step]), tmp_path / "w").bundle
     record = bundle.manifest.records[0]
     assert record["kept"], record["reason"]
     assert record["after"]["bytes"] < record["before"]["bytes"]
@@ -153,7 +155,7 @@ class EightRows(Planted):
 
 def test_a_graph_that_runs_at_one_batch_size_only_is_rolled_back(job, register, tmp_path):
     register("edgekit.passes", "planted", EightRows)
-    bundle = run(job([("planted", {}), BIG]), tmp_path / "w")
+    bundle = run(job([("planted", {}), BIG]), tmp_path / "w").bundle
     assert verdicts(bundle) == [("planted", False), ("weight_only", True)]
     assert "cannot run this model on inputs of shapes" in bundle.manifest.records[0]["reason"]
 
@@ -180,7 +182,7 @@ def test_an_output_that_the_metric_does_not_see_must_still_be_the_models(factor,
     manifest = replace(made.source.manifest, outputs=(*made.source.manifest.outputs, TensorSpec("g", ("batch", 4))))
     inputs, outputs = made.source.golden()
     source = assemble_graph(manifest, serialized(model), (inputs, {**outputs, "g": outputs["p"]}))
-    bundle = run(replace(made, source=source), tmp_path / "w")
+    bundle = run(replace(made, source=source), tmp_path / "w").bundle
     assert "output <code>g</code>" in report.render(bundle, source)
     record = bundle.manifest.records[0]
     assert record["kept"] is kept, record["reason"]
@@ -190,13 +192,13 @@ def test_an_output_that_the_metric_does_not_see_must_still_be_the_models(factor,
 
 def test_a_metric_without_a_value_is_the_reason_and_no_runtime_is_blamed(job, monkeypatch, tmp_path):
     monkeypatch.setitem(metrics.METRICS, "nan", metrics.Custom("nan", lambda outputs, labels: float("nan")))
-    bundle = run(job([("dynamic_int8", {})], metric="nan"), tmp_path / "w")
+    bundle = run(job([("dynamic_int8", {})], metric="nan"), tmp_path / "w").bundle
     assert bundle.manifest.records[0]["reason"].startswith("the metric is nan")
 
 
 @pytest.mark.parametrize("name", ["fold", "smooth_quant"])
 def test_a_pass_that_has_nothing_to_do_is_rolled_back_with_the_reason(name, job, tmp_path):
-    bundle = run(job([(name, {})]), tmp_path / "w")
+    bundle = run(job([(name, {})]), tmp_path / "w").bundle
     assert verdicts(bundle) == [(name, False)]
     assert bundle.manifest.records[0]["reason"].startswith(f"{name}: ")
 
@@ -212,7 +214,7 @@ def test_calibration_data_of_the_wrong_shape_is_refused(job, tmp_path):
         wrong.metric,
         wrong.runtime,
     )
-    bundle = run(wrong, tmp_path / "w")
+    bundle = run(wrong, tmp_path / "w").bundle
     assert verdicts(bundle) == [("static_int8", False)]
     assert "calibration data does not fit the graph: input 'x' has shape" in bundle.manifest.records[0]["reason"]
 
@@ -236,7 +238,7 @@ def test_a_network_is_lowered_once_and_only_by_the_first_pass_on_graphs(
     recipe = [Step(name, values) for name, values in steps]
     limits = Limits(max_loss=0.5, min_gain=-1.0, batches=(1, 16))  # so small a network gains nothing in bytes
     small = Job(tiny_bundle, recipe, *tiny_data, limits, runtime="still")
-    bundle = run(small, tmp_path / "w")
+    bundle = run(small, tmp_path / "w").bundle
     assert verdicts(bundle)[:2] == [("magnitude_prune", True), ("half", True)]
     assert "no matrix is left to compress" in bundle.manifest.records[2]["reason"]  # half has them
     assert lowered == ["t2"]
@@ -253,4 +255,4 @@ def test_the_plan_of_a_recipe_follows_what_passes_leave(job):
         plan(job([("half", {"storage": True, "keep": []}), ("sparsify", {"score": "magnitude"})]))
     steps = plan(job([("sparsify", {"score": "magnitude"}), ("half", {"storage": True})]))
     assert [step.name for step, _ in steps] == ["sparsify", "half"]
-    assert {change["tensor"] for change in steps[0][1]} == {"up", "D", "down"}
+    assert {change.tensor for change in steps[0][1]} == {"up", "D", "down"}

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 from edgekit.bundle.pack import pack
-from edgekit.compression import metrics, recipe
-from edgekit.compression.recipe import Step
+from edgekit.compression import metrics, recipe, record
+from edgekit.compression.guard import State
+from edgekit.compression.recipe import Step, of_bundle
+from edgekit.compression.record import PassRecord
 from edgekit.compression.run import run
+from edgekit.compression.trials import Constraints, Outcome
 from edgekit.errors import EdgekitError
 from edgekit.search import auto
 from edgekit.search.auto import LONGER, held_out, search
-from edgekit.search.outcomes import Constraints, Outcome, finalists, promising
+from edgekit.search.outcomes import finalists, promising
 from edgekit.search.sensitivity import sensitivities
 
 
@@ -35,20 +38,19 @@ def test_the_search_finds_a_smaller_model_within_its_targets(job, tmp_path):
     said = []
     found = search(job, Constraints(max_loss=0.05), tmp_path / "w", trials=5, notify=said.append)
     assert len(pack(found.bundle)) < 0.7 * len(pack(job.source))
-    summary = found.bundle.manifest.metrics["compression"]
-    assert summary["change"]["value"] <= 0.05
-    assert len(found.outcomes) == 5
-    assert any(outcome.on_front for outcome in found.outcomes)
-    chosen = found.bundle.manifest.metrics["search"]["chosen"]
-    assert chosen in {outcome.number for outcome in found.outcomes}
+    assert found.summary.change.value <= 0.05
+    assert len(found.search.trials) == 5
+    assert any(trial.on_front for trial in found.search.trials)
+    assert found.search.chosen in {trial.number for trial in found.search.trials}
+    assert record.search_of(found.bundle).chosen == found.search.chosen
     assert sum(line.startswith("recipe ") for line in said) == 5
 
 
 def test_its_recipe_gives_the_same_bytes_again(job, tmp_path):
     found = search(job, Constraints(max_loss=0.05), tmp_path / "w", trials=3)
     path = tmp_path / "recipe.toml"
-    path.write_text(recipe.to_toml(found.recipe))
-    again = run(replace(job, recipe=recipe.read(path)), tmp_path / "elsewhere")
+    path.write_text(recipe.to_toml(recipe.of_bundle(found.bundle)))
+    again = run(replace(job, recipe=recipe.read(path)), tmp_path / "elsewhere").bundle
     assert again.contents == {name: found.bundle.contents[name] for name in again.contents}
 
 
@@ -57,10 +59,10 @@ def test_a_search_goes_on_where_it_was(job, tmp_path):
     said = []
     more = search(job, Constraints(max_loss=0.05), tmp_path / "w", trials=4, notify=said.append)
     assert said[0] == "resuming the search after 2 trials"
-    assert more.outcomes[:2] == tuple(
-        replace(o, on_front=n.on_front) for o, n in zip(first.outcomes, more.outcomes[:2], strict=True)
+    assert more.search.trials[:2] == tuple(
+        replace(o, on_front=n.on_front) for o, n in zip(first.search.trials, more.search.trials[:2], strict=True)
     )
-    assert len({tuple(map(str, outcome.recipe)) for outcome in more.outcomes}) > 1
+    assert len({tuple(map(str, outcome.recipe)) for outcome in more.search.trials}) > 1
 
 
 def test_a_metric_under_which_more_is_better_is_refused_before_any_trial(job, tmp_path, monkeypatch):
@@ -160,7 +162,7 @@ def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
     monkeypatch.setattr(auto, "starts", lambda space: [heavy])
     said = []
     first = search(job, Constraints(max_loss=5.0), tmp_path / "measure", trials=1)
-    short = first.outcomes[0].loss
+    short = first.search.trials[0].loss
     recovered = []
     real = auto.run
 
@@ -172,11 +174,11 @@ def test_a_heavy_pruning_gets_the_recovery_it_needs(job, tmp_path, monkeypatch):
     limit = 0.45 * short  # farther off than noise goes
     assert short > 0.05, "the toy is no longer hurt by losing half of its units"
     found = search(job, Constraints(max_loss=limit), tmp_path / "w", trials=1, notify=said.append)
-    longest = found.outcomes[0].recipe[0].parameters["epochs"]
+    longest = found.search.trials[0].recipe[0].parameters["epochs"]
     assert recovered[:2] == [[2], [2 * LONGER[0]]]
     assert longest in (2 * factor for factor in LONGER)
-    assert found.outcomes[0].loss < short
-    assert found.recipe[0].parameters["epochs"] == longest
+    assert found.search.trials[0].loss < short
+    assert of_bundle(found.bundle)[0].parameters["epochs"] == longest
     assert any("it would be the best but for its loss" in line for line in said)
     # planted: a search that judges by the short recovery finds nothing
     monkeypatch.setattr(auto, "LONGER", ())
@@ -188,21 +190,29 @@ def last_round(job, monkeypatch, tmp_path, trials, results):
     """What is chosen, and what was run, when the last round's results are these: (loss, speedup, passes kept)."""
     tried = []
 
-    def outcome_of(number, recipe, bundle):
+    done = run(job, tmp_path / "w")
+    point = done.summary.original
+
+    def outcome_of(number, recipe, result):
         tried.append(number)
         loss, speedup, _ = results[number]
         return Outcome(number, recipe, loss=loss, bytes=1000, speedup=speedup, latency_ms=1.0)
 
-    def run(final, work, **options):
+    def final_run(final, work, **options):
         _, _, kept = results[final.recipe[0].seed]
-        records = tuple({"kept": good, "loss": {"value": 0.0 if good else 1.0}} for good in kept)
-        return replace(job.source, manifest=replace(job.source.manifest, records=records))
+        before = State(point, 1000, 10)
+        records = tuple(
+            PassRecord(
+                name="x", parameters={}, before=before, kept=good, reason="", loss=replace(point, value=float(not good))
+            )
+            for good in kept
+        )
+        return replace(done, records=records)
 
     monkeypatch.setattr(auto, "_outcome", outcome_of)
-    monkeypatch.setattr(auto, "run", run)
-    monkeypatch.setattr(auto, "of_bundle", lambda bundle: ())
+    monkeypatch.setattr(auto, "run", final_run)
     found = auto._finish(job, Constraints(0.02), trials, (), speed, tmp_path, lambda line: None, lambda *state: None)
-    return found.bundle.manifest.metrics["search"]["chosen"], tried
+    return found.search.chosen, tried
 
 
 def trial_of(number, loss, speedup):

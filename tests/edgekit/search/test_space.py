@@ -13,11 +13,12 @@ from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import plan
+from edgekit.compression.trials import Sensitivity
 from edgekit.errors import EdgekitError
 from edgekit.graph.model import serialized
 from edgekit.nn.families import build
 from edgekit.search import space as module
-from edgekit.search.sensitivity import Sensitivity, sensitivities
+from edgekit.search.sensitivity import sensitivities
 from edgekit.search.space import FULL, PLAIN, SHORT, Space, explored, forms, lengthened, smoothable, starts, suggest
 from edgekit.targets import decisions, local, profile
 from tests.edgekit.passes import graphs
@@ -123,8 +124,8 @@ def test_int8_leaves_the_most_sensitive_weights_of_a_network_alone(tiny_job, for
     steps = suggested(Space(job, tuple(ranked)), exempt=1, form=form)
     ((_, changes),) = plan(replace(job, recipe=steps))
     (spared,) = ranked[0].nodes
-    assert {item["tensor"] for item in changes if not item["after"].startswith("int8")} >= {spared}
-    assert any(item["after"].startswith("int8") for item in changes)
+    assert {item.tensor for item in changes if not item.after.startswith("int8")} >= {spared}
+    assert any(item.after.startswith("int8") for item in changes)
     planted = (replace(steps[0], parameters={"exclude": [ranked[0].name]}),)
     with pytest.raises(EdgekitError, match="unknown node"):
         plan(replace(job, recipe=planted))
@@ -223,7 +224,7 @@ def test_shares_by_sensitivity(room):
     quarter = -(-len(room.groups) // 4)
     assert spared.parameters["layers"] == dict.fromkeys(room.groups[:quarter], 0.25)
     ((_, changes),) = plan(replace(room.job, recipe=(spared,)))
-    left = {item["after"].split(": ", 1)[1] for item in changes if ": " in item["after"]}
+    left = {item.after.split(": ", 1)[1] for item in changes if ": " in item.after}
     assert any(f"of {room.groups[0]}" in text for text in left), left
 
 

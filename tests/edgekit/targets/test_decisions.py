@@ -8,10 +8,9 @@ from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.compression.bench import float_graph
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import plan, run
+from edgekit.compression.trials import Constraints, Outcome
 from edgekit.errors import EdgekitError
-from edgekit.search import auto
 from edgekit.search.auto import search
-from edgekit.search.outcomes import Constraints, Outcome
 from edgekit.search.space import Space, forms, starts, suggest
 from edgekit.targets import decisions, local, profile
 from edgekit.targets.decisions import allowed, estimated, fitted, needed, rounded, with_defaults
@@ -97,7 +96,7 @@ def test_without_a_target_nothing_changes(tiny_job, tmp_path):
     job = tiny_job([CLUSTER])
     assert job.on_target() is job
     assert not job.estimated
-    made = run(job, tmp_path)
+    made = run(job, tmp_path).bundle
     assert made.manifest.target is None
     assert "estimated_on" not in made.manifest.records[0]
     assert "memory" not in made.manifest.metrics["compression"]
@@ -117,7 +116,7 @@ def test_a_refused_pass_is_an_error_before_the_work_starts(tiny_job, tmp_path):
 def test_latency_elsewhere_is_an_estimate_that_says_so(tiny_job, tmp_path):
     keep = {"heads": 2, "ff_dim": 8}
     job = tiny_job([("structured_prune", {"keep": keep, "epochs": 2}), CLUSTER], max_loss=0.5, target=RTX)
-    made = run(job, tmp_path)
+    made = run(job, tmp_path).bundle
     assert made.manifest.target == "rtx-3060-12gb"
     for record in made.manifest.records:
         assert record["estimated_on"] == "rtx-3060-12gb"
@@ -136,7 +135,7 @@ def test_latency_elsewhere_is_an_estimate_that_says_so(tiny_job, tmp_path):
 def test_latency_here_is_measured_as_ever(tiny_job, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "is_here", lambda target: True)
     monkeypatch.setattr(decisions, "is_here", lambda target: True)
-    made = run(tiny_job([CLUSTER], target=AVX512), tmp_path)
+    made = run(tiny_job([CLUSTER], target=AVX512), tmp_path).bundle
     assert made.manifest.target == "x86-avx512"
     assert "estimated_on" not in made.manifest.records[0]
     latency = made.manifest.metrics["compression"]["latency"][0]
@@ -149,7 +148,7 @@ def test_planted_a_pass_that_makes_the_model_slower_there_is_rolled_back(tiny_jo
         return [replace(item, after_ms=2 * item.after_ms, ratio=2.0, low=2.0, high=2.0) for item in real]
 
     monkeypatch.setattr(decisions, "estimated", slower)
-    made = run(tiny_job([CLUSTER], target=RTX), tmp_path)
+    made = run(tiny_job([CLUSTER], target=RTX), tmp_path).bundle
     (record,) = made.manifest.records
     assert not record["kept"]
     assert record["reason"].startswith("slower at batch 1: 2.00 times")
@@ -158,7 +157,7 @@ def test_planted_a_pass_that_makes_the_model_slower_there_is_rolled_back(tiny_jo
 def test_half_precision_pays_where_there_are_units_for_it(tiny_job, tmp_path, monkeypatch):
     """On an RTX 3060, by its data sheet; measured on a CPU it would be slower, and was rolled back."""
     big = replace(RTX, launch=Figure(1e-12, "assumed: none"))  # a toy is bound by launches
-    made = run(tiny_job([("half", {})], runtime="onnxruntime", target=big, max_loss=0.5), tmp_path)
+    made = run(tiny_job([("half", {})], runtime="onnxruntime", target=big, max_loss=0.5), tmp_path).bundle
     (record,) = made.manifest.records
     assert record["kept"], record["reason"]
 
@@ -225,7 +224,7 @@ def test_the_search_keeps_to_an_estimated_latency(tiny_job, tmp_path):
     ].after_ms
     found = search(job, Constraints(max_loss=0.5, max_latency=1.01 * generous), tmp_path, trials=3)
     assert found.bundle.manifest.metrics["compression"]["estimated_on"] == "jetson-nano"
-    assert all(step.name not in ("dynamic_int8", "static_int8") for o in found.outcomes for step in o.recipe)
+    assert all(step.name not in ("dynamic_int8", "static_int8") for o in found.search.trials for step in o.recipe)
     with pytest.raises(EdgekitError, match=r"max-latency 1e-06 .*ms \(estimate\)|no trial came near"):
         search(job, Constraints(max_loss=0.5, max_latency=1e-6), tmp_path, trials=2)
 
@@ -234,4 +233,4 @@ def test_an_outcome_that_does_not_fit_is_no_result():
     outcome = Outcome(0, (), 0.0, 10, 1.0, 1.0)
     assert outcome.fits(Constraints(1.0))
     assert not replace(outcome, fits_memory=False).fits(Constraints(1.0))
-    assert "fits_memory" in auto.NUMBERS
+    assert "fits_memory" in outcome.to_json()
