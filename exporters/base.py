@@ -1,4 +1,4 @@
-"""What every exporter shares: the identity of what it exports, and directories of files that appear whole."""
+"""Code that all exporters share: they describe the exported model, and they write a directory of files in one step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ MANIFEST = "manifest.json"
 
 
 def described(bundle: Bundle) -> dict[str, Any]:
-    """What every manifest says of the model. axes: those of any length, where they are, and what the length must be a
-    multiple of."""
+    """Return the entries about the model that every manifest holds.
+
+    `axes` lists the axes of free length: the inputs and outputs that have the axis, and the number that the length must
+    be a multiple of.
+    """
     axes: dict[str, dict[str, Any]] = {}
     for spec in (*bundle.manifest.inputs, *bundle.manifest.outputs):
         for number, axis in enumerate(spec.shape):
@@ -39,7 +42,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
 
 
 def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
-    """SHA-256 of each file."""
+    """Return the SHA-256 of each file."""
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
@@ -48,7 +51,7 @@ def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def check_destination(directory: Path, *, force: bool) -> None:
-    """Raise if `publish` would refuse: asked before the work, so that minutes of it are not thrown away."""
+    """Raise if `publish` would refuse the directory. Exporters call this first, so that no minutes of work are lost."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not force:
@@ -61,6 +64,6 @@ def check_destination(directory: Path, *, force: bool) -> None:
 
 
 def publish(files: Mapping[str, bytes], directory: Path, *, force: bool) -> None:
-    """Write the files beside the directory and move them into place in one step: a reader sees all of them or none."""
+    """Write the files to a new directory and rename it to `directory`: a reader sees all files or none."""
     check_destination(directory, force=force)
     write_directory(directory, files)

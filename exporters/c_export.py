@@ -1,13 +1,14 @@
-"""Export a bundle to C: one file with the weights in it, C99 and libm, proved against the network it came from.
+"""Export a bundle to C: one C99 file that holds the weights and needs only libm, compared with its source network.
 
-model.c, model.h    the network; README of its interface in the header
-check.c             golden rows, and a program that holds model.c to them
+model.c, model.h    the network; the header documents its interface
+check.c             golden rows, and a program that compares model.c with them
 golden.npz          the same rows as arrays
-verify.py           compiles and runs check.c on the device; needs Python and a C compiler only
-manifest.json       SHA-256 of every file, compilers, tolerance, what was measured
+verify.py           compiles and runs check.c on the device; it needs Python and a C compiler only
+manifest.json       SHA-256 of every file, compilers, tolerance, measured differences
 
-One sample at a time goes through a workspace of some hundred kilobytes, which stays in a core's second cache; runtimes
-that hand whole batches from operator to operator stream them through memory. Softmax is computed in registers.
+The code computes one sample at a time in a workspace of some hundred kilobytes, which stays in a core's L2 cache.
+Runtimes that run each operator on a whole batch stream the activations through memory. The code computes softmax in
+registers.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ MODEL, HEADER, CHECK = "model.c", "model.h", "check.c"
 class CExporter(Exporter):
     """Parameters of a C export."""
 
-    # encoded: the codes that compression passes left, decoded by each call into the caller's workspace; several times
-    # smaller in flash, and a few per cent slower at one row a call
+    # encoded: store the codes that compression passes produced. Each call decodes them into the caller's workspace: the
+    # model takes several times less flash, and one row per call is a few per cent slower.
     weights: Literal["float32", "encoded"] = "float32"
 
     def __post_init__(self) -> None:
@@ -49,10 +50,12 @@ class CExporter(Exporter):
             raise EdgekitError(f"C weights = {self.weights!r}; expected 'encoded' or 'float32'")
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
-        """Write sources, golden data, device check and manifest, once the compiled model gives what the network gives.
+        """Write sources, golden data, device check and manifest if the compiled model's outputs agree with the
+        network's.
 
-        Raises, and writes nothing, if there is no C compiler, if the bundle's family is not known in C, or if an
-        output is beyond tolerance at any batch size, with this machine's instructions or with the architecture's least.
+        Raises, and writes nothing, if there is no C compiler, if the C exporter does not support the bundle's family,
+        or if an output is beyond tolerance at any batch size. It tests two builds: with this machine's instructions and
+        with the architecture's baseline.
         """
         directory = Path(directory)
         check_destination(directory, force=force)
@@ -104,7 +107,7 @@ class CExporter(Exporter):
         return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
 
     def source(self, bundle: Bundle) -> CSource:
-        """The bundle as C, not yet compiled or verified."""
+        """Return the bundle as C source, which is not yet compiled or verified."""
         return self._write(bundle, program(bundle))
 
     def _write(self, bundle: Bundle, network: Program) -> CSource:
@@ -113,9 +116,10 @@ class CExporter(Exporter):
 
 
 def _verify(library: bytes, bundle: Bundle, expected: Reference, allowed: float) -> tuple[list[Check], int]:
-    """Hold a compiled model to the network in float64, at each batch size; raise at the first beyond tolerance.
+    """Compare a compiled model with the network in float64 at each batch size; raise at the first difference beyond
+    tolerance.
 
-    Returns the checks, and the floats in a vector of this build.
+    Returns the checks, and the number of floats in a vector of this build.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.so"
@@ -133,7 +137,7 @@ def _verify(library: bytes, bundle: Bundle, expected: Reference, allowed: float)
 
 
 def _run(model: Library, bundle: Bundle, inputs: Arrays, batch: int, rows: int) -> Arrays:
-    """The first `rows` rows, from the start again where there are fewer, `batch` in a call."""
+    """Run `rows` rows, `batch` in a call; if there are fewer inputs, they repeat from the start."""
     cycled = [repeated(inputs[spec.name], rows) for spec in bundle.manifest.inputs]
     spec = bundle.manifest.outputs[0]
     output = np.full((rows, *map(int, spec.shape[1:])), np.nan, np.float32)

@@ -1,7 +1,7 @@
-"""Check an export on the device that will run it. Needs Python 3.6 or newer, numpy, and onnxruntime for a .onnx or
+"""Check an export on the device that will run it. It needs Python 3.6 or newer, numpy, and onnxruntime for a .onnx or
 openvino for a .xml; nothing else.
 
-    python verify.py                                    every model of the export, on what it was exported for
+    python verify.py                                    every model of the export, on the target's provider
     python verify.py --provider CUDAExecutionProvider   ONNX Runtime's name; for a .xml OpenVINO's, such as GPU
 
 Exit status: 0 if every model gives its golden outputs, at batch 1 and at all stored rows; 1 if not.
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 CPU = "CPUExecutionProvider"
-ON_A_GPU = 1e-4  # it adds in another order
+ON_A_GPU = 1e-4  # a GPU adds in another order
 
 
 def main() -> int:
@@ -59,19 +59,19 @@ def sha256(path: Path) -> "str | None":
 
 
 def load_onnxruntime(path: Path, provider: str, inputs: dict, manifest: dict):  # type: ignore[type-arg,no-untyped-def]
-    """Where the model runs, and run(names, inputs). A model that quietly ran on the CPU would prove nothing: what runs
-    where is read out of onnxruntime's own profile."""
+    """Return the name of the provider, and run(names, inputs). A model that silently ran on the CPU would prove
+    nothing, so the function reads from onnxruntime's own profile where each operator ran."""
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
     if provider not in available:
-        raise LookupError(f"provider {provider} is not here; choose from {', '.join(available)}: --provider NAME")
+        raise LookupError(f"provider {provider} is not available; choose from {', '.join(available)}: --provider NAME")
     if provider == CPU:
         return provider, onnxruntime.InferenceSession(str(path), providers=[provider]).run
-    new = hasattr(onnxruntime, "preload_dlls")  # since 1.21; the option below since 1.18
+    new = hasattr(onnxruntime, "preload_dlls")  # since 1.21; the option below exists since 1.18
     if new:
-        onnxruntime.preload_dlls()  # CUDA and cuDNN from pip are on no loader's path
-    # from Ampere on, products of float32 are in TF32, 10 bits, unless that is forbidden
+        onnxruntime.preload_dlls()  # CUDA and cuDNN from pip are not on the loader's path
+    # From Ampere on, float32 products use TF32 (10 bits) unless the option disables it.
     exact = new and provider.startswith("CUDA") and manifest.get("precision", "float32") == "float32"
     with tempfile.TemporaryDirectory() as scratch:
         options = onnxruntime.SessionOptions()
@@ -83,21 +83,21 @@ def load_onnxruntime(path: Path, provider: str, inputs: dict, manifest: dict):  
                 f"{provider} did not start; onnxruntime fell back to {', '.join(session.get_providers())}"
             )
         session.run(None, {name: array[:2] for name, array in inputs.items()})
-        lost = strays(json.loads(Path(session.end_profiling()).read_text()), provider)
+        lost = ran_elsewhere(json.loads(Path(session.end_profiling()).read_text()), provider)
     if lost:
         raise LookupError(f"{provider} does not run all of {path.name}: {', '.join(lost)} ran elsewhere")
     return provider, session.run
 
 
-def strays(events: list, provider: str) -> "list[str]":  # type: ignore[type-arg]
-    """Operators that worked on numbers elsewhere than on the provider, from onnxruntime's profile. Arithmetic on
-    shapes, which onnxruntime keeps on the CPU for every GPU, is none of them."""
+def ran_elsewhere(events: list, provider: str) -> "list[str]":  # type: ignore[type-arg]
+    """Return operators that computed on another provider, from onnxruntime's profile. It ignores arithmetic on shapes,
+    which onnxruntime keeps on the CPU for every GPU."""
     found = set()
     nodes = [event["args"] for event in events if event.get("args", {}).get("provider")]
     for node in nodes:
         if node["provider"] != provider:
             made = [item for output in node.get("output_type_shape", []) for item in output.items()]
-            numbers = any("float" in kind and np.prod(dims, dtype=float) > 1 for kind, dims in made)
+            numbers = any("float" in dtype and np.prod(dims, dtype=float) > 1 for dtype, dims in made)
             if numbers or any(word in node["op_name"] for word in ("MatMul", "Gemm", "Conv")):
                 found.add(node["op_name"])
     if not any(node["provider"] == provider for node in nodes):
@@ -106,12 +106,12 @@ def strays(events: list, provider: str) -> "list[str]":  # type: ignore[type-arg
 
 
 def load_openvino(path: Path, device: "str | None"):  # type: ignore[no-untyped-def]
-    """Likewise: compiled for the shape of each batch, in float32."""
+    """Return the device's name, and run(names, inputs), which compiles for the shape of each batch, in float32."""
     import openvino
 
     core, device = openvino.Core(), device or "CPU"
     if device not in core.available_devices:
-        raise LookupError(f"device {device} is not here; choose from {', '.join(core.available_devices)}")
+        raise LookupError(f"device {device} is not available; choose from {', '.join(core.available_devices)}")
 
     def run(names: list, feeds: dict) -> list:  # type: ignore[type-arg]
         model = core.read_model(str(path))
@@ -124,7 +124,7 @@ def load_openvino(path: Path, device: "str | None"):  # type: ignore[no-untyped-
 
 
 def differences(where: str, run, inputs: dict, expected: dict, tolerance: float) -> int:  # type: ignore[type-arg,no-untyped-def]
-    """Print how far each output is from the golden one; return how many are further than allowed."""
+    """Print the difference of each output from the golden one; return the number of outputs beyond the tolerance."""
     rows = len(next(iter(inputs.values())))
     wrong = 0
     for batch in sorted({1, rows}):

@@ -1,10 +1,10 @@
-"""Check this kit on the device that will run it, and time it. Needs Python 3.6 or newer, numpy, and a runtime.
+"""Check this kit on the device that will run it, and time it. It needs Python 3.6 or newer, numpy, and a runtime.
 
-    sh build.sh && python3 verify.py                 the engine under TensorRT (under TensorRT-RTX: no build.sh needed)
+    sh build.sh && python3 verify.py                 the engine under TensorRT (TensorRT-RTX needs no build.sh)
     python3 verify.py --runtime onnxruntime          the ONNX file alone, on the CPU
 
-Writes report.json: what ran, on what, how far off it was and how long it took. Send it back, it is the proof.
-Exit status: 0 if the golden outputs come out, at batch 1 and at all stored rows; 1 if not.
+The program writes report.json: runtime, device, differences and times. Keep it as the proof of this check. Exit status:
+0 if the model gives the golden outputs at batch 1 and at all stored rows; 1 if not.
 """
 
 # ruff: noqa: UP006, UP017, UP021, UP022, UP035, B905
@@ -25,21 +25,21 @@ from typing import Any, Dict, List, Sequence, Tuple
 import numpy as np
 
 RUNTIMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
-KINDS = {
+DTYPES = {
     "FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_,
     "UINT8": np.uint8,
 }  # fmt: skip
-MAJOR, MINOR = 75, 76  # of the compute capability, as cudaDeviceGetAttribute numbers it
+MAJOR, MINOR = 75, 76  # attributes of the compute capability, as cudaDeviceGetAttribute numbers them
 WARM, RUNS = 10, 100  # calls before and during the timing
 Arrays = Dict[str, Any]
 
 
 class Failed(Exception):  # noqa: N818
-    """One line for the person."""
+    """An error whose message is one line for the user."""
 
 
 class Cuda:
-    """The few calls of CUDA's runtime that moving arrays takes, without a package for them."""
+    """The calls of the CUDA runtime that move arrays, through ctypes: no Python package is needed."""
 
     def __init__(self, path: str = "") -> None:
         names = (
@@ -76,7 +76,7 @@ class Cuda:
         self.check(self.library.cudaDeviceSynchronize(), "run")
 
     def compute_capability(self) -> int:
-        """86 for 8.6."""
+        """Return the compute capability as a number: 86 for 8.6."""
         numbers = []
         for attribute in (MAJOR, MINOR):
             value = ctypes.c_int()
@@ -95,7 +95,7 @@ def _first_library(names: "Sequence[str]") -> Any:
 
 
 class Engine:
-    """A built engine, whichever of the two interfaces this TensorRT has: tensors since 8.5, bindings before."""
+    """A built engine, through either interface of TensorRT: tensors since 8.5, bindings before."""
 
     def __init__(self, trt: Any, content: bytes, cuda: Cuda) -> None:
         self.cuda, self.logger = cuda, trt.Logger(trt.Logger.WARNING)
@@ -105,8 +105,8 @@ class Engine:
         self.engine = self.runtime.deserialize_cuda_engine(content)
         if self.engine is None:
             raise Failed(
-                f"TensorRT {trt.__version__} does not load this engine: it is of another release, or for another GPU; "
-                "build it here"
+                f"TensorRT {trt.__version__} does not load this engine: another release built it, or it is "
+                "for another GPU; build it here"
             )
         self.context = self.engine.create_execution_context()
         self.tensors = hasattr(self.engine, "num_io_tensors")
@@ -114,15 +114,15 @@ class Engine:
         if self.tensors:
             self.names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
             self.inputs = {n for n in self.names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
-            self.kinds = {name: KINDS[engine.get_tensor_dtype(name).name] for name in self.names}
+            self.dtypes = {name: DTYPES[engine.get_tensor_dtype(name).name] for name in self.names}
         else:
             self.names = [engine.get_binding_name(number) for number in range(engine.num_bindings)]
             self.inputs = {n for number, n in enumerate(self.names) if engine.binding_is_input(number)}
-            self.kinds = {n: KINDS[engine.get_binding_dtype(i).name] for i, n in enumerate(self.names)}
+            self.dtypes = {n: DTYPES[engine.get_binding_dtype(i).name] for i, n in enumerate(self.names)}
         self.buffers = {}  # type: Dict[str, Tuple[int, int]]# name: address, bytes
 
     def load(self, arrays: Arrays) -> None:
-        """Set shapes, copy the inputs over, make room for the outputs."""
+        """Set the shapes, copy the inputs to the device and allocate the outputs."""
         for number, name in enumerate(self.names):
             if name in self.inputs:
                 if self.tensors:
@@ -130,9 +130,9 @@ class Engine:
                 else:
                     self.context.set_binding_shape(number, tuple(arrays[name].shape))
         for name in self.names:
-            self._room(name, int(np.prod(self.shape(name))) * np.dtype(self.kinds[name]).itemsize)
+            self._room(name, int(np.prod(self.shape(name))) * np.dtype(self.dtypes[name]).itemsize)
             if name in self.inputs:
-                self.cuda.to_device(self.buffers[name][0], np.ascontiguousarray(arrays[name], self.kinds[name]))
+                self.cuda.to_device(self.buffers[name][0], np.ascontiguousarray(arrays[name], self.dtypes[name]))
 
     def run(self) -> None:
         if not self.context.execute_v2([self.buffers[name][0] for name in self.names]):
@@ -143,7 +143,7 @@ class Engine:
         found = {}  # type: Arrays
         for name in self.names:
             if name not in self.inputs:
-                found[name] = np.empty(self.shape(name), self.kinds[name])
+                found[name] = np.empty(self.shape(name), self.dtypes[name])
                 self.cuda.to_host(found[name], self.buffers[name][0])
         return found
 
@@ -192,7 +192,7 @@ def main() -> int:
         return 1
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     for line in () if report["passed"] or report["runtime"] == "onnxruntime" else report["notes"]:
-        print(f"know this: {line}")
+        print(f"note: {line}")
     print("PASS" if report["passed"] else "FAIL")
     return 0 if report["passed"] else 1
 
@@ -208,7 +208,8 @@ def check(folder: Path, runtime: "str | None" = None, cudart: str = "", runs: in
         module = importlib.import_module(RUNTIMES[runtime])
     except ImportError as error:
         raise Failed(
-            f"{runtime} is not here ({error}); install what requirements-*.txt names, or check the ONNX file alone: "
+            f"{runtime} is not installed ({error}); install the packages of requirements-*.txt, or check the ONNX file "
+            "alone: "
             "python3 verify.py --runtime onnxruntime"
         ) from None
     device = describe()
@@ -249,7 +250,7 @@ def check(folder: Path, runtime: "str | None" = None, cudart: str = "", runs: in
 
 
 def compare(model: Any, inputs: Arrays, expected: Arrays, batch: int, tolerance: float) -> "List[Dict[str, Any]]":
-    """How far each output is from the golden one: absolute for probabilities, else relative to the largest value."""
+    """Compare each output with the golden one: absolute for probabilities, else relative to the largest value."""
     model.load(inputs)
     model.run()
     result = []
@@ -258,7 +259,7 @@ def compare(model: Any, inputs: Arrays, expected: Arrays, batch: int, tolerance:
         if got.shape != want.shape:
             raise Failed(f"output {name} has shape {got.shape}; expected {want.shape}")
         if want.dtype.kind in "iub":
-            difference = float(np.mean(got != want))  # the share of codes that are another
+            difference = float(np.mean(got != want))  # the share of codes that differ
         else:
             scale = 1.0 if name == "probabilities" else max(1.0, float(np.abs(want).max()))
             difference = float(np.abs(got.astype(np.float64) - want).max()) / scale
@@ -272,7 +273,7 @@ def compare(model: Any, inputs: Arrays, expected: Arrays, batch: int, tolerance:
 
 
 def timed(model: Any, batch: int, runs: int) -> "Dict[str, Any]":
-    """Milliseconds of a call, copies to and from the device left out; the inputs are there already."""
+    """Return the milliseconds of a call without copies to and from the device: the inputs are already there."""
     for _ in range(WARM):
         model.run()
     found = []
@@ -286,7 +287,7 @@ def timed(model: Any, batch: int, runs: int) -> "Dict[str, Any]":
 
 
 def describe() -> "Dict[str, Any]":
-    """The device: a time without its clocks says nothing."""
+    """Describe the device with its clock rates: without them a time cannot be judged."""
     found = {
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -302,7 +303,7 @@ def describe() -> "Dict[str, Any]":
     clocks = {}
     for path in Path("/sys/class/devfreq").glob("*"):
         clocks[path.name] = [_text(str(path / "cur_freq")), _text(str(path / "max_freq"))]
-    found["clocks"] = clocks  # Hz now, and at most
+    found["clocks"] = clocks  # Hz: current and maximum
     return {key: value for key, value in found.items() if value}
 
 
@@ -314,7 +315,7 @@ def _text(path: str) -> str:
 
 
 def _command(*words: str) -> str:
-    """What a command prints; nothing where it is not there."""
+    """Return the output of a command, or an empty string if the command is missing or fails."""
     try:
         done = subprocess.run(
             words,

@@ -1,6 +1,7 @@
-"""Compile a graph with TensorRT's Python interface, or TensorRT-RTX's, which is the same: parse, profile, build.
+"""Compile a graph with the Python interface of TensorRT or TensorRT-RTX, which have the same calls: parse, profile,
+build.
 
-What the parser or the builder says is the error, with the node's name; nothing of it is dropped.
+Errors carry every message of the parser or the builder, with the node's name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Profile = Mapping[str, Mapping[str, list[int]]]  # input: min, opt, max: shape
 
 
 def parse(trt: Any, model: ModelProto, content: bytes, *, strong: bool, what: str) -> tuple[Any, Any, list[str]]:
-    """(builder, network) of a graph, and the log they write to. Raises with every complaint of the parser's."""
+    """Parse a graph and return (builder, network) and the log that they write to. Raises with the parser's errors."""
     log: list[str] = []
     logger = _logger(trt, log)
     builder = trt.Builder(logger)
@@ -27,7 +28,7 @@ def parse(trt: Any, model: ModelProto, content: bytes, *, strong: bool, what: st
         raise EdgekitError(f"{what} refuses the graph: {'; '.join(complaints(parser, model)) or '; '.join(log)}")
     network.name = model.graph.name or "network"
     log.clear()
-    # the parser holds the weights that the network points to
+    # the network points to weights that the parser holds
     return (builder, parser), network, log
 
 
@@ -42,8 +43,8 @@ def build(
     what: str,
     pinned: Float32Pinned = NOTHING,
 ) -> bytes:
-    """The engine. `configure` sets what is the version's own on the builder's configuration; `exact`: layers of a
-    weakly typed network that are held to float32."""
+    """Build the engine. `configure` sets the options that differ between versions; `exact`: layers of a weakly typed
+    network that must stay in float32."""
     (builder, _parser), network, log = parse(trt, model, content, strong=strong, what=what)
     for number in range(network.num_layers if pinned.layers else 0):
         layer = network.get_layer(number)
@@ -64,21 +65,21 @@ def build(
 
 
 def complaints(parser: Any, model: ModelProto) -> list[str]:
-    """What the parser says is wrong, each with its node. Versions before 10 give the node's number only."""
+    """Return the parser's errors, each with its node. Versions before 10 give only the node's number."""
     found = []
     for number in range(parser.num_errors):
         error = parser.get_error(number)
         at = error.node() if hasattr(error, "node") else -1
         known = model.graph.node[at] if 0 <= at < len(model.graph.node) else None
         name = error.node_name() if hasattr(error, "node_name") else known.name if known else ""
-        kind = error.node_operator() if hasattr(error, "node_operator") else known.op_type if known else ""
-        place = f"node {name!r} ({kind}): " if name or kind else ""
-        found.append(place + " ".join(str(error.desc()).split()))
+        op_type = error.node_operator() if hasattr(error, "node_operator") else known.op_type if known else ""
+        prefix = f"node {name!r} ({op_type}): " if name or op_type else ""
+        found.append(prefix + " ".join(str(error.desc()).split()))
     return list(dict.fromkeys(found))
 
 
 def _flags(trt: Any, strong: bool) -> int:
-    """Bits of a network's creation: what an old version needs and a new one no longer knows."""
+    """Return the flags that create a network: old versions need a bit that new versions no longer have."""
     names = ["EXPLICIT_BATCH", *(["STRONGLY_TYPED"] if strong else [])]
     known = trt.NetworkDefinitionCreationFlag
     return sum(1 << int(getattr(known, name)) for name in names if hasattr(known, name))

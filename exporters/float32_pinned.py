@@ -1,9 +1,9 @@
-"""Layers that must compute in float32 although a weakly typed TensorRT may run any layer in half.
+"""Find the layers that must compute in float32, because a weakly typed TensorRT may run any layer in half.
 
-Before TensorRT 10, --fp16 says that the builder *may* use half, for every layer: a softmax, a sum or a mask of -1e9
-that the graph keeps in float32 is in half whenever that is faster. Since 8.4 trtexec can be told otherwise, by
-layer (--layerPrecisions, --layerOutputTypes: CHANGELOG of NVIDIA/TensorRT, 8.4.1); the parser names the layer that does
-a node's work as the node.
+Before TensorRT 10, --fp16 says that the builder *may* use half, for every layer: it runs a softmax, a sum or a mask of
+-1e9 that the graph keeps in float32 in half whenever that is faster. Since 8.4, trtexec has options that set the
+precision of single layers (--layerPrecisions, --layerOutputTypes: CHANGELOG of NVIDIA/TensorRT, 8.4.1). The parser
+gives a layer the name of the node whose work it does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from edgekit.graph.index import Index, element_types
 from edgekit.graph.model import attribute
 
-# they compute nothing: in half only if they lie between layers that are
+# They compute nothing, so they are in half only if the layers around them are.
 MOVING = frozenset(
     (
         "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice",
@@ -25,19 +25,20 @@ MOVING = frozenset(
 )  # fmt: skip
 TYPED = frozenset(("Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "QuantizeLinear", "Shape", "Size"))
 DECIDING = frozenset(("ArgMax", "ArgMin", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK"))
-SEPARATORS = ",'*"  # what trtexec's list of layers takes for something else
+SEPARATORS = ",'*"  # characters that have another meaning in trtexec's list of layers
 
 
 @dataclass(frozen=True, slots=True)
 class Float32Pinned:
-    """Nodes by name. layers: compute in float32; outputs: those of them whose result stays float32, too."""
+    """Names of nodes. layers: they compute in float32; outputs: those whose result also stays in float32."""
 
     layers: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 
     def options(self) -> list[str]:
-        """Of trtexec, 8.4 and later. `prefer`, because a fusion that has float32 inside it in no form would fail the
-        build under `obey`; where that happens trtexec says so, and verify.py tells whether it matters."""
+        """Return options of trtexec 8.4 and later. The constraint is `prefer`: under `obey`, a fusion that has no
+        float32 version would fail the build. If trtexec cannot follow the preference it prints a warning, and verify.py
+        measures the difference."""
         found = []
         for option, names in (("layerPrecisions", self.layers), ("layerOutputTypes", self.outputs)):
             if listed := sorted(set(names) - set(self.unnameable)):
@@ -46,7 +47,7 @@ class Float32Pinned:
 
     @property
     def unnameable(self) -> list[str]:
-        """Names that cannot be written in such an option."""
+        """Return the names that such an option cannot hold."""
         return [name for name in self.layers if not name or set(SEPARATORS) & set(name)]
 
 
@@ -54,7 +55,7 @@ NOTHING = Float32Pinned()
 
 
 def float32_pinned(model: ModelProto) -> Float32Pinned:
-    """What a graph of float32 and half computes in float32."""
+    """Return the nodes that compute in float32 in a graph of float32 and half."""
     types, index = element_types(model), Index(model)
     found: set[str] = set()
     outputs: set[str] = set()

@@ -1,12 +1,15 @@
-"""What a kit for a device's GPU holds, whichever TensorRT it is for: graph, shapes, golden data, check, pins, manifest.
+"""Write a deployment kit: all files that a device with a GPU needs to build, check and run a model.
 
-model.onnx             in the opset, the operators and the precision of the target
+Each kit has these files, for every TensorRT version:
+
+model.onnx             the graph in the opset, the operators and the precision of the target
 profile.json           least, best and largest shape of every input
-golden.npz             inputs, and the outputs they must give
-verify.py              checks and times it on the device, writes report.json; numpy and the runtime, Python 3.6 or newer
-requirements-NAME.txt  what to install there, pinned
-README.md              what this is, what to type there, what to know
-manifest.json          SHA-256 of every file, target, versions, tolerances, what was measured here
+golden.npz             inputs, and the outputs that they must give
+verify.py              checks and times the model on the device and writes report.json; it needs numpy, the runtime and
+                       Python 3.6 or newer
+requirements-NAME.txt  the packages to install on the device, with pinned versions
+README.md              the purpose of the kit, the commands to run on the device, warnings
+manifest.json          SHA-256 of every file, target, versions, tolerances, measured differences
 """
 
 from __future__ import annotations
@@ -35,17 +38,18 @@ from exporters.target_graph import TargetGraph, requirements
 from exporters.verify import on_onnxruntime, verify
 
 MODEL, PROFILE, CHECK, README = "model.onnx", "profile.json", "verify.py", "README.md"
-BATCH = (1, 16, 64)  # least, best, largest: a trickle of alerts, and what a small device holds
+BATCH = (1, 16, 64)  # least, best, largest: a few alerts, up to the batch that a small device holds
 LONGER = 4  # times the golden data's length, of any other free axis
-# the device adds in another order, and in half it fuses what is in float32 here
+# The device adds in another order, and in half it fuses operators that stay in float32 here.
 DEVICE = {"float32": 1e-4, "float16": 2e-2, "int8": 5e-2}
 AXIS = re.compile(r"([^=]+)=(\d+):(\d+):(\d+)")
 Profile = dict[str, dict[str, list[int]]]
 
 
 def profile_of(bundle: Bundle, axes: tuple[str, ...]) -> Profile:
-    """Shapes from 'NAME=LEAST:BEST:LARGEST'; else batch 1, 16, 64, and other free axes from their least length over the
-    golden data's to four times that. Raises where a length does not suit the model or the golden data lies outside."""
+    """Read the shapes from 'NAME=LEAST:BEST:LARGEST'. By default the batch is 1, 16, 64, and every other free axis goes
+    from its least length over the golden data's length to four times that. Raises if a length does not suit the model
+    or if the golden data's length is outside the range."""
     golden, _ = bundle.golden()
     found: dict[str, tuple[int, int, int]] = {}
     for spec in bundle.manifest.inputs:
@@ -84,17 +88,18 @@ def profile_of(bundle: Bundle, axes: tuple[str, ...]) -> Profile:
 def base(
     bundle: Bundle, graph: TargetGraph, profile: Profile, largest: int, *pins: str
 ) -> tuple[dict[str, bytes], Manifest]:
-    """The files that every kit has, and its manifest so far. Raises if the graph does not give what the network does.
+    """Return the files that every kit has, and its manifest so far. Raises if the graph's outputs differ from the
+    network's.
 
-    `pins`: requirements in place of the stack's.
+    `pins`: requirements that replace those of the stack.
     """
     written = files(graph.model, MODEL, largest)
-    beside = {name: content for name, content in written.items() if name != MODEL}
+    external_data = {name: content for name, content in written.items() if name != MODEL}
     checks = verify(
         {MODEL: written[MODEL]},
         bundle,
         tolerance=graph.tolerance,
-        load=partial(on_onnxruntime, beside=beside),
+        load=partial(on_onnxruntime, external_data=external_data),
         advice=graph.advice,
     )
     written |= {
@@ -123,7 +128,7 @@ def base(
 
 
 def readme(graph: TargetGraph, command: str, notes: Sequence[str] = ()) -> bytes:
-    """README.md for who has the directory, and perhaps not edgekit. `command`: what builds and checks it there."""
+    """Return README.md for a person who has the kit but perhaps no edgekit. `command` builds and checks the kit."""
     where, model = graph.deployment, graph.model
     target, stack = where.target, where.stack
     never = [f"- never {item.what}: {item.why}" for item in target.never]
@@ -135,12 +140,12 @@ def readme(graph: TargetGraph, command: str, notes: Sequence[str] = ()) -> bytes
         f"    python3 -m pip install -r requirements-{target.name}.txt",
         f"    {command}",
         "",
-        f"{CHECK} needs Python 3.6 or newer and numpy beside the runtime. It exits with 0 if the golden outputs come "
-        "out, and writes report.json: what ran, how far off it was, how long it took.",
+        f"{CHECK} needs Python 3.6 or newer, numpy and the runtime. It exits with 0 if the model gives the "
+        "golden outputs, and writes report.json with the device, the differences and the times.",
         "",
         f"Why {graph.precision}: {target.plan.reason}",
         *([""] if notes else []),
-        *(f"Know this: {note}." for note in notes),
+        *(f"Note: {note}." for note in notes),
         "",
         *never,
     ]
@@ -151,7 +156,8 @@ Manifest = dict[str, Any]
 
 
 def content_of(written: Mapping[str, bytes]) -> bytes:
-    """The graph of a kit as a parser takes it from memory; weights in a second file are more than that holds."""
+    """Return the kit's graph as one file, which a parser can read from memory. Raises if the weights are in a second
+    file."""
     if f"{MODEL}.data" in written:
         raise EdgekitError("weights in a second file can only be compiled on the device: export with --to tensorrt")
     return written[MODEL]

@@ -1,12 +1,12 @@
-"""Export a bundle to ONNX: a small, portable, readable graph, proved against the network it came from.
+"""Export a bundle to ONNX: a small, portable, readable graph, compared with its source network.
 
 model.onnx             float32; for a target, in the precision of its plan
-model.onnx.data        its weights, where one file would be too large
-model.quantized.onnx   the same network with its encoded weights stored as 8-bit codes, decoded inside the graph
-golden.npz             inputs, and the outputs they must give
-verify.py              checks both on the device; needs numpy and onnxruntime only
-requirements-NAME.txt  for a target: what to install there, pinned
-manifest.json          SHA-256 of every file, opset, operators, tolerances, what was measured
+model.onnx.data        its weights, if one file would be too large
+model.quantized.onnx   the same network with its encoded weights stored as 8-bit codes, which the graph decodes
+golden.npz             inputs, and the outputs that they must give
+verify.py              checks both on the device; it needs numpy and onnxruntime only
+requirements-NAME.txt  for a target: the packages to install on it, with pinned versions
+manifest.json          SHA-256 of every file, opset, operators, tolerances, measured differences
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ FLOAT, QUANTISED = "model.onnx", "model.quantized.onnx"
 class OnnxExporter(Exporter):
     """Parameters of an ONNX export."""
 
-    # none: 17, the first with LayerNormalization in one node, the last that TensorRT 8.6 (a Tesla P40's) reads
+    # By default 17: the first with LayerNormalization in one node, the last that TensorRT 8.6 (for a Tesla P40) reads.
     opset: int | None = None
-    weights: Literal["encoded", "float32"] = "encoded"  # encoded: also write the codes that compression passes left
-    exporter: Literal["torchscript", "dynamo"] = "torchscript"  # of torch's; dynamo writes opset 18 at least
-    target: str = ""  # a device's name: its opset, operators and precision
-    stack: str = ""  # one of the target's, by name; else its first
-    precision: str = ""  # of the target's plan; else the plan's first
-    largest: int = LARGEST  # bytes of model.onnx; above, its weights go into a second file
+    weights: Literal["encoded", "float32"] = "encoded"  # encoded: also write the codes that compression passes produced
+    exporter: Literal["torchscript", "dynamo"] = "torchscript"  # one of torch's two; dynamo writes opset 18 or newer
+    target: str = ""  # name of a device, which sets opset, operators and precision
+    stack: str = ""  # name of one of the target's stacks; by default the first
+    precision: str = ""  # one of the target's plan; by default the plan's first
+    largest: int = LARGEST  # bytes of model.onnx; the weights of a larger model go into a second file
 
     def __post_init__(self) -> None:
         if self.opset is not None and self.opset not in OPSETS:
@@ -59,7 +59,7 @@ class OnnxExporter(Exporter):
             raise EdgekitError("ONNX: a stack or a precision is a target's; name one: `edgekit targets` lists them")
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
-        """Write model, golden data, device check and manifest, once ONNX Runtime gives what the network gives.
+        """Write model, golden data, device check and manifest if ONNX Runtime's outputs agree with the network's.
 
         Raises, and writes nothing, if an output is beyond tolerance at any batch size.
         """
@@ -73,17 +73,22 @@ class OnnxExporter(Exporter):
         )
         if plain and not bundle.is_graph and self.weights == "encoded" and (encodings := bundle.encodings()):
             quantized = quantized_graph(model, encodings)
-            if quantized.ByteSize() < model.ByteSize():  # a few codes save less than the nodes that decode them take
+            # a few codes save fewer bytes than the nodes that decode them take
+            if quantized.ByteSize() < model.ByteSize():
                 models[QUANTISED] = quantized
         graphs: dict[str, bytes] = {}
         for name, graph in models.items():
             graphs |= files(graph, name, self.largest)
-        beside = {name: content for name, content in graphs.items() if name not in models}
+        external_data = {name: content for name, content in graphs.items() if name not in models}
         tolerance = lowered.tolerance if lowered else TOLERANCE
         advice = lowered.advice if lowered else "try another --opset"
         sources = {name: graphs[name] for name in models}
         checks = verify(
-            sources, bundle, tolerance=tolerance, load=partial(on_onnxruntime, beside=beside), advice=advice
+            sources,
+            bundle,
+            tolerance=tolerance,
+            load=partial(on_onnxruntime, external_data=external_data),
+            advice=advice,
         )
         records = [asdict(check) for check in checks]
         check_script = (Path(__file__).parent / "device_check.py").read_bytes()
@@ -118,7 +123,7 @@ class OnnxExporter(Exporter):
         return Export(directory, {name: len(content) for name, content in written.items()}, manifest, records)
 
     def lower_for_target(self, bundle: Bundle, runtime: str = "") -> TargetGraph:
-        """The graph as the target's stack reads it, the first stack with this runtime if one is named."""
+        """Convert the bundle's graph for the target's stack; `runtime` selects the first stack with that runtime."""
         where = deployment_target(self.target, runtime, self.stack)
         model = lower(bundle, weights="float32", exporter=self.exporter)
         if self.opset is not None and self.opset > opset_of(model) and not bundle.is_graph:

@@ -1,12 +1,12 @@
-"""Export a bundle to OpenVINO's own format, proved against the network it came from as OpenVINO runs it.
+"""Export a bundle to OpenVINO's own format, and compare it with its source network as OpenVINO runs it.
 
 model.xml, model.bin   the graph and its weights, float32 unless the bundle's graph says otherwise
-golden.npz             inputs, and the outputs they must give
-verify.py              checks both on the device; needs numpy and openvino only
-manifest.json          SHA-256 of every file, operators, tolerance, what was measured
+golden.npz             inputs, and the outputs that they must give
+verify.py              checks both on the device; it needs numpy and openvino only
+manifest.json          SHA-256 of every file, operators, tolerance, measured differences
 
-The batch stays free: sessions compile a model for each size they run. It is verified so, one compiled model for each
-batch size, for that is where OpenVINO has been wrong: right at 32 rows, wrong at 64.
+The batch axis stays free: a session compiles one model for each batch size that it runs. The exporter verifies each
+batch size with its own compiled model, because OpenVINO has been right at 32 rows and wrong at 64.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ except ModuleNotFoundError as error:
     raise missing_extra(error.name or "openvino", "openvino", "the export format openvino") from None
 
 MODEL, WEIGHTS = "model.xml", "model.bin"
-# at 0: float32 is float32. OpenVINO takes weights that are stored as integers for leave to round *activations* to int8,
-# which moved probabilities by 2e-4
+# 0 disables it: float32 must stay float32. If weights are stored as integers, OpenVINO otherwise also rounds
+# *activations* to int8, which changed probabilities by 2e-4.
 EXACT = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
@@ -46,7 +46,8 @@ EXACT = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 class OpenVinoExporter(Exporter):
     """Parameters of an OpenVINO export."""
 
-    # encoded: the codes that compression passes left, which OpenVINO decodes when it compiles: as fast, a smaller file
+    # encoded: store the codes that compression passes produced. OpenVINO decodes them when it compiles the model: the
+    # speed is the same and the file is smaller.
     weights: Literal["encoded", "float32"] = "encoded"
 
     def __post_init__(self) -> None:
@@ -54,9 +55,10 @@ class OpenVinoExporter(Exporter):
             raise EdgekitError(f"OpenVINO weights = {self.weights!r}; expected 'encoded' or 'float32'")
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
-        """Write model, golden data, device check and manifest, once OpenVINO gives what the network gives.
+        """Write model, golden data, device check and manifest if OpenVINO's outputs agree with the network's.
 
-        Raises, and writes nothing, if OpenVINO cannot read the graph, or an output is beyond tolerance at any batch.
+        Raises, and writes nothing, if OpenVINO cannot read the graph or if an output is beyond tolerance at any batch
+        size.
         """
         directory = Path(directory)
         check_destination(directory, force=force)
@@ -98,8 +100,8 @@ class OpenVinoExporter(Exporter):
         return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
 
     def _convert(self, core: Any, bundle: Bundle) -> tuple[bytes, bytes, list[str]]:
-        """Graph, weights and the graph's operators. From ONNX in memory, because openvino.convert_model has telemetry
-        in it."""
+        """Return the graph, the weights and the names of the graph's operators. The core reads the ONNX from memory,
+        because openvino.convert_model sends telemetry."""
         source = lower(bundle, weights=self.weights).SerializeToString()
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / MODEL
@@ -107,8 +109,8 @@ class OpenVinoExporter(Exporter):
                 model = core.read_model(source)
                 model.set_rt_info(model_key(bundle), KEY)
                 model.set_rt_info("0", ["runtime_options", EXACT])
-                openvino.save_model(model, path, compress_to_fp16=False)  # which is its default
-            except RuntimeError as error:  # openvino's only kind
+                openvino.save_model(model, path, compress_to_fp16=False)  # openvino compresses to float16 by default
+            except RuntimeError as error:  # openvino raises no other exception type
                 reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1][-200:]
                 raise EdgekitError(f"openvino cannot read {bundle.manifest.name} as ONNX: {reason}") from error
             operators = sorted({operator.get_type_name() for operator in model.get_ops()})
@@ -116,7 +118,7 @@ class OpenVinoExporter(Exporter):
 
 
 class Model:
-    """An exported model as OpenVINO runs it: compiled for each shape, in float32."""
+    """An exported model as OpenVINO runs it: one compiled model for each shape, in float32."""
 
     def __init__(self, core: Any, graph: bytes, weights: bytes) -> None:
         self._core, self._model = core, core.read_model(graph, weights)

@@ -1,7 +1,7 @@
-"""What each generation of TensorRT reads, from `tensorrt.toml`, and whether a graph keeps to it.
+"""What the ONNX parser of each TensorRT version reads, from `tensorrt.toml`, and a check of a graph against it.
 
-A graph that a parser refuses on the device is found out here, with the node and the reason: operators that it does not
-know, other domains, zero points, int32 biases, modes and second outputs that it does not have.
+The check finds at export what the parser would refuse on the device, and names the node and the reason: unknown
+operators, other domains, zero points, int32 biases, modes and second outputs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ RTX = "rtx"
 
 @dataclass(frozen=True, slots=True)
 class ParserVersion:
-    """One generation. `flags`: options of its trtexec, without dashes; `dialect`: its word for what build.sh needs."""
+    """One parser version. `flags`: options of its trtexec, without dashes; `dialect`: its names for the options of
+    build.sh."""
 
     name: str
     opset: int
-    typing: str  # weak: precision by flags; strong: by the graph; either
+    typing: str  # weak: flags choose the precision; strong: the graph does; either
     operators: frozenset[str]
     stored: Mapping[str, tuple[int, ...]]
     single: frozenset[str]
@@ -43,14 +44,14 @@ class ParserVersion:
         return "TensorRT-RTX" if self.name == RTX else f"TensorRT {self.name}"
 
     def refuse(self, model: ModelProto) -> None:
-        """Raise at the first node that this generation's parser does not take."""
+        """Raise at the first node that this parser version does not read."""
         if (version := opset(model)) > self.opset:
             raise EdgekitError(f"{self.title} reads ONNX opsets up to {self.opset}; the graph is in {version}")
         for node, reason in self.problems(model):
             raise EdgekitError(f"{self.title} does not take node {node.name!r} ({node.op_type}): {reason}")
 
     def problems(self, model: ModelProto) -> Iterable[tuple[NodeProto, str]]:
-        """Nodes it does not take, and why."""
+        """Yield the nodes that it does not read, each with the reason."""
         fixed = stored_values(model)
         values = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in _nodes(model.graph.node):
@@ -59,7 +60,7 @@ class ParserVersion:
             elif node.op_type not in self.operators:
                 yield node, _instead(node.op_type)
             elif node.op_type in self.single and any(node.output[1:]):
-                yield node, "it has its first output only"
+                yield node, "only the first output of this operator is supported"
             elif node.op_type == "Resize" and (mode := attribute(node, "mode", b"nearest").decode()) not in self.resize:
                 yield node, f"mode {mode!r}; expected {' or '.join(sorted(self.resize))}"
             elif node.op_type in ("QuantizeLinear", "DequantizeLinear") and (why := _asymmetric(node, values)):
@@ -73,7 +74,7 @@ class ParserVersion:
 
 
 def _nodes(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:
-    """All nodes, those in subgraphs too."""
+    """Yield all nodes, including those in subgraphs."""
     for node in nodes:
         yield node
         for item in node.attribute:
@@ -88,7 +89,7 @@ def _instead(operator: str) -> str:
 
 
 def _asymmetric(node: NodeProto, values: Mapping[str, TensorProto]) -> str:
-    """What is wrong with a pair's zero point or type; empty if nothing."""
+    """Say why the parser refuses the zero point or type of a quantizing node; "" if it does not."""
     stored = values.get(node.input[0])
     if stored is not None and stored.data_type == TensorProto.INT32:
         return "an int32 bias; quantize with the pass static_int8, scheme = 's8s8', which leaves biases in float32"
@@ -98,8 +99,8 @@ def _asymmetric(node: NodeProto, values: Mapping[str, TensorProto]) -> str:
     if zero is None:
         return "its zero point is not stored in the graph"
     if zero.data_type in (TensorProto.UINT8, TensorProto.INT32, TensorProto.UINT16, TensorProto.INT16):
-        kind = TensorProto.DataType.Name(zero.data_type).lower()
-        return f"codes are {kind}, which must be int8; quantize with scheme = 's8s8'"
+        dtype = TensorProto.DataType.Name(zero.data_type).lower()
+        return f"codes are {dtype}, which must be int8; quantize with scheme = 's8s8'"
     if zero.data_type == TensorProto.INT8 and np.any(numpy_helper.to_array(zero)):
         return "its zero point is not 0; quantize with scheme = 's8s8'"
     return ""
@@ -107,7 +108,7 @@ def _asymmetric(node: NodeProto, values: Mapping[str, TensorProto]) -> str:
 
 @cache
 def parser_versions() -> Mapping[str, ParserVersion]:
-    """All generations, by name, oldest first."""
+    """Return all parser versions by name, oldest first."""
     table: dict[str, dict[str, Any]] = tomllib.loads(TABLE.read_text("utf-8"))
     found: dict[str, ParserVersion] = {}
     for name, own in table.items():
@@ -130,7 +131,7 @@ def parser_versions() -> Mapping[str, ParserVersion]:
 
 
 def parser_version(stack: Stack) -> ParserVersion | None:
-    """The generation of a stack's parser; None for runtimes without one."""
+    """Return the parser version of a stack, or None if its runtime has no parser of its own."""
     if stack.runtime == "tensorrt-rtx":
         return parser_versions()[RTX]
     if stack.runtime != "tensorrt":
@@ -140,4 +141,4 @@ def parser_version(stack: Stack) -> ParserVersion | None:
     for name in (".".join(parts[:2]), parts[0]):
         if name in known:
             return parser_versions()[name]
-    raise unknown("TensorRT generation", stack.tensorrt or "(none given)", known, where=stack.name)
+    raise unknown("TensorRT parser version", stack.tensorrt or "(none given)", known, where=stack.name)

@@ -1,4 +1,4 @@
-"""The graph that a target's software reads: its opset, its operators, its precision.
+"""Rewrite a graph for a target: its opset, its operators and its precision.
 
 bundle --> ONNX --> opset and operators of the stack --> half precision, if the plan says so --> checked
 """
@@ -24,10 +24,11 @@ from exporters.float32_pinned import NOTHING, Float32Pinned, float32_pinned
 from exporters.parser_versions import ParserVersion, parser_version
 from exporters.verify import TOLERANCE
 
-FAVOURED = 17  # every runtime since 2022 reads it; LayerNormalization is one node from here on
-WRITTEN = ("float32", "float16", "int8")  # what is verified here: onnxruntime has no bfloat16 arithmetic on CPUs
-# difference from the network in float64 that is allowed: float16 has 11 bits; in int8 an activation may fall on the
-# other side of a step, and the step is 1/127 of its range
+FAVOURED = 17  # every runtime since 2022 reads it; from this opset on LayerNormalization is one node
+# the precisions that this machine can verify: onnxruntime has no bfloat16 arithmetic on CPUs
+WRITTEN = ("float32", "float16", "int8")
+# The allowed difference from the network in float64. Float16 has 11 bits. In int8 an activation may be rounded to the
+# neighbouring code, and one code is 1/127 of its range.
 TOLERANCES = {"float32": TOLERANCE, "float16": 1e-2, "int8": 2e-2}
 CHOICES = frozenset(
     ("TopK", "ArgMax", "ArgMin", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "NonMaxSuppression")
@@ -42,7 +43,7 @@ PRECISIONS: dict[int, str] = {
 
 @dataclass(frozen=True, slots=True)
 class DeploymentTarget:
-    """A target, the stack of its that is exported for, and that stack's parser if it has one of its own."""
+    """A target, one of its software stacks, and the version of the stack's ONNX parser if it has its own."""
 
     target: Target
     stack: Stack
@@ -50,13 +51,14 @@ class DeploymentTarget:
 
     @property
     def opset(self) -> int:
-        """The newest that is read there."""
+        """The newest ONNX opset that the stack reads."""
         read = self.stack.opset or FAVOURED
         return min(read, self.parser_version.opset) if self.parser_version else read
 
     @property
     def weak(self) -> bool:
-        """Whether the builder is told which precisions it may use, and takes the graph's types for a hint."""
+        """Whether typing is weak: options tell the builder which precisions it may use, and the graph's types are only
+        hints."""
         if self.parser_version is None or self.parser_version.typing == "strong":
             return False
         return self.parser_version.typing == "weak" or self.stack.typing == "weak"
@@ -64,8 +66,8 @@ class DeploymentTarget:
 
 @dataclass(frozen=True, slots=True)
 class TargetGraph:
-    """A graph as a place reads it. `tolerance`: what its verification may allow. `exact`: under weak typing, what must
-    be kept out of half."""
+    """A graph for one deployment target. `tolerance`: the largest difference that its verification allows. `exact`: the
+    layers that must stay in float32 under weak typing."""
 
     model: ModelProto
     deployment: DeploymentTarget
@@ -75,11 +77,11 @@ class TargetGraph:
 
     @property
     def advice(self) -> str:
-        """What to do where the numbers do not come out."""
+        """The next step to recommend if the outputs differ by too much."""
         return "try --precision float32" if self.precision == "float16" else "try another --opset"
 
     def described(self) -> dict[str, Any]:
-        """What a manifest says of it."""
+        """Return the entries about this graph that a manifest holds."""
         target, stack = self.deployment.target, self.deployment.stack
         return {
             "target": target.name,
@@ -91,7 +93,7 @@ class TargetGraph:
 
 
 def deployment_target(target: str, runtime: str = "", stack: str = "") -> DeploymentTarget:
-    """A target by name, and its first stack with this runtime, or the one of this name."""
+    """Find a target by name, and the stack with this name, or else its first stack with this runtime."""
     found = profile.find(target)
     stacks = [item for item in found.stacks if not runtime or item.runtime == runtime]
     if not stacks:
@@ -109,10 +111,10 @@ def deployment_target(target: str, runtime: str = "", stack: str = "") -> Deploy
 def target_graph(
     model: ModelProto, where: DeploymentTarget, precision: str = "", version: int | None = None
 ) -> TargetGraph:
-    """The graph in the opset and the precision of a place. `precision`: one of `WRITTEN`, else the first of the plan;
-    `version`: an opset, else 17 or the newest that the place reads.
+    """Convert a graph to the opset and the precision of a deployment target. `precision`: one of `WRITTEN`, by default
+    the first of the target's plan; `version`: an opset, by default 17 or the newest that the stack reads.
 
-    Raises where the plan forbids the precision, the opset is too new, or the parser lacks an operator.
+    Raises if the plan forbids the precision, if the opset is too new, or if the parser lacks an operator.
     """
     newest = where.opset
     if version is not None and version > newest:
@@ -123,12 +125,12 @@ def target_graph(
     lowered = to_opset(model, wanted, where.parser_version.operators if where.parser_version else None)
     graph = lowered.model
     quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
-    kind = _precision(where, precision, quantized)
+    chosen_precision = _precision(where, precision, quantized)
     keep = tuple(glob.escape(name) for name in (*lowered.sums, *_deciding(graph)))
     half = Half(keep_nodes=keep, overflow="keep")  # masks of -1e9 stay in float32
     if where.parser_version:
-        where.parser_version.refuse(graph)  # before anything else is wrong with such a graph
-    if kind == "float16" and "float16" not in arithmetic(graph):
+        where.parser_version.refuse(graph)  # the parser's own reason is the clearest one, so it is checked first
+    if chosen_precision == "float16" and "float16" not in arithmetic(graph):
         try:
             graph = half.converted(graph)
         except EdgekitError as error:
@@ -136,27 +138,36 @@ def target_graph(
             raise EdgekitError(f"it cannot be put into float16: {reason}; try --precision float32") from error
         onnx.checker.check_model(graph, full_check=True)
     refuse(graph, where)
-    return TargetGraph(graph, where, kind, TOLERANCES[kind], _float32_pinned(graph, half, where, kind))
+    return TargetGraph(
+        graph,
+        where,
+        chosen_precision,
+        TOLERANCES[chosen_precision],
+        _float32_pinned(graph, half, where, chosen_precision),
+    )
 
 
-def _float32_pinned(graph: ModelProto, half: Half, where: DeploymentTarget, kind: str) -> Float32Pinned:
-    """What must be kept out of half where the builder may choose it. Beside int8 the graph does not say, for it has no
-    half in it: what would stay in float32, were the rest in half."""
-    if not where.weak or "float16" not in (kind, *(where.target.plan.order if kind == "int8" else ())):
+def _float32_pinned(graph: ModelProto, half: Half, where: DeploymentTarget, chosen_precision: str) -> Float32Pinned:
+    """Return the layers that must stay in float32 if the builder may choose half precision. An int8 graph holds no half
+    and so does not say which; then they are the nodes that would stay in float32 if the rest were converted to half."""
+    if not where.weak or "float16" not in (
+        chosen_precision,
+        *(where.target.plan.order if chosen_precision == "int8" else ()),
+    ):
         return NOTHING
-    if kind == "float16":
+    if chosen_precision == "float16":
         return float32_pinned(graph)
     mixed = ModelProto()
     mixed.CopyFrom(graph)
     try:
         return float32_pinned(half.converted(mixed))
-    except EdgekitError:  # nothing in it can be in half
+    except EdgekitError:  # no node of this graph can compute in half
         return float32_pinned(graph)
 
 
 def requirements(where: DeploymentTarget, *lines: str) -> bytes:
-    """requirements.txt for the device, pinned; `lines` in place of those of the stack."""
-    # the last for Python 3.6, 1.19.5, is an illegal instruction on Jetsons (numpy/numpy#18131)
+    """Return requirements.txt for the device, with pinned versions; `lines` replace the requirements of the stack."""
+    # numpy 1.19.5, the last for Python 3.6, executes an illegal instruction on Jetsons (numpy/numpy#18131)
     numpy = "numpy==1.19.4" if where.stack.python == "3.6" else "numpy"
     stack = where.stack
     needed = lines or stack.requirements
@@ -168,9 +179,9 @@ def requirements(where: DeploymentTarget, *lines: str) -> bytes:
 
 
 def refuse(graph: ModelProto, where: DeploymentTarget) -> None:
-    """Raise for what the target must not be given, or its parser does not take."""
-    for kind in sorted(arithmetic(graph)):
-        where.target.refuse(kind)
+    """Raise if the graph contains something that the target forbids or that its parser does not read."""
+    for chosen_precision in sorted(arithmetic(graph)):
+        where.target.refuse(chosen_precision)
     if where.parser_version:
         where.parser_version.refuse(graph)
     elif opset(graph) > where.opset:
@@ -178,8 +189,8 @@ def refuse(graph: ModelProto, where: DeploymentTarget) -> None:
 
 
 def arithmetic(model: ModelProto) -> set[str]:
-    """Precisions below float32 that nodes compute in. What is merely stored so, and cast before it is used, does not
-    count; codes count as int8 where activations are quantized."""
+    """Return the precisions below float32 in which nodes compute. A tensor that is only stored in such a precision and
+    cast before its use does not count; codes count as int8 if activations are quantized."""
     found: set[str] = set()
     types = element_types(model)
     for node in model.graph.node:
@@ -191,8 +202,8 @@ def arithmetic(model: ModelProto) -> set[str]:
 
 
 def _deciding(graph: ModelProto) -> list[str]:
-    """Nodes whose values are compared, back to the nearest product: rounded to half, a router would take another expert
-    and a code another sign."""
+    """Return the nodes between a comparison and the nearest matrix product before it. Rounded to half, their values
+    could compare differently: a router would choose another expert, and a code another sign."""
     producers = Index(graph).producers
     waiting = [name for node in graph.graph.node if node.op_type in CHOICES for name in node.input]
     found: dict[str, None] = {}
@@ -220,7 +231,11 @@ def _precision(where: DeploymentTarget, asked: str, quantized: bool) -> str:
     if asked:
         where.target.refuse(asked)
         if asked == "int8":
-            form = "none is fast there" if plan.int8 == "none" else f"--recipe with static_int8, scheme = '{plan.int8}'"
+            form = (
+                "this target has no fast int8"
+                if plan.int8 == "none"
+                else f"--recipe with static_int8, scheme = '{plan.int8}'"
+            )
             raise EdgekitError(f"the model is not quantized; int8 comes from `edgekit compress`: {form}")
         if asked == "bfloat16":
             raise EdgekitError("bfloat16 cannot be verified here: onnxruntime has no such arithmetic on CPUs")
@@ -231,7 +246,8 @@ def _precision(where: DeploymentTarget, asked: str, quantized: bool) -> str:
 
 
 def _floats(where: DeploymentTarget) -> Iterator[str]:
-    """The plan's precisions that a float graph can be put into. A CPU computes half in float32, between casts."""
+    """Return the plan's precisions that a float graph can be converted to. A CPU computes half in float32, between
+    casts."""
     for name in where.target.plan.order:
         if name == "float32" or (name == "float16" and where.target.kind != "cpu"):
             yield name

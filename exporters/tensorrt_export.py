@@ -1,16 +1,18 @@
-"""Export a bundle as a kit that builds a TensorRT engine on the device, and proves it there.
+"""Export a bundle as a deployment kit that builds a TensorRT engine on the device and verifies it there.
 
-Engines fit one GPU model and one release: what travels is the graph, the shapes and the way to build it.
+An engine runs on one GPU model and one TensorRT release only. So the kit holds the graph, the shapes and the build
+script, not the engine.
 
-    kit (exporters/kit.py) + build.sh, in the dialect of that TensorRT's trtexec
+    kit (exporters/kit.py) + build.sh, with the options of that TensorRT's trtexec
 
-    8.2, 8.5, 8.6   weak typing: precision by flags (--fp16, --int8) beside what the graph says; what must stay in
-                    float32 layer by layer (exporters/float32_pinned.py), for which the trtexec of 8.2 has no option
-    10              strong typing (--stronglyTyped), or flags, as the target's stack says
+    8.2, 8.5, 8.6   weak typing: flags (--fp16, --int8) permit precisions in addition to the graph's types; layers that
+                    must stay in float32 are named one by one (exporters/float32_pinned.py), except for the trtexec of
+                    8.2, which has no option for that
+    10              strong typing (--stronglyTyped) or flags, as the target's stack says
     11              strong typing; there are no flags
 
-Where the Python package `tensorrt` is installed beside a GPU of the target's kind, the engine is also built here, kept
-in the cache, and run through the kit's own verify.py.
+If the Python package `tensorrt` and a GPU with the target's compute capability are present, the exporter also builds
+the engine here, stores it in the cache, and runs the kit's own verify.py on it.
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ from exporters.target_graph import DeploymentTarget, TargetGraph
 from exporters.tensorrt_rtx_export import accepted, preflight
 
 ENGINE, SCRIPT = "model.plan", "build.sh"
-WORKSPACE = 4096  # MiB, at most; more finds no faster kernels for networks of this size
-JETSON = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it, outside PATH
-AMPERE = 80  # from here on, float32 products run in TF32 (10 bits) unless forbidden
+WORKSPACE = 4096  # MiB at most; more memory finds no faster kernels for networks of this size
+JETSON = "/usr/src/tensorrt/bin/trtexec"  # JetPack installs it here, outside PATH
+AMPERE = 80  # from this compute capability on, float32 products run in TF32 (10 bits) unless TF32 is disabled
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,13 @@ class TensorRtExporter(Exporter):
     """Parameters of a TensorRT kit."""
 
     target: str = ""
-    stack: str = ""  # one of the target's with TensorRT, by name; else its first
-    precision: str = ""  # of the target's plan; else the plan's first
-    opset: int | None = None  # none: 17, or the newest that is read there
+    stack: str = ""  # name of one of the target's stacks with TensorRT; by default the first
+    precision: str = ""  # one of the target's plan; by default the plan's first
+    opset: int | None = None  # by default 17, or the newest that the stack reads
     axes: tuple[str, ...] = ()  # NAME=LEAST:BEST:LARGEST
-    workspace: int | None = None  # MiB that the build may use; none: an eighth of the device's memory
-    level: int = 3  # of TensorRT's search for kernels, 0 to 5: 8.6 and later
-    largest: int = LARGEST  # bytes of model.onnx; above, its weights go into a second file
+    workspace: int | None = None  # MiB that the build may use; by default an eighth of the device's memory
+    level: int = 3  # effort of TensorRT's kernel search, 0 to 5; from 8.6 on
+    largest: int = LARGEST  # bytes of model.onnx; the weights of a larger model go into a second file
 
     def __post_init__(self) -> None:
         if not self.target:
@@ -76,7 +78,8 @@ class TensorRtExporter(Exporter):
         return accepted(model, target, stack)
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
-        """Write the kit once its graph is accepted and gives what the network gives; build it too where it can be."""
+        """Write the kit if the parser accepts its graph and the outputs agree with the network's. Build the engine too
+        if TensorRT and the GPU are here."""
         directory = Path(directory)
         check_destination(directory, force=force)
         onnx_exporter = OnnxExporter(
@@ -93,13 +96,13 @@ class TensorRtExporter(Exporter):
         digest = hashes(written)[kit.MODEL]
         script = build_script(graph.deployment, graph.precision, profile, workspace, self.level, digest, graph.pinned)
         written[SCRIPT] = script.encode()
-        notes = unkept(graph)
+        notes = unpinned_notes(graph)
         written[kit.README] = kit.readme(graph, f"sh {SCRIPT} && python3 {kit.CHECK}", notes)
         manifest = {
             "format": "edgekit-tensorrt-1",
             **manifest,
             "parser_version": graph.deployment.parser_version.name,
-            "parser": parsed or "not asked: its family's parser is in the extra rtx, and speaks for TensorRT 10 and 11",
+            "parser": parsed or "not run: the extra rtx installs the parser, which stands for TensorRT 10 and 11",
             "workspace_mib": workspace,
             "kept_in_float32": list(graph.pinned.layers),
             "notes": notes,
@@ -123,7 +126,8 @@ class TensorRtExporter(Exporter):
         written: dict[str, bytes],
         manifest: dict[str, Any],
     ) -> dict[str, Any]:
-        """Build and verify, if TensorRT and the target's GPU are here; what came of it. The engine joins the files."""
+        """Build and verify the engine if TensorRT and the target's GPU are here. Return the outcome, and add the engine
+        to the files."""
         deployment, precision = graph.deployment, graph.precision
         if importlib.util.find_spec("tensorrt") is None:
             return {"built": False, "reason": "TensorRT is not installed here; build.sh builds it on the device"}
@@ -185,7 +189,7 @@ class TensorRtExporter(Exporter):
         try:
             report = self._verified({**written, ENGINE: engine}, manifest)
         except EdgekitError:
-            stored.unlink(missing_ok=True)  # the next export builds it again
+            stored.unlink(missing_ok=True)  # so that the next export builds it again
             raise
         if not cached:
             cache.keep(stored, engine)
@@ -200,7 +204,7 @@ class TensorRtExporter(Exporter):
         }
 
     def _verified(self, files: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, Any]:
-        """Run the kit's own check on its engine; its report. Raises with what it printed."""
+        """Run the kit's own check on its engine and return its report. Raises with its output if it fails."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "kit"
             write_directory(folder, {**files, MANIFEST: manifest_bytes(manifest)})
@@ -224,26 +228,27 @@ def engine_key(
     capability: int,
     kept: Float32Pinned = NOTHING,
 ) -> str:
-    """What an engine depends on, hashed: another model, shape, precision, release or GPU is another engine."""
+    """Return a hash over all that an engine depends on: model, shapes, precision, TensorRT release and GPU."""
     model = hashlib.sha256(content).hexdigest()
     parts = [model, profile, precision, workspace, level, version, capability, kept.layers, kept.outputs]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def unkept(graph: TargetGraph) -> list[str]:
-    """What build.sh cannot promise of the precision; nothing where it can."""
+def unpinned_notes(graph: TargetGraph) -> list[str]:
+    """Return notes on the float32 layers that build.sh cannot guarantee; an empty list if it guarantees them all."""
     parser_version, kept = graph.deployment.parser_version, graph.pinned
     assert parser_version is not None
     if not kept.layers:
         return []
-    doubt = f"{kit.CHECK} tells whether that matters; if it does, export with --precision float32"
+    remedy = f"if {kit.CHECK} then fails, export with --precision float32"
     if "layerPrecisions" not in parser_version.flags:
         return [
-            f"trtexec of {parser_version.title} has no option for single layers (8.4 brought it): it may run in half "
-            f"what this graph keeps in float32, {len(kept.layers)} layers that manifest.json lists; {doubt}"
+            f"trtexec of {parser_version.title} has no option for single layers (they came with 8.4): it may run "
+            f"{len(kept.layers)} layers in half that this graph keeps in float32 (manifest.json lists them); {remedy}"
         ]
     if names := kept.unnameable:
-        return [f"trtexec cannot be told to keep these layers in float32, for their names: {', '.join(names)}; {doubt}"]
+        reason = "trtexec cannot keep these layers in float32 because its option cannot hold their names"
+        return [f"{reason}: {', '.join(names)}; {remedy}"]
     return []
 
 
@@ -256,7 +261,7 @@ def build_script(
     digest: str,
     kept: Float32Pinned = NOTHING,
 ) -> str:
-    """build.sh: checks the graph and the release, then calls trtexec as that release wants it."""
+    """Return build.sh. It checks the graph and the TensorRT release, then calls trtexec with that release's options."""
     parser_version, target = deployment.parser_version, deployment.target
     assert parser_version is not None
     command = " \\\n    ".join(
@@ -303,7 +308,7 @@ def options(
     level: int,
     kept: Float32Pinned = NOTHING,
 ) -> list[str]:
-    """Options of trtexec, in the dialect of the place's generation."""
+    """Return the options of trtexec for the parser version of the deployment target."""
     parser_version = deployment.parser_version
     assert parser_version is not None
     dialect = parser_version.dialect
@@ -326,8 +331,8 @@ def options(
 
 
 def _builder_flags(deployment: DeploymentTarget, precision: str) -> list[str]:
-    """Precisions that the builder may choose from, where typing is weak. Beside int8 it may take float16 for the rest,
-    if the plan has it."""
+    """Return the precisions that the builder may choose from if typing is weak. In an int8 model the other layers may
+    run in float16 if the plan has it."""
     if not deployment.weak:
         return []
     flags = {"float32": [], "float16": ["FP16"], "int8": ["INT8"]}[precision]

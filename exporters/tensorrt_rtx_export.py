@@ -1,11 +1,12 @@
-"""Export a bundle as a TensorRT-RTX engine for an RTX card, compiled here without one, and as its kit.
+"""Export a bundle as a TensorRT-RTX engine for an RTX card, compiled here without one, and as its deployment kit.
 
-TensorRT-RTX compiles ahead of time for a compute capability that it is told; running an engine takes the card, so that
-what is proved here is that it compiles, and `verify.py` proves the rest there. Its parser is of the same family as
-those of TensorRT 10 and 11: where it is installed, their kits are shown to it first.
+TensorRT-RTX compiles ahead of time for a given compute capability, but running an engine needs the card. So the
+exporter proves that the graph compiles, and `verify.py` proves the outputs on the device. Its parser belongs to the
+same family as those of TensorRT 10 and 11: if it is installed, it also checks the graphs of their kits.
 
-The package is proprietary (NVIDIA's licence, no redistribution): an extra that the user's pip fetches, never a
-dependency and never part of edgekit. Engines fit one release of it only: the kit pins that, and holds the graph too.
+The package is proprietary (NVIDIA's licence, no redistribution). It is an optional extra that the user installs with
+pip, never a dependency and never part of edgekit. An engine runs under one release only: the kit pins that release and
+also holds the graph.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class TensorRtRtxExporter(Exporter):
     """Parameters of a TensorRT-RTX export."""
 
     target: str = "rtx-3060-12gb"
-    stack: str = ""  # one of the target's with TensorRT-RTX, by name; else its first
-    precision: str = ""  # of the target's plan; else the plan's first
-    opset: int | None = None  # none: 17
+    stack: str = ""  # name of one of the target's stacks with TensorRT-RTX; by default the first
+    precision: str = ""  # one of the target's plan; by default the plan's first
+    opset: int | None = None  # by default 17
     axes: tuple[str, ...] = ()  # NAME=LEAST:BEST:LARGEST
 
     @classmethod
@@ -49,13 +50,13 @@ class TensorRtRtxExporter(Exporter):
         return accepted(model, target, stack)
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
-        """Write the kit with its engine, once the graph gives what the network gives and compiles."""
+        """Write the kit with its engine if the graph's outputs agree with the network's and the graph compiles."""
         directory = Path(directory)
         check_destination(directory, force=force)
         if find_spec(PACKAGE) is None:
             deployment_target(
                 self.target, RUNTIME, self.stack
-            )  # a device that it is not for: nobody need install it to hear that
+            )  # this check comes first, so that nobody installs the package for a device that has no TensorRT-RTX
         sm = compiles_for(self.target)
         trt = module()
         onnx_exporter = OnnxExporter(
@@ -87,7 +88,7 @@ class TensorRtRtxExporter(Exporter):
 
 
 def module() -> Any:
-    """The package, or the line that installs it."""
+    """Return the package; if it is missing, raise with the command that installs it."""
     try:
         return importlib.import_module(PACKAGE)
     except ImportError:
@@ -95,27 +96,27 @@ def module() -> Any:
 
 
 def capabilities() -> list[int]:
-    """Compute capabilities that it compiles for, such as 86."""
+    """Return the compute capabilities that it compiles for, such as 86."""
     members = module().ComputeCapability.__members__
     return sorted(int(name[2:]) for name in members if name.startswith("SM"))
 
 
 def compiles_for(name: str) -> int:
-    """The target's compute capability, if TensorRT-RTX knows it. Raises with the targets that it is for."""
+    """Return the target's compute capability. Raises if TensorRT-RTX does not compile for it."""
     target, known = targets.find(name), capabilities()
     if target.sm not in known:
         able = [other for other in targets.names() if targets.find(other).sm in known]
         what = f"compute capability {target.compute_capability}" if target.sm else "no GPU"
         raise EdgekitError(
             f"{target.name} has {what}; TensorRT-RTX {module().__version__} compiles for "
-            f"{', '.join(f'{sm / 10:.1f}' for sm in known)}; targets of ours: {', '.join(able)}"
+            f"{', '.join(f'{sm / 10:.1f}' for sm in known)}; possible targets: {', '.join(able)}"
         )
     return target.sm
 
 
 def compile_engine(model: ModelProto, profile: engines.Profile, sm: int, *, exact: bool = False) -> bytes:
-    """The engine of a graph. `exact`: float32 products in float32, not in TF32. Raises with the parser's or the
-    builder's own reason."""
+    """Compile a graph to an engine. `exact`: compute float32 products in float32, not in TF32. Raises with the error of
+    the parser or the builder."""
     trt = module()
 
     def configure(config: Any) -> None:
@@ -129,8 +130,9 @@ def compile_engine(model: ModelProto, profile: engines.Profile, sm: int, *, exac
 
 
 def accepted(model: ModelProto, target: Target, stack: Stack) -> str:
-    """How the TensorRT parser of a stack takes a graph in the opset and precision that it would be exported in: by the
-    table of its operators, and by NVIDIA's own parser where that is installed and of the same family."""
+    """Check a graph, in the opset and precision of its export, against the TensorRT parser of a stack: with the table
+    of operators, and with NVIDIA's own parser if one of the same family is installed. Return the result as a sentence.
+    """
     parser = parser_version(stack)
     if parser is None:
         return ""
@@ -141,7 +143,8 @@ def accepted(model: ModelProto, target: Target, stack: Stack) -> str:
 
 
 def preflight(model: ModelProto) -> str:
-    """Show a graph to the parser if it is installed; which one, or nothing. Raises with its reason."""
+    """Check a graph with the parser if it is installed. Return the parser's version, or "" if none is installed. Raises
+    with the parser's error."""
     if find_spec(PACKAGE) is None:
         return ""
     trt = module()

@@ -1,8 +1,8 @@
-"""Hold an export against the network it came from, in the model's own unit: probability moved, class changed.
+"""Compare an export with its source network in the model's own unit: difference of probability, rows that change class.
 
-The yardstick is the network in float64. Float32 cannot always hit 1e-5: where attention scores reach thousands,
-PyTorch's own float32 is up to 1e-4 away from float64. So an export may differ by the tolerance, or by twice what the
-source network itself loses to float32 on the same inputs, whichever is more.
+The reference is the network in float64. Float32 cannot always reach 1e-5: where attention scores reach thousands,
+PyTorch's own float32 differs from float64 by up to 1e-4. So an export may differ by the tolerance, or by twice the
+difference between the source network's own float32 and float64 on the same inputs, whichever is larger.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from edgekit.graph.network import PROBABILITIES, Network
 
 Array = npt.NDArray[Any]
 TOLERANCE = 1e-5  # of a probability, or relative to the largest value of any other output
-CEILING = 1e-3  # a network that loses more than this to float32 is not worth exporting in it
-BATCHES = (1, 16, 1000)  # one alert, a trickle, a backlog: some runtimes are right at one and wrong at another
-CALLS = 16  # at most, at one batch size
-DISTINCT = 251  # rows; a prime, so that however a batch is cut, equal rows land in different places
-LENGTHS = (1, 5)  # of a free axis, in its multiples; tracers have seen another and may have made it a constant
-SLICE = 16  # rows of the reference at a time: attention scores in float64 are large
+CEILING = 1e-3  # a network whose float32 differs from its float64 by more than this is not worth exporting in float32
+BATCHES = (1, 16, 1000)  # one alert, a few, a backlog: some runtimes are right at one batch size and wrong at another
+CALLS = 16  # the largest number of calls at one batch size
+DISTINCT = 251  # rows; a prime, so that equal rows have different indices in their batches at every batch size
+LENGTHS = (1, 5)  # of a free axis, in its multiples; a tracer saw another length and may have made it a constant
+SLICE = 16  # rows of the reference that run at a time: attention scores in float64 are large
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One file at one batch size. Differences are in probability, or relative for other outputs."""
+    """The comparison of one file at one batch size. Differences are in probability, or relative for other outputs."""
 
     file: str
     bytes: int
     batch: int
     rows: int
-    difference: float  # largest, from the network in float64
-    spread: float  # largest, of the same row from batch to batch
-    golden: float  # largest, from the bundle's golden outputs
-    changed: int  # rows of another class than the network's, ties aside
+    difference: float  # the largest difference from the network in float64
+    spread: float  # the largest difference of the same row between two batch sizes
+    golden: float  # the largest difference from the bundle's golden outputs
+    changed: int  # rows whose class differs from the network's, without near ties
     allowed: float
-    lengths: Mapping[str, int] = field(default_factory=dict)  # of free axes, where they are not the golden data's
+    lengths: Mapping[str, int] = field(default_factory=dict)  # of free axes, if they differ from the golden data's
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Inputs and what the network makes of them in float64."""
+    """Inputs, and the outputs that the network computes from them in float64."""
 
     inputs: Arrays
     exact: Arrays
     golden: Arrays  # expected outputs of the first rows, as the bundle stores them
-    noise: float  # largest difference of the network's own float32 from float64
+    noise: float  # the largest difference between the network's own float32 and float64
 
 
 def reference(bundle: Bundle) -> Reference:
-    """Golden rows, then the same rows varied, through the network in float32 and float64."""
+    """Run the golden rows, and copies of them with noise, through the network in float32 and in float64."""
     stored, golden = ({name: rows[:DISTINCT] for name, rows in arrays.items()} for arrays in bundle.golden())
     if not all(len(rows) for rows in (*stored.values(), *golden.values())):
         raise EdgekitError(
@@ -72,7 +72,7 @@ def reference(bundle: Bundle) -> Reference:
     single = _outputs(network, inputs, names)
     exact = _outputs(network.double(), inputs, names)
     noise = max(float(_differences(name, single[name], exact[name]).max()) for name in names)
-    if not noise <= CEILING:  # NaN included
+    if not noise <= CEILING:  # also true for NaN
         raise EdgekitError(
             f"{bundle.manifest.name}: float32 moves this network's own outputs by {noise:.1e} on its golden inputs, "
             f"more than {CEILING:.0e}; rescale its inputs or weights before exporting it"
@@ -81,20 +81,20 @@ def reference(bundle: Bundle) -> Reference:
 
 
 def _graph_reference(bundle: Bundle, inputs: Arrays, golden: Arrays) -> Reference:
-    """A graph is its own reference, row by row. Its noise is how far a row moves with the others beside it: dynamic
-    quantization takes its scale from the whole batch."""
+    """Run a graph bundle row by row: the graph is its own reference. `noise` is the largest difference between a row
+    that runs alone and the same row in a batch, because dynamic quantization takes its scale from the whole batch."""
     session = on_onnxruntime(bundle.contents[GRAPH])
     alone, together = (_run(session, inputs, batch, DISTINCT, bundle.manifest.outputs) for batch in (1, DISTINCT))
     noise = max(float(_differences(name, together[name], alone[name]).max()) for name in alone)
     return Reference(inputs, alone, golden, noise)
 
 
-def on_onnxruntime(content: bytes, beside: Mapping[str, bytes] | None = None) -> Any:
-    """An ONNX file, as ONNX Runtime runs it on the CPU; `beside`: files that hold its weights."""
+def on_onnxruntime(content: bytes, external_data: Mapping[str, bytes] | None = None) -> Any:
+    """Open an ONNX file in ONNX Runtime on the CPU. `external_data`: the files that hold its weights, by name."""
     options = onnxruntime.SessionOptions()
-    if beside:
-        sizes = [len(weights) for weights in beside.values()]
-        options.add_external_initializers_from_files_in_memory(list(beside), list(beside.values()), sizes)
+    if external_data:
+        sizes = [len(weights) for weights in external_data.values()]
+        options.add_external_initializers_from_files_in_memory(list(external_data), list(external_data.values()), sizes)
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
@@ -107,10 +107,10 @@ def verify(
     load: Callable[[bytes], Any] = on_onnxruntime,
     advice: str = "try another --opset",
 ) -> list[Check]:
-    """Run each file at each batch size; raise at the first beyond tolerance.
+    """Run each file at each batch size, and raise at the first difference beyond the tolerance.
 
-    `load` gives something with ONNX Runtime's run(names, inputs); by default a file is ONNX, and runs as it comes.
-    `advice`: what an error tells the person to do.
+    `load` returns an object with ONNX Runtime's method run(names, inputs); the default opens the file as ONNX. `advice`
+    is the next step that an error message recommends.
     """
     expected = reference(bundle)
     allowed = max(tolerance, 2 * expected.noise)
@@ -133,7 +133,8 @@ def verify(
 
 
 def _other_lengths(specs: Sequence[TensorSpec]) -> list[dict[str, int]]:
-    """Lengths to try, of every free axis but the batch; each axis another, so that none passes for its neighbour."""
+    """Return lengths to try for all free axes except the batch. Two axes never get the same length, so that an exporter
+    that confuses two axes fails."""
     axes = dict.fromkeys(axis for spec in specs for axis in spec.shape[1:] if isinstance(axis, str))
     return [
         {axis: (length + number) * multiple(axis) for number, axis in enumerate(axes)} for length in LENGTHS if axes
@@ -148,7 +149,8 @@ def _at_lengths(
     load: Callable[[bytes], Any],
     advice: str,
 ) -> list[Check]:
-    """Each file at other lengths than it was traced with; none where the network itself cannot run."""
+    """Compare each file with the network at lengths that differ from the traced ones. Return no checks if the network
+    itself cannot run at these lengths."""
     sized = tuple(
         replace(spec, shape=tuple(lengths.get(str(axis), axis) for axis in spec.shape))
         for spec in bundle.manifest.inputs
@@ -203,7 +205,7 @@ def _judge(check: Check, model: str, advice: str) -> None:
         "its outputs differ from the bundle's golden outputs by": check.golden,
     }
     for complaint, value in complaints.items():
-        if not value <= check.allowed:  # NaN included
+        if not value <= check.allowed:  # also true for NaN
             raise EdgekitError(
                 f"{model}: {check.file} at batch {check.batch}: {complaint} {value:.1e}; allowed {check.allowed:.1e}. "
                 f"Nothing was written; if the bundle's weights and golden data are right, {advice}"
@@ -216,7 +218,7 @@ def _judge(check: Check, model: str, advice: str) -> None:
 
 
 def _varied(array: Array, rows: int) -> Array:
-    """The rows themselves first, then the rows again with 5 % noise, so that no two are equal and all are realistic."""
+    """Return the rows, and then the rows again with 5 % noise: no two are equal and all are realistic."""
     tiled = repeated(array, rows)
     if array.dtype.kind == "f":
         tiled[len(array) :] *= 1 + 0.05 * np.random.default_rng(0).standard_normal(tiled[len(array) :].shape)
@@ -224,13 +226,13 @@ def _varied(array: Array, rows: int) -> Array:
 
 
 def repeated(array: Array, rows: int) -> Array:
-    """The first `rows` rows, from the start again where there are fewer."""
+    """Return the first `rows` rows; if the array has fewer, its rows repeat from the start."""
     return array[np.arange(rows) % len(array)]
 
 
 def _outputs(network: Network, inputs: Arrays, names: Sequence[str]) -> Arrays:
-    """What the network makes of the inputs, on one thread: the same numbers on every machine size, and several times
-    faster than two where other programs hold a core."""
+    """Return the network's outputs for the inputs, computed on one thread. One thread gives the same numbers on every
+    machine, and it is several times faster than two threads if other programs occupy a core."""
     dtype = next(network.parameters()).dtype
     tensors = [torch.from_numpy(array) for array in inputs.values()]
     tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
@@ -252,10 +254,11 @@ def _run(session: Any, inputs: Arrays, batch: int, rows: int, specs: Sequence[Te
             session.run(names, {name: array[start : start + batch] for name, array in cycled.items()})
             for start in range(0, rows, batch)
         ]
-    except Exception as error:  # onnxruntime's have no common base of their own
+    except Exception as error:  # the exceptions of onnxruntime share no base class
         raise EdgekitError(
             f"the graph does not run on inputs of shapes { ({name: array.shape for name, array in inputs.items()}) }: "
-            f"{str(error).splitlines()[0][-200:]}; where the network does, tracing has made a constant of a length: "
+            f"{str(error).splitlines()[0][-200:]}; if the network runs on them, "
+            "the tracer stored a length as a constant: "
             "take lengths from tensors' shapes, in operators that torch can trace"
         ) from error
     return {name: np.concatenate(columns) for name, columns in zip(names, zip(*parts, strict=True), strict=True)}
@@ -264,7 +267,7 @@ def _run(session: Any, inputs: Arrays, batch: int, rows: int, specs: Sequence[Te
 def _differences(name: str, got: Array, expected: Array) -> Array:
     if got.shape != expected.shape:
         raise EdgekitError(f"output {name!r} has shape {got.shape}; the network gives {expected.shape}")
-    if expected.dtype.kind in "iub":  # codes and classes: the share that is another
+    if expected.dtype.kind in "iub":  # codes and classes: the share of values that differ
         return np.asarray(np.mean(got != expected) if expected.size else 0.0)
     scale = 1.0 if name == PROBABILITIES else max(1.0, float(np.abs(expected).max(initial=0)))
     difference: Array = np.abs(got - expected) / scale
@@ -272,5 +275,5 @@ def _differences(name: str, got: Array, expected: Array) -> Array:
 
 
 def _largest(one: float, others: Array) -> float:
-    """The larger, NaN if any is."""
+    """Return the larger of the two, or NaN if any value is NaN."""
     return float(np.max(others, initial=one))

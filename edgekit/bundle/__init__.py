@@ -1,1 +1,1 @@
-"""The artifact: its format, its packed form, how weights are encoded, the models that come with edgekit."""
+"""The artifact: its format, its packed form, the encodings of weights, the models that come with edgekit."""

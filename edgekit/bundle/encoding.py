@@ -1,7 +1,7 @@
 """How a compressed tensor is stored: dense, on a uniform grid (affine), or on a codebook (palette).
 
-Passes keep the model's weights decoded, so that any framework code runs on them unchanged; the encoding beside a weight
-says which few bits it takes to write it down, losslessly.
+Passes keep the model's weights decoded, so that any framework code can run on them unchanged. The encoding of a weight
+says how few bits store it losslessly.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Float = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """Symmetric integers times a scale. codes: int8, the weight's shape; scale: float32, one per output row (axis 0)
-    or a single one, shape (rows, 1, ...) or (1, ...)."""
+    """Symmetric integers times a scale. codes: int8, the weight's shape; scale: float32, one per output row (axis 0) or
+    a single one, shape (rows, 1, ...) or (1, ...)."""
 
     bits: int
     codes: npt.NDArray[np.int8]
@@ -44,14 +44,15 @@ Encoding = Affine | Palette
 
 
 def to_arrays(weights: Mapping[str, Float], encodings: Mapping[str, Encoding]) -> dict[str, npt.NDArray[np.generic]]:
-    """Arrays to store: an encoded weight as `NAME` (codes) and `NAME#scale` or `NAME#palette`, the rest as float32."""
+    """Return the arrays to store: an encoded weight as `NAME` (codes) and `NAME#scale` or `NAME#palette`, the rest as
+    float32."""
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for name, weight in weights.items():
         encoding = encodings.get(name)
         if encoding is None:
             arrays[name] = np.ascontiguousarray(weight, dtype=np.float32)
             continue
-        assert np.array_equal(encoding.decode(), weight), f"{name} moved off its codebook"
+        assert np.array_equal(encoding.decode(), weight), f"{name} differs from its encoding"
         arrays[name] = encoding.codes
         if isinstance(encoding, Affine):
             arrays[f"{name}#scale"] = encoding.scale
@@ -76,7 +77,7 @@ def from_arrays(arrays: Mapping[str, npt.NDArray[np.generic]], bits: Mapping[str
 
 
 def stored_bytes(weights: Mapping[str, Float], encodings: Mapping[str, Encoding]) -> int:
-    """Bytes of the weights at their code widths, codebooks and scales included, before entropy coding."""
+    """Return the bytes of the weights at their code widths, with codebooks and scales, before entropy coding."""
     total = 0
     for name, weight in weights.items():
         encoding = encodings.get(name)

@@ -1,4 +1,4 @@
-"""Write files so that a crash, a full disk or Ctrl-C leaves the old file or the new one, never half of one."""
+"""Write files so that after a crash, a full disk or Ctrl-C the old file or the new one exists, never half of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgekit.errors import EdgekitError
 
 
 def refuse_to_overwrite(path: Path, force: bool) -> None:
-    """Raise if the path is taken and `force` was not given; called before the work starts, not after."""
+    """Raise if the path exists and `force` is not set. Commands call this before they start to work."""
     if path.is_dir():
         raise EdgekitError(f"{path} is a directory; name a file to write")
     if path.exists() and not force:
@@ -21,55 +21,58 @@ def refuse_to_overwrite(path: Path, force: bool) -> None:
 
 
 def write_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Replace the file in one step. mode: its permissions, from which the umask takes some away."""
+    """Replace the file in one step. mode: its permissions, which the umask reduces."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        _create(fresh, content, mode)
-        fresh.replace(path)
+        _create(new, content, mode)
+        new.replace(path)
     finally:
-        fresh.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def write_directory(path: Path, files: Mapping[str, bytes], *, mode: int = 0o666) -> None:
-    """Write a new directory beside `path` and move it into place: a reader sees the old files or the new ones. Several
-    processes may do so at once; the last one's is kept. mode: the files' permissions, as in `write_file`."""
+    """Write a new directory next to `path` and rename it to `path`: a reader sees the old files or the new ones. If
+    several processes do so at the same time, the last one's files stay. mode: the files' permissions, as in
+    `write_file`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
     stale = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed and had the same id
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed process with the same id
     try:
-        folder_mode = mode | (mode & 0o444) >> 2  # who may read the files may enter the folder
-        fresh.mkdir(folder_mode)
+        folder_mode = mode | (mode & 0o444) >> 2  # those who may read the files may enter the folder
+        new.mkdir(folder_mode)
         for name, content in files.items():
-            for parent in reversed((fresh / name).relative_to(fresh).parents[:-1]):
-                (fresh / parent).mkdir(folder_mode, exist_ok=True)
-            _create(fresh / name, content, mode)
-        _replace(path, fresh, stale)
+            for parent in reversed((new / name).relative_to(new).parents[:-1]):
+                (new / parent).mkdir(folder_mode, exist_ok=True)
+            _create(new / name, content, mode)
+        _replace(path, new, stale)
     except BaseException:
-        with contextlib.suppress(OSError):  # nothing was moved away, or another process has moved its own there
+        # there was no old directory, or another process has renamed its own to this path
+        with contextlib.suppress(OSError):
             stale.rename(path)
         raise
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:
-    path.unlink(missing_ok=True)  # of a process that was killed and had the same id
+    path.unlink(missing_ok=True)  # left by a killed process with the same id
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     path.write_bytes(content)
 
 
-def _replace(path: Path, fresh: Path, stale: Path) -> None:
-    """Move the directory `fresh` to `path`, and what was there to `stale`."""
+def _replace(path: Path, new: Path, stale: Path) -> None:
+    """Rename the directory `new` to `path`, and the old one to `stale`."""
     while True:
         with contextlib.suppress(FileNotFoundError):
             path.rename(stale)
         try:
-            fresh.rename(path)
+            new.rename(path)
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            shutil.rmtree(stale, ignore_errors=True)  # another process has moved its own there: replace that
+            # another process has renamed its own directory to this path: replace that one
+            shutil.rmtree(stale, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""The bundle: one directory, `NAME.edge/`, that holds a model, how to feed it, and the proof that it still works.
+"""The bundle: one directory, `NAME.edge/`, that holds a model, the description of its inputs, and data to verify it.
 
-    edgekit.json          manifest: family, inputs, classes, preprocessing, a record per pass, SHA-256 of all files
-    weights.safetensors   parameters, encoded as the passes left them
-    graph.onnx            instead of it, once the model is a graph: imported, or lowered by a pass on graphs
-    golden.npz            inputs and the outputs they must give
+edgekit.json          manifest: family, inputs, classes, preprocessing, a record per pass, SHA-256 of all files
+weights.safetensors   parameters, encoded as the passes left them
+graph.onnx            replaces the weights if the model is a graph: imported, or lowered by a pass on graphs
+golden.npz            inputs, and the outputs that they must give
 
-Nothing in it is executable and nothing is a pickle. Opening verifies every hash; writing is atomic.
+A bundle contains no executable code and no pickle. Opening verifies every hash; writing is atomic.
 """
 
 from __future__ import annotations
@@ -34,30 +34,31 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST, WEIGHTS, GRAPH, GOLDEN = "edgekit.json", "weights.safetensors", "graph.onnx", "golden.npz"
 ONNX = "onnx"  # the family of bundles that hold a graph
-PROBABILITIES = "probabilities"  # an output of this name is the softmax of what the network gives
-KEY = "edgekit.model"  # metadata entry that holds model_key: a session cannot be handed another model's file
+PROBABILITIES = "probabilities"  # an output of this name is the softmax of the network's result
+KEY = "edgekit.model"  # metadata entry with the model_key, so that a session refuses another model's file
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `edgekit.json` says."""
+    """The content of `edgekit.json`."""
 
     name: str
-    family: str  # which constructor in edgekit.families builds the network
+    family: str  # name of the constructor in edgekit.nn.families that builds the network
     arguments: dict[str, Any]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    state: dict[str, str] = field(default_factory=dict)  # input -> output that a caller hands back in the next call
+    state: dict[str, str] = field(default_factory=dict)  # input -> output that the caller passes to it in the next call
     classes: tuple[str, ...] = ()
     class_ids: tuple[int, ...] = ()  # the data set's own numbers for the classes, in the same order
-    preprocessing: dict[str, Any] | None = None  # {"id": ..., parameters}: what turns raw data into the inputs
-    data: str | None = None  # the data set its quality is measured on
+    # {"id": ..., parameters}: the function that computes the inputs from raw data
+    preprocessing: dict[str, Any] | None = None
+    data: str | None = None  # the data set on which the model's quality is measured
     metrics: dict[str, Any] = field(default_factory=dict)
     target: str | None = None
     recipe: dict[str, Any] | None = None
     records: tuple[dict[str, Any], ...] = ()  # one per pass, kept or rolled back
     bits: dict[str, int] = field(default_factory=dict)  # code width of every encoded weight
-    parent: str | None = None  # digest of the bundle this one was made from
+    parent: str | None = None  # digest of the bundle from which this one was made
     seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # relative path -> SHA-256
@@ -81,7 +82,7 @@ class Manifest:
         for key, hint in typing.get_type_hints(cls).items():
             if key in values and not _fits(values[key], hint):
                 raise EdgekitError(
-                    f"{source}: {key} = {str(values[key])[:60]!r} is not what belongs there; restore the file"
+                    f"{source}: {key} = {str(values[key])[:60]!r} has a wrong type or value; restore the file"
                 )
         for key in ("inputs", "outputs"):
             if not values[key]:
@@ -97,7 +98,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A verified bundle in memory. Small by design: the models edgekit compresses fit, weights and all."""
+    """A verified bundle in memory, with all its weights: the models that edgekit compresses fit there."""
 
     manifest: Manifest
     contents: Mapping[str, bytes]  # file name -> bytes, as listed in manifest.files
@@ -105,7 +106,7 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, and through its hashes of everything: the identity that results are stamped with."""
+        """SHA-256 of the manifest, and through its hashes of all files: results name the bundle by it."""
         return hashlib.sha256(self.manifest.to_json()).hexdigest()
 
     @property
@@ -115,12 +116,12 @@ class Bundle:
 
     @property
     def is_graph(self) -> bool:
-        """Whether it holds an ONNX graph rather than a network that torch can build."""
+        """Whether the bundle holds an ONNX graph rather than a network that torch can build."""
         return self.manifest.family == ONNX
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has learnt, however they are stored."""
+        """How many learnt numbers the model has, in any encoding."""
         if self.is_graph:
             from edgekit.graph.model import load, parameters
 
@@ -128,11 +129,14 @@ class Bundle:
         return sum(value.size for value in self.weights().values())
 
     def stored(self) -> dict[str, Float | Encoding]:
-        """Parameters as stored: float32 arrays, or encodings."""
+        """Return the parameters as stored: float32 arrays, or encodings."""
         if self.is_graph:
-            raise EdgekitError(f"{self.path or self.manifest.name} holds an ONNX graph, no network with named weights")
+            raise EdgekitError(
+                f"{self.path or self.manifest.name} holds an ONNX graph and no network with named weights"
+            )
         try:
-            arrays = dict(sorted(load_safetensors(self.contents[WEIGHTS]).items()))  # safetensors gives any order
+            # safetensors gives them in no fixed order
+            arrays = dict(sorted(load_safetensors(self.contents[WEIGHTS]).items()))
             stored = from_arrays(arrays, self.manifest.bits)
             decoded = {name: v if isinstance(v, np.ndarray) else v.decode() for name, v in stored.items()}
         except (SafetensorError, LookupError, ValueError) as error:
@@ -148,17 +152,17 @@ class Bundle:
         return stored
 
     def weights(self) -> dict[str, Float]:
-        """Parameters decoded to float32, by name."""
+        """Return the parameters, decoded to float32, by name."""
         return {name: v if isinstance(v, np.ndarray) else v.decode() for name, v in self.stored().items()}
 
     def encodings(self) -> dict[str, Encoding]:
-        """How compressed parameters are stored, by name; a graph holds its own."""
+        """Return the encodings of compressed parameters by name; a graph stores its own."""
         if self.is_graph:
             return {}
         return {name: value for name, value in self.stored().items() if not isinstance(value, np.ndarray)}
 
     def model(self) -> nn.Module:
-        """The network with its weights, in evaluation mode."""
+        """Return the network with its weights, in evaluation mode."""
         from edgekit.nn.families import build
 
         if self.is_graph:
@@ -170,7 +174,7 @@ class Bundle:
         return build(self.manifest.family, self.manifest.arguments, self.weights())
 
     def golden(self) -> tuple[Arrays, Arrays]:
-        """Golden inputs and outputs by name."""
+        """Return golden inputs and outputs by name."""
         source = f"{self.path or self.manifest.name}/{GOLDEN}"
         arrays = arrays_from_bytes(self.contents[GOLDEN], source)
         inputs, outputs = self.manifest.inputs, self.manifest.outputs
@@ -184,7 +188,8 @@ class Bundle:
 
 
 def model_key(bundle: Bundle) -> str:
-    """SHA-256 of what an export computes: architecture, weights, inputs and outputs; not metrics, records or names."""
+    """Return the SHA-256 of all that determines an export's outputs: architecture, weights, inputs and outputs, but not
+    metrics, records or names."""
     manifest = bundle.manifest
     identity = {
         "family": manifest.family,
@@ -204,20 +209,21 @@ def assemble(
     golden: tuple[Arrays, Arrays],
     extra: Mapping[str, bytes] | None = None,
 ) -> Bundle:
-    """A bundle in memory; `extra` holds further files such as report.html. Fills in `bits` and `files`."""
+    """Make a bundle in memory; `extra` holds further files such as report.html. The function fills in `bits` and
+    `files`."""
     contents = {WEIGHTS: save_safetensors(to_arrays(weights, encodings)), GOLDEN: _golden(golden), **(extra or {})}
     bits = {name: encoding.bits for name, encoding in encodings.items()}
     return Bundle(replace(manifest, bits=bits, files=_hashes(contents)), contents)
 
 
 def assemble_graph(manifest: Manifest, graph: bytes, golden: tuple[Arrays, Arrays]) -> Bundle:
-    """A bundle in memory that holds an ONNX graph; its family and arguments are set to say so."""
+    """Make a bundle in memory that holds an ONNX graph; the function sets family and arguments."""
     contents = {GRAPH: graph, GOLDEN: _golden(golden)}
     return Bundle(replace(manifest, family=ONNX, arguments={}, bits={}, files=_hashes(contents)), contents)
 
 
 def replace_golden(bundle: Bundle, golden: tuple[Arrays, Arrays]) -> Bundle:
-    """The bundle with other golden data."""
+    """Return the bundle with other golden data."""
     return with_files(bundle, {GOLDEN: _golden(golden)})
 
 
@@ -227,13 +233,14 @@ def _golden(golden: tuple[Arrays, Arrays]) -> bytes:
 
 
 def with_files(bundle: Bundle, extra: Mapping[str, bytes]) -> Bundle:
-    """The bundle with files added or replaced."""
+    """Return the bundle with files added or replaced."""
     contents = {**bundle.contents, **extra}
     return replace(bundle, manifest=replace(bundle.manifest, files=_hashes(contents)), contents=contents)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is what a field's type says; lists stand for tuples, objects for dataclasses."""
+    """Return whether a value read from JSON has the type of a field; lists stand for tuples, objects for
+    dataclasses."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True

@@ -1,11 +1,11 @@
-"""A bundle as one small file: the smallest thing to send to a device, or to store.
+"""Pack a bundle into one small file, to send it to a device or to store it.
 
     EDGEPACK | version | manifest (JSON) | weights | golden rows | graph, if it is one | SHA-256 of all before
 
-Each stream is compressed.
-Codes of encoded weights are Huffman-coded (DEFLATE without matches: neighbouring weights do not repeat), as in Han et
-al. 2016, section 4; the few float arrays are stored byte plane by byte plane, which groups the exponents. Lossless:
-weights, inputs and outputs come back bit for bit. History (records, report) and all golden rows but two stay behind.
+Each stream is compressed. Codes of encoded weights are Huffman-coded, as in Han et al. 2016, section 4 (DEFLATE without
+matches, because neighbouring weights do not repeat). The few float arrays are stored byte plane by byte plane, which
+groups the exponents. The format is lossless: weights, inputs and outputs come back bit for bit. The packed file leaves
+out the history (records, report) and all golden rows but two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Array = npt.NDArray[np.generic]
 
 
 def pack(bundle: Bundle) -> bytes:
-    """The packed bytes of a bundle."""
+    """Return the packed bytes of a bundle."""
     skeleton, arrays = _stored(bundle)
     inputs, outputs = bundle.golden()
     golden = {f"in.{name}": array[:GOLDEN_ROWS] for name, array in inputs.items()}
@@ -54,7 +54,7 @@ def pack(bundle: Bundle) -> bytes:
 
 
 def unpack(content: bytes, source: str) -> Bundle:
-    """The bundle in a packed file, verified."""
+    """Return the bundle in a packed file, verified."""
     if content[: len(MAGIC)] != MAGIC:
         raise EdgekitError(f"{source}: not a packed bundle, it does not begin with {MAGIC.decode()}")
     if len(content) > len(MAGIC) and content[len(MAGIC)] != VERSION:
@@ -71,7 +71,7 @@ def unpack(content: bytes, source: str) -> Bundle:
 
 
 def _parse(body: bytes, source: str) -> Bundle:
-    """The bundle in a verified file."""
+    """Return the bundle in a verified file."""
     streams, at = [], len(MAGIC) + 1
     while at < len(body):
         (size,) = struct.unpack_from("<I", body, at)
@@ -94,7 +94,7 @@ def _parse(body: bytes, source: str) -> Bundle:
 
 
 def _stored(bundle: Bundle) -> tuple[bytes, dict[str, Array]]:
-    """The weights as stored and, for a graph, what is left of it without them."""
+    """Return the weights as stored and, for a graph, the graph without them."""
     if not bundle.is_graph:
         return b"", to_arrays(bundle.weights(), bundle.encodings())
     from edgekit.graph.model import without_weights
@@ -107,7 +107,7 @@ def _shapes(arrays: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _pack_arrays(arrays: Mapping[str, Array]) -> bytes:
-    """Codes of one byte per value and the planes of wider values, in two streams with statistics of their own."""
+    """Return codes of one byte per value and the planes of wider values, in two streams with separate statistics."""
     codes = b"".join(array.tobytes() for array in arrays.values() if array.itemsize == 1)
     wide = b"".join(_planes(array) for array in arrays.values() if array.itemsize > 1)
     huffman = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
@@ -132,5 +132,5 @@ def _unpack_arrays(stream: bytes, shapes: Mapping[str, Any]) -> dict[str, Array]
 
 
 def _planes(array: Array) -> bytes:
-    """All first bytes, then all second bytes, and so on."""
+    """Return all first bytes, then all second bytes, and so on."""
     return np.frombuffer(array.tobytes(), np.uint8).reshape(-1, array.itemsize).T.tobytes()

@@ -1,4 +1,4 @@
-"""Read a bundle from disk, a directory or a packed file, and write one."""
+"""Read a bundle from a directory or a packed file, and write one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgekit.errors import EdgekitError
 
 
 def open_bundle(path: str | Path) -> Bundle:
-    """Read a bundle directory, or a packed file, and verify it."""
+    """Read and verify a bundle directory or a packed file."""
     path = Path(path)
     if path.is_file():
         return replace(unpack(path.read_bytes(), str(path)), path=path)
@@ -26,7 +26,9 @@ def open_bundle(path: str | Path) -> Bundle:
     for name, expected in manifest.files.items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()):
-            raise EdgekitError(f"{path}/{MANIFEST}: file name {name!r} leaves the bundle; the bundle is not trusted")
+            raise EdgekitError(
+                f"{path}/{MANIFEST}: file name {name!r} points outside the bundle; do not trust this bundle"
+            )
         if not file.is_file():
             raise EdgekitError(f"{file}: listed in {MANIFEST} but missing; the bundle is incomplete, copy it again")
         contents[name] = file.read_bytes()
@@ -57,9 +59,10 @@ def write_packed(bundle: Bundle, path: Path, *, force: bool = False) -> int:
 
 
 def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bundle:
-    """Write a new directory and move it into place: whatever goes wrong, `path` holds the old bundle or the new.
+    """Write a new directory and rename it to `path`: after any failure, `path` holds the old bundle or the new one.
 
-    Replacing takes two renames; a process killed between them leaves the old bundle beside `path`, as .NAME.PID.old.
+    Replacing takes two renames; if the process is killed between them, the old bundle stays next to `path`, as
+    .NAME.PID.old.
     """
     path = Path(path)
     refuse_to_replace(path, force)
@@ -70,5 +73,5 @@ def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bu
 
 
 def default_name(path: str | Path) -> str:
-    """The model's name that a path suggests: 'runs/t2-gr.edge' gives 't2-gr'."""
+    """Return the model's name that a path suggests: 'runs/t2-gr.edge' gives 't2-gr'."""
     return Path(path).name.removesuffix(".edge")

@@ -1,4 +1,4 @@
-"""Named tensors: what describes one, made-up values for golden data, and archives of named arrays (.npz)."""
+"""Named tensors: their descriptions, synthetic values for golden data, and archives of named arrays (.npz)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TensorSpec:
             raise EdgekitError(f"input {self.name!r} has shape {array.shape}; expected {self.shape_text}")
         for number, got in enumerate(array.shape):
             step = multiple(self.shape[number])
-            if got % step or (step > 1 and got == 0):  # nothing of what comes in groups is no group
+            if got % step or (step > 1 and got == 0):  # if the axis comes in groups, length 0 is refused too
                 below, above = got // step * step, (got // step + 1) * step
                 nearest = f"{below} or {above}" if below else f"{above}"
                 raise EdgekitError(
@@ -64,14 +64,14 @@ _AXIS = re.compile(r"(?:([1-9][0-9]*)\*)?[^*\s]+")
 
 
 def multiple(axis: int | str) -> int:
-    """What the length of an axis must be a multiple of: 9 for "9*faces"."""
+    """Return the number that the length of an axis must be a multiple of: 9 for "9*faces"."""
     found = _AXIS.fullmatch(axis) if isinstance(axis, str) else None
     return int(found[1]) if found and found[1] else 1
 
 
 def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
-    """Inputs for golden data where no real ones are at hand: smooth, bounded, different in every element; whole numbers
-    from 0 to 7, which the smallest vocabulary has."""
+    """Return inputs for golden data if no real ones exist: smooth, bounded, different in every element; whole numbers
+    are from 0 to 7, which even the smallest vocabulary has."""
     made = {}
     for number, spec in enumerate(specs):
         axes = tuple(axis if isinstance(axis, int) else 2 * multiple(axis) for axis in spec.shape[1:])
@@ -82,7 +82,7 @@ def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
 
 
 def arrays_to_bytes(arrays: Arrays) -> bytes:
-    """A compressed, byte-for-byte reproducible .npz (numpy.savez stamps the time into the archive)."""
+    """Return a compressed, byte-for-byte reproducible .npz (numpy.savez writes the time into the archive)."""
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in sorted(arrays.items()):
@@ -102,7 +102,7 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def arrays_from_bytes(content: bytes, source: str) -> Arrays:
-    if content[:4] not in (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM"):  # numpy takes anything else for a pickle
+    if content[:4] not in (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM"):  # numpy reads any other content as a pickle
         raise EdgekitError(f"{source}: not an .npz archive; write named arrays with numpy.savez")
     try:
         archive = np.load(BytesIO(content), allow_pickle=False)
@@ -118,7 +118,7 @@ def arrays_from_bytes(content: bytes, source: str) -> Arrays:
     return arrays
 
 
-# what numpy, zipfile and zlib raise for a damaged archive
+# the exceptions of numpy, zipfile and zlib for a damaged archive
 _UNREADABLE = (
     ValueError, OSError, EOFError, LookupError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
     zipfile.BadZipFile, zlib.error,
@@ -126,7 +126,7 @@ _UNREADABLE = (
 
 
 def parse_spec(text: str) -> TensorSpec:
-    """'image:float32:batch,3,224,224' as a spec."""
+    """Parse 'image:float32:batch,3,224,224'."""
     parts = text.split(":")
     if len(parts) != 3 or not parts[2]:
         raise EdgekitError(f"--input {text!r}: expected {SPEC_HELP}")

@@ -1,4 +1,4 @@
-"""The models that come with edgekit: a bundle and its card each, from the checkout or the installed wheel."""
+"""The models that come with edgekit: a bundle and a card for each, from the checkout or the installed wheel."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from edgekit.bundle.format import MANIFEST
 
 @cache
 def folders() -> dict[str, Path]:
-    """Model name to folder."""
+    """Return the folder of each model by name."""
     checkout = Path(__file__).resolve().parents[2] / "models"
     if checkout.is_dir():
         manifests = sorted(checkout.glob(f"*/{MANIFEST}"))
     else:
-        # data files of the wheel land under the prefix, wherever that is for this kind of installation
+        # pip puts the wheel's data files under the prefix, which depends on the way of installation
         try:
             files = distribution("edgekit").files or []
         except PackageNotFoundError:

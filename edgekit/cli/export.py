@@ -82,7 +82,7 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
             built = f"{engine['file']}: " + ("built" if engine["built"] else "not built")
             output.print(f"{built}; {engine['reason']}" if "reason" in engine else built)
         for line in manifest.get("notes", ()):
-            output.print(f"know this: {line}")
+            output.print(f"note: {line}")
     output.print(f"\n{result.directory}: {', '.join(result.files)}")
     build = f"sh {result.directory / 'build.sh'} && " if "build.sh" in result.files else ""
     python = "python3" if "target" in result.manifest else "python"  # JetPack 4's python is 2.7

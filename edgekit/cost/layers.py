@@ -1,4 +1,4 @@
-"""A model's operators on a target: estimated; and measured, where the target is the machine that this runs on."""
+"""The time of each of a model's operators on a target: estimated, and measured if the target is this machine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ MEASURED = "the table of measured operators of this machine (edgekit/cost/measur
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One operator, or all of a kind. estimate, measured: seconds; measured is None where the target is not here.
-    roofline: the least that the rates allow, by the time that it takes (measured, else estimated)."""
+    """One operator, or all operators of one type. estimate, measured: seconds; measured is None if the target is
+    another machine. roofline: the least time that the rates allow, divided by the time taken (measured, else
+    estimated)."""
 
     name: str
     kind: str
@@ -38,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A model at one batch size on a target; times of a call in seconds. formula: where the estimate is from."""
+    """A model at one batch size on a target; times of a call in seconds. formula: the source of the estimate."""
 
     target: str
     batch: int
@@ -51,7 +52,7 @@ class Report:
     unknown: tuple[str, ...]
 
     def by_kind(self) -> tuple[Row, ...]:
-        """Rows of operators of one kind as one, the slowest first."""
+        """Merge the rows of each operator type into one, the slowest first."""
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
             groups.setdefault(row.kind, []).append(row)
@@ -69,7 +70,7 @@ def elsewhere(
     power: str | None = None,
     threads: int = 1,
 ) -> Report:
-    """Estimated from the target's data sheet."""
+    """Estimate the report from the target's data sheet."""
     if power is not None:
         target = in_mode(target, power)
     found = estimate(work(model, sized(model, batch, lengths)), target, batch, precision=precision, threads=threads)
@@ -104,8 +105,8 @@ def here(
     lengths: Mapping[str, int] | None = None,
     seconds: float = 1.0,
 ) -> Report:
-    """Measured on this machine, on one thread, beside what the table of its operators predicts. The operators are those
-    that ONNX Runtime runs in place of the graph's own."""
+    """Measure on this machine, on one thread, and compare with the prediction of its operator table. The operators are
+    those that ONNX Runtime runs after it has rewritten the graph."""
     plain = estimate(work(model, sized(model, batch, lengths)), target, batch)
     taken = {kernel.name: kernel.seconds for kernel in profiled(model, feeds, seconds=seconds)}
     done = optimized_work(model, batch, lengths)
@@ -146,7 +147,7 @@ def here(
 
 
 def lengths_of(model: ModelProto, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, int]:
-    """Lengths of a graph's open axes, other than the batch, as these inputs have them."""
+    """Return the lengths that a graph's open axes, except the batch, have in these inputs."""
     found = {}
     for value in model.graph.input:
         for number, axis in enumerate(value.type.tensor_type.shape.dim):

@@ -1,15 +1,15 @@
-"""What operators really take on this machine, in ONNX Runtime on one thread: a table that corrects the roofline.
+"""The real times of operators on this machine, in ONNX Runtime on one thread: a table that corrects the roofline.
 
-Small graphs of one operator each are timed with the runtime's profiler, a dozen shapes for each family of operators,
-and a sum of what they do is fitted to the times:
+The module times small graphs of one operator each with the runtime's profiler, a dozen shapes for each family of
+operators, and fits a sum of terms to the times:
 
     seconds = a + b matrices + c bytes written + d operations + e bytes + f bytes beyond the core's own cache
 
-(operations of products with their columns filled up to whole vector registers, as kernels compute them), with no
-negative term (Lawson and Hanson 1974, "Solving least squares problems", chapter 23), by relative error. The time of a
-model is the sum over the operators that the runtime makes of it, plus what a call and each operator take besides; and
-that times one factor, found on a few small networks: in a model, an operator finds its weights and inputs further away
-than when it runs alone, over and over.
+The operations of a product count columns up to whole vector registers, as kernels compute them. The fit minimizes the
+relative error without negative terms (Lawson and Hanson 1974, "Solving least squares problems", chapter 23). The time
+of a model is the sum over the operators that the runtime runs, plus the overhead of a call and of each operator, times
+a contention factor. This factor is measured on a few small networks: in a model, an operator finds its weights and
+inputs in slower memory than when it runs alone in a loop.
 
 The table is kept in edgekit's cache, under the machine and the version of the runtime.
 """
@@ -37,46 +37,46 @@ from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.errors import EdgekitError
 from edgekit.targets.local import cpu_flags
 
-FORMAT = 2  # of the table and of what it is fitted to
-OWN_CACHE = 1 << 20  # bytes of a core's second cache, where the system does not say
+FORMAT = 2  # version of the table and of its fitted terms
+OWN_CACHE = 1 << 20  # bytes of a core's L2 cache, if the system does not report it
 TERMS = ("calls", "matrices", "written", "operations", "bytes", "spilled")
-PLAIN = "Add"  # for what is in neither
+PLAIN = "Add"  # for operators that are in neither
 Terms = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class OperatorTable:
-    """weights: of TERMS, by family, in seconds for one of each. call, node: what a call, and each operator, take
-    besides the kernels; the latter is negative where that is less than what the profiler took for itself. samples,
-    error: how many measurements each family was fitted to, and their median relative error."""
+    """weights: of TERMS, by family, in seconds per unit of each. call, node: the overhead of a call, and of each
+    operator, beyond the kernels; `node` is negative if that is less than the profiler's own time. samples, error: the
+    number of measurements of each family, and their median relative error."""
 
     weights: Mapping[str, tuple[float, ...]]
     call: float
     node: float
     own_cache: int
     lanes: int  # float32 numbers of a vector register
-    contention: float  # times as long as alone
+    contention: float  # the factor between the time in a model and the time alone
     samples: Mapping[str, int]
     error: Mapping[str, float]
     machine: Mapping[str, Any]
     runtime: str
 
     def seconds(self, operator: Operator) -> float:
-        """Of the operator's kernel."""
+        """Return the seconds of the operator's kernel."""
         weights = self.weights.get(family(operator)) or self.weights[PLAIN]
         return float(np.dot(weights, terms(operator, self.own_cache, self.lanes)))
 
     def total(self, work: Workload) -> float:
-        """Of a call."""
+        """Return the seconds of a call."""
         return self.call + sum(self.of(operator) for operator in work.operators)
 
     def of(self, operator: Operator) -> float:
-        """Of the operator in a model: its kernel, and what starting it takes."""
+        """Return the seconds of the operator in a model: its kernel and the overhead of starting it."""
         return self.contention * max(0.0, self.node + self.seconds(operator))
 
 
 def family(operator: Operator) -> str:
-    """The row of the table that an operator belongs to."""
+    """Return the row of the table for an operator."""
     if operator.view or operator.sizes_only:
         return "Reshape"
     if operator.product:
@@ -94,13 +94,13 @@ def family(operator: Operator) -> str:
 
 
 def _spread(operator: Operator) -> bool:
-    """Whether one input is smaller than the result, as biases are: its loop starts again for each row."""
+    """Return whether one input is smaller than the result, as biases are: the kernel's loop restarts for each row."""
     written = sum(operator.written.values())
     return sum(operator.read.values()) + sum(operator.weights.values()) < 1.99 * written
 
 
 def terms(operator: Operator, own_cache: int, lanes: int) -> Terms:
-    """What the fitted sum is over, as TERMS names it."""
+    """Return the terms of the fitted sum, in the order of TERMS."""
     moved, written, operations = operator.bytes, sum(operator.written.values()), operator.operations
     if operator.product and family(operator) != "depthwise":
         operations *= -(-operator.columns // lanes) * lanes / operator.columns
@@ -108,7 +108,7 @@ def terms(operator: Operator, own_cache: int, lanes: int) -> Terms:
 
 
 def table(*, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> OperatorTable:
-    """This machine's table: from the cache, else measured now, which takes half a minute."""
+    """Return this machine's table from the cache, or measure it now, which takes half a minute."""
     import onnxruntime
 
     facts = machine.describe()
@@ -161,15 +161,17 @@ def measure(
 
 
 def relative_fit(matrix: Terms, target: Terms) -> Terms:
-    """Weights >= 0 that bring matrix @ weights nearest to the target, each row counted relative to its own target."""
+    """Return weights >= 0 that bring matrix @ weights nearest to the target, with each row's error relative to its own
+    target."""
     scaled = matrix / target[:, None]
-    size = np.where(scaled.max(axis=0) > 0, scaled.max(axis=0), 1.0)  # terms differ by nine orders of magnitude
+    # the sizes of the terms differ by nine orders of magnitude
+    size = np.where(scaled.max(axis=0) > 0, scaled.max(axis=0), 1.0)
     result: Terms = non_negative(scaled / size, np.ones(len(target))) / size
     return result
 
 
 def non_negative(matrix: Terms, target: Terms, rounds: int = 1000) -> Terms:
-    """Least squares without negative weights: Lawson and Hanson's active set."""
+    """Solve least squares without negative weights by Lawson and Hanson's active set method."""
     count = matrix.shape[1]
     weights, active = np.zeros(count), np.zeros(count, bool)
     for _ in range(rounds):
@@ -193,11 +195,11 @@ def non_negative(matrix: Terms, target: Terms, rounds: int = 1000) -> Terms:
 
 
 def _overheads(kernels: OperatorTable) -> tuple[float, float]:
-    """Seconds that a call, and each operator in it, take besides the kernels: from chains of small operators."""
+    """Return the seconds of overhead of a call and of each operator in it, from chains of small operators."""
     times = {}
     for length in (2, 42):
         names = ["a", *(f"v{n}" for n in range(length - 1)), "y"]
-        kinds = ("Relu", "Sigmoid")  # two of a kind in a row would be one
+        kinds = ("Relu", "Sigmoid")  # the runtime would merge two equal operators in a row
         nodes = [
             helper.make_node(kinds[n % 2], [names[n]], [names[n + 1]], f"{kinds[n % 2]}{n}") for n in range(length)
         ]
@@ -213,7 +215,8 @@ def _overheads(kernels: OperatorTable) -> tuple[float, float]:
 
 
 def _contention(alone: OperatorTable, networks: Sequence[ModelProto], rounds: int = 15) -> float:
-    """How many times as long as the sum of their operators alone whole networks take, each after others have run."""
+    """Return how many times longer whole networks take than the sum of their operators alone. Each network runs after
+    others have run."""
 
     def second_run(model: ModelProto) -> Timed:
         """Time a run that follows another of the same network."""
@@ -232,7 +235,7 @@ def _contention(alone: OperatorTable, networks: Sequence[ModelProto], rounds: in
 
 
 def _own_cache(path: Path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")) -> int:
-    """Bytes of the second cache."""
+    """Return the bytes of the L2 cache."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -242,7 +245,7 @@ def _own_cache(path: Path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size
 
 
 def _read(path: Path) -> OperatorTable | None:
-    """A table that was kept; a damaged one is measured again."""
+    """Return a stored table; None if it is missing or damaged, so that it is measured again."""
     try:
         values = json.loads(path.read_text("utf-8"))
         return OperatorTable(**{**values, "weights": {name: tuple(row) for name, row in values["weights"].items()}})

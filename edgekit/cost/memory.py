@@ -1,4 +1,4 @@
-"""How much memory a graph needs: its stored tensors, and the activations that are alive at the same time."""
+"""The memory that a graph needs: its stored tensors, and the activations that are alive at the same time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from edgekit.targets.profile import RESERVE, Target
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes. weights: stored tensors; activations: the most that are alive at once, which is at the node `at`;
-    reserve: what is not the model's; available: all that the device has."""
+    """Bytes. weights: stored tensors; activations: the largest sum alive at once, which is at the node `at`; reserve:
+    memory that other software takes; available: the device's whole memory."""
 
     weights: float
     activations: float
@@ -39,17 +39,17 @@ class Memory:
 
 
 def memory(work: Workload, target: Target, size: Callable[[Value], float] = lambda value: value.bytes) -> Memory:
-    """What the graph needs on a target; `size`: bytes of a value as the device stores it. Workspace of the runtime's
-    fastest kernels comes on top and is not known here."""
+    """Return the memory that the graph needs on a target; `size`: bytes of a value as the device stores it. The
+    workspace of the runtime's fastest kernels is not included, because it is not known."""
     activations, at = peak(work, size)
     weights = sum(size(value) for value in work.stored.values())
     return Memory(weights, activations, at, RESERVE[target.kind], target.memory.value)
 
 
 def peak(work: Workload, size: Callable[[Value], float] = lambda value: value.bytes) -> tuple[float, str]:
-    """The largest sum of activations that are alive at one node, and that node. In the graph's order: a value is alive
-    from the node that makes it to the last that reads it; inputs always, for they are the caller's; outputs to the end.
-    Views share their input's bytes; nothing is computed in place."""
+    """Return the largest sum of activations that are alive at one node, and that node. Nodes run in the graph's order.
+    A value is alive from its producer to its last consumer; inputs are alive all the time, because they are the
+    caller's, and outputs until the end. Views share their input's bytes; nothing is computed in place."""
     roots = _roots(work)
     last: dict[str, int] = {}
     first = dict.fromkeys(work.inputs, 0)
@@ -76,7 +76,7 @@ def peak(work: Workload, size: Callable[[Value], float] = lambda value: value.by
 
 
 def _roots(work: Workload) -> Mapping[str, str]:
-    """For each activation, the one whose bytes it shares: itself, unless a view made it."""
+    """Return for each activation the one whose bytes it shares: itself, unless a view made it."""
     roots = {name: name for name in work.inputs}
     for operator in work.operators:
         for name in operator.outputs:
@@ -86,7 +86,7 @@ def _roots(work: Workload) -> Mapping[str, str]:
 
 
 def size_text(count: float) -> str:
-    """Bytes for people, in powers of ten as data sheets count."""
+    """Return bytes as text, in powers of ten as in data sheets."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"

@@ -1,5 +1,5 @@
-"""What a graph must do at least: operations and bytes, operator by operator, and from them the time that no program
-beats on a machine of known rates (Williams et al. 2009, "Roofline", CACM 52(4))."""
+"""The least work of a graph: operations and bytes, operator by operator, and the lower bound of its time on a machine
+of known rates (Williams et al. 2009, "Roofline", CACM 52(4))."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from edgekit.graph.index import Index
 from edgekit.graph.shapes import Sizes, Value, item_bytes, sized
 
 Shape = tuple[int, ...]
-MOST_TRIES = 100_000  # calls by which a rate is measured
-Bytes = Mapping[str, float]  # by precision: "float32", "int8"; "other" for what is neither
+MOST_TRIES = 100_000  # the largest number of calls that measure a rate
+Bytes = Mapping[str, float]  # by precision: "float32", "int8"; "other" for all other types
 PRECISION: Mapping[int, str] = {
     TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
     TensorProto.INT8: "int8", TensorProto.UINT8: "int8", TensorProto.INT4: "int4", TensorProto.UINT4: "int4",
     TensorProto.FLOAT8E4M3FN: "float8", TensorProto.FLOAT8E5M2: "float8",
 }  # fmt: skip
-VIEWS = frozenset(("Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"))  # the same bytes, renamed
-MOVES = frozenset(("Gather", "GatherElements", "GatherND", "Slice", "Split", "Expand", "Tile"))  # read what they write
-# value by value; a GPU's compiler does them on the way out of the operator before
+# the same bytes under another name
+VIEWS = frozenset(("Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"))
+# they read as many bytes as they write
+MOVES = frozenset(("Gather", "GatherElements", "GatherND", "Slice", "Split", "Expand", "Tile"))
+# Elementwise operators; a GPU's compiler fuses them into the operator before.
 POINTWISE = frozenset(
     (
         "Abs", "Add", "And", "BatchNormalization", "BiasGelu", "Cast", "Ceil", "Clip", "Cos", "DequantizeLinear",
@@ -50,8 +52,8 @@ INTEGER = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """flops: multiplications and additions of matrix products and convolutions, two for each pair; of other operators
-    one for each output value. bytes: weights, inputs and outputs once; what is in between may never leave a cache."""
+    """flops: two for each multiplication and addition of matrix products and convolutions; one for each output value of
+    other operators. bytes: weights, inputs and outputs once; values in between may never leave a cache."""
 
     flops: float
     bytes: float
@@ -59,7 +61,8 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one thread of a machine reaches. flops: float32 operations a second; bytes: from memory, a second."""
+    """The rates that one thread of a machine reaches. flops: float32 operations a second; bytes: from memory, a
+    second."""
 
     flops: float
     bytes: float
@@ -67,14 +70,14 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One node of a graph, and what it does at least.
+    """One node of a graph, and its least work.
 
-    operations: as in Cost. product: whether it is a matrix product or convolution, for which devices have units of
-    their own; then `precision` is that of its factors, else of its result. matrices: products that do not share a
-    factor, such as heads of attention; groups of a convolution; rows that a normalization treats one by one. inner:
-    terms of each sum of a product; columns: of its result, or channels of a group. read, written: bytes of activations;
-    weights: of stored tensors. inputs, outputs: names of those activations. view: it only renames bytes. sizes_only: it
-    computes a shape, where kernels are started.
+    operations: as in Cost. product: whether it is a matrix product or convolution, for which devices have special
+    units; then `precision` is that of its factors, else of its result. matrices: products that do not share a factor,
+    such as heads of attention; groups of a convolution; rows of a normalization. inner: terms of each sum of a product;
+    columns: of its result, or channels of a group. read, written: bytes of activations; weights: bytes of stored
+    tensors. inputs, outputs: names of those activations. view: it only renames bytes. sizes_only: it computes a shape,
+    on the processor that starts the kernels.
     """
 
     name: str
@@ -100,8 +103,8 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A graph's operators in its order. values: what flows, by name; stored: what must lie in memory all the time;
-    unknown: names of the nodes whose shapes cannot be told and that are counted as nothing."""
+    """A graph's operators in its order. values: activations and tensors by name; stored: those that are in memory all
+    the time; unknown: names of the nodes whose shapes are not known, which count as zero."""
 
     operators: tuple[Operator, ...]
     values: Mapping[str, Value]
@@ -112,7 +115,7 @@ class Workload:
 
 
 def graph_cost(model: ModelProto, batch: int, lengths: Mapping[str, int] | None = None) -> Cost:
-    """What one call costs at a batch size; `lengths` of other named axes, 2 where it says nothing."""
+    """Return the cost of one call at a batch size; `lengths` of other named axes, by default 2."""
     sizes = sized(model, batch, lengths)
     ends = {item.name for item in (*model.graph.initializer, *model.graph.input, *model.graph.output)}
     moved = sum(sizes.values[name].bytes for name in ends if name in sizes.values)
@@ -120,11 +123,11 @@ def graph_cost(model: ModelProto, batch: int, lengths: Mapping[str, int] | None 
 
 
 def work(model: ModelProto, sizes: Sizes) -> Workload:
-    """The operators of a graph at these sizes.
+    """Return the operators of a graph at these sizes.
 
-    What stored tensors alone decide is computed once, before the first call, by every runtime, and counts as stored.
-    A DequantizeLinear is part of the product that reads it, if only products on dequantized factors do: the pattern
-    that runtimes turn into integer kernels, which read the codes.
+    Every runtime computes values that depend on stored tensors alone once, before the first call; they count as stored.
+    A DequantizeLinear is part of the product that reads it, if its only consumers are products on dequantized factors:
+    runtimes turn this pattern into integer kernels, which read the codes.
     """
     stored_ends = set(sizes.stored)
     inputs = tuple(value.name for value in model.graph.input if value.name not in stored_ends)
@@ -154,8 +157,8 @@ def work(model: ModelProto, sizes: Sizes) -> Workload:
 
 
 def _constants(model: ModelProto, sizes: Sizes) -> set[str]:
-    """Names of what is the same in every call: stored tensors, and what follows from them alone. Not what follows from
-    the sizes of the inputs: that is computed in each."""
+    """Return the names of values that are the same in every call: stored tensors, and values computed from them alone.
+    Values computed from the sizes of the inputs are not included, because every call computes them."""
     found = set(sizes.stored)
     for node in model.graph.node:
         if node.op_type == "Constant" or (node.input and all(not name or name in found for name in node.input)):
@@ -164,7 +167,8 @@ def _constants(model: ModelProto, sizes: Sizes) -> set[str]:
 
 
 def _codes(model: ModelProto) -> dict[str, str]:
-    """Codes by what a DequantizeLinear makes of them, where only products on dequantized factors read it."""
+    """Return the codes by the name of their dequantized value, if its only consumers are products on dequantized
+    factors."""
     made = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     index = Index(model)
     return {
@@ -219,7 +223,7 @@ def _operator(node: NodeProto, sizes: Sizes, constants: set[str], codes: Mapping
 
 
 def _operations(node: NodeProto, values: Mapping[str, Value]) -> tuple[bool, float, int, int]:
-    """Whether a node is a product, its operations, matrices (or rows) and terms of a sum."""
+    """Return whether a node is a product, its operations, its matrices (or rows) and the terms of a sum."""
     shapes = [values[name].shape if name in values else () for name in node.input]
     out = values[node.output[0]].shape
     count, kind = float(math.prod(out)), node.op_type
@@ -243,7 +247,8 @@ def _operations(node: NodeProto, values: Mapping[str, Value]) -> tuple[bool, flo
     if kind == "ConvTranspose" and shapes[0] and shapes[1]:
         groups = attributes["group"].i if "group" in attributes else 1
         return True, 2.0 * math.prod(shapes[0]) * math.prod(shapes[1][1:]), groups, shapes[0][1] // groups
-    if kind == "Attention" and len(shapes) > 2 and len(shapes[0]) in (3, 4):  # of ONNX 23: scores, and mixing values
+    # of ONNX 23: scores, and the weighted sum of values
+    if kind == "Attention" and len(shapes) > 2 and len(shapes[0]) in (3, 4):
         heads = shapes[0][1] if len(shapes[0]) == 4 else attributes["q_num_heads"].i
         total = math.prod(shapes[0]) + math.prod(shapes[0][:-1]) * shapes[2][-1]  # for each key
         return True, 2.0 * total * shapes[1][-2], shapes[0][0] * heads, math.prod(shapes[0][2:]) // shapes[0][-2]
@@ -269,7 +274,7 @@ def _operations(node: NodeProto, values: Mapping[str, Value]) -> tuple[bool, flo
 
 
 def _matrices(second: Shape, out: Shape) -> int:
-    """Products with a second factor of their own: one if it is a single matrix."""
+    """Return the number of products with separate second factors: one if the second factor is a single matrix."""
     return math.prod(out[:-2]) if math.prod(second[:-2]) > 1 else 1
 
 
@@ -283,19 +288,20 @@ def _bytes(values: Mapping[str, Value], names: Any) -> dict[str, float]:
 
 
 def least_seconds(cost: Cost, rates: Rates) -> float:
-    """The roofline: the longer of computing and of moving."""
+    """Return the roofline: the longer of the times for computing and for moving bytes."""
     return max(cost.flops / rates.flops, cost.bytes / rates.bytes)
 
 
 def measured_rates(seconds: float = 0.3) -> Rates:
-    """This machine's, of one thread, by onnxruntime: a large matrix product, and a copy that no cache holds."""
+    """Measure one thread of this machine with onnxruntime: a large matrix product, and a copy that exceeds every
+    cache."""
     product = _one_node("MatMul", (512, 512), (512, 512))
     copy = _one_node("Add", (1 << 23,), (1,))
     return Rates(2 * 512**3 / _fastest(product, seconds), 2 * 4 * (1 << 23) / _fastest(copy, seconds))
 
 
 def _one_node(operator: str, left: Shape, right: Shape) -> Callable[[], Any]:
-    """A call of one operator on one thread."""
+    """Return a function that runs one operator on one thread."""
     import onnxruntime
 
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("a", left), ("b", right))]
@@ -311,7 +317,7 @@ def _one_node(operator: str, left: Shape, right: Shape) -> Callable[[], Any]:
 
 
 def _fastest(call: Callable[[], Any], seconds: float) -> float:
-    """CPU seconds of the fastest call: the limit is what the machine can do, not what it does under load."""
+    """Return the CPU seconds of the fastest call: the limit is the machine's speed without load."""
     best = float(in_turns([timed(call, time.thread_time)], seconds=seconds, most=MOST_TRIES).min())
     if not 0 < best < math.inf:
         raise EdgekitError("the machine's rates cannot be measured: its clock of CPU time stands still")

@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a graph on this machine's CPU: the operators that it really runs, and their times."""
+"""The operators that ONNX Runtime really runs for a graph on this machine's CPU, and their times."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ except ModuleNotFoundError as error:
     raise missing_extra(error.name or "onnxruntime", "onnx", "timing a graph") from None
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-GRAIN = 0.5e-6  # seconds; the profiler cuts off fractions of a microsecond; on average that is half of one
+GRAIN = 0.5e-6  # seconds; the profiler cuts off fractions of a microsecond, on average half of one
 LEAST_RUNS, MOST_RUNS, WARM_RUNS, FIRST_RUNS = 7, 400, 3, 2  # FIRST_RUNS of the WARM_RUNS are not timed
-WHOLE = 0.95  # of the clock's time, spent on the run itself
-BLOCKED = "_nchwc"  # what ONNX Runtime appends to the result's name where it lays channels out in blocks
+WHOLE = 0.95  # the share of wall time that the run itself must have had
+BLOCKED = "_nchwc"  # ONNX Runtime's suffix for results in its blocked channel layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +44,25 @@ class Kernel:
 
 
 def open_model(model: ModelProto, threads: int = 1, **settings: Any) -> Any:
-    """A session on the CPU; `settings` of SessionOptions."""
+    """Open a session on the CPU; `settings` are attributes of SessionOptions."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     for name, value in settings.items():
         setattr(options, name, value)
-    # onnxruntime 1.32 crashes while it lays out float16 graphs for convolutions (its issue 28392)
+    # onnxruntime 1.32 crashes when it changes the layout of float16 graphs for convolutions (its issue 28392).
     avoided = ["NchwcTransformer"] if _holds_float16(model) else None
     try:
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=avoided
         )
-    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+    except Exception as error:  # the exceptions of onnxruntime share no base class
         raise EdgekitError(f"onnxruntime cannot run this model here: {str(error).splitlines()[0]}") from error
 
 
 def optimized_work(model: ModelProto, batch: int, lengths: Mapping[str, int] | None = None) -> Workload:
-    """The operators that ONNX Runtime runs in place of the graph's own. Nothing is run: it writes down the graph that
-    it has rewritten, in which results keep their names."""
+    """Return the operators that ONNX Runtime runs instead of the graph's own. Nothing runs: ONNX Runtime writes the
+    graph that it has rewritten, in which results keep their names."""
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         path = Path(folder) / "optimized.onnx"
         open_model(model, optimized_model_filepath=str(path))
@@ -74,7 +74,8 @@ def optimized_work(model: ModelProto, batch: int, lengths: Mapping[str, int] | N
 
 
 def _blocked(model: ModelProto, values: Mapping[str, Value]) -> dict[str, Value]:
-    """Results in ONNX Runtime's blocked layout: as many numbers as in the plain one, under names of their own."""
+    """Return results in ONNX Runtime's blocked layout, which have as many numbers as in the plain one but other
+    names."""
     found: dict[str, Value] = {}
     for node in model.graph.node:
         if node.domain != "com.microsoft.nchwc":
@@ -88,13 +89,13 @@ def _blocked(model: ModelProto, values: Mapping[str, Value]) -> dict[str, Value]
 
 
 def profiled(model: ModelProto, feeds: Arrays, *, seconds: float = 0.2, threads: int = 1) -> list[Kernel]:
-    """The operators in the order in which they ran, with the time of each."""
+    """Return the operators in the order in which they ran, with the time of each."""
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         session = open_model(model, threads, enable_profiling=True, profile_file_prefix=str(Path(folder) / "run"))
         run = timed(functools.partial(session.run, None, dict(feeds)), time.perf_counter, time.thread_time)
         least = LEAST_RUNS + WARM_RUNS - FIRST_RUNS
         clock, spent = in_turns([run], seconds=seconds, least=least, most=MOST_RUNS, warmup=FIRST_RUNS)[:, 0].T
-        # for each run, how much of the time on the clock the thread had; the runs that are thrown away are profiled too
+        # for each run, the share of wall time in which the thread ran; the profiler also records the discarded runs
         alone = [0.0] * FIRST_RUNS + list(spent / np.maximum(clock, GRAIN_OF_CLOCK))
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     taken: dict[str, list[float]] = {}
@@ -113,13 +114,15 @@ def profiled(model: ModelProto, feeds: Arrays, *, seconds: float = 0.2, threads:
 
 
 def _uninterrupted(alone: list[float]) -> list[int]:
-    """Runs in which no other program had the core: the profiler reads the clock, which goes on meanwhile."""
+    """Return the runs in which no other program used the core: the profiler reads wall time, which includes such
+    interruptions."""
     order = sorted(range(WARM_RUNS, len(alone)), key=lambda run: -alone[run])
     return [run for run in order if alone[run] > WHOLE] or order[: max(1, len(order) // 4)]
 
 
 def _middle(times: list[float]) -> float:
-    """The mean of the middle half: whole microseconds of short kernels tell more as a mean of many than as a median."""
+    """Return the mean of the middle half: for short kernels timed in whole microseconds it is more precise than the
+    median."""
     calls = sorted(times)
     cut = len(calls) // 4
     return float(np.mean(calls[cut : len(calls) - cut]))
@@ -132,7 +135,7 @@ def _holds_float16(model: ModelProto) -> bool:
 
 
 def random_feeds(model: ModelProto, batch: int, lengths: Mapping[str, int] | None = None, seed: int = 0) -> Arrays:
-    """Inputs of the right shapes: normal numbers, and zeros for whole numbers, which may be indices."""
+    """Return inputs of the right shapes: normal numbers, and zeros for integers, which may be indices."""
     values = sized(model, batch, lengths).values
     rng = np.random.default_rng(seed)
     stored = {tensor.name for tensor in model.graph.initializer}

@@ -1,18 +1,19 @@
-"""What a graph would take on a device that is not here: an estimate from its data sheet.
+"""Estimate the time of a graph on a device that is not present, from its data sheet.
 
     seconds of an operator = max(operations / rate, bytes / bandwidth) + launch
 
-rate: of the precision that it computes in, from the target's profile; matrix products and convolutions use the units
-made for them, all else computes at the float32 rate. bytes: activations read and written and weights read, once each,
-from memory (Williams et al. 2009, CACM 52(4)). What a launch of a kernel takes at least comes from the profile too.
+rate: of the precision in which the operator computes, from the target's profile; matrix products and convolutions use
+the units made for them, and all other operators compute at the float32 rate. bytes: activations read and written and
+weights read, once each, from memory (Williams et al. 2009, CACM 52(4)). launch: the least time of a kernel launch, also
+from the profile.
 
-On GPUs, operators that work value by value (additions of biases and residuals, activations, casts, rounding to int8)
-are counted as part of the operator whose result they change, if they alone read it: compilers such as TensorRT compute
-them on the way out of a kernel, so that neither their launch nor the value in between costs anything. On CPUs nothing
-is fused. Reshapes cost nothing anywhere; arithmetic on shapes costs nothing on GPUs, whose compilers do it beforehand.
+On GPUs, elementwise operators (additions of biases and residuals, activations, casts, rounding to int8) count as part
+of the operator before them if they are its only consumer: compilers such as TensorRT fuse them into its kernel, so that
+neither a launch nor the value in between costs anything. On CPUs nothing is fused. Reshapes cost nothing anywhere;
+arithmetic on shapes costs nothing on GPUs, whose compilers do it beforehand.
 
-Real times are longer, mostly by 1.5 to 4 times, more for small products: no kernel reaches the rate. They are shorter
-where values stay in a cache, for bytes are counted as if all came from memory.
+Real times are longer, mostly by 1.5 to 4 times, and more for small products, because no kernel reaches the full rate.
+They are shorter if values stay in a cache, because all bytes count as if they came from memory.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from edgekit.targets.profile import PRECISIONS, Target
 FORMULA = "max(operations / rate, bytes / bandwidth) + launch, for each operator"
 FUSED = "biases, activations and residuals count with the operator before them"
 SIZES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "float8": 1.0, "int4": 0.5}
-EXACT = ("int8", "int4", "float8")  # products in these have to be in the graph, with their scales
+EXACT = ("int8", "int4", "float8")  # for products in these precisions, the graph must contain them with their scales
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """An operator with what was fused into it. roofline: seconds that the rates alone account for; bound: what takes
-    the most time: compute, memory or launch."""
+    """An operator and the operators fused into it. roofline: seconds by the rates alone; bound: the largest part of the
+    time: compute, memory or launch."""
 
     name: str
     kind: str
@@ -52,31 +53,31 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one call at one batch size. precision: what float32 operators were taken to run in."""
+    """The estimate of one call at one batch size. precision: the assumed precision of float32 operators."""
 
     target: str
     batch: int
     precision: str
     layers: tuple[Layer, ...]
     memory: Memory
-    unknown: tuple[str, ...] = ()  # nodes of unknown shape, not counted
+    unknown: tuple[str, ...] = ()  # nodes of unknown shape, which count as zero
 
     @property
     def seconds(self) -> float:
         return sum(layer.seconds for layer in self.layers)
 
     def check_memory(self) -> None:
-        """Raise if the model does not fit, with the numbers."""
+        """Raise with the numbers if the model does not fit."""
         if not self.memory.fits:
             raise EdgekitError(
-                f"the model does not fit on {self.target} at batch size {self.batch}: {self.memory}; take a smaller "
-                "batch, or make it smaller"
+                f"the model does not fit on {self.target} at batch size {self.batch}: {self.memory}; use a smaller "
+                "batch, or compress the model"
             )
 
 
 def precision_on(target: Target, wanted: str | None = None) -> str:
-    """The precision that float32 operators are taken to run in: the one wanted, if the device has it and may use it;
-    else the first of its plan that needs no change of the graph."""
+    """Return the assumed precision of float32 operators: the wanted one if the device has it and may use it, else the
+    first of its plan that needs no change of the graph."""
     if wanted is None:
         return next(item for item in (*target.plan.order, "float32") if item not in EXACT)
     if wanted not in PRECISIONS:
@@ -88,7 +89,7 @@ def precision_on(target: Target, wanted: str | None = None) -> str:
 
 
 def in_mode(target: Target, name: str) -> Target:
-    """The target with the rates of one of its power modes."""
+    """Return the target with the rates of one of its power modes."""
     mode = next((mode for mode in target.power if mode.name == name), None)
     if mode is None:
         names = [mode.name for mode in target.power]
@@ -104,9 +105,9 @@ def in_mode(target: Target, name: str) -> Target:
 
 
 def estimate(work: Workload, target: Target, batch: int, *, precision: str | None = None, threads: int = 1) -> Estimate:
-    """Time and memory of a graph on a target. `precision`: what float32 operators run in; int8 stands for products in
-    int8 and all else in the plan's best. `threads`: cores of a CPU that share the work evenly. A graph that computes in
-    what the device must never be given is an error."""
+    """Estimate time and memory of a graph on a target. `precision`: of float32 operators; int8 stands for products in
+    int8 and all other operators in the plan's best precision. `threads`: cores of a CPU that share the work evenly.
+    Raises if the graph computes in a precision that the target forbids."""
     chosen = precision_on(target, precision)
     plain = precision_on(target) if chosen in EXACT else chosen
     check_precisions(work, target)
@@ -142,7 +143,8 @@ def estimate(work: Workload, target: Target, batch: int, *, precision: str | Non
 
 
 def check_precisions(work: Workload, target: Target) -> None:
-    """Raise if products of the graph compute in what the device must never be given, or has no units for."""
+    """Raise if products of the graph compute in a precision that the target forbids or that the device has no units
+    for."""
     for name in dict.fromkeys(item.precision for item in work.operators if item.product):
         if name in PRECISIONS:
             target.refuse(name)
@@ -155,7 +157,7 @@ def check_precisions(work: Workload, target: Target) -> None:
 
 @dataclass(slots=True)
 class _Others:
-    """What was fused into an operator: what it writes in the end, and what it reads besides."""
+    """The operators fused into another one: the result that they write, and the further values that they read."""
 
     written: Bytes
     read: dict[str, float] = field(default_factory=dict)
@@ -164,14 +166,14 @@ class _Others:
 
 
 def _moved(bytes_: Bytes, scale: float) -> float:
-    """Bytes with those of float32 values scaled to how the device stores them."""
+    """Return bytes in which those of float32 values are scaled to the device's storage."""
     return sum(count * (scale if kind == "float32" else 1) for kind, count in bytes_.items())
 
 
 def _groups(work: Workload, *, fuse: bool) -> list[tuple[Operator, _Others]]:
-    """Operators, each with what is fused into it."""
+    """Return the operators, each with the operators fused into it."""
     groups: list[tuple[Operator, _Others]] = []
-    made: dict[str, int] = {}  # value -> number of the group that writes it last
+    made: dict[str, int] = {}  # value -> index of the group that writes it last
     consumers = _consumers(work)
     for operator in work.operators:
         if operator.view:
@@ -198,7 +200,8 @@ def _groups(work: Workload, *, fuse: bool) -> list[tuple[Operator, _Others]]:
 
 
 def _host(operator: Operator, work: Workload, made: Mapping[str, int], consumers: Mapping[str, int]) -> str | None:
-    """The input whose maker this operator can be fused into: the one made last that nothing else reads."""
+    """Return the input into whose producer this operator can be fused: among the inputs without another consumer, the
+    one produced last."""
     if operator.kind not in POINTWISE or operator.sizes_only or len(operator.outputs) != 1:
         return None
     count = work.values[operator.outputs[0]].count
@@ -209,7 +212,7 @@ def _host(operator: Operator, work: Workload, made: Mapping[str, int], consumers
 
 
 def _consumers(work: Workload) -> Mapping[str, int]:
-    """How many operators read each value, through views; an output of the graph has one more."""
+    """Return how many operators read each value, also through views; an output of the graph counts one more."""
     below: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for operator in work.operators:

@@ -1,4 +1,4 @@
-"""The graphs that the table of measured operators is fitted to: one operator each, in sizes around a core's cache."""
+"""The graphs to which the operator table is fitted: one operator each, in sizes around a core's cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-# operators that are not measured, by the one whose loop is like theirs
+# Operators that are not measured -> the measured operator with a similar loop.
 ALIKE = {
     "Sub": "Add", "Div": "Mul", "Max": "Add", "Min": "Add", "Clip": "Relu", "LeakyRelu": "Relu", "Abs": "Relu",
     "Neg": "Relu", "Not": "Relu", "Floor": "Relu", "Ceil": "Relu", "Round": "Relu", "Sign": "Relu",
@@ -25,7 +25,7 @@ ALIKE = {
     "GatherND": "Gather", "ConstantOfShape": "Expand", "DequantizeLinear": "QuantizeLinear", "Trilu": "Where",
     "DynamicQuantizeLinear": "QuantizeLinear", "BatchNormalization": "Mul", "Resize": "Expand",
 }  # fmt: skip
-ROWS = ("Add", "Mul")  # two rows in the table: of inputs of the same shape, and with one row for all
+ROWS = ("Add", "Mul")  # two rows in the table: for inputs of the same shape, and for one row that is added to all rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,8 @@ def samples() -> list[Sample]:
 
 
 def composites() -> list[ModelProto]:
-    """Small networks: what operators take in each other's company, their weights and inputs no longer in the cache."""
+    """Return small networks that show contention: the time of operators whose weights and inputs are no longer in the
+    cache."""
     found = [_dense(rows, width, depth) for rows, width, depth in ((1, 400, 5), (40, 200, 6), (500, 72, 8))]
     found += [_convolutions(channels, size) for channels, size in ((28, 40), (72, 20), (12, 72))]
     found += [_attention(rows, tokens, width) for rows, tokens, width in ((1, 80, 80), (6, 80, 80), (12, 30, 144))]
@@ -203,7 +204,7 @@ def _convolutions(channels: int, size: int) -> ModelProto:
 
 
 def _attention(rows: int, tokens: int, width: int, heads: int = 4) -> ModelProto:
-    """A block of a transformer, before its feed-forward layer's second half."""
+    """Return a transformer block without the second half of its feed-forward layer."""
     weights: dict[str, Any] = {name: _random(width, width) / width**0.5 for name in ("q", "k", "v", "o")}
     weights |= {"up": _random(width, 2 * width), "scale": _random(width), "bias": _random(width)}
     weights |= {"split": np.array([0, 0, heads, -1]), "joined": np.array([0, 0, width])}
@@ -236,8 +237,8 @@ def graph_of(
     opset: int = 17,
     kind: int = 1,
 ) -> ModelProto:
-    """A graph around nodes that read a, b, ... and make "y". What they make stays inside, as it does in a model: an
-    output that the caller gets would be new memory in each call."""
+    """Return a graph around nodes that read a, b, ... and produce "y". The result stays inside the graph, as in a
+    model: an output of the graph would take new memory in each call."""
     end = helper.make_node("ReduceMax", ["y"], ["end"], "end", keepdims=0)
     graph = helper.make_graph(
         [*nodes, end],
@@ -266,13 +267,14 @@ def _two(kind: str, left: tuple[int, ...], right: tuple[int, ...], name: str = "
 
 
 def _weighted(kind: str, shape: tuple[int, ...]) -> Sample:
-    """With a stored row that every row of the input gets, as biases are."""
+    """Return a sample with a stored row that is applied to every row of the input, as biases are."""
     node = helper.make_node(kind, ["a", "w"], ["y"], kind)
     return Sample(f"{kind} row", graph_of([node], [shape], {"w": _random(shape[-1])}))
 
 
 def _transposed(shape: tuple[int, ...], order: tuple[int, ...]) -> Sample:
-    """Before a reshape: what follows a Transpose directly is often rewritten to do without it."""
+    """Return a Transpose before a Reshape: the runtime often rewrites an operator directly after a Transpose to remove
+    it."""
     nodes = [
         helper.make_node("Transpose", ["a"], ["t"], "Transpose", perm=list(order)),
         helper.make_node("Reshape", ["t", "flat"], ["y"], "Reshape"),
@@ -340,7 +342,7 @@ def _cast(shape: tuple[int, ...]) -> Sample:
 
 
 def _reshape(shape: tuple[int, ...]) -> Sample:
-    """After an operator: a reshape of an input copies it."""
+    """Return a Reshape after another operator: the runtime copies when it reshapes an input."""
     nodes = [
         helper.make_node("Relu", ["a"], ["r"], "Relu"),
         helper.make_node("Reshape", ["r", "shape"], ["y"], "Reshape"),
@@ -355,7 +357,7 @@ def _quantized(shape: tuple[int, ...]) -> Sample:
 
 
 def _dynamic(rows: int, inner: int, columns: int) -> Sample:
-    """The nodes that ONNX Runtime makes one DynamicQuantizeMatMul of."""
+    """Return the nodes that ONNX Runtime fuses into one DynamicQuantizeMatMul."""
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["a"], ["q", "s", "z"], "quantize"),
         helper.make_node("MatMulInteger", ["q", "w", "z", "wz"], ["i"], "product"),
@@ -369,7 +371,7 @@ def _dynamic(rows: int, inner: int, columns: int) -> Sample:
 
 
 def _static(rows: int, inner: int, columns: int) -> Sample:
-    """A product between QuantizeLinear and DequantizeLinear, as static_int8 leaves it."""
+    """Return a product between QuantizeLinear and DequantizeLinear, as static_int8 writes it."""
     nodes = [
         helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"], "quantize"),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "dequantize"),

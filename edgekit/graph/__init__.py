@@ -1,1 +1,1 @@
-"""ONNX graphs: reading, describing, making them of networks, cleaning them up, changing their opset."""
+"""ONNX graphs: read and describe them, lower networks to them, clean them up, change their opset."""

@@ -1,5 +1,5 @@
-"""What flows through a graph on calibration data: rows are chosen, run, and added up batch by batch, so that memory
-does not grow with their number."""
+"""Run a graph on calibration data and collect statistics of its activations. The statistics are added up batch by
+batch, so that memory does not grow with the number of rows."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from edgekit.session import check_inputs
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-BINS = 8192  # of a histogram of magnitudes: an outlier of 100 times the rest leaves the rest some 80
+# of a histogram of magnitudes: with an outlier of 100 times the other values, these still fill some 80 bins
+BINS = 8192
 COARSE = 2048
 LEVELS = 128  # magnitudes that int8 has
-CANDIDATES = 256  # thresholds that are tried
-BATCH = 16  # rows at a time: every intermediate value that is asked for is in memory so many times
+CANDIDATES = 256  # the number of thresholds to try
+BATCH = 16  # rows at a time: each requested intermediate value takes memory for this many rows
 Float64 = npt.NDArray[np.float64]
 
 
 def calibration_rows(model: ModelProto, data: Dataset, samples: int, seed: int) -> Dataset:
-    """So many rows of the training data, or all if there are fewer, drawn by the seed; checked against the graph."""
+    """Draw `samples` rows of the training data with the seed (all rows if there are fewer), and check them against the
+    graph."""
     if len(data) == 0:
         raise EdgekitError("calibration: the training data has no rows; give some (split 0 in the data file)")
     inputs, _ = specs(model, "calibration")
@@ -42,13 +44,13 @@ def calibration_rows(model: ModelProto, data: Dataset, samples: int, seed: int) 
 
 
 def batches(data: Dataset) -> list[Arrays]:
-    """The inputs in batches of `BATCH` rows."""
+    """Return the inputs in batches of `BATCH` rows."""
     starts = range(0, len(data), BATCH)
     return [{name: array[start : start + BATCH] for name, array in data.inputs.items()} for start in starts]
 
 
 def activations(model: ModelProto, names: Iterable[str], data: Dataset) -> Iterator[Arrays]:
-    """The values of these names, batch by batch; inputs of the graph too."""
+    """Yield the values with these names, batch by batch; the names may include inputs of the graph."""
     import onnx
 
     try:
@@ -64,7 +66,7 @@ def activations(model: ModelProto, names: Iterable[str], data: Dataset) -> Itera
     present = {value.name for value in probe.graph.output}
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed if name not in present)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # sums do not depend on the machine's cores
+    options.intra_op_num_threads = 1  # so that sums do not depend on the number of cores
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(serialized(probe), options, providers=["CPUExecutionProvider"])
     for rows in batches(data):
@@ -74,7 +76,7 @@ def activations(model: ModelProto, names: Iterable[str], data: Dataset) -> Itera
 
 @dataclass(slots=True)
 class Moments:
-    """Of the vectors along an activation's last axis, of length k."""
+    """Statistics of the vectors of length k along an activation's last axis."""
 
     count: int
     second: Float64  # (k, k): sum of x x^T
@@ -82,12 +84,12 @@ class Moments:
 
     @property
     def norms(self) -> Float64:
-        """(k,) Euclidean norm of every feature over all vectors."""
+        """Return the (k,) Euclidean norm of every feature over all vectors."""
         return np.sqrt(np.diag(self.second))
 
 
 def moments(model: ModelProto, names: Iterable[str], data: Dataset) -> dict[str, Moments]:
-    """Second moments and largest magnitudes of activations (..., k), in float64."""
+    """Return second moments and largest magnitudes of activations (..., k), in float64."""
     result: dict[str, Moments] = {}
     for values in activations(model, names, data):
         for name, array in values.items():
@@ -104,15 +106,16 @@ def moments(model: ModelProto, names: Iterable[str], data: Dataset) -> dict[str,
 def ranges(
     model: ModelProto, names: Iterable[str], data: Dataset, method: str, percentile: float
 ) -> dict[str, tuple[float, float]]:
-    """Lowest and highest value that each activation is to have, by `method`.
+    """Choose the lowest and highest value of each activation's grid by `method`.
 
-    minmax      all that was seen
-    percentile  so many per cent of the magnitudes above zero
-    entropy     up to the threshold at which the histogram on 128 levels is nearest to the original in relative entropy
-                (Wu et al. 2020, arXiv 2004.09602, section 3, on calibration)
+        minmax      the lowest and highest value seen
+        percentile  the magnitude below which this percentage of the nonzero magnitudes lies
+        entropy     the threshold at which the histogram on 128 levels is nearest to the original in relative entropy
+                    (Wu et al. 2020, arXiv 2004.09602, section 3, on calibration)
 
-    Two runs over the data, so that an outlier in the last batch cannot make the bins of the first too narrow or too
-    many: onnxruntime's calibrator, fed batch by batch, took six minutes over one outlier.
+    The function runs over the data twice: the first run finds the ranges, so that an outlier in the last batch cannot
+    make the first batch's bins too narrow or too many. onnxruntime's calibrator, fed batch by batch, took six minutes
+    with one outlier.
     """
     names = list(names)
     ends: dict[str, tuple[float, float]] = {}
@@ -129,13 +132,14 @@ def ranges(
     counts = {name: np.zeros(BINS) for name in names}
     for values in activations(model, names, data):
         for name, array in values.items():
-            magnitudes = np.abs(array[array != 0])  # zero is on every grid; the many behind a Relu would clip the rest
+            # zero is on every grid; the many zeros after a Relu would make the method clip the rest
+            magnitudes = np.abs(array[array != 0])
             counts[name] += np.histogram(magnitudes, BINS, (0, largest[name]))[0]
     result = {}
     for name, (low, high) in ends.items():
         if method == "percentile":
             share = _of_share(counts[name], percentile / 100) / BINS
-        else:  # coarser bins: nearly empty ones are all alike, and clipping them looks free
+        else:  # Use coarser bins: nearly empty ones are all alike, so clipping them looks free.
             share = least_divergent(counts[name].reshape(COARSE, -1).sum(axis=1)) / COARSE
         threshold = largest[name] * share
         result[name] = max(low, -threshold), min(high, threshold)
@@ -143,12 +147,13 @@ def ranges(
 
 
 def _of_share(counts: Float64, share: float) -> int:
-    """How many bins hold this share of all counts."""
+    """Return how many bins hold this share of all counts."""
     return int(np.searchsorted(np.cumsum(counts), share * counts.sum())) + 1
 
 
 def least_divergent(counts: Float64) -> int:
-    """How many bins to keep, so that they on `LEVELS` levels differ least from all of them, clipped."""
+    """Return how many bins to keep, so that the kept bins on `LEVELS` levels differ least from the clipped
+    histogram."""
     candidates = np.unique(np.linspace(LEVELS, len(counts), CANDIDATES).astype(int))
     divergences = []
     for kept in candidates:

@@ -1,8 +1,8 @@
-"""Turn a traced ONNX graph into one a person can read: parameters under their own names, nodes named after the modules
-they came from, constants folded, and no shape arithmetic where the shape is known but for the batch.
+"""Make a traced ONNX graph readable: parameters keep their own names, nodes are named after their modules, constants
+are folded, and shape arithmetic disappears if only the batch size is unknown.
 
     Shape -> Gather -> Unsqueeze -\\
-                       Unsqueeze --> Concat --> Reshape      becomes      Reshape(x, [-1, 100, 16, 2])
+                        Unsqueeze --> Concat --> Reshape      becomes      Reshape(x, [-1, 100, 16, 2])
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from onnx.reference import ReferenceEvaluator
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
-# what the inputs of an operator are for, by position, where that is not "operand"
+# The roles of an operator's inputs, by index, if they are not "operand".
 ROLES = {"Reshape": {1: "shape"}, "Tile": {1: "repeats"}, "Unsqueeze": {1: "axes"}, "ReduceMean": {1: "axes"}}
 
 
 def tidy(model: ModelProto, prefix: str, buffers: Mapping[str, Array], tied: Mapping[str, str]) -> None:
-    """Rewrite the traced graph in place. `prefix` is the tracing wrapper's attribute, dropped from every name;
+    """Rewrite the traced graph in place. `prefix` is the tracing wrapper's attribute, which is dropped from every name;
     `buffers` names the constants that are neither parameters nor part of the program, such as positional encodings;
-    `tied`: other names of a parameter, and the one under which it is stored once."""
+    `tied` maps other names of a parameter to the name under which it is stored once."""
     graph = model.graph
     constants, origins, nodes = _fold(model, prefix, tied)
     nodes = _live(nodes, [value.name for value in graph.output])
@@ -35,7 +35,7 @@ def tidy(model: ModelProto, prefix: str, buffers: Mapping[str, Array], tied: Map
     for node in nodes:
         node.input[:] = [names[name] if name else "" for name in node.input]
         node.output[:] = [names[name] if name else "" for name in node.output]
-    # not ascontiguousarray, which makes a scalar a list of one
+    # ascontiguousarray would turn a scalar into a list of one
     initializers = [numpy_helper.from_array(np.asarray(constants[old], order="C"), names[old]) for old in used]
     unique = {tensor.name: tensor for tensor in initializers}
     for field, content in (("node", nodes), ("initializer", unique.values()), ("value_info", ())):
@@ -45,7 +45,7 @@ def tidy(model: ModelProto, prefix: str, buffers: Mapping[str, Array], tied: Map
 
 
 def strip(model: ModelProto) -> None:
-    """Drop documentation strings and metadata: exporters leave source lines and stack traces there."""
+    """Drop documentation strings and metadata, in which exporters store source lines and stack traces."""
     model.doc_string = ""
     del model.metadata_props[:]
     graph = model.graph
@@ -57,8 +57,8 @@ def strip(model: ModelProto) -> None:
 
 
 def shapes(model: ModelProto) -> dict[str, Shape]:
-    """Shapes of all values by ONNX's own inference; a named axis is its name, an unknown one None. Raises where the
-    graph contradicts itself."""
+    """Return the shapes of all values by ONNX's own inference. A named axis is its name, and an unknown one is None.
+    Raises if the graph contradicts itself."""
     inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
     return {
         value.name: tuple(
@@ -73,20 +73,21 @@ def shapes(model: ModelProto) -> dict[str, Shape]:
 def _fold(
     model: ModelProto, prefix: str, tied: Mapping[str, str]
 ) -> tuple[dict[str, Array], dict[str, str], list[NodeProto]]:
-    """Constants by value name, which of them are parameters (perhaps transposed), and the nodes that need an input."""
+    """Return the constants by value name, which of them are parameters (perhaps transposed), and the nodes that depend
+    on an input."""
     graph, known = model.graph, shapes(model)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     parameters = _parameters(model, prefix, tied)
     origins = {name: parameters[name] for name in constants if name in parameters}
     two_ways = _read_two_ways(model, parameters)
     outputs = {value.name for value in graph.output}
-    same: dict[str, str] = {}  # value -> the earlier value it equals
+    same: dict[str, str] = {}  # value -> the equal earlier value
     nodes: list[NodeProto] = []
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
         _fix_target(node, constants, known)
         if node.op_type == "Transpose" and origins.get(node.input[0]) in two_ways:
-            nodes.append(node)  # folded, it would store the parameter a second time
+            nodes.append(node)  # folding it would store the parameter a second time
         elif all(not name or name in constants for name in node.input):
             constants.update(zip(node.output, _evaluate(model, node, constants), strict=True))
             if node.output[0] in parameters:
@@ -101,8 +102,8 @@ def _fold(
 
 
 def _parameters(model: ModelProto, prefix: str, tied: Mapping[str, str]) -> dict[str, str]:
-    """Values that are parameters, and their names. The tracer merges equal parameters into one and an Identity: only
-    those that the network ties share a name."""
+    """Return the values that are parameters, with their names. The tracer merges equal parameters into one and an
+    Identity; only parameters that the network ties share a name."""
     found = [tensor.name for tensor in model.graph.initializer]
     found += [node.output[0] for node in model.graph.node if node.op_type == "Identity"]
     names = {name: name.removeprefix(f"{prefix}.") for name in found if name.startswith(f"{prefix}.")}
@@ -110,7 +111,7 @@ def _parameters(model: ModelProto, prefix: str, tied: Mapping[str, str]) -> dict
 
 
 def _read_two_ways(model: ModelProto, parameters: Mapping[str, str]) -> set[str]:
-    """Parameters that are read as they are and transposed, such as a dictionary that codes and decodes."""
+    """Return the parameters that are read both plain and transposed, such as a dictionary that encodes and decodes."""
     ways: dict[str, set[bool]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -120,7 +121,7 @@ def _read_two_ways(model: ModelProto, parameters: Mapping[str, str]) -> set[str]
 
 
 def _fix_target(node: NodeProto, constants: dict[str, Array], known: Mapping[str, Shape]) -> None:
-    """Give a Reshape whose result is known but for one axis a constant target."""
+    """Give a Reshape a constant target if only one axis of its result is unknown."""
     shape = known.get(node.output[0])
     if node.op_type == "Reshape" and node.input[1] not in constants and shape is not None:
         target = [axis if isinstance(axis, int) else -1 for axis in shape]
@@ -137,7 +138,7 @@ def _does_nothing(node: NodeProto, known: Mapping[str, Shape]) -> bool:
 
 
 def _evaluate(model: ModelProto, node: NodeProto, constants: Mapping[str, Array]) -> list[Array]:
-    """What a node makes of constants, by ONNX's reference implementation."""
+    """Compute a node's outputs from constants by ONNX's reference implementation."""
     feeds = {name: constants[name] for name in node.input if name}
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
@@ -149,7 +150,7 @@ def _evaluate(model: ModelProto, node: NodeProto, constants: Mapping[str, Array]
 
 
 def _live(nodes: list[NodeProto], wanted: Iterable[str]) -> list[NodeProto]:
-    """The nodes that the outputs depend on."""
+    """Return the nodes that the outputs depend on."""
     needed, kept = set(wanted), []
     for node in reversed(nodes):
         if needed.intersection(node.output):
@@ -159,13 +160,13 @@ def _live(nodes: list[NodeProto], wanted: Iterable[str]) -> list[NodeProto]:
 
 
 def _scope(traced: str, prefix: str) -> str:
-    """'/network/blocks.0/attention/MatMul_1' gives 'blocks.0.attention.', the module that the node was traced in."""
+    """Return 'blocks.0.attention.', the traced module, for '/network/blocks.0/attention/MatMul_1'."""
     path = traced.strip("/").split("/")[:-1]
     return "".join(f"{part}." for part in (path[1:] if path[:1] == [prefix] else path))
 
 
 def _name_nodes(nodes: list[NodeProto], names: dict[str, str], prefix: str) -> None:
-    """Name nodes MODULE.Operator, numbered where a module has several, and values after the node that makes them."""
+    """Name nodes MODULE.Operator, with a number if a module has several, and name values after their producers."""
     bases = [_scope(node.name, prefix) + node.op_type for node in nodes]
     total, seen = Counter(bases), Counter[str]()
     for node, base in zip(nodes, bases, strict=True):
@@ -182,7 +183,7 @@ def _name_constants(
     origins: Mapping[str, str],
     buffers: Mapping[str, Array],
 ) -> list[str]:
-    """Name constants after the parameter or buffer they hold, else after the first node that reads them; returns the
+    """Name constants after the parameter or buffer that they hold, or else after their first consumer. Return the
     constants in use, in the order of their first use."""
     used: list[str] = []
     holders: dict[str, Array] = {}
@@ -195,7 +196,7 @@ def _name_constants(
             role = ROLES.get(node.op_type, {}).get(number, f"operand{number}")
             name = origins.get(value) or buffer or _holder(holders, array) or f"{node.name}.{role}"
             if name in holders and not _equal(holders[name], array):
-                name = f"{name}.transposed"  # one parameter, read in both layouts
+                name = f"{name}.transposed"  # one parameter, stored in both layouts
             names[value], holders[name] = name, array
             used.append(value)
     return used
@@ -206,5 +207,6 @@ def _equal(one: Array, other: Array) -> bool:
 
 
 def _holder(holders: Mapping[str, Array], array: Array) -> str | None:
-    """The name of an equal constant that is stored already, such as the shape that query, key and value share."""
+    """Return the name of an equal constant that is stored already, such as the shape that query, key and value
+    share."""
     return next((name for name, held in holders.items() if array.dtype == np.int64 and _equal(held, array)), None)

@@ -1,4 +1,4 @@
-"""Weights in a file beside the graph, where one file would be larger than protobuf's 2 GB."""
+"""Store weights in a second file next to the graph if one file would exceed protobuf's limit of 2 GB."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from onnx.external_data_helper import set_external_data
 
 from edgekit.graph.model import serialized, to_array
 
-LARGEST = 2**31 - 2**24  # bytes of one file; protobuf ends at 2 GB, and notes take some
-LEAST = 1024  # bytes of a tensor; below, it stays in the graph
-ALIGNED = 4096  # bytes, a memory page: runtimes map the file
+LARGEST = 2**31 - 2**24  # bytes of one file; protobuf ends at 2 GB, and metadata takes some
+LEAST = 1024  # bytes; a smaller tensor stays in the graph
+ALIGNED = 4096  # bytes, one memory page: runtimes map the file
 
 
 def files(model: ModelProto, name: str, largest: int = LARGEST) -> dict[str, bytes]:
-    """The graph as one file, or, if that would be larger than this, as two: `name` and `name`.data."""
+    """Return the graph as one file, or as `name` and `name`.data if one file would be larger than `largest`."""
     size = sum(max(len(tensor.raw_data), tensor.ByteSize()) for tensor in model.graph.initializer)
     if size <= largest:
         return {name: serialized(model)}

@@ -1,6 +1,6 @@
-"""One index of a graph: which node produces a value, what consumes it, and which tensors are stored.
+"""One index of a graph: the producer and the consumers of each value, and the stored tensors.
 
-The index is built once and describes the graph as it was then. Code that has changed the graph builds another.
+The index describes the graph at the time when it was built. Code that changes the graph builds a new index.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 @dataclass(frozen=True, slots=True)
 class Consumption:
-    """One place where a value is read. node: None where the graph gives it as an output; slot: which of the node's
-    inputs; nested: the node, or the output, is in a subgraph such as a branch of an If."""
+    """One use of a value. node: its consumer, or None if the value is an output of the graph; slot: the index among the
+    node's inputs; nested: whether the node, or the output, is in a subgraph such as a branch of an If."""
 
     node: NodeProto | None
     slot: int
@@ -24,7 +24,7 @@ class Consumption:
 
 
 class Index:
-    """Producers, consumers and stored tensors of a graph by the names of values; subgraphs are read too."""
+    """Producers, consumers and stored tensors of a graph by the names of values, subgraphs included."""
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
@@ -50,25 +50,25 @@ class Index:
                         self._consumptions[value.name].append(Consumption(node, -1, nested=True))
 
     def consumptions(self, name: str) -> list[Consumption]:
-        """Every place that reads the value: inputs of nodes, those of subgraphs included, and outputs of graphs."""
+        """Return all uses of the value: inputs of nodes (subgraphs included) and outputs of graphs."""
         return self._consumptions.get(name, [])
 
     def consumers(self, name: str) -> list[NodeProto]:
-        """The nodes of the graph itself that read the value, once for each input that does."""
+        """Return the nodes of the graph itself that read the value, once for each input that does."""
         return [item.node for item in self.consumptions(name) if item.node is not None and not item.nested]
 
     def is_consumed(self, name: str) -> bool:
         return name in self._consumptions
 
     def only_consumer(self, name: str) -> NodeProto | None:
-        """The node that alone reads the value, through one of its inputs; None if others, or a subgraph, or the graph's
-        output read it too."""
+        """Return the only consumer of the value, which reads it through one input. Return None if other nodes, a
+        subgraph or the graph's output also read it."""
         found = self.consumptions(name)
         return found[0].node if len(found) == 1 and not found[0].nested else None
 
 
 def element_types(model: ModelProto) -> dict[str, int]:
-    """ONNX's number of the element type of every value whose type ONNX can infer."""
+    """Return the element type, as ONNX's number, of every value whose type ONNX can infer."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
     found: dict[str, int] = {tensor.name: tensor.data_type for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.output, *inferred.value_info):

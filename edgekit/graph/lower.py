@@ -1,6 +1,6 @@
-"""Make an ONNX graph of a network: by either of torch's exporters, readable, portable, and checked.
+"""Lower a network to an ONNX graph with either of torch's exporters; the graph is readable, portable and checked.
 
-The weights that compression passes encoded may be stored as their codes, which the graph decodes exactly.
+If compression passes encoded the weights, the graph may store the codes, which it decodes exactly.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from edgekit.graph.opset import OLDEST, to_opset
 from edgekit.nn.exported import dynamic_shapes, example
 from edgekit.nn.module import tied
 
-Exporter = Literal["torchscript", "dynamo"]  # of torch's; dynamo writes opset 18 at least
-FAVOURED = 17  # every runtime since 2022 reads it; LayerNormalization is one node from here on
+Exporter = Literal["torchscript", "dynamo"]  # one of torch's two; dynamo writes opset 18 or newer
+FAVOURED = 17  # every runtime since 2022 reads it; from this opset on LayerNormalization is one node
 TRACED_OPSETS = range(
     16, 21
-)  # what torch's TorchScript exporter writes as asked; its successor silently raises 16 and 17 to 18
+)  # torch's TorchScript exporter writes these as requested; its successor silently raises 16 and 17 to 18
 OPSETS = range(OLDEST, TRACED_OPSETS.stop)  # older ones are rewritten from 17
-DYNAMO_OPSET = 18  # asked for less, it writes 18 and says nothing
-# Operators that ONNX Runtime, TensorRT 8.6 (the last for Pascal cards), OpenVINO and the common converters all read
+DYNAMO_OPSET = 18  # if an older one is requested, it silently writes 18
+# Operators that ONNX Runtime, TensorRT 8.6 (the last for Pascal cards), OpenVINO and the common converters all read.
 PORTABLE = frozenset(
     (
         "Abs", "Add", "And", "ArgMax", "AveragePool", "BatchNormalization", "Cast", "Ceil", "Clip", "Concat",
@@ -62,9 +62,10 @@ def lower(
     opset: int | None = None,
     exporter: Exporter = "torchscript",
 ) -> ModelProto:
-    """The bundle as a checked graph: the one that it holds, or one made of its network.
+    """Return the bundle as a checked graph: the graph that it holds, or its network lowered to one.
 
-    weights: "encoded" stores the codes that compression passes left; "float32" stores decoded numbers."""
+    weights: "encoded" stores the codes that compression passes produced; "float32" stores decoded numbers.
+    """
     if bundle.is_graph:
         return stored_graph(bundle)
     model = float_graph(bundle, opset=opset, exporter=exporter)
@@ -79,9 +80,11 @@ def float_graph(
     opset: int | None = None,
     exporter: Exporter = "torchscript",
 ) -> ModelProto:
-    """The bundle's network as a checked float32 graph; on request another network behind the same inputs and outputs.
+    """Return the bundle's network as a checked float32 graph. `network` replaces it by another one with the same inputs
+    and outputs.
 
-    opset: None for 17, the newest that every runtime since 2022 reads; the dynamo exporter writes at least 18."""
+    opset: by default 17, the newest that every runtime since 2022 reads; the dynamo exporter writes at least 18.
+    """
     network, wanted = Network(bundle, network).eval(), opset or FAVOURED
     if exporter == "dynamo":
         model = _trace_dynamo(network, bundle, max(wanted, DYNAMO_OPSET))
@@ -103,7 +106,7 @@ def float_graph(
 
 
 def quantized_graph(model: ModelProto, encodings: Mapping[str, Encoding]) -> ModelProto:
-    """A copy of a float graph that stores the encoded weights as codes and decodes them in the graph, exactly."""
+    """Return a copy of a float graph that stores the encoded weights as codes and decodes them exactly."""
     quantized = ModelProto()
     quantized.CopyFrom(model)
     graph = quantized.graph
@@ -128,7 +131,7 @@ def quantized_graph(model: ModelProto, encodings: Mapping[str, Encoding]) -> Mod
 
 
 def stored_graph(bundle: Bundle) -> ModelProto:
-    """The graph that the bundle holds, marked as this bundle's."""
+    """Return the graph that the bundle holds, with the bundle's model key in its metadata."""
     model = load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name))
     others = {item.key: item.value for item in model.metadata_props if item.key != KEY}
     helper.set_model_props(model, {**others, KEY: model_key(bundle)})
@@ -136,7 +139,7 @@ def stored_graph(bundle: Bundle) -> ModelProto:
 
 
 def _check(model: ModelProto, opset: int, specs: tuple[TensorSpec, ...]) -> None:
-    """Raise unless the graph is valid, portable, of the opset asked for and of the shapes promised."""
+    """Raise unless the graph is valid and portable and has the requested opset and the manifest's shapes."""
     _check_graph(model, opset)
     found = shapes(model)
     for spec in specs:
@@ -170,13 +173,14 @@ def _check_graph(model: ModelProto, opset: int) -> None:
 
 
 def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
-    """The graph as torch writes it, nothing folded: folding would lose the parameters' names."""
+    """Return the graph as torch writes it. Nothing is folded, because folding would lose the parameters' names."""
     manifest = bundle.manifest
     specs = (*manifest.inputs, *manifest.outputs)
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
-            # deprecated, but it honours the opset; what tracing bakes in, `verify` finds at other lengths
+            # Deprecated, but it honours the opset. If the tracer makes a length constant, `verify` finds it at other
+            # lengths.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 network,
@@ -202,11 +206,11 @@ def _trace(network: Network, bundle: Bundle, opset: int) -> ModelProto:
 
 
 def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
-    """The graph as torch.export and onnxscript's optimizer write it."""
+    """Return the graph as torch.export and onnxscript's optimizer write it."""
     manifest = bundle.manifest
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it reports optional packages that are not there
+    logger.setLevel(logging.ERROR)  # it logs optional packages that are missing
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -223,19 +227,19 @@ def _trace_dynamo(network: Network, bundle: Bundle, opset: int) -> ModelProto:
             assert program is not None
             model: ModelProto = program.model_proto
             return model
-    except Exception as error:  # the exporter wraps whatever its many stages raise
+    except Exception as error:  # the stages of the exporter raise many types
         raise EdgekitError(f"torch's dynamo exporter cannot write {manifest.family}: {type(error).__name__}") from error
     finally:
         logger.setLevel(level)
 
 
 def _decoder(name: str, encoding: Encoding, weight: Array) -> tuple[list[TensorProto], list[NodeProto]]:
-    """Initializers and nodes that give the weight from its codes. A linear layer's weight is (out, in) in the network
-    but (in, out) in a MatMul: its codes and scales are transposed here, once.
+    """Return initializers and nodes that compute the weight from its codes. A linear layer's weight is (out, in) in the
+    network but (in, out) in a MatMul, so its codes and scales are transposed here, once.
 
-    Integers are decoded by Cast and Mul, which runtimes fold when they load the model: the result is exact, and as fast
-    as float32. DequantizeLinear says the same, but ONNX Runtime 1.32 reads it as leave to quantize the *activations*
-    to int8 (MatMulNBits, accuracy level 4): t2 became 1.2 times slower and its probabilities moved by 6e-5.
+    Integers are decoded by Cast and Mul, which runtimes fold when they load the model: the result is exact and as fast
+    as float32. DequantizeLinear would do the same, but ONNX Runtime 1.32 then also quantizes the *activations* to int8
+    (MatMulNBits, accuracy level 4): t2 became 1.2 times slower and its probabilities changed by 6e-5.
     """
     transposed = not np.array_equal(encoding.decode(), weight)
     turn = np.transpose if transposed else np.asarray

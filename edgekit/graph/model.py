@@ -1,4 +1,4 @@
-"""ONNX graphs: read, checked, described. What a model is once it has left its network."""
+"""Read, check and describe ONNX graphs: the form of a model after it is lowered."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "onnx", "onnx", "reading an ONNX graph") from None
 
-from edgekit.graph.index import Index  # imports onnx
+from edgekit.graph.index import Index  # this module imports onnx
 
 Array = npt.NDArray[Any]
-_PLAIN = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32)  # numpy's own
-LEAST = 8  # a learnt tensor has at least so many numbers; shapes, axes and single constants have fewer
+# types that numpy has
+_PLAIN = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32)
+LEAST = 8  # the least size of a learnt tensor; shapes, axes and single constants have fewer numbers
 
 
 def load(content: bytes, source: str) -> ModelProto:
-    """Parse and check a graph. Weights in files beside it are refused: a bundle holds one file."""
+    """Parse and check a graph. It raises if the weights are in other files, because a bundle holds one file."""
     try:
         model = onnx.load_from_string(content)
-    except Exception as error:  # protobuf's DecodeError, which onnx does not pass on under a name of its own
+    except Exception as error:  # onnx passes on protobuf's DecodeError without a public name
         raise EdgekitError(f"{source}: not an ONNX model, or cut short ({error}); export it again") from None
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise EdgekitError(
@@ -46,7 +47,7 @@ def load(content: bytes, source: str) -> ModelProto:
 
 
 def specs(model: ModelProto, source: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs. The first axis of each must be the batch, of any length."""
+    """Return inputs and outputs. The first axis of each must be the batch, of any length."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = tuple(_spec(value, source) for value in model.graph.input if value.name not in stored)
     outputs = tuple(_spec(value, source) for value in model.graph.output)
@@ -74,8 +75,8 @@ def _spec(value: onnx.ValueInfoProto, source: str) -> TensorSpec:
 
 
 def normalized(model: ModelProto) -> ModelProto:
-    """A copy in which every node has a name of its own, by which passes speak of it, and every tensor's numbers are
-    stored the same way; notes that exporters leave are dropped."""
+    """Return a copy in which every node has a unique name, which passes use, and all tensors store their numbers in the
+    same way. Metadata of exporters is dropped."""
     result = ModelProto()
     result.CopyFrom(model)
     taken: set[str] = set()
@@ -95,12 +96,12 @@ def normalized(model: ModelProto) -> ModelProto:
 
 
 def parameters(model: ModelProto) -> int:
-    """How many learnt numbers the graph stores, whatever their type."""
+    """Return how many learnt numbers the graph stores, of any type."""
     return sum(int(np.prod(tensor.dims)) for tensor in learnt(model))
 
 
 def learnt(model: ModelProto) -> Iterator[TensorProto]:
-    """Initializers that hold weights; shapes, axes and single constants do not count."""
+    """Yield the initializers that hold weights; shapes, axes and single constants do not count."""
     for tensor in model.graph.initializer:
         if np.prod(tensor.dims) >= LEAST and tensor.data_type != TensorProto.INT64:
             yield tensor
@@ -111,7 +112,7 @@ def to_array(tensor: TensorProto) -> Array:
 
 
 def without_weights(content: bytes) -> tuple[bytes, dict[str, Array]]:
-    """The graph with the bytes of its learnt tensors taken out, and those tensors by name."""
+    """Return the graph without the bytes of its learnt tensors, and those tensors by name."""
     model = onnx.load_from_string(content)
     arrays = {}
     for tensor in learnt(model):
@@ -132,30 +133,31 @@ def with_weights(skeleton: bytes, arrays: Mapping[str, Array]) -> bytes:
 
 
 def serialized(model: ModelProto) -> bytes:
-    """The same bytes for the same graph, always."""
+    """Return bytes that are always the same for the same graph."""
     content: bytes = model.SerializeToString(deterministic=True)
     return content
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A product with a stored weight. `axis`: the axis of the weight, as it is stored, that the product sums over."""
+    """A product with a stored weight. `axis`: the axis of the stored weight that the product sums over."""
 
     node: NodeProto
     axis: int
-    transposed: bool  # read through a Transpose
+    transposed: bool  # the product reads the weight through a Transpose
 
     @property
     def activation(self) -> str:
-        """The value that the weight is multiplied with."""
+        """The value that the product multiplies with the weight."""
         name: str = self.node.input[0]
         return name
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A float32 tensor of the file and all that reads it: products, directly or (last) through a Transpose, and others
-    by name. A tied weight is one tensor with several readers; a pass that made a copy for each would undo the tying."""
+    """A float32 tensor of the file and all its consumers: products, which read it directly or (last) through a
+    Transpose, and names of others. A tied weight is one tensor with several consumers; a pass that made a copy for each
+    would undo the tying."""
 
     tensor: TensorProto
     uses: tuple[Use, ...]
@@ -172,18 +174,18 @@ class Weight:
 
     @property
     def axes(self) -> frozenset[int]:
-        """The axes that products sum over: both, where a matrix is used as itself and transposed."""
+        """The axes that products sum over: both, if a matrix is used plain and transposed."""
         return frozenset(use.axis for use in self.uses)
 
     @property
     def consumers(self) -> str:
-        """Everything that reads it, for a plan or an error."""
+        """All consumers as text, for a plan or an error."""
         return ", ".join([use.node.name + " (transposed)" * use.transposed for use in self.uses] + list(self.others))
 
 
 def weights(model: ModelProto) -> list[Weight]:
-    """Every float32 tensor of two or more dimensions that a MatMul, Gemm or Conv reads as its second input, directly or
-    through the Transpose of a matrix."""
+    """Return every float32 tensor of two or more dimensions that a MatMul, Gemm or Conv reads as its second input,
+    directly or through the Transpose of a matrix."""
     index = Index(model)
     result = []
     for tensor in model.graph.initializer:
@@ -213,7 +215,8 @@ def _uses(name: str, rank: int, index: Index, transposed: bool = False) -> tuple
 
 
 def _summed_axis(node: NodeProto, rank: int) -> int | None:
-    """The axis of a node's second input that it sums over; None if it is not a product that passes can treat."""
+    """Return the axis of a node's second input that it sums over; None if the node is not a product that passes
+    support."""
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type == "MatMul":
@@ -224,12 +227,13 @@ def _summed_axis(node: NodeProto, rank: int) -> int | None:
 
 
 def _swaps(node: NodeProto) -> bool:
-    """Whether a Transpose of a matrix really swaps its axes."""
+    """Return whether a Transpose of a matrix really swaps its axes."""
     return list(attribute(node, "perm", [1, 0])) == [1, 0]
 
 
 def stored_values(model: ModelProto) -> set[str]:
-    """Names of the values that depend on no input: stored tensors and what nodes make of them alone."""
+    """Return the names of the values that depend on no input: stored tensors, and results of nodes that read only such
+    values."""
     known = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.input and all(name in known for name in node.input if name):
@@ -238,17 +242,17 @@ def stored_values(model: ModelProto) -> set[str]:
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """The value of a node's attribute."""
+    """Return the value of a node's attribute."""
     return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
 
 
 def opset(model: ModelProto) -> int:
-    """Version of the standard operators that the graph is written in."""
+    """Return the version of the standard operators in the graph."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
 
 
 def name_nodes(model: ModelProto) -> None:
-    """Give every node a name of its own: passes choose nodes by name, and exporters may leave it empty."""
+    """Give every node a unique name: passes select nodes by name, and exporters may leave it empty."""
     taken: set[str] = set()
     for number, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
@@ -257,7 +261,7 @@ def name_nodes(model: ModelProto) -> None:
 
 
 def unique_name(name: str, taken: Iterable[str]) -> str:
-    """The name, numbered if it is taken."""
+    """Return the name, with a number if it is taken."""
     taken = set(taken)
     return (
         name if name not in taken else next(new for n in range(len(taken) + 1) if (new := f"{name}_{n}") not in taken)
@@ -265,15 +269,15 @@ def unique_name(name: str, taken: Iterable[str]) -> str:
 
 
 def value_names(model: ModelProto) -> set[str]:
-    """Names of all values of the graph and its subgraphs."""
+    """Return the names of all values of the graph and its subgraphs."""
     return set(Index(model).values)
 
 
 def replace_tensor(model: ModelProto, name: str, tensors: Sequence[TensorProto], nodes: Sequence[NodeProto]) -> None:
-    """Take a stored tensor away and put nodes that compute it from other stored ones in its place. Whatever reads it
-    goes on reading it by its name, so that what was tied stays tied."""
+    """Replace a stored tensor by nodes that compute it from other stored tensors. Its consumers still read it by its
+    name, so tied weights stay tied."""
     graph = model.graph
-    for field in (graph.initializer, graph.input):  # old graphs list stored tensors among their inputs too
+    for field in (graph.initializer, graph.input):  # old graphs also list stored tensors among their inputs
         for index in [number for number, item in enumerate(field) if item.name == name][::-1]:
             del field[index]
     graph.initializer.extend(tensors)
@@ -282,7 +286,7 @@ def replace_tensor(model: ModelProto, name: str, tensors: Sequence[TensorProto],
 
 
 def eliminate_dead_nodes(model: ModelProto) -> None:
-    """Remove stored tensors and nodes that nothing reads."""
+    """Remove stored tensors and nodes whose results have no consumer."""
     graph = model.graph
     while True:
         index = Index(model)
@@ -296,7 +300,8 @@ def eliminate_dead_nodes(model: ModelProto) -> None:
 
 
 def chosen_weights(model: ModelProto, include: Sequence[str], *, convolutions: bool = False) -> list[Weight]:
-    """Matrices that MatMul and Gemm read, and on request what Conv reads, whose name matches a shell-style pattern."""
+    """Return matrices that MatMul and Gemm read, and on request weights of Conv, whose names match a shell-style
+    pattern."""
     found = [
         weight
         for weight in weights(model)
@@ -304,7 +309,9 @@ def chosen_weights(model: ModelProto, include: Sequence[str], *, convolutions: b
         or (convolutions and all(use.node.op_type == "Conv" for use in weight.uses))
     ]
     if not found:
-        raise EdgekitError("the graph has no product with a float32 weight left to treat; leave this pass out")
+        raise EdgekitError(
+            "the graph has no product with a float32 weight that this pass could change; leave this pass out"
+        )
     chosen = [weight for weight in found if any(fnmatch.fnmatch(weight.name, pattern) for pattern in include)]
     if not chosen:
         names = ", ".join(weight.name for weight in found)
@@ -313,7 +320,7 @@ def chosen_weights(model: ModelProto, include: Sequence[str], *, convolutions: b
 
 
 def set_tensor(model: ModelProto, name: str, array: Array) -> None:
-    """Give a stored tensor new values; whatever reads it reads those."""
+    """Give a stored tensor new values, for all its consumers."""
     tensor = next(item for item in model.graph.initializer if item.name == name)
     kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.astype(kind)), name))

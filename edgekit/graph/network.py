@@ -1,4 +1,4 @@
-"""A bundle's network with the outputs that its manifest promises."""
+"""A bundle's network with the outputs that its manifest names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError
 
-PROBABILITIES = "probabilities"  # an output of this name is the softmax of what the network's forward returns
+PROBABILITIES = "probabilities"  # an output of this name is the softmax of the result of the network's forward
 
 
 class Network(nn.Module):
-    """A bundle's network, or one made of it, giving the outputs that the manifest names, in that order."""
+    """A bundle's network, or one derived from it, that returns the outputs in the order of the manifest."""
 
     def __init__(self, bundle: Bundle, network: nn.Module | None = None) -> None:
         super().__init__()

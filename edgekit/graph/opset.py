@@ -1,7 +1,7 @@
 """Write a graph in an older opset, and without operators that a parser lacks.
 
-Most operators are the same in both versions but for types or options that are not used: those are only checked. What
-the older version, or the parser, does not have is written out:
+Most operators differ between the versions only in types or options that the graph does not use; they are only checked.
+Operators that the older version or the parser lacks are replaced by several simpler ones:
 
     LayerNormalization     ReduceMean, Sub, Mul, ReduceMean, Add, Sqrt, Div, Mul, Add
     Gelu                   Erf or Tanh
@@ -24,8 +24,8 @@ from edgekit.errors import EdgekitError
 from edgekit.graph.cleanup import shapes
 from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, opset, unique_name, value_names
 
-OLDEST = 13  # the first with a scale per channel in DequantizeLinear and axes of Squeeze as an input
-# their meaning changed under the same signature; written in the old one they would compute something else
+OLDEST = 13  # the first with a scale per channel in DequantizeLinear and with axes of Squeeze as an input
+# Their meaning changed while the signature stayed the same, so in the old opset they would compute something else.
 CHANGED = {"RoiAlign": 16, "GridSample": 20}
 REDUCTIONS = (
     "L1",
@@ -43,11 +43,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(slots=True)
 class _Draft:
-    """Nodes and tensors that take one node's place; values are named after it."""
+    """Nodes and tensors that replace one node; their values are named after it."""
 
     node: NodeProto
     rank: int | None  # of the first input
-    length: dict[int, int]  # of its axes that are known
+    length: dict[int, int]  # lengths of its axes, if known
     stored: dict[str, Array]
     opset: int
     taken: set[str]
@@ -67,13 +67,13 @@ class _Draft:
         return name
 
     def mean(self, value: str, axes: list[int]) -> str:
-        """ReduceMean, whose axes became an input in opset 18."""
+        """Add a ReduceMean, whose axes became an input in opset 18."""
         if self.opset < 18:
             return self.add("ReduceMean", value, axes=axes, keepdims=1)
         return self.add("ReduceMean", value, self.constant("axes", axes, np.int64), keepdims=1)
 
     def normalized(self, value: str, axes: list[int], epsilon: float) -> str:
-        """(value - mean) / sqrt(variance + epsilon) over axes."""
+        """Add (value - mean) / sqrt(variance + epsilon) over axes."""
         apart = self.add("Sub", value, self.mean(value, axes))
         variance = self.mean(self.add("Mul", apart, apart), axes)
         root = self.add("Sqrt", self.add("Add", variance, self.constant("epsilon", epsilon)))
@@ -87,15 +87,15 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """sums: nodes that took the place of normalizations, which half precision must leave alone."""
+    """A lowered graph. sums: nodes that replaced normalizations, which must not be converted to half precision."""
 
     model: ModelProto
     sums: tuple[str, ...]
 
 
 def to_opset(model: ModelProto, version: int, known: Collection[str] | None = None) -> Lowered:
-    """A copy in this opset, which must not be newer than the graph's. `known`: operators that the parser has; others
-    are written out where that is possible, and left for `Generation.refuse` to name where it is not."""
+    """Return a copy in this opset, which must not be newer than the graph's. `known`: the parser's operators. Others
+    are replaced if possible; if not, they stay, and `ParserVersion.refuse` names them."""
     result = ModelProto()
     result.CopyFrom(model)
     own = opset(model)
@@ -119,7 +119,7 @@ def to_opset(model: ModelProto, version: int, known: Collection[str] | None = No
 
 
 def _store_constants(model: ModelProto) -> None:
-    """Constant nodes become stored tensors."""
+    """Replace Constant nodes by stored tensors."""
     kept = []
     for node in model.graph.node:
         value = attribute(node, "value", None) if node.op_type == "Constant" else None
@@ -134,7 +134,7 @@ def _store_constants(model: ModelProto) -> None:
 
 
 def _lower(model: ModelProto, graph: GraphProto, version: int, known: Collection[str] | None) -> list[str]:
-    """Rewrite in place; names of the nodes that normalize."""
+    """Rewrite in place; return the names of the nodes that normalize."""
     now, taken = opset(model), value_names(model)
     found = shapes(model)
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -181,7 +181,7 @@ def _exists(operator: str, version: int) -> bool:
 
 
 def _same(node: NodeProto, now: int, version: int) -> NodeProto:
-    """The node, if the older version computes the same: options that it does not have are at their defaults."""
+    """Return the node if the older version computes the same, that is, if options that it lacks have their defaults."""
     if not _exists(node.op_type, version):
         raise EdgekitError(
             f"node {node.name!r}: {node.op_type} is not in ONNX opset {version}; write that layer with operators that "
@@ -234,11 +234,12 @@ def _rms_normalization(draft: _Draft) -> None:
 
 
 def _group_normalization(draft: _Draft) -> None:
-    """(batch, channels, ...): statistics per group; a scale and a bias per channel (opset 21)."""
+    """Replace GroupNormalization of (batch, channels, ...): statistics per group; a scale and a bias per channel (opset
+    21)."""
     node, rank, groups = draft.node, draft.known_rank(), attribute(draft.node, "num_groups", 0)
     channels = draft.stored[node.input[1]].size if node.input[1] in draft.stored else draft.length.get(1)
     if channels is None or (node.input[1] in draft.stored and draft.length.get(1, channels) != channels):
-        raise EdgekitError(f"node {node.name!r}: GroupNormalization with a scale per group cannot be written out")
+        raise EdgekitError(f"node {node.name!r}: GroupNormalization with a scale per group cannot be replaced")
     flat = draft.add("Reshape", node.input[0], draft.constant("groups", [0, groups, -1], np.int64))
     value = draft.normalized(flat, [-1], attribute(node, "epsilon", 1e-5))
     value = draft.add("Reshape", value, draft.add("Shape", node.input[0]))
@@ -280,7 +281,7 @@ def _reciprocal(draft: _Draft) -> None:
 
 
 def _reduction(draft: _Draft) -> None:
-    """Axes are an attribute before opset 18."""
+    """Write the axes as an attribute, as before opset 18."""
     node = draft.node
     given = len(node.input) > 1 and node.input[1]
     if given and given not in draft.stored:
@@ -298,7 +299,7 @@ def _reduction(draft: _Draft) -> None:
 
 
 def _split(draft: _Draft) -> None:
-    """Before opset 18, equal parts are what is not said; a shorter last part must be."""
+    """Write the sizes of the parts if the last is shorter: before opset 18, a Split without sizes has equal parts."""
     node, axis = draft.node, attribute(draft.node, "axis", 0)
     inputs, parts = [name for name in node.input if name], len(node.output)
     if len(inputs) == 1:
@@ -312,7 +313,7 @@ def _split(draft: _Draft) -> None:
 
 
 def _pad(draft: _Draft) -> None:
-    """Before opset 18, all axes are padded."""
+    """Write the padding of all axes, as before opset 18."""
     node, rank = draft.node, draft.known_rank()
     inputs = list(node.input)
     if len(inputs) > 3 and inputs[3]:
@@ -330,7 +331,7 @@ def _pad(draft: _Draft) -> None:
     draft.nodes.append(helper.make_node("Pad", inputs, list(node.output), node.name, mode=mode))
 
 
-ADAPTED = frozenset((*(f"Reduce{name}" for name in REDUCTIONS), "Split", "Pad"))  # another signature before opset 18
+ADAPTED = frozenset((*(f"Reduce{name}" for name in REDUCTIONS), "Split", "Pad"))  # their signature changed in opset 18
 RULES: dict[str, Callable[[_Draft], None]] = {
     "LayerNormalization": _layer_normalization,
     "RMSNormalization": _rms_normalization,

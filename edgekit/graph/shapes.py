@@ -1,5 +1,5 @@
-"""Shapes of everything in a graph once its open axes have lengths: inferred by ONNX, and where a shape is itself
-computed in the graph, that arithmetic is done here until nothing new comes out."""
+"""Compute the shapes of all values of a graph for given lengths of its open axes. ONNX infers them; if the graph
+computes a shape itself, this module does that arithmetic, and repeats both until no new shape appears."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from edgekit.bundle.tensors import multiple
 
 Array = npt.NDArray[Any]
-LARGEST = 4096  # numbers: what is larger is data, not a shape
+LARGEST = 4096  # numbers; a larger tensor is data, not a shape
 RANDOM = frozenset(
     ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
 )
@@ -24,7 +24,7 @@ RANDOM = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor that flows or is stored: its shape, and its type by ONNX's number (TensorProto.FLOAT and so on)."""
+    """A stored tensor or an activation: its shape, and its type as ONNX's number (TensorProto.FLOAT and so on)."""
 
     shape: tuple[int, ...]
     kind: int
@@ -40,8 +40,8 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """values: by name, without those whose shape cannot be told. known: what depends on sizes alone, with its value.
-    stored: names of tensors that the graph holds."""
+    """values: by name, without those of unknown shape. known: the values of tensors that depend only on sizes. stored:
+    names of tensors that the graph holds."""
 
     values: Mapping[str, Value]
     known: Mapping[str, Array]
@@ -54,19 +54,19 @@ def sized(
     lengths: Mapping[str, int] | None = None,
     also: Mapping[str, Value] | None = None,
 ) -> Sizes:
-    """At a batch size; `lengths` of other open axes by name, twice what they must be a multiple of where it says
-    nothing. `also`: values known from elsewhere, for graphs with operators that ONNX does not define."""
+    """Compute the sizes at a batch size. `lengths`: of other open axes by name; an axis without an entry gets twice its
+    multiple. `also`: values known from elsewhere, for graphs with operators that ONNX does not define."""
     light = _light(model, batch, lengths or {}, also or {})
     known: dict[str, Array] = {}
     while True:
         inferred = shape_inference.infer_shapes(light, data_prop=True).graph
         values = _values(inferred)
-        fresh = _folded(light, values, known)
-        if not fresh:
+        new = _folded(light, values, known)
+        if not new:
             break
-        known |= fresh
+        known |= new
         light.graph.initializer.extend(
-            numpy_helper.from_array(value, name) for name, value in fresh.items() if value.dtype.kind in "ifb"
+            numpy_helper.from_array(value, name) for name, value in new.items() if value.dtype.kind in "ifb"
         )
         left = [node for node in light.graph.node if not all(name in known for name in node.output if name)]
         del light.graph.node[:]
@@ -80,14 +80,15 @@ def sized(
 
 
 def item_bytes(kind: int) -> float:
-    """Bytes of one number; half of one where two share a byte."""
+    """Return the bytes of one number; 0.5 if two numbers share a byte."""
     if kind in (TensorProto.INT4, TensorProto.UINT4):
         return 0.5
     return 16 if kind == TensorProto.STRING else int(np.dtype(helper.tensor_dtype_to_np_dtype(kind)).itemsize)
 
 
 def _light(model: ModelProto, batch: int, lengths: Mapping[str, int], also: Mapping[str, Value]) -> ModelProto:
-    """The graph with its open axes filled in and without the numbers of its weights, which inference would copy."""
+    """Return the graph with lengths for its open axes and without the values of its weights, which inference would
+    copy."""
     light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.functions.extend(model.functions)
     graph = light.graph
@@ -109,7 +110,7 @@ def _light(model: ModelProto, batch: int, lengths: Mapping[str, int], also: Mapp
                 axis.dim_value = batch if number == 0 else lengths.get(name, 2 * multiple(name or "axis"))
     for value in model.graph.output:
         graph.output.append(value)
-        graph.output[-1].type.tensor_type.ClearField("shape")  # an export's own guess
+        graph.output[-1].type.tensor_type.ClearField("shape")  # the exporter's own guess
     inputs = {value.name for value in graph.input}
     graph.value_info.extend(_info(name, value) for name, value in also.items() if name not in inputs)
     return light
@@ -129,21 +130,21 @@ def _values(graph: Any) -> dict[str, Value]:
 
 
 def _folded(model: ModelProto, values: Mapping[str, Value], known: Mapping[str, Array]) -> dict[str, Array]:
-    """What nodes give whose inputs are small and all known, and the shapes that Shape nodes ask for."""
+    """Return the results of nodes whose inputs are small and all known, and the shapes that Shape nodes return."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer} | dict(known)
-    fresh: dict[str, Array] = {}
+    new: dict[str, Array] = {}
     for node in model.graph.node:
         if node.op_type == "Shape" and node.domain in ("", "ai.onnx") and node.input[0] in values:
             ends = {item.name: item.i for item in node.attribute}
             shape = values[node.input[0]].shape[ends.get("start", 0) : ends.get("end")]
-            fresh[node.output[0]] = np.array(shape, np.int64)
+            new[node.output[0]] = np.array(shape, np.int64)
         elif node.op_type in RANDOM or not defs.has(node.op_type, node.domain) or _has_graph(node):
             continue
-        elif all(not name or name in constants or name in fresh for name in node.input):
+        elif all(not name or name in constants or name in new for name in node.input):
             sizes = [values[name].count for name in node.output if name in values]
             if node.op_type == "Constant" or (len(sizes) == len(node.output) and max(sizes, default=0) <= LARGEST):
-                fresh |= _evaluated(model, node, {**constants, **fresh})
-    return {name: value for name, value in fresh.items() if value.size <= LARGEST}
+                new |= _evaluated(model, node, {**constants, **new})
+    return {name: value for name, value in new.items() if value.size <= LARGEST}
 
 
 def _evaluated(model: ModelProto, node: NodeProto, constants: Mapping[str, Array]) -> dict[str, Array]:
@@ -157,7 +158,7 @@ def _evaluated(model: ModelProto, node: NodeProto, constants: Mapping[str, Array
     one = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     try:
         results = ReferenceEvaluator(one).run(None, {name: constants[name] for name in set(node.input) if name})
-    except Exception:  # what it cannot compute stays unknown, and is reported as such
+    except Exception:  # a node that it cannot compute stays unknown and is reported as such
         return {}
     return {name: np.asarray(result) for name, result in zip(names, results, strict=True)}
 

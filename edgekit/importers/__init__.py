@@ -1,1 +1,1 @@
-"""Models from elsewhere as bundles."""
+"""Import models from other frameworks and files as bundles."""

@@ -1,6 +1,7 @@
-"""What every importer uses: golden rows, and why pickles are refused.
+"""Code that all importers share: golden rows, and the error for pickles.
 
-No pickle is ever read: unpickling runs whatever code the file's author put in it."""
+edgekit never reads a pickle: unpickling runs any code that the file's author put in it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ GOLDEN_ROWS = 8
 
 
 def unsafe(path: Path) -> EdgekitError:
-    """Why a model file of this kind is not read."""
+    """Return the error that says why edgekit does not read a model file with this suffix."""
     if path.suffix in PICKLES:
         return EdgekitError(
             f"{path}: a {path.suffix} file is a pickle, which runs its author's code when it is read; save the weights "

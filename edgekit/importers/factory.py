@@ -1,4 +1,4 @@
-"""Networks that a Python function builds as bundles, with weights from a safetensors file."""
+"""Import networks that a Python function builds, with weights from a safetensors file."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def from_factory(
     outputs: Sequence[str],
     golden: Arrays | None = None,
 ) -> Bundle:
-    """A bundle from a Python function that builds a network. weights: a safetensors file, or arrays by name; outputs:
-    their names, in order; one named "probabilities" is the softmax of what the network gives."""
+    """Make a bundle from a Python function that builds a network. weights: a safetensors file, or arrays by name;
+    outputs: their names, in order; one named "probabilities" is the softmax of the network's result."""
     from edgekit.data.dataset import Dataset
     from edgekit.nn.families import build
     from edgekit.nn.module import tied, trust
@@ -81,7 +81,8 @@ def _weights(path: Path) -> dict[str, npt.NDArray[Any]]:
 def _output_axes(
     run: Callable[[Arrays], list[npt.NDArray[Any]]], inputs: Sequence[TensorSpec], names: Sequence[str]
 ) -> dict[str, tuple[int | str, ...]]:
-    """Axes of the outputs by name. Which grow with which free axis of the inputs is found by making that longer."""
+    """Return the axes of the outputs by name. The function makes each free axis of the inputs longer and sees which
+    axes of the outputs grow."""
 
     def outputs(longer: str | None) -> list[tuple[int, ...]]:
         sized = [

@@ -1,6 +1,6 @@
-"""Open whatever a command line or a caller names as a model.
+"""Open a model that a command line or a caller names.
 
-That is a model of the zoo by its name, a bundle or a packed bundle, an ONNX file, or an exported program.
+The name is one of the zoo's models, a bundle or a packed bundle, an ONNX file, or an exported program.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgekit.importers.program import from_program
 
 
 def from_file(path: Path, *, golden: Arrays | None = None) -> Bundle:
-    """A bundle from an .onnx or .pt2 file."""
+    """Make a bundle from an .onnx or .pt2 file."""
     if not path.is_file():
         raise EdgekitError(f"{path}: no such file; expected a model as .onnx or .pt2")
     if path.suffix == ".onnx":
@@ -29,7 +29,7 @@ def from_file(path: Path, *, golden: Arrays | None = None) -> Bundle:
 
 
 def resolve(text: str) -> Bundle:
-    """The bundle that a command line names: a directory, a packed file, or the name of a model of the zoo."""
+    """Return the bundle that a command line names: a directory, a packed file, or the name of a model of the zoo."""
     if text in zoo.folders() and not Path(text).exists():
         return open_bundle(zoo.folders()[text])
     path = Path(text)

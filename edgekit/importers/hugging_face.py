@@ -1,4 +1,4 @@
-"""Folders that transformers saved, config.json and safetensors, as bundles."""
+"""Import folders that transformers saved, with config.json and safetensors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from edgekit.importers.factory import from_factory
 
 
 def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden: Arrays | None = None) -> Bundle:
-    """A bundle from a folder of transformers: config.json and safetensors. Classes and the scaling of pixels come
-    along. `inputs` need only be given for models that take neither images nor token ids."""
+    """Make a bundle from a folder of transformers: config.json and safetensors. The bundle takes classes and the
+    scaling of pixels from the folder. `inputs` are only needed for models that take neither images nor token ids."""
     config = safe_config(folder)
     from edgekit.nn import hugging_face
 
@@ -45,11 +45,12 @@ def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden
 
 
 def safe_config(folder: Path) -> dict[str, Any]:
-    """What config.json says. Raises if the model is its author's code, or its weights are not safetensors."""
+    """Return the content of config.json. Raises if the model needs its author's code, or if its weights are not
+    safetensors."""
     config = _read_json(folder / "config.json")
     if "auto_map" in config:
         raise EdgekitError(
-            f"{folder}: its model is code of its author's (auto_map), which is not run; export it to ONNX"
+            f"{folder}: its model needs code of its author (auto_map), which edgekit does not run; export it to ONNX"
         )
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
@@ -58,7 +59,7 @@ def safe_config(folder: Path) -> dict[str, Any]:
 
 
 def described(bundle: Bundle, folder: Path, config: Mapping[str, Any]) -> Bundle:
-    """The bundle with what the folder says of its classes and of the scaling of pixels."""
+    """Return the bundle with the folder's classes and scaling of pixels."""
     labels = config.get("id2label") or {}
     pixels = folder / "preprocessor_config.json"
     scaling = _read_json(pixels) if pixels.is_file() else {}

@@ -1,4 +1,4 @@
-"""ONNX files as bundles."""
+"""Import ONNX files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgekit.session import open_session
 
 
 def from_onnx(content: bytes, name: str, source: str, *, golden: Arrays | None = None) -> Bundle:
-    """A bundle around an ONNX graph; its golden outputs are what onnxruntime makes of the golden inputs."""
+    """Make a bundle around an ONNX graph; onnxruntime computes its golden outputs from the golden inputs."""
     from edgekit.graph.model import load, normalized, serialized, specs
 
     model = load(content, source)

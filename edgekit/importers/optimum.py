@@ -1,8 +1,8 @@
-"""Hugging Face folders as graphs, by optimum's ONNX exporter: for models whose inputs, patches for tracing and opset it
-knows better than a general tracer does. It needs an environment of its own, since it takes transformers below 4.58.
+"""Import Hugging Face folders through optimum's ONNX exporter: for models whose inputs, tracing patches and opset it
+knows better than a general tracer does. It needs its own environment, because it requires transformers below 4.58.
 
-Its exporter only warns where the graph's numbers are not the model's (huggingface/optimum#1755: 1923.9 apart), so they
-are compared here.
+Its exporter only warns if the graph's numbers differ from the model's (huggingface/optimum#1755: by 1923.9), so this
+module compares them.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from edgekit.errors import EdgekitError, missing_extra
 from edgekit.importers.hugging_face import described, safe_config
 from edgekit.importers.onnx import from_onnx
 
-TOLERANCE = 1e-3  # of the largest output; float32 in another order of a deep network moves it by some 1e-5
+# of the largest output; another order of float32 operations changes a deep network's outputs by some 1e-5
+TOLERANCE = 1e-3
 
 
 def from_optimum(folder: Path, *, golden: Arrays | None = None) -> Bundle:
-    """A bundle around the graph that optimum makes of the folder, held against transformers on the golden inputs.
+    """Make a bundle around the graph that optimum exports, and compare it with transformers on the golden inputs.
 
-    Nothing is downloaded and no code of the folder's author is run.
+    The import downloads nothing and runs no code of the folder's author.
     """
     config = safe_config(folder)
     extras.check("optimum-onnx")
     try:
         from optimum.exporters.onnx import main_export
         from optimum.exporters.tasks import TasksManager
-    except ImportError as error:  # of a package, or of a name that another version of it has not
+    except ImportError as error:  # a package is missing, or another version of it lacks a name
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "optimum":
             missing = missing_extra("optimum-onnx", "optimum", "reading a folder through optimum")
             raise EdgekitError(f"{missing}, in an environment of its own: it takes transformers below 4.58") from None
@@ -47,7 +48,7 @@ def from_optimum(folder: Path, *, golden: Arrays | None = None) -> Bundle:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                task = TasksManager.infer_task_from_model(network)  # it will not tell from a folder
+                task = TasksManager.infer_task_from_model(network)  # it cannot infer the task from a folder
                 main_export(
                     str(folder),
                     task=task,
@@ -57,7 +58,7 @@ def from_optimum(folder: Path, *, golden: Arrays | None = None) -> Bundle:
                     do_validation=False,
                     no_post_process=True,
                 )
-        except Exception as error:  # its many stages raise what they like
+        except Exception as error:  # the stages of the exporter raise many types
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise EdgekitError(f"{folder}: optimum cannot export it: {reason}") from error
         found = sorted(path.name for path in Path(scratch).iterdir() if ".onnx" in path.name)
@@ -72,8 +73,8 @@ def from_optimum(folder: Path, *, golden: Arrays | None = None) -> Bundle:
 
 
 def with_image_size(content: bytes, config: Mapping[str, Any]) -> bytes:
-    """The graph with channels, height and width of its images as config.json gives them; optimum leaves them free, and
-    the network takes no others."""
+    """Return the graph with the channels, height and width of its images from config.json. optimum leaves these axes
+    free, although the network accepts no other sizes."""
     from onnx import load_from_string
 
     model = load_from_string(content)
@@ -89,7 +90,7 @@ def with_image_size(content: bytes, config: Mapping[str, Any]) -> bytes:
 
 
 def check_outputs(bundle: Bundle, network: Any, folder: Path) -> None:
-    """Raise unless the graph gives what transformers gives for the bundle's golden inputs."""
+    """Raise unless the graph's outputs for the bundle's golden inputs agree with those of transformers."""
     import torch
 
     inputs, expected = bundle.golden()
@@ -99,10 +100,12 @@ def check_outputs(bundle: Bundle, network: Any, folder: Path) -> None:
     for name, wanted in expected.items():
         got = outputs[name].numpy() if name in outputs else None
         if got is None or got.shape != wanted.shape:
-            raise EdgekitError(f"{folder}: the graph's output {name!r} is none of the model's, or of another shape")
-        off = float(np.abs(got - wanted).max(initial=0)) / max(1.0, float(np.abs(got).max(initial=0)))
-        if not off <= TOLERANCE:  # NaN included
             raise EdgekitError(
-                f"{folder}: optimum's graph gives {name!r} {off:.1e} away from what transformers gives, {TOLERANCE:g} "
-                "allowed; import the folder without --via optimum"
+                f"{folder}: the graph's output {name!r} is not an output of the model, or has another shape"
+            )
+        off = float(np.abs(got - wanted).max(initial=0)) / max(1.0, float(np.abs(got).max(initial=0)))
+        if not off <= TOLERANCE:  # also true for NaN
+            raise EdgekitError(
+                f"{folder}: output {name!r} of optimum's graph differs from transformers' by {off:.1e}; {TOLERANCE:g} "
+                "is allowed; import the folder without --via optimum"
             )

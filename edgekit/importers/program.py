@@ -1,4 +1,4 @@
-"""Programs that torch.export saved (.pt2) as bundles: the program becomes an ONNX graph."""
+"""Import programs that torch.export saved (.pt2): the program becomes an ONNX graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgekit.importers.program_json import checked
 
 
 def from_program(path: Path, *, golden: Arrays | None = None) -> Bundle:
-    """A bundle from torch.export's archive: its program becomes an ONNX graph."""
+    """Make a bundle from torch.export's archive: its program becomes an ONNX graph."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -29,7 +29,7 @@ def from_program(path: Path, *, golden: Arrays | None = None) -> Bundle:
             warnings.simplefilter("ignore")
             program = torch.export.load(archive)
             exported = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
-    except Exception as error:  # both have many stages of their own
+    except Exception as error:  # torch and its exporter raise many types
         raise EdgekitError(
             f"{path}: torch cannot read it and write it as ONNX: {type(error).__name__}: {error}"
         ) from None
@@ -40,7 +40,8 @@ def from_program(path: Path, *, golden: Arrays | None = None) -> Bundle:
 PLAIN = "save a model of plain tensors with torch.export.save, or export it to ONNX"
 
 
-# all that an archive of plain tensors holds. What else torch would load is run: pickled constants, compiled libraries
+# These members are all that an archive of plain tensors holds. torch would run anything else that it loads: pickled
+# constants and compiled libraries.
 MEMBERS = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/\w+|models/\w+\.json|extra/[\w./-]+"
     r"|data/(weights/(weight_\d+|\w+_weights_config\.json)|constants/(tensor_\d+|\w+_constants_config\.json))"
@@ -52,9 +53,10 @@ PAYLOAD = re.compile(r"(weight|tensor)_\d+")
 
 
 def _plain_archive(path: Path) -> io.BytesIO:
-    """The archive written anew from members that were checked, so that torch reads what we have seen and nothing else.
+    """Write the archive anew from members that were checked, so that torch reads checked members and nothing else.
 
-    torch.export.load unpickles what the archive marks as pickled, and sample inputs too where its safe reader fails.
+    torch.export.load unpickles members that the archive marks as pickled, and also sample inputs if its safe reader
+    fails.
     """
     import torch
 
@@ -88,5 +90,5 @@ def _plain_archive(path: Path) -> io.BytesIO:
 def _check_tensors(content: bytes, path: Path, name: str, torch: Any) -> None:
     try:
         torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:  # whatever its reader meets: torch would then read it without care
+    except Exception:  # if the safe reader fails for any reason, torch would use the unsafe one
         raise EdgekitError(f"{path}: {name} holds more than tensors, which would be run; {PLAIN}") from None

@@ -1,10 +1,10 @@
 """Check the JSON of an exported program before torch reads it.
 
-torch.export.load was written for files of one's own. It makes code of strings of this JSON: sympy evaluates sizes
+torch.export.load was written for trusted files. It turns strings of this JSON into code: sympy evaluates sizes
 (`expr_str`), guards are compiled (`guards_code`), an operator's name is looked up attribute by attribute (`target`;
 "_operator.attrgetter" is found), types of containers are looked up by name (`in_spec`), and names of values and
-keywords are pasted into generated Python. `checked` accepts what torch itself writes for networks of plain
-tensors and refuses every other string; what the import does not need is removed.
+keywords are pasted into generated Python. `checked` accepts the strings that torch itself writes for networks of plain
+tensors and refuses every other string; it removes entries that the import does not need.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST_EXPONENT = 8
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 TEXT = re.compile(r"[\w .,>+:-]*", re.ASCII)
 SYMBOL = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-# what sizes are made of: sympy's classes, and torch's own functions of whole numbers
+# Sizes consist of these: sympy's classes, and torch's own functions of whole numbers.
 FUNCTIONS = frozenset(
     (
         "Integer", "Add", "Mul", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "Eq", "Ne", "Lt",
@@ -34,7 +34,7 @@ FUNCTIONS = frozenset(
 )  # fmt: skip
 ASSUMPTIONS = frozenset(("integer", "positive", "nonnegative", "real", "finite", "zero"))
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Div, ast.Pow)
-# an operator of the dispatcher: it computes with tensors and does nothing else, these few excepted
+# Operators of the dispatcher compute with tensors and do nothing else, except these few.
 DISPATCHED = re.compile(r"torch\.ops\.(aten|prims|quantized_decomposed)\.(\w+)\.(\w+)", re.ASCII)
 NOT_ARITHMETIC = frozenset(("from_file", "_print", "_assert_async", "record_stream", "set_"))
 PLAIN = frozenset(
@@ -50,7 +50,7 @@ REFUSED = frozenset(("as_custom_obj", "as_script_object", "custom_obj", "as_opaq
 
 
 def checked(content: bytes, source: str) -> bytes:
-    """The JSON of a program without guards and notes. Raises at the first string that torch does not write for a
+    """Return the JSON of a program without guards and notes. Raises at the first string that torch does not write for a
     network of plain tensors."""
     try:
         program = json.loads(content)
@@ -65,10 +65,10 @@ def checked(content: bytes, source: str) -> bytes:
 
 
 def _clean(value: Any, key: str, source: str) -> Any:
-    """The value under a key, checked; dictionaries of notes come back empty."""
+    """Return the value under a key, checked; dictionaries of notes become empty."""
     if key in REFUSED and value:
         raise EdgekitError(
-            f"{source}: {key} holds an object of Python, which edgekit does not load; export the model to ONNX"
+            f"{source}: {key} holds a Python object, which edgekit does not load; export the model to ONNX"
         )
     if key == "metadata":
         return {}
@@ -117,7 +117,7 @@ def _check_operator(text: str, source: str) -> None:
 
 
 def _check_containers(text: str, source: str) -> None:
-    """A tree of tuples, lists and dictionaries with plain keys."""
+    """Check a tree of tuples, lists and dictionaries with plain keys."""
     waiting = [json.loads(text)[1]] if text else []
     while waiting:
         node = waiting.pop()
@@ -132,7 +132,8 @@ def _check_containers(text: str, source: str) -> None:
 
 
 def _check_expression(text: str, source: str) -> None:
-    """A size: whole numbers, symbols, + - * // % and the functions of `FUNCTIONS`, nested as Python writes them."""
+    """Check a size: whole numbers, symbols, + - * // % and the functions of `FUNCTIONS`, nested as Python writes
+    them."""
     if len(text) > LONGEST_EXPRESSION:
         raise EdgekitError(f"{source}: a size has {len(text):,} characters; expected up to {LONGEST_EXPRESSION:,}")
     try:
@@ -172,14 +173,15 @@ def _is_size(node: ast.expr) -> bool:
 
 
 def _is_exponent(node: ast.expr) -> bool:
-    """A small whole number, or Integer of one: a power of a power of ten would take all memory."""
+    """Return whether the node is a small whole number, or Integer of one: a power of a power of ten would take all
+    memory."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Integer" and node.args:
         node = node.args[0]
     return isinstance(node, ast.Constant) and type(node.value) is int and 0 <= node.value <= LARGEST_EXPONENT
 
 
 def _is_symbol(node: ast.Call) -> bool:
-    """Symbol('s0', positive=True, integer=True)."""
+    """Return whether the node is a call such as Symbol('s0', positive=True, integer=True)."""
     name = node.args[0] if len(node.args) == 1 else None
     return (
         isinstance(name, ast.Constant)

@@ -1,8 +1,8 @@
 """Self-attention for many tiny heads, compiled for the CPU, with its gradient.
 
-t2 has 16 heads of 2 numbers each. At that size the (tokens, tokens) scores are the whole cost, and a kernel that
-keeps one row of them in cache takes a training step 2.3 times faster than with torch's fused attention or with plain
-matmuls (tools/bench_training.py). Exact softmax attention, float32; gradients as in Dao et al. 2022
+t2 has 16 heads of 2 numbers each. At that size the (tokens, tokens) scores take almost all the time. A kernel that
+keeps one row of them in cache makes a training step 2.3 times faster than torch's fused attention or plain matmuls
+(tools/bench_training.py). It computes exact softmax attention in float32; the gradients follow Dao et al. 2022
 (FlashAttention, appendix B.4): the backward pass recomputes the scores from the row's log-sum.
 
 The kernels are serial on purpose: numba's OpenMP layer would change torch's own thread count in the same process.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 Float = npt.NDArray[np.float32]
 LOG2_E = np.float32(1.0 / math.log(2.0))
-# 2**-60 is lost beside the row's largest term, 1; lower powers would multiply into denormals, which are slow
+# 2**-60 vanishes next to the row's largest term, 1; lower powers would give denormals, which are slow.
 LOWEST_POWER = np.float32(-60.0)
 
 

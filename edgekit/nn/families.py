@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class PrunableGroup:
     """Units of one layer that can be removed together: attention heads, or feed-forward units.
 
-    argument: the constructor argument that counts them; size: how many there are; width: rows of a weight that each
-    takes; rows, columns: parameters that lose rows, or columns; consumer: the module whose input they are.
+    argument: the constructor argument that counts them; size: how many units there are; width: rows of a weight that
+    each takes; rows, columns: parameters that lose rows, or columns; consumer: the module that reads the units'
+    outputs.
     """
 
     argument: str
@@ -33,11 +34,12 @@ class PrunableGroup:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What edgekit knows of the models whose bundles name this family.
+    """The properties of a model family that a bundle's manifest names.
 
-    builder: package.module:function, which makes the network of the bundle's arguments; "" for bundles that hold a
-    graph. groups: package.module:function, which lists the units of a network that can be removed; "" where the family
-    names none. runtimes: which can run it, fastest first."""
+    builder: package.module:function, which builds the network from the bundle's arguments; "" for bundles that hold a
+    graph. groups: package.module:function, which lists the units of a network that can be removed; "" if the family has
+    none. runtimes: those that can run it, fastest first.
+    """
 
     name: str
     builder: str = ""
@@ -46,30 +48,30 @@ class Family:
 
     @property
     def written_in_c(self) -> bool:
-        """Whether the C exporter knows its networks."""
+        """Whether the C exporter supports its networks."""
         return "c" in self.runtimes
 
 
 T2 = Family("t2", "edgekit.nn.t2:build", "edgekit.nn.t2:prunable_groups", ("c", "onnxruntime", "openvino", "torch"))
-MODULE = Family("module", "edgekit.nn.module:build")  # whatever a Python function builds
+MODULE = Family("module", "edgekit.nn.module:build")  # any network that a Python function builds
 GRAPH = Family("onnx", runtimes=("onnxruntime", "openvino"))  # a graph without a network
 
 
 def find(name: str) -> Family:
-    """The family that a bundle names. Raises where none of this name is installed."""
+    """Return the family with this name. Raises if no such family is installed."""
     family: Family = plugins.load("edgekit.families", name, problem_with)
     return family
 
 
 def problem_with(family: Any, name: str) -> str:
-    """Why an object is no family; "" if it is one."""
+    """Say why an object is not a family; "" if it is one."""
     if not isinstance(family, Family):
         return f"it is a {type(family).__name__}; expected an edgekit.nn.families.Family"
     return "" if family.name == name else f"its name is {family.name!r}, and it is registered as {name!r}"
 
 
 def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float] | None = None) -> nn.Module:
-    """A network of the family, in evaluation mode; fresh weights unless given."""
+    """Build a network of the family, in evaluation mode, with new random weights unless weights are given."""
     builder = find(family).builder
     if not builder:
         raise EdgekitError(f"a bundle of the family {family!r} holds a graph; there is no network to build")
@@ -95,14 +97,14 @@ def build(family: str, arguments: Mapping[str, Any], weights: Mapping[str, Float
 
 
 def countable_units(family: str, model: nn.Module) -> dict[str, int]:
-    """Constructor arguments that count units which can be removed, and how many there are; none for a network whose
-    family does not say."""
+    """Return the constructor arguments that count removable units, and the number of these units; an empty result if
+    the family lists none."""
     groups = find(family).groups
     return {group.argument: group.size for group in _function(groups)(model)} if groups else {}
 
 
 def prunable_groups(family: str, model: nn.Module) -> list[PrunableGroup]:
-    """What can be removed from a network of the family, layer by layer."""
+    """Return the removable units of a network of the family, layer by layer."""
     groups = find(family).groups
     if not groups:
         raise EdgekitError(f"a {family} names no units that can be removed; leave structured_prune out of the recipe")
@@ -111,7 +113,7 @@ def prunable_groups(family: str, model: nn.Module) -> list[PrunableGroup]:
 
 
 def _function(text: str) -> Callable[..., Any]:
-    """What 'package.module:function' of an installed package stands for."""
+    """Return the function 'package.module:function' of an installed package."""
     module, _, name = text.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return found

@@ -1,5 +1,5 @@
-"""Models of Hugging Face's transformers, from a folder with config.json and safetensors. Nothing is downloaded, no code
-in the folder is run."""
+"""Models of Hugging Face's transformers, from a folder with config.json and safetensors. The import downloads nothing
+and runs no code of the folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTORY = "edgekit.nn.hugging_face:build"
 
 
 class FirstOutput(nn.Module):
-    """The model as a function of arrays: its first output, such as the logits."""
+    """The model as a function of arrays that returns its first output, such as the logits."""
 
     def __init__(self, model: nn.Module, inputs: tuple[str, ...]) -> None:
         super().__init__()
@@ -31,12 +31,13 @@ class FirstOutput(nn.Module):
 
 
 def build(config: Mapping[str, Any], inputs: tuple[str, ...]) -> nn.Module:
-    """A network with fresh weights from what config.json says."""
+    """Build a network with new random weights from the content of config.json."""
     return FirstOutput(model_class(config)(configuration(config)), tuple(inputs))
 
 
 def configuration(config: Mapping[str, Any]) -> Any:
-    """transformers' own object. Attention is written out, which every exporter and the dependency graph can read."""
+    """Return transformers' own configuration object. It selects the eager attention, which every exporter and the
+    dependency graph can read."""
     values = {name: value for name, value in config.items() if name not in ("model_type", "transformers_version")}
     try:
         return transformers.AutoConfig.for_model(config["model_type"], **values, attn_implementation="eager")
@@ -47,7 +48,7 @@ def configuration(config: Mapping[str, Any]) -> Any:
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """The class that config.json names; one of transformers' own."""
+    """Return the class that config.json names, which must be one of transformers' own."""
     names = config.get("architectures") or []
     found = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):

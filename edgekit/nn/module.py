@@ -1,11 +1,11 @@
-"""Any torch network, by the Python function that makes it and by what passes have removed from it since.
+"""Any torch network, described by the Python function that builds it and by the parts that passes have removed since.
 
-A bundle is data and must not run code that its reader did not choose, so the function is called only if the user named
-it: on the command line that imported the model, by `edgekit --trust`, or in $EDGEKIT_TRUST.
+A bundle is data and must not run code that its user did not choose. So edgekit calls the function only if the user
+named it: on the command line that imported the model, with `edgekit --trust`, or in $EDGEKIT_TRUST.
 
-What was removed is a list of steps, so that a bundle alone gives the pruned shape again:
+The removed parts are a list of steps, so that a bundle alone restores the pruned shape:
 
-    {"removed": "0,3-5", "from": ["fc1.weight:0", "fc1.bias:0", "fc2.weight:1"]}    positions along a tensor's axis
+    {"removed": "0,3-5", "from": ["fc1.weight:0", "fc1.bias:0", "fc2.weight:1"]}    indices along a tensor's axis
     {"removed": "2", "blocks": "layers"}                                           items of a ModuleList or Sequential
     {"attributes": {"attention.num_heads": 2}}                                     counts that the code reads
 """
@@ -24,7 +24,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from edgekit.errors import EdgekitError
 from edgekit.plugins import imported
 
-_trusted: set[str] = {"edgekit.nn.hugging_face:build"}  # makes what a configuration says, runs nobody's code
+# it builds a network from a configuration and runs no code of the bundle's author
+_trusted: set[str] = {"edgekit.nn.hugging_face:build"}
 
 
 def trust(factory: str) -> None:
@@ -38,17 +39,19 @@ def build(
     inputs: Mapping[str, Any] | None = None,
     pruned: Sequence[Mapping[str, Any]] = (),
 ) -> nn.Module:
-    """What the function makes of its keyword arguments, with its own fresh weights, less what passes have removed.
+    """Call the function with its keyword arguments and remove the parts that passes have removed. The weights are the
+    function's own, new ones.
 
-    inputs: dtype and axes by name, {"image": "float32:batch,3,32,32"}: what passes trace the network with."""
+    inputs: dtype and axes by name, such as {"image": "float32:batch,3,32,32"}, with which passes trace the network.
+    """
     if factory not in _trusted and factory not in os.environ.get("EDGEKIT_TRUST", "").split(","):
         raise EdgekitError(
-            f"the model is built by the Python function {factory}, which would be run; if you trust it: "
+            f"opening this model would run the Python function {factory}; if you trust it: "
             f"edgekit --trust {factory} COMMAND ..."
         )
     try:
         model = imported(factory, "model")(**(arguments or {}))
-    except TypeError as error:  # a keyword that it does not take
+    except TypeError as error:  # it does not take one of the keywords
         raise EdgekitError(f"{factory} does not take the arguments {dict(arguments or {})}: {error}") from None
     if not isinstance(model, nn.Module):
         raise EdgekitError(f"{factory} gives a {type(model).__name__}; expected a torch.nn.Module")
@@ -56,7 +59,7 @@ def build(
 
 
 def remove(model: nn.Module, steps: Iterable[Mapping[str, Any]]) -> nn.Module:
-    """Cut the model itself, step by step, and return it."""
+    """Cut the model in place, step by step, and return it."""
     try:
         for step in steps:
             if "blocks" in step:
@@ -74,8 +77,8 @@ def remove(model: nn.Module, steps: Iterable[Mapping[str, Any]]) -> nn.Module:
                 setattr(module, attribute, value)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise EdgekitError(
-            f"what was pruned does not fit the network that the factory makes now ({error}); use the version of its "
-            "code that the bundle was made with"
+            f"the pruning steps do not fit the network that the factory builds now ({error}); use the version of its "
+            "code with which the bundle was made"
         ) from None
     return model
 
@@ -87,13 +90,13 @@ def _cut(model: nn.Module, name: str, axis: int, removed: Sequence[int]) -> None
     kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
     kept[list(removed)] = False
     depthwise = isinstance(module, _ConvNd) and module.groups == module.out_channels > 1
-    # into the same Parameter, so that one that is tied stays tied
+    # the Parameter object stays, so that a tied one stays tied
     tensor.data = tensor.data.index_select(axis, kept.nonzero().flatten())
     _declare(module, depthwise)
 
 
 def _declare(module: nn.Module, depthwise: bool) -> None:
-    """Make a layer's own counts those of its tensors."""
+    """Set a layer's own counts to those of its tensors."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, _ConvTransposeNd):
@@ -115,7 +118,7 @@ def _declare(module: nn.Module, depthwise: bool) -> None:
 
 
 def tied(model: nn.Module) -> dict[str, str]:
-    """Other names of parameters that have several, and the first, under which named_parameters() lists them."""
+    """Return the further names of tied parameters, with the first name, under which named_parameters() lists them."""
     first: dict[int, str] = {}
     return {
         name: first[id(value)]
@@ -125,7 +128,7 @@ def tied(model: nn.Module) -> dict[str, str]:
 
 
 def positions(text: str) -> list[int]:
-    """'0,3-5' as [0, 3, 4, 5]."""
+    """Parse '0,3-5' as [0, 3, 4, 5]."""
     runs = (part.split("-") for part in text.split(","))
     return [index for run in runs for index in range(int(run[0]), int(run[-1]) + 1)]
 

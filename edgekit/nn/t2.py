@@ -1,7 +1,7 @@
 """t2, the time-series transformer for light curves, in PyTorch.
 
-Source: Allam Jr & McEwen, "Paying attention to astronomical transients" (arXiv 2105.06178, section 3), defaults of the
-published models. The weights of those models load through `edgekit.nn.t2_weights`.
+Source: Allam Jr & McEwen, "Paying attention to astronomical transients" (arXiv 2105.06178, section 3). The defaults are
+those of the published models, whose weights `edgekit.nn.t2_weights` loads.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ class T2Config:
     """Constructor arguments, as a bundle stores them."""
 
     bands: int
-    classes: int = 14  # as published
-    context: int = 0  # per-object numbers beside the light curve; 2 = photometric redshift and its error, as published
+    classes: int = 14  # as in the published models
+    # numbers per object in addition to the light curve; 2 = photometric redshift and its error, as in the published
+    # models
+    context: int = 0
     sequence: int = 100  # grid points of the interpolated light curve
     embed_dim: int = 32
     heads: int = 16
-    head_dim: int = 2  # embed_dim / heads in the paper; free here, because head pruning changes one and not the other
+    head_dim: int = 2  # embed_dim / heads in the paper; separate here, because head pruning changes the heads only
     ff_dim: int = 128
     layers: int = 1
     dropout: float = 0.1
@@ -71,7 +73,8 @@ class SelfAttention(nn.Module):
 
 
 def _compiled_attention_fits(x: Tensor) -> bool:
-    """Plain float32 on the CPU; a graph that is being exported must be made of the framework's own operators."""
+    """Return whether the input is plain float32 on the CPU and no export is in progress: an exported graph must consist
+    of the framework's own operators."""
     exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling()
     return x.device.type == "cpu" and x.dtype == torch.float32 and not exporting
 
@@ -96,8 +99,8 @@ class Block(nn.Module):
 class T2(nn.Module):
     """Light curve (batch, sequence, bands) and optional context (batch, context) to logits (batch, classes).
 
-    The context numbers, repeated once per band, are appended as `context` more time steps. Redshift z and its error e
-    so become two steps that both read (z, e, z, e, z, e): the published models tile before they reshape.
+    The context numbers, repeated once per band, are appended as `context` more time steps. So redshift z and its error
+    e become two steps that both read (z, e, z, e, z, e): the published models tile before they reshape.
     """
 
     positions: Tensor
@@ -131,7 +134,7 @@ def positional_encoding(tokens: int, embed_dim: int) -> Tensor:
 
 
 def build(**arguments: Any) -> T2:
-    """A t2 with fresh weights from the constructor arguments of a bundle."""
+    """Build a t2 with new random weights from the constructor arguments of a bundle."""
     try:
         return T2(T2Config(**arguments))
     except TypeError as error:
@@ -139,7 +142,7 @@ def build(**arguments: Any) -> T2:
 
 
 def prunable_groups(model: T2) -> list[PrunableGroup]:
-    """Heads and feed-forward units of every block; all blocks keep the same number."""
+    """Return the heads and feed-forward units of every block; all blocks keep the same number."""
     groups = []
     for number in range(model.config.layers):
         block = f"blocks.{number}."

@@ -12,7 +12,7 @@ from edgekit.errors import EdgekitError
 from edgekit.nn.t2 import T2, T2Config
 
 _BLOCK = "blocks.0."
-# our parameter -> the published array; kernels are transposed on the way
+# Our parameter -> the published array; kernels are transposed.
 NAMES = {
     "embed": "conv_embedding",
     _BLOCK + "attention.query": "att.query",
@@ -27,7 +27,8 @@ NORMS = {_BLOCK + "norm1": "ln1", _BLOCK + "norm2": "ln2"}
 
 
 def from_published(arrays: Mapping[str, npt.NDArray[np.float32]], *, context: int, source: str = "weights") -> T2:
-    """A t2 with published weights. Heads cannot be read off the arrays: every published model has 16 heads of 2."""
+    """Return a t2 with published weights. The arrays do not show the number of heads: every published model has 16
+    heads of 2."""
     needed = [f"{name}.{part}" for name in NAMES.values() for part in ("kernel", "bias")]
     needed += [f"{name}.{part}" for name in NORMS.values() for part in ("gamma", "beta")]
     missing = [name for name in needed if name not in arrays]
@@ -68,7 +69,7 @@ def from_published(arrays: Mapping[str, npt.NDArray[np.float32]], *, context: in
 
 
 def _kernel(array: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.float32]:
-    """Keras (1, in, out) or (in, out) to PyTorch (out, in)."""
+    """Convert Keras (1, in, out) or (in, out) to PyTorch (out, in)."""
     if array.size != array.shape[-2] * array.shape[-1]:
         raise EdgekitError(f"{source}: a kernel has shape {array.shape}; every published t2 kernel is (in, out)")
     return array.reshape(array.shape[-2:]).T

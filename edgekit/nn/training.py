@@ -1,4 +1,4 @@
-"""The training loop: fresh weights, recovery after a pass, distillation; class-balanced, averaged, resumable."""
+"""The training loop, for new models, recovery after a pass and distillation: class-balanced, averaged, resumable."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from torch.optim.swa_utils import AveragedModel
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 
-KNOWN = 2**25  # numbers that a teacher may say of all rows, 128 MB, for them to be kept rather than asked again
-Progress = Callable[[int, int, float], None]  # epochs done, epochs in all, mean loss of the last one
+KNOWN = 2**25  # teacher outputs up to this many numbers (128 MB) are kept; more are computed again in each epoch
+Progress = Callable[[int, int, float], None]  # epochs done, all epochs, mean loss of the last one
 Augment = Callable[[Dataset, np.random.Generator], Dataset]
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How to train."""
+    """The parameters of a training run."""
 
     epochs: int
     batch: int = 64
     learning_rate: float = 3e-3  # peak of a one-cycle schedule; the best of 1e-3, 3e-3, 1e-2 for t2
     weight_decay: float = 1e-2
-    clip_norm: float = 1.0  # as the paper trains
-    averaging: float = 0.995  # weights shipped are an exponential average over about 200 steps, fewer at the start
+    clip_norm: float = 1.0  # as in the paper
+    # the result is an exponential average of the weights over about 200 steps, fewer at the start
+    averaging: float = 0.995
     distillation: float = 0.0  # weight of the teacher's probabilities against the labels
 
 
@@ -47,9 +48,10 @@ def fit(
     progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> nn.Module:
-    """Train and return the averaged model in evaluation mode. `augment` remakes the training set before each epoch.
+    """Train and return the averaged model in evaluation mode. `augment` makes a new training set before each epoch.
 
-    With `checkpoint`, the state is written after every epoch and a later call with the same arguments goes on from it.
+    With `checkpoint`, the state is written after every epoch, and a later call with the same arguments continues from
+    it.
     """
     if (teacher is None) == (schedule.distillation > 0):
         raise EdgekitError(f"distillation = {schedule.distillation} and a teacher go together; pass both or neither")
@@ -66,11 +68,11 @@ def fit(
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=total, pct_start=rise)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "rate": rate}
     first = _resume(checkpoint, parts, schedule, seed)
-    known = None  # what the teacher says of the rows, where every epoch has the same
+    known = None  # the teacher's outputs, if every epoch has the same rows
     if teacher is not None and augment is None and example[0].numel() * len(data) <= KNOWN:
         known = torch.from_numpy(outputs(teacher, data, softmax=[False], batch=schedule.batch)[0])
     for epoch in range(first, schedule.epochs):
-        # randomness depends on seed and epoch alone, so that a resumed run repeats an uninterrupted one
+        # Randomness depends on seed and epoch alone, so that a resumed run repeats an uninterrupted one.
         rng = np.random.default_rng([seed, epoch])
         torch.manual_seed(int(rng.integers(2**62)))
         epoch_data = augment(data, rng) if augment else data
@@ -104,34 +106,35 @@ def fit(
 
 
 def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The output that quality is measured on."""
+    """Return the output on which quality is measured."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def _label_loss(found: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Cross-entropy of (samples, classes) logits, or mean squared error of numbers."""
+    """Return the cross-entropy of (samples, classes) logits, or the mean squared error of numbers."""
     if weights is not None:
         return F.cross_entropy(found, labels, weight=weights)
     if labels.is_floating_point():
         return F.mse_loss(found, labels.reshape(found.shape))
     raise EdgekitError(
-        f"the network gives outputs of shape {tuple(found.shape[1:])} a row, its data one class; "
+        f"the network's outputs have shape {tuple(found.shape[1:])} per row, but its data has one class; "
         "leave the labels out to learn from the original model alone"
     )
 
 
 def _teacher_loss(found: Tensor, wanted: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Distance from the teacher: cross-entropy to its probabilities, or mean squared error where there are none."""
+    """Return the distance from the teacher: cross-entropy to its probabilities, or mean squared error for other
+    outputs."""
     if weights is None:
         return F.mse_loss(found, wanted)
-    # balanced by sample: weights on the classes of soft targets would pull towards weight x probability
+    # Balanced by sample: class weights on soft targets would pull the result towards weight x probability.
     balance = torch.ones(len(found)) if labels is None else weights[labels]
     soft: Tensor = (F.cross_entropy(found, wanted.softmax(dim=-1), reduction="none") * balance).sum() / balance.sum()
     return soft
 
 
 def probabilities(model: nn.Module, data: Dataset, *, batch: int = 256) -> npt.NDArray[np.float32]:
-    """(samples, classes) softmax outputs of a model in evaluation mode."""
+    """Return the (samples, classes) softmax outputs of a model in evaluation mode."""
     return outputs(model, data, softmax=[True], batch=batch)[0]
 
 
@@ -139,7 +142,8 @@ def probabilities(model: nn.Module, data: Dataset, *, batch: int = 256) -> npt.N
 def outputs(
     model: nn.Module, data: Dataset, *, softmax: Sequence[bool], batch: int = 256
 ) -> list[npt.NDArray[np.float32]]:
-    """The first outputs of a model in evaluation mode, (samples, ...) each; softmax: over the last axis, for each."""
+    """Return the first outputs of models in evaluation mode, (samples, ...) each; softmax: whether to apply it over the
+    last axis, for each."""
     was_training = model.training
     model.eval()
     columns: list[list[Tensor]] = [[] for _ in softmax]
@@ -152,8 +156,8 @@ def outputs(
 
 
 def balanced_class_weights(labels: npt.NDArray[np.int64], classes: int) -> Tensor:
-    """(classes,) weights under which every class counts alike, as the challenge's metric counts them; 0 for a class
-    that does not occur."""
+    """Return (classes,) weights under which every class counts the same, as in the challenge's metric; 0 for a class
+    without samples."""
     counts = np.bincount(labels[labels >= 0], minlength=classes)
     present = counts > 0
     weights = np.where(present, len(labels) / (max(present.sum(), 1) * np.maximum(counts, 1)), 0.0)
@@ -161,13 +165,13 @@ def balanced_class_weights(labels: npt.NDArray[np.int64], classes: int) -> Tenso
 
 
 def tensors(data: Dataset) -> list[Tensor]:
-    """Inputs in the order in which the network takes them."""
+    """Return the inputs in the order in which the network takes them."""
     return [torch.from_numpy(array) for array in data.inputs.values()]
 
 
 def _moving_average(limit: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Exponential average over a tenth of the steps so far, up to `limit`: a fixed 0.995 would still be mostly the
-    starting weights after a short recovery."""
+    """Return an exponential average over a tenth of the steps so far, up to `limit`: after a short recovery, a fixed
+    0.995 would still give mostly the starting weights."""
 
     @torch.no_grad()
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor | int) -> None:
@@ -193,7 +197,7 @@ def _save(path: Path | None, parts: dict[str, object], schedule: Schedule, seed:
 
 
 def _resume(path: Path | None, parts: dict[str, object], schedule: Schedule, seed: int) -> int:
-    """Epochs already done."""
+    """Load a checkpoint and return the number of epochs already done."""
     if path is None or not path.is_file():
         return 0
     try:

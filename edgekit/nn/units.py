@@ -33,20 +33,20 @@ SEPARATE = (
 PROJECTIONS = {*FUSED, *(key for keys in SEPARATE for key in keys)}
 LAST = ("proj", "out_proj", "o_proj", "out", "combine", "to_out", "wo", "output")
 
-Place = tuple[str, int]  # a parameter or buffer, and an axis
+TensorAxis = tuple[str, int]  # a parameter or buffer, and an axis
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Units that are removed together. places: for each tensor and axis, the positions that each unit takes; readers:
+    """Units that are removed together. axes: for each tensor and axis, the positions that each unit takes; consumers:
     those of the weights that the units' outputs are multiplied with; counts: attributes, and how much a unit is of
     them; step: the units left must be a multiple of it; shares: runs of units that must stay equally many."""
 
     name: str
-    kind: str
+    category: str
     size: int
-    places: Mapping[Place, Sequence[Sequence[int]]]
-    readers: tuple[Place, ...]
+    axes: Mapping[TensorAxis, Sequence[Sequence[int]]]
+    consumers: tuple[TensorAxis, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
     step: int = 1
     shares: int = 1
@@ -59,7 +59,7 @@ def find_groups(model: nn.Module, example: list[Tensor], round_to: int) -> tuple
     except ModuleNotFoundError:
         raise missing_extra("torch-pruning", "prune", "finding what can be removed from a network") from None
     groups, alone = _attention_heads(model, example)
-    known: dict[Place, set[int]] = defaultdict(set)  # positions that belong to a group
+    known: dict[TensorAxis, set[int]] = defaultdict(set)  # positions that belong to a group
     for group in groups:
         _claim(known, group)
     for name, module in model.named_modules():  # an attention that was not understood keeps its width too
@@ -86,8 +86,8 @@ def find_groups(model: nn.Module, example: list[Tensor], round_to: int) -> tuple
             if isinstance(found, str):
                 alone[name] = found
             elif any(
-                known.get(place, set()) & {at for taken in units for at in taken}
-                for place, units in found.places.items()
+                known.get(tensor_axis, set()) & {at for taken in units for at in taken}
+                for tensor_axis, units in found.axes.items()
             ):
                 alone[name] = "some of its channels are another layer's too"
             else:
@@ -96,9 +96,9 @@ def find_groups(model: nn.Module, example: list[Tensor], round_to: int) -> tuple
     return groups, alone
 
 
-def _claim(known: dict[Place, set[int]], group: Group) -> None:
-    for place, units in group.places.items():
-        known[place] |= {at for taken in units for at in taken}
+def _claim(known: dict[TensorAxis, set[int]], group: Group) -> None:
+    for tensor_axis, units in group.axes.items():
+        known[tensor_axis] |= {at for taken in units for at in taken}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,46 +116,50 @@ class _Traced:
         whole = self.graph.get_pruning_group(root, prune, [0])
         if len(self._touched(whole).get(self.outputs(root), ())) > 1:
             # halves of a gated unit, for one: each channel brings others, so ask for one at a time
-            units: list[dict[Place, list[int]]] = []
+            units: list[dict[TensorAxis, list[int]]] = []
             known: set[int] = set()
             for channel in range(size):
                 if channel not in known:
                     units.append(self._touched(self.graph.get_pruning_group(root, prune, [channel])))
                     known.update(units[-1][self.outputs(root)])
-            places = {place: [unit[place] for unit in units] for place in units[0]}
+            axes = {tensor_axis: [unit[tensor_axis] for unit in units] for tensor_axis in units[0]}
             size = len(units)
         else:
             whole = self.graph.get_pruning_group(root, prune, list(range(size)))
-            places = defaultdict(lambda: [[] for _ in range(size)])
+            axes = defaultdict(lambda: [[] for _ in range(size)])
             for item in whole.items:
-                for place in self._places(item.dep):
+                for tensor_axis in self._axes(item.dep):
                     for position, unit in zip(item.idxs, item.root_idxs, strict=True):
-                        places[place][unit].append(int(position))
-        step, shares, readers = round_to, 1, []
+                        axes[tensor_axis][unit].append(int(position))
+        step, shares, consumers = round_to, 1, []
         for item in whole.items:
-            module, found = item.dep.target.module, self._places(item.dep)
+            module, found = item.dep.target.module, self._axes(item.dep)
             if not found and module in self.names and list(module.parameters(recurse=False)):
                 return f"its channels go through {self.names[module]}, a {type(module).__name__}, which is not cut"
             if not self.graph.is_out_channel_pruning_fn(item.dep.handler):
-                readers += [place for place in found if place[0].endswith("weight") and place not in readers]
+                consumers += [
+                    tensor_axis
+                    for tensor_axis in found
+                    if tensor_axis[0].endswith("weight") and tensor_axis not in consumers
+                ]
             if isinstance(module, nn.GroupNorm):
                 step = math.lcm(step, module.num_groups)
                 shares = module.num_groups if module.num_channels == size else shares
-        return Group(self.names[root], "channels", size, dict(places), tuple(readers), step=step, shares=shares)
+        return Group(self.names[root], "channels", size, dict(axes), tuple(consumers), step=step, shares=shares)
 
-    def outputs(self, module: nn.Module) -> Place:
+    def outputs(self, module: nn.Module) -> TensorAxis:
         """Where the output channels of a Linear or convolution are."""
         return self._name(module, "weight"), 1 if isinstance(module, _ConvTransposeNd) else 0
 
-    def _touched(self, group: Any) -> dict[Place, list[int]]:
-        """All positions of a group of torch-pruning's, by place."""
-        touched: dict[Place, set[int]] = defaultdict(set)
+    def _touched(self, group: Any) -> dict[TensorAxis, list[int]]:
+        """All positions of a group of torch-pruning's, by tensor_axis."""
+        touched: dict[TensorAxis, set[int]] = defaultdict(set)
         for item in group.items:
-            for place in self._places(item.dep):
-                touched[place].update(map(int, item.idxs))
-        return {place: sorted(taken) for place, taken in touched.items()}
+            for tensor_axis in self._axes(item.dep):
+                touched[tensor_axis].update(map(int, item.idxs))
+        return {tensor_axis: sorted(taken) for tensor_axis, taken in touched.items()}
 
-    def _places(self, dependency: Any) -> list[Place]:
+    def _axes(self, dependency: Any) -> list[TensorAxis]:
         """Where the output channels, or input channels, that a dependency speaks of are stored."""
         module: Any = dependency.target.module
         if isinstance(module, nn.Parameter):
@@ -220,7 +224,7 @@ def _heads(name: str, module: nn.Module, heads: int) -> Group | None:
     def runs(length: int, starts: Sequence[int] = (0,)) -> list[list[int]]:
         return [[start + unit * length + k for start in starts for k in range(length)] for unit in range(size)]
 
-    places: dict[Place, list[list[int]]] = {(f"{prefix}{last}.weight", 1): runs(each)}
+    axes: dict[TensorAxis, list[list[int]]] = {(f"{prefix}{last}.weight", 1): runs(each)}
     if fused is not None:
         layout = {fused: runs(width, [part * heads * width for part in range(3)])}
     else:
@@ -229,25 +233,25 @@ def _heads(name: str, module: nn.Module, heads: int) -> Group | None:
     for key, taken in layout.items():
         if children[key].out_features != sum(map(len, taken)):
             return None
-        places[f"{prefix}{key}.weight", 0] = taken
+        axes[f"{prefix}{key}.weight", 0] = taken
         if children[key].bias is not None:
-            places[f"{prefix}{key}.bias", 0] = taken
+            axes[f"{prefix}{key}.bias", 0] = taken
     counted = {key: heads // size for key in HEADS if getattr(module, key, None) == heads}
     counted |= dict.fromkeys(sharing, 1)
     counted |= {key: each for key in WIDTHS if getattr(module, key, None) == heads * width}
     counts = {f"{prefix}{key}": count for key, count in counted.items()}
-    kind = "heads" if size == heads else "groups of heads"
-    return Group(name, kind, size, places, ((f"{prefix}{last}.weight", 1),), counts)
+    category = "heads" if size == heads else "groups of heads"
+    return Group(name, category, size, axes, ((f"{prefix}{last}.weight", 1),), counts)
 
 
 def _same_without(model: nn.Module, example: list[Tensor], group: Group) -> bool:
     """Whether the network without a head is, but for rounding, the network in which nobody reads that head."""
     unit = [group.size // 2]
-    reader, _ = group.readers[0]
+    consumer, _ = group.consumers[0]
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)):  # some code insists on float32
         rows = [value.to(dtype) if value.is_floating_point() else value for value in example]
         silent, cut = (copy.deepcopy(model).to(dtype) for _ in range(2))
-        silent.get_parameter(reader).data[:, list(group.places[group.readers[0]][unit[0]])] = 0
+        silent.get_parameter(consumer).data[:, list(group.axes[group.consumers[0]][unit[0]])] = 0
         try:
             with torch.no_grad():
                 ones, others = results(silent, rows), results(remove(cut, removal(model, [(group, unit)])), rows)
@@ -261,12 +265,12 @@ def _same_without(model: nn.Module, example: list[Tensor], group: Group) -> bool
 
 
 def removal(model: nn.Module, chosen: Sequence[tuple[Group, Sequence[int]]]) -> list[dict[str, Any]]:
-    """What edgekit.nn.module.remove takes; places that lose the same positions share a step."""
-    lost: dict[Place, set[int]] = defaultdict(set)
+    """What edgekit.nn.module.remove takes; axes that lose the same positions share a step."""
+    lost: dict[TensorAxis, set[int]] = defaultdict(set)
     attributes = {}
     for group, units in chosen:
-        for place, taken in group.places.items():
-            lost[place].update(at for unit in units for at in taken[unit])
+        for tensor_axis, taken in group.axes.items():
+            lost[tensor_axis].update(at for unit in units for at in taken[unit])
         for name, count in group.counts.items():
             path, _, attribute = name.rpartition(".")
             attributes[name] = getattr(model.get_submodule(path), attribute) - count * len(units)
@@ -274,7 +278,7 @@ def removal(model: nn.Module, chosen: Sequence[tuple[Group, Sequence[int]]]) -> 
     for (name, axis), removed in lost.items():
         if removed:
             shared[ranges(removed)].append(f"{name}:{axis}")
-    steps: list[dict[str, Any]] = [{"removed": removed, "from": places} for removed, places in shared.items()]
+    steps: list[dict[str, Any]] = [{"removed": removed, "from": axes} for removed, axes in shared.items()]
     return [*steps, {"attributes": attributes}] if attributes else steps
 
 

@@ -1,4 +1,4 @@
-"""Share weights: k-means codebooks of 2**bits values per matrix, then train the codebooks (Han et al. 2016, "Deep
+"""Share weights: fit k-means codebooks of 2**bits values per matrix, then train the codebooks (Han et al. 2016, "Deep
 compression", arXiv 1510.00149, section 3). Weights that are zero stay zero."""
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from edgekit.passes.base import (
     unregister,
 )
 
-ITERATIONS = 50  # of Lloyd's algorithm; 300 gain nothing
+ITERATIONS = 50  # of Lloyd's algorithm; 300 bring no further gain
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster(Pass[Candidate]):
-    """`bits`: of an index into a matrix's codebook."""
+    """`bits`: the width of an index into a matrix's codebook."""
 
     name: ClassVar[str] = "cluster"
     summary: ClassVar[str] = "let weights share a few values per matrix, then train those values"
@@ -81,9 +81,10 @@ class Cluster(Pass[Candidate]):
 
 
 def kmeans(weight: Float, clusters: int) -> tuple[npt.NDArray[np.uint8], Float]:
-    """Codes of the weight's shape and a sorted codebook, exact zeros in a cluster of their own. Lloyd's algorithm, from
-    centres as dense as the cube root of the values' own density (Panter & Dite 1951): at 16 clusters it ends within a
-    tenth of the optimum, where quantiles, as dense as the values themselves, end at up to twice the error."""
+    """Return codes of the weight's shape and a sorted codebook; exact zeros have their own cluster. Lloyd's algorithm
+    starts from centres whose density is the cube root of the values' density (Panter & Dite 1951). At 16 clusters this
+    ends within a tenth of the optimum; centres at quantiles, which have the values' own density, end at up to twice the
+    error."""
     values = weight.astype(np.float64).ravel()
     ordered = np.sort(values[values != 0])
     zeros = len(ordered) < len(values)
@@ -94,7 +95,7 @@ def kmeans(weight: Float, clusters: int) -> tuple[npt.NDArray[np.uint8], Float]:
         centres = np.unique(np.interp((np.arange(free) + 0.5) / free * spread[-1], spread, ordered))
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     for _ in range(ITERATIONS):
-        # in one dimension a cluster is a run of the sorted values: between the midpoints of the centres
+        # In one dimension a cluster is an interval of the sorted values, between the midpoints of neighbouring centres.
         edges = np.concatenate([[0], np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2), [len(ordered)]])
         counts = np.diff(edges)
         moved = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centres)
@@ -107,7 +108,7 @@ def kmeans(weight: Float, clusters: int) -> tuple[npt.NDArray[np.uint8], Float]:
     if zeros:
         zero = int(np.searchsorted(palette, 0.0))
         codes[values == 0] = zero
-        # a small weight beside a pruned one is not pruned: it takes the nearer of the two neighbours
+        # only exact zeros are pruned: a small weight in the zero cluster moves to the nearer neighbouring cluster
         stray = (codes == zero) & (values != 0)
         if len(palette) > 1:
             below, above = max(zero - 1, 0), min(zero + 1, len(palette) - 1)
@@ -119,7 +120,7 @@ def kmeans(weight: Float, clusters: int) -> tuple[npt.NDArray[np.uint8], Float]:
 
 class Lookup(nn.Module):
     """Weight = palette[codes], trained through the palette: a shared value's gradient is the sum over its weights. A
-    palette entry of exactly zero is a pruned weight and does not move."""
+    palette entry of exactly zero stands for pruned weights and does not change."""
 
     codes: Tensor
     nonzero_mask: Tensor

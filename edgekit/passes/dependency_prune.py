@@ -1,11 +1,11 @@
-"""Remove the channels and attention heads that the loss would miss least from any torch network, then recover.
+"""Remove the channels and attention heads with the least effect on the loss from any torch network, then recover.
 
-Which weights lose a channel together is read off the network's dependency graph (DepGraph, Fang et al. 2023, arXiv
-2301.12900, section 3; by torch-pruning). Importance is structured_prune's: Taylor expansion of the loss in a gate on
-the unit's output, squared and summed over mini-batches (Molchanov et al. 2019, arXiv 1906.10771, eq. 8).
+The network's dependency graph tells which weights lose a channel together (DepGraph, Fang et al. 2023, arXiv
+2301.12900, section 3; by torch-pruning). Importance is the same as in structured_prune: Taylor expansion of the loss in
+a gate on the unit's output, squared and summed over mini-batches (Molchanov et al. 2019, arXiv 1906.10771, eq. 8).
 
-Nothing is believed unseen: each group is cut on trial, and one that the network cannot run without, or that changes its
-outputs' shape, is left alone and named.
+The pass tests every group: it cuts each one on trial. If the network cannot run without a group, or its outputs change
+their shape, the pass leaves the group alone and names it in the plan.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from edgekit.errors import EdgekitError, unknown
 from edgekit.nn.module import remove
 from edgekit.nn.training import tensors
-from edgekit.nn.units import Group, Place, find_groups, removal, results
+from edgekit.nn.units import Group, TensorAxis, find_groups, removal, results
 from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, example_inputs, loss, recover
 
 SAMPLES, BATCH = 1024, 64  # for importance, as in structured_prune
-MOST = 0.9  # of a group's units at most, when groups compete: an empty layer cuts the network in two
-# what was found of a network, by pass and arguments: cutting every group on trial takes half a minute of a transformer
+MOST = 0.9  # the largest share of a group's units that competition may remove: an empty layer cuts the network in two
+# The groups of a network, by pass and arguments: cutting every group of a transformer on trial takes half a minute.
 _found: WeakKeyDictionary[nn.Module, dict[str, tuple[list[Group], dict[str, str]]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class DependencyPrune(Pass[Candidate]):
     """`sparsity`: share of each group's channels or heads to remove; `layers`: other shares, by shell-style patterns of
-    layer names, the last match wins, 0 leaves a layer alone."""
+    layer names. The last match wins, and 0 leaves a layer alone."""
 
     name: ClassVar[str] = "dependency_prune"
     summary: ClassVar[str] = "remove channels and attention heads of any network, then recover"
@@ -45,8 +45,9 @@ class DependencyPrune(Pass[Candidate]):
 
     sparsity: float
     layers: Mapping[str, float] = field(default_factory=dict)
-    round_to: int = 8  # channels left are a multiple: what a vector register, and int8 tensor cores, take at once
-    global_ranking: bool = False  # let groups compete for what is removed in all, rather than each give its share
+    # remaining channels are a multiple of this: a vector register, and int8 tensor cores, take so many at once
+    round_to: int = 8
+    global_ranking: bool = False  # groups compete for the total that is removed, instead of each losing the same share
     importance: str = "taylor"  # or "magnitude", which needs no data
     epochs: int = 8
     learning_rate: float = 2e-3
@@ -65,14 +66,14 @@ class DependencyPrune(Pass[Candidate]):
         state = candidate.model.state_dict()
         groups, alone = self._groups(candidate)
         changes = []
-        lost: dict[Place, int] = defaultdict(int)
+        lost: dict[TensorAxis, int] = defaultdict(int)
         for group in groups:
-            for place, taken in group.places.items():
-                lost[place] += sum(len(taken[unit]) for unit in range(group.size - self._left(group)))
+            for tensor_axis, taken in group.axes.items():
+                lost[tensor_axis] += sum(len(taken[unit]) for unit in range(group.size - self._left(group)))
         for group in groups:
-            text = f"{self._left(group)} of {group.size} {group.kind} of {group.name}"
-            text += ", or as many as others leave it" * self.global_ranking
-            for name in dict.fromkeys(name for name, _ in group.places):
+            text = f"{self._left(group)} of {group.size} {group.category} of {group.name}"
+            text += ", or as many as the ranking of all groups keeps" * self.global_ranking
+            for name in dict.fromkeys(name for name, _ in group.axes):
                 before = tuple(state[name].shape)
                 after = tuple(length - lost[name, axis] for axis, length in enumerate(before))
                 changes.append(Change(name, str(before), f"{after}: {text}"))
@@ -95,21 +96,22 @@ class DependencyPrune(Pass[Candidate]):
         model = remove(candidate.copy_model(), steps)
         try:
             results(model, example_inputs(candidate))
-        except Exception as error:  # whatever somebody's code raises
+        except Exception as error:  # the network's own code may raise anything
             raise EdgekitError(
-                f"the network runs without the units of any one group, not without those of all "
-                f'({str(error)[:120]}); leave some alone, such as layers = {{"{groups[0].name}" = 0}}'
+                f"the network runs if one group is cut, but not if all are cut "
+                f'({str(error)[:120]}); leave some groups alone, such as layers = {{"{groups[0].name}" = 0}}'
             ) from error
         pruned = [*candidate.arguments.get("pruned", ()), *steps]
         model = recover(model, context, self.epochs, self.learning_rate, self.name)
         return Candidate(candidate.family, {**candidate.arguments, "pruned": pruned}, model)
 
     def groups(self, candidate: Candidate) -> list[str]:
-        """Names of what is removed from."""
+        """Return the names of the groups that the pass prunes."""
         return [group.name for group in self._groups(candidate)[0]]
 
     def _groups(self, candidate: Candidate) -> tuple[list[Group], dict[str, str]]:
-        """What is removed from, and what is left alone, why. A plan and its application ask the same."""
+        """Return the groups to prune, and the groups to leave alone with the reason. `plan` and `apply` both call
+        this."""
         known = _found.setdefault(candidate.model, {})
         key = f"{self!r}, {candidate.family}, {dict(candidate.arguments)!r}"
         if key not in known:
@@ -135,7 +137,7 @@ class DependencyPrune(Pass[Candidate]):
         for group in found:
             if self._left(group) == group.size:
                 if self._share(group) > 0:
-                    alone[group.name] = f"{group.size} {group.kind}; none can go at multiples of {group.step}"
+                    alone[group.name] = f"{group.size} {group.category}; none can go at multiples of {group.step}"
             elif reason := _obstacle(model, example, shapes, group, self._left(group)):
                 alone[group.name] = reason
             else:
@@ -147,15 +149,15 @@ class DependencyPrune(Pass[Candidate]):
         return shares[-1] if shares else self.sparsity
 
     def _left(self, group: Group) -> int:
-        """Units that stay, when each group gives its own share."""
+        """Return the number of units that stay if each group loses its own share."""
         wanted = group.size * (1 - self._share(group))
         return min(group.size, max(1, round(wanted / group.step)) * group.step)
 
     def _kept(self, groups: Sequence[Group], scores: Sequence[Tensor]) -> list[int]:
-        """Units that stay in each group."""
+        """Return the number of units that stay in each group."""
         if not self.global_ranking:
             return [self._left(group) for group in groups]
-        # scores of different groups are of different units: an average one counts 1 everywhere
+        # scores of different groups have different units, so each group's mean score counts as 1
         scaled = [score / score.mean().clamp(min=1e-30) for score in scores]
         removed = sum(group.size - self._left(group) for group in groups)
         limit = torch.cat(scaled).kthvalue(max(1, removed)).values
@@ -167,8 +169,8 @@ class DependencyPrune(Pass[Candidate]):
 
 
 def _obstacle(model: nn.Module, example: list[Tensor], shapes: list[torch.Size], group: Group, left: int) -> str:
-    """Why the network, whose outputs have these shapes, cannot do without the group's first units, or nothing."""
-    if group.counts:  # heads, which have been cut on trial when they were found
+    """Say why the network, whose outputs have these shapes, cannot lose the group's first units; "" if it can."""
+    if group.counts:  # heads were already cut on trial when they were found
         return ""
     units = _least(group, torch.arange(group.size, dtype=torch.float32), group.size - left)
     try:
@@ -176,14 +178,14 @@ def _obstacle(model: nn.Module, example: list[Tensor], shapes: list[torch.Size],
         with torch.no_grad():
             after = [value.shape for value in results(cut, example)]
     except EdgekitError:
-        return "they are read in an order that torch-pruning does not see"
-    except Exception as error:  # whatever somebody's code raises
+        return "torch-pruning does not see the order in which they are read"
+    except Exception as error:  # the network's own code may raise anything
         return f"the network does not run without them ({str(error)[:120]})"
     return "" if after == shapes else "they are outputs of the network"
 
 
 def _least(group: Group, scores: Tensor, count: int) -> list[int]:
-    """The `count` units of the lowest scores, equally many of each share."""
+    """Return the `count` units with the lowest scores, the same number from each share."""
     parts = scores.reshape(group.shares, -1)
     order = parts.argsort(dim=1, stable=True)[:, : count // group.shares]
     first = torch.arange(group.shares).unsqueeze(1) * parts.shape[1]
@@ -191,37 +193,37 @@ def _least(group: Group, scores: Tensor, count: int) -> list[int]:
 
 
 def _taylor(model: nn.Module, groups: Sequence[Group], context: Context) -> list[Tensor]:
-    """(units,) for each group: how much the loss would change to first order if nobody read the unit."""
+    """Return (units,) for each group: the first-order change of the loss if no consumer read the unit."""
     scores = [torch.zeros(group.size) for group in groups]
-    places = [group.readers or tuple(group.places)[:1] for group in groups]
+    chosen_axes = [group.consumers or tuple(group.axes)[:1] for group in groups]
     rows = torch.randperm(len(context.train), generator=torch.Generator().manual_seed(context.seed))[:SAMPLES].numpy()
     for start in range(0, len(rows), BATCH):
         batch = context.train.take(rows[start : start + BATCH])
         model.zero_grad()
         output = results(model, tensors(batch))[0]
-        # a network's own output as its aim would have no gradient; to be nothing is an aim that has one
-        aim = output.detach() if output.ndim == 2 else torch.zeros_like(output)
-        loss(output, batch.labels, context.train.labels, aim).backward()
-        for group, chosen, score in zip(groups, places, scores, strict=True):
-            score += sum(_per_unit(model, group, place, taylor=True) for place in chosen) ** 2
+        # with its own output as the target, the loss has no gradient; with zeros as the target it has one
+        expected = output.detach() if output.ndim == 2 else torch.zeros_like(output)
+        loss(output, batch.labels, context.train.labels, expected).backward()
+        for group, chosen, score in zip(groups, chosen_axes, scores, strict=True):
+            score += sum(_per_unit(model, group, tensor_axis, taylor=True) for tensor_axis in chosen) ** 2
     return scores
 
 
 def _magnitude(model: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
-    """(units,) for each group: the square of all weights that go with the unit."""
+    """Return (units,) for each group: the sum of squares of all weights that belong to the unit."""
     return [
-        torch.stack([_per_unit(model, group, place, taylor=False) for place in group.places]).sum(dim=0)
+        torch.stack([_per_unit(model, group, tensor_axis, taylor=False) for tensor_axis in group.axes]).sum(dim=0)
         for group in groups
     ]
 
 
-def _per_unit(model: nn.Module, group: Group, place: Place, *, taylor: bool) -> Tensor:
-    """(units,) sums over the positions of each: of weight x gradient, or of squared weights."""
-    name, axis = place
+def _per_unit(model: nn.Module, group: Group, tensor_axis: TensorAxis, *, taylor: bool) -> Tensor:
+    """Return (units,) sums over the indices of each unit: of weight x gradient, or of squared weights."""
+    name, axis = tensor_axis
     path, _, attribute = name.rpartition(".")
     value = getattr(model.get_submodule(path), attribute).detach()
     other = getattr(model.get_submodule(path), attribute).grad if taylor else value
     if other is None:
         return torch.zeros(group.size)
     along = (value * other).movedim(axis, 0).flatten(1).sum(dim=1) if value.ndim > 1 else value * other
-    return torch.stack([along[list(taken)].sum() for taken in group.places[place]])
+    return torch.stack([along[list(taken)].sum() for taken in group.axes[tensor_axis]])

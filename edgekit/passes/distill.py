@@ -43,7 +43,7 @@ class Distill(Pass[Candidate]):
         return [Change("all", f"{before} parameters", f"{after} parameters, trained for {self.epochs} epochs")]
 
     def _arguments(self, candidate: Candidate) -> dict[str, Any]:
-        """The student's. What was pruned from the model is not: the student is whole."""
+        """Return the student's arguments. They do not inherit units pruned from the model: the student is unpruned."""
         if candidate.family != "module":
             return {**candidate.arguments, **self.student}
         own = {**candidate.arguments.get("arguments", {}), **self.student}
@@ -54,7 +54,9 @@ class Distill(Pass[Candidate]):
         torch.manual_seed(context.seed)
         student = build(candidate.family, arguments)
         if context.teacher is None:
-            raise EdgekitError("distill: the model came as a graph, which is no network to learn from")
+            raise EdgekitError(
+                "distill: the model came as a graph and has no network to learn from; leave this pass out"
+            )
         row = tensors(context.train.take(np.arange(1)))
         try:
             fits = [value.shape for value in results(student, row)] == [

@@ -1,6 +1,6 @@
-"""Matrix products in int8: weights quantized once, one scale per output column; activations while the model runs, by
-the range of the batch at hand (onnxruntime's dynamic quantization). Only MatMul and Gemm by default: convolutions and
-embeddings lose more than they gain."""
+"""Matrix products in int8. The weights are quantized once, with one scale per output column; the activations are
+quantized while the model runs, by the range of each batch (onnxruntime's dynamic quantization). By default the pass
+quantizes only MatMul and Gemm: convolutions and embeddings lose more than they gain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPERATORS = ("MatMul", "Gemm", "Conv")
 
 @dataclass(frozen=True, slots=True)
 class DynamicInt8(Pass[GraphCandidate]):
-    """`operators`: which are quantized; `exclude`: names of nodes that stay in float32."""
+    """`operators`: the operator types to quantize; `exclude`: names of nodes that stay in float32."""
 
     name: ClassVar[str] = "dynamic_int8"
     summary: ClassVar[str] = "int8 matrix products, activations quantized as the model runs"
@@ -37,8 +37,8 @@ class DynamicInt8(Pass[GraphCandidate]):
 
     operators: tuple[str, ...] = ("MatMul", "Gemm")
     exclude: tuple[str, ...] = ()
-    # x86 CPUs without VNNI add two products in 16 bits, which overflows with weights of 8: on such a CPU t2's
-    # probabilities moved by up to 0.28 instead of 0.015. With 7 every CPU computes the same
+    # x86 CPUs without VNNI add two products in 16 bits, which overflows with 8-bit weights: on such a CPU t2's
+    # probabilities changed by up to 0.28 instead of 0.015. With 7 bits every CPU computes the same.
     weight_bits: int = 7
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class DynamicInt8(Pass[GraphCandidate]):
         model = candidate.copy_model()
         chosen, _ = products(model, self.operators, self.exclude)
         nodes = [use.node.name for weight in chosen for use in weight.uses]
-        nodes += [f"{name}_MatMul" for name in nodes]  # what onnxruntime calls a Gemm that it has split
+        nodes += [f"{name}_MatMul" for name in nodes]  # onnxruntime splits a Gemm and gives its product this name
         quantize = partial(
             quantize_dynamic,
             model,
@@ -81,11 +81,11 @@ def check_weight_bits(bits: int) -> None:
 
 
 def products(model: ModelProto, operators: Sequence[str], exclude: Sequence[str]) -> tuple[list[Weight], list[Change]]:
-    """Weights whose products can be quantized, and the plan that says so of every weight. Nodes without names are given
-    some.
+    """Return the weights whose products can be quantized, and a plan with a line for every weight. Nodes without names
+    get names.
 
-    A weight is quantized for all that read it or not at all: codes for one reader beside float32 for another would make
-    the file larger.
+    A weight is quantized for all its consumers or for none: codes for one consumer and a float32 copy for another would
+    make the file larger.
     """
     name_nodes(model)
     if strange := set(exclude) - {node.name for node in model.graph.node}:
@@ -116,9 +116,9 @@ def products(model: ModelProto, operators: Sequence[str], exclude: Sequence[str]
 
 
 def _obstacle(weight: Weight, operators: Sequence[str], exclude: Sequence[str]) -> str:
-    """Why a weight cannot be quantized, or nothing."""
+    """Say why a weight cannot be quantized; "" if it can."""
     if len(weight.uses) + len(weight.others) == 1 and weight.uses[0].transposed:
-        return "behind a Transpose, where onnxruntime does not quantize; the pass 'fold' removes it"
+        return "onnxruntime does not quantize a weight behind a Transpose; the pass 'fold' removes it"
     if weight.others or len(weight.axes) > 1 or any(use.transposed for use in weight.uses):
         return f"tied, read by {weight.consumers}"
     kept = [use.node for use in weight.uses if use.node.op_type not in operators or use.node.name in exclude]
@@ -130,14 +130,14 @@ def _obstacle(weight: Weight, operators: Sequence[str], exclude: Sequence[str]) 
     if scaled:
         return f"{scaled[0]} has alpha or beta, which onnxruntime does not quantize; the pass 'fold' removes them"
     if len(weight.shape) != 2 and weight.uses[0].node.op_type != "Conv":
-        return f"{len(weight.shape)} dimensions, onnxruntime scales matrices only"
+        return f"it has {len(weight.shape)} dimensions, and onnxruntime scales matrices only"
     return ""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what onnxruntime's quantizers print: counts of tensors, and advice to preprocess graphs that are folded
-    already."""
+    """Suppress the output of onnxruntime's quantizers: counts of tensors, and advice to preprocess graphs that are
+    folded already."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:

@@ -1,5 +1,5 @@
-"""Take out of a graph what need not be there: values that depend on no input are computed once, operators that scale or
-shift are folded into the weights beside them, what does nothing is removed, equal tensors are stored once.
+"""Simplify a graph: compute values that depend on no input once, fold operators that scale or shift into the weights of
+their neighbours, remove operators without effect, store equal tensors once.
 
     Conv -> BatchNormalization                    Conv
     MatMul, Gemm, LayerNormalization -> Mul c     the same with scaled weights
@@ -7,8 +7,8 @@ shift are folded into the weights beside them, what does nothing is removed, equ
     Mul c -> MatMul, Gemm                         the same with scaled rows
     Add c -> Add d, Mul c -> Mul d                one of them
 
-Nothing is folded that makes the file larger. A weight that several nodes read is never changed for one of them, and a
-Transpose of it is never written out: tied stays tied.
+The pass folds nothing that makes the file larger. If a weight has several consumers, it is never changed for one of
+them, and its Transpose is never stored as a copy: tied weights stay tied.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ RANDOM = (
 
 @dataclass(frozen=True, slots=True)
 class Fold(Pass[GraphCandidate]):
-    """No parameters: every rule leaves the function as it is, to rounding."""
+    """The pass has no parameters: every rule keeps the function of the graph, up to rounding."""
 
     name: ClassVar[str] = "fold"
     summary: ClassVar[str] = "fold constants and scaling operators into weights, store equal tensors once"
     level: ClassVar[Level] = Level.GRAPH
-    prepares: ClassVar[bool] = True  # kept if it loses nothing, for the sake of the passes after it
+    prepares: ClassVar[bool] = True  # kept for later passes if it loses nothing
 
     def plan(self, candidate: GraphCandidate) -> list[Change]:
         return _folded(candidate)[1]
@@ -56,16 +56,18 @@ class Fold(Pass[GraphCandidate]):
 
 
 def _folded(candidate: GraphCandidate) -> tuple[ModelProto, list[Change]]:
-    """The graph after every rule that applies, again and again until none does, and what was done."""
+    """Apply every rule until none applies. Return the graph and the list of changes."""
     model = candidate.copy_model()
     if any(item.HasField("g") or item.graphs for node in model.graph.node for item in node.attribute):
-        raise EdgekitError("fold: the graph has branches or loops, which this pass does not follow; leave it out")
+        raise EdgekitError(
+            "fold: the graph has branches or loops, which this pass does not support; leave this pass out"
+        )
     name_nodes(model)
     changes: list[Change] = []
     parts = len(model.graph.node) + len(model.graph.initializer)
     eliminate_dead_nodes(model)
     if unread := parts - len(model.graph.node) - len(model.graph.initializer):
-        changes.append(Change("graph", f"{unread} nodes and tensors that nothing reads", "removed"))
+        changes.append(Change("graph", f"{unread} nodes and tensors without consumers", "removed"))
     widths, refused = _widths(model), set[str]()
     while True:
         graph = _Graph(model, widths, refused)
@@ -74,62 +76,64 @@ def _folded(candidate: GraphCandidate) -> tuple[ModelProto, list[Change]]:
             break
         changes.append(found)
         eliminate_dead_nodes(model)
-    changes += [Change(name, "a tensor of its own", f"one with {first}") for name, first in graph.merge_equal()]
+    changes += [Change(name, "separate tensor", f"merged with {first}") for name, first in graph.merge_equal()]
     eliminate_dead_nodes(model)
     if not changes:
         raise EdgekitError("fold: there is nothing to fold in this graph; leave this pass out")
-    model.graph.ClearField("value_info")  # of values that are no more
+    model.graph.ClearField("value_info")  # it describes values that no longer exist
     return model, changes
 
 
 def _widths(model: ModelProto) -> dict[str, int]:
-    """Length of each value's last axis, where ONNX can tell."""
+    """Return the length of each value's last axis, if ONNX can infer it."""
     inferred = shape_inference.infer_shapes(model).graph
     axes = {value.name: value.type.tensor_type.shape.dim for value in (*inferred.value_info, *inferred.input)}
     return {name: axis[-1].dim_value for name, axis in axes.items() if len(axis) and axis[-1].dim_value}
 
 
 class _Graph:
-    """What rules ask about a graph, and what they do to it."""
+    """A graph with the queries and changes that the rules need."""
 
     def __init__(self, model: ModelProto, widths: Mapping[str, int], refused: set[str]) -> None:
         self.model, self.widths = model, widths
-        self.refused = refused  # nodes whose result would make the file larger: not computed again in every round
+        # nodes whose result would make the file larger: they are not computed again in every round
+        self.refused = refused
         self.index = Index(model)
         self.stored, self.producers, self.outputs = self.index.initializers, self.index.producers, self.index.outputs
 
-    def read_times(self, name: str) -> int:
-        """How many inputs of nodes, subgraphs included, and outputs of the graph read a value."""
+    def count_consumptions(self, name: str) -> int:
+        """Return how many inputs of nodes (subgraphs included) and outputs of the graph read a value."""
         return len(self.index.consumptions(name))
 
     def array(self, name: str) -> Array | None:
-        """A stored float32 tensor."""
+        """Return a stored float32 tensor."""
         tensor = self.stored.get(name)
         return numpy_helper.to_array(tensor) if tensor is not None and tensor.data_type == TensorProto.FLOAT else None
 
     def own(self, name: str) -> Array | None:
-        """A stored float32 tensor that one node alone reads, which a rule may therefore change; a vector may also be
-        shared, such as the ones that normalizations begin with."""
+        """Return a stored float32 tensor that a rule may change because it has a single consumer. A vector may have
+        several: normalizations often share one, so the rule stores a new vector."""
         found = self.array(name)
-        return found if found is not None and (self.read_times(name) == 1 or found.ndim < 2) else None
+        return found if found is not None and (self.count_consumptions(name) == 1 or found.ndim < 2) else None
 
     def store(self, near: str, array: Array) -> str:
-        """A new tensor, named after one that it takes the place of."""
+        """Store a new tensor, with a name derived from the one that it replaces."""
         name = unique_name(f"{near}.folded", value_names(self.model)) if near in value_names(self.model) else near
         self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def only_reader(self, name: str) -> NodeProto | None:
-        """The node that alone reads a value, if it is no output of the graph."""
+    def only_consumer(self, name: str) -> NodeProto | None:
+        """Return the only consumer of a value; None if it has others or is an output of the graph."""
         return self.index.only_consumer(name)
 
-    def take_out(self, node: NodeProto, before: NodeProto) -> None:
-        """Remove a node whose work the one before it now does."""
+    def absorb(self, node: NodeProto, before: NodeProto) -> None:
+        """Remove a node after the node before it has taken over its work."""
         self.model.graph.node.remove(node)
         before.output[0] = node.output[0]
 
     def bypass(self, node: NodeProto) -> bool:
-        """Remove a node whose output is its input; False where the graph's own names are in the way."""
+        """Remove a node whose output is its input; return False if names of the graph's inputs and outputs forbid
+        it."""
         source, target = node.input[0], node.output[0]
         if target in self.outputs:
             producer = self.producers.get(source)
@@ -143,7 +147,7 @@ class _Graph:
         return True
 
     def merge_equal(self) -> list[tuple[str, str]]:
-        """Make readers of equal tensors read the first of them; pairs of names."""
+        """Give the consumers of equal tensors the first of them; return pairs of names."""
         seen: dict[tuple[int, tuple[int, ...], bytes], str] = {}
         same: dict[str, str] = {}
         for name, tensor in self.stored.items():
@@ -156,7 +160,8 @@ class _Graph:
 
 
 def _constant(graph: _Graph, node: NodeProto) -> Change | None:
-    """A node that reads stored tensors alone, where its result takes no more bytes than it and what it alone read."""
+    """Compute a node that reads stored tensors only, if its result takes no more bytes than the node and the tensors
+    that it alone reads."""
     if node.op_type == "Constant":
         values = _evaluate(graph, node)
     else:
@@ -165,9 +170,11 @@ def _constant(graph: _Graph, node: NodeProto) -> Change | None:
             return None
         if not all(name in graph.stored for name in reads):
             return None
-        if node.op_type == "Transpose" and graph.read_times(reads[0]) != 1:
-            return None  # the tensor stays for its other readers: this would be a second copy
-        freed = sum(graph.stored[name].ByteSize() for name in set(reads) if graph.read_times(name) == reads.count(name))
+        if node.op_type == "Transpose" and graph.count_consumptions(reads[0]) != 1:
+            return None  # the tensor stays for its other consumers, so the result would be a second copy
+        freed = sum(
+            graph.stored[name].ByteSize() for name in set(reads) if graph.count_consumptions(name) == reads.count(name)
+        )
         values = _evaluate(graph, node)
         if sum(value.nbytes for value in values) > freed + node.ByteSize():
             graph.refused.add(node.name)
@@ -182,7 +189,7 @@ def _constant(graph: _Graph, node: NodeProto) -> Change | None:
 
 
 def _evaluate(graph: _Graph, node: NodeProto) -> list[Array]:
-    """What a node makes of stored tensors, by ONNX's reference implementation."""
+    """Compute a node's outputs from stored tensors by ONNX's reference implementation."""
     feeds = {name: numpy_helper.to_array(graph.stored[name]) for name in node.input if name}
     inputs = [
         helper.make_tensor_value_info(name, graph.stored[name].data_type, array.shape) for name, array in feeds.items()
@@ -195,7 +202,7 @@ def _evaluate(graph: _Graph, node: NodeProto) -> list[Array]:
 
 
 def _common_subexpression(graph: _Graph, node: NodeProto) -> Change | None:
-    """A Transpose of a stored tensor after an equal one."""
+    """Merge a Transpose of a stored tensor with an equal earlier one."""
     if node.op_type != "Transpose" or node.input[0] not in graph.stored or node.output[0] in graph.outputs:
         return None
     for other in graph.model.graph.node:
@@ -206,22 +213,22 @@ def _common_subexpression(graph: _Graph, node: NodeProto) -> Change | None:
             graph.model.graph.node.remove(node)
             for consumer in graph.model.graph.node:
                 consumer.input[:] = [other.output[0] if name == node.output[0] else name for name in consumer.input]
-            return Change(node.name, "Transpose", f"one with {other.name}")
+            return Change(node.name, "Transpose", f"merged with {other.name}")
     return None
 
 
-def _does_nothing(graph: _Graph, node: NodeProto) -> Change | None:
-    """Identity, and Dropout outside training."""
+def _without_effect(graph: _Graph, node: NodeProto) -> Change | None:
+    """Remove Identity, and Dropout outside training."""
     training = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]
-    mask = len(node.output) > 1 and bool(graph.read_times(node.output[1]))
+    mask = len(node.output) > 1 and bool(graph.count_consumptions(node.output[1]))
     if node.op_type not in ("Identity", "Dropout") or training or mask or not graph.bypass(node):
         return None
     return Change(node.name, node.op_type, "removed")
 
 
 def _batch_normalization(graph: _Graph, node: NodeProto) -> Change | None:
-    """Conv, then BatchNormalization: y = (w x + b - mean) gamma / sqrt(variance + epsilon) + beta."""
-    after = graph.only_reader(node.output[0]) if node.op_type == "Conv" else None
+    """Fold a BatchNormalization into its Conv: y = (w x + b - mean) gamma / sqrt(variance + epsilon) + beta."""
+    after = graph.only_consumer(node.output[0]) if node.op_type == "Conv" else None
     if after is None or after.op_type != "BatchNormalization" or after.input[0] != node.output[0]:
         return None
     weight = graph.own(node.input[1])
@@ -236,15 +243,15 @@ def _batch_normalization(graph: _Graph, node: NodeProto) -> Change | None:
     shape = (-1, *[1] * (weight.ndim - 1))
     _reads(graph, node, 1, weight * factor.reshape(shape))
     _reads(graph, node, 2, (bias - mean) * factor + beta, f"{node.name}.bias")
-    graph.take_out(after, node)
+    graph.absorb(after, node)
     return Change(after.name, "BatchNormalization", f"folded into {node.name}")
 
 
 def _scaled_after(graph: _Graph, node: NodeProto) -> Change | None:
-    """A product or a normalization, then Mul or Add with a constant per feature."""
+    """Fold a Mul or Add with a constant per feature into the product or normalization before it."""
     if node.op_type not in ("MatMul", "Gemm", "LayerNormalization") or len(node.output) > 1:
         return None
-    after = graph.only_reader(node.output[0])
+    after = graph.only_consumer(node.output[0])
     if after is None or after.op_type not in ("Mul", "Add"):
         return None
     weight = graph.own(node.input[1])
@@ -265,20 +272,20 @@ def _scaled_after(graph: _Graph, node: NodeProto) -> Change | None:
         return None
     if after.op_type == "Add":
         if node.op_type == "MatMul":
-            return None  # it has no bias of its own
+            return None  # the node has no bias
         _reads(graph, node, 2, bias + vector, f"{node.name}.bias")
     else:
         transposed = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
         _reads(graph, node, 1, weight * (vector[:, None] if transposed else vector))
         if len(node.input) > 2:
             _reads(graph, node, 2, bias * vector)
-    graph.take_out(after, node)
+    graph.absorb(after, node)
     return Change(after.name, after.op_type, f"folded into {node.name}")
 
 
 def _scaled_before(graph: _Graph, node: NodeProto) -> Change | None:
-    """Mul with a constant per feature, then a product that alone reads it."""
-    after = graph.only_reader(node.output[0]) if node.op_type == "Mul" else None
+    """Fold a Mul with a constant per feature into the product that is its only consumer."""
+    after = graph.only_consumer(node.output[0]) if node.op_type == "Mul" else None
     if after is None or after.op_type not in ("MatMul", "Gemm") or after.input[0] != node.output[0]:
         return None
     constant = graph.array(node.input[1])
@@ -289,7 +296,7 @@ def _scaled_before(graph: _Graph, node: NodeProto) -> Change | None:
         return None
     transposed = after.op_type == "Gemm" and bool(attribute(after, "transB", 0))
     vector = _per_feature(constant, weight.shape[1 if transposed else 0], 2 if after.op_type == "Gemm" else 1)
-    if vector is None or graph.widths.get(node.input[slot]) != len(vector):  # it might widen a value of width 1
+    if vector is None or graph.widths.get(node.input[slot]) != len(vector):  # it might broadcast a value of width 1
         return None
     _reads(graph, after, 1, weight * (vector if transposed else vector[:, None]))
     after.input[0] = node.input[slot]
@@ -297,9 +304,9 @@ def _scaled_before(graph: _Graph, node: NodeProto) -> Change | None:
     return Change(node.name, "Mul", f"folded into {after.name}")
 
 
-def _twice(graph: _Graph, node: NodeProto) -> Change | None:
-    """Add and Add, or Mul and Mul, with constants of one shape."""
-    after = graph.only_reader(node.output[0]) if node.op_type in ("Add", "Mul") else None
+def _repeated(graph: _Graph, node: NodeProto) -> Change | None:
+    """Merge Add and Add, or Mul and Mul, with constants of one shape."""
+    after = graph.only_consumer(node.output[0]) if node.op_type in ("Add", "Mul") else None
     if after is None or after.op_type != node.op_type:
         return None
     first = next((name for name in node.input if graph.array(name) is not None), None)
@@ -313,7 +320,7 @@ def _twice(graph: _Graph, node: NodeProto) -> Change | None:
         return None
     both = one.astype(np.float64) + other if node.op_type == "Add" else one.astype(np.float64) * other
     _reads(graph, node, list(node.input).index(first), both)
-    graph.take_out(after, node)
+    graph.absorb(after, node)
     return Change(after.name, after.op_type, f"folded into {node.name}")
 
 
@@ -322,7 +329,7 @@ def _plain(node: NodeProto) -> bool:
 
 
 def _factors(graph: _Graph, node: NodeProto) -> Change | None:
-    """alpha and beta of a Gemm, into its weights."""
+    """Fold alpha and beta of a Gemm into its weights."""
     if node.op_type != "Gemm" or all(attribute(node, key, 1.0) == 1 for key in ("alpha", "beta")):
         return None
     weight = graph.own(node.input[1])
@@ -338,15 +345,15 @@ def _factors(graph: _Graph, node: NodeProto) -> Change | None:
 
 
 def _per_feature(constant: Array, features: int, rank: int) -> Array | None:
-    """A constant that broadcasts along the last axis alone, as (features,) float64; None for any other shape, and for
-    one of more axes than the result surely has."""
+    """Return a constant that broadcasts along the last axis only, as (features,) float64. Return None for any other
+    shape, and if it may have more axes than the result."""
     if constant.ndim > rank or constant.size not in (1, features) or constant.shape[-1:] not in ((), (1,), (features,)):
         return None
     return np.broadcast_to(constant.reshape(-1).astype(np.float64), (features,))
 
 
 def _reads(graph: _Graph, node: NodeProto, slot: int, array: Array, name: str | None = None) -> None:
-    """Give a node a new float32 tensor as its input; the old one goes when nothing reads it."""
+    """Give a node a new float32 tensor as its input; the old one is removed if it has no other consumer."""
     near = name or node.input[slot]
     while len(node.input) <= slot:
         node.input.append("")
@@ -354,12 +361,12 @@ def _reads(graph: _Graph, node: NodeProto, slot: int, array: Array, name: str | 
 
 
 RULES: tuple[Callable[[_Graph, NodeProto], Change | None], ...] = (
-    _does_nothing,
+    _without_effect,
     _common_subexpression,
     _constant,
     _batch_normalization,
     _factors,
     _scaled_after,
     _scaled_before,
-    _twice,
+    _repeated,
 )

@@ -1,6 +1,6 @@
-"""A matrix as the product of two thin ones, by truncated singular value decomposition. With `activations`, the inputs
-seen on training data are whitened first, so that the error of the outputs is least instead of that of the weights
-(SVD-LLM, Wang et al. 2024, arXiv 2403.07378, section 3.1):
+"""Replace a matrix by the product of two thin ones, by truncated singular value decomposition. With `activations`, the
+pass whitens the inputs seen on training data first, so that it minimizes the error of the outputs instead of the
+weights' error (SVD-LLM, Wang et al. 2024, arXiv 2403.07378, section 3.1):
 
     sum of x x^T = L L^T,   L^T W = U S V^T,   W ~ (L^-T U_r) (S_r V_r^T)
 
@@ -30,24 +30,25 @@ from edgekit.graph.model import (
 )
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass, at_least
 
-DAMPING = 1e-6  # of the mean, added to the second moment's diagonal: inputs that never vary have no inverse
+# relative to the mean; added to the second moment's diagonal, because inputs that never vary have no inverse
+DAMPING = 1e-6
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank(Pass[GraphCandidate]):
-    """`rank`: of every matrix; 0: as many as hold `energy` of the squared singular values. `samples`: rows of the
-    training data to look at."""
+    """`rank`: the rank of every matrix; 0 chooses the least that holds `energy` of the squared singular values.
+    `samples`: rows of the training data for calibration."""
 
     name: ClassVar[str] = "low_rank"
-    summary: ClassVar[str] = "matrices as products of two thin ones, where that saves"
+    summary: ClassVar[str] = "replace matrices by products of two thin ones if that is smaller"
     level: ClassVar[Level] = Level.GRAPH
 
     rank: int = 0
-    energy: float = 0.99  # 1 % of an output's variance is what int8 loses too
+    energy: float = 0.99  # a loss of 1 % of an output's variance is as large as that of int8
     activations: bool = True
     samples: int = 256
-    include: tuple[str, ...] = ("*",)  # patterns of weights' names
+    include: tuple[str, ...] = ("*",)  # patterns of the names of weights
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank, 0, 1_000_000)
@@ -77,7 +78,8 @@ class LowRank(Pass[GraphCandidate]):
             context.progress(self.name, number, len(chosen))
         if not done:
             raise EdgekitError(
-                f"low_rank: no matrix gets smaller at energy = {self.energy:g}; set less, or a rank, or leave this out"
+                f"low_rank: no matrix gets smaller at energy = {self.energy:g}; set a lower energy or a rank, or "
+                "leave this pass out"
             )
         eliminate_dead_nodes(model)
         return GraphCandidate(model)
@@ -86,9 +88,9 @@ class LowRank(Pass[GraphCandidate]):
         name_nodes(model)
         chosen, changes = [], []
         for weight in chosen_weights(model, self.include):
-            rank = f"rank {self.rank}" if self.rank else f"the rank that holds {self.energy:.1%}, if that saves"
+            rank = f"rank {self.rank}" if self.rank else f"the rank that holds {self.energy:.1%}, if that is smaller"
             if reason := self._obstacle(model, weight):
-                rank = f"left whole: {reason}"
+                rank = f"left as it is: {reason}"
             else:
                 chosen.append(weight)
             changes.append(Change(weight.name, f"{weight.shape}", rank))
@@ -101,15 +103,15 @@ class LowRank(Pass[GraphCandidate]):
         if weight.others or len(weight.axes) > 1 or any(use.transposed for use in weight.uses):
             return f"tied or behind a Transpose, read by {weight.consumers}"
         if any(_is_factor(model, use.node) for use in weight.uses):
-            return "one of two factors already"
+            return "it is one of two factors already"
         if self.rank and not _saves(self.rank, weight.shape):
-            return f"rank {self.rank} saves nothing"
+            return f"rank {self.rank} makes it no smaller"
         return ""
 
 
 def factors(weight: Float64, second: Float64 | None) -> tuple[Float64, Float64, Float64]:
-    """left (in, k), right (k, out) and the k singular values, largest first, of a weight (in, out): cut after any r,
-    the product is the best of that rank for inputs with this second moment (in, in)."""
+    """Return left (in, k), right (k, out) and the k singular values, largest first, of a weight (in, out). If both are
+    cut after any r, their product is the best of that rank for inputs with this second moment (in, in)."""
     if second is None:
         u, singular, v = np.linalg.svd(weight, full_matrices=False)
         return u * np.sqrt(singular), np.sqrt(singular)[:, None] * v, singular
@@ -121,7 +123,7 @@ def factors(weight: Float64, second: Float64 | None) -> tuple[Float64, Float64, 
 
 
 def _holding(singular: Float64, energy: float) -> int:
-    """The least number of singular values whose squares hold this share of all."""
+    """Return the least number of singular values whose squares hold this share of the sum of all squares."""
     shares = np.cumsum(singular**2) / max(float(np.sum(singular**2)), 1e-300)
     return min(int(np.searchsorted(shares, energy - 1e-12)) + 1, len(singular))
 
@@ -131,7 +133,7 @@ def _saves(rank: int, shape: tuple[int, ...]) -> bool:
 
 
 def _is_factor(model: ModelProto, node: NodeProto) -> bool:
-    """Whether a product with a stored matrix follows this one directly, or it follows one."""
+    """Return whether this product directly follows, or is followed by, another product with a stored matrix."""
     stored = stored_values(model)
     products = [item for item in model.graph.node if item.op_type in ("MatMul", "Gemm") and item.input[1] in stored]
     follows = any(item.output[0] == node.input[0] for item in products if len(item.input) < 3)
@@ -140,9 +142,9 @@ def _is_factor(model: ModelProto, node: NodeProto) -> bool:
 
 
 def _replace(model: ModelProto, weight: Weight, left: Float64, right: Float64) -> None:
-    """Two products in place of each with the weight; they share the factors."""
+    """Replace each product with the weight by two products; they share the factors."""
     names = [unique_name(f"{weight.name}.{part}", value_names(model)) for part in ("left", "right")]
-    transposed = weight.uses[0].axis == 1  # a Gemm that transposes reads its factor so too
+    transposed = weight.uses[0].axis == 1  # a Gemm that transposes its weight also transposes the factor
     arrays = (left, right.T if transposed else right)
     model.graph.initializer.extend(
         numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name)

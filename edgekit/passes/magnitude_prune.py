@@ -1,9 +1,10 @@
-"""Set the smallest weights to zero, over all matrices together, and recover with the zeros held (Han et al. 2015,
-arXiv 1506.02626). Saves bytes in the packed file; dense kernels run no faster for it.
+"""Set the smallest weights of all matrices together to zero, then train with the zeros fixed (Han et al. 2015, arXiv
+1506.02626). This saves bytes in the packed file; dense kernels run no faster.
 
-The pattern 2:4 keeps the two largest of every four neighbouring inputs, of a convolution at each place of its kernel,
-which the sparse tensor cores of NVIDIA cards from Ampere on skip (Mishra et al. 2021, arXiv 2104.08378, section 3); no
-CPU runs it faster."""
+The pattern 2:4 keeps the two largest of every four neighbouring inputs; in a convolution it does so at each position of
+the kernel. The sparse tensor cores of NVIDIA cards from Ampere on skip these zeros (Mishra et al. 2021, arXiv
+2104.08378, section 3); no CPU runs the result faster.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ PATTERNS = ("", "2:4")
 
 @dataclass(frozen=True, slots=True)
 class MagnitudePrune(Pass[Candidate]):
-    """`sparsity`: share of the matching matrices' weights that becomes zero; `pattern`: "2:4" instead of it, half of
-    the weights of every matrix whose inputs are multiples of 4."""
+    """`sparsity`: share of the matching matrices' weights that becomes zero; `pattern`: "2:4" instead of it, which
+    zeroes half of the weights of every matrix whose inputs are multiples of 4."""
 
     name: ClassVar[str] = "magnitude_prune"
-    summary: ClassVar[str] = "set the smallest weights to zero, then recover with the zeros held"
+    summary: ClassVar[str] = "set the smallest weights to zero, then train with the zeros fixed"
     epochs_parameter: ClassVar[str] = "epochs"
 
     sparsity: float = 0.5
@@ -80,7 +81,7 @@ class MagnitudePrune(Pass[Candidate]):
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """True for the two largest of every four neighbouring inputs, the second axis of (out, in, ...)."""
+    """Return True for the two largest of every four neighbouring inputs, along the second axis of (out, in, ...)."""
     inputs_last = weight.abs().movedim(1, -1)
     fours = inputs_last.reshape(-1, 4)
     kept = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.topk(2, dim=1).indices, True)
@@ -88,7 +89,7 @@ def two_of_four(weight: Tensor) -> Tensor:
 
 
 class Masked(nn.Module):
-    """The weight where a fixed mask is true, zero elsewhere."""
+    """The weight where a fixed mask is true, and zero elsewhere."""
 
     mask: Tensor
 
@@ -97,4 +98,4 @@ class Masked(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, 0.0)  # a product would leave -0.0, which packs worse
+        return torch.where(self.mask, weight, 0.0)  # a product would give -0.0, which compresses worse

@@ -1,9 +1,10 @@
-"""Train the network as int8 arithmetic will run it (Jacob et al. 2018, arXiv 1712.05877, section 3): weights rounded to
-a grid per output channel, what goes into each product rounded on its running range, gradients straight through.
+"""Train the network as int8 arithmetic will run it (Jacob et al. 2018, arXiv 1712.05877, section 3): weights are
+rounded to a grid per output channel, the input of each product is rounded on its running range, and gradients pass
+straight through.
 
-The weights that it leaves are on the grid that `static_int8` and `dynamic_int8` take, so that their rounding of weights
-changes nothing; put one of them after this pass. `qat_int8` goes from the network to a Q/DQ graph in one pass instead,
-with the ranges of activations that it was trained with.
+The resulting weights lie on the grid of `static_int8` and `dynamic_int8`, so that their rounding of weights changes
+nothing; put one of them after this pass. `qat_int8` instead converts the network to a Q/DQ graph in one pass, and keeps
+the activation ranges that it was trained with.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True, slots=True)
 class Qat(Pass[Candidate]):
-    """`weight_bits`: as in the int8 pass that follows; `activation_bits`: 8 there. Weights of other layers than Linear
-    and Conv, and those that are encoded already, are left alone."""
+    """`weight_bits`: as in the int8 pass that follows; `activation_bits`: 8 in that pass. The pass leaves alone weights
+    of layers other than Linear and Conv, and weights that are encoded already."""
 
     name: ClassVar[str] = "qat"
     summary: ClassVar[str] = "train through the rounding of int8, for the pass after it"
@@ -73,7 +74,8 @@ class Qat(Pass[Candidate]):
         for name in names:
             module, _ = owner(model, name)
             unregister(model, name)
-            # by kind, not by handle: recovery returns a copy of the model, hooks included
+            # found by class: recovery returns a copy of the model with copies of the hooks, so stored handles do not
+            # fit
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, RoundedInput):
                     del module._forward_pre_hooks[key]
@@ -91,7 +93,7 @@ class Qat(Pass[Candidate]):
 
 
 class RoundedWeight(nn.Module):
-    """A weight on a symmetric grid per output channel, as wide as its largest value."""
+    """A weight on a symmetric grid per output channel, as wide as the channel's largest value."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -105,8 +107,8 @@ class RoundedWeight(nn.Module):
 
 
 class RoundedInput:
-    """A forward pre-hook: the input of a layer on a grid of 2**bits steps over its running range, zero on the grid. The
-    range is learnt while the model trains."""
+    """A forward pre-hook that rounds the input of a layer to a grid of 2**bits steps over its running range, with zero
+    on the grid. It updates the range while the model trains."""
 
     def __init__(self, bits: int) -> None:
         self.steps = 2**bits - 1

@@ -1,11 +1,11 @@
-"""Train the network through the int8 arithmetic that it will run in, and leave the graph that says so (Jacob et al.
-2018, arXiv 1712.05877, section 3), by torch.export and torchao's PT2E.
+"""Train the network through the int8 arithmetic in which it will run, and return a graph with that arithmetic (Jacob et
+al. 2018, arXiv 1712.05877, section 3), by torch.export and torchao's PT2E.
 
     network --export--> captured --prepare--> rounds while it trains --convert--> Q/DQ --> graph, codes stored
 
-Forms, products and what else is rounded are those of `static_int8`, but the scales of activations are the ones that the
-weights were trained with. Beside it stands `qat`, for what this cannot do: leave a network, which `dynamic_int8` turns
-into the faster graph on most CPUs, or which is exported below opset 18. That one needs no torchao.
+The schemes, the products and the other rounded values are those of `static_int8`, but the activations keep the scales
+with which the weights were trained. Use `qat` if you need a network afterwards: `dynamic_int8` converts it to the
+faster graph on most CPUs, and it can be exported below opset 18. `qat` needs no torchao.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from edgekit.passes.base import (
 from edgekit.passes.qat import PRODUCTS
 from edgekit.passes.static_int8 import SCHEMES, dequantized
 
-WIDEST_BIAS = 2**30  # in int32, with room to add
+WIDEST_BIAS = 2**30  # in int32, with room for sums
 
 
 @dataclass(frozen=True, slots=True)
 class QatInt8(Pass[Candidate]):
-    """`scheme`: as in `static_int8`; `weight_bits`: the grid of the weights, whose codes are int8 whatever it is: 7 for
-    any CPU, 8 for VNNI, ARM and TensorRT. `samples`: training rows that the ranges of activations start from."""
+    """`scheme`: as in `static_int8`; `weight_bits`: the grid of the weights, whose codes are always int8: 7 for any
+    CPU, 8 for VNNI, ARM and TensorRT. `samples`: training rows that initialize the ranges of activations."""
 
     name: ClassVar[str] = "qat_int8"
     summary: ClassVar[str] = "train through int8 by torchao's PT2E, and leave its graph in Q/DQ form"
@@ -106,20 +106,20 @@ class QatInt8(Pass[Candidate]):
             return GraphCandidate(stored(context.lower(Exported(converted)), self.scheme))
 
     def _obstacles(self, candidate: Candidate) -> dict[str, str]:
-        """Weights that match, and why each cannot be quantized, or nothing."""
+        """Return the matching weights, each with the reason why it cannot be quantized, or ""."""
         aliases = tied(candidate.model)
         shared = set(aliases) | set(aliases.values())
         result = {}
         for name in matrices(candidate.model, self.include):
             reason = "" if isinstance(owner(candidate.model, name)[0], PRODUCTS) else "not of a Linear or Conv layer"
-            reason = reason or ("tied, it stays one tensor" if name in shared else "")
+            reason = reason or ("it is tied and stays one tensor" if name in shared else "")
             result[name] = reason or ("encoded by an earlier pass" if name in candidate.encodings else "")
         return result
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without what torch says of its own future, and torchao of the GPU libraries that are not there."""
+    """Suppress torch's deprecation warnings, and torchao's warnings about missing GPU libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -130,26 +130,28 @@ def _silence() -> Iterator[None]:
 
 
 def _captured(model: nn.Module, context: Context) -> GraphModule:
-    """The network as operators, in training mode, for batches of any length."""
+    """Capture the network as operators, in training mode, for batches of any length."""
     try:
         program = torch.export.export(
             model.train(), example(context.inputs), dynamic_shapes=dynamic_shapes(context.inputs)
         )
         return program.module(check_guards=False)
-    except Exception as error:  # torch.export raises what the network's own code does, and much else
+    except Exception as error:  # torch.export raises the errors of the network's own code, and many others
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise EdgekitError(f"qat_int8: torch.export cannot capture the network ({reason[0]}); use qat") from error
 
 
 def _start_ranges(network: nn.Module, context: Context, samples: int) -> None:
-    """Ranges of what flows on training rows, drawn by the seed, all at once: the first batch counts in full."""
+    """Initialize the ranges of activations from training rows, drawn with the seed and run as one batch, because the
+    first batch counts in full."""
     rows = np.sort(np.random.default_rng(context.seed).permutation(len(context.train))[:samples])
     with torch.no_grad():
         network.eval()(*tensors(context.train.take(rows)))
 
 
 def _settle(network: nn.Module, context: Context) -> None:
-    """Scales of weights from the average that training returns, not from its last step; then no range moves again."""
+    """Set the scales of weights from the averaged weights that training returns, not from its last step; then freeze
+    all ranges."""
     from torchao.quantization.pt2e import FakeQuantize
 
     rounders = [module for module in network.modules() if isinstance(module, FakeQuantize)]
@@ -163,19 +165,20 @@ def _settle(network: nn.Module, context: Context) -> None:
 
 
 def stored(model: ModelProto, scheme: str) -> ModelProto:
-    """The exported graph with its weights as codes, the way the products read them; biases in int32 where the form has
-    them."""
+    """Return the exported graph with its weights as codes in the layout that the products read, and with int32 biases
+    if the scheme has them."""
     name_nodes(model)
     graph = model.graph
     index = Index(model)
     producers, floats = index.producers, index.initializers
-    scales: dict[str, tuple[npt.NDArray[np.float64], bool]] = {}  # of a rounded value; whether it is a weight
+    # by rounded value; the flag says whether it is a weight
+    scales: dict[str, tuple[npt.NDArray[np.float64], bool]] = {}
     for node in list(graph.node):
         if node.op_type != "DequantizeLinear":
             continue
         scale = numpy_helper.to_array(floats[node.input[1]]).astype(np.float64)
         rounder, low, high = producers.get(node.input[0]), -128.0, 127.0
-        if rounder is not None and rounder.op_type == "Clip":  # to a narrower grid
+        if rounder is not None and rounder.op_type == "Clip":  # PT2E clips to a narrower grid
             low, high = (float(numpy_helper.to_array(floats[name])) for name in rounder.input[1:3])
             rounder = producers[rounder.input[0]]
         weight = floats.get(rounder.input[0]) if rounder is not None else None
@@ -193,7 +196,8 @@ def stored(model: ModelProto, scheme: str) -> ModelProto:
 def _store_weight(
     model: ModelProto, node: NodeProto, weight: TensorProto, scale: npt.NDArray[np.float64], ends: tuple[float, float]
 ) -> None:
-    """Codes in place of a weight and its rounding; turned, where a product reads them through a Transpose."""
+    """Replace a weight and its rounding by codes; they are transposed if a product reads the weight through a
+    Transpose."""
     value, axis = numpy_helper.to_array(weight).astype(np.float64), int(attribute(node, "axis", 1))
     shape = [-1 if number == axis else 1 for number in range(value.ndim)]
     codes = np.round(value / scale.reshape(shape)).clip(*ends).astype(np.int8)
@@ -212,7 +216,7 @@ def _store_weight(
 def _store_bias(
     model: ModelProto, node: NodeProto, bias: TensorProto, scales: Mapping[str, tuple[npt.NDArray[np.float64], bool]]
 ) -> None:
-    """int32 in steps of the product's, if both factors are rounded and 31 bits hold it."""
+    """Store a bias in int32, in steps of the product's scale, if both factors are rounded and 31 bits hold it."""
     if not all(name in scales for name in node.input[:2]):
         return
     (activation, _), (weight, stored_) = (scales[name] for name in node.input[:2])

@@ -1,4 +1,5 @@
-"""Which values of a captured network torchao is to round, and how: the products of `static_int8`, in its two forms."""
+"""Tell torchao which values of a captured network to round and how: the products of `static_int8`, in its two
+schemes."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ PRODUCTS = (aten.linear.default, *CONVOLUTIONS)
 NORMALISATION = aten.batch_norm.default
 RECTIFIERS = (aten.relu.default, aten.relu_.default)
 AVERAGING = 0.01  # of an activation's running range: about the last hundred batches
-PRESENT = 1.0  # of a weight's: the range it has now
+PRESENT = 1.0  # of a weight's range: the range that it has now
 
 
 class Int8Quantizer(Quantizer):  # type: ignore[misc]
-    """Rounds weights of these names, one scale per output channel, and what they are multiplied with."""
+    """Rounds the weights with these names, with one scale per output channel, and the activations that they
+    multiply."""
 
     def __init__(self, scheme: str, weight_bits: int, names: Collection[str]) -> None:
         super().__init__()
@@ -54,8 +56,8 @@ class Int8Quantizer(Quantizer):  # type: ignore[misc]
         return model
 
     def _round_output(self, node: Node) -> None:
-        """The CPU has no integer convolution with a float32 result: it is rounded as well, behind the normalization and
-        the rectifier that are computed with it."""
+        """Round the output of a convolution too, because CPUs have no integer convolution with a float32 result. The
+        rounding comes after the normalization and the rectifier that are fused with the convolution."""
         last = node
         for following in ((NORMALISATION,), RECTIFIERS):
             consumers = list(last.users)
@@ -67,4 +69,4 @@ class Int8Quantizer(Quantizer):  # type: ignore[misc]
         known.output_qspec = self.activation
 
     def validate(self, model: GraphModule) -> None:
-        """Nothing that torchao could not do has been asked for."""
+        """Accept every model: `annotate` requests nothing that torchao cannot do."""

@@ -1,5 +1,5 @@
-"""Weights on a uniform grid of 8 or fewer bits, one scale per output row, rounding trained through (straight-through
-estimator, Jacob et al. 2018, arXiv 1712.05877, section 3). The scale is the one with the least squared error."""
+"""Round weights to a uniform grid of 8 or fewer bits with one scale per output row, and train through the rounding
+(straight-through estimator, Jacob et al. 2018, arXiv 1712.05877, section 3). The scale minimizes the squared error."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from edgekit.passes.base import (
     unregister,
 )
 
-CLIPS = np.linspace(0.5, 1.0, 26)  # shares of a row's largest weight tried as the end of its grid
+CLIPS = np.linspace(0.5, 1.0, 26)  # the candidates for the end of the grid, as shares of a row's largest weight
 
 
 @dataclass(frozen=True, slots=True)
 class Quantize(Pass[Candidate]):
-    """`bits`: 8 (int8) down to 2; activations stay in float, so every runtime can use it."""
+    """`bits`: 8 (int8) down to 2; activations stay in float, so every runtime can run the result."""
 
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "put weights on a uniform grid, one scale per output row, then recover"
@@ -79,7 +79,8 @@ class Quantize(Pass[Candidate]):
 
 
 def best_scale(weight: Tensor, bits: int) -> Tensor:
-    """(rows, 1, ...) step of each row's symmetric grid, by least squared rounding error over `CLIPS`."""
+    """Return the (rows, 1, ...) step of each row's symmetric grid, with the least squared rounding error over
+    `CLIPS`."""
     axes = tuple(range(1, weight.ndim))
     largest = weight.abs().amax(dim=axes, keepdim=True).clamp_min(1e-12)
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
@@ -91,14 +92,14 @@ def best_scale(weight: Tensor, bits: int) -> Tensor:
 
 
 def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The nearest whole numbers of steps that the grid has."""
+    """Return the nearest codes on the grid."""
     limit = 2 ** (bits - 1) - 1
     return torch.round(weight / scale).clamp(-limit, limit)
 
 
 class FakeQuantize(nn.Module):
-    """Weight rounded to its grid; gradients pass through as if it were not. A weight of exactly zero is a pruned one
-    and does not move."""
+    """Weight rounded to its grid; gradients pass straight through. A weight of exactly zero was pruned and does not
+    change."""
 
     scale: Tensor
     nonzero_mask: Tensor

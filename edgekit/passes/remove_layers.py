@@ -1,5 +1,5 @@
-"""Remove whole residual blocks, the ones without which the loss rises least, then recover (Men et al. 2024, "ShortGPT",
-arXiv 2403.03853, section 3.2, whose block influence is measured here as what the loss becomes)."""
+"""Remove the residual blocks with the least effect on the loss, then recover (Men et al. 2024, "ShortGPT", arXiv
+2403.03853, section 3.2). Here a block's influence is the loss of the network without it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from edgekit.nn.training import tensors
 from edgekit.nn.units import results
 from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, example_inputs, loss, recover
 
-SAMPLES, BATCH = 256, 64  # for the loss without a block: differences between blocks are large
+SAMPLES, BATCH = 256, 64  # for the loss without a block: the differences between blocks are large
 
 
 @dataclass(frozen=True, slots=True)
 class RemoveLayers(Pass[Candidate]):
-    """`count`: how many blocks to remove; `blocks`: the ModuleList or Sequential that holds them, needed where the
+    """`count`: how many blocks to remove; `blocks`: the ModuleList or Sequential that holds them, required if the
     network has several."""
 
     name: ClassVar[str] = "remove_layers"
-    summary: ClassVar[str] = "remove the residual blocks that the loss misses least, then recover"
+    summary: ClassVar[str] = "remove the residual blocks with the least effect on the loss, then recover"
     epochs_parameter: ClassVar[str] = "epochs"
 
     count: int
@@ -47,7 +47,7 @@ class RemoveLayers(Pass[Candidate]):
             Change(
                 path,
                 f"{blocks} blocks",
-                f"{self.count} of blocks {ranges(able)} less, about {each:,} parameters each",
+                f"{self.count} of blocks {ranges(able)} removed, about {each:,} parameters each",
             ),
         ]
 
@@ -62,7 +62,7 @@ class RemoveLayers(Pass[Candidate]):
         return Candidate(candidate.family, {**candidate.arguments, "pruned": pruned}, model)
 
     def _stack(self, candidate: Candidate) -> tuple[str, list[int]]:
-        """The container of blocks, and the blocks whose inputs and outputs have the same shape."""
+        """Return the container of blocks, and the blocks whose inputs and outputs have the same shape."""
         if candidate.family != "module":
             raise EdgekitError(
                 f"a {candidate.family} is no model built by a Python function; use distill with fewer layers instead"
@@ -81,7 +81,7 @@ class RemoveLayers(Pass[Candidate]):
 
 
 def sensitivity(model: nn.Module, path: str, able: list[int], context: Context) -> list[tuple[int, float]]:
-    """(block, mean loss on training rows when the block passes its input on) for each."""
+    """Return (block, mean loss on training rows if the block returns its input) for each block."""
     rows = np.random.default_rng(context.seed).permutation(len(context.train))[:SAMPLES]
     batches = [context.train.take(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     stack: Any = model.get_submodule(path)
@@ -102,7 +102,8 @@ def sensitivity(model: nn.Module, path: str, able: list[int], context: Context) 
 
 
 def stacks(candidate: Candidate) -> dict[str, list[int]]:
-    """Containers, and which of their items keep their input's shape and are of the kind that most of these are of."""
+    """Return the containers, each with the items that keep their input's shape and have the most common class among
+    these."""
     model = candidate.copy_model()
     calls: dict[nn.Module, list[bool]] = {}
 
@@ -131,9 +132,10 @@ def _check(model: nn.Module, candidate: Candidate, path: str) -> None:
         before = [value.shape for value in results(candidate.copy_model(), example)]
         try:
             after = [value.shape for value in results(model, example)]
-        except Exception as error:  # whatever somebody's code raises
+        except Exception as error:  # the network's own code may raise anything
             raise EdgekitError(
-                f"the network does not run with fewer {path} ({str(error)[:120]}); its code counts them"
+                f"the network does not run with fewer {path} ({str(error)[:120]}); its code expects "
+                "a fixed number of them"
             ) from error
     if before != after:
-        raise EdgekitError(f"with fewer {path} the network's outputs have other shapes; leave {path} whole")
+        raise EdgekitError(f"with fewer {path} the network's outputs have other shapes; leave {path} as it is")

@@ -1,11 +1,11 @@
-"""Move the size of outlying features from activations into weights, so that both fit on 8 bits (SmoothQuant, Xiao et
+"""Move the scale of outlier features from activations into weights, so that both fit into 8 bits (SmoothQuant, Xiao et
 al. 2023, arXiv 2211.10438, section 4, equation 4).
 
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
     normalization's scale and bias / s -- product with diag(s) W       the same function
 
-Worth nothing by itself: it prepares for `static_int8` or `dynamic_int8`, which give an activation one scale for all its
-features. Doing it twice is doing it once.
+The pass has no gain by itself. It prepares for `static_int8` or `dynamic_int8`, which have one activation scale for all
+features. A second run of the pass changes nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """An activation that a stored scale makes, and the weights of all that reads it. vectors: (node, input) of that
-    scale and of the bias after it."""
+    """An activation after a stored scale, and the weights of all its consumers. vectors: (node, input) of that scale
+    and of the bias after it."""
 
     activation: str
     vectors: tuple[tuple[NodeProto, int], ...]
@@ -46,15 +46,15 @@ class _Site:
 
 @dataclass(frozen=True, slots=True)
 class SmoothQuant(Pass[GraphCandidate]):
-    """`alpha`: how much of the difficulty goes into the weights, from 0 (none) to 1. `samples`: rows of the training
-    data to look at."""
+    """`alpha`: the share of the range that moves into the weights, from 0 (none) to 1. `samples`: rows of the training
+    data for calibration."""
 
     name: ClassVar[str] = "smooth_quant"
     summary: ClassVar[str] = "move outlying features from activations into weights, before int8"
     level: ClassVar[Level] = Level.GRAPH
-    prepares: ClassVar[bool] = True  # kept if it loses nothing, for the sake of the passes after it
+    prepares: ClassVar[bool] = True  # kept for later passes if it loses nothing
 
-    alpha: float = 0.5  # the paper's, for all but the most extreme models
+    alpha: float = 0.5  # the paper's value for all but the most extreme models
     samples: int = 256
 
     def __post_init__(self) -> None:
@@ -85,15 +85,15 @@ class SmoothQuant(Pass[GraphCandidate]):
 
 
 def smoothing(activations: Float64, weights: Float64, alpha: float) -> Float64:
-    """(features,) divisors from the largest magnitudes of each feature and of the weights that read it; 1 where one of
-    them is zero."""
+    """Return (features,) divisors from the largest magnitude of each feature and of the weights that multiply it; 1 if
+    one of the two is zero."""
     known = (activations > 0) & (weights > 0)
     scale = np.where(known, activations, 1.0) ** alpha / np.where(known, weights, 1.0) ** (1 - alpha)
     return np.where(known, scale, 1.0)
 
 
 def _sites(model: ModelProto) -> tuple[list[_Site], list[Change]]:
-    """Where scales can be moved, and the plan that says of every normalization whether they are."""
+    """Return the activations whose scales can move, and a plan with a line for every normalization."""
     name_nodes(model)
     by_node = {use.node.name: weight for weight in weights(model) for use in weight.uses}
     ends = {value.name for value in model.graph.output}
@@ -105,17 +105,17 @@ def _sites(model: ModelProto) -> tuple[list[_Site], list[Change]]:
         consumers = [other for other in model.graph.node if node.output[0] in other.input]
         products = [other for other in consumers if other.name in by_node and other.input[0] == node.output[0]]
         if not products:
-            continue  # a scale that no product follows
+            continue  # no product follows this scale
         before = "one scale for " + node.output[0]
         others = [other.name for other in consumers if other not in products] + ["the graph's output"] * (
             node.output[0] in ends
         )
         found = {by_node[other.name].name: by_node[other.name] for other in products}
-        bound = [weight for weight in found.values() if not _own(weight, node.output[0])]
+        shared = [weight for weight in found.values() if not _own(weight, node.output[0])]
         if others:
             changes.append(Change(node.name, before, f"left as it is: also read by {', '.join(others)}"))
-        elif bound:
-            reason = f"{bound[0].name} is tied or behind a Transpose, read by {bound[0].consumers}"
+        elif shared:
+            reason = f"{shared[0].name} is tied or behind a Transpose, read by {shared[0].consumers}"
             changes.append(Change(node.name, before, f"left as it is: {reason}"))
         else:
             sites.append(_Site(node.output[0], tuple(vectors), tuple(found.values())))
@@ -123,20 +123,20 @@ def _sites(model: ModelProto) -> tuple[list[_Site], list[Change]]:
     if not sites:
         left = "; ".join(f"{change.tensor}: {change.after}" for change in changes[:5])
         raise EdgekitError(
-            "smooth_quant: no product directly after a normalization or a stored scale"
+            "smooth_quant: no product directly follows a normalization or a stored scale"
             + (f" ({left})" if left else "; leave this pass out")
         )
     return sites, changes
 
 
 def _own(weight: Weight, activation: str) -> bool:
-    """Whether a weight is a matrix that only products with this activation read, as it is stored."""
+    """Return whether a weight is a matrix that is read, as it is stored, by products with this activation only."""
     alike = all(use.activation == activation and not use.transposed for use in weight.uses)
     return alike and not weight.others and len(weight.shape) == 2 and len(weight.axes) == 1
 
 
 def _vectors(model: ModelProto, node: NodeProto) -> list[tuple[NodeProto, int]]:
-    """Scale and bias (features,) of a LayerNormalization along the last axis, or of an Add after a Mul."""
+    """Return scale and bias (features,) of a LayerNormalization along the last axis, or of an Add after a Mul."""
     stored = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 1}
     if node.op_type == "LayerNormalization":
         given = [slot for slot in (1, 2) if slot < len(node.input) and node.input[slot]]
@@ -155,7 +155,8 @@ def _vectors(model: ModelProto, node: NodeProto) -> list[tuple[NodeProto, int]]:
 
 
 def _divide(model: ModelProto, node: NodeProto, slot: int, scale: Float64) -> None:
-    """Give a node its vector divided; a tensor of its own, for others may begin with the same ones and zeros."""
+    """Divide a node's vector. The result is a new tensor, because other nodes may share the old one (such as ones and
+    zeros)."""
     tensor = next(item for item in model.graph.initializer if item.name == node.input[slot])
     value = np.broadcast_to(numpy_helper.to_array(tensor), scale.shape) / scale
     node.input[slot] = unique_name(f"{tensor.name}.smoothed", value_names(model))

@@ -1,8 +1,8 @@
-"""Weights set to zero: the smallest, or those that matter least for what flows through (Wanda, Sun et al. 2023, arXiv
-2306.11695, section 3: |W_ij| ||X_j||, compared within each output). Any of them, or two of every four along the inputs,
-the pattern that sparse tensor cores multiply in half the time.
+"""Set weights to zero: the smallest, or those with the least effect on activations (Wanda, Sun et al. 2023, arXiv
+2306.11695, section 3: |W_ij| ||X_j||, compared within each output). The pattern is free, or two of every four along the
+inputs, which sparse tensor cores multiply in half the time.
 
-Nothing is trained afterwards: for that, prune the network (`magnitude_prune`) before it becomes a graph.
+The pass does not train. To train with the zeros, prune the network (`magnitude_prune`) before it becomes a graph.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Sparsify(Pass[GraphCandidate]):
-    """`sparsity`: share of each weight that becomes zero (pattern "2:4": half). `samples`: rows of the training
-    data that wanda looks at."""
+    """`sparsity`: share of each weight that becomes zero (pattern "2:4": half). `samples`: rows of the training data
+    from which wanda takes the norms of activations."""
 
     name: ClassVar[str] = "sparsify"
     summary: ClassVar[str] = "set the least important weights to zero, any of them or two of four"
@@ -36,7 +36,7 @@ class Sparsify(Pass[GraphCandidate]):
     pattern: str = "any"
     score: str = "wanda"
     samples: int = 256
-    include: tuple[str, ...] = ("*",)  # patterns of weights' names
+    include: tuple[str, ...] = ("*",)  # patterns of the names of weights
 
     def __post_init__(self) -> None:
         at_least("sparsity", self.sparsity, 0.01, 0.99)
@@ -94,16 +94,16 @@ class Sparsify(Pass[GraphCandidate]):
 
     def _obstacle(self, weight: Weight) -> str:
         if self.pattern == "any" and self.score == "magnitude":
-            return ""  # no axis is special: what is tied is pruned for all that read it
+            return ""  # no axis matters here: a tied weight is pruned for all its consumers
         if len(weight.axes) > 1:
-            return f"tied, read both ways by {weight.consumers}"
+            return f"tied, read plain and transposed by {weight.consumers}"
         if self.pattern == "2:4" and weight.shape[weight.uses[0].axis] % 4:
             return f"{weight.shape[weight.uses[0].axis]} inputs are no multiple of 4"
         return ""
 
 
 def least(importance: Float64, share: float) -> npt.NDArray[np.bool_]:
-    """Which of the (in, out) weights are that share of the least important of their column."""
+    """Return which of the (in, out) weights belong to this share of the least important weights of their column."""
     zero = np.zeros(importance.shape, bool)
     order = np.argsort(importance, axis=0, kind="stable")[: round(share * len(importance))]
     np.put_along_axis(zero, order, True, axis=0)
@@ -111,7 +111,7 @@ def least(importance: Float64, share: float) -> npt.NDArray[np.bool_]:
 
 
 def two_of_four(importance: Float64) -> npt.NDArray[np.bool_]:
-    """Which two of every four consecutive inputs, the first axis, are the least important."""
+    """Return which two of every four consecutive inputs, along the first axis, are the least important."""
     groups = importance.reshape(-1, 4, *importance.shape[1:])
     zero = np.zeros(groups.shape, bool)
     np.put_along_axis(zero, np.argsort(groups, axis=1, kind="stable")[:, :2], True, axis=1)

@@ -1,15 +1,15 @@
-"""Products in int8 with fixed scales (Jacob et al. 2018, arXiv 1712.05877, section 2): weights one scale per output
-channel, activations one scale each from what flows on training data; written as QuantizeLinear and DequantizeLinear,
-which onnxruntime and TensorRT turn into integer kernels.
+"""Products in int8 with fixed scales (Jacob et al. 2018, arXiv 1712.05877, section 2). Weights have one scale per
+output channel, and each activation has one scale from calibration on training data. The pass writes QuantizeLinear and
+DequantizeLinear, which onnxruntime and TensorRT fuse into integer kernels.
 
     x -- Quantize -- Dequantize --\\
     codes, scales -- Dequantize -- MatMul -- float32
 
-    u8s8   activations uint8 with a zero point, weights int8, biases of Conv and Gemm int32: what CPUs multiply
+    u8s8   activations uint8 with a zero point, weights int8, biases of Conv and Gemm int32: the form that CPUs multiply
     s8s8   both symmetric int8, biases float32: TensorRT refuses zero points and int32 biases
 
-Only products with a stored weight are quantized, and only for them: what else reads an activation, such as the residual
-around a block, goes on reading it in float32. onnxruntime's own quantizer rounds it for all its readers.
+The pass quantizes only products with a stored weight, and only for them: other consumers of an activation, such as the
+residual around a block, still read it in float32. onnxruntime's own quantizer rounds it for all its consumers.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ FakeQuantize = tuple[float, int]  # scale and zero point of an activation
 
 @dataclass(frozen=True, slots=True)
 class StaticInt8(Pass[GraphCandidate]):
-    """`scheme`: see above. `method`: how the range of an activation is chosen: all that was seen, all but the outermost
+    """`scheme`: see above. `method` chooses the range of an activation: all values seen (minmax), all but the outermost
     100 - `percentile` per cent, or the range whose histogram on 8 bits is nearest in relative entropy. `samples`: rows
-    of the training data to look at."""
+    of the training data for calibration."""
 
     name: ClassVar[str] = "static_int8"
     summary: ClassVar[str] = "int8 products with fixed activation scales, calibrated on training data"
@@ -49,7 +49,7 @@ class StaticInt8(Pass[GraphCandidate]):
     weight_bits_parameter: ClassVar[str] = "weight_bits"
 
     scheme: str = "u8s8"
-    method: str = "minmax"  # a few hundred samples leave little to clip
+    method: str = "minmax"  # a few hundred samples hold few outliers to clip
     samples: int = 256
     percentile: float = 99.999
     weight_bits: int = 7  # as in dynamic_int8; 8 for TensorRT, which adds in 32 bits
@@ -96,18 +96,19 @@ class StaticInt8(Pass[GraphCandidate]):
     def _grid(self, low: float, high: float) -> FakeQuantize:
         if self.scheme == "s8s8":
             return max(-low, high) / 127 or 1.0, 0
-        low, high = min(low, 0.0), max(high, 0.0)  # zero must be on the grid: padding is made of it
+        low, high = min(low, 0.0), max(high, 0.0)  # zero must be on the grid, because padding consists of zeros
         scale = (high - low) / 255 or 1.0
         return scale, round(-low / scale)
 
     def _quantize_weight(self, model: ModelProto, weight: Weight, grids: dict[str, FakeQuantize]) -> None:
-        """Codes and one scale per output channel in place of a weight; int32 in place of the biases beside it."""
+        """Replace a weight by codes and one scale per output channel, and the biases of its products by int32."""
         name, value = weight.name, numpy_helper.to_array(weight.tensor).astype(np.float64)
         channel = 1 - weight.uses[0].axis
         peak = np.abs(value).max(axis=tuple(axis for axis in range(value.ndim) if axis != channel))
         scale = peak / (2 ** (self.weight_bits - 1) - 1)
         biases = {} if self.scheme == "s8s8" else _biases(model, weight)
-        for index, bias in biases.items():  # 31 bits must hold the bias in steps of scale times the activation's scale
+        # 31 bits must hold the bias in steps of the weight's scale times the activation's scale
+        for index, bias in biases.items():
             scale = np.maximum(scale, np.abs(bias) / (grids[weight.uses[index].activation][0] * 2**30))
         scale = np.where(scale == 0, 1.0, scale).astype(np.float32).astype(np.float64)
         shape = [-1 if axis == channel else 1 for axis in range(value.ndim)]
@@ -125,12 +126,12 @@ class StaticInt8(Pass[GraphCandidate]):
     def _quantize_activation(
         self, model: ModelProto, name: str, grid: FakeQuantize, consumers: list[NodeProto]
     ) -> None:
-        """A pair that rounds an activation for these nodes, right before the first of them."""
+        """Insert a pair that rounds an activation for these nodes, directly before the first of them."""
         scale, zero = grid
-        kind = np.int8 if self.scheme == "s8s8" else np.uint8
+        dtype = np.int8 if self.scheme == "s8s8" else np.uint8
         taken = value_names(model)
         made = [unique_name(f"{name}.{part}", taken) for part in ("scale", "zero_point", "int8", "rounded")]
-        tensors = (np.float32(scale), kind(zero))
+        tensors = (np.float32(scale), dtype(zero))
         model.graph.initializer.extend(
             numpy_helper.from_array(np.asarray(value), to) for value, to in zip(tensors, made, strict=False)
         )
@@ -149,8 +150,8 @@ class StaticInt8(Pass[GraphCandidate]):
 
 
 def _rounded_outputs(model: ModelProto, nodes: list[NodeProto]) -> dict[str, str]:
-    """Results to round as well, by the node that makes them: the CPU has no integer convolution with a float32 result.
-    After a Relu, which the rounding then does."""
+    """Return the results to round as well, by the node that produces them: CPUs have no integer convolution with a
+    float32 result. The rounding comes after a Relu, whose work it then does."""
     index = Index(model)
     result = {}
     for node in nodes:
@@ -163,7 +164,7 @@ def _rounded_outputs(model: ModelProto, nodes: list[NodeProto]) -> dict[str, str
 
 
 def _biases(model: ModelProto, weight: Weight) -> dict[int, Float64]:
-    """Stored biases (out,) of the products with a weight, by the number of the use."""
+    """Return the stored biases (out,) of the products with a weight, by the index of the use."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     channels = weight.shape[1 - weight.uses[0].axis]
     result = {}
@@ -179,7 +180,7 @@ def dequantized(
 ) -> tuple[list[TensorProto], list[NodeProto]]:
     taken = value_names(model)
     stored = [unique_name(f"{name}.{part}", taken) for part in ("codes", "scale", "zeros")]
-    # zero points of zero, written out: without them onnxruntime finds no integer kernel for Gemm
+    # The zero points are zero and are stored, because without them onnxruntime finds no integer kernel for Gemm.
     arrays = (codes, scale.astype(np.float32), np.zeros(scale.shape, codes.dtype))
     tensors = [numpy_helper.from_array(array, to) for array, to in zip(arrays, stored, strict=True)]
     return tensors, [helper.make_node("DequantizeLinear", stored, [name], f"{name}.DequantizeLinear", axis=axis)]

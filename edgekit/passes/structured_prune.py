@@ -1,7 +1,8 @@
-"""Remove whole attention heads and feed-forward units, the ones that the loss would miss least, then recover.
+"""Remove the attention heads and feed-forward units with the least effect on the loss, then recover.
 
 Importance: Taylor expansion of the loss at the unit's output, squared and summed over mini-batches (Molchanov et al.
-2019, arXiv 1906.10771, eq. 8). The rest is a smaller dense network: faster on every device, no sparse kernels.
+2019, arXiv 1906.10771, eq. 8). The result is a smaller dense network, which is faster on every device without sparse
+kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SAMPLES, BATCH = 1024, 64  # for importance; the ranking of t2's heads is stable
 
 @dataclass(frozen=True, slots=True)
 class StructuredPrune(Pass[Candidate]):
-    """`keep` names constructor arguments of the family and what is to be left: {heads = 8, ff_dim = 64}."""
+    """`keep` maps constructor arguments of the family to the number that stays: {heads = 8, ff_dim = 64}."""
 
     name: ClassVar[str] = "structured_prune"
     summary: ClassVar[str] = "remove attention heads and feed-forward units, then recover"
@@ -84,7 +85,7 @@ class StructuredPrune(Pass[Candidate]):
 
 
 def importance(model: nn.Module, groups: list[PrunableGroup], context: Context) -> list[Tensor]:
-    """(units,) for each group: how much the loss would change to first order if the unit's output were zero."""
+    """Return (units,) for each group: the first-order change of the loss if the unit's output were zero."""
     gates = [torch.ones(group.size, requires_grad=True) for group in groups]
 
     def gated(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:

@@ -1,13 +1,14 @@
-"""Weights of 8 or 4 bits in groups with a scale each; activations and arithmetic stay in float32.
+"""Store weights in 8 or 4 bits, in groups with a scale each; activations and arithmetic stay in float32.
 
-Rounding is to the nearest code, or such that what one weight loses the later ones make up for (GPTQ, Frantar et al.
-2023, arXiv 2210.17323, section 3): weights are rounded input by input, and the error of each is spread over the inputs
-not yet rounded by the inverse of the second moment of the inputs, seen on training data.
+A weight is rounded to the nearest code, or such that later weights compensate for its error (GPTQ, Frantar et al. 2023,
+arXiv 2210.17323, section 3): the pass rounds the weights input by input and spreads each error over the inputs not yet
+rounded, by the inverse of the second moment of the inputs on training data.
 
     portable      codes -- Cast -- (two codes of 4 bits out of each byte) -- Mul scale -- Reshape -- the weight
-    matmulnbits   onnxruntime's own operator: the codes are multiplied as they are, less memory is read
+    matmulnbits   onnxruntime's own operator: it multiplies the codes directly and reads less memory
 
-Every runtime folds the portable form into float32 weights when it loads the model: small on disk, as fast as before.
+Every runtime folds the portable form into float32 weights when it loads the model: the file is small, and the speed is
+the same as before.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class WeightOnly(Pass[GraphCandidate]):
-    """`bits`: 8 or 4. `group`: inputs that share a scale. `samples`: rows of the training data that gptq looks at;
+    """`bits`: 8 or 4. `group`: the number of inputs that share a scale. `samples`: rows of the training data for gptq;
     `damping`: added to the second moment's diagonal, relative to its mean."""
 
     name: ClassVar[str] = "weight_only"
-    summary: ClassVar[str] = "matrices of 8 or 4 bits with a scale per group of inputs"
+    summary: ClassVar[str] = "store matrices in 8 or 4 bits with a scale per group of inputs"
     level: ClassVar[Level] = Level.GRAPH
 
     bits: int = 8
-    group: int = 32  # 1 bit per weight of scales; at 4 bits the accuracy pays for it
+    group: int = 32  # the scales cost 1 bit per weight; at 4 bits the accuracy is worth it
     rounding: str = "nearest"
     layout: str = "portable"
     samples: int = 256
-    damping: float = 0.01  # the paper's
-    smallest: int = 1024  # numbers; below, the nodes that decode take what the codes save
-    include: tuple[str, ...] = ("*",)  # patterns of weights' names
+    damping: float = 0.01  # the paper's value
+    smallest: int = 1024  # numbers; for a smaller weight the decoding nodes take as many bytes as the codes save
+    include: tuple[str, ...] = ("*",)  # patterns of the names of weights
 
     def __post_init__(self) -> None:
         for key, allowed in (("bits", (8, 4)), ("group", GROUPS)):
@@ -70,7 +71,8 @@ class WeightOnly(Pass[GraphCandidate]):
         at_least("smallest", self.smallest, 1, 1e12)
 
     def precisions(self) -> tuple[str, ...]:
-        """That of the codes: runtimes compute in float, but TensorRT takes DequantizeLinear on int8 for int8."""
+        """Return the precision of the codes: runtimes compute in float, but TensorRT treats DequantizeLinear on int8 as
+        int8 arithmetic."""
         return (f"int{self.bits}",)
 
     def plan(self, candidate: GraphCandidate) -> list[Change]:
@@ -90,7 +92,8 @@ class WeightOnly(Pass[GraphCandidate]):
             if self.rounding == "nearest":
                 codes, scale = nearest(value, self.bits, self.group)
             else:
-                # tied: its readers' errors count together. One that sums over the other axis has no say
+                # For a tied weight, the errors of its consumers are added. A consumer that sums over the other axis is
+                # not counted.
                 second = sum(seen[use.activation].second for use in weight.uses if use.axis == axis)
                 codes, scale = gptq(value, np.asarray(second), self.bits, self.group, self.damping)
             if self.layout == "portable":
@@ -120,7 +123,7 @@ class WeightOnly(Pass[GraphCandidate]):
 
     def _obstacle(self, weight: Weight) -> str:
         if np.prod(weight.shape) < self.smallest:
-            return f"fewer than {self.smallest} numbers"
+            return f"it has fewer than {self.smallest} numbers"
         if self.layout == "matmulnbits":
             if weight.others or len(weight.axes) > 1:
                 return f"tied, read by {weight.consumers}; layout = 'portable' keeps it one tensor"
@@ -131,8 +134,8 @@ class WeightOnly(Pass[GraphCandidate]):
     def _decoder(
         self, model: ModelProto, weight: Weight, codes: npt.NDArray[np.int8], scale: Float64
     ) -> tuple[list[TensorProto], list[NodeProto]]:
-        """Tensors and nodes that give the weight from codes (groups, group, out) and scales (groups, 1, out). Integers
-        of up to 8 bits times a float32 scale: every runtime computes the same."""
+        """Return tensors and nodes that compute the weight from codes (groups, group, out) and scales (groups, 1, out).
+        They multiply integers of up to 8 bits with a float32 scale, so every runtime computes the same."""
         name, inputs = weight.name, weight.shape[_axis(weight)]
         taken = value_names(model)
         tensors: list[TensorProto] = []
@@ -143,16 +146,18 @@ class WeightOnly(Pass[GraphCandidate]):
             taken.add(tensors[-1].name)
             return str(tensors[-1].name)
 
-        def compute(kind: str, *reads: str, last: bool = False, **attributes: Any) -> str:
-            to = name if last else unique_name(f"{name}.{kind}", taken)
+        def compute(op_type: str, *reads: str, last: bool = False, **attributes: Any) -> str:
+            to = name if last else unique_name(f"{name}.{op_type}", taken)
             taken.add(to)
-            nodes.append(helper.make_node(kind, list(reads), [to], f"{name}.decode.{len(nodes)}.{kind}", **attributes))
+            nodes.append(
+                helper.make_node(op_type, list(reads), [to], f"{name}.decode.{len(nodes)}.{op_type}", **attributes)
+            )
             return to
 
         if self.bits == 8:
             numbers = compute("Cast", store("codes", codes), to=TensorProto.FLOAT)
         else:
-            half = self.group // 2  # the first half of a group is in the low four bits
+            half = self.group // 2  # the low four bits hold the first half of a group
             unsigned = (codes + 8).astype(np.uint8)
             bytes_ = compute("Cast", store("codes", unsigned[:, :half] + 16 * unsigned[:, half:]), to=TensorProto.INT32)
             sixteen = store("sixteen", np.array(16, np.int32))
@@ -165,20 +170,20 @@ class WeightOnly(Pass[GraphCandidate]):
         steps: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
             ("Reshape", (store("shape", np.array([padded, codes.shape[2]], np.int64)),), {})
         ]
-        if padded != inputs:  # a last group that is not full
+        if padded != inputs:  # the last group is not full
             ends = [
                 store(part, np.array([end], np.int64)) for part, end in (("start", 0), ("end", inputs), ("axis", 0))
             ]
             steps.append(("Slice", tuple(ends), {}))
         if _axis(weight) == 1:
             steps.append(("Transpose", (), {"perm": [1, 0]}))
-        for number, (kind, reads, attributes) in enumerate(steps, start=1):
-            value = compute(kind, value, *reads, last=number == len(steps), **attributes)
+        for number, (op_type, reads, attributes) in enumerate(steps, start=1):
+            value = compute(op_type, value, *reads, last=number == len(steps), **attributes)
         return tensors, nodes
 
     def _replace_products(self, model: ModelProto, weight: Weight, codes: npt.NDArray[np.int8], scale: Float64) -> None:
-        """MatMulNBits in place of every product with a weight. It reads (out, groups, bytes of a group) unsigned codes,
-        zero at the middle, and (out * groups) scales."""
+        """Replace every product with a weight by MatMulNBits. It reads (out, groups, bytes of a group) unsigned codes,
+        with zero in the middle, and (out * groups) scales."""
         outputs = codes.shape[2]
         middle = 2 ** (self.bits - 1)
         unsigned = (codes.astype(np.int16) + middle).astype(np.uint8).transpose(2, 0, 1)
@@ -218,13 +223,13 @@ class WeightOnly(Pass[GraphCandidate]):
 
 
 def _axis(weight: Weight) -> int:
-    """The axis along which groups run: what its first reader sums over."""
+    """Return the axis along which groups run: the axis that the first consumer sums over."""
     return weight.uses[0].axis
 
 
 def nearest(weight: Float64, bits: int, group: int) -> tuple[npt.NDArray[np.int8], Float64]:
-    """Codes (groups, group, out) and scales (groups, 1, out) of a weight (in, out): symmetric, the largest weight of a
-    group at the end of its grid."""
+    """Return codes (groups, group, out) and scales (groups, 1, out) of a weight (in, out): symmetric, with a group's
+    largest weight at the end of its grid."""
     grouped = _grouped(weight, group)
     scale = _scale(grouped, bits)
     return np.round(grouped / scale).astype(np.int8), scale
@@ -233,13 +238,13 @@ def nearest(weight: Float64, bits: int, group: int) -> tuple[npt.NDArray[np.int8
 def gptq(
     weight: Float64, second: Float64, bits: int, group: int, damping: float
 ) -> tuple[npt.NDArray[np.int8], Float64]:
-    """The same by error-compensating rounding. second: (in, in) sum of x x^T over the inputs x that were seen.
+    """Round with compensation of errors. second: (in, in) sum of x x^T over the inputs x on training data.
 
     With U the upper Cholesky factor of the inverse second moment, rounding input i moves the later inputs' weights by
     U[i, i+1:] times its error over U[i, i] (paper, equation 2 and section 3, step 3).
     """
     inputs, outputs = weight.shape
-    mean = float(np.mean(np.diag(second))) or 1.0  # inputs that are always zero: any rounding will do
+    mean = float(np.mean(np.diag(second))) or 1.0  # all inputs are zero: any rounding is correct
     factor = np.linalg.cholesky(np.linalg.inv(second + damping * mean * np.eye(inputs))).T
     left = weight.copy()
     codes = np.zeros((-(-inputs // group) * group, outputs), np.int8)
@@ -255,12 +260,12 @@ def gptq(
 
 
 def _grouped(weight: Float64, group: int) -> Float64:
-    """(groups, group, out); the last group is filled up with zeros."""
+    """Reshape to (groups, group, out); zeros fill up the last group."""
     inputs, outputs = weight.shape
     return np.pad(weight, ((0, -inputs % group), (0, 0))).reshape(-1, group, outputs)
 
 
 def _scale(grouped: Float64, bits: int) -> Float64:
-    """(groups, 1, out) steps, as float32 stores them."""
+    """Return (groups, 1, out) steps, as float32 stores them."""
     scale = np.abs(grouped).max(axis=1, keepdims=True) / (2 ** (bits - 1) - 1)
     return np.where(scale == 0, 1.0, scale).astype(np.float32).astype(np.float64)

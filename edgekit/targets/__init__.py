@@ -1,1 +1,1 @@
-"""Devices as data: one TOML profile each, read by `profile.py`, and what a graph costs on one."""
+"""Devices as data: one TOML profile each, which `profile.py` reads, and the decisions that follow from a profile."""

@@ -1,5 +1,5 @@
-"""What a target decides for `edgekit compress --target NAME`: which passes may run, what their parameters are where the
-recipe leaves them open, how long a call takes on a device that is not here, and whether the result fits."""
+"""The decisions of a target for `edgekit compress --target NAME`: which passes may run, which values their open
+parameters get, how long a call takes on a device that is not present, and whether the result fits into its memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def fitted(target: Target, steps: Sequence[Step]) -> tuple[Step, ...]:
-    """The recipe with the target's values where it leaves them open; an error if a pass is not for this target."""
+    """Return the recipe with the target's values for open parameters. Raises if a pass is not allowed for this
+    target."""
     result = []
     for number, step in enumerate(steps, start=1):
         step = with_defaults(target, step)
@@ -42,7 +43,7 @@ def fitted(target: Target, steps: Sequence[Step]) -> tuple[Step, ...]:
 
 
 def allowed(target: Target | None, step: Step) -> bool:
-    """Whether a pass may run for the target."""
+    """Return whether a pass may run for the target."""
     try:
         if target is not None:
             refuse(target, with_defaults(target, step).build())
@@ -52,8 +53,8 @@ def allowed(target: Target | None, step: Step) -> bool:
 
 
 def refuse(target: Target, built: Pass[Any]) -> None:
-    """Raise if the pass makes the model compute in what the target must never be given, or writes operators that its
-    runtime does not read."""
+    """Raise if with this pass the model computes in a precision that the target forbids, or contains operators that the
+    target's runtime does not read."""
     for precision in built.precisions():
         target.refuse(precision)
     if "DynamicQuantizeLinear" in built.writes and target.stack.runtime in TENSORRT:
@@ -64,46 +65,49 @@ def refuse(target: Target, built: Pass[Any]) -> None:
 
 
 def with_defaults(target: Target, step: Step) -> Step:
-    """The pass with the target's multiple of channels and quantization scheme, unless the recipe has its own."""
+    """Return the pass with the target's channel multiple and quantization scheme, unless the recipe sets them."""
     from edgekit.passes.base import load_pass
 
-    kind = load_pass(step.name)
+    pass_class = load_pass(step.name)
     values: dict[str, Any] = {}
-    if kind.multiple_parameter:
-        values[kind.multiple_parameter] = target.plan.round_to
-    if kind.scheme_parameter and target.plan.int8 != "none":
-        values[kind.scheme_parameter] = target.plan.int8
-        if target.kind != "cpu" and kind.weight_bits_parameter:  # they add in 32 bits; 7 is for CPUs that add in 16
-            values[kind.weight_bits_parameter] = 8
+    if pass_class.multiple_parameter:
+        values[pass_class.multiple_parameter] = target.plan.round_to
+    if pass_class.scheme_parameter and target.plan.int8 != "none":
+        values[pass_class.scheme_parameter] = target.plan.int8
+        if (
+            target.kind != "cpu" and pass_class.weight_bits_parameter
+        ):  # GPUs add in 32 bits; 7 is for CPUs that add in 16
+            values[pass_class.weight_bits_parameter] = 8
     return replace(step, parameters={**values, **step.parameters})
 
 
 def measured_here(target: Target | None) -> bool:
-    """Whether latency is measured on this machine: always without a target, else if it is this machine."""
+    """Return whether latency is measured on this machine: without a target, or if the target is this machine."""
     return target is None or is_here(target)
 
 
 def rounded(target: Target | None, count: int, whole: int) -> int:
-    """A number of units to keep, as a multiple of what the target's units take at a time, if there are so many."""
+    """Round a number of units to a multiple of the number that the target processes at once, if there are so many."""
     multiple = target.plan.round_to if target else 1
     return count if whole < multiple else max(multiple, round(count / multiple) * multiple)
 
 
 def graph_work(model: ModelProto, inputs: Arrays, batch: int) -> Workload:
-    """The graph's operators for inputs of these lengths."""
+    """Return the graph's operators for inputs of these lengths."""
     return work(model, sized(model, batch, lengths_of(model, inputs)))
 
 
 def as_written(target: Target) -> str:
-    """What float32 operators of a graph run in. TensorRT's builders up to 10 choose for themselves on a network that is
-    weakly typed; everything else does as the graph says."""
+    """Return the precision in which float32 operators of a graph run. For weakly typed networks, TensorRT's builders up
+    to 10 choose it themselves; all other runtimes follow the graph."""
     return precision_on(target) if target.stack.typing == "weak" else "float32"
 
 
 def estimated(
     target: Target, before: ModelProto, after: ModelProto, inputs: Arrays, batches: Sequence[int]
 ) -> list[Latency]:
-    """Latency on the target by the roofline, in place of what the guard measures; an estimate has no interval."""
+    """Return the latency on the target by the roofline, which replaces the guard's measurement; an estimate has no
+    interval."""
     result = []
     for batch in batches:
         first, second = (
@@ -116,7 +120,7 @@ def estimated(
 
 
 def needed(target: Target, model: ModelProto, inputs: Arrays, batches: Sequence[int]) -> tuple[int, Memory]:
-    """The batch size, of these, that takes the most memory, and how much."""
+    """Return which of these batch sizes takes the most memory, and how much."""
     found = [
         (batch, estimate(graph_work(model, inputs, batch), target, batch, precision=as_written(target)).memory)
         for batch in batches

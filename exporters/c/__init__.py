@@ -1,1 +1,2 @@
-"""The C exporter's parts: a network as kernel calls, those as C text, and that text compiled and loaded."""
+"""The parts of the C exporter: they describe a network as kernel calls, write the calls as C text, and compile and load
+it."""

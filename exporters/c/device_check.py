@@ -1,9 +1,10 @@
-"""Check an export on the device that will run it. Needs Python 3.8 or newer and a C compiler; nothing else.
+"""Check an export on the device that will run it. It needs Python 3.8 or newer and a C compiler; nothing else.
 
     python verify.py                                                the first of $CC, cc, gcc, clang
     python verify.py --compiler clang --flags="-std=c99 -Os"        the compiler and flags that you will use
 
 Without Python: cc -std=c99 -O3 -march=native check.c model.c -o check -lm && ./check
+
 Exit status: 0 if the model gives its golden outputs, at batch 1 and with all rows at once; 1 if not.
 """
 
@@ -48,7 +49,7 @@ def sha256(path: Path) -> str | None:
 
 
 def differs(folder: Path, compiler: str, flags: str) -> bool:
-    """Compile check.c and model.c, and run them; whether that failed."""
+    """Compile check.c and model.c, and run them. Return True if that fails."""
     with tempfile.TemporaryDirectory() as scratch:
         program = Path(scratch) / "check"
         sources = [str(folder / name) for name in ("check.c", "model.c")]

@@ -17,8 +17,9 @@ from edgekit.errors import EdgekitError
 
 Array = npt.NDArray[np.float32]
 COMPILERS = ("cc", "gcc", "clang")
-NATIVE = ("-std=c99", "-O3", "-march=native")  # the machine's own instructions; what they are is in the cache's key
-PLAIN = ("-std=c99", "-O2")  # the architecture's least: SSE2 on x86, NEON on 64-bit ARM
+# uses this machine's instructions; the cache's key contains the list of them
+NATIVE = ("-std=c99", "-O3", "-march=native")
+PLAIN = ("-std=c99", "-O2")  # uses the architecture's baseline: SSE2 on x86, NEON on 64-bit ARM
 
 
 class Compiler:
@@ -35,19 +36,19 @@ class Compiler:
         self.path: str = path
 
     def version(self) -> str:
-        """The first line of what --version says."""
+        """Return the first line that the compiler prints for --version."""
         return self._run(["--version"], "say its version").partition("\n")[0]
 
     def macros(self, flags: Sequence[str]) -> str:
-        """What the compiler predefines: its version and, for -march=native, what this CPU can do."""
+        """Return the compiler's predefined macros: its version and, for -march=native, the features of this CPU."""
         return self._run([*flags, "-dM", "-E", "-x", "c", os.devnull], "say what it is")
 
     def shared_library(self, model: str, header: str, flags: Sequence[str]) -> bytes:
-        """model.c as a shared library."""
+        """Return model.c as a shared library."""
         return self._build(model, header, [*flags, "-shared", "-fPIC"], ["-lm"])
 
     def object_size(self, model: str, header: str, flags: Sequence[str]) -> int:
-        """Bytes of the object file."""
+        """Return the size of the object file in bytes."""
         return len(self._build(model, header, [*flags, "-c"], []))
 
     def _build(self, model: str, header: str, flags: Sequence[str], libraries: Sequence[str]) -> bytes:
@@ -76,11 +77,12 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._run = self._library.model_run
         self._run.restype = None
-        self.workspace = ctypes.c_size_t.in_dll(self._library, "model_workspace").value  # floats, one for each thread
+        self.workspace = ctypes.c_size_t.in_dll(self._library, "model_workspace").value  # floats that each thread needs
         self.lanes = ctypes.c_int.in_dll(self._library, "model_lanes").value  # floats in a vector
         self.key = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(self._library, "model_key"))).decode()
 
     def run(self, rows: int, arrays: Sequence[Array], workspace: Array) -> None:
-        """arrays: the inputs and then the output to write, contiguous, `rows` each. Releases the interpreter's lock."""
+        """Run the model. arrays: the inputs and then the output to write, contiguous, `rows` each. The call releases
+        the interpreter's lock."""
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, workspace)]
         self._run(ctypes.c_size_t(rows), *pointers)

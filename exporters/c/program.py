@@ -18,8 +18,8 @@ from edgekit.graph.network import PROBABILITIES
 from edgekit.nn import families
 from edgekit.nn.t2 import T2, Block
 
-LANES = 16  # of the widest vector that kernels.c knows: rows of a buffer are a multiple of it, on every machine
-NAME = re.compile("[a-z]([a-z0-9_]*[a-z0-9])?")  # of an input or output: it becomes one in C
+LANES = 16  # floats of the widest vector in kernels.c: the row length of a buffer is a multiple of it, on every machine
+NAME = re.compile("[a-z]([a-z0-9_]*[a-z0-9])?")  # of an input or output, which becomes a name in C
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ Argument = Buffer | Tensor | Port | int | float | None
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a kernel, arguments in its order; the first is what it writes."""
+    """One call of a kernel, with the arguments in the kernel's order; the kernel writes the first one."""
 
     kernel: str
     arguments: tuple[Argument, ...]
@@ -57,7 +57,7 @@ class Call:
 
 @dataclass(slots=True)
 class Program:
-    """What `model_run` does with each row."""
+    """The constants and kernel calls that `model_run` executes for each row."""
 
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
@@ -84,12 +84,12 @@ class Program:
         relu: bool = False,
         add: Buffer | Tensor | None = None,
     ) -> None:
-        """out = layer(x), at least 0 if `relu`, then plus `add`."""
+        """Add a call: out = layer(x), clipped below at 0 if `relu`, then plus `add`."""
         weight, bias = Tensor(f"{name}.weight"), Tensor(f"{name}.bias")
         self.call("dense", out, x, weight, bias, add, layer.in_features, layer.out_features, int(relu))
 
     def linear_in_double(self, out: Buffer, x: Buffer, layer: nn.Linear, name: str) -> None:
-        """out = layer(x), its sums in double: for what small differences grow from."""
+        """Add a call: out = layer(x), with sums in double precision, for layers after which small differences grow."""
         weight, bias = Tensor(f"{name}.weight"), Tensor(f"{name}.bias")
         self.call("dense_in_double", out, x, weight, bias, layer.in_features, layer.out_features)
 
@@ -99,7 +99,7 @@ class Program:
 
 
 def program(bundle: Bundle) -> Program:
-    """The bundle's network as kernel calls. Raises if its family, or its inputs and outputs, are not known in C."""
+    """Return the bundle's network as kernel calls. Raises if C does not support its family, inputs or outputs."""
     manifest = bundle.manifest
     if not families.find(manifest.family).written_in_c:
         raise EdgekitError(
@@ -114,14 +114,14 @@ def program(bundle: Bundle) -> Program:
             raise EdgekitError(f"{manifest.name}: {spec.name!r} is {spec.dtype}; the C exporter takes float32 only")
         if not NAME.fullmatch(spec.name) or names.count(spec.name) > 1:
             raise EdgekitError(
-                f"{manifest.name}: {spec.name!r} cannot be a name in C, or is there twice; "
+                f"{manifest.name}: {spec.name!r} cannot be a name in C, or two tensors have it; "
                 "use different lower-case words joined by _"
             )
     return WRITERS[manifest.family](bundle)
 
 
 def t2(bundle: Bundle) -> Program:
-    """`edgekit.nn.t2.T2.forward`, layer by layer; dropout does nothing here."""
+    """Write the steps of `edgekit.nn.t2.T2.forward`, layer by layer; dropout does nothing at inference."""
     model = cast(T2, bundle.model())
     config, manifest = model.config, bundle.manifest
     tokens = config.sequence + config.context
@@ -176,5 +176,5 @@ def _block(run: Program, x: Buffer, block: Block, name: str) -> Buffer:
     return out
 
 
-# by family: those whose `Family` says that C runs them
+# The functions that write a family as C, for the families whose `Family` says `written_in_c`.
 WRITERS: dict[str, Callable[[Bundle], Program]] = {"t2": t2}

@@ -1,4 +1,4 @@
-"""A program as C: kernels.c, the constants, and `model_run`, in one file that needs only libm."""
+"""Write a program as C: kernels.c, the constants and `model_run`, in one file that needs only libm."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from exporters.c.program import LANES, Argument, Buffer, Port, Program, Tensor
 
 FOLDER = Path(__file__).parent
 PER_LINE = 8  # numbers
-MEMORY = "memory"  # the workspace in model_run, from its first whole cache line on
+MEMORY = "memory"  # the workspace in model_run, from its first cache line boundary on
 
 
 @dataclass(frozen=True, slots=True)
 class CSource:
-    """The text of model.c and model.h. workspace: floats that a caller must provide for each thread."""
+    """The text of model.c and model.h. workspace: the floats that a caller must provide for each thread."""
 
     model: str
     header: str
@@ -30,11 +30,11 @@ class CSource:
 
 
 def write_source(program: Program, encodings: Mapping[str, Encoding], name: str, key: str) -> CSource:
-    """C99 for a program; `encodings`: constants to store as codes, which each call of `model_run` decodes first.
+    """Write C99 for a program. `encodings`: constants to store as codes, which each call of `model_run` decodes first.
 
-    name: the model's, for the comment on top; key: what a session recognises its own model by.
+    name: the model's name, for the comment at the top; key: the hash by which a session recognises the model.
     """
-    places, size = _places(program)
+    offsets, size = _offsets(program)
     constants, decoders = [], []
     for tensor in _tensors(program):
         identifier, values = _identifier(tensor), program.tensors[tensor]
@@ -45,7 +45,7 @@ def write_source(program: Program, encodings: Mapping[str, Encoding], name: str,
         constants += texts
         decoders += [f"float *const {identifier} = {MEMORY} + {size};", call]
         size += -(-values.size // LANES) * LANES
-    buffers = [f"float *const {_identifier(buffer)} = {MEMORY} + {place};" for buffer, place in places.items()]
+    buffers = [f"float *const {_identifier(buffer)} = {MEMORY} + {offset};" for buffer, offset in offsets.items()]
     ports = (*program.inputs, program.output)
     advance = ", ".join(["row++", *(f"{spec.name} += {_row(spec)}" for spec in ports)])
     calls = [f"{call.kernel}({', '.join(map(_argument, call.arguments))});" for call in program.calls]
@@ -79,13 +79,13 @@ def write_source(program: Program, encodings: Mapping[str, Encoding], name: str,
 
 
 def in_comment(text: str) -> str:
-    """Text from a bundle as a comment may hold it. A bundle is data: a name that ended the comment would be a program,
-    compiled and run by whoever opened the bundle."""
+    """Return text from a bundle with all characters removed that could end a C comment. A bundle is untrusted data: a
+    name that ended the comment would become code that the user's machine compiles and runs."""
     return re.sub(r"[^\w .,:;()+=<>\[\]-]+", " ", text, flags=re.ASCII)
 
 
 def write_check(program: Program, inputs: Arrays, expected: Arrays, tolerance: float) -> str:
-    """check.c: golden rows, and a program that exits with 0 if `model_run` gives their outputs."""
+    """Return check.c: golden rows, and a program that exits with 0 if `model_run` gives their outputs."""
     names = [spec.name for spec in program.inputs]
     rows = len(inputs[names[0]])
     golden = [_array("float", f"in_{name}", inputs[name]) for name in names]
@@ -141,7 +141,7 @@ def _header(program: Program, name: str, workspace: int) -> str:
             " * Rows do not influence one another. Inputs must be finite. */",
             f"void model_run({_parameters(program)});",
             "",
-            "extern const char model_key[];        /* SHA-256 of what it computes, as in manifest.json */",
+            "extern const char model_key[];        /* SHA-256 of the model, as in manifest.json */",
             "extern const size_t model_workspace;  /* MODEL_WORKSPACE, for those who load a library */",
             "extern const int model_lanes;         /* floats in a vector: 16, 8, 4, or 1 if the compiler has none */",
             "",
@@ -154,9 +154,9 @@ def _header(program: Program, name: str, workspace: int) -> str:
     )
 
 
-def _places(program: Program) -> tuple[dict[str, int], int]:
-    """Where in the workspace each buffer lies, and the floats that all take. Buffers that are never needed at the same
-    time share a place, so that the workspace stays in the second cache."""
+def _offsets(program: Program) -> tuple[dict[str, int], int]:
+    """Return the offset of each buffer in the workspace, and the floats that all buffers take together. Two buffers
+    that are never needed at the same time share memory, so that the workspace stays in the L2 cache."""
     spans: dict[str, tuple[Buffer, int, int]] = {}
     for time, call in enumerate(program.calls):
         for item in call.arguments:
@@ -164,46 +164,46 @@ def _places(program: Program) -> tuple[dict[str, int], int]:
                 buffer, first, _ = spans.get(item.name, (item, time, time))
                 assert buffer == item, f"two buffers are called {item.name}"
                 spans[item.name] = (buffer, first, time)
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     size = 0
     for name, (buffer, first, last) in spans.items():
         wanted = buffer.features * program.stride
         taken = sorted(
-            (places[other], places[other] + spans[other][0].features * program.stride)
-            for other in places
+            (offsets[other], offsets[other] + spans[other][0].features * program.stride)
+            for other in offsets
             if spans[other][1] <= last and first <= spans[other][2]
         )
-        place = 0
+        offset = 0
         for start, end in taken:
-            if start - place >= wanted:
+            if start - offset >= wanted:
                 break
-            place = max(place, end)
-        places[name] = place
-        size = max(size, place + wanted)
-    return places, size
+            offset = max(offset, end)
+        offsets[name] = offset
+        size = max(size, offset + wanted)
+    return offsets, size
 
 
 def _tensors(program: Program) -> list[str]:
-    """Names of the constants in use, in the order of their first use."""
+    """Return the names of the constants that the program uses, in the order of their first use."""
     used = (item.name for call in program.calls for item in call.arguments if isinstance(item, Tensor))
     return list(dict.fromkeys(used))
 
 
 def _uses(program: Program, encodings: Mapping[str, Encoding]) -> list[str]:
-    """Switches for those kernels that not every model needs: a compiler warns of functions that nobody calls."""
+    """Return switches for the kernels that not every model needs: compilers warn about functions that nobody calls."""
     kernels = {call.kernel for call in program.calls}
-    kinds = {type(encodings[name]).__name__ for name in _tensors(program) if name in encodings}
+    encoding_types = {type(encodings[name]).__name__ for name in _tensors(program) if name in encodings}
     needs = {
         "REPEAT": "repeat" in kernels,
         "SOFTMAX": "softmax" in kernels,
-        "SCALES": "Affine" in kinds,
-        "PALETTES": "Palette" in kinds,
+        "SCALES": "Affine" in encoding_types,
+        "PALETTES": "Palette" in encoding_types,
     }
     return [f"#define USES_{name}" for name, needed in needs.items() if needed]
 
 
 def _decoder(identifier: str, encoding: Encoding) -> tuple[list[str], str]:
-    """Codes and their table as constants, and the call that decodes them."""
+    """Return codes and their table as constants, and the call that decodes them."""
     rows, columns = len(encoding.codes), encoding.codes[0].size
     if isinstance(encoding, Affine):
         tables = [
@@ -225,7 +225,7 @@ def _parameters(program: Program) -> str:
 
 
 def _row(spec: TensorSpec) -> int:
-    """Floats in one row."""
+    """Return the number of floats in one row."""
     return int(np.prod([axis for axis in spec.shape[1:] if isinstance(axis, int)], dtype=np.int64))
 
 
@@ -243,20 +243,20 @@ def _argument(value: Argument) -> str:
 
 
 def _identifier(name: str) -> str:
-    """A buffer's or constant's name in C: ends in `_`, which no input's or output's does."""
+    """Return a buffer's or constant's name in C. It ends in `_`, as no name of an input or output does."""
     return name.replace(".", "_") + "_"
 
 
 def _float(value: float) -> str:
-    """Nine digits give every float32 back exactly."""
+    """Return a float32 as a C literal: nine digits restore every float32 exactly."""
     text = f"{value:.9g}"
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
 
-def _array(kind: str, name: str, values: Float | npt.NDArray[np.int8] | npt.NDArray[np.uint8]) -> str:
+def _array(c_type: str, name: str, values: Float | npt.NDArray[np.int8] | npt.NDArray[np.uint8]) -> str:
     flat = values.ravel().tolist()
-    texts = [_float(value) for value in flat] if kind == "float" else [str(value) for value in flat]
-    return f"static const {kind} {name}[{len(texts)}] = {{\n{_lines(texts)}\n}};\n"
+    texts = [_float(value) for value in flat] if c_type == "float" else [str(value) for value in flat]
+    return f"static const {c_type} {name}[{len(texts)}] = {{\n{_lines(texts)}\n}};\n"
 
 
 def _lines(texts: list[str]) -> str:

@@ -1,1 +1,1 @@
-"""Sessions: named arrays in, named arrays out."""
+"""Sessions run a model: they take named arrays and return named arrays."""

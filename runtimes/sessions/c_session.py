@@ -1,7 +1,8 @@
-"""The exported C, compiled for this machine: for networks so small that a runtime's memory traffic is most of its time.
+"""Run the exported C, compiled for this machine: for networks so small that a runtime spends most time on memory
+traffic.
 
-The shared library is compiled once and kept in edgekit's cache, under a name that depends on the model, on
-edgekit's generator, and on all that the compiler says of itself and of this CPU.
+The session compiles the shared library once and keeps it in edgekit's cache. Its file name depends on the model, on
+edgekit's generator, and on the compiler's description of itself and of this CPU.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from edgekit.session import Session, check_inputs, open_session
 from exporters.c.library import NATIVE, Compiler, Library
 from runtimes.sessions.rows import cut, share_out
 
-CHUNK = 16  # rows that a thread takes at a time: some milliseconds, beside which handing them out is nothing
+CHUNK = 16  # rows that a thread takes at a time: they take some milliseconds, so the cost of handing them out is small
 AGREEMENT = 1e-5  # of a probability, on the bundle's golden rows; t2's float32 is up to 2e-6 away from float64
 
 
 class CSession:
     """A bundle as compiled C, float32, on the CPU.
 
-    threads: rows are shared out among so many, by default all cores. chunk: rows at a time. compiler: its command, by
-    default $CC or the first of cc, gcc, clang. cache: folder for compiled models. Safe to run from several threads.
+    threads: how many threads share the rows, by default one for each core. chunk: rows at a time. compiler: its
+    command, by default $CC or the first of cc, gcc, clang. cache: folder for compiled models. Several threads may call
+    a session.
     """
 
     def __init__(
@@ -57,13 +59,13 @@ class CSession:
         self._shapes = {spec.name: spec.shape[1:] for spec in self.inputs}
         self._threads = threads or len(os.sched_getaffinity(0))
         self._chunk = chunk or CHUNK
-        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), "edgekit-c")  # beside the thread that calls
-        self._local = threading.local()  # a workspace for each
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), "edgekit-c")  # the calling thread works too
+        self._local = threading.local()  # each thread has its own workspace
         self.provider = f"c ({self._library.lanes} lanes)"
         self.device = f"cpu ({self._threads} thread{'s' * (self._threads > 1)})"
 
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """Outputs by name, in the order of the inputs' rows."""
+        """Return the outputs by name, in the order of the inputs' rows."""
         rows = self._rows(arrays)
         spec = self.outputs[0]
         output = np.empty((rows, *map(int, spec.shape[1:])), np.float32)
@@ -76,12 +78,12 @@ class CSession:
         return {spec.name: output}
 
     def warmup(self, batch: int) -> None:
-        """Run once at this batch size, so that the next run pays for nothing but itself."""
+        """Run once at this batch size, so that no later run pays for one-time work."""
         self.run(golden_inputs(tuple(self.inputs), batch))
 
     def _rows(self, arrays: Mapping[str, npt.NDArray[Any]]) -> int:
-        """The batch size. What is right is seen at a glance, for `check_inputs` takes a third of a row's time; it is
-        left to say what is wrong."""
+        """Return the batch size. A short test accepts valid arrays, because `check_inputs` takes a third of a row's
+        time; `check_inputs` then explains what is wrong with invalid ones."""
         sizes = set()
         for name, shape in self._shapes.items():
             array = arrays.get(name)
@@ -103,10 +105,10 @@ class CSession:
 
 
 def open_fastest(bundle: Bundle, *, threads: int | None = None, chunk: int | None = None) -> Session:
-    """The runtime `auto`: C where there is a compiler and the family is known, else ONNX Runtime.
+    """Open the runtime `auto`: C if there is a compiler and C supports the family, else ONNX Runtime.
 
-    C is several times faster per core (tools/bench_c.py). Before it is trusted with a bundle, it has to give the
-    bundle's golden outputs on this machine; if it does not, or cannot be compiled, a warning says so.
+    C is several times faster per core (tools/bench_c.py). The function uses C only if it gives the bundle's golden
+    outputs on this machine; if it does not, or if it does not compile, the function warns and uses ONNX Runtime.
     """
     if families.find(bundle.manifest.family).written_in_c and has_compiler():
         try:
@@ -135,7 +137,7 @@ def check_golden(session: Session, bundle: Bundle) -> None:
             wanted = expected[name][: len(got)]
             allowed = AGREEMENT * max(1.0, float(np.abs(wanted).max(initial=0)))
             difference = float(np.abs(got - wanted).max(initial=0))
-            if not difference <= allowed:  # NaN included
+            if not difference <= allowed:  # also true for NaN
                 raise EdgekitError(
                     f"{bundle.manifest.name} on {session.provider}: {name} is {difference:.1e} from its golden value, "
                     f"allowed {allowed:.1e}; another compiler ($CC) or runtime may do better"
@@ -143,24 +145,24 @@ def check_golden(session: Session, bundle: Bundle) -> None:
 
 
 def _folder(given: str | Path | None) -> Path:
-    """Where compiled models are kept: the folder that was given, or the cache's."""
+    """Return the folder for compiled models: the given one, or the cache's."""
     return cache.folder("c") if given is None else cache.private_folder(Path(given))
 
 
 def _library(bundle: Bundle, compiler: Compiler, kept: Path) -> Library:
-    """The bundle's compiled model, from the cache or compiled now."""
+    """Return the bundle's compiled model from the cache, or compile it now."""
     path = kept / f"{_digest(model_key(bundle), compiler)}.so"
     if not _whole(path):
-        from exporters.c_export import CExporter  # loads torch, which a compiled model does without
+        from exporters.c_export import CExporter  # this imports torch, which a compiled model does not need
 
         source = CExporter().source(bundle)
         content = compiler.shared_library(source.model, source.header, NATIVE)
-        cache.keep(path, content + hashlib.sha256(content).digest())  # loaders ignore what follows the library
+        cache.keep(path, content + hashlib.sha256(content).digest())  # loaders ignore bytes after the library
     return Library(path)
 
 
 def _whole(path: Path) -> bool:
-    """Whether the file is there as it was written: loading one that was cut off can end the process."""
+    """Return whether the file is complete: loading a truncated library can end the process."""
     if not path.is_file():
         return False
     content = path.read_bytes()
@@ -168,7 +170,8 @@ def _whole(path: Path) -> bool:
 
 
 def _digest(key: str, compiler: Compiler) -> str:
-    """What the machine code depends on: model, generator, compiler, flags, and the CPU as the compiler sees it."""
+    """Return a hash over all that the machine code depends on: model, generator, compiler, flags, and the CPU as the
+    compiler describes it."""
     folder = Path(exporters.__file__).parent
     parts = [key.encode(), " ".join(NATIVE).encode(), compiler.macros(NATIVE).encode()]
     parts += [file.read_bytes() for file in (folder / "c_export.py", *sorted((folder / "c").glob("*.[cp]*")))]

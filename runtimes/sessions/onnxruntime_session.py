@@ -1,8 +1,8 @@
-"""ONNX Runtime, with the batch cut so that it stays in cache and every core works.
+"""ONNX Runtime, with the batch cut into chunks that stay in the cache and keep every core busy.
 
-ONNX Runtime hands a whole batch to each operator in turn. t2's attention scores take 640 kB a sample, so a batch of
-1000 streams 640 MB through memory several times over; a few rows at a time stay in cache, and the cores share out the
-rows instead of the operators. How many rows, and how the cores are used, is measured on the machine, not assumed.
+ONNX Runtime runs each operator on the whole batch. t2's attention scores take 640 kB a sample, so a batch of 1000
+streams 640 MB through memory several times over. A few rows at a time stay in the cache, and the cores share the rows
+instead of the operators. The session measures on the machine how many rows and threads are best.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from edgekit.cost.timing import in_turns, timed
 from edgekit.doctor import extras
 from edgekit.errors import EdgekitError, unknown
 from edgekit.session import check_inputs
-from exporters.device_check import strays
+from exporters.device_check import ran_elsewhere
 from runtimes.sessions.rows import cut, share_out
 
 CPU = "CPUExecutionProvider"
 GPU = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-CHUNKS = (1, 2, 4, 8, 16, 32)  # rows at a time that are tried
-SMALL = 8  # below this many rows, or fewer than cores, a batch goes to ONNX Runtime in one piece
-TRIAL_SECONDS = 0.02  # of work in a trial: longer than the clock's and the scheduler's grain
-ROUNDS = (5, 25)  # the median of these counts; more where a trial is a single short call
-MARGIN = 0.1  # what a plan must gain to take more memory, or a second core for a small batch
+CHUNKS = (1, 2, 4, 8, 16, 32)  # chunk sizes to try, in rows
+SMALL = 8  # ONNX Runtime runs a batch below this many rows, or below one row per core, in one piece
+TRIAL_SECONDS = 0.02  # of work in a trial: longer than the resolution of the clock and of the scheduler
+ROUNDS = (5, 25)  # the median of these counts; more if a trial is a single short call
+MARGIN = 0.1  # the gain for which a plan may take more memory, or a second core for a small batch
 OPTIMISATIONS = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -52,12 +52,12 @@ _measured: dict[str, BatchPlan] = {}  # in this process, by model, runtime versi
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How a batch is run: `workers` calls at a time, each with `chunk` rows on `threads` cores."""
+    """How a session runs a batch: `workers` calls at a time, each with `chunk` rows on `threads` cores."""
 
     workers: int
     threads: int
     chunk: int
-    rows_per_second: float | None = None  # of one worker, as measured when the plan was chosen
+    rows_per_second: float | None = None  # of one worker, measured when the plan was chosen
     origin: Literal["measured", "cached", "given"] = "given"
 
     def __str__(self) -> str:
@@ -71,9 +71,10 @@ class BatchPlan:
 class OnnxRuntimeSession:
     """A bundle under ONNX Runtime.
 
-    source: an exported model.onnx of this very bundle; by default one is made in memory, which needs torch.
-    threads, chunk: what is otherwise measured. plan_file: JSON that keeps measured plans from process to process.
-    exporter: of torch's two, which makes that model; optimization: how far ONNX Runtime rewrites the graph.
+    source: a model.onnx that was exported from this bundle; by default the session exports one in memory, which needs
+    torch. threads, chunk: values to use instead of measured ones. plan_file: a JSON file that stores measured plans
+    between processes. exporter: which of torch's two exporters makes the model; optimization: how far ONNX Runtime
+    rewrites the graph.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class OnnxRuntimeSession:
                 )
         available = onnxruntime.get_available_providers()
         if provider not in available:
-            extras.check("onnxruntime-gpu")  # a CPU build installed over it is the usual reason
+            extras.check("onnxruntime-gpu")  # the usual reason is a CPU build that was installed over it
             remedy = "choose one of these, or install the onnxruntime build for your device"
             if provider in GPU:
                 remedy += " (pip uninstall -y onnxruntime; pip install 'edgekit[gpu]')"
@@ -106,23 +107,23 @@ class OnnxRuntimeSession:
                 f"{remedy}"
             )
         if provider in GPU and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA and cuDNN from pip are on no loader's path
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from pip are not on the loader's path
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self.provider = provider
         self._names = [spec.name for spec in self.outputs]
         self._key, self._graph = model_key(bundle), _graph(bundle, source, exporter)
         self._optimization = optimization
-        # onnxruntime 1.32 crashes while it lays out float16 graphs for convolutions (its issue 28392)
+        # onnxruntime 1.32 crashes when it changes the layout of float16 graphs for convolutions (its issue 28392).
         self._avoided = ["NchwcTransformer"] if bundle.is_graph and holds_float16(self._graph) else None
         self._cores = threads or len(os.sched_getaffinity(0))
         self._chunk = chunk
-        self._small = 0 if chunk else max(SMALL, self._cores)  # a given chunk is for batches of every size
+        self._small = 0 if chunk else max(SMALL, self._cores)  # a given chunk applies to batches of every size
         self._plan_file = Path(plan_file) if plan_file is not None else None
         self._sessions: dict[int, Any] = {}
         self._chosen: dict[str, BatchPlan] = {}  # by size of batch: small, large
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(max(1, self._cores - 1), "edgekit")  # beside the thread that calls
+        self._pool = ThreadPoolExecutor(max(1, self._cores - 1), "edgekit")  # the calling thread works too
         found = self._open(self._cores).get_modelmeta().custom_metadata_map.get(KEY, "missing")
         if found != self._key:
             raise EdgekitError(
@@ -133,16 +134,16 @@ class OnnxRuntimeSession:
 
     @property
     def plan(self) -> BatchPlan | None:
-        """How batches of SMALL rows and more are run; None until the first of them, or `warmup`, has chosen."""
+        """How the session runs batches of SMALL rows and more; None until the first such batch, or `warmup`."""
         return self._chosen.get("large")
 
     @property
     def small_plan(self) -> BatchPlan | None:
-        """How smaller batches are run."""
+        """How the session runs smaller batches."""
         return self._chosen.get("small")
 
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """Outputs by name, in the order of the inputs' rows; the same to rounding whatever the plan."""
+        """Return the outputs by name, in the order of the inputs' rows. The plan changes them by rounding only."""
         if (outputs := self._few_rows(arrays)) is not None:
             return outputs
         batch = check_inputs(self.inputs, arrays)
@@ -158,12 +159,13 @@ class OnnxRuntimeSession:
         return self._run_plan(self._chosen[size], arrays, batch)
 
     def warmup(self, batch: int) -> None:
-        """Run once at this batch size, so that the next run pays for nothing but itself."""
+        """Run once at this batch size, so that no later run pays for one-time work."""
         self.run(golden_inputs(self.inputs, batch))
 
     def _few_rows(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays | None:
-        """A small batch by the short way, for `check_inputs` costs a tenth of a single t2 row and ONNX Runtime checks
-        names, types and shapes itself. None for anything unusual: the long way says what it is."""
+        """Run a small batch without `check_inputs`, which costs a tenth of a single t2 row; ONNX Runtime checks names,
+        types and shapes itself. Return None for anything unusual: then the normal path checks the inputs and explains
+        the error."""
         plan = self._chosen.get("small")
         try:
             rows = {len(array) for array in arrays.values()}
@@ -172,15 +174,16 @@ class OnnxRuntimeSession:
             if not all(np.logical_and.reduce(np.isfinite(array), axis=None) for array in arrays.values()):
                 return None
             return self._call(plan.threads, arrays)
-        except Exception:  # not hidden: the long way runs the same thing again
+        except Exception:  # nothing is hidden: the normal path runs the same inputs again
             return None
 
     def _open(self, threads: int) -> Any:
-        """The ONNX Runtime session with so many threads of its own; opened once."""
+        """Return the ONNX Runtime session with this many threads; it is opened once."""
         if threads not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
-            options.log_severity_level = 4 if self.provider == CPU else 3  # a GPU's says what it lacks
+            # warnings of a GPU provider name what it lacks
+            options.log_severity_level = 4 if self.provider == CPU else 3
             options.graph_optimization_level = getattr(
                 onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[self._optimization]
             )
@@ -191,10 +194,10 @@ class OnnxRuntimeSession:
                     session = onnxruntime.InferenceSession(
                         self._graph, options, providers=[self.provider], disabled_optimizers=self._avoided
                     )
-                except Exception as error:  # onnxruntime's exceptions have no common base of their own
+                except Exception as error:  # the exceptions of onnxruntime share no base class
                     reason = str(error).splitlines()[0]
                     raise EdgekitError(f"onnxruntime cannot run this model on {self.provider}: {reason}") from error
-                if session.get_providers()[0] != self.provider:  # which disable_fallback() does not prevent
+                if session.get_providers()[0] != self.provider:  # disable_fallback() does not prevent this
                     raise EdgekitError(
                         f"onnxruntime did not start {self.provider}, it fell back to "
                         f"{', '.join(session.get_providers())}; check the device's driver and libraries, or choose "
@@ -206,10 +209,11 @@ class OnnxRuntimeSession:
         return self._sessions[threads]
 
     def _prove(self, session: Any) -> None:
-        """Raise if operators quietly run on the CPU, by the session's own profile. `session.disable_cpu_ep_fallback`
-        would refuse every graph that computes a shape, which ONNX Runtime does on the CPU beside any GPU."""
+        """Raise if the session's own profile shows operators that silently run on the CPU. The option
+        `session.disable_cpu_ep_fallback` would refuse every graph that computes a shape, which ONNX Runtime does on the
+        CPU for every GPU."""
         session.run(self._names, golden_inputs(self.inputs, 2))
-        if lost := strays(json.loads(Path(session.end_profiling()).read_text()), self.provider):
+        if lost := ran_elsewhere(json.loads(Path(session.end_profiling()).read_text()), self.provider):
             raise EdgekitError(
                 f"onnxruntime would run {', '.join(lost)} on the CPU, not on {self.provider}; choose "
                 "CPUExecutionProvider for all of it, or write the model with operators that the provider has"
@@ -219,7 +223,7 @@ class OnnxRuntimeSession:
         session = self._sessions.get(threads) or self._open(threads)
         try:
             return dict(zip(self._names, session.run(self._names, arrays), strict=True))
-        except Exception as error:  # of no common base either: a shape, or an index, that the graph cannot take
+        except Exception as error:  # no common base here either: a shape or an index that the graph cannot take
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             shapes = {name: array.shape for name, array in arrays.items()}
             raise EdgekitError(f"onnxruntime cannot run this model on inputs of shapes {shapes}: {reason}") from error
@@ -238,15 +242,16 @@ class OnnxRuntimeSession:
                         outputs[name] = np.empty((batch, *result.shape[1:]), result.dtype)
                     outputs[name][rows] = result
 
-        self._open(plan.threads)  # before the workers meet there
+        self._open(plan.threads)  # open the session before several workers ask for it at once
         share_out(self._pool, plan.workers, cut(batch, plan.chunk), call)
         return {spec.name: outputs[spec.name] for spec in self.outputs}
 
     def _choose(self, size: str, arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> BatchPlan:
-        """The best plan on this machine: known to this process or the plan file, else measured on this batch.
+        """Return the best plan on this machine: from this process or the plan file, or measured on this batch.
 
-        Large batches are shared out to workers of one thread each, which never wait for one another; threads inside
-        an operator meet after each, and where other programs hold a core they were measured at half the speed.
+        Large batches are shared by workers of one thread each, which never wait for one another. Threads inside an
+        operator wait for one another after each operator; when other programs occupied a core, they ran at half the
+        speed.
         """
         if size == "small":
             candidates = [BatchPlan(1, threads, self._small) for threads in sorted({1, self._cores})]
@@ -266,17 +271,17 @@ class OnnxRuntimeSession:
         return _measured[key]
 
     def _measure(self, candidates: list[BatchPlan], arrays: Mapping[str, npt.NDArray[Any]], batch: int) -> BatchPlan:
-        """Time the candidates in turns, on real rows.
+        """Time the candidates in turn, on real rows.
 
-        How many rows at a time is a matter of cache, so it is measured as one worker's CPU time, which other programs
-        hardly touch. How many threads for a small batch is a matter of waiting, so it is measured by the clock. A plan
-        has to be better by MARGIN than one before it in the list: less memory and fewer cores come first.
+        The best chunk depends on the cache, so it is measured in one worker's CPU time, which other programs hardly
+        change. The best number of threads for a small batch depends on waiting, so it is measured in wall time. A plan
+        must be better by MARGIN than an earlier one in the list; plans with less memory and fewer cores come first.
         """
         alone = candidates[0].workers > 1 or candidates[0].chunk < candidates[-1].chunk
         clock = time.thread_time if alone else time.perf_counter
         one = {name: array[:1] for name, array in arrays.items()}
         for plan in candidates:
-            self._call(plan.threads, one)  # opens the session, sizes its memory
+            self._call(plan.threads, one)  # this opens the session and allocates its memory
         started = clock()
         self._call(1, one)
         seconds = max(clock() - started, 1e-6)
@@ -294,9 +299,9 @@ class OnnxRuntimeSession:
 
 
 def _graph(bundle: Bundle, source: str | Path | None, exporter: Literal["torchscript", "dynamo"]) -> bytes:
-    """The ONNX file given, else the bundle exported now."""
+    """Return the given ONNX file, or export the bundle now."""
     if source is None:
-        from edgekit.graph.lower import lower  # imports torch, which an exported file does without
+        from edgekit.graph.lower import lower  # this imports torch, which an exported file does not need
 
         content: bytes = lower(bundle, weights="float32", exporter=exporter).SerializeToString()
         return content
@@ -306,17 +311,17 @@ def _graph(bundle: Bundle, source: str | Path | None, exporter: Literal["torchsc
 
 
 def holds_float16(graph: bytes) -> bool:
-    """Whether any value that the graph stores or casts to is float16."""
+    """Return whether the graph stores a float16 value or casts to float16."""
     from onnx import TensorProto, load_from_string
 
     model = load_from_string(graph).graph
     cast = (item.i for node in model.node if node.op_type == "Cast" for item in node.attribute if item.name == "to")
-    kinds = {tensor.data_type for tensor in model.initializer} | set(cast)
-    return int(TensorProto.FLOAT16) in kinds
+    dtypes = {tensor.data_type for tensor in model.initializer} | set(cast)
+    return int(TensorProto.FLOAT16) in dtypes
 
 
 def _cpu() -> str:
-    """What this machine calls its processor."""
+    """Return this machine's name for its processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -330,10 +335,12 @@ def _read_plans(path: Path | None) -> dict[str, BatchPlan]:
     try:
         return {key: BatchPlan(**values) for key, values in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise EdgekitError(f"{path}: not a file of plans ({error}); delete it, it will be measured again") from None
+        raise EdgekitError(
+            f"{path}: not a file of plans ({error}); delete it, and the session will measure again"
+        ) from None
 
 
 def _write_plans(path: Path | None, plans: Mapping[str, BatchPlan]) -> None:
-    """Two processes that measure at once may lose one plan, never the file."""
+    """Write the plans. Two processes that measure at the same time may lose one plan, but never the file."""
     if path is not None:
         write_file(path, (json.dumps({key: asdict(plan) for key, plan in plans.items()}, indent=1) + "\n").encode())

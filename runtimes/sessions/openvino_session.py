@@ -1,9 +1,9 @@
-"""OpenVINO, the fastest stock runtime for small transformers on x86: shapes are fixed, and each is compiled once.
+"""OpenVINO, the fastest standard runtime for small transformers on x86: shapes are fixed, and each is compiled once.
 
-A batch is cut into few sizes, each of which has a compiled model of its own. On a CPU with BF16 OpenVINO would compute
-in it unless told otherwise, where f16 is asked for and absent it takes bf16 and says nothing (a probability of t2 then
-moves by 6e-3), and beside weights stored as integers it rounds activations to int8. Here it is float32 or what was
-asked for, never something else.
+The session cuts a batch into pieces of few sizes, and each size has its own compiled model. Left to its defaults,
+OpenVINO computes in bf16 on a CPU that has it; if f16 is requested and missing, it silently uses bf16 (which changes a
+probability of t2 by 6e-3); and if weights are stored as integers, it rounds activations to int8. This session computes
+in float32 or in the requested precision, or raises.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "openvino", "openvino", "the runtime openvino") from None
 
-CHUNK = 16  # rows at a time, unless given: a t2 row takes 0.35 ms alone and 0.26 from 16 on, in one core
-SIZES = 8  # compiled models that are kept, the latest in use: each holds the weights again, laid out for its shape
-PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}  # as asked for, and as devices call it
+CHUNK = 16  # rows at a time by default: on one core a t2 row takes 0.35 ms alone and 0.26 ms in chunks of 16 or more
+SIZES = 8  # compiled models to keep, the most recently used: each holds the weights again, in the layout of its shape
+PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}  # names in edgekit, and OpenVINO's names for the same
 
 
 class Compiled:
-    """A model compiled for one shape of its inputs, with as many requests as workers have needed at once."""
+    """A model compiled for one input shape, with as many inference requests as workers have needed at the same time."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -50,7 +50,8 @@ class Compiled:
             request = self.model.create_infer_request()
         try:
             results = request.infer(dict(arrays), share_inputs=True)
-            return [np.array(results[output]) for output in self.model.outputs]  # the request's memory is used again
+            # copies, because the request uses its memory again
+            return [np.array(results[output]) for output in self.model.outputs]
         finally:
             self._idle.put(request)
 
@@ -58,9 +59,10 @@ class Compiled:
 class OpenVinoSession:
     """A bundle under OpenVINO.
 
-    source: an exported model.xml of this very bundle; by default the bundle is exported to ONNX in memory, which needs
-    torch unless it is a graph. precision: f32, or bf16 or f16 where the device has it. threads: workers of one thread
-    each, by default one for each core. chunk: rows at a time, taken as it is; by default up to CHUNK, in powers of two.
+    source: a model.xml that was exported from this bundle; by default the session exports the bundle to ONNX in memory,
+    which needs torch unless the bundle is a graph. precision: f32, or bf16 or f16 if the device has it. threads:
+    workers of one thread each, by default one for each core. chunk: rows at a time, used exactly; by default up to
+    CHUNK rows, in powers of two.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class OpenVinoSession:
         if PRECISIONS[precision] not in able:
             has = [name for name, capability in PRECISIONS.items() if capability in able]
             raise EdgekitError(
-                f"openvino: {device} cannot compute in {precision}, and openvino would take another precision without "
-                f"a word; it can do {', '.join(has)}"
+                f"openvino: {device} cannot compute in {precision}, and openvino would silently use another precision"
+                f"; it can do {', '.join(has)}"
             )
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
@@ -99,13 +101,13 @@ class OpenVinoSession:
         self._model = read_model(self._core, bundle, source)
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], Compiled] = OrderedDict()
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(max(1, self._workers - 1), "edgekit-openvino")  # beside the thread that calls
+        self._pool = ThreadPoolExecutor(max(1, self._workers - 1), "edgekit-openvino")  # the calling thread works too
         cpu = f"cpu ({self._workers} thread{'s' * (self._workers > 1)})"
         self.device = cpu if device == "CPU" else str(self._core.get_property(device, "FULL_DEVICE_NAME"))
-        self.provider = f"openvino {device} {precision}"  # which `_compile` holds the compiled model to
+        self.provider = f"openvino {device} {precision}"  # `_compile` checks that the compiled model agrees
 
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """Outputs by name, in the order of the inputs' rows."""
+        """Return the outputs by name, in the order of the inputs' rows."""
         batch = check_inputs(self.inputs, arrays)
         if batch == 0:
             one = {spec.name: np.zeros((1, *np.shape(arrays[spec.name])[1:]), spec.dtype) for spec in self.inputs}
@@ -128,12 +130,12 @@ class OpenVinoSession:
         return {spec.name: outputs[spec.name] for spec in self.outputs}
 
     def warmup(self, batch: int) -> None:
-        """Run once at this batch size, so that the next run pays for nothing but itself."""
+        """Run once at this batch size, so that no later run pays for one-time work."""
         self.run(golden_inputs(self.inputs, batch))
 
     def _pieces(self, batch: int) -> list[slice]:
-        """A given chunk is taken as it is; else what is left goes in powers of two, so that batches of any size need
-        few compiled models."""
+        """Cut a batch. A given chunk is used exactly; otherwise the rest after the last full chunk is cut into powers
+        of two, so that batches of all sizes need few compiled models."""
         pieces = cut(batch, self._chunk)
         if self._given or pieces[-1].stop - pieces[-1].start == self._chunk:
             return pieces
@@ -152,7 +154,7 @@ class OpenVinoSession:
         }
 
     def _for_shapes(self, rows: Arrays) -> Compiled:
-        """The model compiled for these shapes; the one that was not used for longest makes room for a new one."""
+        """Return the model compiled for these shapes. A new model replaces the least recently used one."""
         shapes = tuple(array.shape for array in rows.values())
         with self._lock:
             if shapes not in self._compiled:
@@ -164,7 +166,8 @@ class OpenVinoSession:
 
     def _compile(self, rows: Arrays) -> Compiled:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": self._precision}
-        if self._where == "CPU":  # streams of one thread never wait for one another; pinned, they would meet on a core
+        # streams of one thread never wait for one another; with pinning, several would run on the same core
+        if self._where == "CPU":
             options |= {
                 "NUM_STREAMS": self._workers,
                 "INFERENCE_NUM_THREADS": self._workers,
@@ -175,7 +178,7 @@ class OpenVinoSession:
         try:
             model.reshape({name: list(array.shape) for name, array in rows.items()})
             compiled = self._core.compile_model(model, self._where, options)
-        except RuntimeError as error:  # openvino's only kind
+        except RuntimeError as error:  # openvino raises no other exception type
             shapes = {name: array.shape for name, array in rows.items()}
             raise EdgekitError(
                 f"openvino cannot compile this model for inputs of shapes {shapes}: {_reason(error)}"
@@ -191,12 +194,12 @@ class OpenVinoSession:
 
 
 def read_model(core: Any, bundle: Bundle, source: str | Path | None) -> Any:
-    """The exported model given, else the bundle as ONNX; with its inputs and outputs in the manifest's order."""
+    """Read the given exported model, or the bundle as ONNX; inputs and outputs are in the manifest's order."""
     if source is not None:
         path = Path(source)
         if not path.is_file() or not path.with_suffix(".bin").is_file():
             raise EdgekitError(
-                f"{path}: no such model, or no {path.with_suffix('.bin').name} beside it; write them with: "
+                f"{path}: no such model, or no {path.with_suffix('.bin').name} in its folder; write them with: "
                 "edgekit export BUNDLE --to openvino -o DIRECTORY"
             )
         try:
@@ -212,7 +215,7 @@ def read_model(core: Any, bundle: Bundle, source: str | Path | None) -> Any:
         return model
 
     try:
-        from edgekit.graph.lower import lower  # imports torch, which an exported file does without
+        from edgekit.graph.lower import lower  # this imports torch, which an exported file does not need
 
         return core.read_model(lower(bundle, weights="float32").SerializeToString())
     except RuntimeError as error:
@@ -220,6 +223,7 @@ def read_model(core: Any, bundle: Bundle, source: str | Path | None) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The last line that says something: openvino's messages begin with places in its source."""
+    """Return the last line of an error that is not empty: the first lines of openvino's messages are positions in its
+    source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or ["no reason given"])[-1][-200:]

@@ -1,4 +1,4 @@
-"""A batch cut into rows that workers share out among themselves."""
+"""Cut a batch into pieces that several workers share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def cut(rows: int, chunk: int) -> list[slice]:
-    """The rows, `chunk` at a time; the last piece is what is left."""
+    """Cut the rows into pieces of `chunk`; the last piece may be smaller."""
     return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
 
 def share_out(pool: ThreadPoolExecutor, workers: int, pieces: Sequence[slice], call: Callable[[slice], None]) -> None:
-    """`call` each piece, on `workers` threads, this one among them. They take the next piece as they become free, so
-    that a core that other programs use holds nobody up."""
+    """Call `call` with each piece, on `workers` threads including this one. Each thread takes the next piece when it is
+    free, so a core that other programs occupy delays no other core."""
     waiting = iter(pieces)
 
     def work() -> None:

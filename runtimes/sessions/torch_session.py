@@ -1,4 +1,4 @@
-"""PyTorch, as the reference that other runtimes are held against."""
+"""PyTorch, the reference for all other runtimes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgekit.session import check_inputs
 
 
 class TorchSession:
-    """A bundle in PyTorch, float32, eager, on the device asked for."""
+    """A bundle in PyTorch, float32, eager mode, on the given device."""
 
     provider = "torch"
 
@@ -30,7 +30,7 @@ class TorchSession:
         try:
             self._device = torch.device(device)
             self._network = Network(bundle).eval().to(self._device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        except (RuntimeError, AssertionError) as error:  # torch raises an AssertionError if it was built without CUDA
             found = ["cpu"] + [f"cuda:{number}" for number in range(torch.cuda.device_count())]
             reason = (str(error).splitlines() or ["no reason given"])[0]
             raise EdgekitError(
@@ -44,10 +44,10 @@ class TorchSession:
         self.device = cpu if self._device.type == "cpu" else str(self._device)
 
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """Outputs by name, in the order of the inputs' rows."""
+        """Return the outputs by name, in the order of the inputs' rows."""
         rows = check_inputs(self.inputs, arrays)
         tensors = [torch.from_numpy(np.ascontiguousarray(arrays[spec.name])).to(self._device) for spec in self.inputs]
-        others = torch.get_num_threads()  # the number is the process's, not the session's: put it back
+        others = torch.get_num_threads()  # the number of threads belongs to the process, so it is restored afterwards
         torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
@@ -62,5 +62,5 @@ class TorchSession:
         return {spec.name: output.cpu().numpy() for spec, output in zip(self.outputs, outputs, strict=True)}
 
     def warmup(self, batch: int) -> None:
-        """Run once at this batch size, so that the next run pays for nothing but itself."""
+        """Run once at this batch size, so that no later run pays for one-time work."""
         self.run(golden_inputs(self.inputs, batch))

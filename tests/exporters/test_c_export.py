@@ -248,7 +248,7 @@ def test_nothing_is_touched_outside_arrays_and_nothing_is_undefined(toy, tmp_pat
 @pytest.mark.parametrize("arguments", [{}, ODD, {"layers": 3}], ids=["plain", "all odd", "three layers"])
 def test_buffers_in_use_do_not_overlap(toy, arguments):
     calls = program(toy(**arguments))
-    places, size = source_module._places(calls)
+    places, size = source_module._offsets(calls)
     last = {
         item.name: time for time, call in enumerate(calls.calls) for item in call.arguments if isinstance(item, Buffer)
     }

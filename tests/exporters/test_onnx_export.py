@@ -17,7 +17,7 @@ from edgekit.errors import EdgekitError
 from edgekit.graph import lower as lowering
 from edgekit.graph.cleanup import shapes
 from edgekit.graph.lower import lower
-from exporters.device_check import load_onnxruntime, strays
+from exporters.device_check import load_onnxruntime, ran_elsewhere
 from exporters.onnx_export import FLOAT, QUANTISED, OnnxExporter
 
 MODELS = {
@@ -217,13 +217,13 @@ def test_what_ran_elsewhere_is_read_out_of_the_runtimes_profile(toy, tmp_path):
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     session.run(None, bundle.golden()[0])
     events = json.loads(Path(session.end_profiling()).read_text())
-    assert strays(events, "CPUExecutionProvider") == []
-    found = strays(events, "CUDAExecutionProvider")
+    assert ran_elsewhere(events, "CPUExecutionProvider") == []
+    found = ran_elsewhere(events, "CUDAExecutionProvider")
     assert {"MatMul", "Softmax", "every operator"} <= set(found)
     for event in events:
         if event.get("args", {}).get("op_name") != "Softmax" and "provider" in event.get("args", {}):
             event["args"]["provider"] = "CUDAExecutionProvider"
-    assert strays(events, "CUDAExecutionProvider") == ["Softmax"]
+    assert ran_elsewhere(events, "CUDAExecutionProvider") == ["Softmax"]
 
 
 def test_a_provider_that_says_it_runs_and_does_not_is_found_out(toy, tmp_path, monkeypatch):

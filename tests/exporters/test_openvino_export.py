@@ -83,7 +83,7 @@ def test_the_device_check_passes_and_a_changed_weight_fails_it(toy, tmp_path):
     assert "model.xml on OpenVINO CPU, batch 1" in done.stdout
     done = check_device(out, "--provider", "GPU.7")
     assert done.returncode == 1
-    assert "device GPU.7 is not here; choose from" in done.stdout
+    assert "device GPU.7 is not available; choose from" in done.stdout
 
     Exporter().export(another(toy()), tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, out / WEIGHTS)

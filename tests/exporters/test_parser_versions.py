@@ -56,7 +56,7 @@ def test_every_target_with_tensorrt_has_a_generation():
 
 def test_an_unknown_generation_lists_those_that_are_known():
     stack = profile.Stack("TensorRT 9", "tensorrt", "a test", tensorrt="9.3.0")
-    with pytest.raises(EdgekitError, match=r"unknown TensorRT generation '9\.3\.0'.*8\.2, 8\.5, 8\.6, 10, 11"):
+    with pytest.raises(EdgekitError, match=r"unknown TensorRT parser version '9\.3\.0'.*8\.2, 8\.5, 8\.6, 10, 11"):
         parser_version(stack)
 
 
@@ -113,7 +113,7 @@ BAD = {
     "int32 bias": (quantized(np.int8(0), bias=np.ones(8, np.int32)), "an int32 bias"),
     "no zero point": (graph(node("QuantizeLinear", ("x", "one")), one=ONE), "without a zero point its codes are uint8"),
     "second output": (
-        graph(node("MaxPool", ("x",), ("y", "where"), kernel_shape=[2])), "it has its first output only",
+        graph(node("MaxPool", ("x",), ("y", "where"), kernel_shape=[2])), "only the first output of this operator",
     ),
     "mode": (
         graph(node("Resize", ("x", "", "s"), mode="cubic"), s=SCALES[:2]), "mode 'cubic'; expected linear or nearest",

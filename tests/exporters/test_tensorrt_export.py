@@ -19,7 +19,7 @@ from exporters import engines
 from exporters.float32_pinned import Float32Pinned
 from exporters.parser_versions import RTX, parser_versions
 from exporters.target_graph import TargetGraph, deployment_target
-from exporters.tensorrt_export import TensorRtExporter, build_script, engine_key, options, unkept
+from exporters.tensorrt_export import TensorRtExporter, build_script, engine_key, options, unpinned_notes
 
 FAKE = Path(__file__).parent / "fake"
 SHAPES = {"light_curve": {"min": [1, 12, 2], "opt": [16, 12, 2], "max": [64, 12, 2]}}
@@ -188,9 +188,9 @@ def test_layers_whose_names_trtexec_cannot_read_are_named_to_the_person():
     found = options(where, "float16", SHAPES, 512, 3, kept)
     assert "--layerPrecisions=softmax:fp32" in found
     assert not [option for option in found if "a,b" in option]
-    (note,) = unkept(TargetGraph(onnx.ModelProto(), where, "float16", 1e-2, kept))
+    (note,) = unpinned_notes(TargetGraph(onnx.ModelProto(), where, "float16", 1e-2, kept))
     assert "a,b" in note
-    assert unkept(TargetGraph(onnx.ModelProto(), where, "float16", 1e-2, Float32Pinned(("softmax",)))) == []
+    assert unpinned_notes(TargetGraph(onnx.ModelProto(), where, "float16", 1e-2, Float32Pinned(("softmax",)))) == []
 
 
 def test_build_script_refuses_another_generation(nano, tmp_path):
@@ -337,11 +337,11 @@ def test_the_kit_itself_checks_its_engine_under_tensorrt(fake, toy, tmp_path):
     command = [sys.executable, tmp_path / "kit" / "verify.py", "--cudart", os.environ["EDGEKIT_CUDART"], "--runs", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "know this" not in done.stdout
+    assert "note: " not in done.stdout
     wrong = {**os.environ, "FAKE_TENSORRT_WRONG": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=wrong)
     assert done.returncode == 1
-    assert "know this: trtexec of TensorRT 8.2 has no option for single layers" in done.stdout
+    assert "note: trtexec of TensorRT 8.2 has no option for single layers" in done.stdout
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "FAKE_TENSORRT": "8.6.1.6"}
     )

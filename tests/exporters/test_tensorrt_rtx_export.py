@@ -134,7 +134,7 @@ def test_kits_for_tensorrt_10_are_shown_to_its_parser(trt, toy, tmp_path, monkey
     assert nano.manifest["parser"].startswith("not asked")
     table = parser_versions()["10"]
     blind = replace(table, operators=table.operators | {"Det", "Unique"})
-    monkeypatch.setattr("exporters.target_graph.generation", lambda stack: blind)
+    monkeypatch.setattr("exporters.target_graph.parser_version", lambda stack: blind)
     from edgekit.graph.lower import lower
     from exporters.onnx_export import OnnxExporter
 

@@ -104,7 +104,9 @@ def test_a_graph_with_other_numbers_than_the_model_is_refused(vit, exporter):
         model.classifier.bias[1] += 0.01
 
     exporter(spoil)
-    with pytest.raises(EdgekitError, match=r"'logits' .*e-0. away from what transformers gives, 0.001 allowed"):
+    with pytest.raises(
+        EdgekitError, match=r"'logits' of optimum's graph differs from transformers' by .*e-0.; 0.001 is allowed"
+    ):
         from_optimum(vit[0])
 
 
@@ -129,7 +131,7 @@ def test_code_and_pickles_are_refused_before_optimum_sees_them(vit, exporter, tm
     with pytest.raises(EdgekitError, match="is a pickle"):
         from_optimum(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
-    with pytest.raises(EdgekitError, match="code of its author's"):
+    with pytest.raises(EdgekitError, match="code of its author"):
         from_optimum(tmp_path)
 
 

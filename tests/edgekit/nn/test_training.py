@@ -255,7 +255,7 @@ def test_the_first_output_of_a_sequence_is_learnt_from_the_teacher():
     schedule = Schedule(epochs=20, batch=8, learning_rate=3e-2, averaging=0.5, distillation=1.0)
     fit(student, data, schedule, seed=0, teacher=teacher)
     assert float((student.layer.weight - teacher.layer.weight).detach().abs().max()) < 0.1 * before
-    with pytest.raises(EdgekitError, match=r"outputs of shape \(5, 4\) a row"):
+    with pytest.raises(EdgekitError, match=r"outputs have shape \(5, 4\) per row"):
         fit(
             Two(),
             replace(data, labels=np.zeros(64, np.int64)),

@@ -86,14 +86,14 @@ def test_only_where_it_saves():
         LowRank(energy=1.0).apply(block(), context(6, 32))
     plan = {change.tensor: change.after for change in LowRank(rank=8).plan(mlp())}
     assert plan == {"up": "rank 8", "down": "rank 8"}
-    with pytest.raises(EdgekitError, match="rank 40 saves nothing"):
+    with pytest.raises(EdgekitError, match="rank 40 makes it no smaller"):
         LowRank(rank=40).plan(mlp())
 
 
 def test_a_tied_dictionary_is_left_whole():
     candidate = dictionary()
     plan = {change.tensor: change.after for change in LowRank(rank=4).plan(candidate)}
-    assert plan["D"] == "left whole: tied or behind a Transpose, read by a.MatMul, b.MatMul (transposed)"
+    assert plan["D"] == "left as it is: tied or behind a Transpose, read by a.MatMul, b.MatMul (transposed)"
     after = LowRank(rank=4).apply(candidate, context(32))
     assert np.array_equal(stored(after)["D"], stored(candidate)["D"])
 

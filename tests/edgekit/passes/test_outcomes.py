@@ -14,10 +14,10 @@ from tests.edgekit.passes import test_every_pass as on_networks
 from tests.edgekit.passes.networks import arguments_of
 from tests.edgekit.passes.test_every_module_pass import MODULE_PASSES
 
-SMALL = r"no matrix is left to compress \(out: left in float32: fewer than 256 numbers\)"
+SMALL = r"no matrix is left to compress \(out: left in float32: it has fewer than 256 numbers\)"
 NOTHING = "there is nothing to fold in this graph"
-NO_NORM = "no product directly after a normalization or a stored scale"
-THIN = r"no matrix is left to factorise \(out: left whole: rank 14 saves nothing\)"
+NO_NORM = "no product directly follows a normalization or a stored scale"
+THIN = r"no matrix is left to factorise \(out: left as it is: rank 14 makes it no smaller\)"
 # pass: changes, or the reason of a refusal, for mlp, convolutional, block, dictionary
 ON_GRAPHS = {
     "dynamic_int8": (2, 1, 2, 3),

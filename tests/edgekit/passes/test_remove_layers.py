@@ -96,7 +96,7 @@ def test_what_cannot_lose_a_block_is_refused(problem, tiny_candidate):
         arguments = {**arguments_of("transformer"), "factory": f"{__name__}:{name}"}
         return Candidate("module", arguments, build("module", arguments))
 
-    with pytest.raises(EdgekitError, match="its code counts them"):
+    with pytest.raises(EdgekitError, match="its code expects a fixed number of them"):
         RemoveLayers(count=1).apply(of("counting"), context)
     with pytest.raises(EdgekitError, match="no ModuleList or Sequential"):
         RemoveLayers(count=1).plan(of("flat"))

@@ -173,7 +173,7 @@ def test_the_plan_and_what_has_no_place_for_it():
     assert [change.after for change in SmoothQuant().plan(candidate)] == ["features balanced with q, k, v"]
     assert candidate.model.SerializeToString() == before
     for other in (mlp(), dictionary()):
-        with pytest.raises(EdgekitError, match="no product directly after a normalization"):
+        with pytest.raises(EdgekitError, match="no product directly follows a normalization"):
             SmoothQuant().plan(other)
     with pytest.raises(EdgekitError, match="alpha = 2"):
         SmoothQuant(alpha=2.0)

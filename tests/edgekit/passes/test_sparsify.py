@@ -97,7 +97,7 @@ def test_a_tied_dictionary_stays_one_tensor_or_is_left():
     assert np.count_nonzero(stored(after)["D"] == 0) == 512
     for compression in (Sparsify(), Sparsify(pattern="2:4")):
         plan = {change.tensor: change.after for change in compression.plan(candidate)}
-        assert plan["D"] == "left as it is: tied, read both ways by a.MatMul, b.MatMul (transposed)"
+        assert plan["D"] == "left as it is: tied, read plain and transposed by a.MatMul, b.MatMul (transposed)"
         assert np.array_equal(stored(compression.apply(candidate, context(32)))["D"], stored(candidate)["D"])
 
 

@@ -159,7 +159,7 @@ def test_a_tied_dictionary_has_one_set_of_codes(rounding):
 
 def test_small_matrices_stay_and_are_named():
     plan = {change.tensor: change.after for change in WeightOnly().plan(mlp())}
-    assert plan == {"up": "8 bit, one scale per 32 inputs", "down": "left in float32: fewer than 1024 numbers"}
+    assert plan == {"up": "8 bit, one scale per 32 inputs", "down": "left in float32: it has fewer than 1024 numbers"}
 
 
 def test_planning_changes_nothing_and_the_same_again_gives_the_same():

@@ -180,7 +180,7 @@ def test_an_exported_model_runs_without_torch_and_only_for_its_own_bundle(tmp_pa
     OpenVinoExporter().export(bundle, tmp_path / "out")
     with pytest.raises(EdgekitError, match="not an export of toy as it is now"):
         Session(MODELS["plain"], source=tmp_path / "out" / MODEL)
-    with pytest.raises(EdgekitError, match=r"no such model, or no nowhere.bin beside it"):
+    with pytest.raises(EdgekitError, match=r"no such model, or no nowhere.bin in its folder"):
         Session(bundle, source=tmp_path / "nowhere.xml")
     write_bundle(bundle, tmp_path / "toy.edge")
     program = """
