@@ -53,9 +53,11 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
     from edgekit.exporter import load_exporter, option_names
 
     options = {name: value for name, value in given.items() if value not in (None, ())}
-    if strange := set(options) - option_names(load_exporter(form)):
+    exporter = load_exporter(form)
+    if strange := set(options) - option_names(exporter):
         flag = {"axes": "axis"}.get(min(strange), min(strange))
         raise click.UsageError(f"--{flag} means nothing to the format {form}; leave it out")
+    exporter(**options)  # a wrong value is an error before the work is announced
     if not as_json:
         note(f"Exporting {bundle} to {form} and verifying it ...")
     result = run_export(bundle, directory, to=form, options=options, force=force)

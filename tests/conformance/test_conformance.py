@@ -317,7 +317,7 @@ def test_a_length_that_tracing_made_a_constant_is_noticed(tmp_path):
         outputs=(),
         inputs=[TensorSpec("x", ("batch", "tokens", 4))],
     )
-    with pytest.raises(EdgekitError, match="tracing has made a constant of a length"):
+    with pytest.raises(EdgekitError, match="the tracer stored a length as a constant"):
         OnnxExporter().export(bundle, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -62,7 +62,7 @@ def edited(folder, target, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "code of its author's"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "code of its author"),
         ({"architectures": ["os"]}, "expected one class of transformers"),
         ({"architectures": ["ViTConfig"]}, "expected one class of transformers"),
         ({"model_type": "no-such"}, "cannot read it"),

@@ -60,7 +60,7 @@ def test_a_tied_weight_stays_tied():
     ],
 )  # fmt: skip
 def test_a_list_that_does_not_fit_is_an_error(step):
-    with pytest.raises(EdgekitError, match="does not fit the network that the factory makes now"):
+    with pytest.raises(EdgekitError, match="do not fit the network that the factory builds now"):
         remove(perceptron(), [step])
 
 
