@@ -101,7 +101,8 @@ class Lag:
             self._tell(error)
             return
         if where is not None:
-            found[where] = answer.offset
+            if answer.offset >= 0:  # -1 means that the broker does not know; the last end that it told stays
+                found[where] = answer.offset
         else:
             found |= {
                 (item.topic, item.partition): item.offset for item in answer.topic_partitions if item.error is None
