@@ -64,8 +64,9 @@ def run(rows: pa.RecordBatch, packets=None, bundle=GR, **options) -> pa.Table:
 
 
 def check_same(rows: list[dict], expected: dict[str, dict], name: str) -> None:
-    """Every alert that is expected is there once, the same but for the last bits of its probabilities: a session chooses
-    how many rows it runs at a time by measuring."""
+    """Every alert that is expected is there once, the same but for the last bits of its probabilities.
+
+    A session chooses how many rows it runs at a time by measuring."""
     found = {row[name]: row for row in rows if row["alert_id"] is not None}
     assert found.keys() == expected.keys()
     for key, row in found.items():
