@@ -25,7 +25,7 @@ test: lint ## lint and all tests; what CI runs
 	$(BIN)/python -m pytest -q -n 2 --durations=10
 
 docs: setup ## the documentation, in site/; a warning is an error, and so is anything fetched from another host
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test-rtx: setup ## every model for every target, TensorRT-RTX's compiler included (proprietary, 95 MB; minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx]'
