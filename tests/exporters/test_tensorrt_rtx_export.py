@@ -131,7 +131,7 @@ def test_kits_for_tensorrt_10_are_shown_to_its_parser(trt, toy, tmp_path, monkey
     result = TensorRtExporter(target="jetson-orin-nano-8gb").export(toy(), tmp_path / "kit")
     assert result.manifest["parser"].startswith(f"accepted by the parser of TensorRT-RTX {trt.__version__}")
     nano = TensorRtExporter(target="jetson-nano").export(toy(), tmp_path / "nano")
-    assert nano.manifest["parser"].startswith("not asked")
+    assert nano.manifest["parser"].startswith("not run")
     table = parser_versions()["10"]
     blind = replace(table, operators=table.operators | {"Det", "Unique"})
     monkeypatch.setattr("exporters.target_graph.parser_version", lambda stack: blind)
@@ -142,7 +142,7 @@ def test_kits_for_tensorrt_10_are_shown_to_its_parser(trt, toy, tmp_path, monkey
     next(item for item in spoilt.graph.node if item.op_type == "Softmax").op_type = "Hardmax"
     monkeypatch.setattr(
         OnnxExporter,
-        "aimed",
+        "lower_for_target",
         lambda self, bundle, runtime="": replace(lower_for_target(self, bundle, runtime), model=contrib(spoilt)),
     )
     with pytest.raises(EdgekitError, match="refuses the graph"):
