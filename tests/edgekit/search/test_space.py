@@ -9,6 +9,7 @@ import torch
 
 from edgekit.bundle.format import Manifest, assemble_graph
 from edgekit.bundle.tensors import TensorSpec
+from edgekit.compression import decisions
 from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
@@ -20,7 +21,7 @@ from edgekit.nn.families import build
 from edgekit.search import space as module
 from edgekit.search.sensitivity import sensitivities
 from edgekit.search.space import FULL, PLAIN, SHORT, Space, explored, forms, lengthened, smoothable, starts, suggest
-from edgekit.targets import decisions, local, profile
+from edgekit.targets import local, profile
 from tests.edgekit.passes import graphs
 from tests.edgekit.passes.networks import arguments_of, bundled, sequences
 
