@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.bundle.family import build
 from edgekit.bundle.format import Manifest, assemble_graph
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.compression import decisions
@@ -17,7 +18,6 @@ from edgekit.compression.run import plan
 from edgekit.compression.trials import Sensitivity
 from edgekit.errors import EdgekitError
 from edgekit.graph.model import serialized
-from edgekit.nn.families import build
 from edgekit.search import space as module
 from edgekit.search.sensitivity import sensitivities
 from edgekit.search.space import FULL, PLAIN, SHORT, Space, explored, forms, lengthened, smoothable, starts, suggest
