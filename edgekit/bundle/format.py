@@ -123,7 +123,7 @@ class Bundle:
     def parameters(self) -> int:
         """How many learnt numbers the model has, in any encoding."""
         if self.is_graph:
-            from edgekit.graph.model import load, parameters
+            from edgekit.bundle.onnx_file import load, parameters
 
             return parameters(load(self.contents[GRAPH], str(self.path or self.manifest.name)))
         return sum(value.size for value in self.weights().values())

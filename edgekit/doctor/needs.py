@@ -62,8 +62,8 @@ def of(bundle: Bundle, graph: ModelProto | None, batch: int) -> Needs:
 
 def precisions(model: ModelProto) -> tuple[str, ...]:
     """The data types in which a graph stores weights or to which it casts values."""
+    from edgekit.bundle.onnx_file import learnt
     from edgekit.cost.operators import PRECISION
-    from edgekit.graph.model import learnt
 
     found: set[int] = {tensor.data_type for tensor in learnt(model)}
     found |= {
@@ -85,7 +85,7 @@ def bytes_needed(model: ModelProto, batch: int) -> tuple[float, float | None]:
 
 
 def _asymmetric(model: ModelProto) -> bool:
-    from edgekit.graph.model import to_array
+    from edgekit.bundle.onnx_file import to_array
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     points = {

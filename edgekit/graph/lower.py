@@ -23,10 +23,10 @@ from edgekit import __version__
 from edgekit.bundle.encoding import Affine, Encoding
 from edgekit.bundle.family import tied
 from edgekit.bundle.format import GRAPH, KEY, Bundle, model_key
+from edgekit.bundle.onnx_file import load
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.graph.cleanup import shapes, strip, tidy
-from edgekit.graph.model import load
 from edgekit.graph.model import opset as opset_of
 from edgekit.graph.network import Network
 from edgekit.graph.opset import OLDEST, to_opset
