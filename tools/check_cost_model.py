@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekit import machine
+from edgekit.bundle.onnx_file import load
 from edgekit.compression.bench import float_graph
 from edgekit.compression.job import versions
 from edgekit.cost.measured import measure, samples, second_run
 from edgekit.cost.operators import measured_rates, work
 from edgekit.cost.profiled import optimized_work
 from edgekit.cost.timing import in_turns
-from edgekit.graph.model import load
 from edgekit.graph.shapes import sized
 from edgekit.importers.files import resolve
 
