@@ -84,8 +84,10 @@ def test_every_message_has_its_row_and_the_numbers_of_alerts_classify(packets, e
     check_same(table.to_pylist(), expected, "name")
     bad = {row["name"]: row["status"] for row in table.to_pylist() if row["name"].startswith("bad")}
     assert bad["bad0"].startswith("error: the block at byte")
-    assert bad["bad1"] == "error: empty: 0 bytes"
-    assert bad["bad2"].startswith("error: begins with 6e 6f 74 20; expected an Avro container")
+    assert bad["bad1"] == "error: the data is empty: it has 0 bytes"
+    assert bad["bad2"].startswith(
+        "error: the format is unknown: the data begins with 6e 6f 74 20; expected an Avro container"
+    )
     assert bad["bad3"].startswith("error: the message holds 2 packets")
 
 
@@ -129,7 +131,7 @@ def test_what_travels_is_small_and_opened_once(packets, monkeypatch):
 
 
 def test_a_model_that_cannot_be_used_shows_before_the_job():
-    with pytest.raises(EdgekitError, match="preprocessing None"):
+    with pytest.raises(EdgekitError, match="the preprocessing is None"):
         spark.map_in_arrow(small_bundle(preprocessing=None), "value")
 
 
@@ -237,7 +239,7 @@ def test_rows_without_measurements_and_wrong_columns(alerts):
         column[1] = None
     frame = function(*columns, signs)
     assert frame["status"].tolist()[::2] == ["classified", "classified"]
-    assert frame["status"][1] == "error: candidate is null, or a row of it is"
+    assert frame["status"][1] == "error: candidate or a row in it is null"
     assert len(function(*(column[:0] for column in columns))) == 0
     with pytest.raises(EdgekitError, match="given 3 columns; expected candid, cjd, cfid"):
         function(*columns[:3])

@@ -154,7 +154,9 @@ def test_spark_classifies_a_topic(spark_session, broker, tmp_path):
 
     broker.send("alerts", [*values[:20], b"not a packet"])
     first = classify_what_is_there()
-    assert sorted(row["status"] for row in first)[-1].startswith("error: begins with 6e 6f 74 20")
+    assert sorted(row["status"] for row in first)[-1].startswith(
+        "error: the format is unknown: the data begins with 6e 6f 74 20"
+    )
     assert len(first) == 21
     broker.send("alerts", values[20:])
     found = [row for row in classify_what_is_there() if row["alert_id"] is not None]
