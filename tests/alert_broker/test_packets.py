@@ -148,7 +148,7 @@ def test_a_packet_that_fails_takes_the_rest_of_its_block_and_says_how_many():
     assert ids(bytes(data)) == [1, 2, None]
     bad = read(bytes(data))[-1]
     assert (bad.offset, bad.packets, bad.status) == (third, 2, "error")
-    assert bad.reason == f"does not decode as ztf.alert: a length is negative (byte {third}, in objectId)"
+    assert bad.reason == f"the packet does not decode as ztf.alert: a length is negative (byte {third}, in objectId)"
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_parquet_that_is_damaged_or_foreign(tmp_path):
     pq.write_table(pa.table({"ra": [1.0, 2.0], "dec": [0.0, 1.0]}), path)
     (bad,) = read_blocks([path])
     assert (bad.status, bad.packets) == ("skipped", 2)
-    assert "its columns begin ra, dec" in bad.reason
+    assert "its first columns are ra, dec" in bad.reason
     pq.write_table(pa.Table.from_pylist([history]).slice(0, 0), path)
     assert next(read_blocks([path])).reason == "the table has no rows"
 
