@@ -1,4 +1,4 @@
-"""Spark in local mode, for the tests that ask for it with -m spark."""
+"""Spark in local mode, for the tests that ask for it with -m spark, and a real Apache Kafka."""
 
 import os
 import shutil
@@ -25,3 +25,14 @@ def spark_session():
     found.sparkContext.setLogLevel("ERROR")
     yield found
     found.stop()
+
+
+@pytest.fixture(scope="session")
+def apache_kafka(tmp_path_factory):
+    """One node of Apache Kafka, for all tests of this process."""
+    from tests.apache_kafka import ApacheKafka, missing
+
+    if (reason := missing()) and "EDGEKIT_TEST_BROKER" not in os.environ:
+        pytest.skip(reason)
+    with ApacheKafka(tmp_path_factory.mktemp("kafka") / "one") as cluster:  # an error if it was asked for by name
+        yield cluster
