@@ -61,7 +61,7 @@ def test_every_packet_is_in_one_part_of_the_account(drawn):
     assert told["skipped"] == sum(told["reasons"].values())
     assert told["classified"] == sum(told["classes"].values())
     assert told["corrupt"] == sum(item.packets for item in items if getattr(item, "status", "") == "error")
-    with pytest.raises(EdgekitError, match=f"{rows} alerts, but {rows + 1} rows; report this fault"):
+    with pytest.raises(EdgekitError, match=f"{rows} alerts were read, but {rows + 1} rows were written; this is a bug"):
         account.check(rows + 1)
     account.packets += 1
     with pytest.raises(EdgekitError, match="the account does not add up"):

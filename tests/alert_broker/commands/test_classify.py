@@ -144,7 +144,7 @@ def test_interrupted_runs_keep_what_is_done(model, packets, tmp_path, number):
         [*command, "--model", str(model), "--json", "--batch", "16"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "edgekit: stopped; the files hold what was done"
+    assert done.stderr.splitlines()[-1] == "edgekit: stopped; the files hold the results up to this point"
     told = json.loads(done.stdout)
     rows = pq.read_table(out)
     assert told["stopped"]

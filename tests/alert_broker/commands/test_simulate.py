@@ -32,7 +32,7 @@ def test_a_folder_is_replaced_only_when_asked_and_ours(edgekit, tmp_path):
     assert edgekit(*command, "--force").status == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first  # the same seed, the same bytes
     (folder / "thesis.tex").write_text("x")
-    assert edgekit(*command, "--force").failed_with(1, "not a folder of simulated alerts")
+    assert edgekit(*command, "--force").failed_with(1, "holds other files than simulated alerts")
     assert (folder / "thesis.tex").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["sky"]
 
@@ -41,7 +41,7 @@ def test_a_folder_is_replaced_only_when_asked_and_ours(edgekit, tmp_path):
     ("options", "status", "words"),
     [
         (["--survey", "ztff", "--count", "1"], 1, ["unknown survey 'ztff'", "did you mean 'ztf'"]),
-        (["--survey", "ztf", "--count", "0"], 1, ["expected 1 or more"]),
+        (["--survey", "ztf", "--count", "0"], 1, ["expected 1 alert or more"]),
         (["--survey", "ztf", "--count", "1", "--per-file", "0"], 1, ["packets per file is 0"]),
         (["--survey", "ztf"], 2, ["--count"]),
         (["--survey", "ztf", "--count", "1", "--to-topic", "a"], 2, ["either --output FOLDER or --to-topic TOPIC"]),

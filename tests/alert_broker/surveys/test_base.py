@@ -66,9 +66,9 @@ def test_one_bad_packet_does_not_cost_its_neighbours():
     numbers = pa.array([1, 2, 3, 4, 2**63], pa.uint64())
     found = ZTF.light_curves(columns.set_column(columns.schema.names.index("candid"), "candid", numbers))
     assert found.errors == {
-        1: "objectId is ''; expected the object's name",
-        2: "candidate is null, or a row of it is",
-        3: "prv_candidates is null, or a row of it is",
+        1: "objectId is ''; expected an object name",
+        2: "candidate or a row in it is null",
+        3: "prv_candidates or a row in it is null",
         4: "the alert's id is 9223372036854775808; expected a 64-bit integer",
     }
     assert found.alert_id[0] == 1
