@@ -9,7 +9,7 @@ from numba import njit
 from alert_broker.vectors import LANES, exp, lane_sum, load, maximum, splat, spread, sqrt, store
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")  # not cached: numba would not see a change of alert_broker.vectors
 def arithmetic(a, b, at, number, out):
     """A row of `out` for each operation, on the elements from `at` on."""
     x, y = load(a, at), load(b, at)
@@ -23,13 +23,13 @@ def arithmetic(a, b, at, number, out):
     store(out, 7 * LANES, splat(number))
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")  # not cached: numba would not see a change of alert_broker.vectors
 def sums(values, out):
     for k in range(len(out)):
         out[k] = lane_sum(load(values, k * LANES))
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")  # not cached: numba would not see a change of alert_broker.vectors
 def exponentials(values, out):
     for k in range(0, len(values), LANES):
         store(out, k, exp(load(values, k)))
