@@ -32,7 +32,7 @@ Examples:
 @click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime that runs the models.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each model.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0.05), default=3.0, show_default=True, help="Time for each batch size."
+    "--seconds", type=click.FloatRange(min=0.05), default=3.0, show_default=True, help="Seconds for each batch size."
 )
 @click.option(
     "--target", "target_name", help="Estimate the time on this device; if it is this machine, also measure it."

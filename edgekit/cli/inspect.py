@@ -25,11 +25,11 @@ Examples:
 
 @click.command(epilog=EXAMPLE)
 @click.argument("bundle")
-@click.option("--lineage", is_flag=True, help="List what it was made from: each bundle, its passes and their seeds.")
+@click.option("--lineage", is_flag=True, help="List the bundles from which it was made, their passes and their seeds.")
 @click.option("--weights", is_flag=True, help="List every tensor: shape, encoding, zeros, bytes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
-    """Show what BUNDLE (a directory, a packed file or a model's name) holds and how it was made."""
+    """Show the contents of BUNDLE (a directory, a packed file or a model's name) and how it was made."""
     from edgekit.importers.api import open_model
 
     opened = open_model(bundle)
@@ -60,7 +60,7 @@ def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """Everything that the manifest says, and the sizes; plain values."""
+    """Return everything that the manifest says, and the sizes, as plain values."""
     from dataclasses import asdict
 
     from edgekit.bundle.format import GOLDEN, GRAPH, MANIFEST, WEIGHTS
@@ -83,8 +83,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def ancestry(bundle: Bundle) -> list[dict[str, Any]]:
-    """From the first ancestor to the bundle itself: digest, the zoo's name for it where it is one of the zoo's, and the
-    passes that were run on it."""
+    """Return the bundles from the first ancestor to the bundle itself: the digest, the name of a zoo's model, and the
+    passes that ran on it."""
     from edgekit.bundle.zoo import folders
     from edgekit.compression.record import records_of
     from edgekit.importers.api import open_model
@@ -115,7 +115,8 @@ def _show_lineage(steps: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    """A row per tensor: name, shape, encoding, share of zeros, bytes at the code width with scales or codebook."""
+    """Return a row for each tensor: name, shape, encoding, share of zeros, and bytes at the code width with scales or
+    codebook."""
     import numpy as np
 
     from edgekit.bundle.encoding import stored_bytes
@@ -218,14 +219,14 @@ def _show_passes(records: Sequence[PassRecord]) -> None:
 
 
 def _state(name: str, verdict: str, state: State | None, speed: str) -> list[str]:
-    """Cells of one line; a pass that failed has no state after it."""
+    """Return the cells of one line; a pass that failed has no state after it."""
     if state is None:
         return [name, verdict, "-", "-", speed]
     return [name, verdict, f"{state.quality.value:.4f}", f"{state.bytes:,}", speed]
 
 
 def _compression(summary: Summary) -> list[tuple[str, str]]:
-    """Lines for what a compression measured."""
+    """Return the lines for the measurements of a compression."""
     latency = [
         (
             f"CPU ms at batch {item.batch}",
@@ -244,11 +245,11 @@ def _compression(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.4f}"  # JSON has no NaN: the manifest holds null
+    return "nan" if value is None else f"{value:.4f}"  # JSON has no NaN, so the manifest holds null
 
 
 def _metric(name: str, item: Any) -> list[tuple[str, str]]:
-    """Lines for one metric: a measurement, a mean over seeds, or a table of numbers."""
+    """Return the lines for one metric: a measurement, a mean over seeds, or a table of numbers."""
     label = name.replace("_", " ")
     if not isinstance(item, dict):
         return [(label, _value(item))]
@@ -266,7 +267,7 @@ def _metric(name: str, item: Any) -> list[tuple[str, str]]:
 
 
 def _columns(rows: list[tuple[str, str]]) -> None:
-    """Names on the left, values wrapped beside them."""
+    """Print names on the left and wrapped values on the right."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
