@@ -58,7 +58,7 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
     exporter = load_exporter(form)
     if strange := set(options) - option_names(exporter):
         flag = {"axes": "axis"}.get(min(strange), min(strange))
-        raise click.UsageError(f"--{flag} has no meaning for the format {form}; leave it out")
+        raise click.UsageError(f"--{flag} means nothing to the format {form}; leave it out")
     exporter(**options)  # a wrong value must fail before the command announces the work
     if not as_json:
         note(f"Exporting {bundle} to {form} and verifying it ...")

@@ -139,7 +139,8 @@ def test_codes_that_save_nothing_are_not_written(toy, tmp_path):
 
 
 def test_decoding_is_exact(toy):
-    """Not merely close: ONNX Runtime must not quantize activations because it saw quantized weights."""
+    """The outputs must be equal, not only close: ONNX Runtime must not quantize activations because it saw quantized
+    weights."""
     bundle = toy("affine rows", context=2)
     inputs, _ = bundle.golden()
     exact = outputs(lower(bundle, weights="float32"), inputs)
@@ -147,7 +148,7 @@ def test_decoding_is_exact(toy):
 
 
 def test_equal_parameters_keep_their_own_names(toy):
-    """Fresh layer norms are equal, and the tracer stores equal tensors once."""
+    """New layer norms have equal parameters, and the tracer stores equal tensors once."""
     stored = {item.name for item in lower(toy()).graph.initializer}
     assert {"blocks.0.norm1.weight", "blocks.0.norm2.weight"} <= stored
 
@@ -209,7 +210,8 @@ def test_device_check_refuses_an_absent_provider(toy, tmp_path):
 
 
 def test_what_ran_elsewhere_is_read_out_of_the_runtimes_profile(toy, tmp_path):
-    """A real profile of a graph on the CPU: asked for the CPU nothing is amiss, asked for a GPU everything is."""
+    """The profile is a real one of a graph on the CPU. If the CPU was requested, nothing is wrong; if a GPU was
+    requested, everything is."""
     bundle = toy(context=2)
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")

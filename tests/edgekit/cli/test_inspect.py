@@ -1,4 +1,4 @@
-"""edgekit inspect: what it prints for people and for programs, for every kind of bundle."""
+"""edgekit inspect: the output for people and for programs, for every type of bundle."""
 
 import json
 import subprocess

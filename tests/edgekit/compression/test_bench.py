@@ -1,4 +1,5 @@
-"""`edgekit.bench`: every model at every batch size, a planted slowness, and rows of the caller's."""
+"""`edgekit.bench` and `edgekit.bench_target`: a row for every model and batch size, a planted slowness, and the
+caller's own rows."""
 
 import time
 
