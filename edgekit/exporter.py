@@ -71,33 +71,33 @@ def export(
     given, and for an option that the format does not take."""
     from edgekit.importers.api import open_model
 
-    kind = load_exporter(to)
+    exporter_class = load_exporter(to)
     given = {**(options or {}), **({} if target is None else {"target": target})}
-    if strange := sorted(set(given) - option_names(kind)):
-        raise unknown("option", strange[0], sorted(option_names(kind)), where=f"the format {to}")
-    return kind(**given).export(open_model(model), directory, force=force)
+    if strange := sorted(set(given) - option_names(exporter_class)):
+        raise unknown("option", strange[0], sorted(option_names(exporter_class)), where=f"the format {to}")
+    return exporter_class(**given).export(open_model(model), directory, force=force)
 
 
 def load_exporter(name: str) -> type[Exporter]:
     """The class of an export format by its name, checked against the contract."""
-    kind: type[Exporter] = plugins.load("edgekit.exporters", name, problem_with)
-    return kind
+    exporter_class: type[Exporter] = plugins.load("edgekit.exporters", name, problem_with)
+    return exporter_class
 
 
-def option_names(kind: type[Exporter]) -> set[str]:
+def option_names(exporter_class: type[Exporter]) -> set[str]:
     """Names of the options that an export format takes."""
-    return {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    return {item.name for item in fields(exporter_class)}  # type: ignore[arg-type]
 
 
-def problem_with(kind: Any, name: str) -> str:
+def problem_with(exporter_class: Any, name: str) -> str:
     """Why a class is no exporter; "" if it is one."""
-    if not isinstance(kind, type) or not getattr(kind, "__dataclass_params__", None):
+    if not isinstance(exporter_class, type) or not getattr(exporter_class, "__dataclass_params__", None):
         return "it is not a dataclass of options"
     for name_of in ("export", "accepts"):
-        if not callable(getattr(kind, name_of, None)):
+        if not callable(getattr(exporter_class, name_of, None)):
             return f"it has no method {name_of!r}"
     try:
-        method = getattr(kind, "export")  # noqa: B009 - no type of `kind` is known yet
+        method = getattr(exporter_class, "export")  # noqa: B009 - no type of `exporter_class` is known yet
         inspect.signature(method).bind(None, None, "directory", force=True)
     except TypeError as error:
         return f"export is called with (bundle, directory, force=...), and {error}"

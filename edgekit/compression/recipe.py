@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 # what passes and their parameters were called before 0.1.0; recipes and the records of bundles may still say so
 OLD_PASSES = {"quantise": "quantize"}
-OLD_PARAMETERS = {("static_int8", "form"): "scheme", ("qat_int8", "form"): "scheme", ("weight_only", "form"): "layout"}
+OLD_PARAMETERS = {
+    ("static_int8", "form"): "scheme",
+    ("qat_int8", "form"): "scheme",
+    ("weight_only", "form"): "layout",
+    ("half", "kind"): "dtype",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +56,12 @@ class Step:
 
         return self.build_as(load_pass(self.name))
 
-    def build_as(self, kind: type[Pass[Any]]) -> Pass[Any]:
+    def build_as(self, pass_class: type[Pass[Any]]) -> Pass[Any]:
         """The pass as an object of this class, which need not be registered."""
         from edgekit.passes.base import parameters_of
 
-        hints = typing.get_type_hints(kind)
-        fields = parameters_of(kind)
+        hints = typing.get_type_hints(pass_class)
+        fields = parameters_of(pass_class)
         values = {}
         for name, value in self.parameters.items():
             if name not in fields:
@@ -67,7 +72,7 @@ class Step:
             if required and name not in values:
                 raise EdgekitError(f"pass {self.name!r}: parameter {name!r} is missing; it takes {', '.join(fields)}")
         try:
-            return kind(**values)
+            return pass_class(**values)
         except EdgekitError as error:
             raise EdgekitError(f"pass {self.name!r}: {error}") from None
 

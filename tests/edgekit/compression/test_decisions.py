@@ -28,7 +28,7 @@ CLUSTER = ("cluster", {"bits": 5, "epochs": 1})
     ("target", "step", "reason"),
     [
         (P40, Step("half", {}), r"pass 1 \('half'\): tesla-p40 must not be given float16: .*1/64"),
-        (P40, Step("half", {"kind": "bf16"}), "tesla-p40 must not be given bfloat16"),
+        (P40, Step("half", {"dtype": "bf16"}), "tesla-p40 must not be given bfloat16"),
         (NANO, Step("static_int8", {}), r"jetson-nano must not be given int8: .*dp4a"),
         (NANO, Step("dynamic_int8", {}), "jetson-nano must not be given int8"),
         (NANO, Step("weight_only", {"bits": 8}), "jetson-nano must not be given int8"),
@@ -49,7 +49,7 @@ def test_a_pass_that_is_not_for_the_target_is_refused(target, step, reason):
     [
         (P40, Step("half", {"storage": True})), (P40, Step("static_int8", {})), (P40, Step("dynamic_int8", {})),
         (NANO, Step("half", {})), (NANO, Step("quantize", {"bits": 8, "epochs": 0})),
-        (NANO, Step("cluster", {"bits": 4})), (RTX, Step("half", {})), (RTX, Step("half", {"kind": "bf16"})),
+        (NANO, Step("cluster", {"bits": 4})), (RTX, Step("half", {})), (RTX, Step("half", {"dtype": "bf16"})),
         (RTX, Step("static_int8", {})), (AVX512, Step("dynamic_int8", {})), (ORIN, Step("weight_only", {"bits": 8})),
     ],
 )  # fmt: skip
