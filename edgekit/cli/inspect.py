@@ -10,7 +10,6 @@ import click
 from edgekit.cli.console import output, print_json, print_table
 
 if TYPE_CHECKING:
-    from edgekit.bundle.encoding import Encoding
     from edgekit.bundle.format import Bundle
     from edgekit.compression.guard import State
     from edgekit.compression.record import PassRecord, Summary
@@ -30,6 +29,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
     """Show the contents of BUNDLE (a directory, a packed file or a model's name) and how it was made."""
+    from edgekit.compression.describe import ancestry, describe, tensor_rows
     from edgekit.importers.api import open_model
 
     opened = open_model(bundle)
@@ -59,48 +59,6 @@ def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
         output.print(f"{len(tensors)} tensors, {total:,} bytes at code width, before entropy coding")
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
-    """Return everything that the manifest says, and the sizes, as plain values."""
-    from dataclasses import asdict
-
-    from edgekit.bundle.format import GOLDEN, GRAPH, MANIFEST, WEIGHTS
-    from edgekit.bundle.pack import pack
-
-    manifest = asdict(bundle.manifest)
-    parameters = bundle.parameters
-    folder = bundle.path if bundle.path and bundle.path.is_dir() else None
-    packed = bundle.path.stat().st_size if bundle.path and bundle.path.is_file() else len(pack(bundle))
-    exports = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder else []
-    return {
-        "path": str(bundle.path) if bundle.path else None,
-        "digest": bundle.digest,
-        "parameters": parameters,
-        "bytes": {"bundle": bundle.size, "packed": packed, "float32_weights": 4 * parameters},
-        "exports": exports,
-        "other_files": sorted(set(bundle.contents) - {MANIFEST, WEIGHTS, GRAPH, GOLDEN}),
-        "manifest": manifest,
-    }
-
-
-def ancestry(bundle: Bundle) -> list[dict[str, Any]]:
-    """Return the bundles from the first ancestor to the bundle itself: the digest, the name of a zoo's model, and the
-    passes that ran on it."""
-    from edgekit.bundle.zoo import folders
-    from edgekit.compression.record import records_of
-    from edgekit.importers.api import open_model
-
-    names = {open_model(name).digest: name for name in folders()}
-    steps: list[dict[str, Any]] = []
-    for record in records_of(bundle):
-        if not steps or steps[-1]["digest"] != record.parent:
-            steps.append({"digest": record.parent, "name": names.get(str(record.parent)), "passes": []})
-        told = {"parameters": record.parameters, "seed": record.seed, "kept": record.kept, "reason": record.reason}
-        steps[-1]["passes"].append({"pass": record.name, **told})
-    if not steps and bundle.manifest.parent:
-        steps.append({"digest": bundle.manifest.parent, "name": names.get(bundle.manifest.parent), "passes": []})
-    return [*steps, {"digest": bundle.digest, "name": bundle.manifest.name, "passes": []}]
-
-
 def _show_lineage(steps: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(steps)
@@ -112,53 +70,6 @@ def _show_lineage(steps: list[dict[str, Any]], as_json: bool) -> None:
             seed = "" if item["seed"] is None else f", seed {item['seed']}"
             verdict = "kept" if item["kept"] else "rolled back"
             output.print(f"  {verdict:11}  {item['pass']}: {given}{seed}; {item['reason']}")
-
-
-def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    """Return a row for each tensor: name, shape, encoding, share of zeros, and bytes at the code width with scales or
-    codebook."""
-    import numpy as np
-
-    from edgekit.bundle.encoding import stored_bytes
-
-    if bundle.is_graph:
-        return _graph_rows(bundle)
-    encodings = bundle.encodings()
-    return [
-        {
-            "name": name,
-            "shape": list(value.shape),
-            "encoding": _encoding(encodings.get(name)),
-            "zeros": float(np.mean(value == 0)),
-            "bytes": stored_bytes({name: value}, encodings),
-        }
-        for name, value in sorted(bundle.weights().items())
-    ]
-
-
-def _graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    from edgekit.bundle.format import GRAPH
-    from edgekit.bundle.onnx_file import learnt, load, to_array
-
-    arrays = [(tensor.name, to_array(tensor)) for tensor in learnt(load(bundle.contents[GRAPH], str(bundle.path)))]
-    return [
-        {
-            "name": name,
-            "shape": list(array.shape),
-            "encoding": str(array.dtype),
-            "zeros": float((array == 0).mean()),
-            "bytes": array.nbytes,
-        }
-        for name, array in sorted(arrays, key=lambda item: item[0])
-    ]
-
-
-def _encoding(encoding: Encoding | None) -> str:
-    from edgekit.bundle.encoding import Affine
-
-    if encoding is None:
-        return "float32"
-    return f"{'affine' if isinstance(encoding, Affine) else 'palette'} {encoding.bits} bit"
 
 
 def _show(bundle: Bundle, found: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from edgekit.bundle.tensors import Arrays, golden_inputs
 from edgekit.compression.guard import tiled
 from edgekit.compression.job import ShowProgress
 from edgekit.cost.timing import GRAIN, in_turns, ratio_interval, timed
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, missing_extra
 from edgekit.session import open_session
 
 if TYPE_CHECKING:
@@ -143,6 +143,10 @@ def bench_target(
     from edgekit.targets import profile
     from edgekit.targets.local import is_here
 
+    try:
+        import onnx  # noqa: F401 - estimates count the operators of an ONNX graph
+    except ModuleNotFoundError:
+        raise missing_extra("onnx", "onnx", "estimating on a target") from None
     names, bundles = _opened(models)
     device = profile.find(target) if isinstance(target, str) else target
     options: dict[str, Any] = {"precision": precision, "power": power, "threads": threads}
