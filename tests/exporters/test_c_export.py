@@ -52,7 +52,8 @@ def compiled(source, folder, flags=STRICT) -> Library:
 
 
 def run(library, bundle, inputs, batch=None) -> np.ndarray:
-    """Outputs of the model; the workspace is full of NaN at first, which would show if it were read unwritten."""
+    """Return the outputs of the model. The workspace holds NaN at first, which would appear if the code read memory
+    before it wrote to it."""
     rows = len(next(iter(inputs.values())))
     output = np.full((rows, *bundle.manifest.outputs[0].shape[1:]), np.nan, np.float32)
     workspace = np.full(library.workspace, np.nan, np.float32)
@@ -97,7 +98,8 @@ def test_encoded_weights_are_stored_as_codes(toy, tmp_path, arguments, kind):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_quantize_leaves_is_stored_in_bytes_and_proved(bits, tiny_bundle, tiny_context, tmp_path):
-    """From the compression pass to the check on the device: int8 in the file, decoded to float32 by each call."""
+    """The test goes from the compression pass to the check on the device: the file holds int8, which each call decodes
+    to float32."""
     found = Quantize(bits=bits, epochs=0).apply(Candidate("t2", TINY, tiny_bundle.model()), tiny_context)
     inputs, expected = tiny_bundle.golden()
     empty = assemble(tiny_bundle.manifest, found.weights(), found.encodings, (inputs, expected))
@@ -136,7 +138,7 @@ def test_probabilities_are_softmaxed_and_logits_are_not(toy, tmp_path):
 
 @pytest.mark.parametrize("name", zoo.folders())
 def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
-    """Also where attention scores reach thousands."""
+    """This also holds if attention scores reach thousands."""
     bundle = resolve(name)
     library = compiled(CExporter().source(bundle), tmp_path, NATIVE)
     inputs, expected = bundle.golden()
@@ -152,7 +154,8 @@ def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
 
 @pytest.mark.parametrize("flags", [NATIVE, PLAIN, ("-O2", *SCALAR)], ids=["native", "plain", "scalar"])
 def test_queries_and_keys_are_summed_in_double(tmp_path, flags):
-    """Of a real model, whose scores reach hundreds. Planted: the same in float32, like every other layer."""
+    """The test uses a real model, whose scores reach hundreds. The planted failure sums in float32, like every other
+    layer."""
     bundle = resolve("t2-gr")
     inputs = {
         spec.name: np.random.default_rng(0).standard_normal((300, *spec.shape[1:])).astype(np.float32)

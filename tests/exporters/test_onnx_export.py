@@ -138,7 +138,8 @@ def test_codes_that_save_nothing_are_not_written(toy, tmp_path):
 
 
 def test_decoding_is_exact(toy):
-    """Not merely close: ONNX Runtime must not quantize activations because it saw quantized weights."""
+    """The outputs must be equal, not only close: ONNX Runtime must not quantize activations because it saw quantized
+    weights."""
     bundle = toy("affine rows", context=2)
     inputs, _ = bundle.golden()
     exact = outputs(lower(bundle, weights="float32"), inputs)
@@ -146,7 +147,7 @@ def test_decoding_is_exact(toy):
 
 
 def test_equal_parameters_keep_their_own_names(toy):
-    """Fresh layer norms are equal, and the tracer stores equal tensors once."""
+    """New layer norms have equal parameters, and the tracer stores equal tensors once."""
     stored = {item.name for item in lower(toy()).graph.initializer}
     assert {"blocks.0.norm1.weight", "blocks.0.norm2.weight"} <= stored
 
@@ -182,6 +183,73 @@ def test_export_writes_a_directory_that_proves_itself(toy, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+<<<<<<< HEAD
+=======
+def test_device_check_fails_on_a_changed_model(toy, tmp_path):
+    out = tmp_path / "out"
+    OnnxExporter().export(toy(), out)
+    model = onnx.load(out / FLOAT)
+    weight = model.graph.initializer[0]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.5, weight.name))
+    onnx.save(model, out / FLOAT)
+    done = run_check(out)
+    assert done.returncode == 1
+    assert "not the file that was exported" in done.stdout
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["files"][FLOAT]  # even when the hash is not there to tell
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    done = run_check(out)
+    assert done.returncode == 1
+    assert "WRONG" in done.stdout
+
+
+def test_device_check_refuses_an_absent_provider(toy, tmp_path):
+    OnnxExporter().export(toy(), tmp_path / "out")
+    done = run_check(tmp_path / "out", "--provider", "NoSuchExecutionProvider")
+    assert done.returncode == 1
+    assert "choose from" in done.stdout
+
+
+def test_what_ran_elsewhere_is_read_out_of_the_runtimes_profile(toy, tmp_path):
+    """The profile is a real one of a graph on the CPU. If the CPU was requested, nothing is wrong; if a GPU was
+    requested, everything is."""
+    bundle = toy(context=2)
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    content = lower(bundle).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session.run(None, bundle.golden()[0])
+    events = json.loads(Path(session.end_profiling()).read_text())
+    assert ran_elsewhere(events, "CPUExecutionProvider") == []
+    found = ran_elsewhere(events, "CUDAExecutionProvider")
+    assert {"MatMul", "Softmax", "every operator"} <= set(found)
+    for event in events:
+        if event.get("args", {}).get("op_name") != "Softmax" and "provider" in event.get("args", {}):
+            event["args"]["provider"] = "CUDAExecutionProvider"
+    assert ran_elsewhere(events, "CUDAExecutionProvider") == ["Softmax"]
+
+
+def test_a_provider_that_says_it_runs_and_does_not_is_found_out(toy, tmp_path, monkeypatch):
+    """onnxruntime lists CUDA, starts it, and leaves every node to the CPU."""
+
+    class Pretender(onnxruntime.InferenceSession):
+        def __init__(self, path, options, providers):
+            assert providers == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    bundle = toy()
+    OnnxExporter().export(bundle, tmp_path / "out")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Pretender)
+    with pytest.raises(LookupError, match=r"CUDAExecutionProvider does not run all of model.onnx: .*MatMul.*elsewhere"):
+        load_onnxruntime(tmp_path / "out" / FLOAT, "CUDAExecutionProvider", bundle.golden()[0], {})
+
+
+>>>>>>> clean
 def test_existing_directories_are_respected(toy, tmp_path):
     out = tmp_path / "out"
     OnnxExporter().export(toy(), out)

@@ -1,4 +1,5 @@
-"""Packages of a third party, really installed: theirs keeps the contracts, the broken one's plug-ins are refused."""
+"""Packages of a third party are really installed: one keeps the contracts; the plug-ins of the broken ones are
+refused."""
 
 import json
 import os
@@ -46,7 +47,7 @@ print(json.dumps(said))
 
 
 def in_an_environment_with(package: str, tmp_path: Path, *arguments: str) -> dict:
-    """What the checks print where this package is installed beside edgekit."""
+    """Return the output of the checks in an environment with this package and edgekit."""
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
                "--disable-pip-version-check", "--target", str(site), str(HERE / package)]  # fmt: skip

@@ -1,4 +1,5 @@
-"""The same model on every runtime at every batch size: what fails that is rolled back, with runtime and batch named."""
+"""The same model runs on every runtime at every batch size. The guard rolls back what fails, and names the runtime and
+the batch size."""
 
 import json
 import warnings
@@ -29,7 +30,7 @@ LIMITS = Limits(batches=(1, 16, 64))
 
 
 class Twofold:
-    """y = 2 x, but for what the batch does to it."""
+    """Computes y = 2 x, changed by a planted error that depends on the batch."""
 
     def __init__(self, spoil=lambda y, batch: y):
         self.spoil = spoil
@@ -39,7 +40,7 @@ class Twofold:
 
 
 def off_by(expected, together, rows):
-    """A metric's change: how far the outputs are from their right values, on average."""
+    """Return the change of a metric: the mean distance of the outputs from their right values."""
     right = INPUTS["x"][rows] * 2.0
     return float(np.abs(together["y"] - right).mean() - np.abs(expected["y"] - right).mean())
 
@@ -82,7 +83,8 @@ def test_outputs_that_no_metric_takes_are_a_problem_of_that_runtime():
 
 
 class FailsOnLargeBatches:
-    """Mixed into the fake session: from 16 rows on, what is not the original comes out in the wrong order."""
+    """Mixed into the fake session: from 16 rows on, every model but the original returns its rows in the wrong
+    order."""
 
     def __init__(self, bundle, *, threads=None, chunk=None):
         super().__init__(bundle, threads=threads)
@@ -103,7 +105,7 @@ class FailsAlways(FailsOnLargeBatches):
 
 @pytest.fixture
 def treacherous(register, fake_runtime):
-    """Runtimes whose accuracy depends on the batch: on compressed models, on all."""
+    """Register runtimes whose accuracy depends on the batch size: for compressed models, and for all models."""
     register("edgekit.sessions", "treacherous", type("Treacherous", (FailsOnLargeBatches, fake_runtime), {}))
     register("edgekit.sessions", "hopeless", type("Hopeless", (FailsAlways, fake_runtime), {}))
 
@@ -193,7 +195,7 @@ class Small(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class StockInt8(Pass[GraphCandidate]):
-    """onnxruntime's own static quantization with its defaults: what everybody runs."""
+    """onnxruntime's own static quantization with its defaults, which most users run."""
 
     name: ClassVar[str] = "stock_int8"
     summary: ClassVar[str] = "quantize_static as it comes"
@@ -251,7 +253,7 @@ def rows(seed: int, count: int) -> np.ndarray:
 
 
 def same_class(bundle: Bundle, runtime: str, batch: int) -> float:
-    """Share of rows whose class is that of the bundle at batch 1 on onnxruntime."""
+    """Return the share of rows whose class equals that of the bundle at batch 1 on onnxruntime."""
     inputs, found = {"x": rows(2, 256)}, []
     for name, chunk in (("onnxruntime", 1), (runtime, batch)):
         session = open_session(bundle, name, threads=1, chunk=chunk)

@@ -1,4 +1,4 @@
-"""Running a recipe: planted bad passes are rolled back, a stopped run goes on, the same job gives the same bytes."""
+"""Running a recipe: planted bad passes are rolled back, a stopped run continues, the same job gives the same bytes."""
 
 import json
 import math
@@ -25,7 +25,7 @@ RECIPE = [("magnitude_prune", {"sparsity": 0.5, "epochs": 2}), CLUSTER, ("quanti
 
 
 def computed(bundle):
-    """What a bundle computes with, without its history."""
+    """Return the files with which a bundle computes, without its history."""
     return bundle.contents[WEIGHTS], bundle.contents[GOLDEN], bundle.manifest.arguments, bundle.manifest.bits
 
 
@@ -35,7 +35,7 @@ def verdicts(bundle):
 
 @dataclass(frozen=True, slots=True)
 class Shrink(Pass[Candidate]):
-    """Not a real pass: clusters, so that there is a gain, and then does `mischief` to the candidate."""
+    """A test pass: it clusters, so that there is a gain, and then applies `mischief` to the candidate."""
 
     name: ClassVar[str] = "planted"
     summary: ClassVar[str] = "what a bad pass would do"
@@ -160,7 +160,7 @@ def test_what_comes_after_a_bad_pass_still_runs(tiny_job, register, tmp_path):
 
 
 class SlowWhenClustered:
-    """Mixed into the fake session: a codebook costs twice the time, as dequantizing does in some runtimes."""
+    """Mixed into the fake session: a codebook takes twice the time, because some runtimes dequantize slowly."""
 
     def __init__(self, bundle, *, threads=None, chunk=None):
         super().__init__(bundle, threads=threads)

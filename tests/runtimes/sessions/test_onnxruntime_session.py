@@ -31,13 +31,13 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Short trials, and no plan remembered from another test."""
+    """Use short trials, and forget the plans of other tests."""
     monkeypatch.setattr(module, "TRIAL_SECONDS", 0.001)
     monkeypatch.setattr(module, "_measured", {})
 
 
 def test_inputs_that_the_graph_cannot_take_are_one_line(monkeypatch):
-    """Such as a token id beyond the vocabulary, which only the runtime can know."""
+    """An example is a token id beyond the vocabulary, which only the runtime can check."""
     bundle = MODELS["plain"]
     rows = bundle.golden()[0]
 
@@ -67,8 +67,8 @@ def test_provider_that_does_not_take_the_model_is_refused(monkeypatch):
 
 
 class Installed:
-    """onnxruntime-gpu as it might be: `started` is what a session really came up with; `lost`: operators that it runs
-    on the CPU, by what they give."""
+    """A stand-in for onnxruntime-gpu. started: the providers that a session really started; lost: operators that it
+    runs on the CPU, by their outputs."""
 
     def __init__(self, monkeypatch, started, **lost):
         self.started, self.asked, self.lost, self.prefix = started, [], lost, ""
@@ -117,7 +117,7 @@ def test_a_gpu_that_starts_is_what_the_session_says_it_is(monkeypatch):
 
 
 def test_a_shape_may_be_computed_beside_the_gpu_and_numbers_may_not(monkeypatch):
-    """ONNX Runtime puts what comes from a Shape on the CPU for every GPU: its issue 17930."""
+    """ONNX Runtime computes values that come from a Shape on the CPU for every GPU (its issue 17930)."""
     Installed(monkeypatch, [CUDA], Shape={"int64": [3]}, Sqrt={"float": []})
     assert OnnxRuntimeSession(MODELS["plain"], provider=CUDA).provider == CUDA
     Installed(monkeypatch, [CUDA], Shape={"int64": [3]}, Softmax={"float16": [2, 5]})
@@ -127,7 +127,7 @@ def test_a_shape_may_be_computed_beside_the_gpu_and_numbers_may_not(monkeypatch)
 
 @pytest.mark.parametrize("started", [["CPUExecutionProvider"], ["CPUExecutionProvider", CUDA]])
 def test_a_gpu_that_does_not_start_is_an_error_and_no_slow_run(monkeypatch, started):
-    """As with CUDA libraries of the wrong version: the provider is listed, and the session runs on the CPU."""
+    """An example is CUDA libraries of the wrong version: the provider is listed, and the session runs on the CPU."""
     Installed(monkeypatch, started)
     with pytest.raises(EdgekitError, match="did not start CUDAExecutionProvider, it fell back to CPUExecutionProvider"):
         OnnxRuntimeSession(MODELS["plain"], provider=CUDA)
@@ -172,7 +172,7 @@ def test_first_large_batch_chooses_a_plan_and_small_ones_have_their_own():
 
 
 def test_measuring_picks_the_fastest(monkeypatch):
-    """On a clock of the test's own."""
+    """The test has its own clock."""
     session = OnnxRuntimeSession(MODELS["plain"], threads=2)
     inputs = MODELS["plain"].golden()[0]
     now, cost = [0.0], {}
