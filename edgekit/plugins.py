@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -97,7 +96,7 @@ def _installed(group: str, folders: tuple[object, ...]) -> dict[str, EntryPoint]
 def _folder_state(folder: str) -> tuple[object, ...]:
     """Return values that change when an entry is added to the folder or removed."""
     try:
-        found = os.stat(folder or ".")
+        found = Path(folder or ".").stat()
     except OSError:
         return (folder,)
     return folder, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_nlink

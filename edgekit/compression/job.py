@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -70,6 +71,12 @@ class Job:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """The versions of this process, which loads each package once; a search asks for them in every trial."""
     found = {"python": platform.python_version()}
     tools = ("onnxruntime", "openvino", "onnx", "onnxscript", "torch-pruning", "torchao")
     for name in ("edgekit", "torch", "numpy", *tools):
