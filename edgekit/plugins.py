@@ -108,8 +108,8 @@ SIBLINGS = ("exporters", "runtimes", "alert_broker")
 def refuse_strangers() -> None:
     """Raise, naming the path, unless every sibling package is this edgekit's own.
 
-    The names are plain, other projects use them (huggingface/exporters, PyPI's runtimes), and pip merges folders of
-    one name without a word."""
+    Other projects use these plain names too (huggingface/exporters, PyPI's runtimes), and pip merges folders that have
+    the same name without a warning."""
     for name in SIBLINGS:
         try:
             module = importlib.import_module(name)
@@ -118,8 +118,8 @@ def refuse_strangers() -> None:
                 f"the package {name!r} is missing ({error}); reinstall: pip install --force-reinstall edgekit"
             ) from None
         if getattr(module, "__edgekit__", None) != __version__:
-            place = ", ".join(getattr(module, "__path__", ["?"]))  # __file__ is None for a half-deleted package
+            path = ", ".join(getattr(module, "__path__", ["?"]))  # __file__ is None for a half-deleted package
             raise EdgekitError(
-                f"the package {name!r} found at {place} is not edgekit {__version__}'s: another project has its "
-                "name; use a fresh virtual environment, uninstall that project, or start from another folder"
+                f"the package {name!r} found at {path} is not edgekit {__version__}'s: another project has its "
+                "name; use a new virtual environment, uninstall that project, or start from another folder"
             )

@@ -1,4 +1,4 @@
-"""A runtime whose results do not depend on the batch, and Spark in local mode for the tests marked `spark`."""
+"""A runtime whose results do not depend on the batch, Spark in local mode for -m spark, and a real Apache Kafka."""
 
 import os
 import shutil
@@ -58,3 +58,14 @@ def spark_session(one_row_site):
     found.sparkContext.setLogLevel("ERROR")
     yield found
     found.stop()
+
+
+@pytest.fixture(scope="session")
+def apache_kafka(tmp_path_factory):
+    """One node of Apache Kafka, for all tests of this process."""
+    from tests.apache_kafka import ApacheKafka, missing
+
+    if (reason := missing()) and "EDGEKIT_TEST_BROKER" not in os.environ:
+        pytest.skip(reason)
+    with ApacheKafka(tmp_path_factory.mktemp("kafka") / "one") as cluster:  # an error if it was asked for by name
+        yield cluster
