@@ -21,7 +21,7 @@ def test_a_stranger_is_refused(name, marker, monkeypatch):
     if marker:
         stranger.__edgekit__ = marker
     monkeypatch.setitem(sys.modules, name, stranger)
-    with pytest.raises(EdgekitError, match=f"'{name}' found at /somewhere/else.*fresh virtual environment"):
+    with pytest.raises(EdgekitError, match=f"'{name}' found at /somewhere/else.*new virtual environment"):
         refuse_strangers()
 
 
