@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -71,6 +72,12 @@ class Job:
 
 def versions() -> dict[str, str]:
     """Return the versions on which a result depends."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Read them once per process, because a process loads each package once and a search asks in every trial."""
     found = {"python": platform.python_version()}
     tools = ("onnxruntime", "openvino", "onnx", "onnxscript", "torch-pruning", "torchao")
     for name in ("edgekit", "torch", "numpy", *tools):

@@ -42,7 +42,21 @@ class Metric(Protocol):
     def value(self, outputs: Float, expected: Array) -> float: ...
 
 
-class ClassAveragedLogLoss:
+class PerSample:
+    """A metric that is an average of one loss per sample, so that a bootstrap computes and checks the losses once."""
+
+    def losses(self, outputs: Float, labels: Array) -> Array:
+        """(samples,) losses. Raises if these cannot be the outputs for these labels."""
+        raise NotImplementedError
+
+    def average(self, losses: Array, labels: Array) -> float:
+        return float(losses.mean())
+
+    def value(self, outputs: Float, labels: Array) -> float:
+        return self.average(self.losses(outputs, labels), labels)
+
+
+class ClassAveragedLogLoss(PerSample):
     """Weighted log-loss with equal weights of the classes: the mean over classes of each class's mean -log p(true).
 
     The class means cover the whole set (Malz et al. 2019, AJ 158 171, eq. 4). The reference averaged inside batches
@@ -52,22 +66,26 @@ class ClassAveragedLogLoss:
     name = "class-averaged log-loss"
     labelled = True
 
-    def value(self, probabilities: Float, labels: Labels) -> float:
-        check(probabilities, labels)
-        if not np.allclose(probabilities.sum(axis=1), 1, atol=0.05):
+    def losses(self, outputs: Float, labels: Labels) -> Array:
+        losses = sample_losses(outputs, labels)
+        if not np.allclose(outputs.sum(axis=1), 1, atol=0.05):
             raise EdgekitError("log-loss: the outputs are not probabilities, they do not add up to 1; use error-rate")
-        return float(class_means(sample_losses(probabilities, labels), labels).mean())
+        return losses
+
+    def average(self, losses: Array, labels: Labels) -> float:
+        return float(class_means(losses, labels).mean())
 
 
-class ErrorRate:
+class ErrorRate(PerSample):
     """The share of samples whose most probable class is wrong."""
 
     name = "error rate"
     labelled = True
 
-    def value(self, scores: Float, labels: Labels) -> float:
-        check(scores, labels)
-        return float((scores.argmax(axis=1) != labels).mean())
+    def losses(self, outputs: Float, labels: Labels) -> Array:
+        check(outputs, labels)
+        wrong: Array = outputs.argmax(axis=1) != labels
+        return wrong
 
 
 class MeanAbsoluteError:
@@ -204,7 +222,7 @@ def measure(
     vanish."""
     check_outputs(probabilities, labels)
     value = metric.value(probabilities, labels)
-    values = [metric.value(probabilities[rows], labels[rows]) for rows in _resamples(labels, resamples, seed)]
+    values = _values(metric, probabilities, labels, _resamples(labels, resamples, seed))
     low, high = np.percentile(values, [2.5, 97.5])
     return Measurement(value, float(low), float(high), len(labels))
 
@@ -216,13 +234,21 @@ def measure_change(
     narrower than the difference of two separate intervals."""
     check_outputs(before, labels)
     check_outputs(after, labels)
-    values = [
-        metric.value(after[rows], labels[rows]) - metric.value(before[rows], labels[rows])
-        for rows in _resamples(labels, resamples, seed)
-    ]
+    resampled = _resamples(labels, resamples, seed)
+    values = _values(metric, after, labels, resampled) - _values(metric, before, labels, resampled)
     low, high = np.percentile(values, [2.5, 97.5])
     value = metric.value(after, labels) - metric.value(before, labels)
     return Measurement(value, float(low), float(high), len(labels))
+
+
+def _values(
+    metric: Metric, outputs: Float, labels: Array, resampled: list[npt.NDArray[np.int64]]
+) -> npt.NDArray[np.float64]:
+    """The metric of each resample."""
+    if isinstance(metric, PerSample):
+        losses = metric.losses(outputs, labels)
+        return np.array([metric.average(losses[rows], labels[rows]) for rows in resampled])
+    return np.array([metric.value(outputs[rows], labels[rows]) for rows in resampled])
 
 
 def check_outputs(outputs: Float, expected: Array) -> None:
@@ -240,4 +266,4 @@ def _resamples(labels: Array, count: int, seed: int) -> list[npt.NDArray[np.int6
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         return [rng.integers(0, len(labels), len(labels)) for _ in range(count)]
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return [np.concatenate([rng.choice(group, len(group)) for group in groups]) for _ in range(count)]
+    return [np.concatenate([group[rng.integers(0, len(group), len(group))] for group in groups]) for _ in range(count)]

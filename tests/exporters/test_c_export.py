@@ -1,5 +1,6 @@
 """The exported C: the network's numbers on every instruction set, and an export that carries its own proof."""
 
+import functools
 import json
 import re
 import shutil
@@ -47,8 +48,14 @@ MODELS = {
 
 def compiled(source, folder, flags=STRICT) -> Library:
     path = folder / f"{abs(hash((source.model, flags)))}.so"
-    path.write_bytes(Compiler().shared_library(source.model, source.header, flags))
+    path.write_bytes(shared_library(source.model, source.header, flags))
     return Library(path)
+
+
+@functools.cache
+def shared_library(model: str, header: str, flags: tuple[str, ...]) -> bytes:
+    """The library, compiled once for all tests here that load the same source."""
+    return Compiler().shared_library(model, header, flags)
 
 
 def run(library, bundle, inputs, batch=None) -> np.ndarray:
@@ -152,16 +159,21 @@ def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
         assert np.abs(run(library, bundle, inputs) - exact).max() <= max(2e-6, noise)
 
 
-@pytest.mark.parametrize("flags", [NATIVE, PLAIN, ("-O2", *SCALAR)], ids=["native", "plain", "scalar"])
-def test_queries_and_keys_are_summed_in_double(tmp_path, flags):
-    """The test uses a real model, whose scores reach hundreds. The planted failure sums in float32, like every other
-    layer."""
+@pytest.fixture(scope="module")
+def real_model():
+    """A model whose scores reach hundreds, inputs of it, and its outputs in float64."""
     bundle = resolve("t2-gr")
     inputs = {
         spec.name: np.random.default_rng(0).standard_normal((300, *spec.shape[1:])).astype(np.float32)
         for spec in bundle.manifest.inputs
     }
-    exact = network(bundle, inputs)
+    return bundle, inputs, network(bundle, inputs)
+
+
+@pytest.mark.parametrize("flags", [NATIVE, PLAIN, ("-O2", *SCALAR)], ids=["native", "plain", "scalar"])
+def test_queries_and_keys_are_summed_in_double(real_model, tmp_path, flags):
+    """Planted: the same in float32, like every other layer."""
+    bundle, inputs, exact = real_model
     source = CExporter().source(bundle)
     text, count = re.subn(
         r"dense_in_double\((\w+_), (\w+_), (\w+_), (\w+_), (\d+), (\d+)\);",

@@ -219,3 +219,16 @@ def test_regression_is_measured_in_the_labels_unit():
 def test_scores_that_are_no_probabilities_have_no_log_loss():
     with pytest.raises(EdgekitError, match="do not add up to 1; use error-rate"):
         LOSS.value(np.array([[3.0, -1.0]]), np.array([0]))
+
+
+@pytest.mark.parametrize("name", ["log-loss", "error-rate"])
+def test_an_interval_is_that_of_the_metric_itself_on_every_resample(name):
+    """Losses are computed once for all resamples; a metric that is only a function is called for each."""
+    probabilities, labels = problem()
+    rng = np.random.default_rng(1)
+    after = rng.dirichlet(np.ones(5), len(labels)).astype(np.float32)
+    itself = metrics.metric(name)
+    called = metrics.Custom("called for each", itself.value)
+    assert measure(itself, probabilities, labels) == measure(called, probabilities, labels)
+    assert measure_change(itself, probabilities, after, labels) == measure_change(called, probabilities, after, labels)
+    assert measure(itself, probabilities, labels) != measure(itself, after, labels)

@@ -21,7 +21,7 @@ OPTIONS = {"recipe": STEPS, "runtime": "torch", "batches": (1,), "max_loss": 0.2
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr("edgekit.compression.guard._thread_seconds", lambda session, rows: session.run(rows) and 1e-3)
+    monkeypatch.setattr("edgekit.compression.guard._thread_seconds", lambda session, rows: session.run(rows) and 0.1)
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
