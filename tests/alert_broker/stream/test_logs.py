@@ -24,7 +24,7 @@ PUBLIC_KEYS = (
     "ssl.key.location", "ssl.certificate.pem", "sasl.oauthbearer.token.endpoint.url", "session.timeout.ms",
 )  # fmt: skip
 # Letters that no key and no public value here has, and those that quoting changes.
-passwords = st.text("QZX0987µ'\"\\\n\t @:/?#%&+", min_size=logs.SHORTEST, max_size=20).filter(str.strip)
+passwords = st.text("QZX0987µ'\"\\\n\t @:/?#%&+", min_size=logs.MIN_MASKED, max_size=20).filter(str.strip)
 public = st.one_of(st.text("abcdefg.", max_size=12), st.integers(), st.floats(), st.booleans(), st.none())
 
 

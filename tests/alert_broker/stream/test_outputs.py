@@ -148,7 +148,7 @@ def test_columns_that_have_no_place_in_a_message(schema, reason):
 
 
 def test_rows_of_another_schema_and_unknown_formats():
-    with pytest.raises(EdgekitError, match="for an encoder of"):
+    with pytest.raises(EdgekitError, match=r"expected .* with the encoder"):
         encoder("avro", SCHEMA).encode(batch([], pa.schema([("id", pa.int64())])))
     with pytest.raises(EdgekitError, match="unknown format 'afro' in an output; expected one of: avro, json; did you"):
         encoder("afro", SCHEMA)

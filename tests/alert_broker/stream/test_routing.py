@@ -98,7 +98,7 @@ def test_routes_that_cannot_be(routes, default, reason):
 
 @pytest.mark.parametrize("topic", ["", "a b", "é", "x" * 250, "a/b"])
 def test_topics_that_kafka_refuses(topic):
-    with pytest.raises(EdgekitError, match="a route's topic is"):
+    with pytest.raises(EdgekitError, match="the topic of a route is"):
         Route(topic)
 
 
@@ -154,7 +154,7 @@ def test_attached_to_those_that_are_routed(packets):
     for row, topic, value in found:
         attached = [value["packet"]] if topic == "whole" else [value[name] for name in CUTOUTS]
         assert attached == ([messages[row]] if topic == "whole" else images[row])
-    with pytest.raises(EdgekitError, match="the route to images attaches cutouts, but there are no packets"):
+    with pytest.raises(EdgekitError, match="the route to images attaches cutouts, but it was given no packets"):
         router(rows)
 
 

@@ -139,9 +139,9 @@ def archived(path):
 
 
 @pytest.mark.parametrize(("make", "column", "said"), [
-    (table_of({"x": [1]}), "", "no binary column packet or value, and its columns are not those of a survey"),
-    (table_of({"x": [1], "raw": [b"a"]}), "row", "the column 'row' is not there; binary ones: raw"),
-    (table_of({"x": [1], "raw": [b"a"]}), "x", "the column 'x' is of type int64; binary ones: raw"),
+    (table_of({"x": [1]}), "", "no binary column packet or value, and no survey has its columns"),
+    (table_of({"x": [1], "raw": [b"a"]}), "row", "the column 'row' does not exist; binary columns: raw"),
+    (table_of({"x": [1], "raw": [b"a"]}), "x", "the column 'x' is of type int64; binary columns: raw"),
     (archived, "", "an archive of results, which holds no packets"),
     (lambda path: path.write_bytes(b"PAR1 and no more"), "", "cannot be read as Parquet"),
 ])  # fmt: skip
