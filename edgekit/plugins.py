@@ -3,7 +3,9 @@ party can add a pass, an exporter or a session in a package of its own."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -82,7 +84,23 @@ def imported(text: str, what: str) -> Any:
 
 
 def _points(group: str) -> dict[str, EntryPoint]:
+    return _installed(group, tuple(_folder_state(folder) for folder in sys.path))
+
+
+@functools.lru_cache(maxsize=64)
+def _installed(group: str, folders: tuple[object, ...]) -> dict[str, EntryPoint]:
+    """Read the entry points of every installed distribution, which takes milliseconds; building a network asks for
+    them. The cache holds as long as no distribution is added to a folder of `sys.path`, or removed."""
     return {point.name: point for point in entry_points(group=group)}
+
+
+def _folder_state(folder: str) -> tuple[object, ...]:
+    """Return values that change when an entry is added to the folder or removed."""
+    try:
+        found = os.stat(folder or ".")
+    except OSError:
+        return (folder,)
+    return folder, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_nlink
 
 
 SIBLINGS = ("exporters", "runtimes", "alert_broker")
