@@ -1,4 +1,5 @@
-"""Every alert goes where the filters say, in the format that the route says, and none gets lost between routes."""
+"""The filters of the routes decide the topics of every alert, each route has its format, and no alert is lost between
+routes."""
 
 import io
 import json
@@ -137,7 +138,7 @@ def test_warming_up_encodes_once_by_each_route_and_needs_no_packet():
 
 
 class Watched:
-    """An encoder that leaves a note."""
+    """An encoder that records its calls."""
 
     def __init__(self, encode, seen):
         self.encode_rows, self.schema, self.seen = encode.encode, encode.schema, seen

@@ -24,7 +24,8 @@ CURVE = ("time", "band", "flux", "flux_error", "detected")
 
 
 def translated(values, schema, named):
-    """A record of a schema with the values that it shares with another version, null or zero elsewhere."""
+    """Return a record of a schema with the values of the fields that both versions have; other fields are null or
+    zero."""
     schema = named.get(schema, schema) if isinstance(schema, str) else schema
     if isinstance(schema, list):
         return None if values is None else translated(values, next(kind for kind in schema if kind != "null"), named)
@@ -38,7 +39,7 @@ def translated(values, schema, named):
 
 
 def message(packet, identifier):
-    """A packet of some version as one of this version, as it is sent."""
+    """Return a packet of some version as a message of this version."""
     schema = lsst.schema(identifier)
     body = io.BytesIO()
     values = {"alertId": packet["diaSource"]["diaSourceId"]} | packet
@@ -87,7 +88,8 @@ def test_nondetection_limits_of_version_7_are_counted(packets, identifier):
 
 
 def test_a_rename_that_is_not_in_the_table_is_named(packets):
-    """The twin of the mapping: the next rename must be an error with the field's name, never an empty light curve."""
+    """The twin of the mapping: a future rename must raise an error with the field's name, and must not give an empty
+    light curve."""
     newest = max(VERSIONS)
     old = {key: value for key, value in lsst.schema(newest).items() if not key.startswith("__")}
     renamed = parse_schema(_renamed(old, "psfFlux", "pointSourceFlux"))
@@ -190,7 +192,7 @@ def test_an_unknown_lsst_schema_names_the_known_ones_and_the_remedy():
 
 @pytest.mark.realdata
 def test_real_packets_in_every_later_version(shared_data):
-    """v9.0 as sent and v10.0: the light curve that is read from them stays the same when they are written anew."""
+    """Real packets (v9.0 as sent, and v10.0) give the same light curve when they are written with a later version."""
     paths = sorted((shared_data / "alerts" / "lsst_wire").glob("*.bin"))
     chosen = [path for path in paths if "deep_00" in path.name or "v9" in path.name] + paths[5:8]
     assert len(chosen) == 5
