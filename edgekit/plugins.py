@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -97,7 +96,7 @@ def _installed(group: str, folders: tuple[object, ...]) -> dict[str, EntryPoint]
 def _folder_state(folder: str) -> tuple[object, ...]:
     """Return values that change when an entry is added to the folder or removed."""
     try:
-        found = os.stat(folder or ".")
+        found = Path(folder or ".").stat()
     except OSError:
         return (folder,)
     return folder, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_nlink
@@ -109,8 +108,8 @@ SIBLINGS = ("exporters", "runtimes", "alert_broker")
 def refuse_strangers() -> None:
     """Raise, naming the path, unless every sibling package is this edgekit's own.
 
-    The names are plain, other projects use them (huggingface/exporters, PyPI's runtimes), and pip merges folders of
-    one name without a word."""
+    Other projects use these plain names too (huggingface/exporters, PyPI's runtimes), and pip merges folders that have
+    the same name without a warning."""
     for name in SIBLINGS:
         try:
             module = importlib.import_module(name)
@@ -119,8 +118,8 @@ def refuse_strangers() -> None:
                 f"the package {name!r} is missing ({error}); reinstall: pip install --force-reinstall edgekit"
             ) from None
         if getattr(module, "__edgekit__", None) != __version__:
-            place = ", ".join(getattr(module, "__path__", ["?"]))  # __file__ is None for a half-deleted package
+            path = ", ".join(getattr(module, "__path__", ["?"]))  # __file__ is None for a half-deleted package
             raise EdgekitError(
-                f"the package {name!r} found at {place} is not edgekit {__version__}'s: another project has its "
-                "name; use a fresh virtual environment, uninstall that project, or start from another folder"
+                f"the package {name!r} found at {path} is not edgekit {__version__}'s: another project has its "
+                "name; use a new virtual environment, uninstall that project, or start from another folder"
             )
