@@ -1,4 +1,4 @@
-"""LSST's fluxes and names; in every schema, the same measurements give the same light curve to the bit."""
+"""LSST's fluxes and names. In every schema, the same measurements give a bitwise equal light curve."""
 
 import copy
 import io
@@ -115,7 +115,8 @@ def test_lsst_nanojansky_become_fluxcal():
     curve = light_curve(LSST, lsst_packet(flux=magnitude_22, error=10.0))
     assert curve.flux == pytest.approx([flux_of_magnitude(22.0)], rel=1e-12)
     assert curve.flux_error == pytest.approx([10 * 10 ** (-0.4 * 3.9)])
-    assert curve.flux[0] != pytest.approx(flux_of_magnitude(22.0) * 10**0.04, rel=1e-3)  # AB of 1 nJy is 31.4, not 31.5
+    # the AB magnitude of 1 nJy is 31.4, not 31.5
+    assert curve.flux[0] != pytest.approx(flux_of_magnitude(22.0) * 10**0.04, rel=1e-3)
 
 
 def test_lsst_detections_win_over_forced_photometry_of_the_same_visit():
@@ -165,13 +166,13 @@ def test_every_lsst_schema_version_is_read(identifier):
 
 
 def minimal(schema):
-    """A record with null or zero in every field."""
+    """Return a record with null or zero in every field."""
     named = schema.get("__named_schemas", {})
     zero = {"string": "", "double": 0.0, "float": 0.0, "boolean": False}
     record = {}
     for item in schema["fields"]:
         kind = item["type"]
-        if isinstance(kind, dict) and kind["type"] == "long":  # 8.0 has a timestamp
+        if isinstance(kind, dict) and kind["type"] == "long":  # schema 8.0 has a timestamp
             kind = "long"
         if isinstance(kind, list):
             record[item["name"]] = None
@@ -228,6 +229,6 @@ def test_real_lsst_history_is_whole(shared_data):
     visits = {row["visit"] for row in packet["prvDiaSources"]} | {packet["diaSource"]["visit"]}
     forced = {row["visit"] for row in packet["prvDiaForcedSources"]}
     assert curve.detected.sum() == len(visits) == detections
-    assert (~curve.detected).sum() == len(forced - visits)  # told apart by visit here, by time in the module
+    assert (~curve.detected).sum() == len(forced - visits)  # this test compares visits, and the module compares times
     newest = packet["diaSource"]["psfFlux"]
     assert curve.flux[-1] == pytest.approx(newest * 10 ** (-0.4 * 3.9))
