@@ -1,4 +1,5 @@
-"""`edgekit alerts redrive`: what the flags and the consumer's file make of the work; Kafka is not asked."""
+"""`edgekit alerts redrive`: the arguments that the command computes from its flags and the consumer's file, without
+Kafka."""
 
 import json
 
@@ -28,7 +29,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The calls of `redrive`, which handles six dead letters and sends three."""
+    """Record the calls of `redrive`, which handles six dead letters and sends three."""
     calls = []
 
     def redrive(settings, dead_letters, *, progress, stop, **options):
