@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from edgekit.bundle import files
 from edgekit.bundle.encoding import Affine, Palette
 from edgekit.bundle.format import GOLDEN, MANIFEST, WEIGHTS, Manifest, assemble, with_files
 from edgekit.bundle.store import open_bundle, write_bundle
-from edgekit.bundle.tensors import TensorSpec, arrays_from_bytes, arrays_to_bytes, golden_inputs
+from edgekit.bundle.tensors import arrays_to_bytes
 from edgekit.errors import EdgekitError
 
 FILES = (WEIGHTS, GOLDEN)
@@ -276,64 +275,3 @@ def test_any_value_under_any_key_is_read_or_refused(key, value, tiny_bundle):
     with contextlib.suppress(EdgekitError):  # and nothing else
         manifest = Manifest.from_json(json.dumps(values).encode(), "x")
         assert json.loads(manifest.to_json())[key] == values[key]
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(1, 255), cut=st.booleans())
-def test_a_damaged_npz_is_read_or_refused(place, byte, cut, tiny_bundle):
-    content = bytearray(tiny_bundle.contents[GOLDEN])
-    at = int(place * len(content))
-    content[at] ^= byte
-    with contextlib.suppress(EdgekitError):  # and nothing else
-        arrays_from_bytes(bytes(content[:at] if cut else content), "x.npz")
-
-
-def test_what_is_no_npz(tmp_path):
-    np.save(tmp_path / "one.npy", np.zeros(3))
-    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
-    for name in ("one.npy", "objects.npz"):
-        with pytest.raises(EdgekitError, match=name):
-            arrays_from_bytes((tmp_path / name).read_bytes(), name)
-    shutil.make_archive(str(tmp_path / "text"), "zip", tmp_path, ".")
-    with pytest.raises(EdgekitError, match=r"text\.zip"):
-        arrays_from_bytes((tmp_path / "text.zip").read_bytes(), "text.zip")
-
-
-def test_arrays_come_back_and_numpy_reads_them(tmp_path):
-    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array(7), "c": np.zeros((0, 2), np.int8)}
-    content = arrays_to_bytes(arrays)
-    assert content == arrays_to_bytes(dict(reversed(arrays.items())))
-    (tmp_path / "x.npz").write_bytes(content)
-    with np.load(tmp_path / "x.npz") as archive:
-        for found in (archive, arrays_from_bytes(content, "x")):
-            assert sorted(found) == ["a", "b", "c"]
-            for name, array in arrays.items():
-                assert np.array_equal(found[name], array)
-                assert found[name].dtype == array.dtype
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "words"),
-    [
-        ((2, 12, 2), "float32", None),
-        ((0, 12, 2), "float32", None),
-        ((2, 12, 3), "float32", "shape"),
-        ((12, 2), "float32", "shape"),
-        ((2, 12, 2), "float64", "dtype"),
-    ],
-)
-def test_tensor_spec(shape, dtype, words):
-    spec = TensorSpec("x", ("batch", 12, 2))
-    if words is None:
-        spec.check(np.zeros(shape, dtype))
-    else:
-        with pytest.raises(EdgekitError, match=f"'x'.*{words}"):
-            spec.check(np.zeros(shape, dtype))
-
-
-def test_golden_inputs_differ_in_every_element_and_fit():
-    specs = (TensorSpec("a", ("batch", 5, 2)), TensorSpec("b", ("batch", 3)))
-    made = golden_inputs(specs, 4)
-    for spec in specs:
-        spec.check(made[spec.name])
-        assert len(np.unique(made[spec.name])) == made[spec.name].size

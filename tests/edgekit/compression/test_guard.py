@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgekit.compression import guard
-from edgekit.compression.guard import Latency, Limits, State, compare_batches, compare_latency, judge, tiled
+from edgekit.compression.guard import Agreement, Latency, Limits, State, compare_batches, compare_latency, judge, tiled
 from edgekit.compression.metrics import Measurement
 from edgekit.errors import EdgekitError
 
@@ -319,6 +319,49 @@ def test_nan_in_the_second_output_is_not_hidden_by_the_first():
             return {"y": arrays["x"], "z": arrays["x"] * (np.nan if len(arrays["x"]) > 1 else 1)}
 
     assert problem(Second()) is not None
+
+
+def off_by(expected, together, rows):
+    """A metric's change: how far the outputs are from their right values, on average."""
+    right = INPUTS["x"][rows] * 2.0
+    return float(np.abs(together["y"] - right).mean() - np.abs(expected["y"] - right).mean())
+
+
+RUNTIMES = Limits(batches=(1, 16, 64))
+ELSEWHERE = ("first", {"y": INPUTS["x"] * 2.0})
+SPOILT = {
+    "as good everywhere": (lambda y, batch: y, None),
+    "differs, but is as good": (lambda y, batch: y + 1e-3, None),
+    "wrong at large batches": (
+        lambda y, batch: y + (batch == 64),
+        r"on second at batch 64 .* worse by 1.0000 .* first",
+    ),
+    "wrong at all": (lambda y, batch: y + 1, "on second at batch 1 "),
+    "NaN": (lambda y, batch: y * (np.nan if batch == 16 else 1), "on second outputs at batch 16 .*nan"),
+    "rows lost": (lambda y, batch: y[:1], "on second output 'y' has shape"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
+def test_another_runtime_is_held_against_the_first(spoil, words):
+    found = compare_batches(Twofold(spoil), INPUTS, RUNTIMES, off_by, runtime="second", elsewhere=ELSEWHERE)
+    problems = [item.problem for item in found if item.problem]
+    if words is None:
+        assert problems == []
+        assert [item.batch for item in found] == [1, 16, 64]
+        assert {item.runtime for item in found} == {"second"}
+        return
+    assert re.search(words, problems[0])
+    assert found[-1].problem, "nothing is measured after the first problem"
+
+
+def test_outputs_that_no_metric_takes_are_a_problem_of_that_runtime():
+    def change(expected, together, rows):
+        raise EdgekitError("the outputs are not probabilities")
+
+    spoilt = Twofold(lambda y, batch: y + 1)
+    found = compare_batches(spoilt, INPUTS, RUNTIMES, change, runtime="second", elsewhere=ELSEWHERE)
+    assert found == [Agreement("second", 1, 1.0, None, "on second at batch 1: the outputs are not probabilities")]
 
 
 def test_tiled_repeats_rows_in_order():
