@@ -58,7 +58,7 @@ def modes(path):
 @pytest.mark.parametrize(("mode", "folder"), [(0o600, 0o700), (0o640, 0o750), (0o644, 0o755), (0o666, 0o777)])
 def test_who_may_read_a_file_may_enter_its_folder(mode, folder, umask, tmp_path):
     path = tmp_path / "deep" / "er" / "x"
-    write_directory(path, {"a": b"1", "in/b": b"2", "in/ner/c": b"3", "in/ner/d": b"4"}, mode=mode)
+    write_directory(path, {"in/ner/c": b"3", "a": b"1", "in/b": b"2", "in/ner/d": b"4"}, mode=mode)
     assert modes(path) == {
         **dict.fromkeys(("x", "x/in", "x/in/ner"), folder),
         **dict.fromkeys(("x/a", "x/in/b", "x/in/ner/c", "x/in/ner/d"), mode),
@@ -66,6 +66,13 @@ def test_who_may_read_a_file_may_enter_its_folder(mode, folder, umask, tmp_path)
     assert (path / "in/ner/d").read_bytes() == b"4"
     write_file(tmp_path / "file", b"x", mode=mode)
     assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def test_by_default_only_the_umask_restricts_who_may_read_and_write(umask, tmp_path):
+    write_file(tmp_path / "file", b"x")
+    write_directory(tmp_path / "x", {"a": b"1"})
+    assert modes(tmp_path / "file") == {"file": 0o666}
+    assert modes(tmp_path / "x") == {"x": 0o777, "x/a": 0o666}
 
 
 def test_another_process_that_writes_at_the_same_time_is_replaced(tmp_path, monkeypatch):

@@ -14,9 +14,19 @@ from hypothesis import strategies as st
 
 from edgekit.bundle import files
 from edgekit.bundle.encoding import Affine, Palette
-from edgekit.bundle.format import GOLDEN, MANIFEST, WEIGHTS, Manifest, assemble, with_files
+from edgekit.bundle.format import (
+    GOLDEN,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    Manifest,
+    assemble,
+    model_key,
+    replace_golden,
+    with_files,
+)
 from edgekit.bundle.store import open_bundle, write_bundle
-from edgekit.bundle.tensors import arrays_to_bytes
+from edgekit.bundle.tensors import TensorSpec, arrays_to_bytes
 from edgekit.errors import EdgekitError
 
 FILES = (WEIGHTS, GOLDEN)
@@ -87,6 +97,40 @@ def test_writing_is_reproducible_and_the_digest_tells_bundles_apart(encoded, tmp
     assert with_files(encoded, {"report.html": b"<p>"}).digest == encoded.digest
     assert with_files(encoded, {"report.html": b"<b>"}).digest != encoded.digest
     assert replace(encoded, manifest=replace(encoded.manifest, name="other")).digest != encoded.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"name": "other", "metrics": {"loss": 1}, "classes": (), "seed": 3}, True),
+        ({"arguments": {"b": 2, "a": 1}}, True),  # the order of the keys says nothing
+        ({"arguments": {"a": 1, "b": 3}}, False),
+        ({"family": "module"}, False),
+        ({"inputs": (TensorSpec("x", ("batch", 3)),)}, False),
+        ({"outputs": (TensorSpec("logits", ("batch", 2)),)}, False),
+        ({"bits": {"w": 4}}, False),
+    ],
+)
+def test_the_key_of_a_model_covers_what_determines_its_outputs(changes, same):
+    inputs, outputs = (TensorSpec("x", ("batch", 2)),), (TensorSpec("y", ("batch", 2)),)
+    manifest = Manifest("m", "t2", {"a": 1, "b": 2}, inputs, outputs)
+    bundle = Bundle(manifest, {WEIGHTS: b"weights"})
+    assert (model_key(replace(bundle, manifest=replace(manifest, **changes))) == model_key(bundle)) == same
+    assert model_key(replace(bundle, contents={WEIGHTS: b"others"})) != model_key(bundle)
+
+
+def test_other_golden_data_changes_only_that_file(encoded):
+    inputs, outputs = encoded.golden()
+    less = replace_golden(encoded, ({k: v[:1] for k, v in inputs.items()}, {k: v[:1] for k, v in outputs.items()}))
+    assert [len(value) for part in less.golden() for value in part.values()] == [1, 1]
+    changed = {name for name in encoded.contents if less.contents[name] != encoded.contents[name]}
+    assert (
+        changed
+        == {GOLDEN}
+        == {name for name, sha in less.manifest.files.items() if sha != encoded.manifest.files[name]}
+    )
+    with pytest.raises(EdgekitError, match=f"tiny/{GOLDEN}: holds no array"):
+        replace_golden(encoded, ({}, {})).golden()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -151,5 +151,8 @@ def test_an_archive_has_no_pickle_no_time_and_one_memory_order(tmp_path):
         arrays_to_bytes({"a": np.array([{}], dtype=object)})
     (tmp_path / "a.npz").write_bytes(content)
     assert np.array_equal(read_arrays(tmp_path / "a.npz")["a"], array)
+    (tmp_path / "text.npz").write_bytes(b"hello")
+    with pytest.raises(EdgekitError, match=r"text\.npz: not an \.npz archive"):
+        read_arrays(tmp_path / "text.npz")
     with pytest.raises(EdgekitError, match=r"b\.npz: no such file"):
         read_arrays(tmp_path / "b.npz")

@@ -211,6 +211,14 @@ def test_a_clock_that_stands_still_divides_by_nothing(monkeypatch):
     assert item.ratio == 1.0
 
 
+def test_a_clock_without_noise_gives_milliseconds_and_as_many_rounds_as_there_is_time_for(monkeypatch):
+    log = []
+    monkeypatch.setattr(guard, "_thread_seconds", lambda session, rows: log.append(session) or session.seconds)
+    (item,) = compare_latency(Timed(0.1), Timed(0.3), INPUTS, (1,), seconds=8.0)
+    assert (item.before_ms, item.after_ms, item.ratio) == pytest.approx((100, 300, 3))
+    assert 38 <= len(log) <= 44, "20 rounds of two sessions take 8 seconds"
+
+
 def test_the_real_clock_sees_work():
     class Busy(Timed):
         def run(self, arrays):
@@ -307,8 +315,8 @@ def test_a_missing_output_and_one_of_another_shape_are_named():
             return outputs if len(arrays["x"]) == 1 else {"y": outputs["y"]}
 
     (_, agreement) = compare_batches(Lost(), INPUTS, LIMITS, runtime="this")
-    assert agreement.problem == "on this output 'z' has shape None for batches of 16, expected (16, 2)"
-    assert agreement.gap == math.inf
+    words = "on this output 'z' has shape None for batches of 16, expected (16, 2)"
+    assert agreement == Agreement("this", 16, math.inf, None, words)
     wide = Twofold(lambda y, batch: y if batch == 1 else np.hstack([y, y]))
     assert problem(wide) == "on this output 'y' has shape (16, 4) for batches of 16, expected (16, 2)"
 

@@ -71,6 +71,9 @@ CASES = {
         "Pad", 18, 13, (3, 4, 6),
         {"stored": [np.array([1, 0, 2, 3], np.int64), np.float32(7), np.array([2, -2], np.int64)]},
     ),
+    "pad one axis with zeros": (
+        "Pad", 18, 13, (3, 4, 6), {"stored": [np.array([1, 2], np.int64), None, np.array([1], np.int64)]},
+    ),
     "pad by reflection": (
         "Pad", 18, 13, (3, 4, 6), {"stored": [np.array([0, 0, 1, 0, 0, 2], np.int64)], "mode": "reflect"},
     ),
@@ -116,6 +119,8 @@ def test_operators_that_a_parser_lacks_are_written_out_in_the_same_opset():
     kinds = [node.op_type for node in lowered.model.graph.node]
     assert kinds == ["ReduceMean", "Sub", "Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Add"]
     assert lowered.sums == tuple(node.name for node in lowered.model.graph.node)
+    assert len(set(lowered.sums)) == len(kinds)
+    assert all(name.startswith("layer.LayerNormalization.") for name in lowered.sums)
     assert "LayerNormalization" in [node.op_type for node in to_opset(model, 17).model.graph.node]
     assert [node.op_type for node in to_opset(single("Reciprocal", 17, (3, 4)), 13, {"Div"}).model.graph.node] == [
         "Div"

@@ -141,6 +141,32 @@ def test_results_of_unknown_operators_are_unknown_unless_told():
     assert {name: value.shape for name, value in told.values.items()} == {"x": (3, 4), "h": (3, 9), "y": (3, 9)}
 
 
+def test_what_is_told_holds_through_every_round_of_arithmetic():
+    nodes = [
+        ("Mystery", "x", "h", {"domain": "custom"}),
+        ("Shape", "h", "s", {}),
+        ("Gather", "s one", "n", {"axis": 0}),
+        ("Unsqueeze", "n first", "n1", {}),
+        ("Concat", "n1 rest", "target", {"axis": 0}),
+        ("Reshape", "h target", "y", {}),
+    ]
+    model = graph(nodes, ("batch", 4), {**NUMBERS, "rest": np.array([-1])})
+    assert sized(model, 3, also={"h": Value((3, 9), FLOAT)}).values["y"].shape == (9, 3)
+
+
+def test_arithmetic_follows_the_rules_of_the_graphs_opset():
+    nodes = [
+        ("Shape", "x", "s", {}),
+        ("Gather", "s one", "n", {"axis": 0}),
+        ("Unsqueeze", "n", "n1", {"axes": [0]}),  # an attribute before opset 13
+        ("Concat", "n1 rest", "target", {"axis": 0}),
+        ("Reshape", "x target", "y", {}),
+    ]
+    found = sized(graph(nodes, ("batch", 4), {"one": np.array(1), "rest": np.array([-1])}, opset=11), 3)
+    assert found.known["target"].tolist() == [4, -1]
+    assert found.values["y"].shape == (4, 3)
+
+
 @pytest.mark.parametrize("length", [LARGEST, LARGEST + 1])
 def test_a_constant_is_known_up_to_the_largest_size_of_a_shape(length):
     constant = numpy_helper.from_array(np.zeros(length, np.float32))
