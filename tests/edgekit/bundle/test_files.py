@@ -75,17 +75,18 @@ def test_by_default_only_the_umask_restricts_who_may_read_and_write(umask, tmp_p
     assert modes(tmp_path / "x") == {"x": 0o777, "x/a": 0o666}
 
 
-def test_another_process_that_writes_at_the_same_time_is_replaced(tmp_path, monkeypatch):
-    """Each time the old directory is out of the way, another process puts its own there, twice."""
+@pytest.mark.parametrize("old", [True, False])
+def test_another_process_that_writes_at_the_same_time_is_replaced(old, tmp_path, monkeypatch):
+    """Each time the new directory is about to move in, another process has put its own there, twice."""
     path, rename, others = tmp_path / "x", Path.rename, [b"theirs", b"theirs again"]
-    write_directory(path, {"a": b"old"})
+    if old:
+        write_directory(path, {"a": b"old"})
 
     def race(self, target):
-        moved = rename(self, target)
-        if self == path and others:
+        if target == path and others:
             path.mkdir()
             (path / "a").write_bytes(others.pop())
-        return moved
+        return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", race)
     write_directory(path, {"a": b"ours"})

@@ -182,6 +182,11 @@ def test_a_manifest_that_says_nonsense_is_an_error_that_names_the_key(changes, w
     assert str(tiny_file) in one_line(caught.value)
 
 
+def test_a_manifest_that_is_no_object_is_refused_by_its_type():
+    with pytest.raises(EdgekitError, match="x: bundle format 'list'; this edgekit reads format 1"):
+        Manifest.from_json(b"[]", "x")
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
 def test_a_file_name_that_leaves_the_bundle_is_refused(name, tiny_file):
     secret = tiny_file.parent / "secret"

@@ -192,7 +192,7 @@ def test_a_file_that_lies_under_a_good_seal_is_read_or_refused(data, packed):
 def test_a_header_of_another_form_is_refused(header):
     stream = zlib.compress(json.dumps(header).encode())
     body = MAGIC + b"\x01" + struct.pack("<I", len(stream)) + stream
-    with pytest.raises(EdgekitError):
+    with pytest.raises(EdgekitError, match=r"^x: "):
         unpack(resealed(body), "x")
 
 

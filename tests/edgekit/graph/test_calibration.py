@@ -1,11 +1,23 @@
 """Statistics of activations, batch by batch, against numpy on all rows at once."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.graph.calibration import BATCH, BINS, activations, batches, calibration_rows, moments, ranges
+from edgekit.graph.calibration import (
+    BATCH,
+    BINS,
+    LEVELS,
+    activations,
+    batches,
+    calibration_rows,
+    least_divergent,
+    moments,
+    ranges,
+)
 from tests.edgekit.passes.graphs import block, graph, normal, run
 
 ROWS = 2 * BATCH + 5
@@ -113,6 +125,36 @@ def test_the_entropy_clips_an_outlier_and_keeps_the_rest():
     assert low == pytest.approx(max(x.min(), -high), abs=1e-6)
     assert plain[1] <= x.max()
     assert plain[0] >= x.min()
+
+
+def divergence(counts, kept):
+    """Relative entropy of the clipped histogram and its levels, bin by bin."""
+    p = counts[:kept].copy()
+    p[-1] += counts[kept:].sum()
+    q = np.zeros(kept)
+    for level in range(LEVELS):
+        inside = [i for i in range(kept) if i * LEVELS // kept == level]
+        filled = [i for i in inside if counts[i] > 0]
+        for i in filled:
+            q[i] = sum(counts[i] for i in inside) / len(filled)
+    p, q = p / p.sum(), q / q.sum()
+    return sum(a * np.log(a / max(b, 1e-12)) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_entropy_threshold_against_a_plain_loop(seed):
+    bins = LEVELS + 24
+    tail = np.abs(np.random.default_rng(seed).standard_t(2, 4000))
+    counts = np.histogram(tail, bins, (0, np.quantile(tail, 0.999)))[0].astype(float)
+    found = [divergence(counts, kept) for kept in range(LEVELS, bins + 1)]
+    assert least_divergent(counts) == LEVELS + int(np.argmin(found))
+    assert max(found) > 1.05 * min(found), "every threshold is as good: the histogram tests nothing"
+
+
+def test_a_missing_runtime_is_named_with_its_extra(candidate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EdgekitError, match=r"calibration.*onnxruntime.*edgekit\[onnx\]"):
+        next(activations(candidate.model, ["y"], data(6, 32)))
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,5 +1,7 @@
 """From a bundle to a checked graph: weights stored as codes give the same numbers, and what does not fit is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
@@ -138,6 +140,22 @@ def test_a_network_is_traced_once_named_and_signed(encoded):
     for model in (floats, integers, lower(encoded, opset=13), lower(encoded, opset=18)):
         onnx.checker.check_model(model, full_check=True)
         assert np.abs(run(GraphCandidate(model), inputs) - expected["probabilities"]).max() < 1e-6
+
+
+def test_the_dynamo_exporter_is_asked_for_names_open_axes_and_an_opset_that_it_has(encoded, monkeypatch):
+    asked, made = {}, lower(encoded, weights="float32", opset=18)
+
+    def export(network, inputs, **options):
+        asked.update(options, shapes=[tuple(value.shape[1:]) for value in inputs])
+        return SimpleNamespace(model_proto=made)
+
+    monkeypatch.setattr(lowering.torch.onnx, "export", export)
+    assert lower(encoded, weights="float32", exporter="dynamo", opset=17) is made
+    assert (asked["dynamo"], asked["opset_version"], asked["shapes"]) == (True, 18, [(12, 2)])
+    assert (asked["input_names"], asked["output_names"]) == (["light_curve"], ["probabilities"])
+    ((open_axes,),) = asked["dynamic_shapes"]
+    assert set(open_axes) == {0}
+    assert [item.key for item in made.metadata_props] == [KEY]
 
 
 def test_an_opset_that_torch_cannot_write_is_an_error_with_its_reason(encoded, monkeypatch):

@@ -47,6 +47,11 @@ def test_inputs_that_a_session_cannot_feed_are_refused(inputs, words):
         specs(plain(inputs), "m.onnx")
 
 
+def test_an_output_of_unknown_rank_is_refused():
+    with pytest.raises(EdgekitError, match=r"m\.onnx: 'y' is not a tensor of known rank"):
+        specs(plain([("x", FLOAT, ("batch", 4))], [("y", FLOAT, None)]), "m.onnx")
+
+
 def test_an_input_that_is_no_tensor_is_refused():
     model = plain([("x", FLOAT, ("batch", 4))])
     model.graph.input[0].CopyFrom(helper.make_tensor_sequence_value_info("x", FLOAT, ("batch",)))
@@ -101,6 +106,15 @@ OTHER_USES = {  # nodes that read w (4, 4) -> axes of its products; all consumer
     "by a Transpose without perm": (
         [("Transpose", "w", "t", {}), ("MatMul", "x t", "y", {})],
         ([1], "y.MatMul (transposed)"),
+    ),
+    "by a sum before and behind a Transpose": (
+        [
+            ("Add", "x w", "h", {}),
+            ("Transpose", "w", "t", {}),
+            ("MatMul", "h t", "i", {}),
+            ("Add", "i t", "y", {}),
+        ],
+        ([1], "i.MatMul (transposed), h.Add, y.Add"),
     ),
     "by two Transposes in a row": (
         [("Transpose", "w", "t", {}), ("Transpose", "t", "u", {}), ("MatMul", "x u", "y", {})],
@@ -165,6 +179,14 @@ def test_chosen_weights(make, include, convolutions, expected):
     else:
         found = chosen_weights(make().model, include, convolutions=convolutions)
         assert [item.name for item in found] == expected
+
+
+def test_a_stack_of_matrices_is_not_chosen():
+    model = graph(
+        [("MatMul", "x w", "y", {})], {"w": normal(1, 3, 4, 4)}, {"x": ("batch", 3, 2, 4)}, {"y": ("batch", 3, 2, 4)}
+    ).model
+    with pytest.raises(EdgekitError, match="the graph has no product"):
+        chosen_weights(model, ("*",), convolutions=True)
 
 
 def test_a_graph_without_products_has_nothing_to_choose():

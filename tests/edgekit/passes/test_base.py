@@ -178,6 +178,7 @@ class Good(Pass[Candidate]):
     summary: ClassVar[str] = "do nothing"
     epochs_parameter: ClassVar[str] = "rounds"
     rounds: int = 3
+    rate: float = 0.1
 
     def plan(self, candidate):
         return [Change("w", "a", "b")]
@@ -224,7 +225,7 @@ class NoPlan(Pass[Candidate]):
         (NoPlan, "it has no method 'plan'"),
         (broken(level="both"), "its level is 'both'; expected network or graph"),
         *(
-            (broken(**{role: "side"}), f"its {role} is 'side', which is not among its parameters rounds")
+            (broken(**{role: "side"}), f"its {role} is 'side', which is not among its parameters rate, rounds")
             for role in base.PARAMETERS
         ),
     ],
@@ -236,7 +237,7 @@ def test_the_contract_of_a_pass(pass_class, problem):
 def test_what_a_pass_declares_is_found(register):
     register("edgekit.passes", "good", Good)
     assert base.load_pass("good") is Good
-    assert list(base.parameters_of(Good)) == ["rounds"]
+    assert list(base.parameters_of(Good)) == ["rounds", "rate"]
     assert Good().without_training() == replace(Good(), rounds=0)
     plain = broken(epochs_parameter="", computes_in=("int8",))()
     assert plain.without_training() is plain
