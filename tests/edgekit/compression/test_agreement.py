@@ -14,7 +14,7 @@ from torch import nn
 
 from edgekit.bundle.format import Bundle
 from edgekit.compression import measure
-from edgekit.compression.guard import Limits, compare_batches
+from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import run
@@ -27,59 +27,6 @@ from edgekit.session import open_session
 CLUSTER = ("cluster", {"bits": 5, "epochs": 1})
 INPUTS = {"x": np.arange(24, dtype=np.float32).reshape(12, 2)}
 LIMITS = Limits(batches=(1, 16, 64))
-
-
-class Twofold:
-    """Computes y = 2 x, changed by a planted error that depends on the batch."""
-
-    def __init__(self, spoil=lambda y, batch: y):
-        self.spoil = spoil
-
-    def run(self, arrays):
-        return {"y": self.spoil(arrays["x"] * 2.0, len(arrays["x"]))}
-
-
-def off_by(expected, together, rows):
-    """Return the change of a metric: the mean distance of the outputs from their right values."""
-    right = INPUTS["x"][rows] * 2.0
-    return float(np.abs(together["y"] - right).mean() - np.abs(expected["y"] - right).mean())
-
-
-ELSEWHERE = ("first", {"y": INPUTS["x"] * 2.0})
-SPOILT = {
-    "as good everywhere": (lambda y, batch: y, None),
-    "differs, but is as good": (lambda y, batch: y + 1e-3, None),
-    "wrong at large batches": (
-        lambda y, batch: y + (batch == 64),
-        r"on second at batch 64 .* worse by 1.0000 .* first",
-    ),
-    "wrong at all": (lambda y, batch: y + 1, "on second at batch 1 "),
-    "NaN": (lambda y, batch: y * (np.nan if batch == 16 else 1), "on second outputs at batch 16 .*nan"),
-    "rows lost": (lambda y, batch: y[:1], "on second output 'y' has shape"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
-def test_another_runtime_is_held_against_the_first(spoil, words):
-    found = compare_batches(Twofold(spoil), INPUTS, LIMITS, off_by, runtime="second", elsewhere=ELSEWHERE)
-    problems = [item.problem for item in found if item.problem]
-    if words is None:
-        assert problems == []
-        assert [item.batch for item in found] == [1, 16, 64]
-        assert {item.runtime for item in found} == {"second"}
-        return
-    with pytest.raises(EdgekitError, match=words):
-        raise EdgekitError(problems[0])
-    assert found[-1].problem, "nothing is measured after the first problem"
-
-
-def test_outputs_that_no_metric_takes_are_a_problem_of_that_runtime():
-    def change(expected, together, rows):
-        raise EdgekitError("the outputs are not probabilities")
-
-    spoilt = Twofold(lambda y, batch: y + 1)
-    found = compare_batches(spoilt, INPUTS, LIMITS, change, runtime="second", elsewhere=ELSEWHERE)
-    assert [item.problem for item in found] == ["on second at batch 1: the outputs are not probabilities"]
 
 
 class FailsOnLargeBatches:
