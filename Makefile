@@ -22,7 +22,7 @@ lint: setup ## style, formatting, types
 	$(BIN)/mypy
 
 test: lint ## lint and all tests; what CI runs
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal --durations=10 # three on two cores: tests of the stream mostly wait
 
 docs: setup ## the documentation, in site/; a warning is an error, and so is anything fetched from another host
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
