@@ -22,7 +22,7 @@ lint: setup ## style, formatting, types
 	$(BIN)/mypy
 
 test: lint ## lint and all tests; what CI runs
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal --durations=10 # three on two cores: tests of the stream mostly wait
 
 mutation: setup ## change the code and see whether a test fails; MUTANTS='edgekit.graph.index.*' is one module (all: hours)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'mutmut>=3.8,<4'
