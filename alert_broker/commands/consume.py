@@ -77,12 +77,14 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
     """Classify a stream of alerts from Kafka, and publish the results, losing none.
 
     Every alert is published, filtered out, or a dead letter with its reason; offsets are committed after that. Ctrl-C
-    or SIGTERM finishes what is in flight. The exit status is not 0 if the ledger does not add up.
+    or SIGTERM finishes what is in flight. The exit status is not 0 if the ledger does not add up. It is 75 if a call
+    into the Kafka client did not return: start the process again then.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
         from alert_broker.stream.pipeline import run
         from alert_broker.stream.stats import Stats
+        from alert_broker.stream.watchdog import MARGIN_SECONDS, WATCHDOG
 
     changes: dict[str, Any] = {}
     for name, value in values.items():
@@ -95,8 +97,13 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
         changes["output"] = [configuration.inline(text, "--output") for text in outputs]
     config, stats = configuration.load(path, changes), Stats()
     failed = ""
+    WATCHDOG.last_words = lambda reason: report(stats, as_json, reason)
     try:
-        with watching(config, stats, as_json=as_json), stopping() as stop:
+        with (
+            watching(config, stats, as_json=as_json),
+            stopping() as stop,
+            WATCHDOG.ending_within(config.source.drain_seconds + MARGIN_SECONDS),
+        ):
             run(config, stats, stop, note)
     except BaseException as error:
         failed = str(error) or type(error).__name__
@@ -140,7 +147,7 @@ def report(stats: Stats, as_json: bool, failed: str) -> None:
         )
         return
     columns = ["consumed", "published", "filtered", "dead_lettered", "in_flight"]
-    columns += ["revoked"] if now.ledger.revoked else []
+    columns += [column for column in ("revoked", "expired") if getattr(now.ledger.total(), column)]
     rows = [
         [name, *(f"{getattr(entry, column):,}" for column in columns)]
         for name, entry in [
