@@ -48,6 +48,7 @@ POLL_SECONDS = 0.02  # between looks at what the publishing thread asks for
 USUAL_BYTES = 65_536  # of a message, before one has been seen
 CALL_SECONDS = 60.0  # that a call may take which names no limit of its own
 COMMIT_SECONDS = 120.0  # librdkafka waits for the coordinator (a session) and for its answer (a minute)
+COMMITTED_RETRY = 0.1  # seconds between attempts to learn what the group has committed
 OFFSET_SECONDS = 3.0  # to wait for an answer about offsets of one partition, in the thread that polls
 
 
@@ -269,6 +270,16 @@ class Source:
         return found
 
     def _committed(self, partitions: Sequence[Partition], seconds: float) -> dict[Partition, int]:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self._committed_once(partitions, max(0.1, deadline - time.monotonic()))
+            except KafkaException as error:  # such as a coordinator that has just been started
+                if error.args[0].code() in HOPELESS or time.monotonic() > deadline:
+                    raise
+                time.sleep(COMMITTED_RETRY)
+
+    def _committed_once(self, partitions: Sequence[Partition], seconds: float) -> dict[Partition, int]:
         with WATCHDOG.limit("committed", seconds):
             found = self.consumer.committed([TopicPartition(*where) for where in partitions], timeout=seconds)
         if errors := [item.error for item in found if item.error is not None]:

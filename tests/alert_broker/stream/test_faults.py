@@ -15,10 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet as pq
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 
 from alert_broker.stream import archive
-from alert_broker.stream.clients import open_consumer
+from alert_broker.stream.clients import HOPELESS, open_consumer
 from alert_broker.stream.dead_letters import REASON, headers_of
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
@@ -55,7 +55,14 @@ def committed(rig: Rig) -> list[int]:
     consumer = open_consumer({**rig.kafka, "group.id": rig.name})
     try:
         places = [TopicPartition(rig.source, number) for number in range(rig.partitions)]
-        return [max(0, item.offset) for item in consumer.committed(places, 30)]
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return [max(0, item.offset) for item in consumer.committed(places, 30)]
+            except KafkaException as error:  # such as a coordinator that has just been started again
+                if error.args[0].code() in HOPELESS or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
     finally:
         consumer.close()
 
