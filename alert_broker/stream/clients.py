@@ -18,7 +18,7 @@ ADMIN_SECONDS = 30.0  # for questions to the broker outside the flow of alerts: 
 HOPELESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED,
-    KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
+    KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
     KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
 }  # fmt: skip
 REBALANCED = {
@@ -36,6 +36,8 @@ def consumer_defaults() -> dict[str, Secret]:
         "queued.max.messages.kbytes": 65_536,  # read ahead: a second of alerts at Rubin's rate, and no more memory
         "fetch.message.max.bytes": 8_388_608,
         "fetch.max.bytes": 16_777_216,  # reading ahead goes over its limit by at most this
+        # librdkafka stops fetching for this time, by default a second, once it has read that far ahead
+        "fetch.queue.backoff.ms": 10,
     }
 
 
@@ -47,13 +49,14 @@ def consumer_settings(config: Config) -> dict[str, Secret]:
         **consumer_defaults(),
         **config.kafka_settings(),
         "group.id": source.group,
-        "partition.assignment.strategy": "cooperative-sticky",
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "enable.partition.eof": True,
         "isolation.level": "read_committed",
-        "auto.offset.reset": "latest" if source.start_at == "latest" else "earliest",
+        "auto.offset.reset": "error",  # `Source` chooses the position, and counts what retention deleted
     }
+    if settings.get("group.protocol", "classic") == "classic":  # with "consumer", the broker assigns partitions
+        settings["partition.assignment.strategy"] = "cooperative-sticky"
     if source.instance:
         settings["group.instance.id"] = source.instance
     return settings

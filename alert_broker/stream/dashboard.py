@@ -140,6 +140,7 @@ def line(view: View) -> str:
         f"consumed {total.consumed:,} = published {total.published:,} + filtered {total.filtered:,}"
         f" + dead-lettered {total.dead_lettered:,} + in flight {total.in_flight:,}",
         f"revoked {total.revoked:,}" if total.revoked else "",
+        f"expired {total.expired:,}" if total.expired else "",
         f"p99 {_time(latency.quantile(0.99), at_most='at most ')}" if latency.count else "",
     ]
     return ", ".join(part for part in parts if part)
@@ -188,6 +189,8 @@ def _ledger(view: View) -> Table:
     table.add_row("+ in flight", f"{total.in_flight:,}")
     if total.revoked:
         table.add_row(Text("  revoked", "dim"), f"{total.revoked:,}")
+    if total.expired:
+        table.add_row(Text("  expired", "bold red"), f"{total.expired:,}")
     table.add_row(Text("  lag", "bold"), f"{_lag(view.now):,}")
     return table
 

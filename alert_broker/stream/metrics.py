@@ -1,6 +1,6 @@
 """A `Snapshot` as a page for Prometheus. The names must not change, because dashboards and alert rules use them.
 
-    edgekit_alerts_{consumed,published,filtered,dead_lettered,revoked}_total{topic,partition}
+    edgekit_alerts_{consumed,published,filtered,dead_lettered,revoked,expired}_total{topic,partition}
     edgekit_alerts_in_flight{topic,partition}      consumed = published + filtered + dead_lettered + revoked + in_flight
     edgekit_consumer_lag{topic,partition}          messages up to the end of the partition, as the broker tells it
     edgekit_stage_seconds{stage}                   histogram; the stages are `stats.STAGES`, the last from poll to end
@@ -35,6 +35,7 @@ COLUMNS = {
     "filtered": "Alerts that a filter rejected",
     "dead_lettered": "Alerts delivered to the dead-letter topic",
     "revoked": "Alerts in flight when their partition was revoked; their new owner consumes them again",
+    "expired": "Offsets that retention deleted before they were read; their alerts are lost",
 }
 GAUGES = {
     "ready": "1 once partitions are assigned and the model is loaded",

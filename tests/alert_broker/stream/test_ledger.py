@@ -44,7 +44,7 @@ def test_books_that_are_out_of_balance_are_an_error():
         "partitions": 0,
         "in_flight": 0,
         "revoked": 1,
-        "total": {"consumed": 5, "published": 3, "filtered": 1, "dead_lettered": 1, "revoked": 1},
+        "total": {"consumed": 5, "published": 3, "filtered": 1, "dead_lettered": 1, "revoked": 1, "expired": 0},
     }
 
 
