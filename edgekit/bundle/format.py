@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from edgekit.bundle.bounded import arrays_from_npz, arrays_from_safetensors
 from edgekit.bundle.encoding import Encoding, Float, from_arrays, to_arrays
-from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_from_bytes, arrays_to_bytes
+from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_to_bytes
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -134,15 +133,13 @@ class Bundle:
             raise EdgekitError(
                 f"{self.path or self.manifest.name} holds an ONNX graph and no network with named weights"
             )
+        source = f"{self.path or self.manifest.name}/{WEIGHTS}"
+        arrays = arrays_from_safetensors(self.contents[WEIGHTS], source)
         try:
-            # safetensors gives them in no fixed order
-            arrays = dict(sorted(load_safetensors(self.contents[WEIGHTS]).items()))
             stored = from_arrays(arrays, self.manifest.bits)
             decoded = {name: v if isinstance(v, np.ndarray) else v.decode() for name, v in stored.items()}
-        except (SafetensorError, LookupError, ValueError) as error:
-            raise EdgekitError(
-                f"{self.path or self.manifest.name}/{WEIGHTS}: cannot be decoded ({error}); write the bundle again"
-            ) from None
+        except (LookupError, ValueError) as error:
+            raise EdgekitError(f"{source}: cannot be decoded ({error}); write the bundle again") from None
         for name, weight in decoded.items():
             if not np.isfinite(weight).all():
                 raise EdgekitError(
@@ -176,7 +173,7 @@ class Bundle:
     def golden(self) -> tuple[Arrays, Arrays]:
         """Return golden inputs and outputs by name."""
         source = f"{self.path or self.manifest.name}/{GOLDEN}"
-        arrays = arrays_from_bytes(self.contents[GOLDEN], source)
+        arrays = arrays_from_npz(self.contents[GOLDEN], source)
         inputs, outputs = self.manifest.inputs, self.manifest.outputs
         for name in [*(f"in.{spec.name}" for spec in inputs), *(f"out.{spec.name}" for spec in outputs)]:
             if name not in arrays:

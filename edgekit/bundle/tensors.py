@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.bundle.bounded import Arrays as Arrays
+from edgekit.bundle.bounded import arrays_from_npz, read_file
 from edgekit.errors import EdgekitError
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 SPEC_HELP = "NAME:DTYPE:AXES, such as image:float32:batch,3,224,224"
 
@@ -95,34 +94,10 @@ def arrays_to_bytes(arrays: Arrays) -> bytes:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """The named arrays of an .npz file."""
+    """Return the named arrays of an .npz file."""
     if not path.is_file():
         raise EdgekitError(f"{path}: no such file; expected an .npz that holds the model's inputs by name")
-    return arrays_from_bytes(path.read_bytes(), str(path))
-
-
-def arrays_from_bytes(content: bytes, source: str) -> Arrays:
-    if content[:4] not in (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM"):  # numpy reads any other content as a pickle
-        raise EdgekitError(f"{source}: not an .npz archive; write named arrays with numpy.savez")
-    try:
-        archive = np.load(BytesIO(content), allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise EdgekitError(f"{source}: one array (.npy), not named arrays; write them with numpy.savez")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except _UNREADABLE as error:
-        raise EdgekitError(f"{source}: not a readable .npz of plain arrays ({error})") from None
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise EdgekitError(f"{source}: {name!r} is not an array; expected an .npz as numpy.savez writes it")
-    return arrays
-
-
-# the exceptions of numpy, zipfile and zlib for a damaged archive
-_UNREADABLE = (
-    ValueError, OSError, EOFError, LookupError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+    return arrays_from_npz(read_file(path), str(path))
 
 
 def parse_spec(text: str) -> TensorSpec:

@@ -98,13 +98,18 @@ def _package(point: EntryPoint) -> str:
 @click.version_option(__version__, prog_name="edgekit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--trust", multiple=True, help="package.module:function that a bundle may run to build its network.")
-def edgekit(debug: bool, trust: tuple[str, ...]) -> None:
+@click.option("--read-limit", help="Memory that a file may take, such as 20GB [default: 32 times its size].")
+def edgekit(debug: bool, trust: tuple[str, ...], read_limit: str | None) -> None:
     """Compress, export, verify and run trained networks on hardware people already own.
 
     Start with: edgekit models
     """
     if trust:
         os.environ["EDGEKIT_TRUST"] = ",".join([*trust, *filter(None, [os.environ.get("EDGEKIT_TRUST")])])
+    if read_limit is not None:
+        from edgekit.bundle.bounded import VARIABLE, parse_size
+
+        os.environ[VARIABLE] = str(parse_size(read_limit))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.bundle.format import Manifest
-from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_from_bytes
+from edgekit.bundle.tensors import Arrays, TensorSpec, read_arrays
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.plugins import imported
 
@@ -30,7 +30,7 @@ def read(source: str | Path, manifest: Manifest) -> Arrays:
         raise EdgekitError(f"{path}: no such data file; expected {EXPECTED}")
     if path.suffix == ".parquet":
         return from_parquet(path, manifest)
-    return arrays_from_bytes(path.read_bytes(), text)
+    return read_arrays(path)
 
 
 def from_parquet(path: Path, manifest: Manifest) -> Arrays:
