@@ -159,19 +159,19 @@ def arrays_from_safetensors(content: bytes, source: str) -> Arrays:
     return dict(sorted(arrays.items()))  # the library gives them in no fixed order
 
 
-def zip_members(path: Path) -> dict[str, bytes]:
+def zip_members(content: bytes, source: str) -> dict[str, bytes]:
     """Return the files of a zip archive by name."""
     try:
-        with zipfile.ZipFile(BytesIO(read_file(path))) as archive:
+        with zipfile.ZipFile(BytesIO(content)) as archive:
             items = archive.infolist()
-            claim(sum(item.file_size for item in items), path.stat().st_size, str(path))
+            claim(sum(item.file_size for item in items), len(content), source)
             if len({item.filename for item in items}) != len(items):
-                raise EdgekitError(f"{path}: holds two files of one name; save it again")
+                raise EdgekitError(f"{source}: holds two files of one name; save it again")
             if any(item.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for item in items):
-                raise EdgekitError(f"{path}: compressed by another method than deflate; save it again")
+                raise EdgekitError(f"{source}: compressed by another method than deflate; save it again")
             return {item.filename: archive.read(item) for item in items}
     except UNREADABLE as error:
-        raise EdgekitError(f"{path}: not a readable zip archive ({_first_line(error)}); write it again") from None
+        raise EdgekitError(f"{source}: not a readable zip archive ({_first_line(error)}); write it again") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.bundle.bounded import Arrays as Arrays
-from edgekit.bundle.bounded import arrays_from_npz, read_file
+from edgekit.bundle.bounded import arrays_from_npz, limit, read_file
 from edgekit.errors import EdgekitError
 
 SPEC_HELP = "NAME:DTYPE:AXES, such as image:float32:batch,3,224,224"
@@ -34,6 +34,22 @@ class TensorSpec:
         for axis in self.shape:
             if isinstance(axis, str) and not _AXIS.fullmatch(axis):
                 raise EdgekitError(f"{self.name!r}: axis {axis!r}; expected a name, or a multiple such as '9*faces'")
+        try:
+            dtype = np.dtype(self.dtype)
+        except (TypeError, ValueError, SyntaxError):
+            dtype = np.dtype("O")
+        if dtype.kind not in "biuf":
+            raise EdgekitError(
+                f"{self.name!r}: dtype {self.dtype!r}; expected a type of numbers such as float32 or int64"
+            )
+        if any(isinstance(axis, int) and axis < 0 for axis in self.shape):
+            raise EdgekitError(f"{self.name!r}: shape {self.shape_text}; expected lengths from 0, or names")
+        row = math.prod(axis if isinstance(axis, int) else multiple(axis) for axis in self.shape) * dtype.itemsize
+        if row > limit(0):
+            raise EdgekitError(
+                f"{self.name!r}: one row of shape {self.shape_text} takes {row:,} bytes, and edgekit takes up to "
+                f"{limit(0):,}; if you trust the model, raise the limit with: edgekit --read-limit SIZE COMMAND"
+            )
 
     def check(self, array: npt.NDArray[Any]) -> None:
         """Raise if the array does not fit this spec."""
@@ -106,10 +122,9 @@ def parse_spec(text: str) -> TensorSpec:
     if len(parts) != 3 or not parts[2]:
         raise EdgekitError(f"--input {text!r}: expected {SPEC_HELP}")
     axes = tuple(int(axis) if axis.isdigit() else axis for axis in parts[2].split(","))
-    try:
-        np.dtype(parts[1])
-    except TypeError:
-        raise EdgekitError(f"--input {text!r}: unknown dtype {parts[1]!r}; expected float32, int64, ...") from None
     if isinstance(axes[0], int):
         raise EdgekitError(f"--input {text!r}: the first axis is the batch, of any length; expected {SPEC_HELP}")
-    return TensorSpec(parts[0], axes, parts[1])
+    try:
+        return TensorSpec(parts[0], axes, parts[1])
+    except EdgekitError as error:
+        raise EdgekitError(f"--input {text!r}: {error}") from None

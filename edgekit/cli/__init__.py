@@ -99,7 +99,8 @@ def _package(point: EntryPoint) -> str:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--trust", multiple=True, help="package.module:function that a bundle may run to build its network.")
 @click.option("--read-limit", help="Memory that a file may take, such as 20GB [default: 32 times its size].")
-def edgekit(debug: bool, trust: tuple[str, ...], read_limit: str | None) -> None:
+@click.option("--time-limit", help="CPU seconds in which a model is opened and tried out [default: 120].")
+def edgekit(debug: bool, trust: tuple[str, ...], read_limit: str | None, time_limit: str | None) -> None:
     """Compress, export, verify and run trained networks on hardware people already own.
 
     Start with: edgekit models
@@ -110,6 +111,8 @@ def edgekit(debug: bool, trust: tuple[str, ...], read_limit: str | None) -> None
         from edgekit.bundle.bounded import VARIABLE, parse_size
 
         os.environ[VARIABLE] = str(parse_size(read_limit))
+    if time_limit is not None:
+        os.environ["EDGEKIT_TIME_LIMIT"] = time_limit
 
 
 def main() -> None:
