@@ -107,7 +107,7 @@ def test_a_header_that_is_cut_is_no_header(interval):
         with pytest.raises(PacketError):
             header_end(data[:length])
         (bad,) = split(data[:length], "file")
-        assert bad.reason.startswith("the Avro container's header is not usable: ")
+        assert bad.reason.startswith("the Avro container's header cannot be used: ")
 
 
 def test_a_header_in_blocks_with_a_size_and_other_metadata_is_read():
@@ -143,7 +143,10 @@ def test_a_block_that_inflates_beyond_the_limit_is_refused(monkeypatch, limit, f
     monkeypatch.setattr(containers, "INFLATED_BYTES", size + limit)
     (item,) = split(container(3, codec="deflate"), "file")
     assert isinstance(item, Block) == fits
-    assert fits or (item.packets, item.reason) == (3, "the block decompresses to too much or ends early")
+    assert fits or (item.packets, item.reason) == (
+        3,
+        f"the block decompresses to more than {containers.INFLATED_BYTES} bytes, or ends early",
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_a_count_that_cannot_be_stands_for_one_packet(count, reason):
     """Otherwise nine bytes could claim to be all alerts of a year in the account of what was lost."""
     data = container(0) + zigzag(count) + zigzag(2) + b"ab" + SYNC
     (bad,) = split(data, "file")
-    assert f"claims {count} packets in 2 bytes" in bad.reason
+    assert f"claims to hold {count} packets in 2 bytes" in bad.reason
     assert bad.packets == 1
 
 
