@@ -25,18 +25,54 @@ from typing import Any
 
 # system calls to refuse: x86-64, ARM64 (-1: there is none)
 REFUSED = {
-    "socket": (41, 198), "fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281),
-    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "pidfd_send_signal": (424, 424),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438), "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282),
-    "perf_event_open": (298, 241), "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
-    "mount": (165, 40), "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51),
-    "init_module": (175, 105), "finit_module": (313, 273), "shmget": (29, 194), "msgget": (68, 186),
-    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
-    "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
-    "utime": (132, -1), "utimes": (235, -1), "utimensat": (280, 88), "futimesat": (261, -1),
-}  # fmt: skip
+    "socket": (41, 198),
+    "fork": (57, -1),
+    "vfork": (58, -1),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "pidfd_send_signal": (424, 424),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    "io_uring_setup": (425, 425),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "perf_event_open": (298, 241),
+    "keyctl": (250, 219),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "mount": (165, 40),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "chroot": (161, 51),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "chmod": (90, -1),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, -1),
+    "fchown": (93, 55),
+    "lchown": (94, -1),
+    "fchownat": (260, 54),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "utime": (132, -1),
+    "utimes": (235, -1),
+    "utimensat": (280, 88),
+    "futimesat": (261, -1),
+}
 CLONE, CLONE3 = (56, 220), (435, 435)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, number for the kernel
 CLONE_THREAD, X32 = 0x10000, 0x40000000
@@ -49,13 +85,38 @@ CHANGES = WRITE_FILE | sum(1 << bit for bit in range(4, 13))  # write, remove an
 SINCE = {2: 1 << 13, 3: 1 << 14}  # version of Landlock: rights that it added (rename between folders, truncate)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NEVER = (
-    "socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.system", "os.startfile",
-    "os.kill", "pty.spawn", "webbrowser.", "ftplib.", "urllib.", "smtplib.",
-)  # fmt: skip
+    "socket.",
+    "subprocess.",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.system",
+    "os.startfile",
+    "os.kill",
+    "pty.spawn",
+    "webbrowser.",
+    "ftplib.",
+    "urllib.",
+    "smtplib.",
+)
 CHANGING = (
-    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
-    "os.utime", "shutil.rmtree", "shutil.move", "shutil.copyfile", "os.setxattr", "os.removexattr",
-)  # fmt: skip
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "os.utime",
+    "shutil.rmtree",
+    "shutil.move",
+    "shutil.copyfile",
+    "os.setxattr",
+    "os.removexattr",
+)
 
 
 def confine(folder: Path, *, memory: int, seconds: int, file_size: int) -> list[str]:
@@ -100,17 +161,25 @@ def _seccomp(libc: Any) -> bool:
 def _filter(numbers: Sequence[int], clone: int, clone3: int, architecture: int) -> list[tuple[int, int, int, int]]:
     """Return the filter as instructions (code, jump if true, jump if false, operand)."""
     program = [
-        (LOAD, 0, 0, 4), (JUMP_EQUAL, 1, 0, architecture), (RETURN, 0, 0, EPERM),
-        (LOAD, 0, 0, 0), (JUMP_ABOVE, 0, 1, X32), (RETURN, 0, 0, EPERM),
-        (JUMP_EQUAL, 0, 1, clone3), (RETURN, 0, 0, ENOSYS),  # its flags cannot be seen; libc then calls clone
-    ]  # fmt: skip
+        (LOAD, 0, 0, 4),
+        (JUMP_EQUAL, 1, 0, architecture),
+        (RETURN, 0, 0, EPERM),
+        (LOAD, 0, 0, 0),
+        (JUMP_ABOVE, 0, 1, X32),
+        (RETURN, 0, 0, EPERM),
+        (JUMP_EQUAL, 0, 1, clone3),
+        (RETURN, 0, 0, ENOSYS),  # its flags cannot be seen; libc then calls clone
+    ]
     for number in numbers:
         if number >= 0:
             program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, EPERM)]
     program += [
-        (JUMP_EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (JUMP_ANY_BIT, 1, 0, CLONE_THREAD), (RETURN, 0, 0, EPERM),
+        (JUMP_EQUAL, 0, 3, clone),
+        (LOAD, 0, 0, 16),
+        (JUMP_ANY_BIT, 1, 0, CLONE_THREAD),
+        (RETURN, 0, 0, EPERM),
         (RETURN, 0, 0, ALLOW),
-    ]  # fmt: skip
+    ]
     return program
 
 

@@ -75,9 +75,14 @@ def _wait(command: list[str], scratch: str, files: tuple[IO[bytes], ...], second
     given, result, noise = files
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment |= {
-        "PYTHONPATH": str(Path(edgekit.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1", "HOME": scratch,
-        "TMPDIR": scratch, "EDGEKIT_CACHE": scratch, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-    }  # fmt: skip
+        "PYTHONPATH": str(Path(edgekit.__file__).parents[1]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": scratch,
+        "TMPDIR": scratch,
+        "EDGEKIT_CACHE": scratch,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     with subprocess.Popen(
         command, stdin=given, stdout=result, stderr=noise, cwd=scratch, env=environment, start_new_session=True
     ) as process:

@@ -182,9 +182,12 @@ def zeros(size: int) -> bytes:
 
 
 HEADER = {
-    "name": "x", "family": "t2", "arguments": {},
-    "inputs": [{"name": "a", "shape": ["batch"]}], "outputs": [{"name": "b", "shape": ["batch"]}],
-}  # fmt: skip
+    "name": "x",
+    "family": "t2",
+    "arguments": {},
+    "inputs": [{"name": "a", "shape": ["batch"]}],
+    "outputs": [{"name": "b", "shape": ["batch"]}],
+}
 
 
 def bombs() -> dict[str, bytes]:
@@ -201,17 +204,21 @@ def bombs() -> dict[str, bytes]:
         "the header itself": body + hashlib.sha256(body).digest(),
         "the graph": sealed(
             {**header, "manifest": HEADER | {"family": "onnx"}, "golden": {"in.a": ["<f4", 0], "out.b": ["<f4", 0]}},
-            empty, empty, huge,
+            empty,
+            empty,
+            huge,
         ),
-    }  # fmt: skip
+    }
 
 
 def test_the_bomb_is_one():
     assert zlib.decompress(zeros(5 << 20)) == bytes(5 << 20)
 
 
-@pytest.mark.parametrize("name", ["weights that the header does not declare", "weights that the header declares",
-                                  "the header itself", "the graph"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["weights that the header does not declare", "weights that the header declares", "the header itself", "the graph"],
+)
 def test_a_packed_file_that_expands_a_thousand_times_is_refused(name, tmp_path):
     path = tmp_path / "x.edgepack"
     path.write_bytes(bombs()[name])
@@ -272,10 +279,23 @@ def test_what_is_no_size(text):
 
 # Calls that turn the bytes of a file into memory of another size. Only bounded.py may use them on files of strangers.
 READERS = {
-    "np.load", "np.fromfile", "np.memmap", "np.frombuffer", "zlib.decompress", "zlib.decompressobj", "gzip.decompress",
-    "lzma.decompress", "bz2.decompress", "zipfile.ZipFile", "load_safetensors", "safe_open", "load_file", "torch.load",
-    "gzip.open", "np.broadcast_to",
-}  # fmt: skip
+    "np.load",
+    "np.fromfile",
+    "np.memmap",
+    "np.frombuffer",
+    "zlib.decompress",
+    "zlib.decompressobj",
+    "gzip.decompress",
+    "lzma.decompress",
+    "bz2.decompress",
+    "zipfile.ZipFile",
+    "load_safetensors",
+    "safe_open",
+    "load_file",
+    "torch.load",
+    "gzip.open",
+    "np.broadcast_to",
+}
 # module and call: why it is allowed
 ALLOWED = {
     ("edgekit/bundle/tensors.py", "zipfile.ZipFile"): "it writes",

@@ -220,10 +220,14 @@ def calling(chain):
         nodes = nodes or [helper.make_node("Relu", ["a"], ["b"])]
         model.functions.append(
             helper.make_function(
-                "own", name, ["a"], ["b"], nodes[-1:] + nodes[:-1],
+                "own",
+                name,
+                ["a"],
+                ["b"],
+                nodes[-1:] + nodes[:-1],
                 [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)],
             )
-        )  # fmt: skip
+        )
     model.graph.node[0].output[0] = "first"
     model.graph.node.append(helper.make_node(next(iter(chain)), ["first"], ["y"], domain="own"))
     return model
