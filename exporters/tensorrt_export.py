@@ -159,8 +159,10 @@ class TensorRtExporter(Exporter):
             graph.pinned,
         )
         stored = cache.folder("tensorrt") / f"{key}.plan"
-        if cached := stored.is_file():
-            engine = stored.read_bytes()
+        found = cache.read(stored)
+        cached = found is not None
+        if found is not None:
+            engine = found
         else:
             flags = _builder_flags(deployment, precision)
             flags += ["PREFER_PRECISION_CONSTRAINTS"] if graph.pinned.layers else []
