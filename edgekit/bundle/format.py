@@ -24,6 +24,7 @@ from safetensors.numpy import save as save_safetensors
 
 from edgekit.bundle.bounded import arrays_from_npz, arrays_from_safetensors
 from edgekit.bundle.encoding import Encoding, Float, from_arrays, to_arrays
+from edgekit.bundle.files import is_plain
 from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_to_bytes
 from edgekit.errors import EdgekitError
 
@@ -67,7 +68,8 @@ class Manifest:
     def from_json(cls, text: bytes, source: str) -> Manifest:
         try:
             values = json.loads(text)
-            json.dumps(values, allow_nan=False)  # Python reads NaN and Infinity, which JSON does not have
+            # Python reads NaN, Infinity and halves of letters, which JSON does not have
+            json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise EdgekitError(f"{source}: not valid JSON ({error}); the bundle is damaged, write it again") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -89,6 +91,7 @@ class Manifest:
             values[key] = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[key])
         for key in ("classes", "class_ids", "records"):
             values[key] = tuple(values.get(key, ()))
+        _check_names(values, source)
         return cls(**values)
 
     def to_json(self) -> bytes:
@@ -252,6 +255,21 @@ def _fits(value: Any, hint: Any) -> bool:
         keys = set(value) if isinstance(value, dict) else set()
         return {"name", "shape"} <= keys <= set(hints) and all(_fits(value[key], hints[key]) for key in keys)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _check_names(values: Mapping[str, Any], source: str) -> None:
+    """Raise for names that cannot be printed on one line, paths that leave the bundle, and classes of one name."""
+    specs = [spec.name for key in ("inputs", "outputs") for spec in values[key]]
+    single = [values[key] for key in ("name", "family", "data", "target", "parent") if values.get(key)]
+    for name in (*single, *values["classes"], *specs, *values.get("files", {}), *values.get("versions", {})):
+        if not name.isprintable():
+            raise EdgekitError(f"{source}: the name {name[:60]!r} holds a control character; restore the file")
+    for name in values.get("files", {}):
+        if not is_plain(name):
+            raise EdgekitError(f"{source}: file name {name[:60]!r} points outside the bundle; do not trust this bundle")
+    for what, names in (("class", values["classes"]), ("input or output", specs)):
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise EdgekitError(f"{source}: the {what} {min(twice)!r} is named twice; restore the file")
 
 
 def _hashes(contents: Mapping[str, bytes]) -> dict[str, str]:

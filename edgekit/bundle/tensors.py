@@ -31,7 +31,12 @@ class TensorSpec:
     unit: str = ""
 
     def __post_init__(self) -> None:
+        for text in (self.name, self.unit):
+            if not text.isprintable():
+                raise EdgekitError(f"the name or unit {text[:60]!r} of a tensor holds a control character; rename it")
         for axis in self.shape:
+            if isinstance(axis, str) and not axis.isprintable():
+                raise EdgekitError(f"{self.name!r}: the axis {axis[:60]!r} holds a control character; rename it")
             if isinstance(axis, str) and not _AXIS.fullmatch(axis):
                 raise EdgekitError(f"{self.name!r}: axis {axis!r}; expected a name, or a multiple such as '9*faces'")
         try:

@@ -3,6 +3,7 @@ core names no command of another package, and a third party's package can add on
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -118,6 +119,9 @@ def edgekit(debug: bool, trust: tuple[str, ...], read_limit: str | None, time_li
 def main() -> None:
     """Entry point of the console script: one line per error, exit status 1, or 2 for wrong usage, or 130 for Ctrl-C."""
     debug = "--debug" in sys.argv[1:2]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that a name has
+            stream.reconfigure(errors="backslashreplace")
     try:
         from edgekit.plugins import refuse_strangers
 
@@ -148,5 +152,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"edgekit: {' '.join(message.split())}", file=sys.stderr)
+    from edgekit.cli.console import printable
+
+    print(printable(f"edgekit: {' '.join(message.split())}"), file=sys.stderr)
     return status

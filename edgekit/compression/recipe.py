@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from edgekit import plugins
+from edgekit.bundle.bounded import LARGEST_TEXT, read_file
 from edgekit.bundle.format import MANIFEST, Bundle
 from edgekit.bundle.store import open_bundle
 from edgekit.errors import EdgekitError, unknown
@@ -86,8 +87,8 @@ def read(path: str | Path) -> list[Step]:
     if not path.is_file():
         raise EdgekitError(f"{path}: no such recipe; write one (see `edgekit compress --help`) or leave --recipe out")
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(read_file(path, largest=LARGEST_TEXT).decode())
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         raise EdgekitError(f"{path}: not valid TOML: {error}") from None
     return parse(values, str(path))
 
