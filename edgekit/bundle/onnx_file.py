@@ -162,8 +162,11 @@ def without_weights(content: bytes) -> tuple[bytes, dict[str, Array]]:
 
 
 def with_weights(skeleton: bytes, arrays: Mapping[str, Array]) -> bytes:
-    """The inverse of `without_weights`."""
-    model = onnx.load_from_string(skeleton)
+    """The inverse of `without_weights`. Raises ValueError if the skeleton is not an ONNX graph."""
+    try:
+        model = onnx.load_from_string(skeleton)
+    except Exception as error:  # onnx passes on protobuf's DecodeError without a public name
+        raise ValueError(f"the graph is damaged: {error}") from None
     for tensor in model.graph.initializer:
         if tensor.name in arrays:
             tensor.raw_data = np.ascontiguousarray(arrays[tensor.name]).tobytes()

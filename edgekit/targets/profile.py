@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,9 +17,8 @@ from typing import Any, Literal
 
 import platformdirs
 
-from edgekit.bundle.bounded import LARGEST_TEXT, read_file
 from edgekit.errors import EdgekitError, unknown
-from edgekit.settings import from_table
+from edgekit.settings import from_table, read_toml
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4", "float8")
 # bytes that are not the model's: on a GPU of its own, the driver's context and kernels; on a Jetson, where
@@ -215,11 +213,11 @@ def path_of(text: str) -> Path:
 def read(path: Path) -> Target:
     """Read and check a profile; a wrong key or value is an error that names it and what is allowed."""
     try:
-        values = tomllib.loads(read_file(path, largest=LARGEST_TEXT).decode())
+        values = read_toml(path)
     except FileNotFoundError:
-        raise EdgekitError(f"{path}: no such target file; `edgekit targets` lists the devices that are known") from None
-    except (OSError, tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        raise EdgekitError(f"{path}: not a TOML file that can be read: {error}") from None
+        raise EdgekitError(f"{path}: no such target file; `edgekit targets` lists the known devices") from None
+    except OSError as error:
+        raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from None
     for text in _texts(values):
         if not text.isprintable():  # a line end in a title would begin a new line of a script
             raise EdgekitError(f"{path}: {text[:60]!r} holds a control character; write each text on one line")
