@@ -44,9 +44,7 @@ class TensorSpec:
         except (TypeError, ValueError, SyntaxError):
             dtype = np.dtype("O")
         if dtype.kind not in "biuf":
-            raise EdgekitError(
-                f"{self.name!r}: dtype {self.dtype!r}; expected a type of numbers such as float32 or int64"
-            )
+            raise EdgekitError(f"{self.name!r}: unknown dtype {self.dtype[:40]!r}; expected float32, int64, ...")
         if any(isinstance(axis, int) and axis < 0 for axis in self.shape):
             raise EdgekitError(f"{self.name!r}: shape {self.shape_text}; expected lengths from 0, or names")
         row = math.prod(axis if isinstance(axis, int) else multiple(axis) for axis in self.shape) * dtype.itemsize

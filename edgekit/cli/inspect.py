@@ -31,8 +31,8 @@ Examples:
 @click.option("--untrusted", is_flag=True, help="Open BUNDLE in a process without network and with few rights.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(bundle: str, lineage: bool, weights: bool, untrusted: bool, as_json: bool) -> None:
-    """Show the contents of BUNDLE and how it was made: a directory, a packed file, an .onnx or .pt2 file, a Hugging Face
-    folder, or a model's name.
+    """Show the contents of BUNDLE (a directory, a packed file or a model's name) and how it was made. BUNDLE may also
+    be an .onnx file, a .pt2 file or a Hugging Face folder.
 
     With --untrusted a process of its own opens it. That process has no network, starts no programs, writes only in a
     temporary folder, and has limited memory and time, as far as the system allows; the command says which of these

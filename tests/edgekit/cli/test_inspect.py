@@ -205,6 +205,7 @@ def test_needs_only_the_core(rich_file, option):
     command = [sys.executable, "-c", code, rich_file, option]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "rolled back" in done.stdout
 
 
 def test_a_strangers_file_is_opened_in_a_process_of_its_own(edgekit, tiny_file, monkeypatch):
@@ -244,4 +245,3 @@ def test_a_manifest_of_odd_content_is_shown_or_refused_in_one_line(changes, opti
     (tiny_file / "edgekit.json").write_text(json.dumps(manifest | changes))
     finished = edgekit("inspect", tiny_file, *option)
     assert finished.status == 0 or finished.failed_with(1, str(tiny_file))
-    assert "rolled back" in done.stdout
