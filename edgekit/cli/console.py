@@ -13,10 +13,28 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+
+def printable(text: str) -> str:
+    """Return the text with each character escaped that could move the cursor, change colors, reverse the order of
+    letters, or be no character at all: names in files of strangers may contain any. Line ends and tabs stay."""
+    return "".join(
+        letter if letter in "\n\t" or letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+class PlainConsole(Console):
+    """A console that prints names of strangers harmlessly, in messages and in cells of tables."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
 
 # Without markup and emoji, a path such as data[1].npz or a reason in brackets is printed unchanged.
-output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-status = Console(stderr=True, highlight=False, markup=False, emoji=False)
+output = PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
+status = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 NUMBER = re.compile(r"[+\-<>~]?[\d,./]+ ?[%x]?")
 
 
