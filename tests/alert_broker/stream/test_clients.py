@@ -190,7 +190,10 @@ def test_partitions_are_in_order():
     [
         ({}, "the topic 'a' is not there; create it or name another one"),
         ({"a": topic(error=KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART))}, "the topic 'a' is not there"),
-        (KafkaException(KafkaError(KafkaError._TRANSPORT, "down")), "the broker does not answer: down; see bootstrap"),
+        (
+            KafkaException(KafkaError(KafkaError._TRANSPORT, "down")),
+            "the broker does not answer: down; check bootstrap",
+        ),
     ],
 )
 def test_partitions_that_cannot_be_known(answer, said):
