@@ -22,11 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from confluent_kafka import KafkaException
 
 from alert_broker.classify import Classifiers, load_kernels
 from alert_broker.packets import AlertBatch
 from alert_broker.stream.archive import Archive, Positions
+from alert_broker.stream.clients import reason_of
 from alert_broker.stream.config import Config
+from alert_broker.stream.connect import reach
 from alert_broker.stream.dead_letters import (
     DeadLetter,
     DeadLetterLimits,
@@ -38,6 +41,7 @@ from alert_broker.stream.dead_letters import (
 from alert_broker.stream.publish import Outgoing, Refused, open_publisher
 from alert_broker.stream.registry import RegistryError, open_registry
 from alert_broker.stream.reuse import COLUMNS, Reuse
+from alert_broker.stream.rights import require_topics
 from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import LostError, MessageBatch, Source, next_offsets
 from alert_broker.stream.stages import Stages
@@ -343,5 +347,12 @@ def with_positions(rows: pa.RecordBatch, batch: MessageBatch, index: npt.NDArray
 def run(
     config: Config, stats: Stats, stop: Callable[[], bool], notify: Callable[[str], None] = lambda message: None
 ) -> None:
-    """Consume until `stop` or, if so configured, the end."""
-    Pipeline(config, stats, notify=notify).run(stop)
+    """Wait for the broker, then consume until `stop` or, if so configured, the end."""
+    client = reach(config.kafka_settings(), stop)
+    if client is None:
+        return
+    require_topics(client, config)
+    try:
+        Pipeline(config, stats, notify=notify).run(stop)
+    except KafkaException as error:
+        raise EdgekitError(f"the Kafka client failed: {reason_of(error)}; start again to continue") from error
