@@ -25,7 +25,9 @@ AVRO_MAGIC, WIRE_MAGIC = b"Obj\x01", b"\x00"
 SYNC_BYTES = 16
 HEADERS = 4  # kept, of the containers met lately
 WIRE_HEADER = struct.Struct(">BI")  # Confluent: a zero byte, then the schema id
-INFLATED_BYTES = 1 << 30  # of one block; more is a decompression bomb
+INFLATED_BYTES = 1 << 30  # of one block of a file; more is a decompression bomb
+MESSAGE_BYTES = 8 << 20  # of a message's one packet: larger ones could not be sent uncompressed
+SCHEMA_BYTES = 1 << 20  # of a schema's text: LSST's has 0.2 MB, and parsing 1 MB takes a second
 
 Buffer = bytes | mmap.mmap
 
@@ -78,7 +80,7 @@ def message(data: Buffer, index: int, schema_text: Callable[[int], str] | None =
         return whole
     packets = 0
     block: Block | None = None
-    for item in split(data, "", schema_text):
+    for item in split(data, "", schema_text, MESSAGE_BYTES):
         if isinstance(item, BadPacket):
             return replace(item, offset=index, packets=1)
         packets += item.count
@@ -101,7 +103,9 @@ def _one_packet(data: Buffer, index: int) -> Block | None:
     return Block("", start, header.schema, 1, memoryview(data)[start:end], index=index)
 
 
-def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = None) -> Iterator[Block | BadPacket]:
+def split(
+    data: Buffer, file: str, schema_text: Callable[[int], str] | None = None, inflated_bytes: int = INFLATED_BYTES
+) -> Iterator[Block | BadPacket]:
     """Cut a file or a message into blocks of Avro data; the first bytes say which format it is.
 
     schema_text: asked for schemas of Confluent messages that are not LSST's installed ones (`Registry.schema`). Its
@@ -110,7 +114,7 @@ def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = No
     if len(data) == 0:
         yield BadPacket(file, 0, "empty: 0 bytes", packets=0)
     elif data[:4] == AVRO_MAGIC:
-        yield from _split_container(data, file)
+        yield from _split_container(data, file, inflated_bytes)
     elif data[:1] == WIRE_MAGIC:
         yield _unwrap_message(data, file, schema_text)
     else:
@@ -122,7 +126,7 @@ def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = No
         )
 
 
-def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
+def _split_container(data: Buffer, file: str, inflated_bytes: int) -> Iterator[Block | BadPacket]:
     try:
         header = _header(data)
     except (PacketError, UnicodeDecodeError) as error:
@@ -150,12 +154,13 @@ def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
         if codec == "deflate":
             inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
             try:
-                content = inflate.decompress(content, INFLATED_BYTES)
+                content = inflate.decompress(content, inflated_bytes)
             except zlib.error as error:
                 yield BadPacket(file, start, f"the block does not decompress: {error}", packets=packets)
                 continue
             if not inflate.eof:
-                yield BadPacket(file, start, "the block decompresses to too much or ends early", packets=packets)
+                reason = f"the block decompresses to more than {inflated_bytes} bytes or ends early"
+                yield BadPacket(file, start, reason, packets=packets)
                 continue
         if count > len(content):
             yield BadPacket(file, start, f"the block claims {count} packets in {len(content)} bytes")
@@ -262,6 +267,8 @@ def _read_bytes(data: Buffer, at: int) -> tuple[bytes, int]:
 @functools.lru_cache(maxsize=64)
 def _container_schema(text: bytes) -> Schema:
     """Parsed once for each distinct schema text: ZTF repeats 23 kB of it in every packet."""
+    if len(text) > SCHEMA_BYTES:
+        raise PacketError(f"its schema has {len(text)} bytes; at most {SCHEMA_BYTES} are read")
     try:
         parsed = parse_schema(json.loads(text))
         if not isinstance(parsed, dict) or parsed.get("type") != "record":

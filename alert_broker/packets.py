@@ -25,6 +25,7 @@ from edgekit.errors import EdgekitError
 
 PARQUET_MAGIC = b"PAR1"
 PARQUET_ROWS = 256  # per read: some MB of history rows
+MOST_ROWS = 1 << 18  # of history that wait for their batch, some 100 MB: a few packets may hold as many as thousands do
 TRUTH_KEY = b"edgekit.truth"  # in the metadata of a simulator's table of true classes, which is not a packet file
 
 
@@ -120,7 +121,7 @@ def batches(
             waiting[survey.name] = _Waiting(survey, {} if buffer_pool is None else buffer_pool)
         if bad := waiting[survey.name].add(block):
             yield bad
-        if len(waiting[survey.name]) >= size:
+        if len(waiting[survey.name]) >= size or waiting[survey.name].rows >= MOST_ROWS:
             yield from waiting.pop(survey.name).take(size)
     for queue in waiting.values():
         yield from queue.take(size)
@@ -138,6 +139,11 @@ class _Waiting:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the longest history columns."""
+        return max((columns.rows for columns, _ in self._columns.values()), default=0)
 
     def add(self, block: PacketSource) -> BadPacket | None:
         """Read a block into columns; return the part of it that could not be decoded."""

@@ -76,12 +76,13 @@ def flags() -> Iterator[click.Option]:
 def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...], as_json: bool, **values: Any) -> None:
     """Classify a stream of alerts from Kafka, and publish the results, losing none.
 
-    Every alert is published, filtered out, or a dead letter with its reason; offsets are committed after that. Ctrl-C
-    or SIGTERM finishes what is in flight. The exit status is not 0 if the ledger does not add up.
+    Every alert is published, filtered out, or a dead letter with its reason; offsets are committed after that. After
+    Ctrl-C or SIGTERM, what is in flight has source.stop_seconds to finish; the rest is read again by the next run. The
+    exit status is not 0 if the ledger does not add up.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
-        from alert_broker.stream.pipeline import run
+        from alert_broker.stream.pipeline import Pipeline
         from alert_broker.stream.stats import Stats
 
     changes: dict[str, Any] = {}
@@ -96,8 +97,10 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
     config, stats = configuration.load(path, changes), Stats()
     failed = ""
     try:
-        with watching(config, stats, as_json=as_json), stopping() as stop:
-            run(config, stats, stop, note)
+        with watching(config, stats, as_json=as_json):
+            pipeline = Pipeline(config, stats, notify=note)  # before `stopping`: a signal ends the start at once
+            with stopping() as stop:
+                pipeline.run(stop)
     except BaseException as error:
         failed = str(error) or type(error).__name__
         raise

@@ -34,6 +34,7 @@ REDRIVEN = PREFIX + "redriven"  # the run of `redrive` that sent the message las
 SHOWN = 300  # characters of a reason in messages to people
 MOST_REASON = 4096  # characters of a reason in a header
 LONGEST_CATEGORY = 100  # characters
+COUNT = re.compile("[0-9]{1,9}")
 ALONE = re.compile(
     r"(?<![\w.])\d+(?![\w.])"
 )  # a number on its own, such as a byte or a size; not part of a schema's version
@@ -72,27 +73,59 @@ def position_headers(message: Message) -> Headers:
     return [(TOPIC, topic.encode()), (PARTITION, b"%d" % partition), (OFFSET, b"%d" % offset)]
 
 
+class UnreadableHeadersError(Exception):
+    """The headers of a message cannot be read: the name of one is not UTF-8."""
+
+
 def headers_of(message: Message) -> Headers:
-    found = message.headers() or []
+    """The headers of a message. Call it once for each message: where the name of a header is not UTF-8, the binding
+    raises in the first call, and gives a list with a null pointer in the second."""
+    try:
+        found = message.headers() or []
+    except Exception as error:  # UnicodeDecodeError or SystemError, by version of the binding
+        raise UnreadableHeadersError(f"{type(error).__name__}: {error}") from error
     return list(found.items()) if isinstance(found, dict) else list(found)
 
 
 def attempts(headers: Headers) -> int:
-    """How often the message was a dead letter before."""
+    """How often the message was a dead letter before. Whoever sends a message may write anything into this header."""
     text = text_of(dict(headers).get(ATTEMPTS))
-    return int(text) if text.isdigit() else 0
+    return int(text) if COUNT.fullmatch(text) else 0
+
+
+def _our_headers(dead_letter: DeadLetter, message: Message, attempt: int) -> Headers:
+    headers = position_headers(message)
+    headers += [
+        (REASON, dead_letter.reason[:MOST_REASON].encode(errors="replace")),
+        (STATUS, dead_letter.status.encode()),
+        (WHEN, b"%d" % int(time.time() * 1000)),
+        (ATTEMPTS, b"%d" % attempt),
+    ]
+    return headers
 
 
 def outgoing(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
-    """The dead letter as a message: with the key, the payload and the headers of the alert, and headers of edgekit."""
+    """The dead letter as a message. It has the key, the payload and the headers of the alert, and headers of edgekit.
+    If something in the message makes that fail, the dead letter has headers of edgekit only: they say where the
+    message can be read again."""
+    try:
+        return _whole(dead_letter, message, topic)
+    except Exception as error:
+        (name, partition), offset = position_of(message)
+        LOG.warning("the message at %s[%d], offset %d, cannot be copied: %r", name, partition, offset, error)
+        omitted = f"the message, because it cannot be copied ({type(error).__name__}: {error})"
+        headers = _our_headers(dead_letter, message, 1)
+        headers.append((OMITTED, omitted[:MOST_REASON].encode(errors="replace")))
+        return Outgoing(topic, None, headers, dead_letter.index)
+
+
+def _whole(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
     value = message.value()
     before = headers_of(message)
     headers: Headers = [
         *((name, content) for name, content in before if not name.startswith(PREFIX) or name == REDRIVEN),
-        *position_headers(message), (REASON, dead_letter.reason[:MOST_REASON].encode(errors="replace")),
-        (STATUS, dead_letter.status.encode()), (WHEN, b"%d" % int(time.time() * 1000)),
-        (ATTEMPTS, b"%d" % (attempts(before) + 1)),
-    ]  # fmt: skip
+        *_our_headers(dead_letter, message, attempts(before) + 1),
+    ]
     if value is not None and value[:1] == WIRE_MAGIC and len(value) >= WIRE_HEADER.size:
         headers.append((SCHEMA_ID, b"%d" % WIRE_HEADER.unpack(value[: WIRE_HEADER.size])[1]))
     if dead_letter.stack:

@@ -7,6 +7,7 @@ committed messages sees a batch once or not at all, and an earlier process of th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,12 @@ from alert_broker.stream.clients import REBALANCED, note_error, producer_setting
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.source import LostError, Source
+from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 ATTEMPTS = 5  # at a transaction that the broker asks to have aborted
+FLUSH_SECONDS = 0.2  # between looks whether the consumer stops, while the broker acknowledges
 # Errors of one message, not of the broker: sending the message again would fail again
 UNSENDABLE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD}
 
@@ -55,18 +58,20 @@ class Publisher(Protocol):
     def close(self) -> None: ...
 
 
-def open_publisher(config: Config, source: Source) -> Publisher:
+def open_publisher(config: Config, source: Source, budget: Budget | None = None) -> Publisher:
+    """budget: `publish` raises its CancelledError if the broker has not acknowledged when the budget is cancelled. The
+    batch is then not committed."""
     if config.publish.mode == "exactly-once":
-        return ExactlyOnce(config, source)
-    return AtLeastOnce(config, source)
+        return ExactlyOnce(config, source, budget)
+    return AtLeastOnce(config, source, budget)
 
 
 class Sender:
     """A producer that records which messages failed."""
 
-    def __init__(self, settings: dict[str, Secret], seconds: float) -> None:
+    def __init__(self, settings: dict[str, Secret], seconds: float, budget: Budget | None = None) -> None:
         self.failed: list[tuple[Outgoing, KafkaError]] = []
-        self.seconds = seconds
+        self.seconds, self._budget = seconds, budget or Budget()
         try:
             self.producer = Producer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
         except (KafkaException, ValueError, TypeError) as error:
@@ -90,10 +95,13 @@ class Sender:
                     break
                 except BufferError:  # librdkafka's queue is full: let it send some
                     self._serve(self.producer.poll, 0.1)
+                    self._budget.check()
                 except KafkaException as error:
                     self.failed.append((message, error.args[0]))
                     break
-        left = self._serve(self.producer.flush, self.seconds + 5.0)  # librdkafka gives up by itself within the first
+        deadline = time.monotonic() + self.seconds + 5.0  # librdkafka itself gives up after `seconds`
+        while (left := self._serve(self.producer.flush, FLUSH_SECONDS)) and time.monotonic() < deadline:
+            self._budget.check()
         lost = [error for _, error in self.failed if error.code() not in UNSENDABLE]
         if left or lost:
             raise NotSentError(lost[0] if lost else KafkaError(KafkaError._MSG_TIMED_OUT))
@@ -121,9 +129,9 @@ class Sender:
 class AtLeastOnce:
     """Send, wait for all delivery reports, commit."""
 
-    def __init__(self, config: Config, source: Source) -> None:
+    def __init__(self, config: Config, source: Source, budget: Budget | None = None) -> None:
         self._source = source
-        self._sender = Sender(producer_settings(config), config.publish.seconds)
+        self._sender = Sender(producer_settings(config), config.publish.seconds, budget)
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
         try:
@@ -137,13 +145,13 @@ class AtLeastOnce:
             self._source.commit(dict(offsets))
 
     def close(self) -> None:
-        self._sender.producer.flush(1.0)
+        self._sender.producer.flush(FLUSH_SECONDS)  # `publish` has waited for all that it did not give up
 
 
 class ExactlyOnce:
     """One transaction per batch, with the offsets in it."""
 
-    def __init__(self, config: Config, source: Source) -> None:
+    def __init__(self, config: Config, source: Source, budget: Budget | None = None) -> None:
         name = config.publish.transactional_id or (
             f"{config.source.group}-{config.source.instance}" if config.source.instance else ""
         )
@@ -156,7 +164,7 @@ class ExactlyOnce:
         settings = producer_settings(config)
         del settings["delivery.timeout.ms"]  # the transaction's time is the limit
         settings |= {"transactional.id": name, "transaction.timeout.ms": int(config.publish.seconds * 1000)}
-        self._sender = Sender(settings, config.publish.seconds)
+        self._sender = Sender(settings, config.publish.seconds, budget)
         self._guard(self._sender.producer.init_transactions, self._seconds)
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
@@ -181,6 +189,10 @@ class ExactlyOnce:
                 return
             except LostError:
                 self._guard(producer.abort_transaction, self._seconds)
+                raise
+            except CancelledError:
+                with contextlib.suppress(KafkaException):  # else the next process of this member aborts it
+                    producer.abort_transaction(FLUSH_SECONDS)
                 raise
             except (AbortedError, NotSentError) as error:
                 if isinstance(error, NotSentError) and error.fatal:

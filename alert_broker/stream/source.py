@@ -97,6 +97,7 @@ class Source:
         self._largest = USUAL_BYTES  # bytes of a message, so far
         # keeps what is in flight moving; False if it has stopped
         self.while_draining: Callable[[], bool] = lambda: True
+        self.stopping: Callable[[], bool] = lambda: False  # whether `poll` should return early
         self._thread = get_ident()
         self._requests: SimpleQueue[Request] = SimpleQueue()
         settings = consumer_settings(config)
@@ -132,7 +133,7 @@ class Source:
             messages += found
             if self._generations != before:
                 break
-            if len(messages) >= size or room <= 0 or time.monotonic() >= deadline:
+            if len(messages) >= size or room <= 0 or time.monotonic() >= deadline or self.stopping():
                 break
         good: list[Message] = []
         index: dict[Partition, int] = {}

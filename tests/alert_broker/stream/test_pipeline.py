@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from confluent_kafka import TopicPartition
 
+from alert_broker import work_budget
 from alert_broker.classify import classify_files
 from alert_broker.stream import pipeline
 from alert_broker.stream.clients import open_consumer
@@ -364,3 +365,62 @@ def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monk
         assert most * min(map(len, packets)) <= 11 * largest * most_batches < sent * min(map(len, packets))
     after = rig.outcome(sent)
     assert (after.lost, after.duplicates) == (0, 0)
+
+
+def test_an_alert_over_its_time_budget_is_a_dead_letter(rig, packets, long_packet, monkeypatch):
+    """10,000 points are fitted as 512, which takes tens of milliseconds; the others take some microseconds."""
+    monkeypatch.setattr(work_budget, "STEP_SECONDS", 0.005)
+    rig.send([*packets[:10], long_packet, *packets[10:20]])
+    total = rig.consume(model={"alert_seconds": 0.015}).ledger.total()
+    (letter,) = rig.read(rig.dead)
+    assert letter.value() == long_packet
+    assert b"did not end within its time budget: 0.015 s" in dict(headers_of(letter))[REASON]
+    assert (total.published, total.dead_lettered) == (20, 1)
+
+
+def test_an_alert_of_ten_thousand_points_is_classified(rig, packets, long_packet):
+    rig.send([*packets[:3], long_packet])
+    total = rig.consume().ledger.total()
+    assert (total.published, total.dead_lettered) == (4, 0)
+
+
+def test_sigterm_is_served_while_long_light_curves_are_fitted(rig, packets, long_packet):
+    """A batch of them takes half a minute. What is in flight is not committed, and is read again."""
+    sent = rig.send([*packets[:5], *[long_packet] * 400], spread=1)
+    running = rig.start(source={"until_eos": False}, batch={"size": 500, "seconds": 2.0}, model={"reuse": "off"})
+    assert running.assigned.wait(60), running.wait(1)
+    time.sleep(4.0)  # the batch is closed after two seconds
+    told = time.monotonic()
+    running.terminate()
+    status, report, log = running.wait(30)
+    assert time.monotonic() - told < 2.0, log
+    assert status == 0, log
+    total = report["ledger"]["total"]
+    assert total["revoked"] > 0, report
+    assert total["consumed"] == total["published"]
+    assert "in flight: they were not committed and will be read again" in log
+    done = rig.outcome(sent)
+    assert (done.lost, done.duplicates) == (sent - total["published"], 0)
+
+
+def test_what_is_given_up_is_not_committed(rig, packets, monkeypatch):
+    """A stage that hangs is given up at once; batches behind it are not committed either, and nothing is lost."""
+    free, real, calls = threading.Event(), Stages.classify, []
+
+    def classify(self, alerts):
+        calls.append(1)
+        if len(calls) == 3:
+            while not free.wait(0.01):
+                self._budget.check()
+        return real(self, alerts)
+
+    sent = rig.send(repeat(packets, 200))
+    monkeypatch.setattr(Stages, "classify", classify)
+    stats = rig.consume(lambda: len(calls) == 3, source={"stop_seconds": 0.2}, batch={"size": 20})
+    total = stats.ledger.total()
+    assert total.published == total.consumed == 40
+    assert total.revoked > 0
+    free.set()
+    rig.consume()
+    done = rig.outcome(sent)
+    assert (done.lost, done.duplicates) == (0, 0)
