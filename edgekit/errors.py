@@ -10,13 +10,13 @@ class EdgekitError(Exception):
     """Something the user can act on; the CLI prints it in one line and exits with 1."""
 
 
-def unknown(kind: str, name: object, allowed: Iterable[object], *, where: str = "") -> EdgekitError:
+def unknown(category: str, name: object, allowed: Iterable[object], *, where: str = "") -> EdgekitError:
     """Error for a name outside a closed set, with the nearest allowed name when there is one."""
     names = [str(item) for item in allowed]
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     place = f" in {where}" if where else ""
-    return EdgekitError(f"unknown {kind} {str(name)!r}{place}; expected one of: {', '.join(names)}{hint}")
+    return EdgekitError(f"unknown {category} {str(name)!r}{place}; expected one of: {', '.join(names)}{hint}")
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> EdgekitError:

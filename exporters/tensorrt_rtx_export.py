@@ -20,10 +20,11 @@ from typing import Any
 from onnx import ModelProto
 
 from edgekit.bundle.format import Bundle
+from edgekit.bundle.onnx_file import serialized
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.exporter import Export, Exporter
 from edgekit.graph.external import LARGEST
-from edgekit.graph.model import opset, serialized
+from edgekit.graph.model import opset
 from edgekit.targets import profile as targets
 from edgekit.targets.profile import Stack, Target
 from exporters import engines, kit

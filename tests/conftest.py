@@ -56,9 +56,9 @@ def tiny_bundle(tiny_data):
     """A t2 of a few hundred parameters, trained until it is right on nine light curves of ten."""
     import torch
 
+    from edgekit.bundle.family import build
     from edgekit.bundle.format import Manifest, assemble
     from edgekit.bundle.tensors import TensorSpec
-    from edgekit.nn.families import build
     from edgekit.nn.training import Schedule, fit, probabilities
 
     train, test = tiny_data

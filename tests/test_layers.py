@@ -166,6 +166,11 @@ def test_no_module_imports_itself_through_others():
     assert cycles(module_graph(ROOT)) == []
 
 
+def test_no_room_imports_itself_through_others():
+    """Rooms can then be read one after the other, from the bundle up to the commands."""
+    assert cycles(room_graph(module_graph(ROOT))) == []
+
+
 def test_edgekit_has_few_rooms():
     assert len(rooms(ROOT)) <= MOST_ROOMS, rooms(ROOT)
 
@@ -242,6 +247,14 @@ def test_a_planted_cycle_through_a_plugins_name_is_caught(tree):
     tree("edgekit/a.py", "load('edgekit.passes', 'b')")
     assert cycles(module_graph(tree("edgekit/b.py", "import edgekit.a"))) == [["edgekit.a", "edgekit.b"]]
     assert cycles(module_graph(tree("edgekit/a.py", "load('edgekit.passes', name)"))) == []
+
+
+def test_a_planted_cycle_of_rooms_without_one_of_modules_is_caught(tree):
+    tree("edgekit/one/a.py", "")
+    tree("edgekit/one/b.py", "import edgekit.two.c")
+    root = tree("edgekit/two/c.py", "def f():\n    import edgekit.one.a")
+    assert cycles(module_graph(root)) == []
+    assert cycles(room_graph(module_graph(root))) == [["one", "two"]]
 
 
 def test_a_planted_room_too_many_is_caught(tree):

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from edgekit.bundle.encoding import Affine, Encoding, Palette
+from edgekit.bundle.family import build
 from edgekit.bundle.format import Bundle, Manifest, assemble
 from edgekit.bundle.tensors import TensorSpec, golden_inputs
-from edgekit.nn.families import build
 
 CLASSES = 5
 

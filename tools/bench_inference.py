@@ -25,12 +25,12 @@ import numpy as np
 import onnxruntime
 import torch
 
+from edgekit.bundle.family import build
 from edgekit.bundle.format import Bundle, Manifest, assemble
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.graph.lower import lower
 from edgekit.importers.files import resolve
-from edgekit.nn.families import build
 from edgekit.session import Session
 from runtimes.sessions.c_session import CSession
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession

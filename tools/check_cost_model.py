@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekit import machine
+from edgekit.bundle.onnx_file import load
 from edgekit.compression.job import versions
 from edgekit.cost.measured import measure, samples
 from edgekit.cost.operators import measured_rates, work
 from edgekit.cost.profiled import open_model, optimized_work, random_feeds
-from edgekit.graph.model import load
 from edgekit.graph.shapes import sized
 from edgekit.importers.files import resolve
 from edgekit.plugins import load as plugin

@@ -31,12 +31,12 @@ from alert_broker.lightcurve import LightCurves
 from alert_broker.simulate import simulate
 from alert_broker.surveys.base import join, survey_named
 from edgekit import __version__, machine
+from edgekit.bundle.family import build
 from edgekit.bundle.format import Manifest, assemble
 from edgekit.bundle.store import write_bundle
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.compression.metrics import ClassAveragedLogLoss, ErrorRate, measure
 from edgekit.data.dataset import Dataset
-from edgekit.nn.families import build
 from edgekit.nn.training import Schedule, fit, probabilities
 
 ROOT = Path(__file__).resolve().parents[1]

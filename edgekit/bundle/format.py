@@ -43,7 +43,7 @@ class Manifest:
     """The content of `edgekit.json`."""
 
     name: str
-    family: str  # name of the constructor in edgekit.nn.families that builds the network
+    family: str  # name of the model family that builds the network
     arguments: dict[str, Any]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -123,7 +123,7 @@ class Bundle:
     def parameters(self) -> int:
         """How many learnt numbers the model has, in any encoding."""
         if self.is_graph:
-            from edgekit.graph.model import load, parameters
+            from edgekit.bundle.onnx_file import load, parameters
 
             return parameters(load(self.contents[GRAPH], str(self.path or self.manifest.name)))
         return sum(value.size for value in self.weights().values())
@@ -163,7 +163,7 @@ class Bundle:
 
     def model(self) -> nn.Module:
         """Return the network with its weights, in evaluation mode."""
-        from edgekit.nn.families import build
+        from edgekit.bundle.family import build
 
         if self.is_graph:
             raise EdgekitError(

@@ -84,7 +84,7 @@ def _parse(body: bytes, source: str) -> Bundle:
     inputs = {spec.name: golden[f"in.{spec.name}"] for spec in manifest.inputs}
     outputs = {spec.name: golden[f"out.{spec.name}"] for spec in manifest.outputs}
     if manifest.family == ONNX:
-        from edgekit.graph.model import with_weights
+        from edgekit.bundle.onnx_file import with_weights
 
         return assemble_graph(manifest, with_weights(zlib.decompress(streams[3]), arrays), (inputs, outputs))
     stored = from_arrays(arrays, manifest.bits)
@@ -97,7 +97,7 @@ def _stored(bundle: Bundle) -> tuple[bytes, dict[str, Array]]:
     """Return the weights as stored and, for a graph, the graph without them."""
     if not bundle.is_graph:
         return b"", to_arrays(bundle.weights(), bundle.encodings())
-    from edgekit.graph.model import without_weights
+    from edgekit.bundle.onnx_file import without_weights
 
     return without_weights(bundle.contents[GRAPH])
 

@@ -140,7 +140,7 @@ def _on_target(
                 **asdict(report),
                 "fits": report.memory.fits,
                 "needed": report.memory.needed,
-                "rows": [asdict(row) for row in (report.rows if layers else report.by_kind())],
+                "rows": [asdict(row) for row in (report.rows if layers else report.by_op_type())],
             }
             for name, report in reports
         ]
@@ -148,7 +148,7 @@ def _on_target(
         print_json({"target": target.name, "measured_here": local, **facts, "results": results})
         return
     for name, report in reports:
-        rows = report.rows if layers else report.by_kind()
+        rows = report.rows if layers else report.by_op_type()
         where = f"measured on this machine ({machine.cpu_name()})" if local else "estimate, nothing was run there"
         threads_text = f", {threads} thread(s)" if target.kind == "cpu" else ""
         output.print(
@@ -161,7 +161,7 @@ def _on_target(
             [*first, *(["measured ms"] if local else []), "estimate ms", "of all", "roofline", "bound"],
             [
                 [
-                    row.name if layers else row.kind,
+                    row.name if layers else row.op_type,
                     *([] if layers else [row.count]),
                     *([_ms(row.measured)] if local else []),
                     _ms(row.estimate),

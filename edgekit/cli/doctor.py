@@ -91,7 +91,7 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
 
     opened, graph = resolve(bundle), None
     if opened.is_graph:
-        from edgekit.graph.model import load
+        from edgekit.bundle.onnx_file import load
 
         graph = load(opened.contents[GRAPH], bundle)
     elif find_spec("torch") and find_spec("onnx") and find_spec("onnxruntime"):

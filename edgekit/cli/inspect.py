@@ -136,7 +136,7 @@ def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
 def _graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
     from edgekit.bundle.format import GRAPH
-    from edgekit.graph.model import learnt, load, to_array
+    from edgekit.bundle.onnx_file import learnt, load, to_array
 
     arrays = [(tensor.name, to_array(tensor)) for tensor in learnt(load(bundle.contents[GRAPH], str(bundle.path)))]
     return [

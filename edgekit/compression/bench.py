@@ -149,7 +149,7 @@ def on_target(
 def float_graph(bundle: Bundle) -> ModelProto:
     """The bundle's graph; of a network, as the ONNX exporter writes it in float32."""
     if bundle.is_graph:
-        from edgekit.graph.model import load
+        from edgekit.bundle.onnx_file import load
 
         return load(bundle.contents[GRAPH], bundle.manifest.name)
     from edgekit.graph.lower import float_graph as of_network

@@ -54,7 +54,7 @@ class Job:
         """The job with what its target decides about the recipe; an error if a pass is not for that target."""
         if self.target is None:
             return self
-        from edgekit.targets.decisions import fitted
+        from edgekit.compression.decisions import fitted
 
         return replace(self, recipe=fitted(self.target, self.recipe))
 
@@ -63,7 +63,7 @@ class Job:
         """Whether latency is estimated, because the target is not here."""
         if self.target is None:
             return False
-        from edgekit.targets.decisions import measured_here
+        from edgekit.compression.decisions import measured_here
 
         return not measured_here(self.target)
 

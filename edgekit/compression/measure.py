@@ -88,7 +88,7 @@ def latency(
     if job.target is None or not job.estimated:
         return compare_latency(*sessions, inputs, job.limits.batches, best=best)
     from edgekit.compression.bench import float_graph
-    from edgekit.targets.decisions import estimated
+    from edgekit.compression.decisions import estimated
 
     return estimated(job.target, float_graph(before), float_graph(after), inputs, job.limits.batches)
 

@@ -321,7 +321,7 @@ def _result(job: Job, bundle: Bundle, reference: Reference) -> Result:
 def _on_target(job: Job, target: Target, bundle: Bundle, summary: Summary, inputs: Arrays) -> Summary:
     """The summary with the memory that the result needs on its target, and whether latency is an estimate for it."""
     from edgekit.compression.bench import float_graph
-    from edgekit.targets.decisions import needed
+    from edgekit.compression.decisions import needed
 
     batch, memory = needed(target, float_graph(bundle), inputs, job.limits.batches)
     estimated = target.name if job.estimated else None

@@ -53,7 +53,7 @@ def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
 def candidate_of(bundle: Bundle) -> AnyCandidate:
     """The bundle's model as passes take it."""
     if bundle.is_graph:
-        from edgekit.graph.model import load
+        from edgekit.bundle.onnx_file import load
 
         return GraphCandidate(load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name)))
     return Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
@@ -85,7 +85,7 @@ def bundle_of(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) 
 
 
 def _graph_bundle(manifest: Manifest, candidate: GraphCandidate, inputs: Arrays) -> Bundle:
-    from edgekit.graph.model import serialized
+    from edgekit.bundle.onnx_file import serialized
 
     graph = serialized(candidate.model)
     empty = {spec.name: np.zeros(0, np.float32) for spec in manifest.outputs}

@@ -27,7 +27,7 @@ class Row:
     estimated)."""
 
     name: str
-    kind: str
+    op_type: str
     count: int
     operations: float
     bytes: float
@@ -51,12 +51,12 @@ class Report:
     rows: tuple[Row, ...]
     unknown: tuple[str, ...]
 
-    def by_kind(self) -> tuple[Row, ...]:
+    def by_op_type(self) -> tuple[Row, ...]:
         """Merge the rows of each operator type into one, the slowest first."""
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
-            groups.setdefault(row.kind, []).append(row)
-        merged = [_merged(kind, rows) for kind, rows in groups.items()]
+            groups.setdefault(row.op_type, []).append(row)
+        merged = [_merged(op_type, rows) for op_type, rows in groups.items()]
         return tuple(sorted(merged, key=lambda row: -(row.measured or row.estimate)))
 
 
@@ -77,7 +77,7 @@ def elsewhere(
     rows = [
         Row(
             layer.name,
-            layer.kind,
+            layer.op_type,
             1,
             layer.operations,
             layer.bytes,
@@ -122,7 +122,7 @@ def here(
         rows.append(
             Row(
                 operator.name,
-                operator.kind,
+                operator.op_type,
                 1,
                 operator.operations,
                 operator.bytes,
@@ -156,7 +156,7 @@ def lengths_of(model: ModelProto, arrays: Mapping[str, npt.NDArray[Any]]) -> dic
     return found
 
 
-def _merged(kind: str, rows: list[Row]) -> Row:
+def _merged(op_type: str, rows: list[Row]) -> Row:
     def total(of: Callable[[Row], float]) -> float:
         return sum(of(row) for row in rows)
 
@@ -167,8 +167,8 @@ def _merged(kind: str, rows: list[Row]) -> Row:
     for row in rows:
         bounds[row.bound] += row.measured or row.estimate
     return Row(
-        kind,
-        kind,
+        op_type,
+        op_type,
         len(rows),
         total(lambda row: row.operations),
         total(lambda row: row.bytes),

@@ -80,17 +80,17 @@ def family(operator: Operator) -> str:
     if operator.view or operator.sizes_only:
         return "Reshape"
     if operator.product:
-        if operator.kind == "DynamicQuantizeMatMul":
+        if operator.op_type == "DynamicQuantizeMatMul":
             return "int8 dynamic"
         if operator.precision == "int8":
-            return "int8 convolution" if "Conv" in operator.kind else "int8 product"
-        if operator.kind == "ConvTranspose":
+            return "int8 convolution" if "Conv" in operator.op_type else "int8 product"
+        if operator.op_type == "ConvTranspose":
             return "ConvTranspose"
-        if "Conv" in operator.kind:
+        if "Conv" in operator.op_type:
             return "depthwise" if operator.matrices > 1 else "convolution"
         return "product with weights" if operator.weights and operator.matrices == 1 else "product of activations"
-    kind = ALIKE.get(operator.kind, operator.kind)
-    return f"{kind} row" if kind in ROWS and _spread(operator) else kind
+    op_type = ALIKE.get(operator.op_type, operator.op_type)
+    return f"{op_type} row" if op_type in ROWS and _spread(operator) else op_type
 
 
 def _spread(operator: Operator) -> bool:
@@ -199,10 +199,8 @@ def _overheads(kernels: OperatorTable) -> tuple[float, float]:
     times = {}
     for length in (2, 42):
         names = ["a", *(f"v{n}" for n in range(length - 1)), "y"]
-        kinds = ("Relu", "Sigmoid")  # the runtime would merge two equal operators in a row
-        nodes = [
-            helper.make_node(kinds[n % 2], [names[n]], [names[n + 1]], f"{kinds[n % 2]}{n}") for n in range(length)
-        ]
+        pair = ("Relu", "Sigmoid")  # the runtime would merge two equal operators in a row
+        nodes = [helper.make_node(pair[n % 2], [names[n]], [names[n + 1]], f"{pair[n % 2]}{n}") for n in range(length)]
         model = graph_of(nodes, [(1, 16, 32)], {})
         session, feeds = open_model(model), dict(random_feeds(model, 1))
         call = timed(functools.partial(session.run, None, feeds), time.thread_time)

@@ -81,7 +81,7 @@ class Operator:
     """
 
     name: str
-    kind: str
+    op_type: str
     operations: float
     precision: str
     product: bool
@@ -193,8 +193,8 @@ def _operator(node: NodeProto, sizes: Sizes, constants: set[str], codes: Mapping
     product, operations, matrices, inner = _operations(node, values)
     columns = (out.shape[1] // matrices if "Conv" in node.op_type else out.shape[-1]) if product and out.shape else 1
     first = codes.get(node.input[0], node.input[0]) if node.input else ""
-    kind = values[first].kind if product and first in values else out.kind
-    precision = "int8" if node.op_type in INTEGER else PRECISION.get(kind, "other")
+    dtype = values[first].dtype if product and first in values else out.dtype
+    precision = "int8" if node.op_type in INTEGER else PRECISION.get(dtype, "other")
     written = _bytes(values, outputs)
     activations = tuple(dict.fromkeys(name for name in reads if name not in constants))
     read, weights = _bytes(values, activations), _bytes(values, dict.fromkeys(n for n in reads if n in constants))
@@ -226,49 +226,49 @@ def _operations(node: NodeProto, values: Mapping[str, Value]) -> tuple[bool, flo
     """Return whether a node is a product, its operations, its matrices (or rows) and the terms of a sum."""
     shapes = [values[name].shape if name in values else () for name in node.input]
     out = values[node.output[0]].shape
-    count, kind = float(math.prod(out)), node.op_type
+    count, op_type = float(math.prod(out)), node.op_type
     attributes = {item.name: item for item in node.attribute}
-    if kind in MATRIX and shapes[0]:
+    if op_type in MATRIX and shapes[0]:
         transposed = "transA" in attributes and attributes["transA"].i and len(shapes[0]) > 1
         inner = shapes[0][-2 if transposed else -1]
         return True, 2 * count * inner, _matrices(shapes[1], out), inner
-    if kind == "QLinearMatMul" and shapes[0]:
+    if op_type == "QLinearMatMul" and shapes[0]:
         return True, 2 * count * shapes[0][-1], _matrices(shapes[3], out), shapes[0][-1]
-    if kind == "MatMulNBits" and "K" in attributes:
+    if op_type == "MatMulNBits" and "K" in attributes:
         return True, 2 * count * attributes["K"].i, 1, attributes["K"].i
-    if kind in GENERAL and len(shapes[0]) == 2:
+    if op_type in GENERAL and len(shapes[0]) == 2:
         transposed = "transA" in attributes and attributes["transA"].i
         return True, 2 * count * shapes[0][0 if transposed else 1], 1, shapes[0][0 if transposed else 1]
-    if kind in CONVOLUTION and len(shapes) > 1:
-        kernel = shapes[3] if kind == "QLinearConv" else shapes[1]
+    if op_type in CONVOLUTION and len(shapes) > 1:
+        kernel = shapes[3] if op_type == "QLinearConv" else shapes[1]
         groups = attributes["group"].i if "group" in attributes else 1
         inner = math.prod(kernel[1:])
         return True, 2 * count * inner, groups, inner
-    if kind == "ConvTranspose" and shapes[0] and shapes[1]:
+    if op_type == "ConvTranspose" and shapes[0] and shapes[1]:
         groups = attributes["group"].i if "group" in attributes else 1
         return True, 2.0 * math.prod(shapes[0]) * math.prod(shapes[1][1:]), groups, shapes[0][1] // groups
     # of ONNX 23: scores, and the weighted sum of values
-    if kind == "Attention" and len(shapes) > 2 and len(shapes[0]) in (3, 4):
+    if op_type == "Attention" and len(shapes) > 2 and len(shapes[0]) in (3, 4):
         heads = shapes[0][1] if len(shapes[0]) == 4 else attributes["q_num_heads"].i
         total = math.prod(shapes[0]) + math.prod(shapes[0][:-1]) * shapes[2][-1]  # for each key
         return True, 2.0 * total * shapes[1][-2], shapes[0][0] * heads, math.prod(shapes[0][2:]) // shapes[0][-2]
-    if kind == "Einsum" and "equation" in attributes:
+    if op_type == "Einsum" and "equation" in attributes:
         letters = dict[str, int]()
         for term, shape in zip(attributes["equation"].s.decode().split("->")[0].split(","), shapes, strict=False):
             letters |= dict(zip(term.strip(), shape, strict=False))
         total = math.prod(letters.values())
         return True, 2.0 * total, 1, max(1, round(total / max(count, 1)))
-    if kind in ("LSTM", "GRU", "RNN") and len(shapes) > 2 and len(shapes[0]) == 3:
+    if op_type in ("LSTM", "GRU", "RNN") and len(shapes) > 2 and len(shapes[0]) == 3:
         steps, rows = shapes[0][:2]
         return True, 2.0 * steps * rows * (math.prod(shapes[1]) + math.prod(shapes[2])), steps, shapes[2][-1]
-    if kind in ("MaxPool", "AveragePool") and "kernel_shape" in attributes:
+    if op_type in ("MaxPool", "AveragePool") and "kernel_shape" in attributes:
         return False, count * math.prod(attributes["kernel_shape"].ints), 1, 1
-    if kind.startswith(("Reduce", "ArgM", "Global", "CumSum")) and shapes and shapes[0]:
+    if op_type.startswith(("Reduce", "ArgM", "Global", "CumSum")) and shapes and shapes[0]:
         return False, float(math.prod(shapes[0])), math.prod(out), 1
-    if kind in ("Softmax", "LogSoftmax") or "Normalization" in kind:
+    if op_type in ("Softmax", "LogSoftmax") or "Normalization" in op_type:
         return False, count, math.prod(out[:-1]), 1
-    if kind in ("Shape", "Constant", "Transpose", "Concat", "Pad", *VIEWS, *MOVES):
-        rows = math.prod(out[:-1]) if kind in MOVES else 1
+    if op_type in ("Shape", "Constant", "Transpose", "Concat", "Pad", *VIEWS, *MOVES):
+        rows = math.prod(out[:-1]) if op_type in MOVES else 1
         return False, 0.0, rows, 1
     return False, count, math.prod(out[:-1]) if out else 1, 1
 
@@ -282,8 +282,8 @@ def _bytes(values: Mapping[str, Value], names: Any) -> dict[str, float]:
     result: dict[str, float] = {}
     for name in names:
         if name in values:
-            kind = PRECISION.get(values[name].kind, "other")
-            result[kind] = result.get(kind, 0.0) + values[name].count * item_bytes(values[name].kind)
+            precision = PRECISION.get(values[name].dtype, "other")
+            result[precision] = result.get(precision, 0.0) + values[name].count * item_bytes(values[name].dtype)
     return result
 
 

@@ -39,7 +39,7 @@ class Kernel:
     """One operator as it ran. seconds: of a call that no other program interrupted."""
 
     name: str
-    kind: str
+    op_type: str
     seconds: float
 
 
@@ -99,17 +99,17 @@ def profiled(model: ModelProto, feeds: Arrays, *, seconds: float = 0.2, threads:
         alone = [0.0] * FIRST_RUNS + list(spent / np.maximum(clock, GRAIN_OF_CLOCK))
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     taken: dict[str, list[float]] = {}
-    kinds: dict[str, str] = {}
+    op_types: dict[str, str] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             name = event["name"].removesuffix("_kernel_time")
-            kinds.setdefault(name, event["args"]["op_name"])
+            op_types.setdefault(name, event["args"]["op_name"])
             taken.setdefault(name, []).append(event["dur"] * 1e-6)
     whole = _uninterrupted(alone) if threads == 1 else list(range(WARM_RUNS, len(alone)))
     kernels = []
     for name, times in taken.items():
         chosen = [times[run] for run in whole] if len(times) == len(alone) else times
-        kernels.append(Kernel(name, kinds[name], _middle(chosen) + GRAIN))
+        kernels.append(Kernel(name, op_types[name], _middle(chosen) + GRAIN))
     return kernels
 
 
@@ -143,7 +143,7 @@ def random_feeds(model: ModelProto, batch: int, lengths: Mapping[str, int] | Non
     for item in model.graph.input:
         if item.name not in stored:
             value = values[item.name]
-            kind = onnx.helper.tensor_dtype_to_np_dtype(value.kind)
-            whole = np.dtype(kind).kind in "iub"
-            feeds[item.name] = (np.zeros(value.shape) if whole else rng.normal(0, 1, value.shape)).astype(kind)
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.dtype)
+            whole = np.dtype(dtype).kind in "iub"
+            feeds[item.name] = (np.zeros(value.shape) if whole else rng.normal(0, 1, value.shape)).astype(dtype)
     return feeds

@@ -41,7 +41,7 @@ class Layer:
     time: compute, memory or launch."""
 
     name: str
-    kind: str
+    op_type: str
     precision: str
     operations: float
     bytes: float
@@ -114,7 +114,7 @@ def estimate(work: Workload, target: Target, batch: int, *, precision: str | Non
     cores = min(threads, target.cores) if target.kind == "cpu" else 1
 
     def size(value: Value) -> float:
-        return value.bytes * (SIZES[plain] / 4 if value.kind == TensorProto.FLOAT else 1)
+        return value.bytes * (SIZES[plain] / 4 if value.dtype == TensorProto.FLOAT else 1)
 
     layers = []
     for operator, others in _groups(work, fuse=target.kind != "cpu"):
@@ -137,7 +137,9 @@ def estimate(work: Workload, target: Target, batch: int, *, precision: str | Non
         bound = "launch" if target.launch.value > least else "compute" if computing > moving else "memory"
         operations = operator.operations + others.operations
         layers.append(
-            Layer(operator.name, operator.kind, runs_in, operations, moved, seconds, least, bound, tuple(others.names))
+            Layer(
+                operator.name, operator.op_type, runs_in, operations, moved, seconds, least, bound, tuple(others.names)
+            )
         )
     return Estimate(target.name, batch, chosen, tuple(layers), memory(work, target, size), work.unknown)
 
@@ -167,7 +169,7 @@ class _Others:
 
 def _moved(bytes_: Bytes, scale: float) -> float:
     """Return bytes in which those of float32 values are scaled to the device's storage."""
-    return sum(count * (scale if kind == "float32" else 1) for kind, count in bytes_.items())
+    return sum(count * (scale if precision == "float32" else 1) for precision, count in bytes_.items())
 
 
 def _groups(work: Workload, *, fuse: bool) -> list[tuple[Operator, _Others]]:
@@ -189,7 +191,7 @@ def _groups(work: Workload, *, fuse: bool) -> list[tuple[Operator, _Others]]:
         others = groups[number][1]
         rest = dict(operator.read)
         inside = work.values[host]
-        rest[PRECISION.get(inside.kind, "other")] -= inside.bytes  # the value in between never leaves the kernel
+        rest[PRECISION.get(inside.dtype, "other")] -= inside.bytes  # the value in between never leaves the kernel
         for key, count in [*rest.items(), *operator.weights.items()]:
             others.read[key] = others.read.get(key, 0.0) + count
         others.written = operator.written
@@ -202,7 +204,7 @@ def _groups(work: Workload, *, fuse: bool) -> list[tuple[Operator, _Others]]:
 def _host(operator: Operator, work: Workload, made: Mapping[str, int], consumers: Mapping[str, int]) -> str | None:
     """Return the input into whose producer this operator can be fused: among the inputs without another consumer, the
     one produced last."""
-    if operator.kind not in POINTWISE or operator.sizes_only or len(operator.outputs) != 1:
+    if operator.op_type not in POINTWISE or operator.sizes_only or len(operator.outputs) != 1:
         return None
     count = work.values[operator.outputs[0]].count
     fits = [

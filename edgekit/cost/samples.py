@@ -131,8 +131,8 @@ def samples() -> list[Sample]:
             _weighted("Add", shape),
             _weighted("Mul", shape),
         ]
-        for kind in ("Relu", "Erf", "Tanh", "Sigmoid", "Exp", "Sqrt"):
-            found.append(_one(kind, shape))
+        for op_type in ("Relu", "Erf", "Tanh", "Sigmoid", "Exp", "Sqrt"):
+            found.append(_one(op_type, shape))
         found.append(_one("Gelu", shape, opset=20))
         found.append(_one("Softmax", shape, axis=-1))
         found.append(_one("ReduceMean", shape, axes=[-1], keepdims=1))
@@ -143,13 +143,13 @@ def samples() -> list[Sample]:
         found.append(_transposed((*shape[:2], 4, shape[2] // 4), (0, 2, 1, 3)))
         found.append(_transposed((*shape[:2], 4, shape[2] // 4), (0, 2, 3, 1)))
     for rows, width in ((16, 8), (100, 192), (200, 768), (1600, 16), (6000, 32), (1000, 256)):
-        found += [_weighted(kind, (rows, width)) for kind in ROWS]
+        found += [_weighted(op_type, (rows, width)) for op_type in ROWS]
     for width in (2, 4, 16, 110, 180, 512):
         found.append(_one("Softmax", (8, 50, width), axis=-1))
         found.append(_normalized((8, 50, width)))
     for channels, size in ((16, 32), (64, 56), (64, 16), (128, 14), (8, 64), (32, 24)):
-        for kind in ("MaxPool", "AveragePool"):
-            found.append(_one(kind, (1, channels, size, size), kernel_shape=[2, 2], strides=[2, 2]))
+        for op_type in ("MaxPool", "AveragePool"):
+            found.append(_one(op_type, (1, channels, size, size), kernel_shape=[2, 2], strides=[2, 2]))
         found.append(_one("ReduceMean", (1, channels, size, size), axes=[2, 3], keepdims=0))
         found.append(_transposed_convolution(channels, channels // 2, size // 2))
     for rows, inner, columns in (
@@ -235,7 +235,7 @@ def graph_of(
     weights: Mapping[str, Any],
     *,
     opset: int = 17,
-    kind: int = 1,
+    dtype: int = 1,
 ) -> ModelProto:
     """Return a graph around nodes that read a, b, ... and produce "y". The result stays inside the graph, as in a
     model: an output of the graph would take new memory in each call."""
@@ -244,7 +244,7 @@ def graph_of(
         [*nodes, end],
         "sample",
         [helper.make_tensor_value_info("abc"[n], TensorProto.FLOAT, shape) for n, shape in enumerate(inputs)],
-        [helper.make_tensor_value_info("end", kind, ())],
+        [helper.make_tensor_value_info("end", dtype, ())],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
@@ -254,22 +254,22 @@ def _random(*shape: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
 
 
-def _one(kind: str, shape: tuple[int, ...], *, opset: int = 17, **attributes: Any) -> Sample:
+def _one(op_type: str, shape: tuple[int, ...], *, opset: int = 17, **attributes: Any) -> Sample:
     return Sample(
-        ALIKE.get(kind, kind),
-        graph_of([helper.make_node(kind, ["a"], ["y"], kind, **attributes)], [shape], {}, opset=opset),
+        ALIKE.get(op_type, op_type),
+        graph_of([helper.make_node(op_type, ["a"], ["y"], op_type, **attributes)], [shape], {}, opset=opset),
     )
 
 
-def _two(kind: str, left: tuple[int, ...], right: tuple[int, ...], name: str = "", **attributes: Any) -> Sample:
-    node = helper.make_node(kind, ["a", "b"], ["y"], kind, **attributes)
-    return Sample(name or kind, graph_of([node], [left, right], {}))
+def _two(op_type: str, left: tuple[int, ...], right: tuple[int, ...], name: str = "", **attributes: Any) -> Sample:
+    node = helper.make_node(op_type, ["a", "b"], ["y"], op_type, **attributes)
+    return Sample(name or op_type, graph_of([node], [left, right], {}))
 
 
-def _weighted(kind: str, shape: tuple[int, ...]) -> Sample:
+def _weighted(op_type: str, shape: tuple[int, ...]) -> Sample:
     """Return a sample with a stored row that is applied to every row of the input, as biases are."""
-    node = helper.make_node(kind, ["a", "w"], ["y"], kind)
-    return Sample(f"{kind} row", graph_of([node], [shape], {"w": _random(shape[-1])}))
+    node = helper.make_node(op_type, ["a", "w"], ["y"], op_type)
+    return Sample(f"{op_type} row", graph_of([node], [shape], {"w": _random(shape[-1])}))
 
 
 def _transposed(shape: tuple[int, ...], order: tuple[int, ...]) -> Sample:
@@ -282,9 +282,9 @@ def _transposed(shape: tuple[int, ...], order: tuple[int, ...]) -> Sample:
     return Sample("Transpose", graph_of(nodes, [shape], {"flat": np.array([-1])}))
 
 
-def _product(kind: str, left: tuple[int, int], right: tuple[int, int]) -> Sample:
-    weights = {"w": _random(*right)} | ({"bias": _random(right[1])} if kind == "Gemm" else {})
-    node = helper.make_node(kind, ["a", *weights], ["y"], kind)
+def _product(op_type: str, left: tuple[int, int], right: tuple[int, int]) -> Sample:
+    weights = {"w": _random(*right)} | ({"bias": _random(right[1])} if op_type == "Gemm" else {})
+    node = helper.make_node(op_type, ["a", *weights], ["y"], op_type)
     return Sample("product with weights", graph_of([node], [left], weights))
 
 
@@ -338,7 +338,7 @@ def _expand(shape: tuple[int, ...]) -> Sample:
 
 def _cast(shape: tuple[int, ...]) -> Sample:
     node = helper.make_node("Cast", ["a"], ["y"], "Cast", to=TensorProto.INT32)
-    return Sample("Cast", graph_of([node], [shape], {}, kind=TensorProto.INT32))
+    return Sample("Cast", graph_of([node], [shape], {}, dtype=TensorProto.INT32))
 
 
 def _reshape(shape: tuple[int, ...]) -> Sample:
@@ -353,7 +353,7 @@ def _reshape(shape: tuple[int, ...]) -> Sample:
 def _quantized(shape: tuple[int, ...]) -> Sample:
     node = helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["y"], "QuantizeLinear")
     weights = {"scale": np.float32(0.05), "zero": np.uint8(128)}
-    return Sample("QuantizeLinear", graph_of([node], [shape], weights, kind=TensorProto.UINT8))
+    return Sample("QuantizeLinear", graph_of([node], [shape], weights, dtype=TensorProto.UINT8))
 
 
 def _dynamic(rows: int, inner: int, columns: int) -> Sample:

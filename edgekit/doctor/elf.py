@@ -25,7 +25,7 @@ class Section:
     """A named range of the file. link: number of the section with its strings."""
 
     name: str
-    kind: int
+    section_type: int
     offset: int
     size: int
     link: int
@@ -43,7 +43,7 @@ class Elf:
         """The names of the shared libraries that the loader must find."""
         names = []
         for section in self.sections:
-            if section.kind != DYNAMIC:
+            if section.section_type != DYNAMIC:
                 continue
             if section.link >= len(self.sections):
                 raise damaged(self.path, f"section {section.name!r} has its strings in section {section.link}")
@@ -87,21 +87,21 @@ def _sections(path: Path, content: mmap.mmap) -> tuple[Section, ...]:
         raise damaged(path, f"it says that it has {count} sections, names in section {names}")
     found = []
     for number in range(count):
-        name, kind, _, _, offset, length, link, *_ = struct.unpack_from(
+        name, section_type, _, _, offset, length, link, *_ = struct.unpack_from(
             "<IIQQQQIIQQ", content, table + number * SECTION
         )
-        if kind != NOBITS and offset + length > len(content):
+        if section_type != NOBITS and offset + length > len(content):
             raise damaged(path, f"section {number} ends at {offset + length}, the file at {len(content)}")
-        found.append((name, Section("", kind, offset, length, link)))
+        found.append((name, Section("", section_type, offset, length, link)))
     strings = found[names][1]
     return tuple(
-        Section(_string(path, content, strings, name), item.kind, item.offset, item.size, item.link)
+        Section(_string(path, content, strings, name), item.section_type, item.offset, item.size, item.link)
         for name, item in found
     )
 
 
 def _string(path: Path, content: mmap.mmap, strings: Section, at: int) -> str:
-    if strings.kind == NOBITS or at >= max(strings.size, 1):
+    if strings.section_type == NOBITS or at >= max(strings.size, 1):
         raise damaged(path, f"a name lies at {at} of {strings.size} bytes of names")
     stop = strings.offset + strings.size
     end = content.find(b"\0", strings.offset + at, stop)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgekit.bundle.family import find_family
 from edgekit.bundle.format import Bundle
 from edgekit.doctor.checks import gpu_of
 from edgekit.doctor.finding import Finding, size
 from edgekit.doctor.providers import CPU
 from edgekit.doctor.system import System
-from edgekit.nn import families
 from edgekit.targets.profile import RESERVE, Target
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def of(bundle: Bundle, graph: ModelProto | None, batch: int) -> Needs:
 
 def precisions(model: ModelProto) -> tuple[str, ...]:
     """The data types in which a graph stores weights or to which it casts values."""
+    from edgekit.bundle.onnx_file import learnt
     from edgekit.cost.operators import PRECISION
-    from edgekit.graph.model import learnt
 
     found: set[int] = {tensor.data_type for tensor in learnt(model)}
     found |= {
@@ -85,7 +85,7 @@ def bytes_needed(model: ModelProto, batch: int) -> tuple[float, float | None]:
 
 
 def _asymmetric(model: ModelProto) -> bool:
-    from edgekit.graph.model import to_array
+    from edgekit.bundle.onnx_file import to_array
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     points = {
@@ -197,7 +197,7 @@ def _runtime(needs: Needs, system: System) -> Iterator[Finding]:
         "openvino": "openvino" in system.packages,
         "torch": "torch" in system.packages,
     }
-    family = families.find(needs.family)
+    family = find_family(needs.family)
     found = [name for name in family.runtimes if have.get(name)]
     if family.builder and "torch" not in system.packages:
         yield Finding(

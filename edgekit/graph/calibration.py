@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.bundle.onnx_file import serialized
 from edgekit.bundle.tensors import Arrays
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.graph.model import serialized, specs
+from edgekit.graph.model import specs
 from edgekit.session import check_inputs
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import set_external_data
 
-from edgekit.graph.model import serialized, to_array
+from edgekit.bundle.onnx_file import serialized, to_array
 
 LARGEST = 2**31 - 2**24  # bytes of one file; protobuf ends at 2 GB, and metadata takes some
 LEAST = 1024  # bytes; a smaller tensor stays in the graph

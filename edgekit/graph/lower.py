@@ -21,16 +21,16 @@ from torch import nn
 
 from edgekit import __version__
 from edgekit.bundle.encoding import Affine, Encoding
+from edgekit.bundle.family import tied
 from edgekit.bundle.format import GRAPH, KEY, Bundle, model_key
+from edgekit.bundle.onnx_file import load
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.graph.cleanup import shapes, strip, tidy
-from edgekit.graph.model import load
 from edgekit.graph.model import opset as opset_of
 from edgekit.graph.network import Network
 from edgekit.graph.opset import OLDEST, to_opset
 from edgekit.nn.exported import dynamic_shapes, example
-from edgekit.nn.module import tied
 
 Exporter = Literal["torchscript", "dynamo"]  # one of torch's two; dynamo writes opset 18 or newer
 FAVOURED = 17  # every runtime since 2022 reads it; from this opset on LayerNormalization is one node

@@ -27,7 +27,7 @@ class Value:
     """A stored tensor or an activation: its shape, and its type as ONNX's number (TensorProto.FLOAT and so on)."""
 
     shape: tuple[int, ...]
-    kind: int
+    dtype: int
 
     @property
     def count(self) -> int:
@@ -35,7 +35,7 @@ class Value:
 
     @property
     def bytes(self) -> float:
-        return self.count * item_bytes(self.kind)
+        return self.count * item_bytes(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,11 @@ def sized(
     return Sizes({**values, **stored}, known, frozenset(stored))
 
 
-def item_bytes(kind: int) -> float:
+def item_bytes(dtype: int) -> float:
     """Return the bytes of one number; 0.5 if two numbers share a byte."""
-    if kind in (TensorProto.INT4, TensorProto.UINT4):
+    if dtype in (TensorProto.INT4, TensorProto.UINT4):
         return 0.5
-    return 16 if kind == TensorProto.STRING else int(np.dtype(helper.tensor_dtype_to_np_dtype(kind)).itemsize)
+    return 16 if dtype == TensorProto.STRING else int(np.dtype(helper.tensor_dtype_to_np_dtype(dtype)).itemsize)
 
 
 def _light(model: ModelProto, batch: int, lengths: Mapping[str, int], also: Mapping[str, Value]) -> ModelProto:
@@ -117,15 +117,15 @@ def _light(model: ModelProto, batch: int, lengths: Mapping[str, int], also: Mapp
 
 
 def _info(name: str, value: Value) -> Any:
-    return helper.make_tensor_value_info(name, value.kind, value.shape)
+    return helper.make_tensor_value_info(name, value.dtype, value.shape)
 
 
 def _values(graph: Any) -> dict[str, Value]:
     found = {tensor.name: Value(tuple(tensor.dims), tensor.data_type) for tensor in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):
-        kind = value.type.tensor_type
-        if kind.HasField("shape") and kind.elem_type and all(axis.HasField("dim_value") for axis in kind.shape.dim):
-            found[value.name] = Value(tuple(axis.dim_value for axis in kind.shape.dim), kind.elem_type)
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and tensor.elem_type and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            found[value.name] = Value(tuple(axis.dim_value for axis in tensor.shape.dim), tensor.elem_type)
     return found
 
 

@@ -29,9 +29,9 @@ def from_factory(
 ) -> Bundle:
     """Make a bundle from a Python function that builds a network. weights: a safetensors file, or arrays by name;
     outputs: their names, in order; one named "probabilities" is the softmax of the network's result."""
+    from edgekit.bundle.family import build, tied
     from edgekit.data.dataset import Dataset
-    from edgekit.nn.families import build
-    from edgekit.nn.module import tied, trust
+    from edgekit.nn.module import trust
     from edgekit.nn.training import outputs as run_network
 
     if not inputs:

@@ -45,8 +45,8 @@ def portable(bundle: Bundle) -> Bundle:
     manifest = bundle.manifest
     if not live.is_live(manifest.arguments.get("factory", "")):
         return bundle
+    from edgekit.bundle.onnx_file import serialized
     from edgekit.graph.lower import lower
-    from edgekit.graph.model import serialized
 
     inputs, expected = bundle.golden()
     graph = serialized(lower(bundle))

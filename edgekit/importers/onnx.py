@@ -13,7 +13,8 @@ from edgekit.session import open_session
 
 def from_onnx(content: bytes, name: str, source: str, *, golden: Arrays | None = None) -> Bundle:
     """Make a bundle around an ONNX graph; onnxruntime computes its golden outputs from the golden inputs."""
-    from edgekit.graph.model import load, normalized, serialized, specs
+    from edgekit.bundle.onnx_file import load, serialized
+    from edgekit.graph.model import normalized, specs
 
     model = load(content, source)
     inputs, outputs = specs(model, source)

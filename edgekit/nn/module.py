@@ -117,16 +117,6 @@ def _declare(module: nn.Module, depthwise: bool) -> None:
         module.num_parameters = len(module.weight)
 
 
-def tied(model: nn.Module) -> dict[str, str]:
-    """Return the further names of tied parameters, with the first name, under which named_parameters() lists them."""
-    first: dict[int, str] = {}
-    return {
-        name: first[id(value)]
-        for name, value in model.named_parameters(remove_duplicate=False)
-        if first.setdefault(id(value), name) != name
-    }
-
-
 def positions(text: str) -> list[int]:
     """Parse '0,3-5' as [0, 3, 4, 5]."""
     runs = (part.split("-") for part in text.split(","))

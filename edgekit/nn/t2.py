@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgekit.bundle.family import PrunableGroup
 from edgekit.errors import EdgekitError
 from edgekit.nn.attention import TinyHeadAttention
-from edgekit.nn.families import PrunableGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,10 @@ from torch.nn.utils import parametrize
 
 from edgekit import plugins
 from edgekit.bundle.encoding import Encoding, Float
+from edgekit.bundle.family import build, tied
 from edgekit.bundle.tensors import TensorSpec, golden_inputs, parse_spec
 from edgekit.data.dataset import Dataset, is_labelled
 from edgekit.errors import EdgekitError
-from edgekit.nn.families import build
-from edgekit.nn.module import tied
 from edgekit.nn.training import Schedule, balanced_class_weights, fit
 from edgekit.passes.change import Change as Change
 

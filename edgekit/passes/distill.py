@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from edgekit.bundle.family import build
 from edgekit.errors import EdgekitError
-from edgekit.nn.families import build
 from edgekit.nn.training import tensors
 from edgekit.nn.units import results
 from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, recover

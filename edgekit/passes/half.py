@@ -21,8 +21,9 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper, shape_inference
 
+from edgekit.bundle.onnx_file import LEAST
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph.model import LEAST, eliminate_dead_nodes, name_nodes, opset, replace_tensor, unique_name, value_names
+from edgekit.graph.model import eliminate_dead_nodes, name_nodes, opset, replace_tensor, unique_name, value_names
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

@@ -24,11 +24,11 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import nn
 from torch.fx import GraphModule
 
+from edgekit.bundle.family import tied
 from edgekit.errors import EdgekitError, missing_extra, unknown
 from edgekit.graph.index import Index
 from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, unique_name, value_names
 from edgekit.nn.exported import Exported, dynamic_shapes, example
-from edgekit.nn.module import tied
 from edgekit.nn.training import tensors
 from edgekit.passes.base import (
     Candidate,

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from edgekit.bundle.family import PrunableGroup, build, prunable_groups
 from edgekit.errors import EdgekitError
-from edgekit.nn.families import PrunableGroup, build, prunable_groups
 from edgekit.nn.training import tensors
 from edgekit.passes.base import Candidate, Change, Context, Pass, at_least, loss, recover
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from edgekit.bundle.family import countable_units
+from edgekit.compression.decisions import allowed, rounded
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
 from edgekit.compression.subject import candidate_of, lowered
 from edgekit.compression.trials import Sensitivity
 from edgekit.data.dataset import is_labelled
 from edgekit.errors import EdgekitError
-from edgekit.nn.families import countable_units
 from edgekit.passes.base import Candidate
-from edgekit.targets.decisions import allowed, rounded
 
 if TYPE_CHECKING:
     import optuna

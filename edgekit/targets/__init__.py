@@ -1,1 +1,1 @@
-"""Devices as data: one TOML profile each, which `profile.py` reads, and the decisions that follow from a profile."""
+"""Devices as data: one TOML profile each, which `profile.py` reads; `local.py` says which of them this machine is."""

@@ -11,11 +11,11 @@ import numpy as np
 from torch import nn
 
 from edgekit.bundle.encoding import Float
+from edgekit.bundle.family import find_family
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import PROBABILITIES
-from edgekit.nn import families
 from edgekit.nn.t2 import T2, Block
 
 LANES = 16  # floats of the widest vector in kernels.c: the row length of a buffer is a multiple of it, on every machine
@@ -101,7 +101,7 @@ class Program:
 def program(bundle: Bundle) -> Program:
     """Return the bundle's network as kernel calls. Raises if C does not support its family, inputs or outputs."""
     manifest = bundle.manifest
-    if not families.find(manifest.family).written_in_c:
+    if not find_family(manifest.family).written_in_c:
         raise EdgekitError(
             f"{manifest.name} is a {manifest.family}, which cannot be written as C yet; the C exporter knows the "
             f"families {', '.join(WRITERS)}; choose another format, such as --to onnx"

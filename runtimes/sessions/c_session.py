@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 import exporters
 from edgekit import cache
+from edgekit.bundle.family import find_family
 from edgekit.bundle.format import Bundle, model_key
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError
-from edgekit.nn import families
 from edgekit.session import Session, check_inputs, open_session
 from exporters.c.library import NATIVE, Compiler, Library
 from runtimes.sessions.rows import cut, share_out
@@ -110,7 +110,7 @@ def open_fastest(bundle: Bundle, *, threads: int | None = None, chunk: int | Non
     C is several times faster per core (tools/bench_c.py). The function uses C only if it gives the bundle's golden
     outputs on this machine; if it does not, or if it does not compile, the function warns and uses ONNX Runtime.
     """
-    if families.find(bundle.manifest.family).written_in_c and has_compiler():
+    if find_family(bundle.manifest.family).written_in_c and has_compiler():
         try:
             session = CSession(bundle, threads=threads, chunk=chunk)
             check_golden(session, bundle)

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from alert_broker import plasticc
 from alert_broker.features import LightCurveFeatures
 from alert_broker.surveys.base import LightCurve, PacketError, Survey, survey_named
+from edgekit.bundle.family import build
 from edgekit.bundle.format import Bundle, Manifest, assemble
 from edgekit.bundle.tensors import TensorSpec
-from edgekit.nn.families import build
 
 
 def features_of(bands=("g", "r"), **changes) -> LightCurveFeatures:

@@ -125,7 +125,7 @@ def test_precision_power_and_layers_of_a_target(models, edgekit):
     ]
     assert low[1]["estimate"] > 2 * full[1]["estimate"]
     rows = json.loads(edgekit(*arguments, "--layers").out)["results"][0]["rows"]
-    assert [row["kind"] for row in rows] == ["MatMul"]
+    assert [row["op_type"] for row in rows] == ["MatMul"]
     assert edgekit(*arguments, "--power", "16W").failed_with(1, "unknown power mode '16W'", "MAXN")
     assert edgekit(*arguments, "--precision", "float8").failed_with(1, "must not be given float8", "float16, int8")
 
@@ -170,7 +170,7 @@ def test_this_machine_is_measured_beside_the_estimate(models, edgekit, monkeypat
     assert found["measured_here"]
     assert found["machine"]["cpu"]
     (row,) = found["results"][0]["rows"]
-    assert row["kind"] == "MatMul"
+    assert row["op_type"] == "MatMul"
     assert row["estimate"] == pytest.approx(1e-6)
     assert row["measured"] > 2 * 4 * 16 * 512 * 512 / 2e12, "no core is that fast"
     assert 0 < row["roofline"] <= 1.5

@@ -21,13 +21,13 @@ def model():
 
 def test_an_estimate_has_a_row_for_each_operator_and_one_for_each_type():
     report = elsewhere(model(), profile.find("jetson-nano"), 1)
-    assert [row.kind for row in report.rows if row.kind == "MatMul"] == ["MatMul", "MatMul"]
-    merged = {row.kind: row for row in report.by_kind()}
+    assert [row.op_type for row in report.rows if row.op_type == "MatMul"] == ["MatMul", "MatMul"]
+    merged = {row.op_type: row for row in report.by_op_type()}
     assert merged["MatMul"].count == 2
-    assert merged["MatMul"].estimate == pytest.approx(sum(r.estimate for r in report.rows if r.kind == "MatMul"))
-    assert sum(row.operations for row in report.by_kind()) == sum(row.operations for row in report.rows)
+    assert merged["MatMul"].estimate == pytest.approx(sum(r.estimate for r in report.rows if r.op_type == "MatMul"))
+    assert sum(row.operations for row in report.by_op_type()) == sum(row.operations for row in report.rows)
     assert report.measured is None
-    assert all(row.measured is None for row in report.by_kind())
+    assert all(row.measured is None for row in report.by_op_type())
 
 
 def test_a_slower_device_takes_longer():

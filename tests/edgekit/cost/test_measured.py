@@ -74,7 +74,7 @@ def test_a_table_finds_the_law_that_times_follow(counted, monkeypatch):
     def made_up(model, feeds, **options):
         operators = optimized_work(model, 1).operators
         return [
-            Kernel(item.name, item.kind, float(np.dot(list(law.values()), terms(item, 1 << 20, 16))))
+            Kernel(item.name, item.op_type, float(np.dot(list(law.values()), terms(item, 1 << 20, 16))))
             for item in operators
         ]
 
@@ -140,7 +140,7 @@ def test_a_table_is_kept_and_a_damaged_one_measured_again(tmp_path, monkeypatch)
 def test_kernels_are_those_that_run():
     model = product(20, 30, 40)
     kernels = profiled(model, random_feeds(model, 1), seconds=0.01)
-    assert [(kernel.name, kernel.kind) for kernel in kernels] == [("product", "MatMul")]
+    assert [(kernel.name, kernel.op_type) for kernel in kernels] == [("product", "MatMul")]
     assert 0 < kernels[0].seconds < 0.05
 
 

@@ -33,7 +33,7 @@ def model(nodes, inputs, outputs, weights=None, opset=17, kind=FLOAT):
 def costs(built, batch=1, lengths=None):
     done = work(built, sized(built, batch, lengths))
     assert done.unknown == ()
-    return {item.kind: item for item in done.operators}, done
+    return {item.op_type: item for item in done.operators}, done
 
 
 def zeros(*shape, dtype=np.float32):
@@ -122,7 +122,7 @@ def test_attention_costs_its_two_products_and_the_softmax():
     products = [item for item in done.operators if item.product]
     assert [item.operations for item in products] == [2 * rows * heads * tokens * tokens * width] * 2
     assert [item.matrices for item in products] == [rows * heads] * 2
-    softmax = next(item for item in done.operators if item.kind == "Softmax")
+    softmax = next(item for item in done.operators if item.op_type == "Softmax")
     assert softmax.operations == rows * heads * tokens * tokens
     assert softmax.matrices == rows * heads * tokens
 

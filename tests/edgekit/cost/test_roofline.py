@@ -79,7 +79,7 @@ def test_what_is_missing_from_the_rows_is_said_to_be_fused():
     model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], stored))
     for kind, said in (("gpu", True), ("cpu", False)):
         report = elsewhere(model, toy(kind), 1)
-        assert ([row.kind for row in report.rows] == ["MatMul"]) is said
+        assert ([row.op_type for row in report.rows] == ["MatMul"]) is said
         assert report.formula.endswith("count with the operator before them") is said
 
 

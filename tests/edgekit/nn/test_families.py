@@ -1,67 +1,51 @@
-"""Families: networks by name."""
+"""The families that edgekit has: the functions and the runtimes that they name exist."""
 
-import subprocess
-import sys
+import importlib
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from edgekit.errors import EdgekitError
+from edgekit import plugins
+from edgekit.bundle.family import Family, PrunableGroup, find_family
 from edgekit.nn import families
-from edgekit.nn.families import build, prunable_groups
+
+OWN = [families.T2, families.MODULE, families.GRAPH]
 
 
-def test_weights_arrive_and_the_network_is_in_evaluation_mode(tiny_bundle, tiny):
-    weights = tiny_bundle.weights()
-    model = build("t2", tiny.arguments, weights)
-    assert not model.training
-    for name, value in model.state_dict().items():
-        assert np.array_equal(value.numpy(), weights[name])
-    model.embed.weight.data += 1
-    assert not np.array_equal(model.embed.weight.detach().numpy(), weights["embed.weight"]), "the weights are its own"
+def missing(family: Family) -> list[str]:
+    """What a family names and nothing provides."""
+    found = [name for name in family.runtimes if name not in plugins.names("edgekit.sessions")]
+    for text in filter(None, (family.builder, family.groups)):
+        module, _, name = text.partition(":")
+        if not callable(getattr(importlib.import_module(module), name, None)):
+            found.append(text)
+    return found
 
 
-@pytest.mark.parametrize(
-    ("family", "arguments", "words"),
-    [
-        ("t3", {}, "model family 't3'; expected one of: module, onnx, t2"),
-        ("t2", {"bands": 3}, "weights do not fit t2"),
-        ("t2", {"bnads": 2}, "bnads"),
-    ],
-)
-def test_what_cannot_be_built(family, arguments, words, tiny_bundle):
-    with pytest.raises(EdgekitError, match=words) as caught:
-        build(family, arguments, tiny_bundle.weights())
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("family", OWN, ids=lambda family: family.name)
+def test_a_family_is_found_by_its_name_and_all_that_it_names_exists(family):
+    assert find_family(family.name) is family
+    assert missing(family) == []
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(EdgekitError, match=r"torch.*edgekit\[compress\]"):
-        build("t2", {"bands": 2})
+def test_a_planted_wrong_function_and_runtime_are_missing():
+    wrong = replace(families.T2, groups="edgekit.nn.t2:prunable_group", runtimes=("torch", "tourch"))
+    assert missing(wrong) == ["tourch", "edgekit.nn.t2:prunable_group"]
 
 
-def test_a_family_without_prunable_units_says_so(register):
-    register("edgekit.families", "solid", families.Family("solid", "edgekit.nn.module:build"))
-    with pytest.raises(EdgekitError, match="solid"):
-        prunable_groups("solid", None)
-    assert families.countable_units("solid", None) == {}
+def test_only_a_graph_has_no_network():
+    assert [family.name for family in OWN if not family.builder] == ["onnx"]
+    assert "torch" not in families.GRAPH.runtimes
 
 
-def test_a_graph_has_no_network_to_build():
-    with pytest.raises(EdgekitError, match="'onnx' holds a graph"):
-        build("onnx", {})
+def test_the_groups_of_a_t2_name_parameters_that_it_has(tiny_bundle):
+    from edgekit.bundle.family import prunable_groups
 
-
-@pytest.mark.parametrize(
-    ("family", "words"), [(object(), "it is a object; expected"), (families.Family("other"), "its name is 'other'")]
-)
-def test_a_family_that_is_none_is_refused(family, words, register):
-    register("edgekit.families", "solid", family)
-    with pytest.raises(EdgekitError, match=rf"the model family 'solid' cannot be used: {words}"):
-        families.find("solid")
-
-
-def test_looking_at_a_family_imports_no_torch():
-    code = "import sys; from edgekit.nn import families; families.find('t2'); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    model = tiny_bundle.model()
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    groups = prunable_groups("t2", model)
+    assert {group.argument for group in groups} <= set(tiny_bundle.manifest.arguments)
+    for group in groups:
+        assert isinstance(group, PrunableGroup)
+        assert {shapes[name][0] for name in group.rows} == {group.size * group.width}
+        assert {shapes[name][1] for name in group.columns} == {group.size * group.width}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from edgekit.bundle.family import tied
 from edgekit.errors import EdgekitError
-from edgekit.nn.module import build, positions, ranges, remove, tied, trust
+from edgekit.nn.module import build, positions, ranges, remove, trust
 
 HERE = __name__
 

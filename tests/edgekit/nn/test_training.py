@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.bundle.family import build
 from edgekit.compression.metrics import metric
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nn import training
-from edgekit.nn.families import build
 from edgekit.nn.training import Schedule, _moving_average, balanced_class_weights, fit, probabilities
 
 SCHEDULE = Schedule(epochs=4, batch=48, learning_rate=5e-3)

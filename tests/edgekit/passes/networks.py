@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgekit.bundle.family import build
 from edgekit.bundle.format import Manifest, assemble
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.data.dataset import Dataset
-from edgekit.nn.families import build
 from edgekit.nn.module import trust
 from edgekit.nn.training import Schedule, fit, probabilities
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from edgekit.bundle.family import build
 from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
-from edgekit.nn.families import build
 from edgekit.nn.module import positions, trust
 from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context

@@ -49,7 +49,7 @@ def test_the_student_starts_from_its_own_seed(tiny_candidate, tiny_context):
 
 
 def test_a_student_by_other_arguments_of_the_factory():
-    from edgekit.nn.families import build
+    from edgekit.bundle.family import build
     from edgekit.passes.base import Candidate, Context
     from tests.edgekit.passes.networks import accuracy, arguments_of, trained
 

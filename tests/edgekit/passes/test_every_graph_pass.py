@@ -7,10 +7,11 @@ import numpy as np
 import onnx
 import pytest
 
+from edgekit.bundle.onnx_file import serialized
 from edgekit.compression.recipe import Step
 from edgekit.errors import EdgekitError
 from edgekit.graph.calibration import BATCH, activations, calibration_rows, moments, ranges
-from edgekit.graph.model import serialized, specs, weights
+from edgekit.graph.model import specs, weights
 from edgekit.passes.base import Change, Context, Level
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.passes.fold import Fold

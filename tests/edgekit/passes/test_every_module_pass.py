@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.bundle.family import build
 from edgekit.bundle.store import open_bundle, write_bundle
-from edgekit.nn.families import build
 from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate, Context
 from edgekit.passes.cluster import Cluster

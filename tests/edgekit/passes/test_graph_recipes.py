@@ -7,6 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle.format import GRAPH, Manifest, assemble_graph
+from edgekit.bundle.onnx_file import load, serialized
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.compression import measure, metrics, report
 from edgekit.compression.guard import Limits
@@ -16,7 +17,7 @@ from edgekit.compression.run import plan, run
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.graph import lower as lowering
-from edgekit.graph.model import load, serialized, weights
+from edgekit.graph.model import weights
 from edgekit.passes.base import GraphCandidate, Level, Pass
 from edgekit.passes.half import Half
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession

@@ -103,9 +103,9 @@ def test_two_of_four_input_channels_of_a_convolution():
 
 
 def test_a_tied_weight_stays_tied_and_pruned():
+    from edgekit.bundle.family import build, tied
     from edgekit.data.dataset import Dataset
-    from edgekit.nn.families import build
-    from edgekit.nn.module import tied, trust
+    from edgekit.nn.module import trust
     from edgekit.passes.base import Candidate, Context
 
     factory = "tests.conformance.models:llama_block"

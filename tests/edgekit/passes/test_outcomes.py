@@ -6,8 +6,8 @@ A pass that starts to refuse, or stops to, changes its line in a table; so does 
 import pytest
 import torch
 
+from edgekit.bundle.family import build
 from edgekit.errors import EdgekitError
-from edgekit.nn.families import build
 from edgekit.passes.base import Candidate
 from tests.edgekit.passes import test_every_graph_pass as on_graphs
 from tests.edgekit.passes import test_every_pass as on_networks

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from torch import nn
 from torch.nn.utils import fusion
 
+from edgekit.bundle.onnx_file import serialized
 from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job
 from edgekit.compression.measure import outputs_of
@@ -20,7 +21,6 @@ from edgekit.compression.run import check_order
 from edgekit.compression.subject import applied, candidate_of, context_of
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.graph.model import serialized
 from edgekit.nn.training import tensors
 from edgekit.passes.base import Candidate
 from edgekit.passes.qat_int8 import QatInt8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.bundle.family import build, prunable_groups
 from edgekit.data.dataset import UNKNOWN, Dataset
-from edgekit.nn.families import build, prunable_groups
 from edgekit.nn.training import probabilities
 from edgekit.passes.base import Candidate
 from edgekit.passes.structured_prune import StructuredPrune, importance

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.bundle.family import tied
 from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.bundle.tensors import parse_spec
 from edgekit.compression.job import Job
@@ -13,7 +14,6 @@ from edgekit.compression.recipe import Step
 from edgekit.compression.subject import applied
 from edgekit.data.dataset import Dataset
 from edgekit.importers.factory import from_factory
-from edgekit.nn.module import tied
 
 NETS = """
 import torch

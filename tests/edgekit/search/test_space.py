@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.bundle.family import build
 from edgekit.bundle.format import Manifest, assemble_graph
+from edgekit.bundle.onnx_file import serialized
 from edgekit.bundle.tensors import TensorSpec
+from edgekit.compression import decisions
 from edgekit.compression.guard import Limits
 from edgekit.compression.job import Job
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import plan
 from edgekit.compression.trials import Sensitivity
 from edgekit.errors import EdgekitError
-from edgekit.graph.model import serialized
-from edgekit.nn.families import build
 from edgekit.search import space as module
 from edgekit.search.sensitivity import sensitivities
 from edgekit.search.space import FULL, PLAIN, SHORT, Space, explored, forms, lengthened, smoothable, starts, suggest
-from edgekit.targets import decisions, local, profile
+from edgekit.targets import local, profile
 from tests.edgekit.passes import graphs
 from tests.edgekit.passes.networks import arguments_of, bundled, sequences
 

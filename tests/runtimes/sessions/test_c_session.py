@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from edgekit import plugins
+from edgekit.bundle.family import find_family
 from edgekit.bundle.format import GOLDEN, with_files
 from edgekit.bundle.store import write_bundle
 from edgekit.bundle.tensors import arrays_to_bytes, golden_inputs
 from edgekit.errors import EdgekitError
-from edgekit.nn import families
 from edgekit.session import open_session
 from exporters.c import program
 from exporters.c.library import Compiler, Library
@@ -224,5 +224,5 @@ def test_edgekit_run_says_what_ran(edgekit, tiny_file, tiny_bundle, tmp_path):
 
 
 def test_auto_knows_the_families_of_the_exporter():
-    known = {name for name in plugins.names("edgekit.families") if families.find(name).written_in_c}
+    known = {name for name in plugins.names("edgekit.families") if find_family(name).written_in_c}
     assert set(program.WRITERS) == known

@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 
 from edgekit.bundle.store import open_bundle, write_bundle
+from edgekit.compression import decisions
 from edgekit.compression.bench import float_graph
+from edgekit.compression.decisions import allowed, estimated, fitted, needed, rounded, with_defaults
 from edgekit.compression.recipe import Step
 from edgekit.compression.run import plan, run
 from edgekit.compression.trials import Constraints, Outcome
 from edgekit.errors import EdgekitError
 from edgekit.search.auto import search
 from edgekit.search.space import Space, forms, starts, suggest
-from edgekit.targets import decisions, local, profile
-from edgekit.targets.decisions import allowed, estimated, fitted, needed, rounded, with_defaults
+from edgekit.targets import local, profile
 from edgekit.targets.profile import Figure
 
 P40, NANO, RTX, ORIN = (

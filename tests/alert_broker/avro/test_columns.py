@@ -19,122 +19,15 @@ from alert_broker.simulate import simulate
 from alert_broker.surveys import lsst
 from alert_broker.surveys.base import survey_named
 from alert_broker.ztf_schema import ztf_schema
+from tests.alert_broker.avro.maker import Maker, zigzag
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHARED = Path(os.environ.get("EDGEKIT_SHARED_DATA", ROOT.parent / "shared" / "data"))
-SCALARS = ("null", "boolean", "int", "long", "float", "double", "string", "bytes", "fixed", "enum")
 LOGICAL = {"int": "date", "long": "timestamp-micros", "bytes": "decimal", "string": "uuid"}
 HOSTILE_NUMBERS = (0, 1, 3, 127, 128, 2**31, 2**62, 2**63 - 1, -1, -(2**63))
 
 
-# --- random schemas and data: bytes are made here, with blocks of every form, and fastavro says what they mean
-
-
-class Maker:
-    """Draws schemas, and bytes that fit them."""
-
-    def __init__(self, seed):
-        self.rng = np.random.default_rng(seed)
-        self.names = 0
-        self.defined = {}  # types that a later one can name
-
-    def one_of(self, *values):
-        return values[self.rng.integers(len(values))]
-
-    def name(self):
-        self.names += 1
-        return f"n{self.names}"
-
-    def record(self, depth):
-        fields = [{"name": self.name(), "type": self.type(depth - 1)} for _ in range(self.rng.integers(1, 7))]
-        fields.append({"name": self.name(), "type": "boolean"})  # so that none takes no bytes
-        return self.define({"type": "record", "name": self.name(), "fields": fields})
-
-    def define(self, schema):
-        self.defined[schema["name"]] = schema
-        return schema
-
-    def scalar(self):
-        kind = self.one_of(*SCALARS)
-        if kind == "fixed":
-            return self.define({"type": "fixed", "name": self.name(), "size": int(self.rng.integers(1, 5))})
-        if kind == "enum":
-            return self.define({"type": "enum", "name": self.name(), "symbols": ["RED", "GREEN", "BLUE"]})
-        return {"type": kind} if self.rng.random() < 0.1 else kind
-
-    def type(self, depth):
-        kinds = ["scalar", "optional", "named"] * 2
-        if depth > 0:
-            kinds += ["numbers", "record", "array", "map", "union", "records"]
-        match self.one_of(*kinds):
-            case "named" if self.defined:
-                return self.one_of(*self.defined)
-            case "record":
-                return self.record(depth)
-            case "array":
-                return {"type": "array", "items": self.counted(depth)}
-            case "map":
-                return {"type": "map", "values": self.type(depth - 1)}
-            case "numbers":
-                kinds = self.one_of(["int", "double", "null", "float"], ["long", "null", "int"])  # doubles round longs
-                return [str(kind) for kind in self.rng.permutation(kinds)]
-            case "union":
-                return ["string", self.record(depth), {"type": "array", "items": self.counted(depth)}, "null"]
-            case "records":
-                rows = {"type": "array", "items": self.record(depth)}
-                return self.one_of(["null", rows], [rows, "null"], ["null", rows["items"]])
-            case "optional":
-                inner = self.one_of(*self.defined) if self.defined and self.rng.random() < 0.2 else self.scalar()
-                if inner not in ("null", {"type": "null"}):
-                    return list(self.one_of(("null", inner), (inner, "null")))
-        return self.scalar()
-
-    def counted(self, depth):
-        """What an array may hold: anything that takes bytes."""
-        inner = self.type(depth - 1)
-        return "double" if inner in ("null", {"type": "null"}) else inner
-
-    def encode(self, schema):
-        rng = self.rng
-        if isinstance(schema, list):
-            branch = int(rng.integers(len(schema)))
-            return zigzag(branch) + self.encode(schema[branch])
-        schema = self.defined.get(schema, schema) if isinstance(schema, str) else schema
-        kind = schema["type"] if isinstance(schema, dict) else schema
-        if kind == "record":
-            return b"".join(self.encode(item["type"]) for item in schema["fields"])
-        if kind in ("array", "map"):
-            return self.blocks(schema["items"] if kind == "array" else schema["values"], kind == "map")
-        if kind == "fixed":
-            return rng.bytes(schema["size"])
-        if kind in ("int", "long", "enum"):
-            bits = {"int": 31, "long": 63, "enum": 1}[kind]
-            value = int(rng.integers(0, 2 ** int(rng.integers(1, bits + 1)), dtype=np.uint64))
-            return zigzag(value if kind == "enum" or rng.random() < 0.5 else -value - 1)
-        if kind in ("float", "double"):
-            return np.array(rng.normal() * 10.0 ** rng.integers(-20, 20), "<f4" if kind == "float" else "<f8").tobytes()
-        if kind in ("string", "bytes"):
-            text = "".join(self.one_of(*"abcé☃𝄞") for _ in range(rng.integers(0, 9)))
-            data = text.encode() if kind == "string" else rng.bytes(int(rng.integers(0, 200)))
-            return zigzag(len(data)) + data
-        return {"null": b"", "boolean": bytes([rng.integers(2)])}[kind]
-
-    def blocks(self, items, keys):
-        data = b""
-        for _ in range(self.rng.integers(0, 3)):
-            count = int(self.rng.integers(1, 4))
-            body = b"".join((self.encode("string") if keys else b"") + self.encode(items) for _ in range(count))
-            sized = self.rng.random() < 0.5
-            data += (zigzag(-count) + zigzag(len(body)) if sized else zigzag(count)) + body
-        return data + b"\0"
-
-
-def zigzag(value):
-    value = (value << 1) ^ (value >> 63)
-    data = b""
-    while value > 0x7F:
-        data, value = data + bytes([value & 0x7F | 0x80]), value >> 7
-    return data + bytes([value])
+# --- random schemas and data: bytes are made here, and fastavro says what they mean
 
 
 def paths_of(schema, named=None):
@@ -556,7 +449,7 @@ def test_ten_thousand_mutations_of_each_packet_do_no_harm(packet):
 def test_no_index_leaves_its_array():
     """The same loop without the compiler, on arrays that check each index: hundreds of damaged packets."""
     script = (
-        "import numpy as np, tests.alert_broker.test_avro as t, warnings\n"
+        "import numpy as np, tests.alert_broker.avro.test_columns as t, warnings\n"
         "warnings.simplefilter('ignore', RuntimeWarning)\n"  # numbers wrap at 64 bits, as compiled
         "assert not hasattr(t.walk.walk, 'signatures')\n"
         "for seed in range(25):\n"

@@ -1,0 +1,68 @@
+"""Families: networks by name."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edgekit.bundle.family import Family, build, countable_units, find_family, prunable_groups
+from edgekit.errors import EdgekitError
+
+
+def test_weights_arrive_and_the_network_is_in_evaluation_mode(tiny_bundle, tiny):
+    weights = tiny_bundle.weights()
+    model = build("t2", tiny.arguments, weights)
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert np.array_equal(value.numpy(), weights[name])
+    model.embed.weight.data += 1
+    assert not np.array_equal(model.embed.weight.detach().numpy(), weights["embed.weight"]), "the weights are its own"
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "words"),
+    [
+        ("t3", {}, "model family 't3'; expected one of: module, onnx, t2"),
+        ("t2", {"bands": 3}, "weights do not fit t2"),
+        ("t2", {"bnads": 2}, "bnads"),
+    ],
+)
+def test_what_cannot_be_built(family, arguments, words, tiny_bundle):
+    with pytest.raises(EdgekitError, match=words) as caught:
+        build(family, arguments, tiny_bundle.weights())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EdgekitError, match=r"torch.*edgekit\[compress\]"):
+        build("t2", {"bands": 2})
+
+
+def test_a_family_without_prunable_units_says_so(register):
+    register("edgekit.families", "solid", Family("solid", "edgekit.nn.module:build"))
+    with pytest.raises(EdgekitError, match="solid"):
+        prunable_groups("solid", None)
+    assert countable_units("solid", None) == {}
+
+
+def test_a_graph_has_no_network_to_build():
+    with pytest.raises(EdgekitError, match="'onnx' holds a graph"):
+        build("onnx", {})
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [(object(), "it is a object; expected"), (Family("other"), "its name is 'other'")]
+)
+def test_a_family_that_is_none_is_refused(family, words, register):
+    register("edgekit.families", "solid", family)
+    with pytest.raises(EdgekitError, match=rf"the model family 'solid' cannot be used: {words}"):
+        find_family("solid")
+
+
+def test_looking_at_a_family_imports_no_torch():
+    code = (
+        "import sys; from edgekit.bundle.family import find_family; find_family('t2'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
