@@ -32,6 +32,10 @@ SCHEMA_BYTES = 1 << 20  # of a schema's text: LSST's has 0.2 MB, and parsing 1 M
 Buffer = bytes | mmap.mmap
 
 
+class UnknownSchemaError(PacketError):
+    """The registry has no schema with the id of a message."""
+
+
 @dataclass(frozen=True, slots=True)
 class BadPacket:
     """What gave no light curve and why. packets: how many it stands for, as far as the container says; 0 for none.
@@ -104,17 +108,18 @@ def _one_packet(data: Buffer, index: int) -> Block | None:
 
 
 def split(
-    data: Buffer, file: str, schema_text: Callable[[int], str] | None = None, inflated_bytes: int = INFLATED_BYTES
+    data: Buffer, file: str, schema_text: Callable[[int], str] | None = None, inflated_bytes: int | None = None
 ) -> Iterator[Block | BadPacket]:
     """Cut a file or a message into blocks of Avro data; the first bytes say which format it is.
 
-    schema_text: asked for schemas of Confluent messages that are not LSST's installed ones (`Registry.schema`). Its
-    PacketError makes a BadPacket; what else it raises comes through, since the packet is not to blame.
+    schema_text: gives the schemas of Confluent messages (`Registry.schema`). LSST's installed ones are used for ids
+    that it does not know, and without it. A PacketError that it raises becomes a BadPacket; any other error is raised,
+    as the packet is not at fault.
     """
     if len(data) == 0:
         yield BadPacket(file, 0, "empty: 0 bytes", packets=0)
     elif data[:4] == AVRO_MAGIC:
-        yield from _split_container(data, file, inflated_bytes)
+        yield from _split_container(data, file, inflated_bytes or INFLATED_BYTES)
     elif data[:1] == WIRE_MAGIC:
         yield _unwrap_message(data, file, schema_text)
     else:
@@ -290,19 +295,36 @@ def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] |
         return BadPacket(file, 0, f"a Confluent message of {len(data)} bytes; expected 5 of header and a packet")
     _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])
     try:
-        if schema_text is None or identifier in lsst.schema_versions():
-            schema = _message_schema(identifier)
-        else:
-            schema = _registered_schema(schema_text, identifier)
+        schema = _message_schema(identifier) if schema_text is None else _known_schema(schema_text, identifier)
     except PacketError as error:
         return BadPacket(file, 0, str(error))
     return Block(file, WIRE_HEADER.size, schema, 1, memoryview(data)[WIRE_HEADER.size :])
 
 
+def _known_schema(schema_text: Callable[[int], str], identifier: int) -> Schema:
+    """The registry's schema with this id. A registry numbers schemas as it likes, so its answer wins over an installed
+    schema of LSST with the same id."""
+    try:
+        found = _registered_schema(schema_text, identifier)
+    except UnknownSchemaError:
+        if identifier not in lsst.schema_versions():
+            raise
+        return _message_schema(identifier)
+    if isinstance(found, PacketError):
+        raise found
+    return found
+
+
 @functools.lru_cache(maxsize=64)
-def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema:
-    """By number: to look 0.2 MB of schema up by its text would take longer than to read a packet."""
-    return _container_schema(schema_text(identifier).encode())
+def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema | PacketError:
+    """Cached by id: to look up 0.2 MB of schema by its text would take longer than to read a packet, and to parse a
+    schema that is no schema again for each of its packets much longer."""
+    try:
+        return _container_schema(schema_text(identifier).encode(errors="surrogatepass"))
+    except UnknownSchemaError:
+        raise
+    except PacketError as error:
+        return error
 
 
 @functools.cache

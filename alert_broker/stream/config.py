@@ -45,7 +45,7 @@ class SourceSettings:
     until_eos: bool = _option(False, "End when every partition has been read to its end.")
     drain_seconds: float = _option(20.0, "How long a partition that is taken away may finish what is in flight.")
     stop_seconds: float = _option(
-        1.0, "How long alerts in flight may finish after SIGTERM. The rest is not committed and will be read again."
+        0.5, "How long alerts in flight may finish after SIGTERM. The rest is not committed and will be read again."
     )
 
 

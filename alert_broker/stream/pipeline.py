@@ -36,8 +36,9 @@ from alert_broker.stream.dead_letters import (
     stack_digest,
     without_content,
 )
+from alert_broker.stream.outputs import Registry
 from alert_broker.stream.publish import Outgoing, Refused, open_publisher
-from alert_broker.stream.registry import RegistryError, open_registry
+from alert_broker.stream.registry import HttpRegistry, RegistryError, open_registry
 from alert_broker.stream.reuse import COLUMNS, Reuse
 from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import LostError, MessageBatch, Source, next_offsets
@@ -86,7 +87,9 @@ class Pipeline:
         for item in classifiers.opened.values():
             item.session.warmup(config.batch.size)
             stats.models[item.bundle.manifest.name] = item.bundle.digest
-        registry = open_registry(config.registry_url()) if config.registry.url else None
+        self._stopping = threading.Event()  # nobody waits for the registry any more
+        registry = self._open_registry() if config.registry.url else None
+        self._registry = registry
         self.stages = Stages(classifiers, registry.schema if registry else None, budget)
         routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
         self.router = Router(routes, classifiers.schema, registry=registry) if routes else None
@@ -105,11 +108,18 @@ class Pipeline:
         self._queues = {
             name: queue.Queue[InFlight | None](config.batch.queue) for name in ("decode", "classify", "publish")
         }
-        self._stopping = threading.Event()
         self._stopped_at: float | None = None  # monotonic seconds at which `stop` returned true
         self._waiting: deque[InFlight] = deque()  # batches that were read and not yet given to a stage
         self._stop: Callable[[], bool] = lambda: False
         self.source.while_draining = self._keep_moving
+
+    def _open_registry(self) -> Registry:
+        return open_registry(
+            self.config.registry_url(),
+            sleep=self._stopping.wait,
+            stopped=self._stopping.is_set,
+            seconds=self.config.registry.seconds,
+        )
 
     def run(self, stop: Callable[[], bool]) -> None:
         self._stop = self.source.stopping = stop
@@ -130,7 +140,6 @@ class Pipeline:
             if not isinstance(error, Exception):  # a second Ctrl-C: the user does not want to wait
                 raise
         finally:
-            self._stopping.set()
             threading.Thread(target=self._put, args=("decode", None), daemon=True).start()  # may have to wait for room
             if not isinstance(self._failure, KeyboardInterrupt):
                 self._join(threads)
@@ -159,6 +168,7 @@ class Pipeline:
         """Give up what is in flight after a failure, or if it has not finished in time after a stop."""
         late = self._is_stopped() and time.monotonic() - (self._stopped_at or 0.0) > self.config.source.stop_seconds
         if late or self._failure is not None:
+            self._stopping.set()
             self._cancelled.set()
 
     # --- polling
@@ -190,7 +200,6 @@ class Pipeline:
                     # a paused consumer gets no messages, but must poll to stay in the group and to notice revocations
                     if (batch := self.source.poll(self.config.batch.size, 0.0)) is not None:
                         waiting.append(InFlight(batch))
-        self._stopping.set()  # else a stage that waits for the registry would block here
         while waiting and self._failure is None:
             self._hand_on()
             self.source.serve()
@@ -200,6 +209,7 @@ class Pipeline:
     def _is_stopped(self) -> bool:
         if self._stopped_at is None and self._stop():
             self._stopped_at = time.monotonic()
+            self._stopping.set()
         return self._stopped_at is not None
 
     def _keep_moving(self) -> bool:
@@ -252,7 +262,12 @@ class Pipeline:
                     work.alerts, work.dead_letters = self.stages.decode(values)
                 return
             except RegistryError as error:  # no alert is at fault: wait; fetching is paused meanwhile
-                if self._stopping.is_set() or time.monotonic() > deadline:
+                if self._stopping.is_set():
+                    raise
+                if isinstance(self._registry, HttpRegistry) and self._registry.blames(error):
+                    LOG.warning("messages with schema %d become dead letters: %s", error.identifier, error)
+                    continue
+                if time.monotonic() > deadline:
                     raise
                 LOG.warning("%s; trying again", error)
                 self._stopping.wait(REGISTRY_RETRY)

@@ -5,12 +5,14 @@ import json
 import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from confluent_kafka import TopicPartition
 
-from alert_broker import work_budget
+from alert_broker import containers, work_budget
 from alert_broker.classify import classify_files
+from alert_broker.containers import WIRE_HEADER
 from alert_broker.stream import pipeline
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of
@@ -424,3 +426,48 @@ def test_what_is_given_up_is_not_committed(rig, packets, monkeypatch):
     rig.consume()
     done = rig.outcome(sent)
     assert (done.lost, done.duplicates) == (0, 0)
+
+
+def test_one_bad_schema_id_makes_dead_letters_of_its_messages_only(rig, packets, monkeypatch):
+    """The registry has no text for schema 7, fails on 8, and has ZTF's under 900, which is also an id of LSST's.
+    Without the registry, the messages under 900 are read as LSST's and become dead letters."""
+    text = containers._container_metadata(packets[0])[0]["avro.schema"].decode()
+    answers = {7: (200, {"schema": None}), 8: (500, {}), 900: (200, {"schema": text})}
+    datums = [datum_of(packet) for packet in packets]
+    rig.send([WIRE_HEADER.pack(0, number) + datum for datum in datums[:9] for number in (7, 8, 900)])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("alert_broker.stream.registry.DELAYS", (0.0,))
+    monkeypatch.setattr("alert_broker.stream.pipeline.REGISTRY_RETRY", 0.1)
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body = answers.get(int(self.path.rpartition("/")[2]) if "ids" in self.path else 0, (200, []))
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    try:
+        total = rig.consume(registry={"url": f"http://127.0.0.1:{server.server_port}"}).ledger.total()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (total.published, total.dead_lettered) == (9, 18)
+    ids = Counter(dict(headers_of(letter))[SCHEMA_ID] for letter in rig.read(rig.dead))
+    assert ids == {b"7": 9, b"8": 9}
+    again = rig.consume(source={"group": f"{rig.name}-without"}).ledger.total()  # the twin
+    assert (again.published, again.dead_lettered) == (0, 27)
+
+
+def datum_of(packet: bytes) -> bytes:
+    """The Avro data of a container of one packet."""
+    rest, at = packet[containers.header_end(packet) :], 1  # the count of 1 is one byte
+    while rest[at] & 0x80:
+        at += 1
+    return rest[at + 1 : -16]
