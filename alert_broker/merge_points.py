@@ -1,14 +1,20 @@
 """Long light curves with neighbouring points merged, so that the work on one alert is bounded.
 
 The cost of the Gaussian process grows with the cube of the number of points. An object with more points than the limit
-keeps its first and its last point. Of the others, those of one band that lie within one width in time become one point:
-the mean of their times and fluxes, weighted by the inverse variances, with the error of that mean. The width is the
-smallest for which the limit holds. For points at one time this loses nothing (the mean is a sufficient statistic); for
-others the weighted time removes the error of first order in width / time scale.
+keeps its first and its last point. Of the others, consecutive points of one band become one point: the mean of their
+times and fluxes, weighted by the inverse variances, with the error of that mean. A point joins the group before it if
+
+    (1 - k(t)) (1 + d^2)
+
+is at most a threshold. k(t) is the correlation of the process over the days t since the group began, and d the
+difference of the fluxes in units of its error. The threshold is the smallest for which the limit holds. So points of
+one visit are merged first, which loses nothing (their mean is a sufficient statistic), then neighbours that agree, and
+last those between which the flux changes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +29,8 @@ Bands = npt.NDArray[np.int8]
 Integers = npt.NDArray[np.int64]
 
 BANDS = 128  # values of a band's index: it is an int8
-WIDTH_PRECISION = 1e-6  # of the width, relative to the object's span
+TIME_SCALE_DAYS = 20.0  # of k: where the fit of the process starts, too
+SMALLEST, LARGEST, BISECTIONS = -46.0, 709.0, 30  # ln of thresholds, from rounding to the range of doubles
 
 _compiled: Callable[..., Any] = njit(cache=True, error_model="numpy", nogil=True)
 
@@ -49,12 +56,12 @@ def _merged(one: LightCurves, most: int) -> LightCurves:
     if len(one.time) <= most:
         return one
     order = np.argsort(one.time, kind="stable")
-    time, band = one.time[order], one.band[order]
-    group = np.empty(len(time), np.int64)
-    count = _narrowest_groups(time, band, most, group)
+    points = one.time[order], one.band[order], one.flux[order], one.flux_error[order]
+    group = np.empty(len(order), np.int64)
+    count = _smallest_groups(*points, most, group)
     columns = np.zeros((4, count))
     detected, bands = np.zeros(count, np.bool_), np.zeros(count, np.int8)
-    _average(time, band, one.flux[order], one.flux_error[order], group, columns, bands)
+    _average(*points, group, columns, bands)
     np.logical_or.at(detected, group, one.detected[order])
     order = np.argsort(columns[0], kind="stable")
     time, flux, flux_error = columns[:3, order]
@@ -62,40 +69,48 @@ def _merged(one: LightCurves, most: int) -> LightCurves:
 
 
 @_compiled
-def _group(time: Floats, band: Bands, width: float, group: Integers) -> int:
-    """Number the groups of points; return how many there are. A group of a band begins with its earliest point and
-    takes those up to `width` later: no other grouping of this width has fewer groups."""
+def _group(time: Floats, band: Bands, flux: Floats, error: Floats, threshold: float, group: Integers) -> int:
+    """Number the groups of points; return how many there are."""
     last = len(time) - 1
-    current = np.full(BANDS, -1, np.int64)
-    start = np.zeros(BANDS)
+    current = np.full(
+        BANDS, -1, np.int64
+    )  # of each band: its group, when that began, its mean flux and the error of it
+    start, mean, spread = np.zeros(BANDS), np.zeros(BANDS), np.zeros(BANDS)
     count = 0
     for k in range(len(time)):
+        b = band[k]
         alone = k in (0, last)
-        if alone or current[band[k]] < 0 or time[k] - start[band[k]] > width:
-            group[k] = count
-            if not alone:
-                current[band[k]], start[band[k]] = count, time[k]
-            count += 1
-        else:
-            group[k] = current[band[k]]
+        if not alone and current[b] >= 0:
+            days = math.sqrt(3.0) * (time[k] - start[b]) / TIME_SCALE_DAYS
+            scale = math.hypot(spread[b], error[k])
+            difference = (flux[k] - mean[b]) / scale
+            cost = (1.0 - (1.0 + days) * math.exp(-days)) * (1.0 + difference * difference)
+            if not cost > threshold:  # what is not a number joins: the limit must hold whatever the numbers are
+                group[k] = current[b]
+                mean[b] += (spread[b] / scale) ** 2 * (flux[k] - mean[b])
+                spread[b] *= error[k] / scale
+                continue
+        group[k] = count
+        if not alone:
+            current[b], start[b], mean[b], spread[b] = count, time[k], flux[k], error[k]
+        count += 1
     return count
 
 
 @_compiled
-def _narrowest_groups(time: Floats, band: Bands, most: int, group: Integers) -> int:
-    """Number the groups of the smallest width that leaves at most `most`: a bisection, as fewer groups are left the
-    larger the width is."""
-    count = _group(time, band, 0.0, group)
+def _smallest_groups(time: Floats, band: Bands, flux: Floats, error: Floats, most: int, group: Integers) -> int:
+    """Number the groups for the smallest threshold that leaves at most `most`."""
+    count = _group(time, band, flux, error, 0.0, group)
     if count <= most:
         return int(count)
-    low, high = 0.0, time[-1] - time[0]
-    while high - low > WIDTH_PRECISION * (time[-1] - time[0]):
+    low, high = SMALLEST, LARGEST
+    for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
-        if _group(time, band, middle, group) <= most:
+        if _group(time, band, flux, error, math.exp(middle), group) <= most:
             high = middle
         else:
             low = middle
-    return int(_group(time, band, high, group))
+    return int(_group(time, band, flux, error, math.exp(high) if high < LARGEST else math.inf, group))
 
 
 @_compiled
