@@ -44,6 +44,10 @@ class SourceSettings:
     )
     until_eos: bool = _option(False, "End when every partition has been read to its end.")
     drain_seconds: float = _option(20.0, "How long a partition that is taken away may finish what is in flight.")
+    unreadable: Literal["skip", "stop"] = _option(
+        "skip", "What to do with a record batch that cannot be read: a dead letter for each of its offsets, or stop."
+    )
+    unreadable_seconds: float = _option(10.0, "How long such a batch is tried before that.")
     stop_seconds: float = _option(
         0.5, "How long alerts in flight may finish after SIGTERM. The rest is not committed and will be read again."
     )
@@ -180,6 +184,7 @@ class Config:
             ("publish.seconds", self.publish.seconds),
             ("model.alert_seconds", self.model.alert_seconds),
             ("source.stop_seconds", self.source.stop_seconds),
+            ("source.unreadable_seconds", self.source.unreadable_seconds),
         ):
             if not seconds > 0:
                 raise EdgekitError(f"{name} is {seconds}; expected a number above 0")

@@ -31,6 +31,7 @@ REASON, STATUS, SCHEMA_ID, STACK = (PREFIX + name for name in ("reason", "status
 TOPIC, PARTITION, OFFSET = (PREFIX + name for name in ("topic", "partition", "offset"))
 WHEN, ATTEMPTS, OMITTED = PREFIX + "dead-lettered-at", PREFIX + "attempts", PREFIX + "omitted"
 REDRIVEN = PREFIX + "redriven"  # the run of `redrive` that sent the message last
+UNREADABLE = "unreadable"  # status of a dead letter whose message the broker's client cannot read
 SHOWN = 300  # characters of a reason in messages to people
 MOST_REASON = 4096  # characters of a reason in a header
 LONGEST_CATEGORY = 100  # characters
@@ -122,6 +123,9 @@ def outgoing(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
 def _whole(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
     value = message.value()
     before = headers_of(message)
+    if dead_letter.status == UNREADABLE:
+        ours = _our_headers(dead_letter, message, 1)
+        return Outgoing(topic, None, [*ours, (OMITTED, b"the record, because it cannot be read")], dead_letter.index)
     headers: Headers = [
         *((name, content) for name, content in before if not name.startswith(PREFIX) or name == REDRIVEN),
         *_our_headers(dead_letter, message, attempts(before) + 1),
@@ -158,8 +162,9 @@ class DeadLetterLimits:
         self._dead = self._row = 0
 
     def check(self, dead_letters: Sequence[DeadLetter], count: int) -> None:
-        """Count the dead letters of a batch of `count` alerts; raise if there are too many."""
-        dead = {dead_letter.index: dead_letter for dead_letter in dead_letters}
+        """Count the dead letters of a batch of `count` alerts; raise if there are too many. Unreadable messages do not
+        count: one batch of a producer may hold any number of them."""
+        dead = {dead_letter.index: dead_letter for dead_letter in dead_letters if dead_letter.status != UNREADABLE}
         for index in range(count):
             is_dead = index in dead
             if len(self._window) == self._window.maxlen:

@@ -28,6 +28,7 @@ from alert_broker.packets import AlertBatch
 from alert_broker.stream.archive import Archive, Positions
 from alert_broker.stream.config import Config
 from alert_broker.stream.dead_letters import (
+    UNREADABLE,
     DeadLetter,
     DeadLetterLimits,
     category_of,
@@ -44,6 +45,7 @@ from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import LostError, MessageBatch, Source, next_offsets
 from alert_broker.stream.stages import Stages
 from alert_broker.stream.stats import Stats
+from alert_broker.stream.unreadable import UnreadableMessage
 from alert_broker.work_budget import Budget, CancelledError
 from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError
@@ -260,6 +262,10 @@ class Pipeline:
             try:
                 with self.stats.stage("decode"):
                     work.alerts, work.dead_letters = self.stages.decode(values)
+                for number, dead_letter in enumerate(work.dead_letters):
+                    message: Any = work.batch.messages[dead_letter.index]
+                    if isinstance(message, UnreadableMessage):
+                        work.dead_letters[number] = DeadLetter(dead_letter.index, message.reason, UNREADABLE)
                 return
             except RegistryError as error:  # no alert is at fault: wait; fetching is paused meanwhile
                 if self._stopping.is_set():

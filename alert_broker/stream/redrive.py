@@ -71,6 +71,8 @@ class Originals:
                     return message if message.offset() == offset else None
                 if error.code() in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET):
                     return None
+                if error.code() == KafkaError._BAD_COMPRESSION:  # why the dead letter has no payload
+                    return None
                 if error.code() in HOPELESS:
                     raise EdgekitError(f"{topic} cannot be read: {error.str()}")
         raise EdgekitError(

@@ -24,6 +24,7 @@ from alert_broker.stream.lag import Lag
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.start import reset_group
 from alert_broker.stream.stats import Stats
+from alert_broker.stream.unreadable import UnreadableBatches
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -104,6 +105,7 @@ class Source:
         if config.source.start_at not in ("earliest", "latest"):
             reset_group(config, settings)
         self.consumer = open_consumer(settings)
+        self._unreadable = UnreadableBatches(self.consumer, config.source)
         self._lag = Lag(config)
         for topic in config.source.topics:
             partitions_of(self.consumer, topic)  # a broker or a topic that is not there shows now
@@ -116,6 +118,9 @@ class Source:
     def poll(self, size: int, seconds: float) -> MessageBatch | None:
         """Up to `size` messages within these seconds, or until they have `batch.bytes`: the last one may go over it,
         and so may others that come with it if they are larger than any before. None where there were none."""
+        if self._unreadable.skipped:
+            self.serve()
+            return self._skipped(size)
         messages: list[Message] = []
         room = self.config.batch.bytes
         deadline = time.monotonic() + seconds
@@ -124,7 +129,7 @@ class Source:
             self.serve()
             slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             number = min(size - len(messages), max(1, room // self._largest))
-            found = self.consumer.consume(number, slice_seconds)
+            found = self._unreadable.take(self.consumer.consume(number, slice_seconds), self._next)
             sizes = [len(message) for message in found]
             self._largest, room = max(self._largest, *sizes, 0), room - sum(sizes)
             if self._generations != before:
@@ -152,6 +157,20 @@ class Source:
         if not good:
             self._look_at_lag()
             return None
+        return self._batch(good, index, partition, offset)
+
+    def _skipped(self, size: int) -> MessageBatch:
+        """Offsets of a batch that cannot be read, as messages. Nothing is fetched before all of them were given."""
+        skipped = self._unreadable.skipped
+        chosen: list[Any] = [skipped.popleft() for _ in range(min(size, len(skipped)))]
+        index: dict[Partition, int] = {}
+        partition = [index.setdefault(item.where, len(index)) for item in chosen]
+        return self._batch(chosen, index, partition, [item.at for item in chosen])
+
+    def _batch(
+        self, good: Sequence[Message], index: dict[Partition, int], partition: list[int], offset: list[int]
+    ) -> MessageBatch:
+        """These messages, counted as consumed."""
         batch = MessageBatch(
             good,
             tuple(index),
@@ -297,6 +316,7 @@ class Source:
                 self._at_end.discard(where)
                 self.stats.lag.pop(where, None)
                 self._next.pop(where, None)
+                self._unreadable.forget(where)
                 self._lag.forget(where)
                 if number := self.stats.ledger.revoke(where):
                     LOG.warning("%d alerts of %s[%d] were in flight and go to its next owner", number, *where)
