@@ -114,6 +114,7 @@ class Pipeline:
         self._waiting: deque[InFlight] = deque()  # batches that were read and not yet given to a stage
         self._stop: Callable[[], bool] = lambda: False
         self.source.while_draining = self._keep_moving
+        self.source.cancelled = self._cancelled.is_set
 
     def _open_registry(self) -> Registry:
         return open_registry(

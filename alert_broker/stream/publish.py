@@ -179,12 +179,12 @@ class ExactlyOnce:
                     messages = [*(item for item in messages if id(item) not in gone), *instead(refused)]
                     self._guard(producer.begin_transaction)
                 if positions:
-                    self._guard(
-                        producer.send_offsets_to_transaction,
-                        positions,
-                        self._source.group_metadata(),
-                        self._seconds,
-                    )
+                    member = self._source.group_metadata()
+                    since = time.monotonic()
+                    self._guard(producer.send_offsets_to_transaction, positions, member, self._seconds)
+                    if time.monotonic() - since > self._source.session_seconds:
+                        # a broker should refuse the offsets of a member that is out of its group; not every one does
+                        raise AbortedError("this process was suspended for longer than its session")
                 self._guard(producer.commit_transaction, self._seconds)
                 return
             except LostError:

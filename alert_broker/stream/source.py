@@ -7,6 +7,7 @@ was read under one that has ended is neither published nor committed by us: the 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from alert_broker.stream.ledger import Partition
 from alert_broker.stream.start import reset_group
 from alert_broker.stream.stats import Stats
 from alert_broker.stream.unreadable import UnreadableBatches
+from alert_broker.work_budget import CancelledError
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -99,9 +101,14 @@ class Source:
         # keeps what is in flight moving; False if it has stopped
         self.while_draining: Callable[[], bool] = lambda: True
         self.stopping: Callable[[], bool] = lambda: False  # whether `poll` should return early
+        self.cancelled: Callable[[], bool] = lambda: False  # whether what is in flight was given up
         self._thread = get_ident()
         self._requests: SimpleQueue[Request] = SimpleQueue()
         settings = consumer_settings(config)
+        # of librdkafka, where [kafka] does not say
+        self.session_seconds = float(settings.get("session.timeout.ms", 45_000)) / 1000.0
+        self._heartbeat_seconds = float(settings.get("heartbeat.interval.ms", 3_000)) / 1000.0
+        self._polled, self._in_doubt_until = math.inf, 0.0
         if config.source.start_at not in ("earliest", "latest"):
             reset_group(config, settings)
         self.consumer = open_consumer(settings)
@@ -216,6 +223,7 @@ class Source:
 
     def serve(self) -> None:
         """Do what the publishing thread has requested."""
+        self._note_suspension()
         while True:
             try:
                 self._requests.get_nowait().serve()
@@ -256,15 +264,31 @@ class Source:
                 )
 
     def group_metadata(self) -> Any:
-        """What a transaction needs to commit our offsets. LostError if we are out of the group: brokers take offsets
-        in a transaction from one who names no member, whoever owns the partition by now."""
+        """What a transaction needs to commit our offsets. LostError if this member is out of the group: brokers accept
+        offsets in a transaction that names no member, whoever owns the partition now.
+
+        If this process was suspended for longer than its session, it may be out of the group without knowing it. Then
+        this waits until heartbeats have been answered, or refused.
+        """
 
         def ask() -> Any:
             if self._losing or not self.consumer.memberid():
-                raise LostError("the group goes on without us")
-            return self.consumer.consumer_group_metadata()
+                raise LostError("the group goes on without this member")
+            return None if time.monotonic() < self._in_doubt_until else self.consumer.consumer_group_metadata()
 
-        return self._ask(ask)
+        while (found := self._ask(ask)) is None:
+            if self.cancelled():
+                raise CancelledError
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def _note_suspension(self) -> None:
+        """Called by the thread that polls, every few milliseconds unless the whole process is suspended."""
+        now = time.monotonic()
+        if now - self._polled > self.session_seconds:
+            LOG.warning("this process was suspended for %.0f s: another member may have taken over", now - self._polled)
+            self._in_doubt_until = now + 2.0 * self._heartbeat_seconds
+        self._polled = now
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         if get_ident() == self._thread:

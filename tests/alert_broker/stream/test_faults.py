@@ -5,6 +5,7 @@ Minutes of work, by `pytest -m faults`. SIGKILLs come at random moments; the see
 
 import errno
 import json
+import os
 import random
 import signal
 import threading
@@ -553,3 +554,39 @@ def test_positions_are_those_of_the_source(rig, packets):
     assert {position(message) for message in done.result_messages} == {
         (rig.source, number, offset) for number in range(3) for offset in range(20)
     }
+
+
+@pytest.mark.skipif(
+    "EDGEKIT_KAFKA_BOOTSTRAP" not in os.environ,
+    reason="the embedded brokers do not fence a member by its generation; set EDGEKIT_KAFKA_BOOTSTRAP",
+)
+@pytest.mark.parametrize("seed", [16, 17, 18])
+def test_a_zombie_in_exactly_once(rig, packets, seed):
+    """A member is suspended for longer than its session, another one takes over, and the first one wakes up."""
+    rng, sent = random.Random(seed), 1500
+    feed = Feed(rig, repeat(packets, sent), 50.0)
+    changes = {"source": {"until_eos": False}, "batch": {"size": 10, "seconds": 0.05}}
+    first = rig.start(**changes, publish={**EXACTLY, "transactional_id": f"{rig.name}-1"})
+    assert first.assigned.wait(60), first.wait(1)
+    feed.start()
+    time.sleep(rng.uniform(2.0, 4.0))
+    first.suspend()
+    second = rig.start(**changes, publish={**EXACTLY, "transactional_id": f"{rig.name}-2"})
+    assert second.assigned.wait(60), second.wait(1)
+    time.sleep(rng.uniform(0.0, 2.0))
+    first.resume()
+    feed.join(120)
+    assert feed.error is None
+    deadline = time.monotonic() + 60
+    while sum(committed(rig)) < sent and time.monotonic() < deadline:
+        time.sleep(0.5)
+    reports = []
+    for member in (first, second):
+        member.terminate()
+        status, report, log = member.wait(60)
+        assert status == 0, log[-3000:]
+        reports.append(report["ledger"]["total"])
+    rig.consume(publish={**EXACTLY, "transactional_id": f"{rig.name}-3"})
+    done = rig.outcome(sent)
+    print(f"{done.lost} lost, {done.duplicates} twice; ledgers {reports}")
+    assert (done.lost, done.duplicates, done.results) == (0, 0, sent)
