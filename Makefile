@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup lint test docs test-rtx test-faults test-spark demo bench bench-compress bench-alerts soak fuzz train
+.PHONY: help setup lint test docs test-rtx test-faults test-kafka test-spark demo bench bench-compress bench-alerts soak fuzz train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -34,6 +34,9 @@ test-rtx: setup ## every model for every target, TensorRT-RTX's compiler include
 
 test-faults: setup ## kill, break and fill what the stream runs on, and count (ten minutes)
 	$(BIN)/python -m pytest -q -m faults tests
+
+test-kafka: setup ## the stream's tests and the faults on the Apache Kafka in EDGEKIT_KAFKA_HOME (Java 17; half an hour)
+	EDGEKIT_TEST_BROKER=apache $(BIN)/python -m pytest -q -m 'not spark' tests/alert_broker/stream tests/alert_broker/commands/test_stream.py
 
 test-spark: setup ## the same stages inside Spark (Java 17, 490 MB; five minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[spark]'

@@ -1,4 +1,4 @@
-"""Astronomical alerts: packets to light curves to classes."""
+"""Read astronomical alert packets, extract their light curves and classify them, from files or from a stream."""
 
 from edgekit import __version__ as __edgekit__
 

@@ -1,7 +1,7 @@
-"""Classify alerts: light curves to features to probabilities, one row for every alert; and the run over files, which
-accounts for every packet that it was given.
+"""Classify alerts: compute features from light curves and probabilities from features, one row for every alert. The run
+over files accounts for every packet that it read.
 
-`Classifier` is the stage that a consumer of a stream uses as well; `classify_files` is the run.
+`Classifier` is the stage that the stream's consumer uses as well; `classify_files` is the run over files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from edgekit.errors import EdgekitError
 from edgekit.importers.files import resolve
 from edgekit.session import check_inputs, open_session
 
-# ZTF's public survey has two bands, and DECam has no u and y; PLAsTiCC, which the six-band model was trained on, is a
+# ZTF's public survey has two bands, and DECam has no u and y. The six-band model was trained on PLAsTiCC, which is a
 # simulation of LSST.
 DEFAULT_MODELS = {
     "ztf": "t2-gr",
@@ -52,22 +52,23 @@ DEFAULT_MODELS = {
     "elasticc": "t2-ugrizy",
     "elasticc-v0": "t2-ugrizy",
 }
-WHY_NOT = {Status.NO_POINTS: "no points in", Status.NO_FLUX: "no flux in", Status.OVERFLOW: "flux out of range in"}
+UNCLASSIFIED = {Status.NO_POINTS: "no points in", Status.NO_FLUX: "no flux in", Status.OVERFLOW: "flux out of range in"}
 OVER_TIME = "the Gaussian process did not end within its time budget"
 NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the network
 SHORT_DIGEST = 12
-NOTE_AFTER_SECONDS = 1.0  # of compilation; loading the kernels from numba's cache takes less
+NOTE_AFTER_SECONDS = 1.0  # seconds of compilation; loading the kernels from numba's cache takes less
 
 Stage = Callable[[AlertBatch], pa.RecordBatch]
 Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, packets read
 
 
 def for_survey(features: LightCurveFeatures, survey: Survey) -> LightCurveFeatures:
-    """The features with the survey's own filters: the one place where training and serving differ, on purpose.
+    """Return the features with the survey's own filters. This is the only intended difference between training and
+    serving.
 
-    A bundle holds the wavelengths of the survey that it was trained on. The Gaussian process needs those at which the
-    points were really taken: ZTF's r is 200 angstrom redder than Rubin's. Bands are matched by name; those that the
-    survey lacks bring no points, and are needed only if the network sees them.
+    A bundle holds the wavelengths of the survey that the model was trained on. The Gaussian process needs the
+    wavelengths at which the points were really taken: ZTF's r is 200 angstrom redder than Rubin's. Bands are matched by
+    name. A band that the survey lacks has no points; the classifier needs it only if the network sees it.
     """
     wavelength = dict(zip(survey.bands, survey.wavelengths, strict=True))
     shared = tuple(band for band in features.bands if band in wavelength)
@@ -75,10 +76,12 @@ def for_survey(features: LightCurveFeatures, survey: Survey) -> LightCurveFeatur
 
 
 class Classifier:
-    """One model on one runtime: a batch of alerts to a record batch of `result_schema(classes)`, in the same order.
+    """One model on one runtime. It turns a batch of alerts into a record batch of `result_schema(classes)`, in the same
+    order.
 
-    threads: of the Gaussian process; session_threads: of the runtime; by default all cores; budget: of the Gaussian
-    process for each alert. `seconds` adds up the time spent on features and on inference.
+    threads: threads of the Gaussian process; session_threads: threads of the runtime; the default of both is all cores.
+    budget: limits the time that the Gaussian process may take for an alert. `seconds` adds up the time that features
+    and inference took.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class Classifier:
         self.features = LightCurveFeatures.from_bundle(bundle.manifest.preprocessing, source)
         if {"redshift", "redshift_error"} & set(self.features.context):
             raise EdgekitError(
-                f"{source}: takes the redshift of the host galaxy, which is not read from alert packets; "
+                f"{source}: the model takes the redshift of the host galaxy, which alert packets do not give; "
                 "use a model without redshift, such as t2-ugrizy"
             )
         _check_shapes(bundle, self.features, source)
@@ -106,7 +109,8 @@ class Classifier:
         self.seconds = {"features": 0.0, "inference": 0.0}
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
-        """A row for every alert; where one could not be classified, `status` says why and probabilities are null."""
+        """Return a row for every alert. If an alert could not be classified, `status` says why and its probabilities
+        are null."""
         name, survey, count = self.bundle.manifest.name, batch.survey, len(batch.curves)
         identity = {"model": repeat(name, count), "bundle": repeat(self._digest, count)}
         if lacking := [band for band in self.features.seen if band not in survey.bands]:
@@ -117,12 +121,12 @@ class Classifier:
         self.seconds["features"] += time.perf_counter() - started
 
         bands = ", ".join(self.features.seen)
-        reasons = [CLASSIFIED, *(f"{text} {bands}" for text in WHY_NOT.values()), NOT_FINITE, OVER_TIME]
+        reasons = [CLASSIFIED, *(f"{text} {bands}" for text in UNCLASSIFIED.values()), NOT_FINITE, OVER_TIME]
         why = np.zeros(count, np.int64)  # index into the reasons
         inputs = features.inputs()
         for array in inputs.values():
             why[~np.isfinite(array.reshape(count, -1)).all(axis=1)] = reasons.index(NOT_FINITE)
-        for number, status in enumerate(WHY_NOT, start=1):
+        for number, status in enumerate(UNCLASSIFIED, start=1):
             why[features.status == status] = number
         why[features.status == Status.OVER_TIME] = reasons.index(OVER_TIME)
         started = time.perf_counter()
@@ -144,11 +148,11 @@ class Classifier:
 
 
 class Classifiers:
-    """The models of all surveys: batches of any survey to record batches of one schema.
+    """The models of all surveys. They turn batches of any survey into record batches of one schema.
 
-    bundle: for all surveys; by default each survey's own. One that is named is opened now, so that it shows before the
-    work if it cannot be used; the others when their first alert comes, or by `open_all`. wrap: put around each
-    classifier, with the columns that it adds.
+    bundle: one model for all surveys; by default each survey has its own. A given bundle is opened at once, so that an
+    unusable one is reported before the work starts. Default models are opened when their first alert comes, or by
+    `open_all`. wrap: a function that is applied to each classifier and adds `columns` to its result.
     """
 
     def __init__(
@@ -178,15 +182,15 @@ class Classifiers:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Spent so far on features and on inference."""
+        """The seconds that features and inference have taken so far."""
         stages = ("features", "inference")
         return {stage: sum(item.seconds[stage] for item in self.opened.values()) for stage in stages}
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
-        """A row of `schema` for every alert, in the same order."""
+        """Return a row of `schema` for every alert, in the same order."""
         count = len(batch.curves)
         if batch.survey.name not in self.models:
-            reason = f"skipped: no model by default for {batch.survey.name}, name one with --model"
+            reason = f"skipped: {batch.survey.name} has no default model, name one with --model"
             return result_rows(batch, self.schema, {"status": repeat(reason, count)})
         rows = self._of(batch.survey.name)(batch)
         return fill({name: rows[name] for name in rows.schema.names}, self.schema, count)
@@ -204,7 +208,7 @@ class Classifiers:
 
 
 def default_models() -> dict[str, Bundle]:
-    """The zoo's model for each survey."""
+    """Return the zoo's model for each survey."""
     bundles = {name: resolve(name) for name in dict.fromkeys(DEFAULT_MODELS.values())}
     return {survey: bundles[name] for survey, name in DEFAULT_MODELS.items()}
 
@@ -222,10 +226,12 @@ def classify_files(
     notify: Callable[[str], None] = lambda message: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Account:
-    """Classify every alert in these files and folders into one Parquet file; what gives no light curve goes to another.
+    """Classify every alert in these files and folders into one Parquet file. Packets without a usable light curve go to
+    the file `errors`.
 
-    bundle: for all surveys; by default each survey's own. stop: asked before every block of packets; once it is true,
-    what was read is classified and the run ends. Both files appear at the end, complete up to there.
+    bundle: one model for all surveys; by default each survey has its own. stop: a function that is called before every
+    block of packets; if it returns true, the packets that were read are classified and the run ends. Both files appear
+    when the run ends, and are complete up to that point.
     """
     files = find_files(paths)
     errors = errors or output.with_suffix(".errors.parquet")
@@ -261,16 +267,21 @@ def _check_targets(output: Path, errors: Path, files: Sequence[Path], force: boo
     read = {file.resolve() for file in files}
     for path in (output, errors):
         if path.suffix != ".parquet":
-            raise EdgekitError(f"{path} does not end in .parquet; results are written as Parquet, name it so")
+            raise EdgekitError(
+                f"{path} does not end in .parquet; results are Parquet, so choose a name that ends in .parquet"
+            )
         if path.resolve() in read:
-            raise EdgekitError(f"{path} is among the files to be read; choose another name for it")
+            raise EdgekitError(f"{path} is among the files to be read; choose another name for the output")
         refuse_to_overwrite(path, force)
     if output.resolve() == errors.resolve():
-        raise EdgekitError(f"{output} cannot hold both the results and the errors; name two files")
+        raise EdgekitError(
+            f"{output} cannot hold both the results and the errors; give --output and --errors different names"
+        )
 
 
 def _check_shapes(bundle: Bundle, features: LightCurveFeatures, source: str) -> None:
-    """Raise unless the model takes what its preprocessing makes, and gives a probability for each class."""
+    """Raise unless the model's inputs are those that its preprocessing makes, and its output has one probability for
+    each class."""
     inputs = {"light_curve": np.zeros((1, features.grid_points, len(features.seen)), np.float32)}
     if features.context:
         inputs["context"] = np.zeros((1, len(features.context)), np.float32)
@@ -285,17 +296,22 @@ def _check_shapes(bundle: Bundle, features: LightCurveFeatures, source: str) -> 
 
 
 def load_kernels(notify: Callable[[str], None]) -> None:
-    """Have the decoder and the Gaussian process compiled; with a note where that takes long, since nothing else seems
-    to happen."""
+    """Load the decoder and the Gaussian process, or compile them. `notify` gets a note if that takes long, because the
+    program would otherwise be silent."""
     missing = [kernel for kernel in (avro, gaussian_process) if not kernel.is_compiled()]
     if not missing:
         return
-    timer = Timer(NOTE_AFTER_SECONDS, notify, ["compiling the light-curve kernels, once on this machine; some seconds"])
+    timer = Timer(
+        NOTE_AFTER_SECONDS,
+        notify,
+        ["compiling the light-curve kernels; this happens once on this machine and takes some seconds"],
+    )
     timer.start()
     child = None
     try:
         if len(missing) == 2 and not avro.is_cached():
-            # a process of its own has the other core compile the reader, which is then loaded from numba's cache
+            # A process of its own uses the other core to compile the decoder, which this process then loads from
+            # numba's cache.
             code = f"from {avro.__name__} import warm_up; warm_up()"
             child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             gaussian_process.warm_up()
@@ -311,7 +327,7 @@ def load_kernels(notify: Callable[[str], None]) -> None:
 def _counted(
     files: Sequence[Path], account: Account, progress: Progress, stop: Callable[[], bool]
 ) -> Iterator[PacketSource | BadPacket]:
-    """The packets of these files, counted as they come, until `stop`."""
+    """Yield the packets of these files until `stop` returns true, and count them."""
     ends = np.cumsum([file.stat().st_size for file in files]).tolist()
     start_of = dict(zip(map(str, files), [0, *ends], strict=False))
     for item in read_blocks(files):
@@ -325,7 +341,7 @@ def _counted(
 
 
 def _timed(items: Iterable[AlertBatch | BadPacket], seconds: dict[str, float]) -> Iterator[AlertBatch | BadPacket]:
-    """The same items; what they take to make is decoding."""
+    """Yield the same items. The time that it takes to make them is added to seconds["decode"]."""
     source = iter(items)
     while True:
         started = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Cut files and messages into blocks of Avro data with their schema, and check the framing: containers, wire format.
+"""Cut files and messages into blocks of Avro data with their schema, and check their framing: Avro containers, and
+Confluent's wire format.
 
-Nothing is decoded here. A block with a broken frame becomes a `BadPacket`, and reading goes on at the container's next
-sync marker.
+This module decodes nothing. A block with a broken frame becomes a `BadPacket`, and reading goes on after the
+container's next sync marker.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from alert_broker.surveys.base import PacketError, Survey, surveys
 
 AVRO_MAGIC, WIRE_MAGIC = b"Obj\x01", b"\x00"
 SYNC_BYTES = 16
-HEADERS = 4  # kept, of the containers met lately
+HEADERS = 4  # number of container headers that are kept, the most recently parsed ones
 WIRE_HEADER = struct.Struct(">BI")  # Confluent: a zero byte, then the schema id
-INFLATED_BYTES = 1 << 30  # of one block of a file; more is a decompression bomb
-MESSAGE_BYTES = 8 << 20  # of a message's one packet: larger ones could not be sent uncompressed
-SCHEMA_BYTES = 1 << 20  # of a schema's text: LSST's has 0.2 MB, and parsing 1 MB takes a second
+INFLATED_BYTES = 1 << 30  # most bytes of one decompressed block of a file; a larger block is a decompression bomb
+MESSAGE_BYTES = 8 << 20  # the same for the one packet of a message: a larger one could not be sent uncompressed
+SCHEMA_BYTES = 1 << 20  # most bytes of a schema's text: LSST's has 0.2 MB, and parsing 1 MB takes a second
 
 Buffer = bytes | mmap.mmap
 
@@ -38,9 +39,10 @@ class UnknownSchemaError(PacketError):
 
 @dataclass(frozen=True, slots=True)
 class BadPacket:
-    """What gave no light curve and why. packets: how many it stands for, as far as the container says; 0 for none.
+    """A packet, or several, without a usable light curve, and the reason. packets: how many packets it stands for, if
+    the container says it; 0 if it stands for none.
 
-    status: "error" where something is damaged, "skipped" where it is sound but not for us.
+    status: "error" if something is damaged; "skipped" if the data is sound but no survey reads it.
     """
 
     file: str
@@ -52,8 +54,8 @@ class BadPacket:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A writer's schema: its full name, and where it is a survey's alert, that and the plans for reading its photometry
-    and its images, if it has any."""
+    """A writer's schema and its full name. For a survey's alert it also has the survey, the plan that reads the
+    photometry, and the plan that reads the images, if the schema has any."""
 
     name: str
     survey: Survey | None = None
@@ -63,9 +65,10 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Avro data of `count` packets in a row, without framing. offset: byte of the first packet in the file.
+    """The Avro data of `count` consecutive packets, without framing. offset: byte of the first packet in the file.
 
-    index: the packet's index in its batch, if it came as a message of its own; it is reported instead of the byte.
+    index: the packet's index in its batch, if the packet came as a message of its own; rows and errors then show the
+    index instead of the byte.
     """
 
     file: str
@@ -78,8 +81,8 @@ class Block:
 
 
 def message(data: Buffer, index: int, schema_text: Callable[[int], str] | None = None) -> Block | BadPacket:
-    """The one packet in a message, or the reason why there is none. index: of the message in its batch; the packet's
-    rows and errors carry it."""
+    """Return the one packet in a message, or the reason why there is none. index: the message's index in its batch,
+    which the packet's rows and errors show."""
     if data[: len(AVRO_MAGIC)] == AVRO_MAGIC and (whole := _one_packet(data, index)) is not None:
         return whole
     packets = 0
@@ -90,12 +93,14 @@ def message(data: Buffer, index: int, schema_text: Callable[[int], str] | None =
         packets += item.count
         block = item
     if block is None or packets != 1:
-        return BadPacket("", index, f"the message holds {packets} packets; expected one, as alerts replay sends them")
+        return BadPacket(
+            "", index, f"the message holds {packets} packets; expected one, as `edgekit alerts replay` sends them"
+        )
     return replace(block, index=index)
 
 
 def _one_packet(data: Buffer, index: int) -> Block | None:
-    """The packet of an intact, uncompressed container of exactly one packet; None for all other data."""
+    """Return the packet of an intact, uncompressed container with exactly one packet; None for all other data."""
     try:
         header = _header(data)
     except (PacketError, UnicodeDecodeError):
@@ -110,14 +115,14 @@ def _one_packet(data: Buffer, index: int) -> Block | None:
 def split(
     data: Buffer, file: str, schema_text: Callable[[int], str] | None = None, inflated_bytes: int | None = None
 ) -> Iterator[Block | BadPacket]:
-    """Cut a file or a message into blocks of Avro data; the first bytes say which format it is.
+    """Cut a file or a message into blocks of Avro data. The first bytes tell the format.
 
-    schema_text: gives the schemas of Confluent messages (`Registry.schema`). LSST's installed ones are used for ids
-    that it does not know, and without it. A PacketError that it raises becomes a BadPacket; any other error is raised,
-    as the packet is not at fault.
+    schema_text: returns the schema of a Confluent message (`Registry.schema`). LSST's installed schemas are used for an
+    id that it does not know, and if it is None. If it raises PacketError, the message becomes a BadPacket. Other
+    exceptions pass through, since the packet is not to blame. inflated_bytes: the limit for a decompressed block.
     """
     if len(data) == 0:
-        yield BadPacket(file, 0, "empty: 0 bytes", packets=0)
+        yield BadPacket(file, 0, "the data is empty: it has 0 bytes", packets=0)
     elif data[:4] == AVRO_MAGIC:
         yield from _split_container(data, file, inflated_bytes or INFLATED_BYTES)
     elif data[:1] == WIRE_MAGIC:
@@ -126,8 +131,8 @@ def split(
         yield BadPacket(
             file,
             0,
-            f"begins with {bytes(data[:4]).hex(' ')}; expected an Avro container (4f 62 6a 01), "
-            "a Confluent message (00 and a schema id) or Parquet (50 41 52 31)",
+            f"the format is unknown: the data begins with {bytes(data[:4]).hex(' ')}; expected an Avro container "
+            "(4f 62 6a 01), a Confluent message (00 and a schema id) or Parquet (50 41 52 31)",
         )
 
 
@@ -135,7 +140,7 @@ def _split_container(data: Buffer, file: str, inflated_bytes: int) -> Iterator[B
     try:
         header = _header(data)
     except (PacketError, UnicodeDecodeError) as error:
-        yield BadPacket(file, 0, f"the Avro container's header is not usable: {error}")
+        yield BadPacket(file, 0, f"the Avro container's header cannot be used: {error}")
         return
     at, codec, schema = len(header.content), header.codec, header.schema
     sync = data[at : at + SYNC_BYTES]
@@ -146,16 +151,19 @@ def _split_container(data: Buffer, file: str, inflated_bytes: int) -> Iterator[B
         yield BadPacket(file, 0, reason, "skipped" if whole else "error", packets=0 if whole else 1)
     while at < len(data):
         count, start, end, fault = _frame(data, at, sync)
-        packets = count if 0 < count <= end - start else 1  # a count that cannot be is not passed on
+        packets = count if 0 < count <= end - start else 1  # an impossible count is not passed on
         if fault:
-            # Blocks end in the container's sync marker, so the next one shows where reading can go on.
+            # Every block ends with the container's sync marker, so reading can go on after the next marker.
             following = data.find(sync, at)
             lost = (following if following >= 0 else len(data)) - at
-            yield BadPacket(file, at, f"the block at byte {at} {fault}; {lost} bytes are lost", packets=packets)
+            yield BadPacket(
+                file, at, f"the block at byte {at} is damaged: {fault}; {lost} bytes are lost", packets=packets
+            )
             at = following + SYNC_BYTES if following >= 0 else len(data)
             continue
         at = end + SYNC_BYTES
-        content: bytes | memoryview = memoryview(data)[start:end]  # not copied: most of it is images, never looked at
+        # a view, because most of the bytes are images that nobody reads
+        content: bytes | memoryview = memoryview(data)[start:end]
         if codec == "deflate":
             inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
             try:
@@ -164,29 +172,30 @@ def _split_container(data: Buffer, file: str, inflated_bytes: int) -> Iterator[B
                 yield BadPacket(file, start, f"the block does not decompress: {error}", packets=packets)
                 continue
             if not inflate.eof:
-                reason = f"the block decompresses to more than {inflated_bytes} bytes or ends early"
+                reason = f"the block decompresses to more than {inflated_bytes} bytes, or ends early"
                 yield BadPacket(file, start, reason, packets=packets)
                 continue
         if count > len(content):
-            yield BadPacket(file, start, f"the block claims {count} packets in {len(content)} bytes")
+            yield BadPacket(file, start, f"the block claims to hold {count} packets in {len(content)} bytes")
         elif count:
             yield Block(file, start, schema, count, content, compressed=codec != "null")
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """A container's first bytes, up to its sync marker, and what they say."""
+    """A container's first bytes, up to its sync marker, and the codec and schema that they state."""
 
     content: bytes = field(repr=False)
     codec: str
     schema: Schema
 
 
-_headers: list[_Header] = []  # met lately, the last one first
+_headers: list[_Header] = []  # the most recently parsed header is first
 
 
 def _header(data: Buffer) -> _Header:
-    """Read once for many packets: a survey's have the same header, which is known again by comparing its bytes."""
+    """Return a container's header. A header is parsed once for many packets: packets of a survey have the same header
+    bytes."""
     for known in _headers:
         same = (
             data.startswith(known.content) if isinstance(data, bytes) else data[: len(known.content)] == known.content
@@ -196,7 +205,7 @@ def _header(data: Buffer) -> _Header:
     metadata, at = _container_metadata(data)
     codec = metadata.get("avro.codec", b"null").decode()
     if codec not in ("null", "deflate"):
-        raise PacketError(f"its codec is {codec!r}; supported: null, deflate")
+        raise PacketError(f"the codec is {codec!r}; supported: null, deflate")
     found = _Header(bytes(data[:at]), codec, _container_schema(metadata.get("avro.schema", b"")))
     _headers.insert(0, found)
     del _headers[HEADERS:]
@@ -204,12 +213,12 @@ def _header(data: Buffer) -> _Header:
 
 
 def header_end(data: Buffer) -> int:
-    """The byte after a container's header and its sync marker; PacketError if the header is not whole."""
+    """Return the byte after a container's header and its sync marker. Raises PacketError if the header is not whole."""
     return _container_metadata(data)[1] + SYNC_BYTES
 
 
 def _frame(data: Buffer, at: int, sync: bytes) -> tuple[int, int, int, str]:
-    """A block's packet count, first byte, end, and what is wrong with its framing ("" for nothing)."""
+    """Return a block's packet count, first byte and end, and the fault of its framing ("" if it has none)."""
     try:
         count, position = _read_long(data, at)
         size, start = _read_long(data, position)
@@ -217,11 +226,11 @@ def _frame(data: Buffer, at: int, sync: bytes) -> tuple[int, int, int, str]:
         return 0, at, at, str(error)
     end = start + size
     if count < 0 or size < 0:
-        return 0, at, at, f"claims {count} packets in {size} bytes"
+        return 0, at, at, f"it claims to hold {count} packets in {size} bytes"
     if end + SYNC_BYTES > len(data):
         early = end + SYNC_BYTES - len(data)
         if data.find(sync, start) < 0:
-            return count, start, end, f"is cut short: {early} bytes are missing at the end of the file"
+            return count, start, end, f"it is cut short: {early} bytes are missing at the end of the file"
     elif data[end : end + SYNC_BYTES] == sync:
         return count, start, end, ""
     found = data.find(sync, start)
@@ -230,20 +239,20 @@ def _frame(data: Buffer, at: int, sync: bytes) -> tuple[int, int, int, str]:
             count,
             start,
             end,
-            f"ends {end - found} bytes earlier than it says: bytes were lost, or its length is damaged",
+            f"it ends {end - found} bytes earlier than it says: bytes were lost, or its length is damaged",
         )
-    return count, start, end, "is not followed by the container's sync marker"
+    return count, start, end, "the container's sync marker does not follow it"
 
 
 def _container_metadata(data: Buffer) -> tuple[dict[str, bytes], int]:
-    """The header's key-value map and the byte after it."""
+    """Return the header's key-value map and the byte after it."""
     metadata: dict[str, bytes] = {}
     at = len(AVRO_MAGIC)
     while True:
         entries, at = _read_long(data, at)
         if entries == 0:
             return metadata, at
-        if entries < 0:  # the block then also says its size in bytes, for readers that skip it
+        if entries < 0:  # the block then also gives its size in bytes, so that a reader can skip it
             entries, (_, at) = -entries, _read_long(data, at)
         for _ in range(entries):
             key, at = _read_bytes(data, at)
@@ -252,28 +261,29 @@ def _container_metadata(data: Buffer) -> tuple[dict[str, bytes], int]:
 
 
 def _read_long(data: Buffer, at: int) -> tuple[int, int]:
-    """A zigzag variable-length integer and the byte after it."""
+    """Return a zigzag variable-length integer and the byte after it."""
     value, shift = 0, 0
     for end, byte in enumerate(data[at : at + 10], at + 1):
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return (value >> 1) ^ -(value & 1), end
         shift += 7
-    raise PacketError("ends inside a number" if at + 10 > len(data) else "has a number of more than 64 bits")
+    raise PacketError("it ends inside a number" if at + 10 > len(data) else "it has a number of more than 64 bits")
 
 
 def _read_bytes(data: Buffer, at: int) -> tuple[bytes, int]:
     size, at = _read_long(data, at)
     if size < 0 or at + size > len(data):
-        raise PacketError(f"says that {size} bytes follow byte {at}, of {len(data)} in all")
+        raise PacketError(f"it claims that {size} bytes follow byte {at}, but it has {len(data)} bytes in all")
     return data[at : at + size], at + size
 
 
 @functools.lru_cache(maxsize=64)
 def _container_schema(text: bytes) -> Schema:
-    """Parsed once for each distinct schema text: ZTF repeats 23 kB of it in every packet."""
+    """Return a container's schema. It is parsed once for each distinct text: ZTF repeats 23 kB of schema in every
+    packet."""
     if len(text) > SCHEMA_BYTES:
-        raise PacketError(f"its schema has {len(text)} bytes; at most {SCHEMA_BYTES} are read")
+        raise PacketError(f"the schema has {len(text)} bytes; at most {SCHEMA_BYTES} are read")
     try:
         parsed = parse_schema(json.loads(text))
         if not isinstance(parsed, dict) or parsed.get("type") != "record":
@@ -281,9 +291,9 @@ def _container_schema(text: bytes) -> Schema:
         survey = next(_matching(parsed["name"]), None)
         return _planned(parsed, survey) if survey else Schema(parsed["name"])
     except SchemaError as error:
-        raise PacketError(f"its schema cannot be used: {error}") from error
-    except Exception as error:  # arbitrary JSON: fastavro raises what it happens to meet
-        raise PacketError(f"its schema does not parse ({type(error).__name__}: {error})") from error
+        raise PacketError(f"the schema cannot be used: {error}") from error
+    except Exception as error:  # the text may be any JSON, for which fastavro raises many types of exceptions
+        raise PacketError(f"the schema does not parse ({type(error).__name__}: {error})") from error
 
 
 def _matching(schema_name: str) -> Iterator[Survey]:
@@ -292,7 +302,9 @@ def _matching(schema_name: str) -> Iterator[Survey]:
 
 def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] | None) -> Block | BadPacket:
     if len(data) <= WIRE_HEADER.size:
-        return BadPacket(file, 0, f"a Confluent message of {len(data)} bytes; expected 5 of header and a packet")
+        return BadPacket(
+            file, 0, f"the Confluent message has {len(data)} bytes; expected 5 bytes of header and a packet"
+        )
     _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])
     try:
         schema = _message_schema(identifier) if schema_text is None else _known_schema(schema_text, identifier)
@@ -317,8 +329,9 @@ def _known_schema(schema_text: Callable[[int], str], identifier: int) -> Schema:
 
 @functools.lru_cache(maxsize=64)
 def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema | PacketError:
-    """Cached by id: to look up 0.2 MB of schema by its text would take longer than to read a packet, and to parse a
-    schema that is no schema again for each of its packets much longer."""
+    """Return a registered schema by its number, because a lookup by 0.2 MB of schema text would take longer than
+    reading a packet. A schema that cannot be used is an error that is kept as well: parsing it again for each of its
+    packets would take much longer."""
     try:
         return _container_schema(schema_text(identifier).encode(errors="surrogatepass"))
     except UnknownSchemaError:
@@ -336,5 +349,5 @@ def _planned(parsed: Any, survey: Survey) -> Schema:
     try:
         images = compile_plan(parsed, survey.cutouts)
     except SchemaError:
-        images = None  # it has none, or not as columns
+        images = None  # the schema has no images, or not as columns
     return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths), images)

@@ -1,4 +1,5 @@
-"""Light curves as they look before all the data are in: what training adds to whole ones, and early classification."""
+"""Incomplete light curves, as an alert shows them: for training beside complete ones, and for measuring early
+classification."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from alert_broker.lightcurve import LightCurves
 
 
 def degraded(curves: LightCurves, rng: np.random.Generator) -> LightCurves:
-    """Light curves as alerts bring them: cut early (half of them), without forced photometry (a third), thinned out."""
+    """Return light curves as alerts show them: half are cut early, a third lack forced photometry, and some are thinned
+    out."""
     owner, count = curves.object_of_point, len(curves)
     first = first_detection(curves)
     days = np.where(rng.random(count) < 0.5, 10 ** rng.uniform(-0.5, 2.3, count), np.inf)
@@ -17,11 +19,11 @@ def degraded(curves: LightCurves, rng: np.random.Generator) -> LightCurves:
     keep &= curves.detected | (rng.random(count) > 1 / 3)[owner]
     keep &= rng.random(len(owner)) >= (rng.random(count) * 0.4 * (rng.random(count) < 0.5))[owner]
     kept = np.bincount(owner[keep], minlength=count)
-    return curves.where(keep | (kept == 0)[owner])  # never empty
+    return curves.where(keep | (kept == 0)[owner])  # no light curve becomes empty
 
 
 def first_detection(curves: LightCurves) -> npt.NDArray[np.float64]:
-    """(objects,) time of the first detection, or of the first point where nothing was detected."""
+    """Return (objects,) the time of the first detection, or of the first point if nothing was detected."""
     first = np.full(len(curves), np.inf)
     np.minimum.at(first, curves.object_of_point[curves.detected], curves.time[curves.detected])
     starts = curves.time[np.minimum(curves.offsets[:-1], len(curves.time) - 1)]
@@ -29,10 +31,10 @@ def first_detection(curves: LightCurves) -> npt.NDArray[np.float64]:
 
 
 def as_seen_after(curves: LightCurves, days: float) -> LightCurves:
-    """What an alert would have shown this long after the first detection."""
+    """Return the points that an alert would have shown this long after the first detection."""
     return curves.where(curves.time <= (first_detection(curves) + days)[curves.object_of_point])
 
 
 def in_bands(curves: LightCurves, bands: tuple[str, ...]) -> LightCurves:
-    """The points in these bands, as a survey without the others sees them."""
+    """Return the points in these bands, as a survey with only these bands sees them."""
     return curves.where(np.isin(curves.band, [curves.bands.index(band) for band in bands]))

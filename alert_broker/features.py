@@ -1,9 +1,9 @@
-"""Light curves to the network's inputs. The one function that training and serving share, so that they cannot drift
-apart: its parameters travel in the bundle's `preprocessing`.
+"""Compute the network's inputs from light curves. Training and serving call the same function, so their features cannot
+differ; the function's parameters are stored in the bundle's `preprocessing`.
 
-Differences from the published preprocessing, on purpose: scaling is one constant per band for all objects (served per
-object, amplitude is lost), an arcsinh tames the five decades of flux, and what the even grid hides is given as numbers
-beside it: how long the light curve is, how significant its best point, how fast it varies.
+It differs from the published preprocessing on purpose. The scale is one constant per band for all objects, because a
+scale per object loses the amplitude. An arcsinh compresses the five decades of flux. And the context numbers tell what
+the even time grid hides: how long the light curve is, how significant its best point is, and how fast it varies.
 """
 
 from __future__ import annotations
@@ -22,46 +22,52 @@ from edgekit.errors import EdgekitError, unknown
 
 ID = "light-curve-gp/1"
 CONTEXT = ("log_span", "log_signal_to_noise", "log_time_scale", "redshift", "redshift_error")
-# where the logarithms are 0: typical values, so that the network sees numbers of order one
+# typical values, at which the logarithms are 0, so that the network sees numbers of order one
 SPAN_DAYS, SIGNAL_TO_NOISE, TIME_SCALE_DAYS = 100.0, 10.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """light_curve: (objects, grid_points, bands) float32; context: (objects, numbers) float32, no columns if the model
-    takes none; status: (objects,) of `gaussian_process.Status`, and where it is not OK the row is zeros."""
+    """light_curve: (objects, grid_points, bands) float32; context: (objects, numbers) float32, without columns if the
+    model takes none; status: (objects,) of `gaussian_process.Status`. If the status is NO_POINTS or NO_FLUX, the
+    object's light curve is zeros."""
 
     light_curve: npt.NDArray[np.float32]
     context: npt.NDArray[np.float32]
     status: npt.NDArray[np.int64]
 
     def inputs(self) -> dict[str, npt.NDArray[np.float32]]:
-        """The arrays by the names of the model's inputs."""
+        """Return the arrays by the names of the model's inputs."""
         return {"light_curve": self.light_curve} | ({"context": self.context} if self.context.shape[1] else {})
 
 
 @dataclass(frozen=True, slots=True)
 class LightCurveFeatures:
-    """What turns light curves into inputs."""
+    """The parameters that turn light curves into the network's inputs."""
 
-    bands: tuple[str, ...]  # whose points the Gaussian process is fitted to
-    wavelengths: tuple[float, ...]  # of `bands`, in angstrom: one survey's filters
-    scale: tuple[float, ...]  # FLUXCAL that the arcsinh bends at, per channel: twice the training set's median |flux|
+    bands: tuple[str, ...]  # the Gaussian process is fitted to the points of these bands
+    wavelengths: tuple[float, ...]  # of `bands`, in angstrom: the filters of one survey
+    # per channel, the FLUXCAL at which the arcsinh bends: twice the training set's median |flux|
+    scale: tuple[float, ...]
     context: tuple[str, ...] = ("log_span",)
     grid_points: int = 100
-    margin_days: float = 50.0  # points farther than this from every detection say nothing about the event
-    channels: tuple[str, ...] = ()  # bands that the network sees; () for all
+    margin_days: float = 50.0  # a point farther than this from every detection says nothing about the event
+    channels: tuple[str, ...] = ()  # bands that the network sees; () for all bands
 
     def __post_init__(self) -> None:
         if len(self.wavelengths) != len(self.bands):
             raise EdgekitError(
-                f"preprocessing: {len(self.wavelengths)} wavelengths for the bands {', '.join(self.bands)}"
+                f"preprocessing: got {len(self.wavelengths)} wavelengths for the bands {', '.join(self.bands)}; "
+                "expected one for each band"
             )
         for name in self.channels:
             if name not in self.bands:
                 raise unknown("channel", name, self.bands)
         if len(self.scale) != len(self.seen):
-            raise EdgekitError(f"preprocessing: {len(self.scale)} scales for the channels {', '.join(self.seen)}")
+            raise EdgekitError(
+                f"preprocessing: got {len(self.scale)} scales for the channels {', '.join(self.seen)}; "
+                "expected one for each channel"
+            )
         for name in self.context:
             if name not in CONTEXT:
                 raise unknown("context number", name, CONTEXT)
@@ -73,10 +79,13 @@ class LightCurveFeatures:
 
     @classmethod
     def from_bundle(cls, preprocessing: Mapping[str, Any] | None, source: str) -> LightCurveFeatures:
-        """The parameters that a bundle's manifest holds."""
+        """Return the parameters that a bundle's manifest holds. Raises EdgekitError if the manifest has other
+        preprocessing."""
         if preprocessing is None or preprocessing.get("id") != ID:
             got = preprocessing and preprocessing.get("id")
-            raise EdgekitError(f"{source}: preprocessing {got!r}; classifying alerts needs a bundle with {ID!r}")
+            raise EdgekitError(
+                f"{source}: the preprocessing is {got!r}; alerts need a bundle whose preprocessing is {ID!r}"
+            )
         given = {name: value for name, value in preprocessing.items() if name != "id"}
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         for name in values:
@@ -88,23 +97,24 @@ class LightCurveFeatures:
         return {"id": ID} | {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     def select(self, curves: LightCurves) -> LightCurves:
-        """The points that count: measurements in the model's bands, within the margin of the first and last detection
-        anywhere. What is not finite, or has no positive error, must not stretch the span that the grid covers."""
+        """Return the usable points: measurements in the model's bands, from `margin_days` before the first detection in
+        any band to `margin_days` after the last one. Points that are not finite, or that have no positive error, are
+        left out, so that they do not stretch the time that the grid covers."""
         index = np.array([self.bands.index(band) if band in self.bands else -1 for band in curves.bands], dtype=np.int8)
         measured = np.isfinite(curves.time) & np.isfinite(curves.flux) & np.isfinite(curves.flux_error)
         known = curves.where(measured & (curves.flux_error > 0) & (index[curves.band] >= 0))
-        mine = LightCurves(
+        chosen = LightCurves(
             self.bands, known.offsets, known.time, index[known.band], known.flux, known.flux_error, known.detected
         )
-        first = np.full(len(mine), np.inf)
-        last = np.full(len(mine), -np.inf)
-        owner = mine.object_of_point
-        np.minimum.at(first, owner[mine.detected], mine.time[mine.detected])
-        np.maximum.at(last, owner[mine.detected], mine.time[mine.detected])
-        undetected = first > last  # forced photometry alone: nothing to trim to
+        first = np.full(len(chosen), np.inf)
+        last = np.full(len(chosen), -np.inf)
+        owner = chosen.object_of_point
+        np.minimum.at(first, owner[chosen.detected], chosen.time[chosen.detected])
+        np.maximum.at(last, owner[chosen.detected], chosen.time[chosen.detected])
+        undetected = first > last  # a light curve of forced photometry alone is not cut
         low = np.where(undetected, -np.inf, first - self.margin_days)[owner]
         high = np.where(undetected, np.inf, last + self.margin_days)[owner]
-        return mine.where((mine.time >= low) & (mine.time <= high))
+        return chosen.where((chosen.time >= low) & (chosen.time <= high))
 
     def __call__(
         self,
@@ -114,8 +124,8 @@ class LightCurveFeatures:
         threads: int | None = None,
         budget: Budget | None = None,
     ) -> Features:
-        """Inputs of the network for every object; redshift: (objects, 2), photometric redshift and its error; budget:
-        of the Gaussian process."""
+        """Return the network's inputs for every object. redshift: (objects, 2), photometric redshift and its error;
+        budget: limits the time of the Gaussian process."""
         chosen = self.select(curves)
         process = GaussianProcess(self.wavelengths, grid_points=self.grid_points)
         seen = [self.bands.index(band) for band in self.seen]
@@ -123,7 +133,7 @@ class LightCurveFeatures:
         light_curve = np.arcsinh(result.mean / np.array(self.scale)).astype(np.float32)
         status = result.fit.status
         visible = np.isin(chosen.band, seen)
-        # a light curve without a point in any channel would be a guess from its other colours
+        # Without a point in any channel, the light curve would be a guess from the other bands.
         status[np.bincount(chosen.object_of_point[visible], minlength=len(chosen)) == 0] = Status.NO_POINTS
         empty = (status == Status.NO_POINTS) | (status == Status.NO_FLUX)
         light_curve[empty] = 0.0
@@ -139,7 +149,7 @@ class LightCurveFeatures:
         for name in self.context:
             if name not in columns:
                 raise EdgekitError(
-                    f"the model needs a {name}, which these light curves come without; use a model without redshift"
+                    f"the model needs {name}, which these light curves do not have; use a model without redshift"
                 )
         context = np.empty((len(curves), len(self.context)), dtype=np.float32)
         for number, name in enumerate(self.context):
@@ -148,7 +158,7 @@ class LightCurveFeatures:
 
 
 def _span(curves: LightCurves) -> npt.NDArray[np.float64]:
-    """(objects,) days from first to last point, 0 without points."""
+    """Return (objects,) the days from the first to the last point, 0 without points."""
     span = np.zeros(len(curves))
     filled = curves.points > 0
     span[filled] = curves.time[curves.offsets[1:][filled] - 1] - curves.time[curves.offsets[:-1][filled]]
@@ -156,7 +166,7 @@ def _span(curves: LightCurves) -> npt.NDArray[np.float64]:
 
 
 def _signal_to_noise(curves: LightCurves) -> npt.NDArray[np.float64]:
-    """(objects,) largest |flux| / error of a point, at least 0.001."""
+    """Return (objects,) the largest |flux| / error of a point, at least 0.001."""
     best = np.full(len(curves), 1e-3)
     np.maximum.at(best, curves.object_of_point, np.abs(curves.flux) / curves.flux_error)
     return best

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-FLUX_ZERO_POINT = 27.5  # AB magnitude of one flux unit: SNANA's FLUXCAL, the unit PLAsTiCC and the published t2 use
+FLUX_ZERO_POINT = 27.5  # AB magnitude of one flux unit: SNANA's FLUXCAL, the unit of PLAsTiCC and of the published t2
 
 
 @dataclass(frozen=True, slots=True)
 class LightCurves:
     """Difference-image photometry of many objects.
 
-    offsets: (objects + 1,) int64, points of object i are `offsets[i]:offsets[i + 1]`; time: (points,) float64, MJD in
-    days, ascending within an object; band: (points,) int8, index into `bands`; flux, flux_error: (points,) float64 in
-    FLUXCAL (zero point 27.5 AB), negative where the source faded; detected: (points,) bool, a detection above the
-    survey's threshold (False: forced photometry).
+    offsets: (objects + 1,) int64, the points of object i are `offsets[i]:offsets[i + 1]`; time: (points,) float64, MJD
+    in days, ascending within an object; band: (points,) int8, index into `bands`; flux, flux_error: (points,) float64
+    in FLUXCAL (zero point 27.5 AB), negative if the source faded; detected: (points,) bool, true for a detection above
+    the survey's threshold and false for forced photometry.
     """
 
     bands: tuple[str, ...]
@@ -38,7 +38,7 @@ class LightCurves:
         return np.diff(self.offsets)
 
     def take(self, objects: Sequence[int] | npt.NDArray[np.integer]) -> LightCurves:
-        """The objects at these positions, in this order; positions may repeat."""
+        """Return the objects at these positions, in this order. A position may occur several times."""
         objects = np.asarray(objects, dtype=np.int64)
         rows = concatenate_ranges(self.offsets[objects], self.offsets[objects + 1])
         return LightCurves(
@@ -52,7 +52,7 @@ class LightCurves:
         )
 
     def where(self, keep: npt.NDArray[np.bool_]) -> LightCurves:
-        """The points at which `keep`, (points,) bool, is true; objects left without points stay, empty."""
+        """Return the points for which `keep`, (points,) bool, is true. An object without such points stays, empty."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         return LightCurves(
             self.bands,
@@ -66,12 +66,12 @@ class LightCurves:
 
     @property
     def object_of_point(self) -> npt.NDArray[np.int64]:
-        """(points,) index of the object that each point belongs to."""
+        """(points,) index of the object of each point."""
         return np.repeat(np.arange(len(self), dtype=np.int64), self.points)
 
 
 def concatenate(batches: Iterable[LightCurves]) -> LightCurves:
-    """Join batches that share their bands."""
+    """Join batches that have the same bands."""
     items = list(batches)
     assert items
     assert all(item.bands == items[0].bands for item in items)
@@ -89,7 +89,7 @@ def concatenate(batches: Iterable[LightCurves]) -> LightCurves:
 
 
 def concatenate_ranges(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """All integers of [start, stop) for each pair, joined: the row numbers of ragged rows."""
+    """Return all integers of [start, stop) for each pair, joined: the row numbers of ragged rows."""
     lengths = stops - starts
     ends = np.cumsum(lengths)
     shifts: npt.NDArray[np.int64] = np.repeat(starts - (ends - lengths), lengths)

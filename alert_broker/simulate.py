@@ -1,7 +1,7 @@
-"""Simulated alerts: transients and variables seen at a survey's cadence and depth, as packets of that survey.
+"""Simulate alerts: transients and variables at a survey's cadence and depth, as packets of that survey.
 
-For demonstrations, load tests and tests of the whole path. The light curves are sketches of their classes, drawn from a
-few textbook shapes; nobody should train or score a classifier of real alerts with them.
+They are for demonstrations, load tests and tests of the whole path. The light curves are sketches of their classes,
+drawn from a few textbook shapes; nobody should train or score a classifier of real alerts with them.
 """
 
 from __future__ import annotations
@@ -26,27 +26,29 @@ from edgekit.errors import EdgekitError, unknown
 Floats = npt.NDArray[np.float64]
 Shape = Callable[[np.random.Generator, Floats, Floats, float], Floats]
 
-SEASON_DAYS = 180.0  # how long a field stays in the night sky
+SEASON_DAYS = 180.0  # days for which a field stays in the night sky
 DETECTION_SNR = 5.0
-R_BAND = 6231.0  # angstrom, where the shapes below are normalized
+R_BAND = 6231.0  # angstrom; the shapes below are normalized at this wavelength
 HC_OVER_K = 1.4388e8  # angstrom kelvin
 
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """How a survey looks at one field, and how deep: enough for plausible light curves, not an observing simulation."""
+    """How often a survey visits one field, and how deep: enough for plausible light curves, but no observing
+    simulation."""
 
-    nights: tuple[int, ...]  # gaps between visits in days, drawn evenly
+    nights: tuple[int, ...]  # gaps between visits in days, drawn with equal probability
     visits: int  # per night
     band_weight: tuple[float, ...]  # per band of the survey
     depth: tuple[float, ...]  # median 5 sigma limit of one visit, AB magnitude
-    scatter: float  # of the limit in magnitudes: moon, air mass, seeing
+    scatter: float  # of the limit, in magnitudes: moon, air mass, seeing
     electrons: float  # per unit of FLUXCAL in one visit, for photon noise
     first_mjd: float
 
 
-# ZTF's public survey visits in g and r on two nights in three; depths of its 30 s exposures (Bellm+ 2019). Rubin: two
-# visits a night to a field, seldom the same field again within three days; depths of the LSST overview (Ivezic+ 2019).
+# ZTF's public survey visits a field in g and r on two nights in three; the depths are those of its 30 s exposures
+# (Bellm+ 2019). Rubin visits a field twice in a night, and seldom again within three days; the depths are those of the
+# LSST overview (Ivezic+ 2019).
 CADENCES = {
     "ztf": Cadence((1, 2, 2, 3, 3, 4), 2, (0.47, 0.53, 0.0), (20.8, 20.6, 19.9), 0.35, 2.0, 60_400.0),
     "lsst": Cadence(
@@ -63,7 +65,8 @@ CADENCES = {
 
 @dataclass(frozen=True, slots=True)
 class AlertClass:
-    """A class of sources. shape: difference flux, (points,), of a source with flux 1 at its reference in r."""
+    """A class of sources. shape: a function that returns the difference flux, (points,), of a source with flux 1 at its
+    reference in r."""
 
     name: str
     identifier: int  # as in PLAsTiCC
@@ -84,19 +87,22 @@ class SimulatedAlert:
 
 
 def simulate(survey: str, count: int, seed: int, cutouts: bool = True) -> Iterator[SimulatedAlert]:
-    """`count` alerts of different objects, the same ones for the same seed; without cutouts the stamps are null."""
+    """Yield `count` alerts of different objects, the same ones for the same seed. Without cutouts the stamps are
+    null."""
     if survey not in CADENCES:
         raise unknown("survey", survey, CADENCES)
     if count < 1 or seed < 0:
-        raise EdgekitError(f"cannot simulate {count} alerts with seed {seed}; expected 1 or more, and a seed from 0 on")
+        raise EdgekitError(
+            f"cannot simulate {count} alerts with seed {seed}; expected 1 alert or more, and a seed of 0 or more"
+        )
     return (_simulate_one(survey, seed, index, cutouts) for index in range(count))
 
 
 def write(directory: str | Path, alerts: Iterable[SimulatedAlert], packets_per_file: int = 100) -> list[Path]:
-    """Write packets to a new folder, and their true classes to `truth.parquet` in it; returns the packet files.
+    """Write packets to a new folder, and their true classes to `truth.parquet` in it. Return the packet files.
 
-    Files are Avro containers of `packets_per_file` packets. With 1, they are what the survey sends: a container per
-    alert for ZTF, a message in Confluent wire format (.bin) for LSST.
+    The files are Avro containers of `packets_per_file` packets. With 1, they are as the survey sends them: one
+    container per alert for ZTF, one message in Confluent wire format (.bin) for LSST.
     """
     directory = Path(directory)
     if packets_per_file < 1:
@@ -110,7 +116,7 @@ def write(directory: str | Path, alerts: Iterable[SimulatedAlert], packets_per_f
     while chunk := list(islice(source, packets_per_file)):
         survey = chunk[0].survey
         if any(alert.survey != survey for alert in chunk):
-            raise EdgekitError("alerts of two surveys in one folder; write each survey to a folder of its own")
+            raise EdgekitError("one folder cannot hold alerts of two surveys; write each survey to a folder of its own")
         packets = [alert.packet for alert in chunk]
         files.append(simulated_packets.write_file(directory, survey, len(files), packets, single=packets_per_file == 1))
         truth += [(a.curve.alert_id, a.curve.object_id, a.class_name, a.class_id) for a in chunk]
@@ -124,11 +130,11 @@ def write(directory: str | Path, alerts: Iterable[SimulatedAlert], packets_per_f
 
 
 def _simulate_one(survey: str, seed: int, index: int, cutouts: bool) -> SimulatedAlert:
-    rng = np.random.default_rng([seed, index])  # per alert: the n-th is the same however many are asked for
+    rng = np.random.default_rng([seed, index])  # one generator per alert: the n-th alert is the same for every count
     cadence = CADENCES[survey]
     weights = np.array([item.weight for item in CLASSES])
     alert_class = CLASSES[rng.choice(len(CLASSES), p=weights / weights.sum())]
-    for _ in range(1000):  # a faint or fast source can pass undetected: draw another one
+    for _ in range(1000):  # a faint or fast source can pass undetected, and another one is drawn
         observed = _observe(rng, survey, cadence, alert_class)
         if observed.detected.any():
             break
@@ -151,14 +157,15 @@ def _observe(
     reference = fluxcal(depth[r_band] - rng.uniform(*alert_class.brightness) - FLUX_ZERO_POINT)
     flux = reference * alert_class.shape(rng, time, wavelengths[band], float(time[0]))
     sky = fluxcal(limit - FLUX_ZERO_POINT) / DETECTION_SNR
-    # Photon noise of what is in the aperture of the difference: the change itself, and the steady source below it.
+    # The photon noise comes from the light in the aperture of the difference: the change itself, and the steady source
+    # below it.
     noise = np.sqrt(sky**2 + (np.abs(flux) + 0.2 * reference) / cadence.electrons)
     measured = flux + noise * rng.standard_normal(len(time))
     return simulated_packets.Observations(time, band, measured, noise, limit, np.abs(measured) >= DETECTION_SNR * noise)
 
 
 def _visits(rng: np.random.Generator, cadence: Cadence) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Times (MJD, ascending) and bands of one season, with two spells of bad weather."""
+    """Return times (MJD, ascending) and bands of one season, with two spells of bad weather."""
     start = cadence.first_mjd + rng.integers(0, 365)
     nights = np.cumsum(rng.choice(cadence.nights, size=int(SEASON_DAYS)))
     nights = nights[nights < SEASON_DAYS]
@@ -170,13 +177,14 @@ def _visits(rng: np.random.Generator, cadence: Cadence) -> tuple[Floats, npt.NDA
 
 
 def _colour(wavelength: Floats, temperature: Floats | float) -> Floats:
-    """Black-body f_nu at these wavelengths over that in r."""
+    """Return the black-body f_nu at these wavelengths, relative to r."""
     ratio = np.expm1(HC_OVER_K / (R_BAND * temperature)) / np.expm1(HC_OVER_K / (wavelength * temperature))
     return np.asarray(ratio * (R_BAND / wavelength) ** 3)
 
 
 def _supernova(rise: float, fall: float, hot: float, cool: float, plateau: float = 0.0) -> Shape:
-    """Exponential rise and fall (Bazin+ 2009), optionally over a plateau, while the photosphere cools."""
+    """Return a shape with an exponential rise and fall (Bazin+ 2009), optionally over a plateau, while the photosphere
+    cools."""
 
     def shape(rng: np.random.Generator, time: Floats, wavelength: Floats, start: float) -> Floats:
         stretch = rng.uniform(0.85, 1.35)  # intrinsic width and time dilation
@@ -190,7 +198,7 @@ def _supernova(rise: float, fall: float, hot: float, cool: float, plateau: float
 
 
 def _tidal_disruption(rng: np.random.Generator, time: Floats, wavelength: Floats, start: float) -> Floats:
-    """A Gaussian rise, then the t^-5/3 of the fallback rate; hot throughout."""
+    """Return a Gaussian rise followed by the t^-5/3 decline of the fallback rate; the source stays hot."""
     phase = time - start - rng.uniform(25, 100)
     fallback = rng.uniform(25, 60)
     rise = np.exp(-0.5 * (np.clip(phase, None, 0) / rng.uniform(8, 16)) ** 2)
@@ -199,7 +207,7 @@ def _tidal_disruption(rng: np.random.Generator, time: Floats, wavelength: Floats
 
 
 def _kilonova(rng: np.random.Generator, time: Floats, wavelength: Floats, start: float) -> Floats:
-    """Up within hours, down within days, from blue to red."""
+    """Return a flux that rises within hours and falls within days, and changes from blue to red."""
     phase = time - start - rng.uniform(10, 140)
     after = np.clip(phase, 0, None)
     curve = np.where(phase > 0, (1 - np.exp(-after / 0.3)) * np.exp(-after / rng.uniform(1.8, 3.5)), 0.0)
@@ -207,8 +215,9 @@ def _kilonova(rng: np.random.Generator, time: Floats, wavelength: Floats, start:
 
 
 def _active_nucleus(rng: np.random.Generator, time: Floats, wavelength: Floats, start: float) -> Floats:
-    """A damped random walk in magnitude (Kelly+ 2009), stronger in the blue, against a reference of mean brightness."""
-    memory = np.exp(-np.diff(time, prepend=-np.inf) / rng.uniform(40, 300))  # none before the first exposure
+    """Return a damped random walk in magnitude (Kelly+ 2009), stronger in the blue, against a reference of mean
+    brightness."""
+    memory = np.exp(-np.diff(time, prepend=-np.inf) / rng.uniform(40, 300))  # the first exposure has no memory
     steps = zip(memory.tolist(), (np.sqrt(1 - memory**2) * rng.standard_normal(len(time))).tolist(), strict=True)
     walk = rng.uniform(0.15, 0.5) * np.array(list(accumulate(steps, _walk_on, initial=0.0))[1:])
     steady = (wavelength / R_BAND) ** 0.4
@@ -221,7 +230,7 @@ def _walk_on(value: float, step: tuple[float, float]) -> float:
 
 
 def _rr_lyrae(rng: np.random.Generator, time: Floats, wavelength: Floats, start: float) -> Floats:
-    """A rounded saw tooth in magnitude: a fast rise, a slow decline; the amplitude shrinks to the red."""
+    """Return a rounded saw tooth in magnitude: a fast rise and a slow decline, whose amplitude shrinks to the red."""
     phase = (time - start) / rng.uniform(0.4, 0.8) + rng.uniform()
     order = np.arange(1, 6)
     tooth = (np.sin(2 * np.pi * phase[:, None] * order) / order).sum(axis=1) / np.pi
@@ -230,7 +239,7 @@ def _rr_lyrae(rng: np.random.Generator, time: Floats, wavelength: Floats, start:
 
 
 def _eclipsing_binary(rng: np.random.Generator, time: Floats, wavelength: Floats, start: float) -> Floats:
-    """Two dips per period below a reference that is taken outside eclipse."""
+    """Return two dips per period, below a reference that is taken outside eclipse."""
     phase = ((time - start) / rng.uniform(0.4, 5.0) + rng.uniform()) % 1.0
     width = rng.uniform(0.03, 0.08)
     deep = rng.uniform(0.25, 0.7)

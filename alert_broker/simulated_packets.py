@@ -1,4 +1,5 @@
-"""A simulated light curve as the survey's packet: ZTF schema 4.02, LSST's newest installed schema, and their stamps."""
+"""Build the survey's packet from a simulated light curve: ZTF schema 4.02, LSST's newest installed schema, and their
+stamps."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ Floats = npt.NDArray[np.float64]
 
 ZTF_HISTORY_DAYS = 30.0
 ZTF_COUNTS_ZERO_POINT = 26.3  # magzpsci: AB magnitude of one count of a 30 s exposure
-ZTF_BAD_FORCED = 0.1  # share of forced measurements on bad pixels, which come flagged and without a flux
+ZTF_BAD_FORCED = 0.1  # share of forced measurements on bad pixels, which are flagged and have no flux
 ZTF_NAMES = 26**7
-LSST_PRECOVERY_DAYS = 30.0  # forced photometry reaches this far back before the first detection
+LSST_PRECOVERY_DAYS = 30.0  # forced photometry begins this long before the first detection
 FITS_BLOCK = 2880
 
 
@@ -46,11 +47,11 @@ class Observations:
     detected: npt.NDArray[np.bool_]
 
     def until(self, last: int) -> Observations:
-        """The exposures up to and including this one."""
+        """Return the exposures up to and including this one."""
         return self.take(np.arange(last + 1))
 
     def take(self, rows: npt.NDArray[Any]) -> Observations:
-        """The exposures at these positions, or where this mask is true."""
+        """Return the exposures at these positions, or those for which this mask is true."""
         return Observations(
             self.time[rows],
             self.band[rows],
@@ -61,7 +62,7 @@ class Observations:
         )
 
     def curve(self, alert_id: int, object_id: str, upper_limits: int, dropped: int) -> LightCurve:
-        """These exposures as the light curve that a reader should return."""
+        """Return these exposures as the light curve that a reader should find."""
         return LightCurve(
             alert_id,
             object_id,
@@ -78,7 +79,8 @@ class Observations:
 def ztf_packet(
     rng: np.random.Generator, seen: Observations, index: int, seed: int, cutouts: bool
 ) -> tuple[dict[str, Any], LightCurve]:
-    """The alert that the last exposure raises: 30 days of detections, upper limits and forced photometry with it."""
+    """Return the alert that the last exposure raises, with 30 days of detections, upper limits and forced
+    photometry."""
     seen = seen.take(seen.time > seen.time[-1] - ZTF_HISTORY_DAYS)
     ra, dec = rng.uniform(0, 360), rng.uniform(-28, 80)
     bad = ~seen.detected & (rng.random(len(seen.time)) < ZTF_BAD_FORCED)
@@ -172,7 +174,8 @@ def ztf_packet(
 def lsst_packet(
     rng: np.random.Generator, seen: Observations, index: int, seed: int, cutouts: bool
 ) -> tuple[dict[str, Any], LightCurve]:
-    """The alert that the last visit raises: earlier detections, and forced photometry from 30 days before the first."""
+    """Return the alert that the last visit raises, with earlier detections, and forced photometry from 30 days before
+    the first one."""
     first = seen.time[np.flatnonzero(seen.detected)[0]]
     seen = seen.take(seen.time >= first - LSST_PRECOVERY_DAYS)
     ra, dec = rng.uniform(0, 360), rng.uniform(-70, 5)
@@ -183,7 +186,7 @@ def lsst_packet(
     visit = [_visit(day) for day in time]
     serial = (seed * 1_000_003 + index) % 10**5
     source_id = [number * 10**5 + serial for number in visit]
-    object_id = source_id[detected.index(True)]  # an object is named after its first source
+    object_id = source_id[detected.index(True)]  # an object has the name of its first source
     templates = _lsst_templates(max(lsst.schema_versions()))
 
     def exposure(row: int) -> dict[str, Any]:
@@ -239,13 +242,13 @@ def lsst_packet(
     if cutouts:
         uncertainty = np.ones((30, 30), ">f4")
         for name, image in _stamps(rng, seen, 30, 2.0).items():
-            # As Rubin sends it: the image, its uncertainty, and the point-spread function.
+            # Rubin sends the image, its uncertainty, and the point-spread function.
             packet[name] = fits([("", image), ("UNCERT", uncertainty), ("PSFIMAGE", _psf(41, 2.0).astype(">f8"))])
     return packet, seen.curve(source_id[-1], str(object_id), 0, 0)
 
 
 def write_file(directory: Path, survey: str, number: int, packets: Sequence[dict[str, Any]], *, single: bool) -> Path:
-    """One file of packets: an Avro container, or one LSST message in Confluent wire format."""
+    """Write one file of packets: an Avro container, or one LSST message in Confluent wire format."""
     if single:
         first = packets[0]
         lsst_name, ztf_name = f"{first.get('diaSourceId')}.bin", f"{first.get('objectId')}.{first.get('candid')}.avro"
@@ -258,7 +261,7 @@ def write_file(directory: Path, survey: str, number: int, packets: Sequence[dict
 
 
 def message(survey: str, packet: dict[str, Any]) -> bytes:
-    """One packet as the survey sends it: a container with its schema (ZTF), Confluent wire format (LSST)."""
+    """Return one packet as the survey sends it: a container with its schema (ZTF), or Confluent wire format (LSST)."""
     if survey == "ztf":
         return _container(survey, [packet], f"{packet['objectId']}.{packet['candid']}.avro")
     identifier = max(lsst.schema_versions())
@@ -268,7 +271,8 @@ def message(survey: str, packet: dict[str, Any]) -> bytes:
 
 
 def _container(survey: str, packets: Sequence[dict[str, Any]], name: str) -> bytes:
-    # One packet to a block, so that damage to one costs no other; a fixed marker, so that a seed fixes every byte.
+    # Each block holds one packet, so that damage to one costs no other. The marker is fixed, so that a seed fixes every
+    # byte.
     marker = hashlib.md5(name.encode(), usedforsecurity=False).digest()
     schema = _ztf_parsed() if survey == "ztf" else lsst.schema(max(lsst.schema_versions()))
     stream = io.BytesIO()
@@ -277,7 +281,8 @@ def _container(survey: str, packets: Sequence[dict[str, Any]], name: str) -> byt
 
 
 def fits(images: Sequence[tuple[str, npt.NDArray[Any]]]) -> bytes:
-    """A FITS file of (extension name, 2-D big-endian float image) pairs, the first as primary array (FITS 4.0)."""
+    """Return a FITS file of (extension name, 2-D big-endian float image) pairs. The first image is the primary array
+    (FITS 4.0)."""
     parts = []
     for number, (name, image) in enumerate(images):
         height, width = image.shape
@@ -297,9 +302,10 @@ def _padded(data: bytes, fill: bytes) -> bytes:
 
 
 def _stamps(rng: np.random.Generator, seen: Observations, size: int, sigma: float) -> dict[str, npt.NDArray[Any]]:
-    """Science, template and difference images around the source, in units of the sky noise."""
+    """Return science, template and difference images around the source, in units of the sky noise."""
     psf = _psf(size, sigma)
-    source = seen.flux[-1] / seen.flux_error[-1] * psf / np.sqrt((psf**2).sum())  # its matched-filter S/N is the flux's
+    # the matched-filter S/N of the source is that of its flux
+    source = seen.flux[-1] / seen.flux_error[-1] * psf / np.sqrt((psf**2).sum())
     host = 30 * _psf(size, 3 * sigma) / _psf(size, 3 * sigma).max()
     noise = rng.standard_normal((2, size, size), np.float32)
     template = host + 0.2 * noise[0]
@@ -331,7 +337,8 @@ def _lsst_templates(identifier: int) -> dict[str, dict[str, Any]]:
 
 
 def _templates(schema: Any) -> dict[str, dict[str, Any]]:
-    """For each record of a schema, by short name, its fields with null where allowed, else zero or an empty string."""
+    """Return, for each record of a schema, by short name, its fields: null if the field may be null, else zero or an
+    empty string."""
     zero = {"int": 0, "long": 0, "float": 0.0, "double": 0.0, "string": "", "boolean": False}
     templates = {}
     for name, record in schema["__named_schemas"].items():
@@ -343,7 +350,8 @@ def _templates(schema: Any) -> dict[str, dict[str, Any]]:
 
 
 def _visit(mjd: float) -> int:
-    """Rubin numbers visits by day and, within it, in order; here by 2-second steps."""
+    """Return a visit number. Rubin numbers visits by day and, within the day, in order; this function counts steps of 2
+    seconds."""
     day = datetime.date(1858, 11, 17) + datetime.timedelta(days=int(mjd))
     return int(f"{day:%Y%m%d}") * 100_000 + int(mjd % 1 * 43_200)
 

@@ -1,11 +1,12 @@
-"""The classifier inside Apache Spark: over packets as a Kafka source gives them, or over columns as Fink stores alerts.
+"""Run the classifier inside Apache Spark: over packets from a Kafka source, or over columns as Fink stores alerts.
 
     alerts = spark.read.parquet("night/")               # or spark.readStream: the same in Structured Streaming
     classified = classify(alerts, bundle, keep=["publisher"])
 
-Every row in gives one row out, in order, with the columns of `edgekit alerts classify` but the file's; what cannot be
-read has the reason in `status`. The model travels with the task as a packed bundle and is opened once in each Python
-worker, with one thread: Spark runs a worker for each core. edgekit must be installed where the executors run.
+Every input row gives one output row, in the same order, with the columns of `edgekit alerts classify` except file and
+offset. For a row that cannot be read, `status` holds the reason. The model travels with the task as a packed bundle.
+Each Python worker opens it once, with one thread, because Spark runs one worker for each core. edgekit must be
+installed on the machines of the executors.
 """
 
 from __future__ import annotations
@@ -33,26 +34,28 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 BATCH = 1024  # rows that are classified together
-LEFT_OUT = ("file", "offset")  # of the result: rows of a table have no place in a file
+LEFT_OUT = ("file", "offset")  # columns of the result that are left out: a table's row has no position in a file
 SPARK_TYPES = {pa.string(): "string", pa.int64(): "bigint", pa.int32(): "int", pa.float32(): "float"}
 NONE = "None"  # Fink's text for "no class"
-MOVING, MOST_DAYS, FEWEST_POINTS = 3, 90.0, 2  # Fink's cuts before its t2: known asteroids, long-lived or barely seen
+# Fink's cuts before its t2 exclude known asteroids, alerts that last longer, and alerts with fewer points
+MOVING, MAX_DAYS, MIN_POINTS = 3, 90.0, 2
 
 ArrowFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
 
 @dataclass(frozen=True)
 class SparkJob:
-    """What a Python worker needs to know; small enough to travel with every task. Called on one Arrow batch."""
+    """The model and the settings that a Python worker needs, small enough to travel with every task. The worker calls
+    the job with one Arrow batch."""
 
-    digest: str  # of the bundle that was packed: what results are stamped with
+    digest: str  # digest of the bundle that was packed; every result row shows it
     packed: bytes = field(repr=False)
     packets: str | None = None
     keep: tuple[str, ...] = ()
     runtime: str = "auto"
 
     def __call__(self, rows: pa.RecordBatch) -> pa.RecordBatch:
-        """A row for every row, in the same order."""
+        """Return one result row for each row, in the same order."""
         classifier = _open(self.digest, self.packed, self.runtime)
         schema = _schema(classifier.classes)
         parts = [self._classify(classifier, rows.slice(start, BATCH)) for start in range(0, rows.num_rows, BATCH)]
@@ -68,13 +71,15 @@ class SparkJob:
         found: list[pa.RecordBatch] = []
         for item in batches(self._blocks(rows), BATCH):
             if isinstance(item, BadPacket):
-                told = {"status": repeat(f"{item.status}: {item.reason}", 1), "offset": pa.array([item.offset])}
-                found.append(fill(told, schema, 1))
+                columns = {"status": repeat(f"{item.status}: {item.reason}", 1), "offset": pa.array([item.offset])}
+                found.append(fill(columns, schema, 1))
             else:
                 found.append(classifier(item))
         table = pa.Table.from_batches(found, schema).sort_by("offset").combine_chunks()
         if table["offset"].to_pylist() != list(range(rows.num_rows)):
-            raise EdgekitError(f"{rows.num_rows} rows, but {table.num_rows} results; report this fault of edgekit")
+            raise EdgekitError(
+                f"{rows.num_rows} rows gave {table.num_rows} results; this is a bug in edgekit, please report it"
+            )
         return table.to_batches()[0]
 
     def _blocks(self, rows: pa.RecordBatch) -> Iterator[Block | ParquetRows | BadPacket]:
@@ -91,10 +96,12 @@ class SparkJob:
 def map_in_arrow(
     bundle: Bundle, packets: str | None = None, *, keep: Sequence[str] = (), runtime: str = "auto"
 ) -> ArrowFunction:
-    """The function for `DataFrame.mapInArrow`, whose schema is `result_ddl(bundle)` behind the columns to keep.
+    """Return the function for `DataFrame.mapInArrow`. Its result has the columns in `keep`, then those of
+    `result_ddl(bundle)`.
 
-    packets: the binary column that holds one packet a row; None where the fields are columns, as in Fink's Parquet.
-    Those of the survey are needed only (`classify` selects them); keep: others, which are handed through.
+    packets: the binary column that holds one packet per row; None if the packets' fields are columns, as in Fink's
+    Parquet. Then only the survey's fields are needed (`classify` selects them). keep: other columns, which the result
+    repeats.
     """
     job = _job(bundle, packets, keep, runtime)
 
@@ -107,7 +114,8 @@ def map_in_arrow(
 def classify(
     rows: DataFrame, bundle: Bundle, packets: str | None = None, *, keep: Sequence[str] = (), runtime: str = "auto"
 ) -> DataFrame:
-    """The rows classified, batch or streaming; arguments as in `map_in_arrow`. Only the fields needed leave the JVM."""
+    """Return the classified rows of a batch or a stream. The arguments are those of `map_in_arrow`. Only the needed
+    fields leave the JVM."""
     from pyspark.sql import functions, types
 
     for name in (*keep, *([packets] if packets is not None else [])):
@@ -115,10 +123,10 @@ def classify(
             raise unknown("column", name, rows.columns)
     if packets is not None and not isinstance(rows.schema[packets].dataType, types.BinaryType):
         dtype = rows.schema[packets].dataType.simpleString()
-        raise EdgekitError(f"the column {packets!r} is of type {dtype}; expected binary, with a packet in each row")
+        raise EdgekitError(f"the column {packets!r} is of type {dtype}; expected binary, with one packet in each row")
     ours = {item.name.lower() for item in _schema(bundle.manifest.classes)}
     if clash := [name for name in keep if name.lower() in ours]:
-        raise EdgekitError(f"keep: {', '.join(clash)} would stand twice in the result; rename before")
+        raise EdgekitError(f"keep: the result has columns of the same name ({', '.join(clash)}); rename yours first")
     needed = {packets: functions.col(packets)} if packets is not None else _fields(rows)
     chosen = rows.select(*keep, *(column for name, column in needed.items() if name not in keep))
     dtypes = {"string": types.StringType(), "bigint": types.LongType(), "int": types.IntegerType()}
@@ -129,25 +137,29 @@ def classify(
 
 
 def result_ddl(bundle: Bundle) -> str:
-    """The result's columns as Spark's SQL writes them."""
+    """Return the result's columns as Spark's SQL writes them."""
     return ", ".join(f"`{item.name}` {SPARK_TYPES[item.type]}" for item in _schema(bundle.manifest.classes))
 
 
 def t2(bundle: Bundle, *, hosts: Collection[str] | None = None, runtime: str = "auto") -> Any:
-    """A pandas UDF in the way of Fink's science modules: columns in, a struct with the result's columns out.
+    """Return a pandas UDF in the form of Fink's science modules: it takes columns and returns a struct with the
+    result's columns.
 
-    Called on candid, cjd, cfid, cmagpsf, csigmapsf, as Fink's `concat_col` makes them (history first, the alert's own
-    measurement last). Those do not say which detections are negative; with `cisdiffpos` as a sixth column the numbers
-    are those of `edgekit alerts classify`, without it every detection counts as positive, as in Fink's modules.
+    Its arguments are candid, cjd, cfid, cmagpsf, csigmapsf, as Fink's `concat_col` makes them (history first, the
+    alert's own measurement last). They do not say which detections are negative. With `cisdiffpos` as a sixth column
+    the numbers are those of `edgekit alerts classify`; without it every detection counts as positive, as in Fink's
+    modules.
 
-    hosts: then the columns after the fifth are roid, cdsxmatch, jdstarthist (and cisdiffpos the ninth), and only alerts
-    inside Fink's cuts are classified: cdsxmatch among these names, which fink-utils has as `return_list_of_eg_host()`.
+    hosts: if it is given, the columns after the fifth are roid, cdsxmatch and jdstarthist (and cisdiffpos is the
+    ninth), and the function classifies only alerts inside Fink's cuts, whose cdsxmatch is one of these names.
+    fink-utils returns the names as `return_list_of_eg_host()`.
     """
     return _pandas_udf(_columns_function(bundle, hosts, runtime), result_ddl(bundle))
 
 
 def t2_max_prob(bundle: Bundle, *, hosts: Collection[str] | None = None, runtime: str = "auto") -> Any:
-    """`t2`, but with the most probable class as the only result, "None" where there is none: Fink's `t2_max_prob`."""
+    """Return `t2` with the most probable class as its only result, "None" for an alert without a class: Fink's
+    `t2_max_prob`."""
     function = _columns_function(bundle, hosts, runtime)
 
     def best(*columns: pd.Series) -> pd.Series:
@@ -166,7 +178,7 @@ def _pandas_udf(function: Callable[..., Any], returns: str) -> Any:
     def run(*columns: Any) -> Any:
         return function(*columns)
 
-    # real types, not their names: Spark looks at them to tell what kind of UDF it is
+    # Spark looks at the types to tell the form of the UDF, so these are types and not their names
     run.__annotations__ = {"columns": pd.Series, "return": pd.Series if returns == "string" else pd.DataFrame}
     return pandas_udf(run, returns)
 
@@ -177,24 +189,25 @@ def _columns_function(bundle: Bundle, hosts: Collection[str] | None, runtime: st
 
     def run(*columns: pd.Series) -> pd.DataFrame:
         if len(columns) not in (len(names), len(names) + 1):
-            expected = f"{', '.join(names)} and, where it is known, cisdiffpos"
+            expected = f"{', '.join(names)} and optionally cisdiffpos"
             raise EdgekitError(f"t2 was given {len(columns)} columns; expected {expected}")
         named = dict(zip([*names, "cisdiffpos"], columns, strict=False))
         rows = _ztf_rows(named)
         inside = np.ones(rows.num_rows, np.bool_) if hosts is None else _inside_cuts(named, hosts)
         table = pa.Table.from_batches([job(rows.filter(pa.array(inside)))])
-        table = table.take(pa.array(np.cumsum(inside) - 1, mask=~inside))  # null for what was left out
-        status = table["status"].fill_null("skipped: outside the cuts")
+        table = table.take(pa.array(np.cumsum(inside) - 1, mask=~inside))  # a row outside the cuts becomes null
+        status = table["status"].fill_null("skipped: the alert is outside the cuts")
         table = table.set_column(table.schema.get_field_index("status"), "status", status)
         table = table.set_column(table.schema.get_field_index("alert_id"), "alert_id", rows["candid"])
-        frame: pd.DataFrame = table.to_pandas(integer_object_nulls=True)  # not as floats: ids have 64 bits
+        # integers stay integers, because ids have 64 bits and floats do not
+        frame: pd.DataFrame = table.to_pandas(integer_object_nulls=True)
         return frame
 
     return run
 
 
 def _ztf_rows(named: dict[str, pd.Series]) -> pa.RecordBatch:
-    """Fink's concatenated columns as the fields of ZTF's packets: the last measurement is the alert's own."""
+    """Return Fink's concatenated columns as the fields of ZTF's packets. The last measurement is the alert's own."""
     series = {name: named[name] for name in ("cjd", "cfid", "cmagpsf", "csigmapsf", "cisdiffpos") if name in named}
     counts = {name: [0 if values is None else len(values) for values in column] for name, column in series.items()}
     if any(count != counts["cjd"] for count in counts.values()):
@@ -219,7 +232,7 @@ def _ztf_rows(named: dict[str, pd.Series]) -> pa.RecordBatch:
 
 
 def _flat(column: pd.Series) -> pa.Array:
-    """The values of all rows in a row; NaN is how pandas says null."""
+    """Return the values of all rows, joined. pandas writes null as NaN."""
     arrays = [np.asarray(values) for values in column if values is not None and len(values)]
     return pa.array(np.concatenate(arrays) if arrays else np.empty(0), from_pandas=True)
 
@@ -230,8 +243,8 @@ def _inside_cuts(named: dict[str, pd.Series], hosts: Collection[str]) -> npt.NDA
     return np.array(
         [
             jd is not None
-            and np.isfinite(np.asarray(magnitude, np.float64)).sum() >= FEWEST_POINTS
-            and jd[-1] - start <= MOST_DAYS
+            and np.isfinite(np.asarray(magnitude, np.float64)).sum() >= MIN_POINTS
+            and jd[-1] - start <= MAX_DAYS
             and roid != MOVING
             and match in known
             for jd, magnitude, roid, match, start in rows
@@ -241,7 +254,8 @@ def _inside_cuts(named: dict[str, pd.Series], hosts: Collection[str]) -> npt.NDA
 
 
 def _job(bundle: Bundle, packets: str | None, keep: Sequence[str], runtime: str) -> SparkJob:
-    Classifier(bundle, runtime, session_threads=1)  # one that cannot be used shows here, not in a worker's traceback
+    # an unusable model is reported here, and not in a worker's traceback
+    Classifier(bundle, runtime, session_threads=1)
     return SparkJob(bundle.digest, pack(bundle), packets, tuple(keep), runtime)
 
 
@@ -255,19 +269,20 @@ def _schema(classes: Sequence[str]) -> pa.Schema:
 
 
 def _survey(columns: Sequence[str]) -> Survey:
-    """The survey of a table with these leaves."""
+    """Return the survey of a table with these leaf columns."""
     found = survey_of(columns)
     if found is None:
         named = ", ".join(dict.fromkeys(name.partition(".")[0] for name in columns))
         raise EdgekitError(
-            f"no survey has these columns: {named}; supported: {', '.join(surveys())}. For packets in a binary column, "
-            "name it: packets=..."
+            f"no survey has these columns: {named}; supported: {', '.join(surveys())}. "
+            "If a binary column holds packets, name it: packets=..."
         )
     return found
 
 
 def _fields(rows: DataFrame) -> dict[str, Any]:
-    """The survey's fields as columns, records cut down to what is read before they go to Python."""
+    """Return the survey's fields as columns. Records are reduced to the fields that are read before they go to
+    Python."""
     from pyspark.sql import functions
     from pyspark.sql.types import ArrayType, StructType
 

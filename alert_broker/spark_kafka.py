@@ -1,12 +1,14 @@
-"""Kafka as a streaming source for Spark where its own connector is not at hand: PySpark's wheel ships without the jar.
+"""Kafka as a streaming source for Spark, for installations without Spark's own connector: PySpark's wheel does not
+contain its jar.
 
     spark.dataSource.register(KafkaPackets)
     stream = spark.readStream.format("edgekit-kafka").option("subscribe", "ztf").option("kafka.bootstrap.servers", ...)
     classified = classify(stream.load(), bundle, "value", keep=["topic", "partition"])
 
-Options are those of Spark's connector: `subscribe` (topics, with commas between), `startingOffsets` (earliest, latest),
-`maxOffsetsPerTrigger`, and `kafka.*`, which librdkafka gets. Where the reading stands is in Spark's checkpoint; nothing
-is committed to Kafka. Needs Spark 4. Python fetches the messages here: where the connector is there, it is quicker.
+The options are those of Spark's connector: `subscribe` (topics, separated by commas), `startingOffsets` (earliest,
+latest), `maxOffsetsPerTrigger`, and `kafka.*`, which are passed to librdkafka. Spark's checkpoint stores the positions;
+nothing is committed to Kafka. The source needs Spark 4. It fetches messages in Python, so Spark's connector is faster
+if it is installed.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ MESSAGES = pa.schema(
     ]
 )  # fmt: skip
 OPTIONS = ("subscribe", "startingOffsets", "maxOffsetsPerTrigger", "kafka.*")
-AT_ONCE = 256  # messages to an Arrow batch: some ten MB of packets
-SECONDS = 60.0  # without an answer from the broker
-Offsets = dict[str, dict[str, int]]  # topic to partition, which JSON has as text, to the next offset to read
+BATCH = 256  # messages in an Arrow batch: some ten MB of packets
+TIMEOUT_SECONDS = 60.0  # longest time without an answer from the broker
+# maps a topic to its partitions, which are text in JSON, and each partition to the next offset to read
+Offsets = dict[str, dict[str, int]]
 
 
 class Range(InputPartition):
-    """Messages of one partition, from `start` up to, not including, `stop`."""
+    """Messages of one partition, from offset `start` up to, but not including, `stop`."""
 
     def __init__(self, topic: str, partition: int, start: int, stop: int) -> None:
         super().__init__((topic, partition, start, stop))
@@ -62,7 +65,7 @@ class KafkaPackets(DataSource):
 
 
 class Reader(DataSourceStreamReader):
-    """Plans in the driver, reads in the workers."""
+    """Plans ranges of offsets in the driver, and reads them in the workers."""
 
     def __init__(self, options: dict[str, str]) -> None:
         named = {name.lower(): value for name, value in options.items()}
@@ -75,7 +78,7 @@ class Reader(DataSourceStreamReader):
                 "option", next(iter(named)), ["subscribe", "startingOffsets", "maxOffsetsPerTrigger", "kafka.*"]
             )
         if not self.topics or "bootstrap.servers" not in self.kafka:
-            raise EdgekitError(f"{NAME} needs the options subscribe and kafka.bootstrap.servers")
+            raise EdgekitError(f"{NAME} needs the options subscribe and kafka.bootstrap.servers; set both")
         if self.begin not in ("earliest", "latest"):
             raise unknown("startingOffsets", self.begin, ["earliest", "latest"])
 
@@ -83,9 +86,10 @@ class Reader(DataSourceStreamReader):
         return self._ends(0 if self.begin == "earliest" else 1)
 
     def latestOffset(self, start: Offsets | None = None, limit: Any = None) -> Offsets:  # noqa: N802
-        """The ends, or as far as `maxOffsetsPerTrigger` goes, shared out among the partitions that have messages."""
+        """Return the ends of the partitions, or less if `maxOffsetsPerTrigger` is set: it is divided among the
+        partitions with new messages."""
         ends = self._ends(1)
-        if start is None:  # Spark 4.0 and 4.1 do not say
+        if start is None:  # Spark 4.0 and 4.1 do not pass it
             return ends
         waiting = self.partitions(start, ends)
         most = 0 if type(limit).__name__ == "ReadAllAvailable" else self.most
@@ -96,7 +100,7 @@ class Reader(DataSourceStreamReader):
         return reached
 
     def partitions(self, start: Offsets, end: Offsets) -> Sequence[Range]:
-        """What lies between the two; partitions that were not there at the start begin at their first message."""
+        """Return the ranges between the two offsets. A partition without a start offset begins at its first message."""
         found = []
         for topic, numbers in end.items():
             for number, stop in numbers.items():
@@ -116,10 +120,13 @@ class Reader(DataSourceStreamReader):
         with self._consumer() as consumer:
             consumer.assign([TopicPartition(partition.topic, partition.partition, partition.start)])
             while position < partition.stop:
-                messages = consumer.consume(min(AT_ONCE, partition.stop - position), timeout=1.0)
+                messages = consumer.consume(min(BATCH, partition.stop - position), timeout=1.0)
                 heard = time.monotonic() if messages else heard
-                if time.monotonic() - heard > SECONDS:
-                    raise EdgekitError(f"{where}: nothing from the broker for {SECONDS:.0f} s at offset {position}")
+                if time.monotonic() - heard > TIMEOUT_SECONDS:
+                    raise EdgekitError(
+                        f"{where}: the broker sent nothing for {TIMEOUT_SECONDS:.0f} s at offset {position}; "
+                        "check that it is reachable"
+                    )
                 good = []
                 for message in messages:
                     if (error := message.error()) is None:
@@ -129,7 +136,7 @@ class Reader(DataSourceStreamReader):
                         position = partition.stop
                     elif error.code() == KafkaError._AUTO_OFFSET_RESET:
                         raise EdgekitError(
-                            f"{where}: the messages from offset {position} on are gone, deleted before they were read "
+                            f"{where}: the broker deleted the messages from offset {position} on before they were read "
                             f"({error.str()}); to go on without them, start with a new checkpoint"
                         )
                     else:
@@ -138,11 +145,12 @@ class Reader(DataSourceStreamReader):
                     yield _batch(good)
 
     def _ends(self, side: int) -> Offsets:
-        """Of all partitions, the offset of the first message (0) or the one after the last (1)."""
+        """Return, for all partitions, the offset of the first message (side 0) or the offset after the last one (side
+        1)."""
         found: Offsets = {}
         with self._consumer() as consumer:
             for topic in self.topics:
-                told = consumer.list_topics(topic, timeout=SECONDS).topics[topic]
+                told = consumer.list_topics(topic, timeout=TIMEOUT_SECONDS).topics[topic]
                 if told.error is not None:
                     raise EdgekitError(f"the topic {topic!r} cannot be read: {told.error.str()}")
                 numbers = sorted(told.partitions)
@@ -172,7 +180,7 @@ class Reader(DataSourceStreamReader):
 def _watermarks(consumer: Any, topic: str, partition: int) -> tuple[int, int]:
     from confluent_kafka import TopicPartition
 
-    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=SECONDS, cached=False)
+    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=TIMEOUT_SECONDS, cached=False)
     return int(low), int(high)
 
 

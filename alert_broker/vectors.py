@@ -1,6 +1,6 @@
-"""Vectors of eight doubles for numba, whose own loops over slices of a matrix LLVM does not vectorise.
+"""Vectors of eight doubles for numba, because LLVM does not vectorise numba's own loops over slices of a matrix.
 
-Inside compiled code: `load` and `store` at an element of a contiguous array, `splat` a number, `spread` an element,
+Inside compiled code, use `load` and `store` at an element of a contiguous array, `splat` a number, `spread` an element,
 then arithmetic, `sqrt`, `exp`, `maximum` and `lane_sum`.
 """
 
@@ -19,7 +19,8 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 LANES = 8  # doubles in a vector: one AVX-512 register, two of AVX2, four of NEON
 Vector = Any  # eight doubles inside compiled code
 
-inlined: Callable[..., Any] = njit(cache=True, error_model="numpy", forceinline=True)  # small, called per tile
+# for small functions that are called for every tile
+inlined: Callable[..., Any] = njit(cache=True, error_model="numpy", forceinline=True)
 
 
 class _VectorType(types.Type):
@@ -27,7 +28,8 @@ class _VectorType(types.Type):
         super().__init__(name=f"vector of {LANES} doubles")
 
 
-_lowered: Callable[..., Any] = intrinsic  # what it makes is called with other arguments than what it decorates
+# the decorated function is called with other arguments than the ones in its signature
+_lowered: Callable[..., Any] = intrinsic
 _vector: Any = _VectorType()
 _DOUBLES = ir.VectorType(ir.DoubleType(), LANES)
 _INTEGERS = ir.VectorType(ir.IntType(64), LANES)
@@ -46,7 +48,8 @@ def _define_operator(function: Callable[..., Any], instruction: str) -> None:
 
     @lower_builtin(function, _vector, _vector)  # type: ignore[no-untyped-call]
     def lower(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return getattr(builder, instruction)(*arguments, flags=("contract",))  # a * b + c: one rounding, where possible
+        # a * b + c is rounded once where the processor can do it
+        return getattr(builder, instruction)(*arguments, flags=("contract",))
 
 
 for _function, _instruction in {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}.items():
@@ -54,7 +57,7 @@ for _function, _instruction in {"add": "fadd", "sub": "fsub", "mul": "fmul", "tr
 
 
 def _element(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-    """Address of array[index], without numba's check for a negative index."""
+    """Return the address of array[index], without numba's check for a negative index."""
     return builder.gep(context.make_array(sig.args[0])(context, builder, value=arguments[0]).data, [arguments[1]])
 
 
@@ -66,7 +69,7 @@ def _broadcast(builder: Any, value: Any) -> Any:
 
 @_lowered
 def load(typing: Any, array: Any, index: Any) -> Any:
-    """Eight elements from array[index] on."""
+    """Return eight elements, starting at array[index]."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         vector = builder.load(builder.bitcast(_element(context, builder, sig, arguments), _DOUBLES.as_pointer()))
@@ -88,7 +91,7 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
 
 @_lowered
 def spread(typing: Any, array: Any, index: Any) -> Any:
-    """array[index] in all lanes."""
+    """Return array[index] in all lanes."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         return _broadcast(builder, builder.load(_element(context, builder, sig, arguments)))
@@ -98,7 +101,7 @@ def spread(typing: Any, array: Any, index: Any) -> Any:
 
 @_lowered
 def splat(typing: Any, value: Any) -> Any:
-    """A number in all lanes."""
+    """Return a number in all lanes."""
     return _vector(types.float64), lambda context, builder, sig, arguments: _broadcast(builder, arguments[0])
 
 
@@ -125,7 +128,7 @@ def maximum(typing: Any, a: Any, b: Any) -> Any:
 
 @_lowered
 def lane_sum(typing: Any, a: Any) -> Any:
-    """Sum of the lanes, by halves: always in the same order."""
+    """Return the sum of the lanes. It adds halves, always in the same order."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         vector, width = arguments[0], LANES
@@ -144,7 +147,8 @@ def lane_sum(typing: Any, a: Any) -> Any:
 
 @_lowered
 def _power_of_two(typing: Any, shifted: Any) -> Any:
-    """2^k from k + _ROUNDER, whose low bits are the integer k: they move to where a double has its exponent."""
+    """Return 2^k for an argument k + _ROUNDER. Its low bits are the integer k, which a shift moves into the
+    exponent."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         exponent = builder.shl(builder.bitcast(arguments[0], _INTEGERS), ir.Constant(_INTEGERS, [52] * LANES))
@@ -153,21 +157,22 @@ def _power_of_two(typing: Any, shifted: Any) -> Any:
     return _vector(_vector), generate
 
 
-_ROUNDER = 1.5 * 2.0**52  # added to a double, it leaves no bits for a fraction
+_ROUNDER = 1.5 * 2.0**52  # a double to which this was added has no bits left for a fraction
 _LOG2_E = 1.0 / math.log(2.0)
 _LN2_HIGH = 6.93147180369123816490e-01  # ln 2 in two parts (Cody & Waite 1980): k * high has no rounding error
 _LN2_LOW = 1.90821492927058770002e-10
-_TAYLOR = tuple(1.0 / math.factorial(k) for k in range(13))  # e^r to 2e-16 for |r| < ln(2) / 2
+_TAYLOR = tuple(1.0 / math.factorial(k) for k in range(13))  # gives e^r to 2e-16 for |r| < ln(2) / 2
 
 
 @inlined
 def exp(x: Vector) -> Vector:
-    """e^x for x <= 0 to 3 ulp, but not below e^-300: products of two stay out of the denormal range, which is slow."""
+    """Return e^x for x <= 0 to 3 ulp, but at least e^-300, so that products of two such numbers do not become denormal,
+    which is slow."""
     x = maximum(x, splat(-300.0))
     shifted = x * splat(_LOG2_E) + splat(_ROUNDER)
     k = shifted - splat(_ROUNDER)
     r = x - k * splat(_LN2_HIGH) - k * splat(_LN2_LOW)
-    r2 = r * r  # Estrin's scheme: its terms do not wait for each other as Horner's do
+    r2 = r * r  # Estrin's scheme: its terms do not wait for each other as in Horner's scheme
     r4 = r2 * r2
     p0 = splat(_TAYLOR[0]) + splat(_TAYLOR[1]) * r + (splat(_TAYLOR[2]) + splat(_TAYLOR[3]) * r) * r2
     p4 = splat(_TAYLOR[4]) + splat(_TAYLOR[5]) * r + (splat(_TAYLOR[6]) + splat(_TAYLOR[7]) * r) * r2

@@ -1,6 +1,6 @@
 """The Avro schema 4.02 of ZTF's alert packets: names, types and order of the fields as the survey sends them.
 
-One word is one field, `name:type`; `?` marks a field that may be null.
+Each word below is one field, `name:type`; `?` marks a field that may be null.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 VERSION = "4.02"
 TYPES = {"d": "double", "f": "float", "i": "int", "l": "long", "s": "string"}
 
-# What a detection has both as the candidate and in the history; there, the fields of NULL_IN_HISTORY may be missing.
+# The fields of a detection, both as the candidate and in the history. In the history, the fields in NULL_IN_HISTORY may
+# be null.
 DETECTION = """jd:d fid:i pid:l diffmaglim:f? pdiffimfilename:s? programpi:s? programid:i candid:l isdiffpos:s tblid:l?
 nid:i? rcid:i? field:i? xpos:f? ypos:f? ra:d dec:d magpsf:f sigmapsf:f chipsf:f? magap:f? sigmagap:f? distnr:f? magnr:f?
 sigmagnr:f? chinr:f? sharpnr:f? sky:f? magdiff:f? fwhm:f? classtar:f? mindtoedge:f? magfromlim:f? seeratio:f? aimage:f?
@@ -31,7 +32,7 @@ sharpnr:f?"""
 
 
 def ztf_schema() -> dict[str, Any]:
-    """The schema as JSON data, ready for an Avro writer."""
+    """Return the schema as JSON data, ready for an Avro writer."""
     history = " ".join(
         word + "?" if word.split(":")[0] in NULL_IN_HISTORY and not word.endswith("?") else word
         for word in DETECTION.split()

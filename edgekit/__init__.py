@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgekit.bundle.format import Bundle
-    from edgekit.compression.bench import Timing, bench
+    from edgekit.compression.bench import Timing, bench, bench_target
     from edgekit.compression.recipe import Step
     from edgekit.compression.record import PassRecord
     from edgekit.compression.result import Result
+    from edgekit.cost.layers import Report
     from edgekit.data.dataset import Dataset
     from edgekit.errors import EdgekitError
     from edgekit.exporter import Export, export
@@ -39,10 +40,11 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "edgekit.bundle.format": ("Bundle",),
-    "edgekit.compression.bench": ("Timing", "bench"),
+    "edgekit.compression.bench": ("Timing", "bench", "bench_target"),
     "edgekit.compression.recipe": ("Step",),
     "edgekit.compression.record": ("PassRecord",),
     "edgekit.compression.result": ("Result",),
+    "edgekit.cost.layers": ("Report",),
     "edgekit.data.dataset": ("Dataset",),
     "edgekit.errors": ("EdgekitError",),
     "edgekit.exporter": ("Export", "export"),
@@ -61,6 +63,7 @@ __all__ = [
     "EdgekitError",
     "Export",
     "PassRecord",
+    "Report",
     "Result",
     "Session",
     "Step",
@@ -68,6 +71,7 @@ __all__ = [
     "Timing",
     "__version__",
     "bench",
+    "bench_target",
     "compress",
     "export",
     "import_factory",

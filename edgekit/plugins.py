@@ -3,6 +3,7 @@ party can add a pass, an exporter or a session in a package of its own."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -82,7 +83,23 @@ def imported(text: str, what: str) -> Any:
 
 
 def _points(group: str) -> dict[str, EntryPoint]:
+    return _installed(group, tuple(_folder_state(folder) for folder in sys.path))
+
+
+@functools.lru_cache(maxsize=64)
+def _installed(group: str, folders: tuple[object, ...]) -> dict[str, EntryPoint]:
+    """Read the entry points of every installed distribution, which takes milliseconds; building a network asks for
+    them. The cache holds as long as no distribution is added to a folder of `sys.path`, or removed."""
     return {point.name: point for point in entry_points(group=group)}
+
+
+def _folder_state(folder: str) -> tuple[object, ...]:
+    """Return values that change when an entry is added to the folder or removed."""
+    try:
+        found = Path(folder or ".").stat()
+    except OSError:
+        return (folder,)
+    return folder, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_nlink
 
 
 SIBLINGS = ("exporters", "runtimes", "alert_broker")
@@ -91,8 +108,8 @@ SIBLINGS = ("exporters", "runtimes", "alert_broker")
 def refuse_strangers() -> None:
     """Raise, naming the path, unless every sibling package is this edgekit's own.
 
-    The names are plain, other projects use them (huggingface/exporters, PyPI's runtimes), and pip merges folders of
-    one name without a word."""
+    Other projects use these plain names too (huggingface/exporters, PyPI's runtimes), and pip merges folders that have
+    the same name without a warning."""
     for name in SIBLINGS:
         try:
             module = importlib.import_module(name)
@@ -101,8 +118,8 @@ def refuse_strangers() -> None:
                 f"the package {name!r} is missing ({error}); reinstall: pip install --force-reinstall edgekit"
             ) from None
         if getattr(module, "__edgekit__", None) != __version__:
-            place = ", ".join(getattr(module, "__path__", ["?"]))  # __file__ is None for a half-deleted package
+            path = ", ".join(getattr(module, "__path__", ["?"]))  # __file__ is None for a half-deleted package
             raise EdgekitError(
-                f"the package {name!r} found at {place} is not edgekit {__version__}'s: another project has its "
-                "name; use a fresh virtual environment, uninstall that project, or start from another folder"
+                f"the package {name!r} found at {path} is not edgekit {__version__}'s: another project has its "
+                "name; use a new virtual environment, uninstall that project, or start from another folder"
             )

@@ -114,7 +114,7 @@ def base(
         "runtime": graph.deployment.stack.runtime,
         "operators": sorted({node.op_type for node in graph.model.graph.node}),
         "largest_batch": min(ranges["max"][0] for ranges in profile.values()),
-        "device_tolerance": max(DEVICE[graph.precision], 2 * checks[0].allowed),
+        "device_tolerance": max(DEVICE[graph.precision], 2 * checks[0].between_batches),
         "checks": [asdict(check) for check in checks],
         "versions": {
             "edgekit": __version__,

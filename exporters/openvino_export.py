@@ -82,7 +82,7 @@ class OpenVinoExporter(Exporter):
                 MODEL: {
                     "bytes": len(graph) + len(weights),
                     "operators": operators,
-                    "tolerance": checks[0].allowed,
+                    "tolerance": checks[0].between_batches,
                     "precision": "f32",
                 }
             },

@@ -234,10 +234,12 @@ class MockCluster:
         self._library.rd_kafka_destroy(self._client)
 
 
-def create_topics(address: str, topics: Mapping[str, int], settings: Mapping[str, Any] | None = None) -> None:
-    """Topics with so many partitions each; one that exists stays as it is."""
+def create_topics(
+    address: str, topics: Mapping[str, int], settings: Mapping[str, Any] | None = None, copies: int = 1
+) -> None:
+    """Topics with so many partitions each, on `copies` nodes; one that exists stays as it is."""
     admin = AdminClient({"bootstrap.servers": address, **(settings or {})})
-    for name, future in admin.create_topics([NewTopic(name, count, 1) for name, count in topics.items()]).items():
+    for name, future in admin.create_topics([NewTopic(name, count, copies) for name, count in topics.items()]).items():
         try:
             future.result(READY_SECONDS)
         except KafkaException as error:

@@ -1,13 +1,14 @@
-"""Alert packets per second and core: the compiled Avro reader beside fastavro, and what it makes of `alerts classify`.
+"""Compare the compiled Avro reader with fastavro: alert packets per second and core, and the speed of `alerts classify`
+with either reader.
 
     python tools/bench_decode.py --json benchmarks/decode.json
 
-Decoding alone: datums in memory, without framing, to Arrow columns of the fields that light curves need, a thousand
-packets at a time (ours), or to a dict of every field (fastavro, which has nothing quicker for a few fields). CPU time
-of this process, both in turns; rates are of the quickest round, ratios medians of the rounds' ratios. Classification:
-whole runs over files, in turns with the reader replaced by fastavro and a conversion of its dicts to the same columns;
-wall time, as the runs' account has it. Simulated packets are always measured, real ones where the data is; of the real
-ones each is there several times.
+Decoding alone: edgekit reads datums in memory, without framing, to Arrow columns of the fields that light curves need,
+a thousand packets at a time. fastavro reads them to a dict of every field, because it has no quicker way to read a few
+fields. The tool takes the CPU time of this process, both readers in turns; rates are those of the quickest round, and
+ratios are medians of the rounds' ratios. Classification: whole runs over files, in turns with runs in which fastavro
+and a conversion of its dicts to the same columns replace the reader; the wall time is that of the runs' own account.
+The tool always measures simulated packets, and real ones if the data is there, several copies of each.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ from alert_broker.avro.plan import Array, Node, ReadPlan, Record, compile_plan
 from alert_broker.classify import classify_files
 from alert_broker.containers import Block
 from alert_broker.simulate import simulate, write
+from edgekit.cost.timing import Timed, in_turns, timed
 
 OURS, THEIRS = "edgekit", "fastavro"
 STAGES = ("decode", "features", "inference")
@@ -47,7 +49,7 @@ REAL = (  # name, files, copies of each for classification
 )
 BATCH = 1024  # packets between conversions to Arrow, as `alerts classify` has it
 SECONDS = 15.0  # of decoding for each set of packets
-FEWEST_ROUNDS = 5
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 2000
 RUNS = 3  # of classification
 
 parsed: dict[ReadPlan, Any] = {}  # the schemas behind the plans, for fastavro
@@ -60,7 +62,7 @@ def remember(schema: Any, wanted: Any) -> ReadPlan:
 
 
 class ByFastavro:
-    """In the place of `Columns`: a dict per packet, then columns of the wanted fields."""
+    """Replaces `Columns`: makes a dict of each packet, then columns of the wanted fields."""
 
     def __init__(self, plan: ReadPlan) -> None:
         self.plan, self.rows = plan, list[Any]()
@@ -81,7 +83,7 @@ class ByFastavro:
 
 
 def project(value: Any, node: Node) -> Any:
-    """The wanted fields of a value."""
+    """Return the wanted fields of a value."""
     if value is None:
         return None
     if isinstance(node, Array):
@@ -93,7 +95,7 @@ def project(value: Any, node: Node) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Files of packets of one kind."""
+    """Files of packets of one survey."""
 
     name: str
     files: list[Path]
@@ -120,7 +122,7 @@ def samples(folder: Path, data: Path) -> Iterator[Sample]:
 
 
 def decoding(sample: Sample) -> dict[str, Any]:
-    """CPU seconds of both readers, in turns, on all packets of a sample."""
+    """Time both readers in turns on the packets of a sample."""
     blocks = list(sample.blocks())
     many = (blocks * (1 + BATCH // len(blocks)))[:BATCH]
     columns = {block.schema.plan: Columns(block.schema.plan) for block in blocks if block.schema.plan}
@@ -137,45 +139,40 @@ def decoding(sample: Sample) -> dict[str, Any]:
             fastavro.schemaless_reader(io.BytesIO(block.data), parsed[block.schema.plan], None)
 
     few = blocks[:: 1 + len(blocks) // 100]  # enough for a round of a tenth of a second
-    packets_of = {OURS: many, THEIRS: few}
-    seconds: dict[str, list[float]] = {OURS: [], THEIRS: []}
-    ours()
-    until = time.perf_counter() + SECONDS
-    while len(seconds[OURS]) < FEWEST_ROUNDS or time.perf_counter() < until:
-        for name, call in ((OURS, ours), (THEIRS, theirs)):
-            seconds[name].append(cpu_seconds(call) / len(packets_of[name]))
+    calls = [timed(call, time.process_time) for call in (ours, theirs)]
+    taken = in_turns(calls, seconds=SECONDS, least=FEWEST_ROUNDS, most=MOST_ROUNDS)[:, :, 0]
+    seconds = {OURS: taken[:, 0] / len(many), THEIRS: taken[:, 1] / len(few)}  # of a packet
     size = float(np.mean([len(block.data) for block in blocks]))
-    result: dict[str, Any] = {"packets": len(blocks), "mean_bytes": size, "rounds": len(seconds[OURS])}
+    result: dict[str, Any] = {"packets": len(blocks), "mean_bytes": size, "rounds": len(taken)}
     for name, values in seconds.items():
         result[name] = {
-            "alerts_per_s": 1 / min(values),
+            "alerts_per_s": 1 / float(values.min()),
             "median_alerts_per_s": 1 / float(np.median(values)),
-            "megabytes_per_s": size / min(values) / 1e6,
+            "megabytes_per_s": size / float(values.min()) / 1e6,
         }
-    return {"sample": sample.name, **result, "ratio": float(np.median(np.divide(seconds[THEIRS], seconds[OURS])))}
-
-
-def cpu_seconds(call: Callable[[], None]) -> float:
-    started = time.process_time()
-    call()
-    return time.process_time() - started
+    return {"sample": sample.name, **result, "ratio": float(np.median(seconds[THEIRS] / seconds[OURS]))}
 
 
 def classification(sample: Sample, folder: Path) -> dict[str, Any]:
-    """Wall microseconds per alert and stage of whole runs, the best of some with each reader."""
-    best: dict[str, dict[str, float]] = {}
+    """Return the wall microseconds per alert and stage of whole runs, the best of some runs with each reader."""
     count = 0
-    for _ in range(RUNS):
-        for name, reader in ((OURS, Columns), (THEIRS, ByFastavro)):
-            packets.Columns = reader  # type: ignore[misc,assignment]
+
+    def run_with(reader: Any) -> Timed:
+        def run() -> tuple[float, ...]:
+            nonlocal count
+            packets.Columns = reader  # type: ignore[misc]
             account = classify_files(sample.files, folder / "out.parquet", force=True)
             count = account.packets
-            seconds = {stage: account.seconds[stage] for stage in STAGES}
-            if name not in best or sum(seconds.values()) < sum(best[name].values()):
-                best[name] = seconds
+            return tuple(account.seconds[stage] for stage in STAGES)
+
+        return run
+
+    taken = in_turns([run_with(Columns), run_with(ByFastavro)], least=RUNS, most=RUNS, warmup=1)
     packets.Columns = Columns  # type: ignore[misc]
     result: dict[str, Any] = {"sample": sample.name, "packets": count}
-    for name, seconds in best.items():
+    for index, name in enumerate((OURS, THEIRS)):
+        best = taken[taken[:, index].sum(axis=1).argmin(), index]
+        seconds = dict(zip(STAGES, best.tolist(), strict=True))
         result[name] = {f"{stage}_us": 1e6 * value / count for stage, value in seconds.items()}
         result[name]["alerts_per_s"] = count / sum(seconds.values())
         result[name]["decode_share"] = seconds["decode"] / sum(seconds.values())
@@ -193,7 +190,7 @@ def main() -> None:
 
     machine = describe_machine() | {name: version(name) for name in ("fastavro", "numba", "pyarrow")}
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
-    compile_seconds = cpu_seconds(warm_up)
+    (compile_seconds,) = timed(warm_up, time.process_time)()
     print(f"reader ready after {compile_seconds:.1f} CPU s (compiled, or loaded from numba's cache)\n")
     gaussian_process.warm_up()
     containers.compile_plan = remember

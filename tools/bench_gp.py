@@ -1,17 +1,20 @@
-"""CPU time per light curve of the compiled Gaussian process beside the published preprocessing, one thread each.
+"""Compare the CPU time per light curve of the compiled Gaussian process and of the published preprocessing, on one
+thread each.
 
     python tools/bench_gp.py --json bench_gp.json
 
-The reference is timed object by object, as a broker runs it: a pandas frame of the points, george with scipy's
-L-BFGS-B, george's mean and variance in every band, filter, pivot_table and vstack, scikit-learn's RobustScaler. It is
-written here with pandas throughout; the published code builds astropy tables in between, which is slower. Its core
-(george and scipy on numpy arrays, mean only) has a column of its own. Ours takes all objects of a class in one call,
-fit, mean and scaling, and then one call for each. Times are CPU time of this process.
+The tool times the reference object by object, as a broker runs it: a pandas frame of the points, george with scipy's
+L-BFGS-B, george's mean and variance in every band, filter, pivot_table and vstack, scikit-learn's RobustScaler. This
+file writes the reference with pandas throughout; the published code builds astropy tables in between, which is slower.
+The core of the reference (george and scipy on numpy arrays, mean only) has a column of its own; each object takes both
+in turns, once to warm up and once for the time. edgekit takes all objects of a class in one call (fit, mean and
+scaling), and then makes one call for each object. Times are CPU time of this process.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -20,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from check_gp_parity import Sample, describe_machine, fit_george, george_process, mean_george, plasticc, ztf
 from sklearn.preprocessing import RobustScaler
 from threadpoolctl import threadpool_limits
 
 from alert_broker.gaussian_process import GaussianProcess, warm_up
+from edgekit.cost.timing import in_turns, timed
 
 CLASSES = (  # survey, fewest points, most points, objects
     ("ZTF", 2, 40, 120),
@@ -35,11 +40,11 @@ CLASSES = (  # survey, fewest points, most points, objects
     ("PLAsTiCC", 120, 250, 60),
     ("PLAsTiCC", 251, 352, 20),
 )
-REPEATS = 5  # of ours, which is too short to time once
+REPEATS = 5  # of edgekit's calls, which are too short to time once
 
 
 def reference(sample: Sample, k: int) -> Any:
-    """The published features of one object, by the published steps."""
+    """Return the published features of one object, by the published steps."""
     curves = sample.curves
     rows = slice(curves.offsets[k], curves.offsets[k + 1])
     wavelength_of = dict(zip(curves.bands, sample.wavelengths, strict=True))
@@ -76,7 +81,7 @@ def reference(sample: Sample, k: int) -> Any:
 
 
 def core_of_reference(sample: Sample, k: int) -> Any:
-    """george and scipy alone."""
+    """Return the mean of one object by george and scipy alone."""
     time_, colour, flux, error = sample.points(k)
     process = george_process(time_, colour, flux, error)
     fit_george(process, flux)
@@ -84,19 +89,15 @@ def core_of_reference(sample: Sample, k: int) -> Any:
 
 
 def ours(process: GaussianProcess, sample: Sample) -> Any:
-    """Features of all objects: mean, scaled with constants, bent by an arcsinh."""
+    """Return the features of all objects: the arcsinh of the mean scaled with constants."""
     mean = process.interpolate(sample.curves, threads=1).mean
     return np.arcsinh((mean - 10.0) / 30.0).astype(np.float32)
 
 
-def cpu_milliseconds(call: Callable[[], Any], repeats: int = 1) -> float:
-    """The quickest of some calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return 1e3 * min(times)
+def cpu_milliseconds(*calls: Callable[[], Any], repeats: int = 1) -> npt.NDArray[np.float64]:
+    """Return the CPU milliseconds of the quickest of some runs of each call, made in turns."""
+    taken = in_turns([timed(call, time.process_time) for call in calls], least=repeats, most=repeats, warmup=1)
+    return taken[:, :, 0].min(axis=0) * 1e3
 
 
 def measure(sample: Sample, low: int, high: int, most: int) -> dict[str, Any]:
@@ -107,12 +108,15 @@ def measure(sample: Sample, low: int, high: int, most: int) -> dict[str, Any]:
     sample = sample.take(chosen)
     process = GaussianProcess(sample.wavelengths)
     singles = [sample.take([k]) for k in range(len(chosen))]
-    for k in range(3):  # caches of pandas and scikit-learn
-        reference(sample, k)
-    theirs = np.array([cpu_milliseconds(lambda k=k: reference(sample, k)) for k in range(len(chosen))])
-    core = np.array([cpu_milliseconds(lambda k=k: core_of_reference(sample, k)) for k in range(len(chosen))])
-    batch = cpu_milliseconds(lambda: ours(process, sample), REPEATS) / len(chosen)
-    alone = np.array([cpu_milliseconds(lambda one=one: ours(process, one), REPEATS) for one in singles])
+    pairs = (
+        cpu_milliseconds(functools.partial(reference, sample, k), functools.partial(core_of_reference, sample, k))
+        for k in range(len(chosen))
+    )
+    theirs, core = np.array(list(pairs)).T
+    batch = float(cpu_milliseconds(lambda: ours(process, sample), repeats=REPEATS)[0]) / len(chosen)
+    alone = np.concatenate(
+        [cpu_milliseconds(functools.partial(ours, process, one), repeats=REPEATS) for one in singles]
+    )
     return {
         "survey": sample.name,
         "bands": len(sample.wavelengths),
@@ -139,15 +143,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
     if not (options.data / "train").is_dir():
-        sys.exit(f"{options.data}: no folder train in it; pass --data")
+        sys.exit(f"{options.data} has no folder train; pass --data FOLDER")
 
     machine = describe_machine()
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
-    compile_ms = cpu_milliseconds(warm_up)
-    print(f"kernel ready after {compile_ms / 1e3:.1f} CPU s (compiled, or loaded from numba's cache)\n")
+    (compile_seconds,) = timed(warm_up, time.process_time)()
+    print(f"kernel ready after {compile_seconds:.1f} CPU s (compiled, or loaded from numba's cache)\n")
     samples = {item.name: item for item in (ztf(options.data, bands="gr", parquet=True), plasticc(options.data))}
     print(
-        "                         |     reference, ms       | its core |   ours, batch, ms    |  ours one by one\n"
+        "                         |     reference, ms       | its core | edgekit, batch, ms   | edgekit, one by one\n"
         "survey   points   median |   mean      p50     p95 |     mean |    mean  ratio /core |     p50     p95"
     )
     rows = []
@@ -163,7 +167,7 @@ def main() -> None:
                 f"{alone['p50']:7.4f} {alone['p95']:7.4f}",
                 flush=True,
             )
-    print("\nratio: mean of the reference, or of its core, by ours; same objects, same run")
+    print("\nratio: the mean time of the reference, or of its core, divided by edgekit's; same objects, same run")
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "classes": rows}, indent=1) + "\n")
 

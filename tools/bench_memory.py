@@ -1,12 +1,15 @@
-"""Packets in memory to messages in memory, beside the reference production path: a part of tools/bench_alerts.py.
+"""Compare the pipeline with the reference production path, from packets in memory to messages in memory. This module
+is a part of tools/bench_alerts.py.
 
-Ours: real ZTF packets by the pipeline's stages, one after the other on one core, up to the topic, key, headers and Avro
-bytes that the producer is called with; reuse is off, so that every alert is classified. The reference, alert by alert:
-fastavro, a pandas frame, george with scipy, pivot and RobustScaler (tools/bench_gp.py), one ONNX Runtime call, JSON.
-The published broker runs its TensorFlow model there, which is not to be had; t2-gr on ONNX Runtime stands in for it,
-which flatters the reference, and so does counting the alerts that it passes over for want of points.
+edgekit: the pipeline's stages take real ZTF packets, one stage after the other on one core, up to the topic, key,
+headers and Avro bytes that the producer is called with; reuse is off, so that every alert is classified. The reference
+takes alert by alert: fastavro, a pandas frame, george with scipy, pivot and RobustScaler (tools/bench_gp.py), one ONNX
+Runtime call, JSON. The published broker runs its TensorFlow model there, which is not available; t2-gr on ONNX Runtime
+replaces it. This makes the reference look faster, and so does counting the alerts that it skips because they have too
+few points.
 
-Both are timed in turns, CPU time, so that a busy machine slows both; all numbers are medians over the rounds.
+The tool takes the CPU time of both in turns, so that a busy machine slows both; all numbers are medians over the
+rounds.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from alert_broker.stream.publish import Outgoing
 from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import MessageBatch
 from alert_broker.stream.stages import Stages
+from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.importers.files import resolve
 from edgekit.session import open_session
 
@@ -47,7 +51,7 @@ STAGES = ("decode", "classify", "route")
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """In the place of a Kafka message: one of the topic `source`."""
+    """Replaces a Kafka message of the topic `source`."""
 
     number: int
     content: bytes
@@ -69,35 +73,37 @@ class Given:
 
 
 def one_core(packets: list[bytes], alerts: int) -> dict[str, Any]:
-    """The reference on all packets and ours on so many, packets repeated, in turns; the ratio is that of each turn."""
+    """Time the reference on all packets and the pipeline on `alerts` packets, repeated, in turns. The ratio is the
+    median of the rounds' ratios."""
     batches = [_batch(packets, start, min(BATCH, alerts - start)) for start in range(0, alerts, BATCH)]
     stages, router = open_stages(1)
     for item in stages.classifiers.opened.values():
         item.session._threads = 1  # type: ignore[attr-defined]
     one = reference_path()
-    seconds: list[list[float]] = []  # of each stage
-    theirs: list[float] = []  # seconds of an alert
     counts: dict[str, int] = {}
-    passed_over = 0
+    skipped = 0
+
+    def by_reference() -> None:
+        nonlocal skipped
+        skipped = sum([one(value) is None for value in packets])
+
+    def by_stages() -> tuple[float, ...]:
+        nonlocal counts
+        seconds, counts = through_stages(batches, stages, router)
+        return tuple(seconds)
+
+    reference_once = timed(by_reference, time.process_time)
+    calls: list[Timed] = [lambda: (*reference_once(), 0.0, 0.0), by_stages]  # the reference is one stage
     with threadpool_limits(1):
-        for value in packets[:3]:
-            one(value)  # caches of pandas, scikit-learn and the session
-        through_stages(batches[:1], stages, router)
-        for _ in range(ROUNDS):
-            started = time.process_time()
-            passed_over += sum([one(value) is None for value in packets])
-            theirs.append((time.process_time() - started) / len(packets))
-            spent, counts = through_stages(batches, stages, router)
-            seconds.append(spent)
-    ours = np.sum(seconds, axis=1) / alerts
-    each = 1e6 * np.median(seconds, axis=0) / alerts
-    done = ROUNDS * len(packets)
-    ratio, share = float(np.median(theirs / ours)), 1 - passed_over / done
+        taken = in_turns(calls, least=ROUNDS, most=ROUNDS, warmup=1)
+    theirs, ours = taken[:, 0].sum(axis=1) / len(packets), taken[:, 1].sum(axis=1) / alerts
+    each = 1e6 * np.median(taken[:, 1], axis=0) / alerts
+    ratio, share = float(np.median(theirs / ours)), 1 - skipped / len(packets)
     return {
         "rounds": ROUNDS,
         "reference": {
-            "alerts": done,
-            "without_enough_points": passed_over,
+            "alerts": ROUNDS * len(packets),
+            "without_enough_points": ROUNDS * skipped,
             "alerts_per_s": 1 / float(np.median(theirs)),
         },
         "edgekit": {
@@ -126,7 +132,7 @@ def open_stages(threads: int) -> tuple[Stages, Router]:
 
 
 def through_stages(batches: list[MessageBatch], stages: Stages, router: Router) -> tuple[list[float], dict[str, int]]:
-    """CPU seconds of each stage, one after the other, and what came of the alerts."""
+    """Return the CPU seconds of each stage, and the counts of classified alerts, published messages and their bytes."""
     seconds = np.zeros(len(STAGES))
     counts = dict.fromkeys(("classified", "published", "published_bytes"), 0)
     for batch in batches:
@@ -154,7 +160,7 @@ def through_stages(batches: list[MessageBatch], stages: Stages, router: Router) 
 
 
 def reference_path() -> Callable[[bytes], bytes | None]:
-    """One alert, as the published broker has it; None where there are too few points for it."""
+    """Return a function that treats one alert as the published broker does; None if the alert has too few points."""
     bundle = resolve("t2-gr")
     session = open_session(bundle, "onnxruntime", threads=1)
     bands, wavelengths = "gr", tuple(ZTF[band] for band in "gr")
@@ -193,7 +199,7 @@ def reference_path() -> Callable[[bytes], bytes | None]:
 
 
 def all_cores(packets: list[bytes], alerts: int) -> dict[str, Any]:
-    """Wall seconds with a thread to each stage and queues between them, as the pipeline has them; encoded messages."""
+    """Time the stages with a thread for each and queues between them, as the pipeline runs them, in wall seconds."""
     batches = [_batch(packets, start, min(BATCH, alerts - start)) for start in range(0, alerts, BATCH)]
     stages, router = open_stages(0)
     seconds = [_in_threads(batches, stages, router) for _ in range(ROUNDS_OF_THREADS)]
@@ -229,7 +235,7 @@ def _in_threads(batches: list[MessageBatch], stages: Stages, router: Router) -> 
 
 
 def _batch(packets: list[bytes], first: int, count: int) -> MessageBatch:
-    """Packets in a circle, from number `first` on, as they come from a partition."""
+    """Return a batch of messages of a partition: the packets, repeated as often as needed, from number `first` on."""
     numbers = np.arange(first, first + count)
     messages: list[Any] = [Given(k, packets[k % len(packets)]) for k in numbers.tolist()]
     return MessageBatch(messages, (("source", 0),), (0,), np.zeros(count, np.int64), numbers, time.monotonic())

@@ -1,11 +1,12 @@
-"""Alerts per second inside Spark beside the same classifier without it.
+"""Compare the alerts per second of the classifier inside Spark and without Spark.
 
     python tools/bench_spark.py t2-gr --json benchmarks/spark.json
 
-Simulated ZTF packets, copied to the number of rows asked for. Without Spark: one process, one thread, the very function
-that Spark calls, on Arrow batches of 1000 packets. With Spark: local mode with one worker and with one for each core,
-packets cached in the JVM before, results thrown away; wall time of the median run after one that warms up. The ratio of
-one worker to the process without Spark is what Spark costs: packets and results between the JVM and Python.
+The tool copies simulated ZTF packets to the number of rows asked for. Without Spark, one process with one thread calls
+the function that Spark calls, on Arrow batches of 1000 packets. With Spark, local mode runs with one worker, and then
+with one for each core; the packets are cached in the JVM before, and the results are discarded. Times are the wall time
+of the median run after one run that warms up. The ratio of one worker to the process without Spark is the cost of
+Spark, which moves packets and results between the JVM and Python.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bench_inference import describe_machine
 
 from alert_broker import spark
 from alert_broker.simulate import simulate, write
+from edgekit.cost.timing import in_turns, timed
 from edgekit.importers.files import resolve
 
 ALERTS, ROWS_TO_BATCH, RUNS = 500, 1000, 5
@@ -38,13 +40,7 @@ def packets() -> list[bytes]:
 
 
 def median_seconds(call: Callable[[], object]) -> float:
-    call()
-    seconds = []
-    for _ in range(RUNS):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds))
+    return float(np.median(in_turns([timed(call, time.perf_counter)], least=RUNS, most=RUNS, warmup=1)))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""One training step of t2 with three attentions, interleaved in one run: compiled, torch's fused, plain matmuls.
+"""Time one training step of t2 with three attentions, in turns in one run: compiled, torch's fused, plain matmuls.
 
 python tools/bench_training.py [--json benchmarks/training.json]
 """
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from edgekit import machine
 from edgekit.compression.job import versions
+from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.nn import t2
 
 ROUNDS, BATCH = 12, 32
@@ -43,23 +44,20 @@ def main() -> None:
     inputs, labels = torch.randn(BATCH, 100, 2), torch.randint(0, 14, (BATCH,))
     ours, fits = t2.SelfAttention.forward, t2._compiled_attention_fits
 
-    def step(forward: Callable[[t2.SelfAttention, Tensor], Tensor], compiled: bool) -> float:
-        t2.SelfAttention.forward = forward  # type: ignore[method-assign]
-        t2._compiled_attention_fits = fits if compiled else lambda x: False
-        start = time.process_time()
-        F.cross_entropy(model(inputs), labels).backward()
-        seconds = time.process_time() - start
-        model.zero_grad()
-        return seconds
+    def step(forward: Callable[[t2.SelfAttention, Tensor], Tensor], compiled: bool) -> Timed:
+        once = timed(lambda: F.cross_entropy(model(inputs), labels).backward(), time.process_time)
 
-    kinds = {"compiled": (ours, True), "torch fused": (fused, False), "plain matmuls": (ours, False)}
-    for kind in kinds.values():
-        step(*kind)  # compile, fill caches
-    times = {name: [] for name in kinds}
-    for _ in range(ROUNDS):
-        for name, kind in kinds.items():
-            times[name].append(step(*kind))
-    milliseconds = {name: float(np.median(values)) * 1e3 for name, values in times.items()}
+        def call() -> tuple[float, ...]:
+            t2.SelfAttention.forward = forward  # type: ignore[method-assign]
+            t2._compiled_attention_fits = fits if compiled else lambda x: False
+            model.zero_grad()
+            return once()
+
+        return call
+
+    steps = {"compiled": step(ours, True), "torch fused": step(fused, False), "plain matmuls": step(ours, False)}
+    taken = in_turns(list(steps.values()), least=ROUNDS, most=ROUNDS)[:, :, 0] * 1e3
+    milliseconds = dict(zip(steps, np.median(taken, axis=0).tolist(), strict=True))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result = {
         "machine": machine.describe(),

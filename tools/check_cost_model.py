@@ -1,13 +1,13 @@
-"""How well the cost model predicts this machine: over graphs that it has not seen, the rank correlation and relative
-error of the table of measured operators, and of the bare roofline, against measured CPU time.
+"""Check how well the cost model predicts this machine: print the rank correlation and the relative error of the table
+of measured operators, and of the bare roofline, against the measured CPU time of graphs that the model has not seen.
 
     python tools/check_cost_model.py --json benchmarks/cost_model.json    # two minutes on one core
     python tools/check_cost_model.py --quick
 
 Measured: ONNX Runtime on one thread, all graphs in turns, the median CPU time of a call. Predicted: the sum over the
-operators that ONNX Runtime makes of the graph, from a table that is fitted to graphs of one operator each
-(edgekit/cost/samples.py); none of the graphs here is among them. Bare roofline: the longer of operations by the
-machine's rate and bytes by its bandwidth, for each operator of the exported graph.
+operators that ONNX Runtime runs for the graph, from a table that is fitted to graphs of one operator each
+(edgekit/cost/samples.py); none of the graphs here is among them. Bare roofline: the longer of operations / rate and
+bytes / bandwidth of the machine, for each operator of the exported graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,13 +31,14 @@ from torch.nn import functional as F
 
 from edgekit import machine
 from edgekit.bundle.onnx_file import load
+from edgekit.compression.bench import float_graph
 from edgekit.compression.job import versions
-from edgekit.cost.measured import measure, samples
+from edgekit.cost.measured import measure, samples, second_run
 from edgekit.cost.operators import measured_rates, work
-from edgekit.cost.profiled import open_model, optimized_work, random_feeds
+from edgekit.cost.profiled import optimized_work
+from edgekit.cost.timing import in_turns
 from edgekit.graph.shapes import sized
 from edgekit.importers.files import resolve
-from edgekit.plugins import load as plugin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -52,7 +52,7 @@ def mlp(width: int, depth: int, activation: Callable[[], nn.Module] = nn.ReLU) -
 
 
 def conv_net(channels: int, depth: int, norm: bool = True) -> nn.Module:
-    """3 x 3 convolutions, halved in size at every second."""
+    """Build a network of 3 x 3 convolutions; every second one halves the size."""
     layers: list[nn.Module] = []
     before = 3
     for number in range(depth):
@@ -109,7 +109,7 @@ class UNet(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A plain pre-norm transformer over a sequence of vectors."""
+    """A pre-norm transformer over a sequence of vectors."""
 
     def __init__(self, dim: int, heads: int, inner: int, depth: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Tolstikhin et al. 2021, arXiv 2105.01601: products over tokens and over channels in turns."""
+    """Products over tokens and over channels in turns (Tolstikhin et al. 2021, arXiv 2105.01601)."""
 
     def __init__(self, tokens: int, dim: int, depth: int) -> None:
         super().__init__()
@@ -161,14 +161,13 @@ def exported(network: nn.Module, *shape: int) -> onnx.ModelProto:
 
 
 def graphs(quick: bool) -> list[tuple[str, onnx.ModelProto, int]]:
-    """(name, graph, batch size)."""
+    """Return the name, the graph and the batch size of each case."""
     from deit import VisionTransformer
 
     torch.manual_seed(0)
     found: list[tuple[str, onnx.ModelProto, int]] = []
-    exporter = plugin("edgekit.exporters", "onnx")(weights="float32")
     for name in ("t2-gr", "t2-ugrizy"):
-        model = exporter.graph(resolve(name))
+        model = float_graph(resolve(name))
         found += [(name, model, batch) for batch in (1, 4, 24)]
     networks: list[tuple[str, nn.Module, tuple[int, ...], Sequence[int]]] = [
         ("mlp 48x3", mlp(48, 3), (48,), (1, 128)),
@@ -199,22 +198,13 @@ def graphs(quick: bool) -> list[tuple[str, onnx.ModelProto, int]]:
 
 
 def measured(chosen: Sequence[tuple[str, onnx.ModelProto, int]], rounds: int) -> Any:
-    """Median CPU seconds of a call, each in turn with all others."""
-    sessions = [(open_model(model), dict(random_feeds(model, batch))) for _, model, batch in chosen]
-    for session, feeds in sessions:
-        session.run(None, feeds)
-    times = np.empty((rounds, len(sessions)))
-    for number in range(rounds):
-        for index, (session, feeds) in enumerate(sessions):
-            session.run(None, feeds)  # another graph was here before: its data are not part of this one's time
-            started = time.thread_time()
-            session.run(None, feeds)
-            times[number, index] = time.thread_time() - started
-    return np.median(times, axis=0)
+    """Return the median CPU seconds of a call of each graph, all graphs in turns."""
+    calls = [second_run(model, batch) for _, model, batch in chosen]
+    return np.median(in_turns(calls, least=rounds, most=rounds, warmup=1)[:, :, 0], axis=0)
 
 
 def quality(predicted: Any, truth: Any) -> dict[str, float]:
-    """Spearman's rank correlation; median, and ninth decile, of the relative error."""
+    """Return Spearman's rank correlation, and the median and the ninth decile of the relative error."""
     error = np.abs(predicted / truth - 1)
     spearman = float(spearmanr(predicted, truth).statistic)
     return {"spearman": spearman, "median_error": float(np.median(error)), "p90_error": float(np.quantile(error, 0.9))}

@@ -1,1 +1,2 @@
-"""Avro data to Arrow columns: a schema becomes a table of operations, which one compiled loop walks over bytes."""
+"""Read Avro data into Arrow columns: a schema is compiled to a table of operations, and one compiled loop runs them
+over the bytes."""

@@ -1,4 +1,4 @@
-"""Columns that grow as Avro data is read into them, and become Arrow arrays in the end."""
+"""Buffers that grow while Avro data is read into them, and that become Arrow arrays at the end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pyarrow as pa
 from alert_broker.avro import walk
 from alert_broker.avro.plan import Array, Node, ReadPlan, Record, compile_plan
 
-FIRST_ROOM = 1024  # rows of a level and bytes of a column of strings, which double when they are full
+INITIAL_CAPACITY = 1024  # initial rows of a level, and initial bytes of a string column; a full buffer doubles
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a datum could not be read. datum: its number; start, at: its byte and that of the fault; field: its path."""
+    """The reason why a datum could not be read. datum: its number; start: its first byte; at: the byte of the fault;
+    field: the path of the field."""
 
     datum: int
     start: int
@@ -28,8 +29,9 @@ class Fault:
 
 
 class Columns:
-    """Packets read with one plan, or with several of one layout: versions of a schema that differ in what is skipped.
-    `read` appends, `take` gives what there is as Arrow columns and starts again."""
+    """The packets that were read with one plan, or with several plans of the same layout (versions of a schema that
+    differ only in skipped fields). `read` appends packets; `take` returns them as Arrow columns and empties the
+    buffers."""
 
     def __init__(self, plan: ReadPlan) -> None:
         self.plan = self._reading = plan
@@ -39,8 +41,8 @@ class Columns:
         self._stack = np.zeros((plan.depth + 1, 2), np.int64)
         self._scratch = np.zeros(2, np.int64)
         self._cells, self._valid, self._text = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint8)
-        self._levels[:, walk.ROOM] = FIRST_ROOM
-        self._columns[:, walk.TEXT_ROOM] = FIRST_ROOM
+        self._levels[:, walk.CAPACITY] = INITIAL_CAPACITY
+        self._columns[:, walk.TEXT_CAPACITY] = INITIAL_CAPACITY
         self._lay_out()
 
     def __len__(self) -> int:
@@ -54,30 +56,32 @@ class Columns:
     def read(
         self, data: bytes | memoryview, count: int, plan: ReadPlan | None = None
     ) -> tuple[npt.NDArray[np.int64], Fault | None]:
-        """Append `count` datums that fill the data; where each ends, and what is wrong with the one after them.
+        """Append the `count` datums that the data holds. Return the byte at which each datum ends, and the fault of the
+        first datum that could not be read.
 
-        plan: of the data, where it is not the one that these columns were made for.
+        plan: the plan for this data, if it is not the plan of the constructor.
 
-        If bytes are left over, nothing is appended: the lengths do not add up, so where datums start is not known.
+        If bytes are left over after the last datum, `read` appends nothing: the lengths do not add up, so nobody knows
+        where the datums start.
         """
         self._reading = plan = plan or self.plan
         assert plan.layout == self.plan.layout
         array = np.frombuffer(data, np.uint8)
         if array.flags.writeable:
-            array.flags.writeable = False  # one type for the compiled loop, whatever the buffer
-        ends = np.empty(min(count, len(array) // plan.least + 1), np.int64)
+            array.flags.writeable = False  # the loop is then compiled for one array type, for every buffer
+        ends = np.empty(min(count, len(array) // plan.min_bytes + 1), np.int64)
         report = np.zeros(6, np.int64)
         while (code := self._walk(array, count, ends, report)) == walk.FULL:
-            self._grow(int(report[walk.WHICH]), int(report[walk.NEEDED]))
+            self._grow(int(report[walk.FULL_BUFFER]), int(report[walk.NEEDED]))
         if code == walk.OK:
             return ends, None
-        done, start, at, operation = report[: walk.WHICH].tolist()
+        done, start, at, operation = report[: walk.FULL_BUFFER].tolist()
         if code == walk.LEFT:
             return ends[:0], Fault(0, 0, at, "", f"{len(array) - at} bytes left over")
-        return ends[:done], Fault(done, start, at, plan.where[operation], walk.REASONS[code])
+        return ends[:done], Fault(done, start, at, plan.paths[operation], walk.REASONS[code])
 
     def take(self) -> pa.RecordBatch:
-        """What was read: a column for each wanted field at the top, with structs and lists as in the schema."""
+        """Return the packets: one column for each wanted top-level field, with structs and lists as in the schema."""
         arrays = {name: self._array(node, 0) for name, node in self.plan.root.fields.items()}
         self._levels[:, walk.ROWS] = self._columns[:, walk.TEXT_USED] = 0
         return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
@@ -102,22 +106,22 @@ class Columns:
             report,
         )
 
-    def _grow(self, which: int, needed: int) -> None:
-        """Give a level, or the text of a column, twice the room or what it needs."""
-        table, row, place = self._levels, which, walk.ROOM
-        if which >= len(self._levels):
-            table, row, place = self._columns, which - len(self._levels), walk.TEXT_ROOM
-        table[row, place] = max(needed, 2 * table[row, place])
+    def _grow(self, buffer: int, needed: int) -> None:
+        """Double the capacity of a level, or of a string column's text, or set it to `needed` if that is more."""
+        table, row, column = self._levels, buffer, walk.CAPACITY
+        if buffer >= len(self._levels):
+            table, row, column = self._columns, buffer - len(self._levels), walk.TEXT_CAPACITY
+        table[row, column] = max(needed, 2 * table[row, column])
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Place the columns behind each other in new buffers, and move what was read."""
+        """Allocate new buffers, assign each column its range in them, and copy the data."""
         columns, old = self._columns, self._columns.copy()
-        rooms = self._levels[columns[:, walk.LEVEL], walk.ROOM]
-        columns[:, walk.BASE] = np.cumsum(rooms) - rooms
-        columns[:, walk.TEXT_BASE] = np.cumsum(columns[:, walk.TEXT_ROOM]) - columns[:, walk.TEXT_ROOM]
-        cells, valid = np.empty(rooms.sum(), np.int64), np.empty(rooms.sum(), np.uint8)
-        text = np.empty(columns[:, walk.TEXT_ROOM].sum(), np.uint8)
+        capacities = self._levels[columns[:, walk.LEVEL], walk.CAPACITY]
+        columns[:, walk.BASE] = np.cumsum(capacities) - capacities
+        columns[:, walk.TEXT_BASE] = np.cumsum(columns[:, walk.TEXT_CAPACITY]) - columns[:, walk.TEXT_CAPACITY]
+        cells, valid = np.empty(capacities.sum(), np.int64), np.empty(capacities.sum(), np.uint8)
+        text = np.empty(columns[:, walk.TEXT_CAPACITY].sum(), np.uint8)
         for new, before, level in zip(columns, old, columns[:, walk.LEVEL], strict=True):
             rows, used = self._levels[level, walk.ROWS], new[walk.TEXT_USED]
             for target, source in ((cells, self._cells), (valid, self._valid)):
@@ -126,7 +130,7 @@ class Columns:
         self._cells, self._valid, self._text = cells, valid, text
 
     def _array(self, node: Node, level: int) -> pa.Array:
-        """The Arrow array of a node in the rows of a level."""
+        """Return a node's Arrow array, with one element for each row of a level."""
         rows = int(self._levels[level, walk.ROWS])
         if isinstance(node, Record):
             children = [self._array(inner, level) for inner in node.fields.values()]
@@ -148,7 +152,7 @@ class Columns:
         return pa.DictionaryArray.from_arrays(array, list(node.symbols)) if node.symbols else array
 
     def _nulls(self, column: int, rows: int) -> pa.Buffer | None:
-        """Arrow's bits for what is not null; None if nothing is."""
+        """Return Arrow's validity bits for a column; None if no value is null."""
         valid = self._valid[self._columns[column, walk.BASE] :][:rows]
         return None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
 
@@ -158,25 +162,26 @@ def _offsets(ends: npt.NDArray[np.int64]) -> pa.Buffer:
 
 
 def _values(cells: npt.NDArray[np.int64], dtype: pa.DataType) -> npt.NDArray[Any]:
-    """Cells of 64 bits as the bytes that Arrow has for the type."""
+    """Return 64-bit cells in the width that Arrow uses for the type."""
     if pa.types.is_boolean(dtype):
         return np.packbits(cells != 0, bitorder="little")
     if pa.types.is_float32(dtype) or pa.types.is_int32(dtype):
-        return cells.astype(np.int32)  # the bits of a float32, too
+        return cells.astype(np.int32)  # for a float32, these are its bits
     return cells.copy()
 
 
 def is_compiled() -> bool:
-    """Whether this process has the loop; the first read otherwise loads it from numba's cache or compiles it."""
+    """Whether this process has loaded the compiled loop. If not, the first read loads it from numba's cache or compiles
+    it."""
     return bool(walk.walk.signatures)  # type: ignore[attr-defined]
 
 
 def is_cached() -> bool:
-    """Whether numba has compiled the loop on this machine before."""
+    """Whether numba's cache on this machine holds the compiled loop."""
     return any(Path(walk.walk.stats.cache_path).glob("walk.walk-*.nbi"))  # type: ignore[attr-defined]
 
 
 def warm_up() -> None:
-    """Compile the loop, some seconds, or load it from numba's cache on disk."""
+    """Load the loop from numba's cache on disk, or compile it, which takes some seconds."""
     schema = {"type": "record", "name": "one", "fields": [{"name": "number", "type": "int"}]}
     Columns(compile_plan(schema, ["number"])).read(b"\0", 1)

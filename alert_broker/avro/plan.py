@@ -1,7 +1,8 @@
-"""Compile an Avro schema and the fields that are wanted into the table of operations that `walk` runs over the bytes.
+"""Compile an Avro schema and the wanted fields into the table of operations that `walk` runs over the bytes.
 
-What is not wanted is skipped in as few operations as possible: neighbours of the same kind share one, and a run of
-fields that are null or of fixed size, which is most of an alert, is a single operation with a row of `items` for each.
+Fields that nobody wants are skipped in as few operations as possible. Neighbouring fields of fixed size share one
+operation. A run of optional fields of fixed size, which is most of an alert, is also one operation, with one row of
+`items` for each field.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import pyarrow as pa
 from alert_broker.avro import walk
 from edgekit.errors import EdgekitError
 
-LARGEST_SCHEMA = 20_000  # values, with each record written out where it is named: forty times LSST's
-LARGEST_FIXED = 1 << 30  # bytes
-DEEPEST = 64  # values inside each other
+# values, counting each record again wherever it is named: forty times as many as LSST's schema has
+MAX_VALUES = 20_000
+MAX_FIXED_BYTES = 1 << 30  # bytes
+MAX_DEPTH = 64  # nesting levels of values
 NO_TAG = -1
 
-# Operation, its operand, and the Arrow type of each type; the operand of `fixed` is its size, of `enum` its symbols.
+# For each Avro type: the operation, its operand and the Arrow type. The operand of `fixed` is its size, and the operand
+# of `enum` is its number of symbols.
 SCALARS = {
     "null": (walk.NULL, 0, pa.null()),
     "boolean": (walk.BOOLEAN, 0, pa.bool_()),
@@ -37,18 +40,18 @@ SCALARS = {
 }
 SIZES = {"null": 0, "boolean": 1, "float": 4, "double": 8}
 NUMBERS = ("int", "long", "float", "double")
-NOT_OF_BOOLEAN = 0xFE  # the bits that are 0 in a boolean
+BOOLEAN_ZERO_BITS = 0xFE  # the bits that are 0 in a boolean
 
-Wanted = Mapping[str, Any]  # field to what is wanted inside it, {} for its value
+Wanted = Mapping[str, Any]  # maps a field to the wanted fields inside it; {} stands for the field's own value
 
 
 class SchemaError(EdgekitError):
-    """A schema that cannot be read safely, or not for what is wanted of it."""
+    """A schema that cannot be read safely, or that does not offer a wanted field as a column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A column of scalars; symbols: of an enum, whose column holds their numbers."""
+    """A column of scalars. symbols: those of an enum, whose column holds their numbers."""
 
     column: int
     type: pa.DataType
@@ -57,7 +60,7 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Columns side by side; column: says where the record is null, -1 if it cannot be."""
+    """A record's columns. column: the column that says in which rows the record is null, -1 if it is never null."""
 
     fields: Mapping[str, Node]
     column: int
@@ -65,7 +68,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """Rows of a level of their own; column: where the rows of each array end."""
+    """An array, whose items are the rows of a level of their own. column: holds the last row of each array, plus
+    one."""
 
     column: int
     level: int
@@ -79,30 +83,33 @@ Node = Leaf | Record | Array
 class ReadPlan:
     """A compiled schema.
 
-    program: (operations, 5) int64, operation and operands; items: (fields, 4) int64, see `walk`; where: the field of
-    each operation; level_of: (columns,) the level whose rows a column has, 0 for the packets, one more for each wanted
-    array; least: the fewest bytes of a datum; depth: of arrays and maps inside each other. layout: plans in which it is
-    equal fill the same columns.
+    program: (operations, 5) int64, operation and operands; items: (fields, 4) int64, see `walk`; paths: the field of
+    each operation; level_of: (columns,) the level whose rows a column holds: level 0 has the packets, and each wanted
+    array adds a level; min_bytes: the fewest bytes of a datum; depth: the nesting depth of arrays and maps. layout:
+    plans with an equal layout fill the same columns.
     """
 
     program: npt.NDArray[np.int64]
     items: npt.NDArray[np.int64]
-    where: tuple[str, ...]
+    paths: tuple[str, ...]
     level_of: npt.NDArray[np.int64]
     levels: int
     root: Record
-    least: int
+    min_bytes: int
     depth: int
     layout: str
 
 
 def compile_plan(schema: Any, wanted: Iterable[str]) -> ReadPlan:
-    """The plan for reading the wanted fields, as dotted paths in which arrays add no name, out of a record.
+    """Return the plan that reads the wanted fields of a record. A wanted field is a dotted path; arrays add no name to
+    it.
 
-    schema: as parsed by fastavro, so that names are complete. Paths that it does not have are left out, since versions
-    of a schema differ; SchemaError if none is left, for a schema that contains itself, has values without bytes where
-    they would be counted, or is too large, and for a path to what is no column: a map, or a union of several types that
-    are not all numbers.
+    schema: as fastavro parsed it, so that its names are complete. The plan leaves out paths that the schema does not
+    have, since versions of a schema differ.
+
+    Raises SchemaError if the schema has none of the paths; if it contains itself, is too large, or has array items or
+    records that take no bytes; and if a path leads to a value that cannot be a column: a map, or a union of several
+    types that are not all numbers.
     """
     tree: dict[str, Any] = {}
     for path in wanted:
@@ -110,21 +117,21 @@ def compile_plan(schema: Any, wanted: Iterable[str]) -> ReadPlan:
         for name in path.split("."):
             inside = inside.setdefault(name, {})
     compiler = _Compiler()
-    root, least = compiler.value(schema, tree, "", 0, ())
+    root, min_bytes = compiler.value(schema, tree, "", 0, ())
     if not isinstance(root, Record):
-        raise SchemaError(f"it has none of the fields {', '.join(tree)}")
-    if least == 0:
-        raise SchemaError("its values take no bytes")
+        raise SchemaError(f"the schema has none of the fields {', '.join(tree)}")
+    if min_bytes == 0:
+        raise SchemaError("the schema's values take no bytes")
     compiler.add(walk.END, "the end")
     rows = np.array([operation for operation, _ in compiler.program], dtype=np.int64)
     return ReadPlan(
         rows,
         np.array(compiler.items, dtype=np.int64).reshape(-1, 4),
-        tuple(where for _, where in compiler.program),
+        tuple(path for _, path in compiler.program),
         np.array(compiler.level_of, dtype=np.int64),
         compiler.levels,
         root,
-        least,
+        min_bytes,
         compiler.depth,
         f"{compiler.depth} {compiler.level_of} {root}",
     )
@@ -139,22 +146,23 @@ class _Compiler:
         self.depth = 0
         self._named: dict[str, Any] = {}
         self._values = 0
-        self._open = 0  # arrays and maps around the present value
-        self._label = 0  # operations before this one are not merged with later ones: a jump leads between them
+        self._open = 0  # arrays and maps around the current value
+        self._label = 0  # operations before this one are not merged with later ones, because a jump leads between them
 
     def value(
         self, schema: Any, wanted: Wanted | None, path: str, level: int, enclosing: tuple[str, ...]
     ) -> tuple[Node | None, int]:
-        """Operations for a value, skipped if `wanted` is None; its columns, if any, and its fewest bytes."""
+        """Add the operations for a value, which skip it if `wanted` is None. Return its columns, if any, and its fewest
+        bytes."""
         self._values += 1
-        if self._values > LARGEST_SCHEMA or len(enclosing) > DEEPEST:
-            raise SchemaError(f"it is too large: more than {LARGEST_SCHEMA} values or {DEEPEST} inside each other")
+        if self._values > MAX_VALUES or len(enclosing) > MAX_DEPTH:
+            raise SchemaError(f"the schema has more than {MAX_VALUES} values, or nests them more than {MAX_DEPTH} deep")
         inner = (*enclosing, "")
         if isinstance(schema, list):
             return self._union(schema, wanted, path, level, inner)
         if isinstance(schema, str) and schema in self._named:
             if schema in enclosing:
-                raise SchemaError(f"it is recursive: {schema} contains itself")
+                raise SchemaError(f"the schema is recursive: {schema} contains itself")
             schema = self._named[schema]
         avro_type = schema["type"] if isinstance(schema, dict) else schema
         if isinstance(avro_type, (dict, list)):
@@ -167,21 +175,21 @@ class _Compiler:
             return self._array(schema, wanted, path, level, inner)
         if avro_type == "map":
             if wanted is not None:
-                raise SchemaError(f"{path} is a map, which gives no column")
+                raise SchemaError(f"{path} is a map, which cannot be a column")
             return self._map(schema, path, level, inner)
         if wanted:
             raise SchemaError(f"{path} is of type {avro_type!r}; it has no field {next(iter(wanted))!r}")
         return self._scalar(schema, wanted, path, level)
 
     def add(
-        self, operation: int, where: str, column: int = -1, first: int = 0, second: int = 0, tag: int = NO_TAG
+        self, operation: int, path: str, column: int = -1, first: int = 0, second: int = 0, tag: int = NO_TAG
     ) -> int:
-        """Append an operation; its place in the program."""
-        self.program.append(([operation, column, first, second, tag], where))
+        """Append an operation and return its index in the program."""
+        self.program.append(([operation, column, first, second, tag], path))
         return len(self.program) - 1
 
     def _define(self, schema: Any) -> str:
-        """Remember a type that has a name, which may stand for it later on; the name."""
+        """Remember a type that has a name, because the name may stand for the type later on. Return the name."""
         name = schema.get("name", "") if isinstance(schema, dict) else ""
         if name:
             self._named[name] = schema
@@ -194,29 +202,29 @@ class _Compiler:
     def _scalar(
         self, schema: Any, wanted: Wanted | None, path: str, level: int, tag: int = NO_TAG
     ) -> tuple[Leaf | None, int]:
-        """A value with no others inside it, or null where there is a tag."""
-        avro_type, size, symbols = _checked(schema)
+        """Add the operation for a value without inner values. With a tag, the value may be null."""
+        avro_type, size, symbols = _scalar_parts(schema)
         operation, operand, arrow = SCALARS[avro_type]
         if avro_type in SIZES or avro_type == "fixed":
-            operand, least = size, size
+            operand, min_bytes = size, size
         else:
-            operand, least = len(symbols) or operand, 1
-        least = least if tag == NO_TAG else 1
+            operand, min_bytes = len(symbols) or operand, 1
+        min_bytes = min_bytes if tag == NO_TAG else 1
         if wanted is not None:
             column = self._column(level)
             self.add(operation, path, column, operand, tag=tag)
-            return Leaf(column, arrow, symbols), least
+            return Leaf(column, arrow, symbols), min_bytes
         if tag != NO_TAG and size:
-            self._skip_optional(size, tag, NOT_OF_BOOLEAN if avro_type == "boolean" else 0, path)
+            self._skip_optional(size, tag, BOOLEAN_ZERO_BITS if avro_type == "boolean" else 0, path)
         elif size and avro_type != "boolean":
             self._skip(size, path)
         elif avro_type != "null":
             self.add(operation, path, -1, operand, tag=tag)
-        return None, least
+        return None, min_bytes
 
     def _skip(self, size: int, path: str) -> None:
         last = self._last(walk.SKIP)
-        if last and last[walk.FIRST] < LARGEST_FIXED:
+        if last and last[walk.FIRST] < MAX_FIXED_BYTES:
             last[walk.FIRST] += size
         else:
             self.add(walk.SKIP, path, first=size)
@@ -233,7 +241,7 @@ class _Compiler:
         self.items.append([before, size, tag, zero_bits])
 
     def _last(self, operation: int) -> list[int] | None:
-        """The last operation, if it is this one and no jump leads behind it."""
+        """Return the last operation if it is this one and no jump leads to the position after it."""
         if len(self.program) > self._label and self.program[-1][0][0] == operation:
             return self.program[-1][0]
         return None
@@ -244,68 +252,69 @@ class _Compiler:
         if wanted is not None and not wanted:
             raise SchemaError(f"{path} is a record; name the fields wanted in it")
         found: dict[str, Node] = {}
-        least = 0
+        min_bytes = 0
         for item in schema["fields"]:
             name = item["name"]
             inside = wanted.get(name) if wanted else None
             node, size = self.value(item["type"], inside, f"{path}.{name}".lstrip("."), level, enclosing)
-            least += size
+            min_bytes += size
             if node is not None:
                 found[name] = node
-        if least == 0:
-            raise SchemaError(f"it has a record that takes no bytes: {schema['name']}")
-        return (Record(found, -1) if found else None), least
+        if min_bytes == 0:
+            raise SchemaError(f"the record {schema['name']} takes no bytes")
+        return (Record(found, -1) if found else None), min_bytes
 
     def _array(
         self, schema: Any, wanted: Wanted | None, path: str, level: int, enclosing: tuple[str, ...]
     ) -> tuple[Node | None, int]:
-        # Whether a wanted field is in it shows only once the items are compiled, so a level is taken back if not.
+        # Only the compiled items show whether the schema has a wanted field in them. If not, the level is removed
+        # again.
         columns, levels = len(self.level_of), self.levels
         column = self._column(level) if wanted is not None else -1
         inside = -1
         if wanted is not None:
             inside, self.levels = self.levels, self.levels + 1
-        start, node, least = self._block(schema["items"], wanted, path, inside, enclosing)
-        if least == 0:
-            raise SchemaError(f"it has an array of values that take no bytes: {path}")
+        start, node, min_bytes = self._block(schema["items"], wanted, path, inside, enclosing)
+        if min_bytes == 0:
+            raise SchemaError(f"the items of the array {path} take no bytes")
         if node is None and wanted is not None:
             del self.level_of[columns:]
             self.levels, column, inside = levels, -1, -1
-        self._loop(start, inside, column, least, path)
+        self._loop(start, inside, column, min_bytes, path)
         return (Array(column, inside, node) if node is not None else None), 1
 
     def _map(self, schema: Any, path: str, level: int, enclosing: tuple[str, ...]) -> tuple[None, int]:
-        start, _, least = self._block(schema["values"], None, path, level, enclosing, keys=True)
-        self._loop(start, -1, -1, least, path)
+        start, _, min_bytes = self._block(schema["values"], None, path, level, enclosing, keys=True)
+        self._loop(start, -1, -1, min_bytes, path)
         return None, 1
 
     def _block(
         self, items: Any, wanted: Wanted | None, path: str, level: int, enclosing: tuple[str, ...], keys: bool = False
     ) -> tuple[int, Node | None, int]:
-        """An array or a map up to the end of its loop's body: BEGIN, the key of a map, the item."""
+        """Add an array or a map up to the end of its loop's body: BEGIN, a map's key, and the item."""
         start = self.add(walk.BEGIN, path)
         self._label = len(self.program)
         self._open += 1
         self.depth = max(self.depth, self._open)
         if keys:
             self._scalar("string", None, path, level)
-        node, least = self.value(items, wanted, path, level, enclosing)
+        node, min_bytes = self.value(items, wanted, path, level, enclosing)
         self._open -= 1
-        return start, node, least + keys
+        return start, node, min_bytes + keys
 
-    def _loop(self, start: int, level: int, column: int, least: int, path: str) -> None:
+    def _loop(self, start: int, level: int, column: int, min_bytes: int, path: str) -> None:
         """Close the loop that BEGIN at `start` opened."""
-        self.program[start][0][walk.FIRST] = self.add(walk.NEXT, path, column, start + 1, level, least)
+        self.program[start][0][walk.FIRST] = self.add(walk.NEXT, path, column, start + 1, level, min_bytes)
         self._label = len(self.program)
 
     def _union(
         self, branches: list[Any], wanted: Wanted | None, path: str, level: int, enclosing: tuple[str, ...]
     ) -> tuple[Node | None, int]:
         avro_types = [_type_name(branch) for branch in branches]
-        valued = [avro_type for avro_type in avro_types if avro_type != "null"]
-        if not valued:
-            raise SchemaError(f"it has a union of nothing: {path}")
-        if len(branches) == 2 and len(valued) == 1 and valued[0] in SCALARS and not wanted:
+        non_null = [avro_type for avro_type in avro_types if avro_type != "null"]
+        if not non_null:
+            raise SchemaError(f"the union {path} has no type but null")
+        if len(branches) == 2 and len(non_null) == 1 and non_null[0] in SCALARS and not wanted:
             null = avro_types.index("null")
             self._define(branches[1 - null])
             return self._scalar(branches[1 - null], wanted, path, level, 2 * null)
@@ -313,60 +322,61 @@ class _Compiler:
             return None, self._branches(
                 branches, path, lambda branch: self.value(branch, None, path, level, enclosing)[1]
             )
-        if len(valued) == 1:
+        if len(non_null) == 1:
             return self._optional(branches, wanted, path, level, enclosing)
         return self._numbers(avro_types, wanted, path, level)
 
     def _branches(self, branches: list[Any], path: str, emit: Callable[[Any], int]) -> int:
-        """UNION, a jump to each branch, the branches, each with a jump to the end; the fewest bytes."""
+        """Add UNION, a jump to each branch, and the branches, each followed by a jump to the end. Return the fewest
+        bytes."""
         self.add(walk.UNION, path, first=len(branches))
         jumps = [self.add(walk.JUMP, path) for _ in branches]
-        ends, least = [], []
+        ends, min_bytes = [], []
         for jump, branch in zip(jumps, branches, strict=True):
-            self._aim(jump)
-            least.append(emit(branch))
+            self._set_target(jump)
+            min_bytes.append(emit(branch))
             ends.append(self.add(walk.JUMP, path))
         for end in ends:
-            self._aim(end)
-        return 1 + min(least)
+            self._set_target(end)
+        return 1 + min(min_bytes)
 
-    def _aim(self, jump: int) -> None:
-        """Have a jump lead to what comes next."""
+    def _set_target(self, jump: int) -> None:
+        """Make a jump lead to the next operation."""
         self.program[jump][0][walk.FIRST] = self._label = len(self.program)
 
     def _optional(
         self, branches: list[Any], wanted: Wanted, path: str, level: int, enclosing: tuple[str, ...]
     ) -> tuple[Node | None, int]:
-        """A record or an array, or null."""
+        """Add a record or an array that may be null."""
         node: Node | None = None
         nulls: list[int] = []
 
         def emit(branch: Any) -> int:
             nonlocal node
             if _type_name(branch) == "null":
-                # Which columns are null then is known once the other branch is compiled, and that may come second.
+                # Only the compiled other branch shows which columns are null then, and that branch may come second.
                 nulls.append(self.add(walk.JUMP, path))
                 return 0
-            node, least = self.value(branch, wanted, path, level, enclosing)
+            node, min_bytes = self.value(branch, wanted, path, level, enclosing)
             if isinstance(node, Record):
                 node = Record(node.fields, self._column(level))
                 self.add(walk.PRESENT, path, node.column)
-            return least
+            return min_bytes
 
-        least = self._branches(branches, path, emit)
-        over = self.add(walk.JUMP, path)  # for the branch with a value, which ends here
+        min_bytes = self._branches(branches, path, emit)
+        skip_nulls = self.add(walk.JUMP, path)  # the branch with a value ends here and skips the nulls
         for jump in nulls:
-            self._aim(jump)
+            self._set_target(jump)
         for column, rows in _columns(node):
             self.add(walk.NULL, path, column, rows)
-        self._aim(over)
-        return node, least
+        self._set_target(skip_nulls)
+        return node, min_bytes
 
     def _numbers(self, avro_types: list[Any], wanted: Wanted, path: str, level: int) -> tuple[Node, int]:
-        """A union of several kinds of numbers, as the widest of them."""
+        """Add a union of several number types, as a column of the widest of them."""
         if wanted or not all(avro_type in (*NUMBERS, "null") for avro_type in avro_types):
             shown = ", ".join(map(str, avro_types))
-            raise SchemaError(f"{path} is a union of {shown}; a column can be of null and one type, or of numbers")
+            raise SchemaError(f"{path} is a union of {shown}; a column can hold null and one type, or numbers")
         real = "float" in avro_types or "double" in avro_types
         column = self._column(level)
 
@@ -379,29 +389,31 @@ class _Compiler:
 
 
 def _type_name(schema: Any) -> str:
-    """The name of a type, or of one that was defined before; empty if that lies deeper."""
+    """Return the name of a type, or of a type that was defined before; "" if the type is nested deeper."""
     avro_type = schema["type"] if isinstance(schema, dict) else schema
     return avro_type if isinstance(avro_type, str) else ""
 
 
-def _checked(schema: Any) -> tuple[str, int, tuple[str, ...]]:
-    """A scalar's type, the bytes that it always takes, and the symbols of an enum."""
+def _scalar_parts(schema: Any) -> tuple[str, int, tuple[str, ...]]:
+    """Return a scalar's type, the number of bytes that it always takes (0 if that varies), and the symbols of an
+    enum."""
     avro_type = _type_name(schema)
     if avro_type not in SCALARS:
-        raise SchemaError(f"it has a value of unknown type {avro_type!r}")
+        raise SchemaError(f"the schema has a value of unknown type {avro_type!r}")
     if avro_type == "fixed":
         size = schema["size"]
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= LARGEST_FIXED:
-            raise SchemaError(f"it has a fixed of {size!r} bytes; expected 0 to {LARGEST_FIXED}")
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MAX_FIXED_BYTES:
+            raise SchemaError(f"the schema has a fixed type of {size!r} bytes; expected 0 to {MAX_FIXED_BYTES}")
         return avro_type, size, ()
     symbols = tuple(map(str, schema["symbols"])) if avro_type == "enum" else ()
     if avro_type == "enum" and not symbols:
-        raise SchemaError("it has an enum without symbols")
+        raise SchemaError("the schema has an enum without symbols")
     return avro_type, SIZES.get(avro_type, 0), symbols
 
 
 def _columns(node: Node | None) -> Iterator[tuple[int, int]]:
-    """Columns that have a row where the node stands: number, and the level of an array's rows, or 0."""
+    """Yield each column that has one row per row of the node: its number, and for an array the level of its items'
+    rows, else 0."""
     if isinstance(node, Record):
         for inner in node.fields.values():
             yield from _columns(inner)

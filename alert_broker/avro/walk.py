@@ -1,7 +1,8 @@
-"""The loop that runs a plan's operations over bytes, compiled; every byte is checked before it is read.
+"""The compiled loop that runs a plan's operations over bytes. It checks that a byte exists before it reads the byte.
 
-Format: Apache Avro 1.12 specification, "Binary encoding". Where it leaves room, the strict reading is taken: an int has
-32 bits, a boolean is 0 or 1, text is UTF-8 (if it is read), and a block of items with a size in bytes has that size.
+The format is that of the Apache Avro 1.12 specification, section "Binary encoding". Where the specification leaves
+room, the loop reads strictly: an int has 32 bits, a boolean is 0 or 1, text is UTF-8 (if it is read), and a block of
+items with a size in bytes has exactly that size.
 """
 
 from __future__ import annotations
@@ -17,30 +18,33 @@ Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Operations, each with a column (-1 where the value is skipped), two operands and a tag: what the number before an
-# optional value is XORed with to give 2 for a value and 0 for null, -1 where the value is not optional.
+# Each operation has a column (-1 if the value is skipped), two operands and a tag. The tag belongs to an optional
+# value: the number before the value, XORed with the tag, gives 2 for a value and 0 for null. The tag is -1 if the value
+# is not optional.
 (
-    RUN,  # skip: first item, items; an item has the bytes before its tag, those of the value, the tag, bits that are 0
+    # skip fields: the first item, the number of items. An item: bytes before its tag, bytes of the value, tag, bits
+    # that are 0
+    RUN,
     SKIP,  # bytes
-    NUMBER,  # most bytes, whether it becomes a double
-    SIZED,  # whether it is text
+    NUMBER,  # most bytes, whether the number becomes a double
+    SIZED,  # whether the value is text
     FIXED,  # bytes
-    FLOAT,  # -, whether it becomes a double
+    FLOAT,  # -, whether the number becomes a double
     DOUBLE,
     BOOLEAN,
-    ENUM,  # symbols
+    ENUM,  # number of symbols
     NULL,  # level of an array's rows or 0
     PRESENT,
-    UNION,  # branches, for each of which a JUMP follows
-    JUMP,  # where to
-    BEGIN,  # the NEXT of an array or a map
-    NEXT,  # body, level of its rows or -1, fewest bytes of an item in the place of a tag
+    UNION,  # number of branches; a JUMP follows for each of them
+    JUMP,  # target
+    BEGIN,  # index of the NEXT of an array or a map
+    NEXT,  # body, level of its rows or -1; in place of a tag: fewest bytes of an item
     END,
 ) = range(16)
 COLUMN, FIRST, SECOND, TAG = range(1, 5)
 
-# What `walk` ends with. FULL: a level or a column needs more room, and the datum is to be begun again; LEFT: there are
-# bytes after the last datum.
+# The codes that `walk` returns. FULL: a level or a column is full, and the caller begins the datum again with a larger
+# one. LEFT: bytes are left over after the last datum.
 OK, FULL, LEFT, ENDS, LONG, NEGATIVE, BEYOND, BRANCH, SYMBOL, BOOL, COUNT, SIZE, TEXT = range(13)
 REASONS = {
     ENDS: "the data ends inside a value",
@@ -55,10 +59,10 @@ REASONS = {
     TEXT: "a text is not UTF-8",
 }
 
-# Columns of the tables of columns and of levels, and places in the report.
-BASE, LEVEL, TEXT_BASE, TEXT_ROOM, TEXT_USED, TEXT_BEFORE, TEXT_AT_START = range(7)
-ROWS, ROOM, ROWS_BEFORE, ROWS_AT_START = range(4)
-DATUM, AT, PLACE, OPERATION, WHICH, NEEDED = range(6)
+# Columns of the table of columns, columns of the table of levels, and indices in the report.
+BASE, LEVEL, TEXT_BASE, TEXT_CAPACITY, TEXT_USED, TEXT_BEFORE, TEXT_AT_START = range(7)
+ROWS, CAPACITY, ROWS_BEFORE, ROWS_AT_START = range(4)
+DATUM, AT, FAULT_AT, OPERATION, FULL_BUFFER, NEEDED = range(6)
 
 
 def _compiled(function: Function) -> Function:
@@ -67,12 +71,13 @@ def _compiled(function: Function) -> Function:
 
 @_compiled
 def _byte(data: Bytes, at: int) -> Any:
-    return np.int64(data[np.uint64(at)])  # unsigned: a negative index would cost a comparison for each byte
+    # with a signed index, numba would check for each byte whether the index is negative
+    return np.int64(data[np.uint64(at)])
 
 
 @_compiled
 def _number(data: Bytes, at: int, end: int, most: int) -> tuple[Any, int]:
-    """A zigzag number of at most 5 or 10 bytes, and the byte after it or minus the error's code."""
+    """Return a zigzag number of at most `most` (5 or 10) bytes, and the byte after it or minus the error's code."""
     value = np.uint64(0)
     for k in range(most):
         if at >= end:
@@ -89,7 +94,7 @@ def _number(data: Bytes, at: int, end: int, most: int) -> tuple[Any, int]:
 
 @_compiled
 def _length(data: Bytes, at: int, end: int) -> tuple[int, int]:
-    """A length that fits, and the byte after it or minus the error's code."""
+    """Return a length that fits into the data, and the byte after it or minus the error's code."""
     size, at = _number(data, at, end, 10)
     if at < 0:
         return 0, at
@@ -102,7 +107,7 @@ def _length(data: Bytes, at: int, end: int) -> tuple[int, int]:
 
 @_compiled
 def _is_text(data: Bytes, at: int, end: int) -> bool:
-    """Whether this is UTF-8 (RFC 3629, section 4)."""
+    """Whether these bytes are UTF-8 (RFC 3629, section 4)."""
     while at < end:
         first = _byte(data, at)
         at += 1
@@ -115,7 +120,7 @@ def _is_text(data: Bytes, at: int, end: int) -> bool:
             more = 2
             if first == 0xE0:
                 low = 0xA0
-            elif first == 0xED:  # surrogates
+            elif first == 0xED:  # the range that would encode surrogates
                 high = 0x9F
         elif 0xF0 <= first <= 0xF4:
             more = 3
@@ -158,12 +163,13 @@ def walk(
     ends: Integers,
     report: Integers,
 ) -> int:
-    """Read datums up to number `count`, which fill data[:end], from where `report` says; a code, OK if all went well.
+    """Read datums up to number `count`, which fill data[:end], starting where `report` says. Return a code: OK if all
+    datums were read.
 
-    cells: values of all columns, column by column, as 64 bits; valid: 0 for null; text: bytes of the columns of
-    strings, whose cells are where each ends; ends: where each datum ends. A datum that fails leaves nothing behind; the
-    report then says at which byte and in which operation. If bytes are left, no datum does: where each starts is then
-    not known either.
+    cells: values of all columns, column by column, as 64 bits; valid: 0 for null; text: bytes of the string columns,
+    whose cells hold the end of each string; ends: the byte at which each datum ends. A datum that fails leaves no rows;
+    the report then holds the byte and the operation of the fault. If bytes are left over, no datum leaves rows, because
+    nobody knows where each datum starts.
     """
     double, double_bits = scratch[:1].view(np.float64), scratch[:1]
     single, single_bits = scratch[1:].view(np.float32), scratch[1:].view(np.uint32)
@@ -178,17 +184,17 @@ def walk(
         levels[:, ROWS_BEFORE] = levels[:, ROWS]
         columns[:, TEXT_BEFORE] = columns[:, TEXT_USED]
         pc = 0
-        here: Any = np.uint64(0)  # as an index; signed ones cost a comparison each
+        index: Any = np.uint64(0)  # unsigned as an index: a signed one costs a comparison each time
         depth = -1
-        if levels[0, ROWS] == levels[0, ROOM]:
-            report[WHICH], report[NEEDED] = 0, levels[0, ROWS] + 1
+        if levels[0, ROWS] == levels[0, CAPACITY]:
+            report[FULL_BUFFER], report[NEEDED] = 0, levels[0, ROWS] + 1
             code = FULL
         while code == OK:
-            here = np.uint64(pc)
-            operation, column, first = program[here, 0], program[here, COLUMN], program[here, FIRST]
+            index = np.uint64(pc)
+            operation, column, first = program[index, 0], program[index, COLUMN], program[index, FIRST]
             pc += 1
             if operation == RUN:
-                for k in range(first, first + program[here, SECOND]):
+                for k in range(first, first + program[index, SECOND]):
                     item = np.uint64(k)
                     if items[item, 0] >= end - at:
                         code = ENDS
@@ -215,12 +221,12 @@ def walk(
                     at += first
             elif operation <= NULL:
                 present = operation != NULL
-                value = columns[column, TEXT_USED] if column >= 0 else 0  # where a null string ends; 0 in others
-                if program[here, TAG] >= 0:
+                value = columns[column, TEXT_USED] if column >= 0 else 0  # the end of a null string; 0 in other columns
+                if program[index, TAG] >= 0:
                     if at >= end:
                         code = ENDS
                         continue
-                    tag = _byte(data, at) ^ program[here, TAG]
+                    tag = _byte(data, at) ^ program[index, TAG]
                     if tag & ~2:
                         code = BRANCH
                         continue
@@ -232,7 +238,7 @@ def walk(
                         value = levels[first, ROWS]
                 elif operation == NUMBER:
                     value, after = _number(data, at, end, first)
-                    if program[here, SECOND]:
+                    if program[index, SECOND]:
                         double[0] = value
                         value = double_bits[0]
                 elif operation in (SIZED, FIXED):
@@ -245,8 +251,8 @@ def walk(
                         if operation == SIZED and first and not _is_text(data, after, after + size):
                             code = TEXT
                             continue
-                        if value + size > columns[column, TEXT_ROOM]:
-                            report[WHICH], report[NEEDED] = len(levels) + column, value + size
+                        if value + size > columns[column, TEXT_CAPACITY]:
+                            report[FULL_BUFFER], report[NEEDED] = len(levels) + column, value + size
                             code = FULL
                             continue
                         target = columns[column, TEXT_BASE] + value
@@ -261,7 +267,7 @@ def walk(
                         after = -ENDS
                     else:
                         value = _four(data, at)
-                        if program[here, SECOND]:
+                        if program[index, SECOND]:
                             single_bits[0] = value
                             double[0] = single[0]
                             value = double_bits[0]
@@ -291,7 +297,7 @@ def walk(
                     cells[cell] = value
                     valid[cell] = present
             elif operation == NEXT:
-                level = program[here, SECOND]
+                level = program[index, SECOND]
                 if stack[depth, 0] > 0:
                     stack[depth, 0] -= 1
                     if level >= 0:
@@ -311,7 +317,8 @@ def walk(
                     number = -number
                 if after < 0:
                     code = -after
-                elif number < 0 or number > (limit - after) // program[here, TAG]:  # -2^63 is its own negative
+                # the second condition: -2^63 is its own negative
+                elif number < 0 or number > (limit - after) // program[index, TAG]:
                     code = COUNT
                 elif number == 0:
                     at = after
@@ -320,8 +327,8 @@ def walk(
                         cells[cell] = levels[level, ROWS]
                         valid[cell] = 1
                     depth -= 1
-                elif level >= 0 and number > levels[level, ROOM] - levels[level, ROWS]:
-                    report[WHICH], report[NEEDED] = level, levels[level, ROWS] + number
+                elif level >= 0 and number > levels[level, CAPACITY] - levels[level, ROWS]:
+                    report[FULL_BUFFER], report[NEEDED] = level, levels[level, ROWS] + number
                     code = FULL
                 else:
                     at = after
@@ -341,7 +348,7 @@ def walk(
             elif operation == BEGIN:
                 depth += 1
                 stack[depth, 0] = 0  # items left in the block
-                stack[depth, 1] = -1  # where the block says that it ends
+                stack[depth, 1] = -1  # the byte at which the block says that it ends
                 pc = first
             elif operation == PRESENT:
                 valid[columns[column, BASE] + levels[columns[column, LEVEL], ROWS]] = 1
@@ -350,7 +357,7 @@ def walk(
         if code != OK:
             levels[:, ROWS] = levels[:, ROWS_BEFORE]
             columns[:, TEXT_USED] = columns[:, TEXT_BEFORE]
-            report[PLACE], report[OPERATION] = at, here
+            report[FAULT_AT], report[OPERATION] = at, index
             break
         levels[0, ROWS] += 1
         ends[datum] = at
@@ -358,6 +365,6 @@ def walk(
     if code == OK and at != end:
         levels[:, ROWS] = levels[:, ROWS_AT_START]
         columns[:, TEXT_USED] = columns[:, TEXT_AT_START]
-        datum, start, report[PLACE], code = 0, 0, at, LEFT
+        datum, start, report[FAULT_AT], code = 0, 0, at, LEFT
     report[DATUM], report[AT] = datum, start
     return code

@@ -1,4 +1,5 @@
-"""edgekit alerts: alerts from files, simulated alerts, and the stream. Each verb is a module of this package."""
+"""edgekit alerts: classify alerts from files, simulate alerts, and serve the stream. Each verb is a module of this
+package."""
 
 from __future__ import annotations
 

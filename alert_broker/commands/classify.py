@@ -25,14 +25,23 @@ Read the result with: pandas.read_parquet("night.parquet")
 @click.command(epilog=CLASSIFY_EXAMPLES)
 @click.argument("paths", nargs=-1, required=True)
 @click.option(
-    "-o", "--output", "target", type=Path, required=True, help="Parquet file to write: a row for every alert."
+    "-o", "--output", "target", type=Path, required=True, help="Parquet file to write, with one row for every alert."
 )
-@click.option("--model", help="Bundle or model's name [default: t2-gr for ZTF, t2-ugrizy for LSST and ELAsTiCC]")
 @click.option(
-    "--runtime", default="auto", show_default=True, help="c, onnxruntime, torch; auto: c if it can be compiled here."
+    "--model", help="Bundle, or name of a model [default: t2-gr for ZTF and DECam, t2-ugrizy for LSST and ELAsTiCC]"
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1024, show_default=True, help="Alerts at a time.")
-@click.option("--errors", type=Path, help="Parquet file for what gave no light curve [default: OUTPUT.errors.parquet]")
+@click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    help="c, onnxruntime or torch; auto selects c if this machine can compile it.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1024, show_default=True, help="Number of alerts in a batch."
+)
+@click.option(
+    "--errors", type=Path, help="Parquet file for packets without a light curve [default: OUTPUT.errors.parquet]"
+)
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
@@ -47,10 +56,11 @@ def classify(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Classify the alerts in files and folders: Avro containers, Confluent messages, Parquet of ZTF, LSST or ELAsTiCC.
+    """Classify the alerts in files and folders: Avro containers, Confluent messages, and Parquet of ZTF, LSST, ELAsTiCC
+    or DECam.
 
-    Every packet is accounted for: classified, skipped with a reason, or corrupt and listed in the errors file. Ctrl-C
-    keeps what is done (exit status 130); a second Ctrl-C abandons it.
+    Every packet is accounted for: it is classified, skipped with a reason, or corrupt and listed in the errors file.
+    After Ctrl-C the files hold the finished results (exit status 130); a second Ctrl-C discards them.
     """
     with alert_packages():
         from alert_broker.classify import classify_files
@@ -82,7 +92,7 @@ def classify(
     else:
         _print_account(account, target, errors)
     if account.stopped:
-        note("edgekit: stopped; the files hold what was done")
+        note("edgekit: stopped; the files hold the results up to this point")
         context.exit(130)
     if not account.surveys:
         raise EdgekitError(f"no alert could be read from {account.files} files; {errors} says why for each")
@@ -100,7 +110,7 @@ def _print_account(account: Account, target: Path, errors: Path) -> None:
     models = ", ".join(f"{name} ({digest[:12]})" for name, digest in account.models.items())
     lines = [f"{target}: {account.surveys.total():,} rows{f', {models} on {account.runtime}' if models else ''}"]
     if account.packets != account.surveys.total():
-        lines.append(f"{errors}: what gave no light curve, and why")
+        lines.append(f"{errors}: packets without a light curve, each with its reason")
     busy = {stage: value for stage, value in account.seconds.items() if stage != "start"}
     if total := sum(busy.values()):
         shares = ", ".join(f"{stage} {value / total:.0%}" for stage, value in busy.items())

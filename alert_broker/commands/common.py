@@ -1,4 +1,4 @@
-"""What the commands on alerts share."""
+"""Functions that the commands on alerts share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import click
 from edgekit.errors import missing_extra
 
 MEGABYTE = 1_000_000
-EXTRA_OF = {"confluent_kafka": "stream"}  # what is not in the extra `alerts`
+EXTRA_OF = {"confluent_kafka": "stream"}  # packages that the extra `alerts` does not install
 
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Give a function that returns true after Ctrl-C or SIGTERM; a second signal raises KeyboardInterrupt."""
+    """Provide a function that returns true after Ctrl-C or SIGTERM. A second signal raises KeyboardInterrupt."""
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
@@ -44,11 +44,11 @@ def alert_packages() -> Iterator[None]:
 
 
 def key_values(pairs: Sequence[str], flag: str) -> dict[str, str]:
-    """The pairs NAME=VALUE as a dictionary. An error does not show the value, which may be a secret."""
+    """Return the pairs NAME=VALUE as a dictionary. An error does not show the value, which may be a secret."""
     values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise click.UsageError(f"{flag}: expected NAME=VALUE")
+            raise click.UsageError(f"{flag}: expected NAME=VALUE, got a text of another form")
         values[name] = value
     return values

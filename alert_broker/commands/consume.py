@@ -65,21 +65,26 @@ def flags() -> Iterator[click.Option]:
                 options |= {"type": click.Choice(typing.get_args(hint))}
             else:
                 options |= {"type": hint}
-            short = [f"--{item.name}".replace("_", "-")] if table == "source" else []  # what is typed most: --until-eos
+            # users type these most often, such as --until-eos
+            short = [f"--{item.name}".replace("_", "-")] if table == "source" else []
             yield click.Option([name, *short, f"{table}__{item.name}"], **options)
 
 
 @click.command(cls=Consume, epilog=EXAMPLES)
-@click.option("--config", "path", type=Path, help="TOML file; each flag below goes over its value in it.")
+@click.option(
+    "--config", "path", type=Path, help="TOML file with the configuration; each flag below replaces a value of it."
+)
 @click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
-@click.option("--output", "outputs", multiple=True, metavar="TABLE", help="An [[output]], as TOML between braces.")
+@click.option(
+    "--output", "outputs", multiple=True, metavar="TABLE", help="An [[output]] table, written as TOML on one line."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON, and log lines as JSON.")
 def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...], as_json: bool, **values: Any) -> None:
-    """Classify a stream of alerts from Kafka, and publish the results, losing none.
+    """Classify a stream of alerts from Kafka, and publish the results without losing an alert.
 
-    Every alert is published, filtered out, or a dead letter with its reason; offsets are committed after that. After
-    Ctrl-C or SIGTERM, what is in flight has source.stop_seconds to finish; the rest is read again by the next run. The
-    exit status is not 0 if the ledger does not add up.
+    Every alert is published, filtered out, or stored as a dead letter with its reason; its offset is committed after
+    that. After Ctrl-C or SIGTERM the alerts in flight have source.stop_seconds to finish; the next run reads the rest
+    again. The exit status is not 0 if the ledger does not add up.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
@@ -112,7 +117,7 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
 
 @contextmanager
 def watching(config: Config, stats: Stats, *, as_json: bool) -> Iterator[None]:
-    """Logs, metrics and the dashboard are active while the block runs."""
+    """Keep logs, metrics and the dashboard active while the block runs."""
     from alert_broker.stream import dashboard, health, logs
 
     logs.configure(as_json=as_json, config=dict(config.kafka_settings()))
@@ -125,8 +130,8 @@ def watching(config: Config, stats: Stats, *, as_json: bool) -> Iterator[None]:
 
 
 def report(stats: Stats, as_json: bool, failed: str) -> None:
-    """The ledger, and what it was made of. failed: why it stopped, if not of its own; what was in flight then counts
-    as revoked, and comes again."""
+    """Print the ledger, the classes and the reasons of dead letters. failed: the error that stopped the run, if there
+    was one; the messages in flight then count as revoked, and the next run reads them again."""
     now = stats.snapshot()
     if as_json:
         print_json(

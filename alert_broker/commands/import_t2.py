@@ -13,14 +13,16 @@ from edgekit.cli.console import output
 @click.argument("weights", type=Path)
 @click.option("-o", "--output", "target", type=Path, required=True, help="Bundle to write, such as t2-published.edge.")
 @click.option(
-    "--redshift/--no-redshift", default=None, help="Whether the model takes redshift; told by 'wZ' in the name."
+    "--redshift/--no-redshift",
+    default=None,
+    help="Whether the model takes redshift [default: it does if the file's name contains 'wZ']",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -> None:
-    """Make a bundle from published t2 weights: an .npz of named arrays in Keras layout.
+    """Make a bundle from published t2 weights: an .npz file of named arrays in Keras layout.
 
     The published scaling constants were never stored, so the bundle names no preprocessing and cannot classify alerts;
-    `edgekit run` feeds it arrays.
+    `edgekit run` gives it arrays.
     """
     from dataclasses import asdict
 
@@ -37,7 +39,7 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
     from edgekit.nn.training import probabilities
 
     if not weights.is_file():
-        raise EdgekitError(f"{weights}: no such file; expected an .npz of published t2 weights")
+        raise EdgekitError(f"{weights} does not exist; expected an .npz file of published t2 weights")
     if target.exists() and not force:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
     if redshift is None:
@@ -47,7 +49,9 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
     )
     config = model.config
     if config.classes != len(CLASSES):
-        raise EdgekitError(f"{weights}: {config.classes} classes; the published models have PLAsTiCC's {len(CLASSES)}")
+        raise EdgekitError(
+            f"{weights} has {config.classes} classes; the published models have PLAsTiCC's {len(CLASSES)} classes"
+        )
     specs = [TensorSpec("light_curve", ("batch", config.sequence, config.bands), unit="scaled flux")]
     if redshift:
         specs.append(TensorSpec("context", ("batch", 2), unit="scaled redshift, scaled redshift error"))

@@ -19,18 +19,18 @@ Examples:
 
 @click.command(epilog=EXAMPLES)
 @click.option(
-    "--config", "path", type=Path, required=True, help="TOML file of the consumer whose dead letters these are."
+    "--config", "path", type=Path, required=True, help="TOML file of the consumer that wrote the dead letters."
 )
 @click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
-@click.option("--reason", default="", help="Only those whose reason holds this text.")
-@click.option("--to-topic", default="", help="Send them here [default: the topic that each came from]")
-@click.option("--group", default="", help="Consumer group that remembers how far this is [default: GROUP-redrive]")
+@click.option("--reason", default="", help="Send only dead letters whose reason contains this text.")
+@click.option("--to-topic", default="", help="Topic to send to [default: the original topic of each dead letter]")
+@click.option("--group", default="", help="Consumer group that stores the progress of redrive [default: GROUP-redrive]")
 @click.option(
     "--max-attempts",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Pass over what has died more often.",
+    help="Skip dead letters that have failed more than this many times.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
 def redrive(
@@ -72,5 +72,5 @@ def redrive(
     if as_json:
         print_json(dataclasses.asdict(done))
     else:
-        gone = f", {done.gone:,} whose alerts are gone" if done.gone else ""
-        output.print(f"{done.sent:,} dead letters sent again, {done.passed_over:,} passed over{gone}")
+        gone = f", {done.gone:,} without their alert, which the topic no longer holds" if done.gone else ""
+        output.print(f"{done.sent:,} dead letters sent again, {done.passed_over:,} skipped{gone}")

@@ -22,19 +22,24 @@ Examples:
 @click.option("--topic", required=True, help="Topic to send to.")
 @click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
 @click.option(
-    "--rate", type=click.FloatRange(min=0), default=0.0, help="Packets a second; 0, as fast as they are taken."
+    "--rate",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Packets per second; 0 sends them as fast as the broker accepts them.",
 )
-@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Send all so many times.")
+@click.option(
+    "--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Number of times to send all packets."
+)
 @click.option("--column", default="", help="Column of Parquet files that holds packets [default: packet or value]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def replay(
     paths: tuple[str, ...], topic: str, kafka: tuple[str, ...], rate: float, repeat: int, column: str, as_json: bool
 ) -> None:
-    """Send the packets in files, folders and tar archives to a topic, one to a message, as a survey sends them.
+    """Send the packets in files, folders and tar archives to a topic, one packet per message, as a survey sends them.
 
-    Damaged files are sent as they are. Files of many packets are taken apart. Of Parquet files, the packets in a column
-    are sent as they are; without such a column, rows that are a survey's alerts, such as Fink's, are sent as
-    Avro with the table's own schema, which gives the same light curves but is not what the survey sent.
+    Damaged files are sent unchanged. Files of many packets are split into messages. If a Parquet file has a column of
+    packets, they are sent unchanged. If it has none but its rows are a survey's alerts, such as Fink's, they are sent
+    as Avro with the table's own schema: the light curves are the same, but the bytes are not those of the survey.
     """
     with alert_packages():
         from alert_broker.stream import logs

@@ -22,18 +22,27 @@ Examples:
 
 @click.command(epilog=EXAMPLES)
 @click.option("-o", "--output", "target", type=Path, help="Folder to write.")
-@click.option("--to-topic", help="Send them to this topic instead, as the survey would.")
+@click.option("--to-topic", help="Topic to send the packets to, instead of a folder.")
 @click.option("--kafka", multiple=True, metavar="NAME=VALUE", help="A setting of librdkafka; env:NAME for a secret.")
 @click.option(
-    "--rate", type=click.FloatRange(min=0), default=0.0, help="Packets a second; 0, as fast as they are made."
+    "--rate",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Packets per second; 0 sends them as fast as they are made.",
 )
-@click.option("--survey", required=True, help="ztf or lsst: whose cadence, depth and packets.")
-@click.option("--count", type=int, required=True, help="How many alerts, each of another object.")
+@click.option(
+    "--survey", required=True, help="ztf or lsst: the survey whose cadence, depth and packet format are simulated."
+)
+@click.option("--count", type=int, required=True, help="Number of alerts, each of a different object.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
 @click.option(
-    "--per-file", type=int, default=100, show_default=True, help="Packets to a file; 1 as a survey sends them."
+    "--per-file",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Packets per file; with 1, files are as a survey sends them.",
 )
-@click.option("--no-cutouts", is_flag=True, help="Leave out the image stamps, most of a packet's bytes.")
+@click.option("--no-cutouts", is_flag=True, help="Leave out the image stamps, which are most of a packet's bytes.")
 @click.option("--force", is_flag=True, help="Replace a folder of simulated alerts.")
 def simulate(
     target: Path | None,
@@ -49,13 +58,14 @@ def simulate(
 ) -> None:
     """Write simulated alerts as valid packets of a survey, with their true classes in truth.parquet.
 
-    For demonstrations and load tests. The light curves are sketches: do not train or score a classifier with them.
+    Use them for demonstrations and load tests. The light curves are sketches: do not train or score a classifier with
+    them.
     """
     with alert_packages():
         from alert_broker import simulate as simulation
 
     if (target is None) == (to_topic is None):
-        raise click.UsageError("expected either --output FOLDER or --to-topic TOPIC")
+        raise click.UsageError("give either --output FOLDER or --to-topic TOPIC")
     source = simulation.simulate(survey, count, seed, cutouts=not no_cutouts)
     if target is None:
         assert to_topic is not None
@@ -89,11 +99,13 @@ def simulate(
 
 
 def _check_folder(target: Path, force: bool) -> None:
-    """Raise unless the folder is new or empty, or, with `force`, one of simulated alerts and nothing else."""
+    """Raise unless the folder is new or empty, or, with `force`, holds simulated alerts and nothing else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
     names = [item.name for item in target.iterdir()] if target.is_dir() else []
     if "truth.parquet" not in names or any(not name.endswith((".avro", ".bin", ".parquet")) for name in names):
-        raise EdgekitError(f"{target} is not a folder of simulated alerts, so --force will not replace it")
+        raise EdgekitError(
+            f"{target} holds other files than simulated alerts, so --force does not replace it; choose another folder"
+        )

@@ -78,9 +78,9 @@ def open_admin(settings: Mapping[str, Secret]) -> AdminClient:
 
 
 def reason_of(error: Exception) -> str:
-    """What librdkafka says, without the values that it was given."""
+    """What librdkafka says, on one line, without the values that it was given."""
     first = error.args[0] if error.args else error
-    return first.str() if isinstance(first, KafkaError) else str(first)
+    return " ".join((first.str() if isinstance(first, KafkaError) else str(first)).split())
 
 
 def names(partitions: Sequence[TopicPartition]) -> str:

@@ -1,1 +1,1 @@
-"""One base, one file per survey."""
+"""Each survey is one file beside the base class."""

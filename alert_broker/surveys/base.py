@@ -1,7 +1,8 @@
-"""What a survey gives: its bands, the fields it reads, and the light curves inside a batch of alert packets.
+"""What a survey is: its bands, the fields that it reads, and how light curves are extracted from a batch of its alert
+packets.
 
-A further survey is one file beside this one: a subclass of `Survey` with `name`, `bands`, `wavelengths`, `fields`, and
-the methods `recognises_schema`, `recognises_columns` and `extract`. `surveys()` finds it.
+A new survey is one file beside this one: a subclass of `Survey` with `name`, `bands`, `wavelengths`, `fields`, and the
+methods `recognises_schema`, `recognises_columns` and `extract`. `surveys()` finds it.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ import pyarrow.compute as pc
 from alert_broker.lightcurve import LightCurves
 from edgekit.errors import EdgekitError, unknown
 
-MAGNITUDE_TO_LOG10 = -0.4  # Pogson: five magnitudes are a factor of 100 in flux
-# Exposures of one band start at least 15 s apart in every survey here, so two rows closer than this are one exposure
-# reported twice: as a detection and as forced photometry, or by two overlapping images.
+MAGNITUDE_TO_LOG10 = -0.4  # Pogson's definition: five magnitudes are a factor of 100 in flux
+# In every survey here, exposures of one band start at least 15 s apart. So two rows closer than this are one exposure
+# that was reported twice: as a detection and as forced photometry, or by two overlapping images.
 SAME_EPOCH_DAYS = 1e-4
-MJD_RANGE = (10_000.0, 100_000.0)  # years 1886 to 2132: outside it the number is damage, not a date
+MJD_RANGE = (10_000.0, 100_000.0)  # years 1886 to 2132; a number outside this range is damaged and no date
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
 class PacketError(EdgekitError):
-    """A packet that gives no light curve; the message is the reason that its row carries."""
+    """A packet without a usable light curve. The message is the reason that the packet's row shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class LightCurve:
     """The photometry in one alert packet: arrays as in `LightCurves`, sorted by time, one point per exposure.
 
-    upper_limits: exposures without a detection or a flux; dropped: rows left out because a value is missing, not
-    finite, not positive where it must be, or in a band that the survey does not have.
+    upper_limits: number of exposures without a detection or a flux; dropped: number of rows that were left out because
+    a value is missing, not finite, not positive where it must be, or in a band that the survey does not have.
     """
 
     alert_id: int
@@ -57,9 +58,9 @@ class LightCurve:
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Rows of photometry as read, (rows,) each; NaN where a value is missing, band -1 where it is unknown.
+    """Rows of photometry as read, (rows,) each. A missing value is NaN, and an unknown band is -1.
 
-    owner: the alert that each row belongs to, ascending.
+    owner: the alert of each row, ascending.
     """
 
     owner: Integers
@@ -72,17 +73,17 @@ class Points:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a record, or of a list of records, of all alerts: Arrow columns by the name of the field.
+    """The rows of one record, or of one list of records, of all alerts: Arrow columns by field name.
 
-    owner: (rows,) the alert that each row belongs to, ascending.
+    owner: (rows,) the alert of each row, ascending.
     """
 
     owner: Integers
     columns: Mapping[str, pa.Array]
 
     def numbers(self, name: str) -> Floats:
-        """(rows,) float64, NaN for null."""
-        if len(self.owner) == 0:  # of a list that is empty everywhere, the fields may not be known
+        """Return the field as (rows,) float64, with NaN for null."""
+        if len(self.owner) == 0:  # a list that is empty in every packet may come without its fields
             return np.empty(0)
         values = self.columns[name]
         if not pa.types.is_float64(values.type):
@@ -90,13 +91,14 @@ class Rows:
         return np.asarray(values.to_numpy(zero_copy_only=False))
 
     def integers(self, name: str, *, optional: bool = False) -> Integers:
-        """(rows,) int64, 0 for null and, if the field is optional, where it is not there."""
+        """Return the field as (rows,) int64, with 0 for null. An optional field that the record does not have is 0 in
+        all rows."""
         if optional and name not in self.columns:
             return np.zeros(len(self.owner), np.int64)
         return np.asarray(pc.fill_null(self.columns[name].cast(pa.int64()), 0).to_numpy())
 
     def positions(self, name: str, labels: Sequence[Any]) -> npt.NDArray[np.int8]:
-        """(rows,) where each value stands among the labels, -1 for a value that is none of them."""
+        """Return (rows,) the index of each value among the labels, -1 for a value that is not one of them."""
         if len(self.owner) == 0:
             return np.empty(0, np.int8)
         column = self.columns[name]
@@ -108,15 +110,15 @@ class Rows:
         return np.asarray(pc.fill_null(found, -1).to_numpy().astype(np.int8))
 
     def where(self, keep: npt.NDArray[np.bool_]) -> Rows:
-        """The rows at which `keep`, (rows,) bool, is true."""
+        """Return the rows for which `keep`, (rows,) bool, is true."""
         mask = pa.array(keep)
         return Rows(self.owner[keep], {name: column.filter(mask) for name, column in self.columns.items()})
 
 
 class Packets:
-    """A batch of packets as Arrow columns: the survey's `fields` at the top, with records as structs and their lists.
+    """A batch of packets as Arrow columns: the survey's `fields`, with records as structs, and lists of such structs.
 
-    errors: why an alert gives no light curve, by its number; the first reason is kept.
+    errors: the reason why an alert has no usable light curve, by the alert's number. The first reason is kept.
     """
 
     def __init__(self, columns: pa.RecordBatch) -> None:
@@ -128,15 +130,16 @@ class Packets:
         return int(self._count)
 
     def column(self, name: str) -> pa.Array:
-        """The column of a field at the top; KeyError if there is none."""
+        """Return the column of a top-level field. Raises KeyError if there is none."""
         return self._columns[name]
 
     def record(self, name: str) -> Rows:
-        """The records in a field, one for each alert."""
+        """Return the records in a field, one for each alert."""
         return self._rows(name, np.arange(self._count), self._columns[name])
 
     def lists(self, name: str, *, optional: bool = False) -> Rows:
-        """The rows of the lists of records in a field; none where it is null or, if it is optional, not there."""
+        """Return the rows of the lists of records in a field. A null list has no rows, and neither has an optional
+        field that the packets do not have."""
         column = pa.nulls(self._count) if optional and name not in self._columns else self._columns[name]
         if pa.types.is_null(column.type):
             return Rows(np.empty(0, np.int64), {})
@@ -146,12 +149,12 @@ class Packets:
         return self._rows(name, np.repeat(np.arange(self._count), lengths), column.flatten())
 
     def _rows(self, name: str, owner: Integers, records: pa.Array) -> Rows:
-        if len(owner) == 0:  # of a list that is empty everywhere, the type may not be known
+        if len(owner) == 0:  # a list that is empty in every packet may come without its type
             return Rows(owner, {})
         if not pa.types.is_struct(records.type):
             raise TypeError(f"{name} is of type {records.type}; expected a record")
         for alert in owner[records.is_null().to_numpy(zero_copy_only=False)].tolist():
-            self.fail(alert, f"{name} is null, or a row of it is")
+            self.fail(alert, f"{name} or a row in it is null")
         return Rows(owner, dict(zip((item.name for item in records.type), records.flatten(), strict=True)))
 
     def fail(self, alert: int, reason: str) -> None:
@@ -160,7 +163,8 @@ class Packets:
 
 @dataclass(frozen=True, slots=True)
 class Photometry:
-    """What a survey reads in a batch of packets. parts: points, most trusted first; upper_limits: (alerts,)."""
+    """The photometry that a survey read in a batch of packets. parts: points, most trusted first; upper_limits:
+    (alerts,)."""
 
     alert_id: pa.Array
     object_id: list[str]
@@ -170,8 +174,8 @@ class Photometry:
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """Light curves of a batch of packets, with the numbers of `LightCurve` for each; errors: alert to reason, and what
-    such an alert has elsewhere means nothing."""
+    """The light curves of a batch of packets, with the numbers of `LightCurve` for each. errors: alert to reason; the
+    other values of such an alert have no meaning."""
 
     curves: LightCurves
     alert_id: Integers
@@ -182,31 +186,32 @@ class Extracted:
 
 
 class Survey(ABC):
-    """One survey's alert packets. `fields` maps each top-level field that is read to the fields read inside it."""
+    """One survey's alert packets. `fields` maps each top-level field that is read to the fields that are read inside
+    it."""
 
     name: ClassVar[str]
     bands: ClassVar[tuple[str, ...]]
-    wavelengths: ClassVar[tuple[float, ...]]  # effective, in angstrom, one for each band
+    wavelengths: ClassVar[tuple[float, ...]]  # effective wavelengths in angstrom, one for each band
     fields: ClassVar[Mapping[str, tuple[str, ...]]]
-    record: ClassVar[
-        str
-    ]  # full name, by which it is recognised, of the Avro record that a row of a table is replayed as
+    # The survey's Avro record: its full name, by which the survey is recognised when a table's rows are replayed.
+    record: ClassVar[str]
     cutouts: ClassVar[tuple[str, str, str]] = ("cutoutScience", "cutoutTemplate", "cutoutDifference")  # bytes, as paths
 
     @abstractmethod
     def recognises_schema(self, name: str) -> bool:
-        """Whether an Avro record of this full name is this survey's alert."""
+        """Whether an Avro record with this full name is this survey's alert."""
 
     @abstractmethod
     def recognises_columns(self, columns: frozenset[str]) -> bool:
-        """Whether a table with these columns (`diaSource.psfFlux`, lists not marked) holds this survey's alerts."""
+        """Whether a table with these columns (such as `diaSource.psfFlux`; lists add no name) holds this survey's
+        alerts."""
 
     @abstractmethod
     def extract(self, packets: Packets) -> Photometry:
-        """The photometry of the packets; a field that is not there may simply raise KeyError."""
+        """Return the photometry of the packets. If a field is missing, the method may simply raise KeyError."""
 
     def schema_id(self, name: str) -> int | None:
-        """The Confluent id of the schema with this name, if the survey sends its packets in that format."""
+        """Return the Confluent id of the schema with this name, if the survey sends its packets in that format."""
         return None
 
     @property
@@ -215,7 +220,8 @@ class Survey(ABC):
         return [path for top, inner in self.fields.items() for path in ([f"{top}.{name}" for name in inner] or [top])]
 
     def light_curves(self, columns: pa.RecordBatch) -> Extracted:
-        """The light curves of a batch of packets; PacketError with the reason where it is the same for all of them."""
+        """Return the light curves of a batch of packets. Raises PacketError if the same reason holds for all
+        packets."""
         packets = Packets(columns)
         try:
             found = self.extract(packets)
@@ -230,13 +236,14 @@ class Survey(ABC):
 
 @functools.lru_cache(maxsize=64)
 def _value_set(labels: tuple[Any, ...], dtype: pa.DataType) -> pc.SetLookupOptions:
-    """Labels to be looked up in columns of a type; made once, for a batch has a dozen such columns."""
+    """Return labels to be looked up in columns of a type. They are made once, because a batch has a dozen such
+    columns."""
     return pc.SetLookupOptions(value_set=pa.array(labels).cast(dtype))
 
 
 @functools.cache
 def surveys() -> Mapping[str, Survey]:
-    """Every survey by name, from the modules of this package."""
+    """Return every survey by name. The surveys are the subclasses in the modules of this package."""
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -250,19 +257,20 @@ def surveys() -> Mapping[str, Survey]:
 
 
 def survey_named(name: str) -> Survey:
-    """The survey of this name; EdgekitError with the known names otherwise."""
+    """Return the survey with this name. Raises EdgekitError with the known names if there is none."""
     if name not in surveys():
         raise unknown("survey", name, surveys())
     return surveys()[name]
 
 
 def fluxcal(magnitude_offset: float | Floats) -> Any:
-    """10^(-0.4 x): the flux in FLUXCAL of a magnitude 27.5 + x, or the factor from zero point 27.5 + x to FLUXCAL."""
+    """Return 10^(-0.4 x): the flux in FLUXCAL of a magnitude 27.5 + x, or the factor that converts a flux of zero point
+    27.5 + x to FLUXCAL."""
     return 10.0 ** (MAGNITUDE_TO_LOG10 * magnitude_offset)
 
 
 def join(curves: Sequence[LightCurve], bands: tuple[str, ...]) -> LightCurves:
-    """The light curves of one survey's alerts as one ragged batch, in the same order."""
+    """Return the light curves of one survey's alerts as one ragged batch, in the same order."""
     empty = np.empty(0)
     return LightCurves(
         bands,
@@ -276,10 +284,8 @@ def join(curves: Sequence[LightCurve], bands: tuple[str, ...]) -> LightCurves:
 
 
 def _curves_of_points(parts: Sequence[Points], alerts: int, bands: tuple[str, ...]) -> tuple[LightCurves, Integers]:
-    """Join the parts, most trusted first: drop what is not a measurement, keep one point per exposure, sort by time.
-
-    Returns also the number of rows dropped from each alert.
-    """
+    """Join the parts, most trusted first: drop rows that are no measurement, keep one point per exposure, and sort by
+    time. Return the light curves and the number of rows dropped from each alert."""
     owner, time, band, flux, flux_error = (
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("owner", "time", "band", "flux", "flux_error")
@@ -290,7 +296,7 @@ def _curves_of_points(parts: Sequence[Points], alerts: int, bands: tuple[str, ..
     valid &= np.isfinite(flux) & np.isfinite(flux_error)
     dropped = np.bincount(owner[~valid], minlength=alerts)
     order = np.flatnonzero(valid)
-    order = order[np.argsort(owner[order], kind="stable")]  # by alert, and within it as the parts stand
+    order = order[np.argsort(owner[order], kind="stable")]  # by alert, and within an alert in the order of the parts
     kept = order[_first_of_each_exposure(owner[order], band[order], time[order])]
     kept = kept[np.lexsort((time[kept], owner[kept]))]
     offsets = np.searchsorted(owner[kept], np.arange(alerts + 1))
@@ -299,7 +305,8 @@ def _curves_of_points(parts: Sequence[Points], alerts: int, bands: tuple[str, ..
 
 
 def _first_of_each_exposure(owner: Integers, band: npt.NDArray[np.int8], time: Floats) -> Integers:
-    """Positions of the first row, in the order given, of each group of an alert in one band within SAME_EPOCH_DAYS."""
+    """Return the positions of the first row, in the given order, of each exposure: the rows of an alert in one band
+    within SAME_EPOCH_DAYS."""
     if len(time) == 0:
         return np.empty(0, np.int64)
     order = np.lexsort((time, band, owner))
@@ -309,13 +316,13 @@ def _first_of_each_exposure(owner: Integers, band: npt.NDArray[np.int8], time: F
 
 
 def _identifiers(column: pa.Array, packets: Packets) -> Integers:
-    """(alerts,) the alerts' ids; an alert without one, or with one that is no 64-bit integer, has failed."""
+    """Return (alerts,) the alerts' ids. An alert has failed if it has no id, or an id that is not a 64-bit integer."""
     if not pa.types.is_integer(column.type) and not pa.types.is_null(column.type):
         raise TypeError(f"the alert's id is of type {column.type}; expected a 64-bit integer")
     numbers = np.asarray(pc.fill_null(column.cast(pa.int64(), safe=False), 0).to_numpy())
     unusable = column.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_uint64(column.type):
-        unusable = unusable | (numbers < 0)  # wrapped around
+        unusable = unusable | (numbers < 0)  # a number of 2^63 or more became negative
     for alert in np.flatnonzero(unusable).tolist():
         packets.fail(alert, f"the alert's id is {column[alert].as_py()}; expected a 64-bit integer")
     return numbers

@@ -15,8 +15,9 @@ MEASUREMENT = ("mjd", "band", "psfFlux", "psfFluxErr")
 
 
 class Decam(Survey):
-    """Forced fluxes of difference images in nJy (`psfFlux`; `forcediffimflux` is the same in microjansky), with their
-    sign. The candidate is the detection, `fp_hists` the history, in which its exposure comes again."""
+    """Alerts of DECam. Their fluxes are signed, forced fluxes of difference images in nJy (`psfFlux`; `forcediffimflux`
+    holds the same in microjansky). `candidate` is the detection. `fp_hists` is the history, which contains the
+    candidate's exposure again."""
 
     name: ClassVar = "decam"
     bands: ClassVar = ("g", "r", "i", "z")
@@ -39,7 +40,7 @@ class Decam(Survey):
         names = packets.column("objectId").to_pylist()
         for alert, name in enumerate(names):
             if not isinstance(name, str) or not name:
-                packets.fail(alert, f"objectId is {name!r}; expected the object's name")
+                packets.fail(alert, f"objectId is {name!r}; expected an object name")
         parts = [
             self._points(packets.record("candidate"), detected=True),
             self._points(packets.lists("fp_hists"), detected=False),

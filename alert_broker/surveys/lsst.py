@@ -1,4 +1,4 @@
-"""Rubin Observatory LSST: alert schemas 3.0 to 11.1, from the files of the `lsst-alert-packet` distribution."""
+"""LSST of the Rubin Observatory: alert schemas 3.0 to 11.1, from the files of the `lsst-alert-packet` distribution."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from alert_broker.surveys.base import PacketError, Packets, Photometry, Points, 
 from edgekit.errors import missing_extra
 
 NANOJANSKY_ZERO_POINT = 31.4  # AB magnitude of 1 nJy
-# Time, band, flux and error. Schemas 3 and 4 (and ELAsTiCC) use the second set; 5.0 renamed all four, and no version
-# since has touched them. Version 8 turned the top-level `alertId` into `diaSourceId`; `diaSource.diaSourceId`, the same
-# number, is in every version, so it is the one read.
+# Time, band, flux and error. Schemas 3 and 4 (and ELAsTiCC) use the second set. Version 5.0 renamed all four fields,
+# and later versions kept the names. Version 8 replaced the top-level `alertId` by `diaSourceId`.
+# `diaSource.diaSourceId` is the same number in every version, so it is the field that is read.
 NAMES = (
     ("midpointMjdTai", "band", "psfFlux", "psfFluxErr"),
     ("midPointTai", "filterName", "psFlux", "psFluxErr"),
 )
 PHOTOMETRY = (*NAMES[0], *NAMES[1])
-INNER = ("type", "items", "values", "fields")  # the keys of a schema that hold schemas
+INNER = ("type", "items", "values", "fields")  # the keys of a schema whose values are schemas
 
 
 class Lsst(Survey):
-    """Fluxes of difference images in nJy: detections in `diaSource` and `prvDiaSources`, forced photometry beside them.
+    """Alerts of LSST. Their fluxes are those of difference images in nJy: detections in `diaSource` and
+    `prvDiaSources`, and forced photometry in `prvDiaForcedSources`.
 
-    Where an exposure has both, the point is the detection with the detection's flux: the newest exposure has no forced
-    measurement yet, so that this keeps all detections of a packet on one footing. `prvDiaNondetectionLimits`
-    (up to 7.x) are upper limits. A moving object has no `diaObjectId`; its id is `ss` and the `ssObjectId`.
+    If an exposure has both, the point is the detection with the detection's flux. The newest exposure has no forced
+    measurement yet, so this rule treats all detections of a packet alike. `prvDiaNondetectionLimits` (up to 7.x) holds
+    upper limits. A moving object has no `diaObjectId`; its id is `ss` followed by the `ssObjectId`.
     """
 
     name: ClassVar = "lsst"
@@ -48,7 +49,7 @@ class Lsst(Survey):
         "prvDiaNondetectionLimits": (NAMES[0][0], NAMES[1][0]),
     }
     zero_point: ClassVar[float] = NANOJANSKY_ZERO_POINT
-    labels: ClassVar[tuple[str, ...]] = bands  # of the bands in the packets
+    labels: ClassVar[tuple[str, ...]] = bands  # the names of the bands in the packets
 
     def recognises_schema(self, name: str) -> bool:
         return re.fullmatch(r"lsst\.v\d+_\d+\.alert", name) is not None
@@ -95,9 +96,10 @@ class Lsst(Survey):
 
 @functools.cache
 def schema_versions() -> Mapping[int, Traversable]:
-    """The folder of each alert schema that the installed lsst-alert-packet has, by id (major x 100 + minor), sorted."""
+    """Return the folder of each alert schema in the installed lsst-alert-packet, by id (major x 100 + minor),
+    sorted."""
     try:
-        # The namespace, not lsst.alert.packet: importing that one pulls in lsst.utils and lsst.resources.
+        # This is the namespace package. An import of lsst.alert.packet would also import lsst.utils and lsst.resources.
         root = importlib.resources.files("lsst.alert") / "packet" / "schema"
         majors = [folder for folder in root.iterdir() if folder.name.isdigit()]
     except (ModuleNotFoundError, FileNotFoundError, NotADirectoryError) as error:
@@ -113,12 +115,12 @@ def schema_versions() -> Mapping[int, Traversable]:
 
 @functools.cache
 def schema(identifier: int) -> dict[str, Any]:
-    """The parsed alert schema of a Confluent schema id; PacketError for an id that is not installed."""
+    """Return the parsed alert schema of a Confluent schema id. Raises PacketError for an id that is not installed."""
     versions = schema_versions()
     if identifier not in versions:
         raise PacketError(
             f"unknown LSST schema id {identifier} (version {identifier // 100}.{identifier % 100}); known: "
-            f"{', '.join(map(str, versions))}; if it is a newer schema, run: pip install --upgrade lsst-alert-packet"
+            f"{', '.join(map(str, versions))}; if the schema is newer, run: pip install --upgrade lsst-alert-packet"
         )
     records: dict[str, Any] = {}
     for item in versions[identifier].iterdir():
@@ -132,7 +134,8 @@ def schema(identifier: int) -> dict[str, Any]:
 
 
 def _inline(node: Any, records: dict[str, Any]) -> Any:
-    """The schema with each record written out where it is first named, as one file must have it; empties `records`."""
+    """Return the schema with each record written out at its first use, as a single file requires. This empties
+    `records`."""
     if isinstance(node, str):
         return _inline(records.pop(node), records) if node in records else node
     if isinstance(node, list):

@@ -1,4 +1,5 @@
-"""Zwicky Transient Facility: Avro packets with schemas 3.0 to 4.02, and the same layout in Fink's Parquet."""
+"""The Zwicky Transient Facility: Avro packets with schemas 3.0 to 4.02, and Fink's Parquet, which has the same
+layout."""
 
 from __future__ import annotations
 
@@ -11,20 +12,21 @@ from alert_broker.lightcurve import FLUX_ZERO_POINT
 from alert_broker.surveys.base import Packets, Photometry, Points, Rows, Survey, fluxcal
 
 MJD_OF_JD_ZERO = -2_400_000.5
-ERROR_OF_MAGNITUDE = 0.4 * np.log(10.0)  # relative flux error of one magnitude of error, to first order
-# isdiffpos: science minus reference, or the reverse. The last sign is that of a value which is none of these.
+ERROR_OF_MAGNITUDE = 0.4 * np.log(10.0)  # relative flux error for an error of one magnitude, to first order
+# isdiffpos says whether the difference is science minus reference or the reverse. The last sign is for any other value.
 LABELS_OF_SIGN, SIGNS = ("t", "1", "f", "0"), np.array([1.0, 1.0, -1.0, -1.0, np.nan])
 FIDS = (1, 2, 3)  # g, r, i
-FORCED_PHOTOMETRY_OK = "0"  # procstatus; 55, 56 and 61 flag missing or bad pixels, with fluxes of -99999
+FORCED_PHOTOMETRY_OK = "0"  # procstatus; 55, 56 and 61 flag missing or bad pixels, whose fluxes are -99999
 DETECTION = ("jd", "fid", "magpsf", "sigmapsf", "isdiffpos")
 FORCED = ("jd", "fid", "forcediffimflux", "forcediffimfluxunc", "magzpsci", "procstatus")
 
 
 class Ztf(Survey):
-    """Detections are magnitudes of difference images; forced photometry (schema 4.01 on) is in counts of each image.
+    """Alerts of ZTF. Detections are magnitudes of difference images; forced photometry (schema 4.01 and later) is in
+    counts, and each image has its own zero point.
 
-    A detection wins over forced photometry of the same exposure. Rows of `prv_candidates` without a magnitude are
-    exposures in which nothing was found: counted as upper limits, not points. Both histories span 30 days.
+    If an exposure has both, the point is the detection. A row of `prv_candidates` without a magnitude is an exposure in
+    which nothing was found; it counts as an upper limit and gives no point. Both histories span 30 days.
     """
 
     name: ClassVar = "ztf"
@@ -50,14 +52,14 @@ class Ztf(Survey):
         names = packets.column("objectId").to_pylist()
         for alert, name in enumerate(names):
             if not isinstance(name, str) or not name:
-                packets.fail(alert, f"objectId is {name!r}; expected the object's name")
+                packets.fail(alert, f"objectId is {name!r}; expected an object name")
         candidates, history = packets.record("candidate"), packets.lists("prv_candidates")
         found, upper_limits = history, np.zeros(len(packets), np.int64)
         if len(history.owner):
             detected = history.columns["magpsf"].is_valid().to_numpy(zero_copy_only=False)
             found = history.where(detected)
             upper_limits = np.bincount(history.owner[~detected], minlength=len(packets))
-        forced = packets.lists("fp_hists", optional=True)  # absent before schema 4.01
+        forced = packets.lists("fp_hists", optional=True)  # schemas before 4.01 do not have it
         parts = [self._detections(candidates), self._detections(found), self._forced(forced)]
         return Photometry(packets.column("candid"), names, parts, upper_limits)
 

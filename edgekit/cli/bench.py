@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
+import edgekit
+from edgekit import machine
 from edgekit.cli.console import batch_sizes, output, print_json, print_table, steps
+
+if TYPE_CHECKING:
+    from edgekit.compression.bench import Timing
+    from edgekit.cost.layers import Report, Row
 
 EXAMPLE = """\b
 Examples:
@@ -20,15 +27,21 @@ Examples:
 
 @click.command(epilog=EXAMPLE)
 @click.argument("model")
-@click.option("--vs", "others", multiple=True, help="Another model to time beside it; repeat for more.")
+@click.option("--vs", "others", multiple=True, help="Another model to time in the same run; repeat for more.")
 @click.option("--batch", "batches", default="1,16,256", show_default=True, help="Batch sizes.")
-@click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime to time them on.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each.")
-@click.option("--seconds", type=click.FloatRange(min=0.05), default=3.0, show_default=True, help="For a batch size.")
-@click.option("--target", "target_name", help="Estimate the model on this device; measure it, if it is this machine.")
-@click.option("--precision", help="With --target: what float32 operators run in.  [default: the target's plan]")
+@click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime that runs the models.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each model.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.05), default=3.0, show_default=True, help="Time for each batch size."
+)
+@click.option(
+    "--target", "target_name", help="Estimate the time on this device; if it is this machine, also measure it."
+)
+@click.option("--precision", help="With --target: the precision of float32 operators.  [default: the target's plan]")
 @click.option("--power", help="With --target: one of the device's power modes.")
-@click.option("--layers", is_flag=True, help="With --target: every operator, not one line for each kind.")
+@click.option(
+    "--layers", is_flag=True, help="With --target: print a line for each operator, not one for each operator type."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(
     model: str,
@@ -43,40 +56,44 @@ def bench(
     layers: bool,
     as_json: bool,
 ) -> None:
-    """Time MODEL (a bundle, a model's name or an .onnx file), beside others in turns in one run.
+    """Time MODEL (a bundle, a model's name or an .onnx file) and other models in turns in one run.
 
-    Times are of a whole call. The ratio is the first model's time by this one's, paired call by call, with its 95 %
-    interval: more is faster. The share of the roofline is the least time that this machine's measured rates allow for
-    the graph's float32 operations and bytes, by the CPU time it took; int8 may pass 100 %.
+    Times are of a whole call. The ratio is the first model's time divided by this model's, paired call by call, with
+    its 95 % interval: more is faster. The share of the roofline is the least time that this machine's measured rates
+    allow for the graph's float32 operations and bytes, divided by the CPU time that the call took; it may exceed 100 %
+    for int8.
 
-    With --target, operator by operator: an estimate from the device's data sheet, labelled so, with its formula; where
-    the device is this machine, measured times beside the estimate. And whether the model fits into its memory.
+    With --target, the command estimates the time of each operator from the device's data sheet, prints the formula and
+    says whether the model fits into the device's memory. If the device is this machine, it also measures the times.
     """
-    from edgekit import machine
-    from edgekit.compression.bench import bench as run_bench
-
     if target_name is None and (precision or power or layers):
         raise click.UsageError("--precision, --power and --layers go with --target NAME")
     if target_name is not None and runtime != "onnxruntime":
         raise click.UsageError(f"--runtime {runtime}: with --target, models are estimated, or measured on onnxruntime")
-    names = [model, *others]
-    sizes = batch_sizes(batches)
-    if target_name is not None:
-        _on_target(names, sizes, target_name, precision, power, threads, seconds, layers, as_json)
-        return
+    names, sizes = [model, *others], batch_sizes(batches)
     with steps() as show:
-        rows = run_bench(
-            names,
-            batches=sizes,
-            runtime=runtime,
-            threads=threads,
-            seconds=seconds,
-            progress=lambda done: show("batch sizes", done, len(sizes)),
-        )
+        if target_name is not None:
+            reports = edgekit.bench_target(
+                names, target_name, batches=sizes, precision=precision, power=power, threads=threads, seconds=seconds,
+                progress=show,
+            )  # fmt: skip
+        else:
+            rows = edgekit.bench(
+                names, batches=sizes, runtime=runtime, threads=threads, seconds=seconds,
+                progress=lambda done: show("batch sizes", done, len(sizes)),
+            )  # fmt: skip
+    if target_name is None:
+        _show_timings(rows, runtime, threads, as_json)
+    elif as_json:
+        _print_reports(reports, layers)
+    else:
+        for report in reports:
+            _show_report(report, power, threads, layers)
+
+
+def _show_timings(rows: list[Timing], runtime: str, threads: int, as_json: bool) -> None:
     facts: dict[str, Any] = {"machine": machine.describe(), "runtime": runtime, "threads": threads}
     if as_json:
-        from dataclasses import asdict
-
         print_json({**facts, "results": [asdict(row) for row in rows]})
         return
     output.print(f"{facts['machine']['cpu']}, {facts['machine']['cores']} cores; {runtime}, {threads} thread(s) each\n")
@@ -86,10 +103,7 @@ def bench(
             [
                 row.batch,
                 row.model,
-                f"{row.p50_ms:.3f}",
-                f"{row.p90_ms:.3f}",
-                f"{row.p99_ms:.3f}",
-                f"{row.cpu_p50_ms:.3f}",
+                *(f"{value:.3f}" for value in (row.p50_ms, row.p90_ms, row.p99_ms, row.cpu_p50_ms)),
                 f"{row.speedup:.2f}",
                 f"{row.speedup_low:.2f} to {row.speedup_high:.2f}",
                 f"{row.roofline:.0%}" if row.roofline is not None else "-",
@@ -99,88 +113,50 @@ def bench(
     )
 
 
-def _on_target(
-    names: list[str],
-    sizes: tuple[int, ...],
-    target_name: str,
-    precision: str | None,
-    power: str | None,
-    threads: int,
-    seconds: float,
-    layers: bool,
-    as_json: bool,
-) -> None:
-    from dataclasses import asdict
+def _print_reports(reports: list[Report], layers: bool) -> None:
+    local = reports[0].measured is not None
+    facts = {"machine": machine.describe()} if local else {}
+    results = [report.to_json(layers=layers) for report in reports]
+    print_json({"target": reports[0].target, "measured_here": local, **facts, "results": results})
 
-    from edgekit import machine
-    from edgekit.compression.bench import on_target
+
+def _show_report(report: Report, power: str | None, threads: int, layers: bool) -> None:
     from edgekit.targets import profile
-    from edgekit.targets.local import is_here
 
-    target = profile.find(target_name)
-    local = is_here(target)
-    if local and (precision or power or threads != 1):
-        raise click.UsageError(
-            f"{target.name} is this machine, where the model is measured as it is, on one thread; leave --precision, "
-            "--power and --threads out"
-        )
-    from edgekit.importers.files import resolve
+    local = report.measured is not None
+    where = f"measured on this machine ({machine.cpu_name()})" if local else "estimate, nothing was run there"
+    mode = f" in mode {power}" if power else ""
+    threads_text = f", {threads} thread(s)" if profile.find(report.target).kind == "cpu" else ""
+    output.print(
+        f"{report.model} on {report.target}{mode}, batch {report.batch}, {report.precision}{threads_text}: {where}"
+    )
+    _show_rows(report.rows if layers else report.by_op_type(), local, layers)
+    measured = f"{_ms(report.measured)} ms measured, " if local else ""
+    output.print(f"sum: {measured}{_ms(report.estimate)} ms estimated")
+    output.print(f"estimate: {report.formula}")
+    output.print(f"memory: {report.memory}")
+    if report.unknown:
+        output.print(f"not counted, because their shapes are unknown: {', '.join(report.unknown)}")
+    output.print()
 
-    bundles = [resolve(name) for name in names]
-    with steps() as show:
-        options: dict[str, Any] = {"precision": precision, "power": power, "threads": threads, "seconds": seconds}
-        reports = []
-        for name, bundle in zip(names, bundles, strict=True):
-            found = on_target(bundle, target, sizes, here=local, progress=show, **options)
-            reports += [(name, report) for report in found]
-    if as_json:
-        results = [
-            {
-                "model": name,
-                **asdict(report),
-                "fits": report.memory.fits,
-                "needed": report.memory.needed,
-                "rows": [asdict(row) for row in (report.rows if layers else report.by_op_type())],
-            }
-            for name, report in reports
-        ]
-        facts = {"machine": machine.describe()} if local else {}
-        print_json({"target": target.name, "measured_here": local, **facts, "results": results})
-        return
-    for name, report in reports:
-        rows = report.rows if layers else report.by_op_type()
-        where = f"measured on this machine ({machine.cpu_name()})" if local else "estimate, nothing was run there"
-        threads_text = f", {threads} thread(s)" if target.kind == "cpu" else ""
-        output.print(
-            f"{name} on {target.name}{f' in mode {power}' if power else ''}, batch {report.batch}, {report.precision}"
-            f"{threads_text}: {where}"
-        )
-        total = sum(row.measured or row.estimate for row in rows) or 1.0
-        first = ["operator"] if layers else ["operator", "count"]
-        print_table(
-            [*first, *(["measured ms"] if local else []), "estimate ms", "of all", "roofline", "bound"],
+
+def _show_rows(rows: tuple[Row, ...], local: bool, layers: bool) -> None:
+    total = sum(row.measured or row.estimate for row in rows) or 1.0
+    first = ["operator"] if layers else ["operator", "count"]
+    print_table(
+        [*first, *(["measured ms"] if local else []), "estimate ms", "of all", "roofline", "bound"],
+        [
             [
-                [
-                    row.name if layers else row.op_type,
-                    *([] if layers else [row.count]),
-                    *([_ms(row.measured)] if local else []),
-                    _ms(row.estimate),
-                    f"{(row.measured or row.estimate) / total:.0%}",
-                    f"{row.roofline:.0%}",
-                    row.bound,
-                ]
-                for row in rows
-            ],
-        )
-        if report.measured is not None:
-            output.print(f"sum: {_ms(report.measured)} ms measured, {_ms(report.estimate)} ms estimated")
-        else:
-            output.print(f"sum: {_ms(report.estimate)} ms estimated")
-        output.print(f"estimate: {report.formula}")
-        output.print(f"memory: {report.memory}")
-        if report.unknown:
-            output.print(f"not counted, their shapes are unknown: {', '.join(report.unknown)}")
-        output.print()
+                *([row.name] if layers else [row.op_type, row.count]),
+                *([_ms(row.measured)] if local else []),
+                _ms(row.estimate),
+                f"{(row.measured or row.estimate) / total:.0%}",
+                f"{row.roofline:.0%}",
+                row.bound,
+            ]
+            for row in rows
+        ],
+    )
 
 
 def _ms(seconds: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from edgekit.bundle.encoding import Encoding
     from edgekit.bundle.format import Bundle
     from edgekit.compression.guard import State
-    from edgekit.compression.record import Summary
+    from edgekit.compression.record import PassRecord, Summary
 
 EXAMPLE = """\b
 Examples:
@@ -162,11 +163,30 @@ def _encoding(encoding: Encoding | None) -> str:
 def _show(bundle: Bundle, found: dict[str, Any]) -> None:
     from edgekit.compression.record import COMPRESSION, records_of, summary_of
 
+    manifest = found["manifest"]
+    output.print(manifest["name"], style="bold")
+    _columns([(name, str(value)) for name, value in _manifest_lines(found) if value not in (None, "")])
+    if manifest["metrics"]:
+        output.print("\nmetrics", style="bold")
+        summary = summary_of(bundle)
+        rest = {name: item for name, item in manifest["metrics"].items() if name != COMPRESSION or summary is None}
+        lines = [line for name, item in rest.items() for line in _metric(name, item)]
+        _columns(lines + (_compression(summary) if summary else []))
+    if manifest["recipe"]:
+        output.print("\nrecipe", style="bold")
+        steps = [dict(step) for step in manifest["recipe"].get("pass", [])]
+        _columns([(step.pop("name"), _pairs(step)) for step in steps])
+    if records := records_of(bundle):
+        _show_passes(records)
+
+
+def _manifest_lines(found: dict[str, Any]) -> list[tuple[str, Any]]:
     manifest, sizes = found["manifest"], found["bytes"]
-    lines = [
+    return [
         ("family", manifest["family"]),
         ("arguments", _pairs(manifest["arguments"])),
-        *((kind, _spec(spec)) for kind in ("input", "output") for spec in manifest[f"{kind}s"]),
+        *(("input", _spec(spec)) for spec in manifest["inputs"]),
+        *(("output", _spec(spec)) for spec in manifest["outputs"]),
         ("classes", ", ".join(manifest["classes"])),
         ("made from", _preprocessing(manifest["preprocessing"])),
         ("data set", manifest["data"]),
@@ -182,35 +202,19 @@ def _show(bundle: Bundle, found: dict[str, Any]) -> None:
         ("digest", found["digest"]),
         ("parent", manifest["parent"]),
     ]
-    output.print(manifest["name"], style="bold")
-    _columns([(name, str(value)) for name, value in lines if value not in (None, "")])
-    if manifest["metrics"]:
-        output.print("\nmetrics", style="bold")
-        compression = summary_of(bundle)
-        _columns(
-            [
-                line
-                for name, item in manifest["metrics"].items()
-                for line in (_compression(compression) if name == COMPRESSION and compression else _metric(name, item))
-            ]
-        )
-    if manifest["recipe"]:
-        output.print("\nrecipe", style="bold")
-        steps = [dict(step) for step in manifest["recipe"].get("pass", [])]
-        _columns([(step.pop("name"), _pairs(step)) for step in steps])
-    if records := records_of(bundle):
-        output.print("\npasses", style="bold")
-        batches = next(
-            ("/".join(str(item.batch) for item in record.latency) for record in records if record.latency), ""
-        )
-        speed = f"speed-up at batch {batches}".removesuffix(" at batch ")
-        rows = [_state("original", "", records[0].before, "")]
-        for record in records:
-            factors = "/".join(f"{1 / item.ratio:.2f}" for item in record.latency)
-            rows.append(_state(record.name, "kept" if record.kept else "rolled back", record.after, factors))
-        print_table(["pass", "verdict", "quality", "packed", speed], rows)
-        output.print()
-        _columns([(record.name, record.reason) for record in records])
+
+
+def _show_passes(records: Sequence[PassRecord]) -> None:
+    output.print("\npasses", style="bold")
+    batches = next(("/".join(str(item.batch) for item in record.latency) for record in records if record.latency), "")
+    speed = f"speed-up at batch {batches}" if batches else "speed-up"
+    rows = [_state("original", "", records[0].before, "")]
+    for record in records:
+        factors = "/".join(f"{1 / item.ratio:.2f}" for item in record.latency)
+        rows.append(_state(record.name, "kept" if record.kept else "rolled back", record.after, factors))
+    print_table(["pass", "verdict", "quality", "packed", speed], rows)
+    output.print()
+    _columns([(record.name, record.reason) for record in records])
 
 
 def _state(name: str, verdict: str, state: State | None, speed: str) -> list[str]:

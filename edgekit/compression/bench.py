@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from edgekit.bundle.format import GRAPH, Bundle
 from edgekit.bundle.tensors import Arrays, golden_inputs
 from edgekit.compression.guard import tiled
+from edgekit.compression.job import ShowProgress
 from edgekit.cost.timing import GRAIN, in_turns, ratio_interval, timed
 from edgekit.errors import EdgekitError
 from edgekit.session import open_session
@@ -100,11 +101,8 @@ def bench(
     [1, 4]
     """
     from edgekit.data.live import named_arrays
-    from edgekit.importers.api import open_model
 
-    several = [models] if isinstance(models, (str, Path, Bundle)) else list(models)
-    bundles = [open_model(model) for model in several]
-    names = [model.manifest.name if isinstance(model, Bundle) else str(model) for model in several]
+    names, bundles = _opened(models)
     rows = None
     if data is not None:
         found = named_arrays(data, [spec.name for spec in bundles[0].manifest.inputs])
@@ -113,37 +111,85 @@ def bench(
     return compare(names, bundles, batches, inputs=rows, **options)
 
 
-def on_target(
-    bundle: Bundle,
-    target: Target,
-    batches: Sequence[int],
+def bench_target(
+    models: str | Path | Bundle | Sequence[str | Path | Bundle],
+    target: str | Target,
     *,
-    here: bool,
+    batches: Sequence[int] = (1, 16, 256),
     precision: str | None = None,
     power: str | None = None,
     threads: int = 1,
     seconds: float = 1.0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: ShowProgress = lambda what, done, total: None,
 ) -> list[Report]:
-    """A model on a target at each batch size, operator by operator; `here`: the target is this machine."""
+    """Estimate the time of each operator of one model, or of several, on a target, and say whether the model fits into
+    the target's memory. If the target is this machine, the times are also measured. A report for each model and batch
+    size, in that order.
+
+    models: as for `edgekit.open`; target: a device's name, or a Target; precision: that of float32 operators, None for
+    the target's plan; power: one of the device's power modes; threads: cores of a CPU; seconds: for each batch size
+    that is measured.
+
+    >>> import edgekit
+    >>> report, = edgekit.bench_target("t2-gr", "jetson-nano", batches=(16,))
+    >>> report.memory.fits, report.measured
+    (True, None)
+
+    Raises EdgekitError for a precision or power mode that the target does not have, and for any of them, or more than
+    one thread, if the target is this machine."""
+    from edgekit.targets import profile
+    from edgekit.targets.local import is_here
+
+    names, bundles = _opened(models)
+    device = profile.find(target) if isinstance(target, str) else target
+    options: dict[str, Any] = {"precision": precision, "power": power, "threads": threads}
+    if not is_here(device):
+        found = [_estimated(bundle, device, batches, **options) for bundle in bundles]
+    elif precision or power or threads != 1:
+        raise EdgekitError(
+            f"{device.name} is this machine, where the model is measured as it is, on one thread; leave precision, "
+            f"power and threads out (got {precision}, {power} and {threads})"
+        )
+    else:
+        found = [_measured(bundle, device, batches, seconds, progress) for bundle in bundles]
+    return [replace(report, model=name) for name, reports in zip(names, found, strict=True) for report in reports]
+
+
+def _estimated(bundle: Bundle, target: Target, batches: Sequence[int], **options: Any) -> list[Report]:
+    from edgekit.cost import layers
+
+    model = float_graph(bundle)
+    lengths = layers.lengths_of(model, _golden(bundle))
+    return [layers.elsewhere(model, target, batch, lengths=lengths, **options) for batch in batches]
+
+
+def _measured(
+    bundle: Bundle, target: Target, batches: Sequence[int], seconds: float, progress: ShowProgress
+) -> list[Report]:
     from edgekit.cost import layers, measured
     from edgekit.cost.operators import measured_rates
 
     model, golden = float_graph(bundle), _golden(bundle)
-    lengths = layers.lengths_of(model, golden)
-    if not here:
-        options = {"precision": precision, "power": power, "threads": threads}
-        return [layers.elsewhere(model, target, batch, lengths=lengths, **options) for batch in batches]  # type: ignore[arg-type]
+    options: dict[str, Any] = {"lengths": layers.lengths_of(model, golden), "seconds": seconds}
     table, rates = measured.table(progress=progress), measured_rates()
     reports = []
     for done, batch in enumerate(batches):
         progress("batch sizes", done, len(batches))
         feeds = tiled(golden, batch)
-        reports.append(
-            layers.here(model, target, feeds, batch, table=table, rates=rates, lengths=lengths, seconds=seconds)
-        )
+        reports.append(layers.here(model, target, feeds, batch, table=table, rates=rates, **options))
     progress("batch sizes", len(batches), len(batches))
     return reports
+
+
+def _opened(
+    models: str | Path | Bundle | Sequence[str | Path | Bundle],
+) -> tuple[list[str], list[Bundle]]:
+    """Return the names and the bundles of one model, or of several."""
+    from edgekit.importers.api import open_model
+
+    several = [models] if isinstance(models, (str, Path, Bundle)) else list(models)
+    names = [model.manifest.name if isinstance(model, Bundle) else str(model) for model in several]
+    return names, [open_model(model) for model in several]
 
 
 def float_graph(bundle: Bundle) -> ModelProto:

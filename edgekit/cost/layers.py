@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -39,7 +39,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A model at one batch size on a target; times of a call in seconds. formula: the source of the estimate."""
+    """A model at one batch size on a target; times of a call in seconds. measured: None if the target is another
+    machine. formula: the source of the estimate. unknown: nodes of unknown shape, which are not counted."""
 
     target: str
     batch: int
@@ -50,6 +51,7 @@ class Report:
     memory: Memory
     rows: tuple[Row, ...]
     unknown: tuple[str, ...]
+    model: str = ""  # its name, if the caller gave one
 
     def by_op_type(self) -> tuple[Row, ...]:
         """Merge the rows of each operator type into one, the slowest first."""
@@ -58,6 +60,12 @@ class Report:
             groups.setdefault(row.op_type, []).append(row)
         merged = [_merged(op_type, rows) for op_type, rows in groups.items()]
         return tuple(sorted(merged, key=lambda row: -(row.measured or row.estimate)))
+
+    def to_json(self, *, layers: bool = False) -> dict[str, Any]:
+        """Return plain values, with a row for each operator type, or, with `layers`, for each operator."""
+        rows = [asdict(row) for row in (self.rows if layers else self.by_op_type())]
+        memory = {"fits": self.memory.fits, "needed": self.memory.needed}
+        return {"model": self.model, **asdict(self), **memory, "rows": rows}
 
 
 def elsewhere(

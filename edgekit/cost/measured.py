@@ -215,21 +215,22 @@ def _overheads(kernels: OperatorTable) -> tuple[float, float]:
 def _contention(alone: OperatorTable, networks: Sequence[ModelProto], rounds: int = 15) -> float:
     """Return how many times longer whole networks take than the sum of their operators alone. Each network runs after
     others have run."""
-
-    def second_run(model: ModelProto) -> Timed:
-        """Time a run that follows another of the same network."""
-        run = functools.partial(open_model(model).run, None, dict(random_feeds(model, 1)))
-        once = timed(run, time.thread_time)
-
-        def call() -> tuple[float, ...]:
-            run()
-            return once()
-
-        return call
-
-    taken = in_turns([second_run(model) for model in networks], least=rounds, most=rounds)[:, :, 0]
+    taken = in_turns([second_run(model, 1) for model in networks], least=rounds, most=rounds)[:, :, 0]
     expected = [alone.total(optimized_work(model, 1)) for model in networks]
     return float(np.median(np.median(taken, axis=0) / expected))
+
+
+def second_run(model: ModelProto, batch: int) -> Timed:
+    """Return a call that runs a graph twice and times the second run in CPU seconds. Another graph may have run before
+    the call; its data, which the first run evicts from the caches, are not part of this graph's time."""
+    run = functools.partial(open_model(model).run, None, dict(random_feeds(model, batch)))
+    once = timed(run, time.thread_time)
+
+    def call() -> tuple[float, ...]:
+        run()
+        return once()
+
+    return call
 
 
 def _own_cache(path: Path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")) -> int:

@@ -56,23 +56,15 @@ def search(
     trial_job = held_out(job)
     study, score = _study(job, work), score_of(job)
     space = _space(study, job, trial_job, progress)
-    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(stale.number, state=TrialState.FAIL)  # of a search that was killed
-    done = len(_complete(study))
-    if not study.get_trials(deepcopy=False):
-        for start in starts(space):
-            study.enqueue_trial(start)
-    if done:
-        notify(f"resuming the search after {done} trials")
+    _resume(study, space, notify)
     while (done := len(_complete(study))) < trials:
         progress("search", done, trials)
         if _stale(study):
             notify(f"search stopped: no better recipe in the last {PATIENCE} trials")
             break
         trial = study.ask()
-        outcome = _tried(
-            trial.number, suggest(trial, space), trial_job, constraints, study, score, work, notify, progress
-        )
+        steps = suggest(trial, space)
+        outcome = _tried(trial.number, steps, trial_job, constraints, study, score, work, notify, progress)
         trial.set_user_attr("outcome", outcome.to_json())
         study.tell(trial, [outcome.loss, math.log(outcome.bytes), -math.log(outcome.speedup)])
         notify(
@@ -81,7 +73,19 @@ def search(
         )
     progress("search", trials, trials)
     outcomes = _outcomes(study)
-    return _finish(job, constraints, outcomes, space.ranked, score, work, notify, progress)
+    number, result = _best_final(job, constraints, outcomes, score, work, notify, progress)
+    return with_search(result, SearchRecord(outcomes, space.ranked, number, constraints))
+
+
+def _resume(study: optuna.Study, space: Space, notify: Notify) -> None:
+    """Give up the trials that were running when an earlier search was killed; give a new study its first recipes."""
+    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(stale.number, state=TrialState.FAIL)
+    if not study.get_trials(deepcopy=False):
+        for start in starts(space):
+            study.enqueue_trial(start)
+    if done := len(_complete(study)):
+        notify(f"resuming the search after {done} trials")
 
 
 def _tried(
@@ -184,19 +188,18 @@ def _outcomes(study: optuna.Study) -> tuple[Outcome, ...]:
     )
 
 
-def _finish(
+def _best_final(
     job: Job,
     constraints: Constraints,
     outcomes: tuple[Outcome, ...],
-    ranked: tuple[Sensitivity, ...],
     score: Score,
     work: Path,
     notify: Notify,
     progress: ShowProgress,
-) -> Result:
-    """Run the finalists in the order of their scores, at full length, and take the best that keeps to the constraints
-    on the test rows. If the guard rolls back a pass in the final run, the result is a different recipe, so the next
-    finalists are also run while their scores are higher than that result's."""
+) -> tuple[int, Result]:
+    """Run the finalists in the order of their scores, at full length. Return the best that keeps to the constraints on
+    the test rows, and its number. If the guard rolls back a pass in the final run, the result is a different recipe, so
+    the next finalists are also run while their scores are higher than that result's."""
     tried: list[str] = []
     best: tuple[float, int, Result] | None = None
     lost = math.inf  # the smallest loss on held-out rows of a recipe that lost too much on the test rows
@@ -205,11 +208,7 @@ def _finish(
             break
         if outcome.loss >= lost or len(tried) == FINALISTS:  # a recipe that loses more would fail too
             continue
-        recipe = tuple(lengthened(step) for step in outcome.recipe)
-        notify(f"final run of recipe {outcome.number + 1}: {', '.join(step.name for step in recipe)}")
-        final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=constraints.max_loss))
-        result = run(final, work, notify=notify, progress=progress)
-        found = _outcome(outcome.number, recipe, result)
+        found, result = _final(outcome, job, constraints, work, notify, progress)
         kept = [record.kept for record in result.records]
         if found.fits(constraints) and any(kept) and (best is None or score(found) > best[0]):
             best = score(found), outcome.number, result
@@ -219,13 +218,27 @@ def _finish(
             lost = min(lost, outcome.loss)
         tried.append(_described(found, job))
     if best is None:
-        raise EdgekitError(
-            f"no recipe keeps to max-loss {constraints.max_loss:g}, max-size {constraints.max_size or 'any'}, "
-            f"max-latency {constraints.max_latency or 'any'} on the test rows; best: "
-            f"{'; '.join(tried) or 'no trial came near'}. Allow more, or give it more --trials"
-        )
-    _, chosen, result = best
-    return with_search(result, SearchRecord(outcomes, ranked, chosen, constraints))
+        raise _none_fits(constraints, tried)
+    return best[1], best[2]
+
+
+def _final(
+    outcome: Outcome, job: Job, constraints: Constraints, work: Path, notify: Notify, progress: ShowProgress
+) -> tuple[Outcome, Result]:
+    """Run a trial's recipe with its full recovery on the job's own data."""
+    recipe = tuple(lengthened(step) for step in outcome.recipe)
+    notify(f"final run of recipe {outcome.number + 1}: {', '.join(step.name for step in recipe)}")
+    final = replace(job, recipe=recipe, limits=replace(job.limits, max_loss=constraints.max_loss))
+    result = run(final, work, notify=notify, progress=progress)
+    return _outcome(outcome.number, recipe, result), result
+
+
+def _none_fits(constraints: Constraints, tried: list[str]) -> EdgekitError:
+    return EdgekitError(
+        f"no recipe keeps to max-loss {constraints.max_loss:g}, max-size {constraints.max_size or 'any'}, "
+        f"max-latency {constraints.max_latency or 'any'} on the test rows; best: "
+        f"{'; '.join(tried) or 'none, because no trial came near'}. Allow more, or give it more --trials"
+    )
 
 
 def _described(found: Outcome, job: Job) -> str:

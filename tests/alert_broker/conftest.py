@@ -1,4 +1,4 @@
-"""Spark in local mode, for the tests that ask for it with -m spark."""
+"""A runtime whose results do not depend on the batch, Spark in local mode for -m spark, and a real Apache Kafka."""
 
 import os
 import shutil
@@ -6,9 +6,41 @@ import sys
 
 import pytest
 
+ONE_ROW = """
+from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
+
+
+def open_session(bundle, *, threads=None, chunk=None):
+    return OnnxRuntimeSession(bundle, threads=threads, chunk=1)
+"""
+
 
 @pytest.fixture(scope="session")
-def spark_session():
+def one_row_site(tmp_path_factory):
+    """The folder in which the runtime "one_row" is installed."""
+    folder = tmp_path_factory.mktemp("one_row")
+    (folder / "one_row.py").write_text(ONE_ROW)
+    installed = folder / "one_row-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: one_row\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[edgekit.sessions]\none_row = one_row:open_session\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_row(one_row_site):
+    """The name of a runtime that this process and Spark's workers find: ONNX Runtime, with one row at a time.
+
+    ONNX Runtime multiplies a single row by another kernel than two rows, so the last bits of a probability depend on
+    how many rows run together. The default session measures that number; results of two sessions are equal to the last
+    bit only if it is fixed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(one_row_site)
+        yield "one_row"
+
+
+@pytest.fixture(scope="session")
+def spark_session(one_row_site):
     sql = pytest.importorskip("pyspark.sql")
     if shutil.which("java") is None:
         pytest.skip("no java on the path; Spark 4 needs version 17 or newer")
@@ -19,9 +51,21 @@ def spark_session():
         "spark.driver.host": "127.0.0.1",
         "spark.driver.bindAddress": "127.0.0.1",
         "spark.sql.shuffle.partitions": "2",
+        "spark.executorEnv.PYTHONPATH": str(one_row_site),
     }.items():
         builder = builder.config(name, value)
     found = builder.getOrCreate()
     found.sparkContext.setLogLevel("ERROR")
     yield found
     found.stop()
+
+
+@pytest.fixture(scope="session")
+def apache_kafka(tmp_path_factory):
+    """One node of Apache Kafka, for all tests of this process."""
+    from tests.apache_kafka import ApacheKafka, missing
+
+    if (reason := missing()) and "EDGEKIT_TEST_BROKER" not in os.environ:
+        pytest.skip(reason)
+    with ApacheKafka(tmp_path_factory.mktemp("kafka") / "one") as cluster:  # an error if it was asked for by name
+        yield cluster

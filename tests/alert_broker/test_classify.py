@@ -164,12 +164,15 @@ def test_a_survey_without_the_models_bands_is_skipped_row_by_row(ztf):
 @pytest.mark.parametrize(
     ("bundle", "reason"),
     [
-        (small_bundle(preprocessing=None), "small: preprocessing None; classifying alerts needs"),
+        (small_bundle(preprocessing=None), "small: the preprocessing is None; alerts need"),
         (small_bundle(preprocessing={"id": "light-curve-gp/9"}), "'light-curve-gp/9'"),
         (small_bundle(preprocessing=features_of(("g", "r", "i")).to_bundle()), r"expected \(batch, 20, 2\)"),
         (small_bundle(preprocessing=features_of(context=()).to_bundle()), "input 'context' is missing"),
         (small_bundle(classes=("a", "b")), "expected one, with a column for each class"),
-        (small_bundle(features=features_of(context=("redshift", "redshift_error"))), "takes the redshift of the host"),
+        (
+            small_bundle(features=features_of(context=("redshift", "redshift_error"))),
+            "the model takes the redshift of the host",
+        ),
     ],
 )
 def test_models_that_cannot_classify_alerts(bundle, reason):
@@ -266,7 +269,7 @@ def test_each_survey_has_its_model_by_default(mixed, tmp_path, monkeypatch):
 def test_a_survey_without_a_default_is_explained(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(classify, "default_models", lambda: {"lsst": SIX})
     account = run(mixed, tmp_path / "out.parquet", bundle=None)
-    assert account.skipped["skipped: no model by default for ztf, name one with --model"] == 26
+    assert account.skipped["skipped: ztf has no default model, name one with --model"] == 26
     assert account.classified == 11
 
 

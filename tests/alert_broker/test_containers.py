@@ -109,7 +109,7 @@ def test_a_header_that_is_cut_is_no_header(interval):
         with pytest.raises(PacketError):
             header_end(data[:length])
         (bad,) = split(data[:length], "file")
-        assert bad.reason.startswith("the Avro container's header is not usable: ")
+        assert bad.reason.startswith("the Avro container's header cannot be used: ")
 
 
 def test_a_header_in_blocks_with_a_size_and_other_metadata_is_read():
@@ -145,7 +145,7 @@ def test_a_block_that_inflates_beyond_the_limit_is_refused(monkeypatch, limit, f
     monkeypatch.setattr(containers, "INFLATED_BYTES", size + limit)
     (item,) = split(container(3, codec="deflate"), "file")
     assert isinstance(item, Block) == fits
-    reason = f"the block decompresses to more than {size + limit} bytes or ends early"
+    reason = f"the block decompresses to more than {size + limit} bytes, or ends early"
     assert fits or (item.packets, item.reason) == (3, reason)
 
 
@@ -156,7 +156,7 @@ def test_a_count_that_cannot_be_stands_for_one_packet(count, reason):
     """Otherwise nine bytes could claim to be all alerts of a year in the account of what was lost."""
     data = container(0) + zigzag(count) + zigzag(2) + b"ab" + SYNC
     (bad,) = split(data, "file")
-    assert f"claims {count} packets in 2 bytes" in bad.reason
+    assert f"claims to hold {count} packets in 2 bytes" in bad.reason
     assert bad.packets == 1
 
 
@@ -225,7 +225,7 @@ def test_a_registered_schema_that_is_no_schema_is_parsed_once():
         return '{"type": "recard \ud800"}'
 
     for _ in range(3):
-        assert "its schema does not parse" in message(b"\0\0\0\x12\x67datum", 2, schema_text).reason
+        assert "the schema does not parse" in message(b"\0\0\0\x12\x67datum", 2, schema_text).reason
     assert asked == [4711]
 
 

@@ -41,6 +41,6 @@ def test_a_model_with_other_preprocessing_is_refused_before_anything_is_read(zoo
     (dataset,) = PLASTICC.datasets()
     other = replace(dataset, preprocessing={"id": "image/1"})
     said = []
-    with pytest.raises(Exception, match="model-0: preprocessing 'image/1'"):
+    with pytest.raises(Exception, match="model-0: the preprocessing is 'image/1'"):
         PLASTICC.prepare(other, tmp_path / "nowhere", said.append)
     assert said == []

@@ -115,7 +115,7 @@ def test_parameters_travel_through_a_manifest():
 @pytest.mark.parametrize(
     ("preprocessing", "reason"),
     [
-        (None, "preprocessing None; classifying alerts needs"),
+        (None, "the preprocessing is None; alerts need"),
         ({"id": "other/1"}, "'other/1'"),
         (GR.to_bundle() | {"margin_dayz": 3}, "'margin_dayz' in x; .* did you mean 'margin_days'"),
         (GR.to_bundle() | {"context": ["log_spam"]}, "did you mean 'log_span'"),
@@ -133,7 +133,7 @@ def test_redshift_is_given_or_refused():
     features = features_of(context=("log_span", "redshift", "redshift_error"))
     context = features(bump(), redshift=np.array([[0.5, 0.1]])).context
     np.testing.assert_allclose(context[0, 1:], [np.log(1.5), 0.1], rtol=1e-6)
-    with pytest.raises(EdgekitError, match="needs a redshift"):
+    with pytest.raises(EdgekitError, match="needs redshift, which"):
         features(bump())
 
 

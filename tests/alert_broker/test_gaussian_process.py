@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numba import njit
 
-from alert_broker import gaussian_process, vectors
+from alert_broker import gaussian_process
 from alert_broker.gaussian_process import GaussianProcess, Status
 from alert_broker.lightcurve import LightCurves, concatenate
 from alert_broker.work_budget import Budget, CancelledError
@@ -62,21 +61,6 @@ def numpy_process(one: LightCurves, log_amplitude: float, log_metric: float) -> 
 
 def difference(mean: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(mean - expected).max() / np.abs(expected).max())
-
-
-@njit
-def exponential(values, result):
-    for k in range(0, len(values), vectors.LANES):
-        vectors.store(result, k, vectors.exp(vectors.load(values, k)))
-
-
-def test_exponential_is_exact_to_rounding():
-    values = -np.concatenate([np.linspace(0.0, 2.0, 4096), np.linspace(2.0, 299.9, 4096)])
-    result = np.empty_like(values)
-    exponential(values, result)
-    assert np.abs(result / np.exp(values) - 1.0).max() < 1e-15
-    exponential(values * 1e6, result)
-    assert result.min() == pytest.approx(math.exp(-300.0), rel=1e-14)
 
 
 @pytest.mark.parametrize("points", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 24, 31, 64, 101, 180])

@@ -112,10 +112,10 @@ def test_a_deflate_block_that_is_damaged():
     [
         (b"", "empty"),
         (b"\x89PNG and more", "begins with 89 50 4e 47"),
-        (b"Obj\x01", "header is not usable: ends inside a number"),
-        (b"Obj\x01\x02\x16avro", "says that 11 bytes follow"),
+        (b"Obj\x01", "header cannot be used: it ends inside a number"),
+        (b"Obj\x01\x02\x16avro", "it claims that 11 bytes follow"),
         (b"Obj\x01" + b"\xff" * 20, "more than 64 bits"),
-        (b"\x00\x00\x00", "Confluent message of 3 bytes"),
+        (b"\x00\x00\x00", "Confluent message has 3 bytes"),
         (b"\x00\x00\x00\x12\x67datum", "unknown LSST schema id 4711"),
         (b"\x00\x00\x00\x04\x4cnot a datum", "does not decode as lsst.v11_0.alert"),
         (container([]), "holds no packets"),
@@ -148,7 +148,7 @@ def test_a_packet_that_fails_takes_the_rest_of_its_block_and_says_how_many():
     assert ids(bytes(data)) == [1, 2, None]
     bad = read(bytes(data))[-1]
     assert (bad.offset, bad.packets, bad.status) == (third, 2, "error")
-    assert bad.reason == f"does not decode as ztf.alert: a length is negative (byte {third}, in objectId)"
+    assert bad.reason == f"the packet does not decode as ztf.alert: a length is negative (byte {third}, in objectId)"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_block_with_bytes_left_over_is_not_trusted():
     [
         ([{"name": "again", "type": ["null", "ztf.alert"]}], "recursive: ztf.alert"),
         ([{"name": "again", "type": "ztf.alert"}], "recursive: ztf.alert"),
-        ([{"name": "many", "type": {"type": "array", "items": "null"}}], "values that take no bytes"),
+        ([{"name": "many", "type": {"type": "array", "items": "null"}}], "the items of the array many take no bytes"),
         ([], "takes no bytes"),
     ],
 )
@@ -245,9 +245,9 @@ def test_content_not_extension_decides(tmp_path, simulated):
     (tmp_path / "c.bin").write_text("notes")
     (tmp_path / "d").write_bytes(b"")
     names = [
-        item.reason[:11] if isinstance(item, BadPacket) else item.schema.survey.name for item in read_blocks([tmp_path])
+        item.reason[:14] if isinstance(item, BadPacket) else item.schema.survey.name for item in read_blocks([tmp_path])
     ]
-    assert names == ["lsst", "ztf", "begins with", "empty: 0 by"]
+    assert names == ["lsst", "ztf", "the format is ", "the data is em"]
 
 
 def test_parquet_rows_are_packets(tmp_path):
@@ -272,7 +272,7 @@ def test_parquet_that_is_damaged_or_foreign(tmp_path):
     pq.write_table(pa.table({"ra": [1.0, 2.0], "dec": [0.0, 1.0]}), path)
     (bad,) = read_blocks([path])
     assert (bad.status, bad.packets) == ("skipped", 2)
-    assert "its columns begin ra, dec" in bad.reason
+    assert "its first columns are ra, dec" in bad.reason
     pq.write_table(pa.Table.from_pylist([history]).slice(0, 0), path)
     assert next(read_blocks([path])).reason == "the table has no rows"
 
@@ -283,7 +283,7 @@ def test_batches_keep_surveys_apart_and_bad_packets_in_line(simulated):
     found = list(batches(blocks, size=2))
     kinds = ["BadPacket", "AlertBatch", "BadPacket", "AlertBatch", "AlertBatch"]
     assert [type(item).__name__ for item in found] == kinds
-    assert (found[0].reason, found[2].reason) == ("objectId is ''; expected the object's name", "why")
+    assert (found[0].reason, found[2].reason) == ("objectId is ''; expected an object name", "why")
     assert (found[0].file, found[0].packets, found[0].status) == ("ztf", 1, "error")
     assert found[0].offset == blocks[1].offset
     assert found[3].alerts.schema.equals(ALERT_COLUMNS)

@@ -136,12 +136,12 @@ def damage(path: Path, tables, kind: str) -> Path:
     [
         ("no file", "expected a folder with plasticc_train_"),
         ("another kind", "expected a folder with plasticc_train_"),
-        ("empty folder", "plasticc_train_lightcurves.parquet: no such file"),
+        ("empty folder", "plasticc_train_lightcurves.parquet does not exist"),
         ("not a wheel", "not a readable wheel"),
         ("another wheel", "holds no snmachine/example_data/plasticc_train_lightcurves.csv"),
         ("no column", "is damaged .*flux"),
         ("not Parquet", "cannot be read"),
-        ("other objects", "light curves and metadata are of different objects"),
+        ("other objects", "light curves and metadata have different objects"),
         ("another class", "class 991; the training set has 6, 15"),
     ],
 )

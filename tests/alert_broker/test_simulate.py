@@ -152,7 +152,7 @@ def pixels(fits: bytes, size: int):
 def test_what_cannot_be_simulated_says_so(tmp_path):
     with pytest.raises(EdgekitError, match="did you mean 'lsst'"):
         simulate("lsts", 1, 1)
-    with pytest.raises(EdgekitError, match="0 alerts with seed 1; expected 1 or more"):
+    with pytest.raises(EdgekitError, match="0 alerts with seed 1; expected 1 alert or more"):
         simulate("ztf", 0, 1)
     with pytest.raises(EdgekitError, match="packets per file is 0"):
         write(tmp_path, [], 0)

@@ -1,7 +1,7 @@
 """Plug-ins: found by name, and a missing package is named."""
 
 import json
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
 
 import pytest
@@ -51,3 +51,21 @@ def test_a_missing_package_is_named_and_a_checkout_that_is_not_installed_too(mon
     monkeypatch.setattr(plugins, "_points", lambda group: {})
     with pytest.raises(EdgekitError, match=r"not installed.*pip install"):
         plugins.load("edgekit.sessions", "x")
+
+
+def test_a_distribution_that_is_installed_later_is_found(tmp_path, monkeypatch):
+    """Entry points are read once, until a folder of the path changes."""
+    read = []
+    monkeypatch.setattr(plugins, "entry_points", lambda group: read.append(group) or entry_points(group=group))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "later" not in plugins.names("edgekit.sessions")
+    assert len(read) == 1
+    plugins.names("edgekit.sessions")
+    assert len(read) == 1, "nothing has changed"
+    installed = tmp_path / "later-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: later\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[edgekit.sessions]\nlater = json:loads\n")
+    assert "later" in plugins.names("edgekit.sessions")
+    monkeypatch.undo()
+    assert "later" not in plugins.names("edgekit.sessions")

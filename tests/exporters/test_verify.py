@@ -8,10 +8,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle.format import GOLDEN, Bundle, with_files
+from edgekit.bundle.format import GOLDEN, Bundle, assemble_graph, with_files
 from edgekit.bundle.tensors import arrays_to_bytes
+from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
 from edgekit.graph.lower import lower
+from edgekit.passes.base import Context, GraphCandidate
+from edgekit.passes.dynamic_int8 import DynamicInt8
 from exporters import verify as module
 from exporters.onnx_export import FLOAT, OnnxExporter
 from exporters.verify import Reference, verify
@@ -58,11 +61,11 @@ def test_empty_golden_data_is_refused(toy):
         check(graph(toy()), toy(rows=0))
 
 
-def worse_in_company(model: onnx.ModelProto) -> None:
-    """Adds the batch size times 1e-6 to the logits of one class: right when alone, and wrong in a crowd."""
+def worse_in_company(model: onnx.ModelProto, error: float = 1e-6) -> None:
+    """Adds the batch size times `error` to the logits of one class: right when alone, and wrong in a crowd."""
     nodes = list(model.graph.node)
     softmax = nodes.pop()
-    shift = numpy_helper.from_array(np.array([1e-6, 0, 0, 0, 0], np.float32), "shift")
+    shift = numpy_helper.from_array(np.array([error, 0, 0, 0, 0], np.float32), "shift")
     model.graph.initializer.append(shift)
     nodes += [
         helper.make_node("Shape", [softmax.input[0]], ["shape"], "shape", end=1),
@@ -81,6 +84,59 @@ def test_a_graph_that_depends_on_the_batch_is_caught_at_the_batch_that_shows_it(
     worse_in_company(model)
     with pytest.raises(EdgekitError, match=r"at batch 1: the same row differs from one batch size to another"):
         verify({FLOAT: model.SerializeToString()}, bundle, batches=(1, 16, 1000))
+
+
+def as_graph(bundle: Bundle, model: onnx.ModelProto) -> Bundle:
+    """The bundle of this graph, its golden outputs as the graph gives them for all golden rows together."""
+    (inputs, _), content = bundle.golden(), model.SerializeToString()
+    manifest = replace(bundle.manifest, family="onnx", arguments={})
+    outputs = module.on_onnxruntime(content).run(None, inputs)
+    names = [spec.name for spec in manifest.outputs]
+    return assemble_graph(manifest, content, (inputs, dict(zip(names, outputs, strict=True))))
+
+
+def dynamic(bundle: Bundle) -> onnx.ModelProto:
+    inputs, _ = bundle.golden()
+    data = Dataset(inputs, np.full(len(inputs["light_curve"]), UNKNOWN))
+    return DynamicInt8().apply(GraphCandidate(graph(bundle)), Context(data, None, seed=0)).model
+
+
+def by_company(bundle: Bundle) -> onnx.ModelProto:
+    model = graph(bundle)
+    worse_in_company(model, 1e-5)
+    return model
+
+
+@pytest.mark.parametrize("source", [dynamic, by_company])
+def test_a_copy_of_a_graph_differs_by_nothing_where_rows_depend_on_their_batch(toy, source):
+    bundle = toy()
+    model = source(bundle)
+    checks = check(model, as_graph(bundle, model))
+    assert [item.difference for item in checks] == [0.0] * len(BATCHES)
+    assert max(item.spread for item in checks) > 5 * module.TOLERANCE, "the rows do depend on their batch"
+    assert {item.allowed for item in checks} == {item.between_batches / 2 for item in checks}
+
+
+def test_a_graph_that_moves_by_more_than_its_batches_do_is_caught(toy):
+    bundle = toy()
+    itself = as_graph(bundle, by_company(bundle))
+    noise = module.reference(itself, BATCHES).noise
+    for size, refused in ((0.5, False), (1.5, True)):
+        model = by_company(bundle)
+        shift_output(model, size * noise)
+        if refused:  # by less than twice the noise, which two different batches may differ by
+            with pytest.raises(EdgekitError, match=r"at batch 1: its outputs differ from the source network's by"):
+                check(model, itself)
+        else:
+            assert check(model, itself)[0].difference == pytest.approx(size * noise, rel=1e-2)
+
+
+def shift_output(model: onnx.ModelProto, amount: float) -> None:
+    """Adds this amount to every probability."""
+    softmax = model.graph.node[-1]
+    name, softmax.output[0] = softmax.output[0], "before"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([amount], np.float32), "amount"))
+    model.graph.node.append(helper.make_node("Add", ["before", "amount"], [name], "add"))
 
 
 def compare(outputs: np.ndarray, exact: np.ndarray, allowed: float = 1e-5) -> module.Check:
@@ -104,7 +160,7 @@ def test_nan_outputs_are_never_within_tolerance():
 def test_an_unstable_network_gets_the_room_it_takes_itself_and_no_more(toy, monkeypatch):
     bundle = toy()
     steady: Callable[..., Reference] = module.reference
-    monkeypatch.setattr(module, "reference", lambda bundle: replace(steady(bundle), noise=4e-5))
+    monkeypatch.setattr(module, "reference", lambda *given: replace(steady(*given), noise=4e-5))
     assert check(graph(bundle), bundle)[0].allowed == pytest.approx(8e-5)
     monkeypatch.undo()
     monkeypatch.setattr(module, "CEILING", 0.0)

@@ -318,11 +318,11 @@ def test_a_datum_that_ends_early_is_caught_only_by_the_check_of_its_end():
     ("fields", "wanted", "reason"),
     [
         ([("x", "int"), ("again", ["null", "r"])], ["x"], "recursive: r contains itself"),
-        ([("x", {"type": "array", "items": "null"})], ["x"], "values that take no bytes: x"),
+        ([("x", {"type": "array", "items": "null"})], ["x"], "the items of the array x take no bytes"),
         ([("x", "null")], ["x"], "takes no bytes"),
         ([("x", "int")], ["y", "z.a"], "none of the fields y, z"),
         ([("x", {"type": "map", "values": "int"})], ["x.y"], "x is a map"),
-        ([("x", ["null", "int", "string"])], ["x"], "x is a union of null, int, string; a column can be"),
+        ([("x", ["null", "int", "string"])], ["x"], "x is a union of null, int, string; a column can hold"),
         ([("x", {"type": "record", "name": "q", "fields": [{"name": "i", "type": "int"}]})], ["x"], "x is a record"),
         ([("x", "int")], ["x.y"], "x is of type 'int'; it has no field 'y'"),
     ],
@@ -338,7 +338,7 @@ def test_a_schema_that_doubles_with_every_line_is_refused():
     for k in range(1, 40):
         inner = [{"name": "a", "type": f"r{k - 1}"}, {"name": "b", "type": f"r{k - 1}"}]
         fields.append({"name": f"f{k}", "type": {"type": "record", "name": f"r{k}", "fields": inner}})
-    with pytest.raises(SchemaError, match="too large"):
+    with pytest.raises(SchemaError, match="more than 20000 values"):
         compile_plan(parse_schema({"type": "record", "name": "r", "fields": fields}), ["x.i"])
 
 

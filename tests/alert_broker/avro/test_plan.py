@@ -7,7 +7,7 @@ from fastavro.schema import parse_schema
 from alert_broker.avro import plan as plans
 from alert_broker.avro import walk
 from alert_broker.avro.columns import Columns
-from alert_broker.avro.plan import DEEPEST, LARGEST_FIXED, Array, Leaf, Record, SchemaError, compile_plan
+from alert_broker.avro.plan import MAX_DEPTH, MAX_FIXED_BYTES, Array, Leaf, Record, SchemaError, compile_plan
 from alert_broker.surveys import lsst
 from alert_broker.surveys.base import survey_named
 from alert_broker.ztf_schema import ztf_schema
@@ -50,8 +50,8 @@ def test_the_fewest_bytes_of_a_datum(seed):
     make = Maker(seed)
     raw = make.record(3)
     plan = compile_plan(parse_schema(raw), [raw["fields"][-1]["name"]])
-    assert plan.least == fewest(raw)
-    assert len(make.encode(raw)) >= plan.least
+    assert plan.min_bytes == fewest(raw)
+    assert len(make.encode(raw)) >= plan.min_bytes
 
 
 def test_a_record_of_the_fewest_bytes_is_read_and_one_byte_less_is_not():
@@ -59,10 +59,10 @@ def test_a_record_of_the_fewest_bytes_is_read_and_one_byte_less_is_not():
         a=["null", "double"], b=array("int"), c="float", d={"type": "fixed", "name": "f", "size": 3}, e="string"
     )
     plan = compile_plan(parse_schema(raw), ["a", "b", "c", "d", "e"])
-    assert plan.least == 1 + 1 + 4 + 3 + 1
+    assert plan.min_bytes == 1 + 1 + 4 + 3 + 1
     columns = Columns(plan)
-    assert columns.read(bytes(plan.least), 1)[1] is None
-    assert columns.read(bytes(plan.least - 1), 1)[1] is not None
+    assert columns.read(bytes(plan.min_bytes), 1)[1] is None
+    assert columns.read(bytes(plan.min_bytes - 1), 1)[1] is not None
     assert columns.take().to_pylist() == [{"a": None, "b": [], "c": 0.0, "d": bytes(3), "e": ""}]
 
 
@@ -132,7 +132,7 @@ def test_a_type_that_is_first_named_in_a_skipped_field_can_be_read_later():
 def test_each_operation_names_its_field():
     rows = {"type": "record", "name": "q", "fields": [{"name": "i", "type": "int"}]}
     plan = compile_plan(parse_schema(record(a="string", rows=array(rows))), ["a", "rows.i"])
-    assert plan.where == ("a", "rows", "rows.i", "rows", "the end")
+    assert plan.paths == ("a", "rows", "rows.i", "rows", "the end")
 
 
 # --- limits
@@ -147,31 +147,31 @@ def test_values_inside_each_other_up_to_the_limit():
     def compiled(depth):
         return compile_plan(record(x=nested(depth)), ["x"])
 
-    assert compiled(DEEPEST - 1).depth == DEEPEST - 1
-    with pytest.raises(SchemaError, match=f"or {DEEPEST} inside each other"):
-        compiled(DEEPEST)
+    assert compiled(MAX_DEPTH - 1).depth == MAX_DEPTH - 1
+    with pytest.raises(SchemaError, match=f"nests them more than {MAX_DEPTH} deep"):
+        compiled(MAX_DEPTH)
 
 
 def test_values_up_to_the_limit(monkeypatch):
-    monkeypatch.setattr(plans, "LARGEST_SCHEMA", 4)  # the record and its fields
-    assert compile_plan(record(a="int", b="int", c="int"), ["a"]).least == 3
+    monkeypatch.setattr(plans, "MAX_VALUES", 4)  # the record and its fields
+    assert compile_plan(record(a="int", b="int", c="int"), ["a"]).min_bytes == 3
     with pytest.raises(SchemaError, match="more than 4 values"):
         compile_plan(record(a="int", b="int", c="int", d="int"), ["a"])
 
 
 @pytest.mark.parametrize("wanted", ["x", "y"])
-@pytest.mark.parametrize("size", [LARGEST_FIXED + 1, -1, True, 2.0, "3"])
+@pytest.mark.parametrize("size", [MAX_FIXED_BYTES + 1, -1, True, 2.0, "3"])
 def test_a_fixed_of_no_sane_size_is_refused_read_or_skipped(size, wanted):
     """fastavro does not look at it."""
-    with pytest.raises(SchemaError, match=f"a fixed of {size!r} bytes; expected 0 to {LARGEST_FIXED}"):
+    with pytest.raises(SchemaError, match=f"a fixed type of {size!r} bytes; expected 0 to {MAX_FIXED_BYTES}"):
         compile_plan(record(y="int", x={"type": "fixed", "name": "f", "size": size}), [wanted])
 
 
 def test_the_largest_fixed_is_skipped_without_a_number_that_wraps():
-    kinds = {f"f{k}": {"type": "fixed", "name": f"f{k}", "size": LARGEST_FIXED} for k in range(5)}
+    kinds = {f"f{k}": {"type": "fixed", "name": f"f{k}", "size": MAX_FIXED_BYTES} for k in range(5)}
     plan = compile_plan(record(**kinds, x="int"), ["x"])
-    assert plan.least == 5 * LARGEST_FIXED + 1
-    assert plan.program[operations(plan).index(walk.SKIP), walk.FIRST] <= 2 * LARGEST_FIXED
+    assert plan.min_bytes == 5 * MAX_FIXED_BYTES + 1
+    assert plan.program[operations(plan).index(walk.SKIP), walk.FIRST] <= 2 * MAX_FIXED_BYTES
     assert Columns(plan).read(bytes(100), 1)[1].reason == walk.REASONS[walk.ENDS]
 
 
@@ -180,10 +180,10 @@ def test_the_largest_fixed_is_skipped_without_a_number_that_wraps():
     [
         ("decimal", "unknown type 'decimal'"),
         ({"type": "enum", "name": "e", "symbols": []}, "an enum without symbols"),
-        (["null"], "a union of nothing: x"),
-        ([], "a union of nothing: x"),
+        (["null"], "the union x has no type but null"),
+        ([], "the union x has no type but null"),
         ({"type": "record", "name": "q", "fields": []}, "a record that takes no bytes: q"),
-        (array({"type": "fixed", "name": "f", "size": 0}), "an array of values that take no bytes: x"),
+        (array({"type": "fixed", "name": "f", "size": 0}), "the items of the array x take no bytes"),
     ],
 )
 def test_types_without_a_meaning_are_refused_also_if_they_are_skipped(kind, reason):

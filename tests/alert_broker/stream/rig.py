@@ -37,18 +37,20 @@ Position = tuple[str, int, int]
 
 @dataclass
 class Rig:
-    """Topics `source`, `results` and `dead` of one test. settings: of librdkafka, for this kind of broker."""
+    """Topics `source`, `results` and `dead` of one test. settings: of librdkafka, for this kind of broker.
+    copies: of each topic, on as many nodes."""
 
     address: str
     settings: dict[str, object]
     folder: Path
     bundle: Path
     partitions: int = 3
+    copies: int = 1
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     def __post_init__(self):
         self.source, self.results, self.dead = (f"{self.name}-{kind}" for kind in ("source", "results", "dead"))
-        create_topics(self.address, {self.source: self.partitions, self.results: 2, self.dead: 1})
+        create_topics(self.address, {self.source: self.partitions, self.results: 2, self.dead: 1}, copies=self.copies)
 
     @property
     def kafka(self) -> dict[str, object]:

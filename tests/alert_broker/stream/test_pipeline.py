@@ -20,7 +20,7 @@ from alert_broker.stream.health import health, readiness
 from alert_broker.stream.ledger import Ledger
 from alert_broker.stream.redrive import redrive
 from alert_broker.stream.source import Source
-from alert_broker.stream.stages import MOST_POOLED, Stages
+from alert_broker.stream.stages import Stages
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.rig import position, repeat
@@ -144,16 +144,6 @@ def test_an_alert_that_breaks_decoding_takes_no_other_along(rig, packets, monkey
     assert (total.published, total.dead_lettered) == (39, 1)
     (dead_letter,) = rig.read(rig.dead)
     assert b"of the test" in dict(headers_of(dead_letter))[REASON]
-
-
-def test_columns_are_kept_for_some_schemas_only():
-    stages = Stages(None)
-    stages._buffer_pool = dict.fromkeys(range(MOST_POOLED))
-    stages.decode([None])
-    assert len(stages._buffer_pool) == MOST_POOLED
-    stages._buffer_pool = dict.fromkeys(range(MOST_POOLED + 1))
-    stages.decode([None])
-    assert not stages._buffer_pool
 
 
 def test_too_many_dead_letters_stop_the_consumer_before_they_are_committed(rig, packets):

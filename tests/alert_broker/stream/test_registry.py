@@ -327,7 +327,7 @@ def test_a_registry_that_is_down_costs_no_packet(service, waits):
 def test_a_registrys_schema_that_is_no_schema_is_a_bad_packet(service, waits):
     service.schemas[1200] = '{"type": "recard"}'
     (bad,) = split(WIRE_HEADER.pack(0, 1200) + b"datum", "bytes", opened(service, waits).schema)
-    assert "its schema does not parse" in bad.reason
+    assert "the schema does not parse" in bad.reason
 
 
 class Drip:

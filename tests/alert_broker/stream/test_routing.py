@@ -9,12 +9,9 @@ import pyarrow as pa
 import pytest
 from fastavro.schema import parse_schema
 
-from alert_broker.containers import WIRE_HEADER
-from alert_broker.simulate import simulate, write
-from alert_broker.stream.cutouts import CUTOUTS, cutouts
+from alert_broker.stream.cutouts import CUTOUTS
 from alert_broker.stream.registry import open_registry
 from alert_broker.stream.routing import Route, Router
-from alert_broker.surveys import lsst
 from edgekit.errors import EdgekitError
 
 SCHEMA = pa.schema([("object_id", pa.string()), ("best_class", pa.string()), ("p", pa.float32())])
@@ -107,38 +104,8 @@ def test_an_unknown_attachment():
         Route("a", attach="cutout")
 
 
-@pytest.fixture(scope="module")
-def packets(tmp_path_factory):
-    """Messages of two ZTF and two LSST alerts, and the images in them as fastavro reads them."""
-    messages, images = [], []
-    for survey in ("ztf", "lsst"):
-        folder = tmp_path_factory.mktemp(survey)
-        for path in write(folder, simulate(survey, 2, 4), packets_per_file=1):
-            data = path.read_bytes()
-            if survey == "ztf":
-                (packet,) = fastavro.reader(io.BytesIO(data))
-                images.append([packet[f"cutout{name}"]["stampData"] for name in ("Science", "Template", "Difference")])
-            else:
-                schema = lsst.schema(WIRE_HEADER.unpack(data[:5])[1])
-                packet = fastavro.schemaless_reader(io.BytesIO(data[5:]), schema, None)
-                images.append([packet[f"cutout{name}"] for name in ("Science", "Template", "Difference")])
-            messages.append(data)
-    return messages, images
-
-
-def test_cutouts_are_the_packets_own(packets):
-    messages, images = packets
-    order = [2, 0, 3, 1]
-    mixed = [messages[2], b"nothing", messages[0], messages[3], messages[1][:-30], messages[1]]
-    found = list(zip(*(column.to_pylist() for column in cutouts(mixed)), strict=True))
-    nothing = (None, None, None)
-    assert found == [tuple(images[2]), nothing, tuple(images[0]), tuple(images[3]), nothing, tuple(images[order[3]])]
-    assert found[0] != tuple(images[3])  # the images of two alerts do differ
-    assert len(CUTOUTS) == len(found[0])
-
-
-def test_attached_to_those_that_are_routed(packets):
-    messages, images = packets
+def test_attached_to_those_that_are_routed(packets_with_images):
+    messages, images = packets_with_images
     registry = open_registry("mock://attached")
     rows = pa.RecordBatch.from_pylist(
         [{"object_id": str(k), "best_class": "KN" if k % 2 else None, "p": k / 4} for k in range(4)], schema=SCHEMA
@@ -156,25 +123,6 @@ def test_attached_to_those_that_are_routed(packets):
         assert attached == ([messages[row]] if topic == "whole" else images[row])
     with pytest.raises(EdgekitError, match="the route to images attaches cutouts, but there are no packets"):
         router(rows)
-
-
-@pytest.mark.realdata
-def test_cutouts_of_real_packets(shared_data):
-    """Of every survey and schema version that there is, in one call; WINTER's are not known."""
-    alerts = shared_data / "alerts"
-    paths = [*alerts.glob("ztf*/*.avro"), *alerts.glob("other/*.avro"), *alerts.glob("lsst_wire/*.bin")]
-    messages, expected = [path.read_bytes() for path in paths], []
-    for path, data in zip(paths, messages, strict=True):
-        if path.suffix == ".bin":
-            schema = lsst.schema(WIRE_HEADER.unpack(data[:5])[1])
-            packet = fastavro.schemaless_reader(io.BytesIO(data[5:]), schema, None)
-        else:
-            (packet,) = fastavro.reader(io.BytesIO(data))
-        images = [packet.get(f"cutout{name}") for name in ("Science", "Template", "Difference")]
-        expected.append(tuple(image["stampData"] if isinstance(image, dict) else image for image in images))
-    found = list(zip(*(column.to_pylist() for column in cutouts(messages)), strict=True))
-    assert found == expected
-    assert sum(image is not None for images in found for image in images) >= 3 * (85 + 1)
 
 
 def test_warming_up_encodes_once_by_each_route_and_needs_no_packet():

@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from edgekit.compression.bench import bench
+from edgekit.compression.bench import bench, bench_target
 from edgekit.errors import EdgekitError
+from edgekit.targets import local
 from tests.conftest import FakeSession
 
 
@@ -53,3 +54,23 @@ def test_the_callers_rows_are_what_is_run(register, toy):
 def test_a_model_that_is_not_there_is_an_error():
     with pytest.raises(EdgekitError, match=r"nothing\.edge"):
         bench(["t2-gr", "nothing.edge"])
+
+
+def test_models_on_a_target_are_reported_by_model_and_batch_size(toy):
+    small, large = toy(rows=2), toy(rows=2, embed_dim=64)
+    reports = bench_target([small, large], "jetson-nano", batches=(1, 256))
+    assert [(report.model, report.batch) for report in reports] == [
+        (bundle.manifest.name, batch) for bundle in (small, large) for batch in (1, 256)
+    ]
+    assert all(report.measured is None for report in reports)
+    assert reports[3].estimate > reports[1].estimate > reports[0].estimate
+    plain = reports[0].to_json(layers=True)
+    assert plain["fits"]
+    assert len(plain["rows"]) > len(reports[0].to_json()["rows"])
+
+
+def test_options_of_a_target_are_refused_on_this_machine(toy, monkeypatch):
+    monkeypatch.setattr(local, "is_here", lambda target: target.name == "x86-avx512")
+    for options in ({"precision": "float32"}, {"power": "15W"}, {"threads": 2}):
+        with pytest.raises(EdgekitError, match=r"x86-avx512 is this machine, .*leave precision, power and threads out"):
+            bench_target(toy(), "x86-avx512", **options)

