@@ -22,7 +22,7 @@ from alert_broker.avro import columns as avro
 from alert_broker.containers import BadPacket
 from alert_broker.features import LightCurveFeatures
 from alert_broker.gaussian_process import Status
-from alert_broker.packets import AlertBatch, PacketSource, batches, find_files, read_blocks
+from alert_broker.packets import AlertBatch, PacketSource, batches, file_name, find_files, read_blocks
 from alert_broker.results import (
     CLASSIFIED,
     ERRORS,
@@ -329,7 +329,7 @@ def _counted(
 ) -> Iterator[PacketSource | BadPacket]:
     """Yield the packets of these files until `stop` returns true, and count them."""
     ends = np.cumsum([file.stat().st_size for file in files]).tolist()
-    start_of = dict(zip(map(str, files), [0, *ends], strict=False))
+    start_of = dict(zip(map(file_name, files), [0, *ends], strict=False))
     for item in read_blocks(files):
         if stop():
             account.stopped = True

@@ -67,20 +67,29 @@ def open_consumer(settings: dict[str, Secret]) -> Consumer:
     try:
         return Consumer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
     except (KafkaException, ValueError, TypeError) as error:
-        raise EdgekitError(f"the consumer cannot be configured: {reason_of(error)}") from None
+        raise EdgekitError(f"the consumer cannot be configured: {refusal_of(error, settings)}") from None
 
 
 def open_admin(settings: Mapping[str, Secret]) -> AdminClient:
     try:
         return AdminClient(of_producer(settings), logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
     except (KafkaException, ValueError, TypeError) as error:
-        raise EdgekitError(f"the broker cannot be asked: {reason_of(error)}") from None
+        raise EdgekitError(f"the broker cannot be asked: {refusal_of(error, settings)}") from None
 
 
 def reason_of(error: Exception) -> str:
-    """What librdkafka says, on one line, without the values that it was given."""
+    """What librdkafka says, on one line."""
     first = error.args[0] if error.args else error
     return " ".join((first.str() if isinstance(first, KafkaError) else str(first)).split())
+
+
+def refusal_of(error: Exception, settings: Mapping[str, Secret]) -> str:
+    """Why librdkafka refuses the settings, without their values: it quotes those of some settings, such as
+    security.protocol, and a value that stands in the wrong line may be a password."""
+    reason = reason_of(error)
+    for value in sorted((str(item) for item in settings.values()), key=len, reverse=True):
+        reason = reason.replace(f'"{value}"', "(not shown)")
+    return reason
 
 
 def names(partitions: Sequence[TopicPartition]) -> str:

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 from urllib.parse import quote
 
+from edgekit.cli.console import printable
+
 MASK = "***"
 # In a key's name, without its dots and dashes. `userinfo`: a schema registry's user:password.
 SECRET_NAMES = (
@@ -96,14 +98,9 @@ class _Formatter(logging.Formatter):
             line = {"time": moment, "level": level, "logger": record.name, "message": message}
             line |= {"exception": trace} if trace else {}
             return json.dumps(line | {f"{key}_" if key in line else key: value for key, value in fields.items()})
-        told = f" ({', '.join(f'{key} {_printable(value)}' for key, value in fields.items())})" if fields else ""
-        lines = [f"{moment} {level:<7} {_printable(message)}{told}", *map(_printable, trace.splitlines())]
+        told = f" ({', '.join(f'{key} {printable(value)}' for key, value in fields.items())})" if fields else ""
+        lines = [f"{moment} {level:<7} {printable(message)}{told}", *map(printable, trace.splitlines())]
         return "\n".join(lines)
-
-
-def _printable(value: object) -> str:
-    """Without what would end the line or paint on the terminal: messages quote packets."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(value))
 
 
 def _is_secret(key: object) -> bool:

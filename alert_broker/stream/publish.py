@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from alert_broker.stream.clients import REBALANCED, note_error, producer_settings, reason_of
+from alert_broker.stream.clients import REBALANCED, note_error, producer_settings, refusal_of
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.source import LostError, Source
@@ -75,7 +75,7 @@ class Sender:
         try:
             self.producer = Producer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
         except (KafkaException, ValueError, TypeError) as error:
-            raise EdgekitError(f"the producer cannot be configured: {reason_of(error)}") from None
+            raise EdgekitError(f"the producer cannot be configured: {refusal_of(error, settings)}") from None
 
     def send(self, messages: Sequence[Outgoing]) -> Refused:
         """Send all messages and wait for the broker. Messages that no broker would ever accept are returned with the

@@ -140,5 +140,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"edgekit: {' '.join(message.split())}", file=sys.stderr)
+    from edgekit.cli.console import printable
+
+    print(f"edgekit: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status

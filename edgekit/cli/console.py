@@ -20,6 +20,15 @@ status = Console(stderr=True, highlight=False, markup=False, emoji=False)
 NUMBER = re.compile(r"[+\-<>~]?[\d,./]+ ?[%x]?")
 
 
+def printable(value: object) -> str:
+    """The value as text without characters that would move the cursor, end the line or change the terminal: names from
+    files and messages may hold any."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def progress(*, enabled: bool = True) -> Progress:
     """A progress bar on standard error; nothing is drawn where that is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -43,7 +52,7 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
 
 def note(message: str) -> None:
     """A line for the person, not for the pipe."""
-    status.print(message, markup=False)
+    status.print(printable(message), markup=False)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -66,9 +75,9 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, tit
     """A plain table; columns of numbers are right-aligned."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, header in enumerate(headers):
-        cells = [str(row[number]) for row in rows]
+        cells = [printable(row[number]) for row in rows]
         numeric = bool(cells) and all(NUMBER.fullmatch(cell) for cell in cells if cell)
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*map(printable, row))
     output.print(table)

@@ -23,6 +23,7 @@ from alert_broker.stream.dead_letters import REASON, headers_of
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests import brokers
+from tests.alert_broker.stream.hostile import Hostile, RawProducer, hostile
 from tests.alert_broker.stream.rig import Rig, position, repeat
 
 pytestmark = pytest.mark.faults
@@ -594,3 +595,57 @@ def test_a_zombie_in_exactly_once(rig, packets, seed):
     done = rig.outcome(sent)
     print(f"{done.lost} lost, {done.duplicates} twice; ledgers {reports}")
     assert (done.lost, done.duplicates, done.results) == (0, 0, sent)
+
+
+STOPS = 20
+SERVED_SECONDS = 2.0  # from SIGTERM to the end of the process
+
+
+def test_a_hostile_stream_is_conserved_and_stops_at_any_moment(rig, packets, long_packet):
+    """20,000 messages, half of them hostile, and SIGTERM at random moments: while it starts, joins and works. Each
+    message has one outcome, counted on the topics; a stop amid a batch may repeat that batch."""
+    rng = random.Random(19)
+    limits = {"topic": rig.dead, "max_ratio": 1.0, "max_consecutive": 10**9}
+    changes = {"source": {"until_eos": False}, "batch": {"size": 200}, "dead_letters": limits}
+    producer, sent, hostiles = RawProducer(rig.address), 20_000, 0
+    for number in range(sent):
+        message = Hostile(rng.choice(packets))
+        if number % 1000 == 500:
+            message = Hostile(long_packet)
+        elif number % 2:
+            message = hostile(rng, rng.choice(packets))
+            hostiles += 1
+        producer.send(rig.source, number % rig.partitions, message)
+    producer.flush()
+    producer.close()
+    served, ledger = [], Counter()
+    for stop in range(STOPS):
+        running = rig.start(**changes)
+        if stop % 4:
+            assert running.assigned.wait(60), running.wait(1)
+        time.sleep(rng.uniform(0.0, 3.0 if stop % 4 else 6.0))
+        assert running.running, running.wait()
+        told = time.monotonic()
+        running.terminate()
+        status, report, log = running.wait(60)
+        served.append(time.monotonic() - told)
+        assert status in (0, -signal.SIGTERM), log[-3000:]  # the latter only while it starts
+        if report:
+            ledger.update(report["ledger"]["total"])
+            assert report["ledger"]["in_flight"] == 0
+    start = ",".join(f"{number}={offset}" for number, offset in enumerate(committed(rig)))
+    rest = rig.consume(source={"group": f"{rig.name}-rest", "start_at": start}, dead_letters=limits).ledger.total()
+    done = rig.outcome(sent)
+    accounted = ledger["published"] + ledger["dead_lettered"] + rest.published + rest.dead_lettered
+    print(
+        f"{STOPS} stops, served in {max(served):.2f} s at most, {sorted(served)[STOPS // 2]:.2f} s in the median; "
+        f"{sent} messages, {hostiles} hostile: {done.lost} lost, {done.duplicates} twice, {done.results} results, "
+        f"{done.dead} dead letters; {rest.consumed} were left"
+    )
+    assert done.lost == 0
+    assert done.results + done.dead == sent + done.duplicates
+    assert sent <= accounted <= sent + done.duplicates
+    assert done.duplicates <= STOPS * 200
+    assert rest.consumed < sent, "those that were stopped have done nothing"
+    assert done.dead > hostiles // 4
+    assert max(served) < SERVED_SECONDS, served

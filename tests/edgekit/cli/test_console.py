@@ -38,3 +38,16 @@ def test_steps_start_again_for_work_of_the_same_name():
             show("epochs", 0, 3)
             show("epochs", 3, 3)
         show("epochs", 1, 5)
+
+
+ESCAPES = "a\x1b[2J\x1b]0;x\x07\r\nb\udcff\u202ec é 日"
+
+
+def test_nothing_that_changes_a_terminal_is_printed(capfd):
+    console.print_table(["name"], [[ESCAPES]])
+    console.note(ESCAPES)
+    printed = "".join(capfd.readouterr())
+    shown = r"a\x1b[2J\x1b]0;x\x07\r\nb\udcff\u202ec é 日"
+    assert printed.count(shown) == 2
+    assert set(printed) <= {*shown, *"name \n"}
+    assert console.printable("plain é 日") == "plain é 日"
