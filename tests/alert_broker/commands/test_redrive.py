@@ -65,7 +65,7 @@ def test_flags_go_over_the_file(edgekit, config, asked):
 
 
 def test_the_counts_as_a_line_and_as_json(edgekit, config, asked):
-    assert edgekit("alerts", "redrive", "--config", config).out == "3 dead letters sent again, 2 passed over\n"
+    assert edgekit("alerts", "redrive", "--config", config).out == "3 dead letters sent again, 2 skipped\n"
     assert "1 whose alerts are gone" in edgekit("alerts", "redrive", "--config", config).out
     told = json.loads(edgekit("alerts", "redrive", "--config", config, "--json").out)
     assert told == {"sent": 3, "passed_over": 2, "gone": 2}
