@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 
 from alert_broker.stream import pipeline as module
 from alert_broker.stream.config import Config
@@ -166,6 +168,20 @@ class _FakeSource:
 
     def owned(self, batch: MessageBatch) -> Any:
         return np.ones(len(batch), np.bool_)
+
+
+def keep_all(address: str, topic: str) -> None:
+    """Have the broker keep messages of any timestamp. Apache Kafka refuses those of tomorrow, and deletes those of last
+    week at once."""
+    settings = {"retention.ms": "-1", "retention.bytes": "-1", "message.timestamp.after.max.ms": str(LARGEST)}
+    entries = [
+        ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
+    ]
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+    admin = AdminClient({"bootstrap.servers": address})
+    for future in admin.incremental_alter_configs([resource]).values():
+        future.result(30)
+    time.sleep(2.0)  # the answer comes before the settings count
 
 
 class RawProducer:
