@@ -16,6 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 
 from confluent_kafka import Message
 
@@ -35,6 +36,7 @@ UNREADABLE = "unreadable"  # status of a dead letter whose message the broker's 
 SHOWN = 300  # characters of a reason in messages to people
 MOST_REASON = 4096  # characters of a reason in a header
 LONGEST_CATEGORY = 100  # characters
+_headers = methodcaller("headers")
 COUNT = re.compile("[0-9]{1,9}")
 ALONE = re.compile(
     r"(?<![\w.])\d+(?![\w.])"
@@ -79,12 +81,17 @@ class UnreadableHeadersError(Exception):
 
 
 def headers_of(message: Message) -> Headers:
-    """The headers of a message. Call it once for each message: where the name of a header is not UTF-8, the binding
-    raises in the first call, and gives a list with a null pointer in the second."""
+    """The headers of a message. Call it once for each message.
+
+    If the name of a header is not UTF-8, the binding returns a list that holds a null pointer, and leaves an error
+    behind. The interpreter looks for such an error after a call through `methodcaller`. After a plain call of the
+    method it may not look, and the null pointer crashes the process. A second call leaves no error behind.
+    """
     try:
-        found = message.headers() or []
-    except Exception as error:  # UnicodeDecodeError or SystemError, by version of the binding
-        raise UnreadableHeadersError(f"{type(error).__name__}: {error}") from error
+        found = _headers(message) or []
+    except Exception as error:  # UnicodeDecodeError or SystemError, by version of the binding and of Python
+        cause = error.__cause__ or error
+        raise UnreadableHeadersError(f"{type(cause).__name__}: {cause}") from error
     return list(found.items()) if isinstance(found, dict) else list(found)
 
 

@@ -609,24 +609,21 @@ def test_a_hostile_stream_is_conserved_and_stops_at_any_moment(rig, packets, lon
     changes = {"source": {"until_eos": False}, "batch": {"size": 200}, "dead_letters": limits}
     if {"EDGEKIT_KAFKA_BOOTSTRAP", "EDGEKIT_TEST_BROKER"} & set(os.environ):
         keep_all(rig.address, rig.source)
-    producer, sent, hostiles = RawProducer(rig.address), 20_000, 0
-    for number in range(sent):
-        message = Hostile(rng.choice(packets))
-        if number % 1000 == 500:
-            message = Hostile(long_packet)
-        elif number % 2:
-            message = hostile(rng, rng.choice(packets))
-            hostiles += 1
-        producer.send(rig.source, number % rig.partitions, message)
-    producer.flush()
-    producer.close()
-    assert len(rig.read(rig.source)) == sent  # the broker took all of them
+    producer, sent, hostiles = RawProducer(rig.address), 0, 0
     served, ledger, amid = [], Counter(), 0
     for stop in range(STOPS):
+        for _ in range(20_000 // STOPS):  # so that no run is without work
+            message = Hostile(long_packet if sent % 1000 == 500 else rng.choice(packets))
+            if sent % 2:
+                message = hostile(rng, rng.choice(packets))
+                hostiles += 1
+            producer.send(rig.source, sent % rig.partitions, message)
+            sent += 1
+        producer.flush()
         running = rig.start(**changes)
         if stop % 4:
             assert running.assigned.wait(60), running.wait(1)
-        time.sleep(rng.uniform(0.0, 0.6 if stop % 4 else 6.0))
+        time.sleep(rng.uniform(0.0, 0.4 if stop % 4 else 6.0))
         assert running.running, running.wait()
         told = time.monotonic()
         running.terminate()
@@ -637,6 +634,8 @@ def test_a_hostile_stream_is_conserved_and_stops_at_any_moment(rig, packets, lon
             ledger.update(report["ledger"]["total"])
             assert report["ledger"]["in_flight"] == 0
         amid += sum(committed(rig)) < sent
+    producer.close()
+    assert len(rig.read(rig.source)) == sent == 20_000  # the broker took all of them
     start = ",".join(f"{number}={offset}" for number, offset in enumerate(committed(rig)))
     rest = rig.consume(source={"group": f"{rig.name}-rest", "start_at": start}, dead_letters=limits).ledger.total()
     done = rig.outcome(sent)

@@ -9,9 +9,17 @@ import pytest
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import dead_letters, pipeline
-from alert_broker.stream.dead_letters import ATTEMPTS, OMITTED, REASON, UnreadableHeadersError
+from alert_broker.stream.dead_letters import ATTEMPTS, OMITTED, REASON, UnreadableHeadersError, headers_of
 from alert_broker.stream.redrive import restored
-from tests.alert_broker.stream.hostile import HOSTILE_COUNTS, NOT_UTF_8, FakeMessage, Hostile, InMemory, hostile
+from tests.alert_broker.stream.hostile import (
+    HOSTILE_COUNTS,
+    NOT_UTF_8,
+    FakeMessage,
+    Hostile,
+    InMemory,
+    RawProducer,
+    hostile,
+)
 
 BROKEN = b"Obj\x01 and then nothing that Avro knows"
 
@@ -105,3 +113,21 @@ def test_redrive_passes_over_a_payload_that_is_nowhere(position):
     headers = [("edgekit.topic", b"t"), ("edgekit.partition", b"0"), ("edgekit.offset", position.encode())]
     letter = FakeMessage(Hostile(None), 3)
     assert restored(letter, [*headers, (OMITTED, b"9 bytes")], 0, None, "", "run") is None
+
+
+def test_many_messages_with_such_headers_do_not_crash_the_process(rig, packets):
+    """The interpreter calls a method that it has called often without looking for an error that the method has left
+    behind; it then goes on with a null pointer."""
+    producer, names = RawProducer(rig.address), [NOT_UTF_8 + bytes([65 + k % 26]) for k in range(300)]
+    for k, name in enumerate(names):
+        producer.send(rig.source, k % rig.partitions, Hostile(BROKEN, b"key", ((b"good", b"x"), (name, b"y"))))
+        producer.send(rig.source, k % rig.partitions, Hostile(packets[k % 40], None, ((name, None),)))
+    producer.flush()
+    producer.close()
+    status, report, log = rig.start(dead_letters={"max_consecutive": 10**9, "max_ratio": 1.0}).wait()
+    assert status == 0, log[-2000:]
+    total = report["ledger"]["total"]
+    assert (total["published"], total["dead_lettered"]) == (300, 300)
+    for letter in rig.read(rig.dead):
+        headers = dict(headers_of(letter))
+        assert b"cannot be copied (UnreadableHeadersError" in headers[OMITTED]
