@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup lint test docs test-rtx test-faults test-kafka test-spark demo bench bench-compress bench-alerts soak fuzz train
+.PHONY: help setup lint test mutation docs test-rtx test-faults test-kafka test-spark demo bench bench-compress bench-alerts soak fuzz train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -22,7 +22,12 @@ lint: setup ## style, formatting, types
 	$(BIN)/mypy
 
 test: lint ## lint and all tests; what CI runs
-	$(BIN)/python -m pytest -q -n 2 --durations=10
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal --durations=10 # three on two cores: tests of the stream mostly wait
+
+mutation: setup ## change the code and see whether a test fails; MUTANTS='edgekit.graph.index.*' is one module (all: hours)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'mutmut>=3.8,<4'
+	$(BIN)/python -m mutmut run --max-children 1 $(MUTANTS)
+	$(BIN)/python -m mutmut results
 
 docs: setup ## the documentation, in site/; a warning is an error, and so is anything fetched from another host
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

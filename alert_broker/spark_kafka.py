@@ -150,10 +150,10 @@ class Reader(DataSourceStreamReader):
         found: Offsets = {}
         with self._consumer() as consumer:
             for topic in self.topics:
-                told = consumer.list_topics(topic, timeout=TIMEOUT_SECONDS).topics[topic]
-                if told.error is not None:
-                    raise EdgekitError(f"the topic {topic!r} cannot be read: {told.error.str()}")
-                numbers = sorted(told.partitions)
+                metadata = consumer.list_topics(topic, timeout=TIMEOUT_SECONDS).topics[topic]
+                if metadata.error is not None:
+                    raise EdgekitError(f"the topic {topic!r} cannot be read: {metadata.error.str()}")
+                numbers = sorted(metadata.partitions)
                 found[topic] = {str(number): _watermarks(consumer, topic, number)[side] for number in numbers}
         return found
 

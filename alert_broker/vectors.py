@@ -109,8 +109,8 @@ def _call(name: str) -> Callable[..., Any]:
     full_name = f"llvm.{name}.v{LANES}f64"
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(_DOUBLES, [_DOUBLES] * len(arguments))
-        function = builder.module.globals.get(full_name) or ir.Function(builder.module, kind, full_name)
+        function_type = ir.FunctionType(_DOUBLES, [_DOUBLES] * len(arguments))
+        function = builder.module.globals.get(full_name) or ir.Function(builder.module, function_type, full_name)
         return builder.call(function, arguments)
 
     return generate

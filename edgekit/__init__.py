@@ -54,7 +54,7 @@ _MODULES = {
     "edgekit.search.compress": ("compress",),
     "edgekit.targets.profile": ("Target", "list_targets"),
 }  # fmt: skip
-_PLACES = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 _OWN_NAMES = {"open": "open_model"}  # in its module, where it must not hide Python's own
 
 __all__ = [
@@ -85,9 +85,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
-    found = getattr(importlib.import_module(_PLACES[name]), _OWN_NAMES.get(name, name))
+    found = getattr(importlib.import_module(_MODULE_OF[name]), _OWN_NAMES.get(name, name))
     globals()[name] = found
     return found
 

@@ -7,18 +7,18 @@ from collections.abc import Iterable
 
 
 class EdgekitError(Exception):
-    """Something the user can act on; the CLI prints it in one line and exits with 1."""
+    """An error that the user can act on; the CLI prints it in one line and exits with 1."""
 
 
 def unknown(category: str, name: object, allowed: Iterable[object], *, where: str = "") -> EdgekitError:
-    """Error for a name outside a closed set, with the nearest allowed name when there is one."""
+    """Return the error for a name outside a closed set; it suggests the nearest allowed name, if one is near."""
     names = [str(item) for item in allowed]
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    place = f" in {where}" if where else ""
-    return EdgekitError(f"unknown {category} {str(name)!r}{place}; expected one of: {', '.join(names)}{hint}")
+    suffix = f" in {where}" if where else ""
+    return EdgekitError(f"unknown {category} {str(name)!r}{suffix}; expected one of: {', '.join(names)}{hint}")
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> EdgekitError:
-    """Error for an optional dependency that is not installed, with the line that installs it."""
+    """Return the error for an optional dependency that is not installed, with the command that installs it."""
     return EdgekitError(f"{purpose} needs {package}, which is not installed; run: pip install 'edgekit[{extra}]'")

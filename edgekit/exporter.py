@@ -1,5 +1,5 @@
-"""The contract of exporters: a bundle becomes files for a runtime or a device, and the files are proved before they
-appear."""
+"""The contract of exporters: an exporter makes files of a bundle for a runtime or a device, and proves the files before
+they appear."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What an exporter wrote, and how the files were proved.
+    """The files that an exporter wrote, and their proof.
 
-    files: bytes by name; manifest: what manifest.json says; checks: one record for each file and batch size."""
+    files: bytes by name; manifest: the content of manifest.json; checks: one record for each file and batch size.
+    """
 
     directory: Path
     files: dict[str, int]
@@ -36,15 +37,15 @@ class Exporter(Protocol):
     """A frozen dataclass whose fields are the export's options; the command line offers them by name."""
 
     def export(self, bundle: Bundle, directory: str | Path, *, force: bool = False) -> Export:
-        """Write the files once they give what the model gives. Raises EdgekitError and writes nothing if they do not,
-        or if the directory exists and `force` is not given."""
+        """Write the files after the proof that they compute what the model computes. Raises EdgekitError and writes
+        nothing if they do not, or if the directory exists and `force` is not given."""
         ...
 
     @classmethod
     def accepts(cls, model: ModelProto, target: Target, stack: Stack) -> str:
-        """Say in one line how the parser of this stack takes a float32 graph as it would be exported for the target;
-        say nothing ("") where this format has no parser of its own. Raises EdgekitError with the parser's reason where
-        it refuses the graph."""
+        """Say in one line how the parser of this stack accepts a float32 graph, as an export for the target would write
+        it; return "" if this format has no parser of its own. Raises EdgekitError with the parser's reason if it
+        refuses the graph."""
         return ""
 
 
@@ -71,33 +72,33 @@ def export(
     given, and for an option that the format does not take."""
     from edgekit.importers.api import open_model
 
-    kind = load_exporter(to)
+    exporter_class = load_exporter(to)
     given = {**(options or {}), **({} if target is None else {"target": target})}
-    if strange := sorted(set(given) - option_names(kind)):
-        raise unknown("option", strange[0], sorted(option_names(kind)), where=f"the format {to}")
-    return kind(**given).export(open_model(model), directory, force=force)
+    if strange := sorted(set(given) - option_names(exporter_class)):
+        raise unknown("option", strange[0], sorted(option_names(exporter_class)), where=f"the format {to}")
+    return exporter_class(**given).export(open_model(model), directory, force=force)
 
 
 def load_exporter(name: str) -> type[Exporter]:
-    """The class of an export format by its name, checked against the contract."""
-    kind: type[Exporter] = plugins.load("edgekit.exporters", name, problem_with)
-    return kind
+    """Return the class of an export format by its name, checked against the contract."""
+    exporter_class: type[Exporter] = plugins.load("edgekit.exporters", name, problem_with)
+    return exporter_class
 
 
-def option_names(kind: type[Exporter]) -> set[str]:
-    """Names of the options that an export format takes."""
-    return {item.name for item in fields(kind)}  # type: ignore[arg-type]
+def option_names(exporter_class: type[Exporter]) -> set[str]:
+    """Return the names of the options that an export format takes."""
+    return {item.name for item in fields(exporter_class)}  # type: ignore[arg-type]
 
 
-def problem_with(kind: Any, name: str) -> str:
-    """Why a class is no exporter; "" if it is one."""
-    if not isinstance(kind, type) or not getattr(kind, "__dataclass_params__", None):
+def problem_with(exporter_class: Any, name: str) -> str:
+    """Return why a class is not an exporter; "" if it is one."""
+    if not isinstance(exporter_class, type) or not getattr(exporter_class, "__dataclass_params__", None):
         return "it is not a dataclass of options"
     for name_of in ("export", "accepts"):
-        if not callable(getattr(kind, name_of, None)):
+        if not callable(getattr(exporter_class, name_of, None)):
             return f"it has no method {name_of!r}"
     try:
-        method = getattr(kind, "export")  # noqa: B009 - no type of `kind` is known yet
+        method = getattr(exporter_class, "export")  # noqa: B009 - no type of `exporter_class` is known yet
         inspect.signature(method).bind(None, None, "directory", force=True)
     except TypeError as error:
         return f"export is called with (bundle, directory, force=...), and {error}"

@@ -1,4 +1,4 @@
-"""The machine that a number was measured on: a time without one says nothing."""
+"""Describe the machine that measured a number: a time without its machine cannot be compared."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 def describe() -> dict[str, str | int]:
-    """CPU model, cores this process may use, system. No host name and no path: results are published."""
+    """Return the CPU model, the cores that this process may use, and the system. The result contains no host name and
+    no path, because results are published."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"cpu": cpu_name(), "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model name; where the system does not tell, its architecture."""
+    """Return the CPU's model name, or its architecture if the system does not report the model."""
     try:
         lines = info.read_text().splitlines()
     except OSError:
@@ -24,8 +25,8 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def int8_products(info: Path = Path("/proc/cpuinfo")) -> str:
-    """'vnni' where the CPU adds four int8 products in 32 bits; 'saturating' where, as on older x86, two in 16, which
-    overflows with weights of 8 bits; 'unknown' where the system does not tell."""
+    """Return how the CPU multiplies int8: 'vnni' if it adds four products in 32 bits; 'saturating' if it adds two in 16
+    bits, as older x86 does, which overflows with weights of 8 bits; 'unknown' if the system does not report it."""
     try:
         flags = next(line for line in info.read_text().splitlines() if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):

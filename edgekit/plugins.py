@@ -1,5 +1,5 @@
-"""Find implementations by entry point, so that the core measures on real runtimes without importing one, and a third
-party can add a pass, an exporter or a session in a package of its own."""
+"""Find implementations by entry point. So the core measures on real runtimes without importing one, and a third party
+can add a pass, an exporter or a session in a package of its own."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ KINDS = {
     "edgekit.commands": "command",
     "edgekit.datasets": "data set",
 }
-# what is wrong with a plug-in of this name, in words that follow "cannot be used: "; "" if it keeps the contract
+# returns the fault of a plug-in of this name, as words after "cannot be used: "; "" if it keeps the contract
 Check = Callable[[Any, str], str]
 
 
 def names(group: str) -> list[str]:
-    """What is installed in a group, sorted."""
+    """Return the sorted names that are installed in a group."""
     return sorted(_points(group))
 
 
 def load(group: str, name: str, check: Check = lambda found, name: "") -> Any:
-    """The object that an entry point names, once it keeps the contract of its group.
+    """Return the object that an entry point names, after a check that it keeps the contract of its group.
 
-    Raises EdgekitError in one line that names the plug-in, the distribution that it comes from, and what is missing."""
+    Raises EdgekitError in one line that names the plug-in, its distribution, and what is missing.
+    """
     points = _points(group)
     if not points:
         raise EdgekitError(f"no {KINDS[group]} is registered; edgekit is not installed, run: pip install -e '.[all]'")
@@ -56,7 +57,7 @@ def load(group: str, name: str, check: Check = lambda found, name: "") -> Any:
 
 
 def refused(group: str, name: str, problem: str) -> EdgekitError:
-    """The error for a plug-in that does not keep the contract of its group."""
+    """Return the error for a plug-in that does not keep the contract of its group."""
     point = _points(group).get(name)
     origin = f" of {point.dist.name} {point.dist.version}" if point is not None and point.dist is not None else ""
     return EdgekitError(
@@ -65,7 +66,8 @@ def refused(group: str, name: str, problem: str) -> EdgekitError:
 
 
 def imported(text: str, what: str) -> Any:
-    """What 'package.module:name' stands for, found as Python finds modules, the current directory included."""
+    """Return the object 'package.module:name'. Python's own search for modules finds it, also in the current
+    directory."""
     module, _, name = text.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
@@ -77,7 +79,7 @@ def imported(text: str, what: str) -> Any:
         raise EdgekitError(
             f"{what} {text!r}: {error}; expected package.module:name, importable from here or installed"
         ) from None
-    except Exception as error:  # anyone's code: whatever it raises is the user's to see
+    except Exception as error:  # the module may raise anything, which the user must see
         raise EdgekitError(f"{what} {text!r}: {module} cannot be imported: {type(error).__name__}: {error}") from error
     return found
 

@@ -1,4 +1,4 @@
-"""The one protocol that every runtime gives: named arrays in, named arrays out."""
+"""The protocol of every runtime: named arrays in, named arrays out."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Session(Protocol):
 
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
-    device: str  # as it really is: "cpu (2 threads)"
-    provider: str  # as it really is: "CPUExecutionProvider"
+    device: str  # the one in use: "cpu (2 threads)"
+    provider: str  # the one in use: "CPUExecutionProvider"
 
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """Outputs by name, in the order of the inputs' rows."""
+        """Return outputs by name, in the order of the inputs' rows."""
         ...
 
     def warmup(self, batch: int) -> None:
-        """Run once at this batch size, so that the next run pays for nothing but itself."""
+        """Run once at this batch size, so that the next run of that size includes no set-up."""
         ...
 
 
 def check_inputs(specs: Sequence[TensorSpec], arrays: Mapping[str, npt.NDArray[Any]]) -> int:
-    """Raise unless the arrays are the inputs, all of one batch size, all finite; return that size."""
+    """Return the batch size. Raises unless the arrays are the inputs, all of one batch size and all finite."""
     for name in arrays:
         if name not in [spec.name for spec in specs]:
             raise unknown("input", name, [spec.name for spec in specs])
@@ -50,7 +50,7 @@ def check_inputs(specs: Sequence[TensorSpec], arrays: Mapping[str, npt.NDArray[A
 
 
 def open_session(bundle: Bundle, runtime: str, **options: Any) -> Session:
-    """A session on a runtime by name ('onnxruntime', 'torch', or one that another package adds)."""
+    """Open a session on a runtime by its name ('onnxruntime', 'torch', or one that another package adds)."""
     opener = plugins.load("edgekit.sessions", runtime, problem_with)
     session: Session = opener(bundle, **options)
     if missing := [name for name in (*ATTRIBUTES, *METHODS) if not hasattr(session, name)]:
@@ -64,7 +64,7 @@ def run_in_batches(
     batch: int,
     progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> Arrays:
-    """Outputs by name of any number of rows, `batch` at a time; empty outputs for no rows."""
+    """Return the outputs of any number of rows by name, computed `batch` rows at a time; empty outputs for no rows."""
     rows = check_inputs(session.inputs, arrays)
     parts = []
     for start in range(0, max(rows, 1), batch):  # once even for no rows
@@ -77,8 +77,8 @@ ATTRIBUTES, METHODS = ("inputs", "outputs", "device", "provider"), ("run", "warm
 
 
 def problem_with(opener: Any, name: str) -> str:
-    """Why an object opens no session: it is a class with `run` and `warmup`, or a function that returns a session, and
-    it takes (bundle, *, threads, chunk); "" if it does."""
+    """Return why an object cannot open a session; "" if it can. It must be a class with `run` and `warmup`, or a
+    function that returns a session, and must take (bundle, *, threads, chunk)."""
     if not callable(opener):
         return f"it is a {type(opener).__name__}, which opens nothing"
     if isinstance(opener, type) and (

@@ -228,6 +228,9 @@ class ApacheKafka:
                 "ssl.keystore.type": "PEM",
                 "ssl.keystore.location": node / "node.pem",
                 "sasl.enabled.mechanisms": "SCRAM-SHA-512",
+                "listener.name.clients.scram-sha-512.sasl.jaas.config": (
+                    "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+                ),
                 "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
                 "super.users": f"User:{SUPERUSER}",
             }

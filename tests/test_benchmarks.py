@@ -1,4 +1,4 @@
-"""The stored numbers: summaries that a reader can look through, not raw samples."""
+"""The stored numbers are summaries that a reader can look through, not raw samples."""
 
 import json
 
@@ -11,7 +11,8 @@ STORED = sorted((ROOT / "benchmarks").glob("*.json"))
 
 
 def problems(path):
-    """What is wrong with a stored file: raw samples make it long, and a number without its machine cannot be judged."""
+    """Return the faults of a stored file: raw samples make it long, and a number without its machine cannot be
+    compared."""
     found = []
     if (size := path.stat().st_size) > MOST:
         found.append(f"{path.name} has {size:,} bytes; store percentiles, counts and extremes in at most {MOST:,}")

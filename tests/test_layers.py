@@ -44,7 +44,7 @@ def entry_points(root: Path) -> dict[tuple[str, str], str]:
 def imports(
     tree: ast.AST, module: str, points: dict[tuple[str, str], str], *, is_package: bool = False
 ) -> Iterator[str]:
-    """Full names of what the module imports, or loads by a literal plug-in name."""
+    """Yield the full names of the modules that this module imports, or loads by a literal plug-in name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -68,7 +68,7 @@ def _called(node: ast.Call) -> str:
 
 
 def module_graph(root: Path) -> Graph:
-    """Which of our modules each of them imports."""
+    """Return for each of our modules those that it imports."""
     points = entry_points(root)
     modules = {module_name(path, root): path for path in sources(root)}
     graph: Graph = {}
@@ -81,7 +81,7 @@ def module_graph(root: Path) -> Graph:
 
 
 def upward(root: Path) -> list[str]:
-    """Imports of a package by one before it, as 'module -> module'."""
+    """Return the imports of a package by an earlier one, as 'module -> module'."""
     found = []
     points = entry_points(root)
     for path in sources(root):
@@ -97,7 +97,7 @@ def upward(root: Path) -> list[str]:
 
 
 def cycles(graph: Graph) -> list[list[str]]:
-    """Strongly connected components of more than one node (Tarjan 1972), each sorted."""
+    """Return the strongly connected components of more than one node (Tarjan 1972), each sorted."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -127,14 +127,14 @@ def cycles(graph: Graph) -> list[list[str]]:
 
 
 def rooms(root: Path) -> list[str]:
-    """Folders of code at the top of edgekit/, and files beside them."""
+    """Return the folders of code at the top of edgekit/, and the files beside these folders."""
     top = root / "edgekit"
     folders = {path.relative_to(top).parts[0] for path in top.rglob("*.py") if len(path.relative_to(top).parts) > 1}
     return sorted(folders | {path.stem for path in top.glob("*.py")} - {"__init__"})
 
 
 def room_graph(graph: Graph) -> Graph:
-    """Which room of edgekit/ imports which."""
+    """Return for each room of edgekit/ the rooms that it imports."""
     between: Graph = defaultdict(set)
     for name, others in graph.items():
         for other in others:
@@ -167,7 +167,7 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_no_room_imports_itself_through_others():
-    """Rooms can then be read one after the other, from the bundle up to the commands."""
+    """Without cycles, a reader can read the rooms one after the other, from the bundle up to the commands."""
     assert cycles(room_graph(module_graph(ROOT))) == []
 
 
@@ -177,7 +177,7 @@ def test_edgekit_has_few_rooms():
 
 @pytest.fixture
 def tree(tmp_path):
-    """tree(path, text): a small tree of the four packages with one file more."""
+    """Return tree(path, text), which makes a small tree of the four packages with one more file."""
     for package in ORDER:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
@@ -287,7 +287,7 @@ def test_siblings_carry_the_mark_that_the_guard_looks_for():
 
 
 def test_no_name_is_private_and_read_elsewhere():
-    """`from module import _name` across modules makes a private name part of a contract that nobody wrote down."""
+    """`from module import _name` across modules makes a private name part of an undocumented contract."""
     found = []
     for path in sources(ROOT):
         for node in ast.walk(ast.parse(path.read_text())):

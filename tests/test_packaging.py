@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def tracked(*folders: str) -> list[str]:
-    """Files that git knows, or would know; without git, all."""
+    """Return the files that git tracks or would track; without git, all files."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -38,7 +38,7 @@ def tracked(*folders: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of the tree without touching the network."""
+    """Build the wheel from a copy of the tree, without the network."""
     pytest.importorskip("setuptools")
     pytest.importorskip("build")
     source = tmp_path_factory.mktemp("source")
@@ -119,7 +119,7 @@ def test_every_entry_point_names_something_that_exists():
 
 
 def third_party(*folders: str) -> set[str]:
-    """Top-level names that the code imports and that are neither ours nor Python's."""
+    """Return the top-level names that the code imports and that are neither ours nor Python's."""
     found = set()
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -139,7 +139,7 @@ def declared(*extras: str) -> set[str]:
 
 
 def test_every_package_that_is_imported_is_declared():
-    """numba was once missing from the extra that t2 needs: it was there by chance, for the alerts."""
+    """The extra that t2 needs once lacked numba, which was installed only because the alerts need it."""
     every = set(PROJECT["project"]["optional-dependencies"]) - {"all", "dev"}
     extras = ("compress", "prune", "qat", "search", "data", "onnx", "transformers", "doctor", "optimum")
     assert third_party("edgekit") <= declared(*extras)

@@ -1,16 +1,17 @@
-"""The alert stream, measured in one run: decoding, packets in memory to messages in memory, and through a broker.
+"""Measure the alert stream in one run: decoding, packets in memory to messages in memory, and the way through a broker.
 
     python tools/bench_alerts.py --json benchmarks/alerts.json
 
-Decoding: the compiled reader beside fastavro on the same packets, CPU time (tools/bench_decode.py).
+Decoding: the compiled reader and fastavro read the same packets; CPU time (tools/bench_decode.py).
 
-In memory: real ZTF packets to the messages that the producer is given, on one core, beside the reference production
-path (tools/bench_memory.py). Then LSST's first detections by the same stages in threads, as the pipeline has them, wall
-time on all cores.
+In memory: one core turns real ZTF packets into the messages that the producer is given, in comparison with the
+reference production path (tools/bench_memory.py). Then the same stages run in threads on LSST's first detections, as
+the pipeline runs them; wall time on all cores.
 
-Through a broker: `edgekit alerts consume` between two topics of an embedded Kafka-compatible broker (Tansu, in
-memory) on the same cores. Latency is from the moment when the producer was given the packet to that when a reader has
-the result. The broker's own limit is how fast a consumer that does nothing reads the same messages.
+Through a broker: `edgekit alerts consume` runs between two topics of an embedded Kafka-compatible broker (Tansu, in
+memory) on the same cores. Latency is the time from the moment when the producer gets the packet to the moment when a
+consumer has the result. The limit of the broker itself is the rate at which a consumer that does nothing reads the same
+messages.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Broker:
 
     def __init__(self, partitions: int = 2, wait: int = CLIENT["fetch.wait.max.ms"]) -> None:
         self.server = Tansu()
-        self.partitions, self.wait = partitions, wait  # milliseconds that a fetch may take
+        self.partitions, self.wait = partitions, wait  # wait: milliseconds that a fetch may take
 
     def __enter__(self) -> Broker:
         self.server.start()
@@ -126,7 +127,7 @@ class Broker:
 
 
 def fill(broker: Broker, values: list[bytes]) -> float:
-    """Send all as fast as the broker takes them; messages a second."""
+    """Send all values as fast as the broker takes them; return messages per second."""
     producer = broker.producer()
     started = time.perf_counter()
     for number, value in enumerate(values):
@@ -141,7 +142,7 @@ def fill(broker: Broker, values: list[bytes]) -> float:
 
 
 def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any]:
-    """Latency and CPU share while messages come at a rate."""
+    """Measure latency and CPU share while messages come at a fixed rate."""
     with Broker() as broker:
         process = broker.consume()
         reader = broker.reader("results", 1)
@@ -163,7 +164,7 @@ def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any
         for number in range(warm):
             producer.produce("source", values[number % len(values)], partition=number % broker.partitions)
         producer.flush(30)
-        read(lambda: True, warm)  # the consumer has joined, and is warm
+        read(lambda: True, warm)  # the consumer has joined and has loaded its model
         total = int(rate * seconds)
         worker = psutil.Process(process.pid)
         before, began = worker.cpu_times(), time.time()
@@ -209,7 +210,8 @@ def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any
 
 
 def settled_rate(reader: Consumer, count: int) -> float:
-    """Messages a second over the last three quarters of them: joining and what was read ahead of it are not in it."""
+    """Return messages per second over the last three quarters of them. The first quarter contains the time to join, and
+    messages that were read ahead."""
     moments: list[float] = []
     deadline = time.monotonic() + 300
     while len(moments) < count:
@@ -222,7 +224,7 @@ def settled_rate(reader: Consumer, count: int) -> float:
 
 
 def at_the_limit(values: list[bytes], count: int) -> dict[str, Any]:
-    """What the broker gives a consumer that does nothing, and ours, of the same messages."""
+    """Measure the rates of a consumer that does nothing and of edgekit's consumer on the same messages."""
     with Broker() as broker:
         produced = fill(broker, cycle(values, count))
         reader = broker.reader("source", broker.partitions)
@@ -250,7 +252,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of the measurement at a rate")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the broker ends with us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the broker ends with this process
     real = (options.data / "alerts").is_dir()
     ztf = packets(options.data, "ztf*/*.avro") if real else simulated("ztf", 100)
     lsst = packets(options.data, "lsst_wire/*shallow*.bin") if real else simulated("lsst", 30)

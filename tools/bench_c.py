@@ -1,12 +1,13 @@
-"""Milliseconds per batch on one thread: the exported C, edgekit's sessions of ONNX Runtime and OpenVINO, PyTorch eager.
+"""Compare the milliseconds per batch on one thread of the exported C, edgekit's sessions of ONNX Runtime and OpenVINO,
+and PyTorch eager.
 
     python tools/bench_c.py --json c_export.json
     python tools/bench_c.py models/t2-ugrizy
 
-All run in turns in one process, and the CPU time of the thread is counted, so that other programs on the machine
-disturb all of them alike. Each ratio is the median of the ratios of neighbouring runs. The inputs are the bundle's
-golden rows, repeated. At the end, the script compares outputs on random rows, and on the model's own data set if
-`edgekit data` has prepared it.
+All run in turns in one process, and the tool takes the CPU time of the thread, so that other programs on the machine
+disturb all of them equally. Each ratio is the median of the ratios of neighbouring runs. The inputs are the bundle's
+golden rows, repeated. At the end, the tool compares outputs on random rows, and on the model's own data set if `edgekit
+data` has prepared it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
 from runtimes.sessions.torch_session import TorchSession
 
 BATCHES = (1, 16, 256, 1000)
-SECONDS = 12.0  # per batch size, all together
+SECONDS = 12.0  # for each batch size, all sessions together
 MOST_ROUNDS = 400
 C, ORT, OPENVINO, TORCH = "c", "onnxruntime", "openvino", "torch"
 PEAK = """
@@ -65,7 +66,7 @@ void peak(size_t rounds, float *out)
 
 
 def measure(sessions: dict[str, Session], rows: Arrays, batch: int, seconds: float = SECONDS) -> dict[str, Any]:
-    """CPU milliseconds of each session, in turns, and how many times as long as C the others take."""
+    """Return the CPU milliseconds of each session, in turns, and the ratios of the other sessions to C."""
     calls = [timed(functools.partial(session.run, rows), time.thread_time) for session in sessions.values()]
     times = in_turns(calls, seconds=seconds, least=3, most=MOST_ROUNDS)[:, :, 0] * 1e3
     taken = dict(zip(sessions, times.T, strict=True))
@@ -82,7 +83,8 @@ def measure(sessions: dict[str, Session], rows: Arrays, batch: int, seconds: flo
 
 
 def differences(bundle: Bundle, session: Session, rows: Arrays) -> dict[str, Any]:
-    """How far C and PyTorch's float32 are from PyTorch's float64 and from one another, and rows of another class."""
+    """Return how far C and PyTorch's float32 are from PyTorch's float64 and from one another, and how many rows get
+    another class."""
     count, name = len(next(iter(rows.values()))), bundle.manifest.outputs[0].name
     outputs = {C: session.run(rows)[name]}
     network = Network(bundle).eval()
@@ -107,7 +109,8 @@ def random_rows(bundle: Bundle, count: int) -> Arrays:
 
 
 def real_rows(bundle: Bundle) -> Arrays:
-    """Every row of the data set that the model is measured on, training rows included; none if it is not prepared."""
+    """Return every row of the data set on which the model is measured, also training rows; no rows if it is not
+    prepared."""
     try:
         parts = load(locate(bundle.manifest, None), bundle.manifest)
     except EdgekitError as error:
@@ -117,8 +120,8 @@ def real_rows(bundle: Bundle) -> Arrays:
 
 
 def megaflops(network: Program) -> float:
-    """Multiplications and additions of one row's matrix products; exponentials, some thirty per cent of the time or
-    more, are not counted."""
+    """Return the multiplications and additions of one row's matrix products. Exponentials, which take some thirty per
+    cent of the time or more, are not counted."""
     total = 0
     for call in network.calls:
         if call.kernel in ("dense", "dense_in_double"):
@@ -132,7 +135,7 @@ def megaflops(network: Program) -> float:
 
 
 def peak_gigaflops(compiler: Compiler) -> float:
-    """What this core does of multiply-adds in registers, the best of several tries."""
+    """Return the rate of multiply-adds in registers that this core reaches, the best of several tries."""
     rounds, best = 200_000, 0.0
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "peak.so"

@@ -1,19 +1,19 @@
-"""What `edgekit compress --auto` ships, beside what the stock tools would, in one run.
+"""Compare the results of `edgekit compress --auto` with those of the stock tools, in one run.
 
     python tools/bench_compress.py --json compress.json            # t2-gr and DeiT-tiny; half an hour on two cores
     python tools/bench_compress.py deit-tiny --trials 6
 
-Rows: onnxruntime in float32 from either of torch's exporters, dynamic int8 (all operators, or MatMul and Gemm only),
-static Q/DQ int8 in both forms, half of the channels removed with dynamic int8 on top, in one shot, nothing trained
-afterwards (torch-pruning; for t2, whose heads it does not know, the half of smallest norm), OpenVINO in float32 where
-it is installed, and what the search found under its limits. Stock int8 rows have 8-bit weights, onnxruntime's default.
-CPU time of one thread, all in turns; `times as fast` is against the faster of the two float32 rows.
-Two verdicts for each batch size: against the best stock row within the same limit of loss, and against the fastest of
-all, whatever that one loses. A row that is not met is exit status 1.
+The rows are: onnxruntime in float32 from either of torch's exporters; dynamic int8 (all operators, or MatMul and Gemm
+only); static Q/DQ int8 in both forms; half of the channels removed in one shot, with dynamic int8 after it and without
+training (torch-pruning; for t2, whose heads torch-pruning does not know, the half of smallest norm); OpenVINO in
+float32 if it is installed; and the result of the search under its limits. Stock int8 rows have 8-bit weights, which is
+onnxruntime's default. Times are CPU time of one thread, all rows in turns; `times as fast` compares with the faster of
+the two float32 rows. For each batch size, the tool gives two verdicts: against the best stock row within the same limit
+of loss, and against the fastest row at any loss. The exit status is 1 if a verdict is negative.
 
 t2's loss is class-averaged log-loss on real light curves. DeiT-tiny is trained here for minutes on a synthetic task
-(`tools/train_deit.py`), its loss is error rate: it says what compression costs a vision transformer that has learnt
-something. Its weights are kept in --work.
+(`tools/train_deit.py`), and its loss is the error rate: it shows how much compression costs a trained vision
+transformer. Its weights are kept in --work.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def limits(name: str) -> Limits:
 
 
 def chained(job: Job, *steps: Step) -> Bundle:
-    """What these passes make of the source, unjudged."""
+    """Return the result of these passes on the source, without the guard's judgement."""
     bundle = job.source
     for step in steps:
         bundle = applied(replace(job, source=bundle), step)
@@ -98,7 +98,7 @@ def chained(job: Job, *steps: Step) -> Bundle:
 
 
 def stock(job: Job) -> dict[str, tuple[Bundle, dict[str, Any]]]:
-    """Rows by name: a bundle and the options of its session."""
+    """Return the rows by name: a bundle and the options of its session."""
     source = job.source
     if source.manifest.family == "t2":
         arguments = source.model().config  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ def stock(job: Job) -> dict[str, tuple[Bundle, dict[str, Any]]]:
 
 
 def loss(job: Job, bundle: Bundle, original: Any) -> float:
-    """Change of the metric on the test rows, in batches of 256."""
+    """Return the change of the metric on the test rows, in batches of 256."""
     metric = metrics.metric(job.metric)
     expected = job.test.labels if metric.labelled else original
     onnx_job = replace(job, runtime="onnxruntime")
@@ -201,8 +201,8 @@ def main() -> None:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """Whether what was shipped is at least as fast, beyond the noise, as float32, as the best stock row that keeps to
-    the same limit of loss, and as the fastest of all, whatever that one loses."""
+    """Say whether the shipped model is at least as fast, beyond the noise, as float32, as the best stock row within the
+    same limit of loss, and as the fastest row at any loss."""
     lines, losses = [], result["losses"]
     within = [label for label, loss in losses.items() if loss <= MAX_LOSS[result["model"]] and label != OURS]
     for batch, table in result["batches"].items():

@@ -26,7 +26,7 @@ ROUNDS, BATCH = 12, 32
 
 
 def fused(self: t2.SelfAttention, x: Tensor) -> Tensor:
-    """The same layer on torch's scaled_dot_product_attention."""
+    """Run the same layer on torch's scaled_dot_product_attention."""
     batch, tokens, _ = x.shape
     split = (batch, tokens, self.heads, self.head_dim)
     q, k, v = (layer(x).reshape(split).transpose(1, 2) for layer in (self.query, self.key, self.value))

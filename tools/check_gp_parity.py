@@ -2,8 +2,9 @@
 
     python tools/check_gp_parity.py --json parity.json
 
-Three questions: is the mean the same at the same parameters; is the likelihood that our optimizer finds, as george
-evaluates it, as high as the one that scipy's L-BFGS-B finds; which of 7,848 published feature vectors differ, and why.
+The tool answers three questions. Is the mean the same at the same parameters? Is the likelihood that our optimizer
+finds, as george evaluates it, as high as the one that scipy's L-BFGS-B finds? Which of 7,848 published feature vectors
+differ, and why?
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from alert_broker.plasticc import load
 ZTF = {"g": 4804.79, "r": 6436.92, "i": 7968.22}  # angstrom
 LSST = {"u": 3685.0, "g": 4802.0, "r": 6231.0, "i": 7542.0, "z": 8690.0, "y": 9736.0}
 PUBLISHED_BANDS = "giruyz"  # channel order of the published features
-MARGIN_DAYS = 50.0  # the published trim: strictly within this of the first and last detection
+MARGIN_DAYS = 50.0  # the published trim: points must be strictly closer than this to the first and last detection
 WORSE = 1e-6  # relative log-likelihood
-DIFFERENT = 0.01  # of the object's largest |flux|
+DIFFERENT = 0.01  # share of the object's largest |flux|
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class Sample:
         return Sample(self.name, objects, self.curves.take(np.asarray(chosen)), self.wavelengths)
 
     def points(self, k: int) -> tuple[Any, Any, Any, Any]:
-        """Time, wavelength, flux and its error of object k."""
+        """Return time, wavelength, flux and flux error of object k."""
         rows = slice(self.curves.offsets[k], self.curves.offsets[k + 1])
         colour = np.array(self.wavelengths)[self.curves.band[rows]]
         return self.curves.time[rows], colour, self.curves.flux[rows], self.curves.flux_error[rows]
 
 
 def plasticc(data: Path) -> Sample:
-    """The PLAsTiCC training set, trimmed as published, times from 0."""
+    """Read the PLAsTiCC training set, trimmed as published, with times from 0."""
     source = load(data / "train")
     curves = source.curves
     owner, time_, detected = curves.object_of_point, curves.time, curves.detected
@@ -76,7 +77,8 @@ def plasticc(data: Path) -> Sample:
 
 
 def ztf(data: Path, bands: str = "gri", parquet: bool = False) -> Sample:
-    """Detections of every ZTF alert with two or more of them, from Avro and optionally from Fink's Parquet files."""
+    """Read the detections of every ZTF alert that has two or more, from Avro and optionally from Fink's Parquet
+    files."""
     found: dict[str, list[tuple[float, int, float, float]]] = {}
     for alert in _ztf_alerts(data, parquet):
         rows = set()
@@ -114,7 +116,7 @@ def _ztf_alerts(data: Path, parquet: bool) -> Iterator[dict[str, Any]]:
 
 
 def george_process(time_: Any, colour: Any, flux: Any, error: Any) -> Any:
-    """The published model of one object, computed at its starting parameters."""
+    """Return the published model of one object, computed at its starting parameters."""
     significance = np.abs(flux) / np.sqrt(error**2 + (0.01 * np.max(flux)) ** 2)
     scale = np.abs(flux[significance.argmax()])
     kernel = (0.5 * scale) ** 2 * george.kernels.Matern32Kernel([20.0**2, 6000.0**2], ndim=2)
@@ -134,7 +136,8 @@ def negative_log_likelihood(process: Any, flux: Any) -> Callable[[Any], float]:
 
 
 def fit_george(process: Any, flux: Any) -> Any:
-    """scipy's result; the process keeps its optimum, or the starting parameters if scipy reports a failure."""
+    """Fit with scipy and return its result. The process keeps the optimum, or the starting parameters if scipy reports
+    a failure."""
 
     def gradient(parameters: Any) -> Any:
         process.set_parameter_vector(parameters)
@@ -154,7 +157,7 @@ def fit_george(process: Any, flux: Any) -> Any:
 
 
 def mean_george(process: Any, time_: Any, flux: Any, wavelengths: tuple[float, ...], grid_points: int = 100) -> Any:
-    """(grid_points, bands)"""
+    """Return the mean, (grid_points, bands)."""
     grid = np.linspace(time_.min(), time_.max(), grid_points)
     columns = [
         process.predict(flux, np.vstack([grid, np.full(grid_points, wavelength)]).T, return_cov=False)
@@ -164,7 +167,7 @@ def mean_george(process: Any, time_: Any, flux: Any, wavelengths: tuple[float, .
 
 
 def compare(sample: Sample) -> dict[str, Any]:
-    """Means at george's optimum, and both optima's likelihoods as george computes them."""
+    """Compare the means at george's optimum, and the likelihoods of both optima as george computes them."""
     process = GaussianProcess(sample.wavelengths)
     fit = process.fit(sample.curves, threads=1)
     optimum = np.empty((len(sample.objects), 2))
@@ -209,7 +212,8 @@ def compare(sample: Sample) -> dict[str, Any]:
 
 
 def compare_features(sample: Sample, published: Any) -> dict[str, Any]:
-    """Our means beside the published ones of all objects; where they differ, george's fit is repeated to see why."""
+    """Compare our means of all objects with the published ones. If they differ, repeat george's fit to find the
+    reason."""
     order = np.searchsorted(published["object_id"], np.array(sample.objects, dtype=np.int64))
     channels = [PUBLISHED_BANDS.index(band) for band in sample.curves.bands]
     theirs = published["X"][order][:, :, channels].astype(np.float64)
@@ -254,7 +258,7 @@ def compare_features(sample: Sample, published: Any) -> dict[str, Any]:
 
 
 def describe(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The number of objects, and the 0th, 5th, 50th, 95th and 100th percentile of their figures."""
+    """Return the number of objects, and the 0th, 5th, 50th, 95th and 100th percentile of their figures."""
     return {"objects": len(rows)} | {
         f"{name}_percentiles": {
             str(q): float(np.percentile([row[name] for row in rows], q)) for q in (0, 5, 50, 95, 100)
@@ -264,7 +268,7 @@ def describe(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def explain(one: Sample, start: Any, at_ours: Any, at_george: Any) -> str:
-    """Whether two sets of parameters lie below the same maximum: climb from both in steps too small to leave it."""
+    """Say whether two sets of parameters lie below the same maximum: climb from both in steps too small to leave it."""
     process = GaussianProcess(one.wavelengths, grid_points=1)
 
     def objective(parameters: Any) -> float:
@@ -285,7 +289,7 @@ def explain(one: Sample, start: Any, at_ours: Any, at_george: Any) -> str:
 
 
 def describe_machine() -> dict[str, str]:
-    """What a number depends on."""
+    """Return the facts on which a number depends."""
     root = Path(__file__).resolve().parents[1]
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -1,8 +1,8 @@
-"""Print which GPUs the libraries in wheels, or .so files, have code for.
+"""Print for which GPUs the libraries in wheels, or .so files, contain code.
 
     python tools/check_sm_lists.py onnxruntime_gpu-1.26.0-*.whl --sm 61
 
-With --sm the exit status is 1 unless every library that has GPU code runs on that compute capability.
+With --sm, the exit status is 1 unless every library that has GPU code runs on that compute capability.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIBRARY = re.compile(r"\.so(\.\d+)*$")
 
 
 def libraries(path: Path, scratch: Path) -> Iterator[Path]:
-    """The shared libraries of a wheel, one at a time (they are up to gigabytes), or the file itself."""
+    """Yield the shared libraries of a wheel, one at a time because they can have gigabytes, or the file itself."""
     if path.suffix != ".whl":
         yield path
         return

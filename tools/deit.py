@@ -1,6 +1,5 @@
-"""DeiT-tiny (Touvron et al. 2021, arXiv 2012.12877, table 1): 12 layers, 192 wide, 3 heads, 16 x 16 patches. It is
-written out here because the usual package for it requires a build of torchvision for GPUs.
-"""
+"""DeiT-tiny (Touvron et al. 2021, arXiv 2012.12877, table 1): 12 layers, 192 wide, 3 heads, 16 x 16 patches. This file
+contains the network because the usual package for it requires a build of torchvision for GPUs."""
 
 from __future__ import annotations
 
@@ -51,6 +50,6 @@ class VisionTransformer(nn.Module):
 
 
 def build(image: int = 224, patch: int = 16, dim: int = 192, depth: int = 12, heads: int = 3, classes: int = 1000):  # type: ignore[no-untyped-def]
-    """The network with random weights, the same ones each time."""
+    """Return the network with random weights, which are the same each time."""
     torch.manual_seed(0)
     return VisionTransformer(image, patch, dim, depth, heads, classes)

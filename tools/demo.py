@@ -1,8 +1,10 @@
-"""The main job, end to end: compress t2, export it, verify it, classify thousands of alerts, then a night as a stream.
+"""Run the main job end to end: compress t2, export it, verify it, classify thousands of alerts, then a night as a
+stream.
 
     make demo            # or: python tools/demo.py [--keep]
 
-Everything is written to demo/. The training data comes from PyPI (82 MB, once) unless a folder with it is found.
+The tool writes everything to demo/. It downloads the training data from PyPI (82 MB, once) unless it finds a folder
+with it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ console = Console(highlight=False)
 
 
 def edgekit(*arguments: object) -> Any:
-    """Run the command as a user would; its JSON, if it was asked for some."""
+    """Run the command as a user would, and return its JSON if the arguments ask for JSON."""
     command = [sys.executable, "-c", "from edgekit.cli import main; main()", *map(str, arguments)]
     shown = " ".join(str(item) for item in arguments if item != "--json")
     console.print(f"\n[bold]$ edgekit {shown}[/bold]")
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "demo")
     parser.add_argument("--alerts", type=int, default=2000, help="simulated alerts of each survey")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its broker ends with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the broker ends with this process
     out = options.output
     if out.exists():
         if not (out / ".edgekit-demo").is_file() and any(out.iterdir()):
@@ -55,7 +57,7 @@ def main() -> None:
     (out / ".edgekit-demo").touch()
     source = ["--from", str(REAL / "train")] if (REAL / "train").is_dir() else []
     edgekit("data", "plasticc-gr", *source)
-    ready = time.perf_counter()  # the data set is part of the set-up
+    ready = time.perf_counter()  # preparing the data set is part of the set-up
 
     bundle, packed = out / "t2.edge", out / "t2.edgepack"
     compressed = edgekit("compress", "t2-gr", "-o", bundle, "--json")
@@ -63,7 +65,7 @@ def main() -> None:
     export = edgekit("export", bundle, "--to", "onnx", "-o", out / "onnx", "--json")
     for survey in ("ztf", "lsst"):
         edgekit("alerts", "simulate", "--survey", survey, "--count", options.alerts, "-o", out / "packets" / survey)
-    # ZTF with the model just compressed, LSST with the zoo's
+    # ZTF alerts use the model that was just compressed, LSST alerts use the zoo's.
     runs = {
         "simulated ZTF": edgekit(
             "alerts", "classify", out / "packets" / "ztf", "--model", packed, "-o", out / "ztf.parquet", "--json"

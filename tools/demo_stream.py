@@ -1,5 +1,6 @@
-"""The end of the demo: a simulated night through a broker, at ten times Rubin's mean rate or as fast as this machine's
-embedded broker goes, classified and published, with the ledger and a picture of the latency."""
+"""The end of the demo: `edgekit alerts consume` classifies a simulated night from a broker, at ten times Rubin's mean
+rate or as fast as the embedded broker of this machine runs, and publishes the results. The demo prints the ledger and
+draws the latency."""
 
 from __future__ import annotations
 
@@ -20,14 +21,15 @@ from matplotlib.figure import Figure
 from edgekit.compression.plots import GRID, INK, KEPT, LOST, MUTED, styled, to_png
 from tests.brokers import CLIENT, Tansu, create_topics, free_port
 
-RATE = 2560.0  # alerts a second: Rubin's 10,000 a visit, every 39 s, ten times over
+RATE = 2560.0  # alerts a second: ten times Rubin's rate of 10,000 a visit, every 39 s
 PARTITIONS = 2
 EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
 START_SECONDS = 60.0
 
 
 def stream(folders: Sequence[Path], out: Path, repeat: int) -> dict[str, Any]:
-    """Replay the packets in these folders, so many times, through `edgekit alerts consume`; what became of them."""
+    """Replay the packets in these folders `repeat` times through `edgekit alerts consume`, and return the counts and
+    the latency."""
     with Tansu() as broker:
         create_topics(broker.address, {"night": PARTITIONS, "classified": 1, "edgekit-dead-letters": 1})
         (out / "broker.toml").write_text(configuration(broker.address, listen := f"127.0.0.1:{free_port()}"))
@@ -94,7 +96,7 @@ def wait_until_ready(url: str, consumer: subprocess.Popen[str]) -> None:
 
 
 def wait_for_the_last(address: str, count: int) -> None:
-    """Until so many alerts have a result or are dead letters."""
+    """Wait until `count` alerts have a result or are dead letters."""
     deadline = time.monotonic() + 60
     reader = open_reader(address, [("classified", 0), ("edgekit-dead-letters", 0)])
     while count > 0 and time.monotonic() < deadline:
@@ -103,7 +105,7 @@ def wait_for_the_last(address: str, count: int) -> None:
 
 
 def latencies(address: str) -> Any:
-    """(results, 2): when each alert was sent and its result published, Unix seconds."""
+    """Return (results, 2) Unix seconds: when each alert was sent, and when its result was published."""
     sent = {deployment: moment for deployment, moment, _ in read(address, [("night", k) for k in range(PARTITIONS)])}
     published = [
         (sent[int(headers["edgekit.partition"]), int(headers["edgekit.offset"])], moment)
@@ -143,7 +145,8 @@ def read(address: str, partitions: list[tuple[str, int]]) -> list[tuple[tuple[in
 
 @styled
 def picture(latency: Any) -> Figure:
-    """Above: how fast alerts came and results went. Below: how long each took, its median and 99th percentile."""
+    """Plot the rates of alerts and results above, and the latency of each alert with its median and 99th percentile
+    below."""
     figure = Figure(figsize=(7.0, 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     start = latency[0, 0]

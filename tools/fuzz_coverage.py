@@ -1,13 +1,14 @@
-"""A fuzzer that follows coverage (libFuzzer, by way of `pip install atheris`) through everything that a hostile message
-meets: framing, container headers, the embedded schema, its compilation, and the walk over the bytes.
+"""Fuzz with coverage feedback (libFuzzer, from `pip install atheris`) all code that a hostile message reaches: framing,
+container headers, the embedded schema, its compilation, and the loop over the bytes.
 
     python tools/fuzz_coverage.py --seconds 600 --json benchmarks/fuzz_coverage.json
 
-The compiled loop runs as plain Python, so that each branch of it counts, on numpy arrays, which check each index. Two
-targets, chosen by the first byte of an input: a message as it comes (`containers.split`, then its blocks are read), and
-data for one of a few schemas that have every type there is. Whatever is accepted is compared with fastavro. An error
-other than those that a packet may have, an index out of bounds, an input of more than ten seconds, or other values than
-fastavro's end the run, with the input in a file. The corpus stays in `--corpus`, and the next run continues from it.
+The compiled loop runs as plain Python on numpy arrays, so that each of its branches counts and each index is checked.
+The first byte of an input chooses one of two targets: a message as it arrives (`containers.split`, then the reader
+reads its blocks), and data for one of a few schemas that together have every type. Accepted values are compared with
+fastavro's. The run ends, and keeps the input in a file, at an error that a packet must not raise, an index out of
+bounds, an input that takes more than ten seconds, or values other than fastavro's. The corpus stays in `--corpus`, and
+the next run continues from it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FIELDS: list[list[Any]] = [
     [{"type": "array", "items": {"type": "array", "items": "string"}}, ["null", RECORD], "row"],
     [["null", {"type": "long", "logicalType": "timestamp-micros"}], "null", ["null", "boolean"], ["null", "float"]],
 ]  # fmt: skip
-ENTRY_SECONDS = 10  # longest that one input may take; it should be milliseconds, but machines are shared
+ENTRY_SECONDS = 10  # the longest time of one input; it should take milliseconds, but machines are shared
 LONGEST = 4096  # bytes of an input
 MESSAGE, DATUM = 0, 1
 
@@ -50,7 +51,7 @@ def schemas() -> list[dict[str, Any]]:
 
 
 def seeds() -> list[bytes]:
-    """Sound inputs for both targets."""
+    """Return valid inputs for both targets."""
     import fastavro
     from fastavro.schema import parse_schema
 
@@ -102,7 +103,7 @@ def seeds() -> list[bytes]:
 
 
 def child(options: argparse.Namespace) -> None:
-    """The fuzzer itself, which never returns."""
+    """Run the fuzzer itself, which never returns."""
     import atheris
 
     with atheris.instrument_imports(include=["alert_broker.avro", "alert_broker.containers"]):
@@ -159,7 +160,7 @@ def child(options: argparse.Namespace) -> None:
         stream = io.BytesIO(data)
         try:
             values = [fastavro.schemaless_reader(stream, schema, None) for _ in range(count)]
-        except (UnicodeDecodeError, OverflowError):  # in a text or a date that is not looked at here
+        except (UnicodeDecodeError, OverflowError):  # in a text or a date that this check does not read
             return
         if stream.tell() != len(data):
             raise AssertionError("accepted, but not by fastavro")
@@ -175,8 +176,8 @@ def child(options: argparse.Namespace) -> None:
         if isinstance(ours, list) and theirs is not None:
             return len(ours) == len(theirs) and all(map(same, ours, theirs))
         if hasattr(theirs, "timestamp"):
-            return True  # fastavro makes a date of it
-        # a union of kinds of numbers is a column of the widest
+            return True  # fastavro converts it to a date
+        # The column of a union of number types has the widest of them.
         return repr(ours) == repr(float(theirs) if isinstance(ours, float) and type(theirs) is int else theirs)
 
     arguments = [sys.argv[0], options.corpus, f"-max_total_time={options.seconds}", f"-max_len={LONGEST}",
@@ -209,7 +210,7 @@ def main() -> None:
     for number, data in enumerate(seeds()):
         (folder / f"seed-{number:03}").write_bytes(data)
     report = folder.parent / "tally.json"
-    machine = describe_machine()  # and commit, as the run begins
+    machine = describe_machine()  # with the commit at the start of the run
     started = time.perf_counter()
     command = [sys.executable, __file__, *sys.argv[1:], "--report", str(report)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

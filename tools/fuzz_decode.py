@@ -1,13 +1,14 @@
-"""Damaged alert packets by the million through the compiled Avro reader: no crash, no hang, no byte read or written out
-of bounds, and what is accepted is what fastavro reads.
+"""Feed millions of damaged alert packets to the compiled Avro reader. It must not crash or hang, must not read or write
+a byte out of bounds, and must read accepted packets as fastavro does.
 
     python tools/fuzz_decode.py --packets 10000000 --json benchmarks/fuzz.json
 
-Packets are real ones where the data is, and simulated ones, without images; most damage is done to bytes that matter to
-the structure: tags, counts, lengths. Each lies against a page that cannot be touched, its end before one or its start
-behind one, in turns, and so do the arrays that columns are written to: one byte beyond kills the process with a signal.
-A reader that does not come back is killed after a minute. Samples of what is accepted and of what is refused are given
-to fastavro. `tests/alert_broker/test_fuzz_decode.py` plants failures of each kind.
+The packets are real ones if the data is there, and simulated ones, without images. Most damage hits bytes that matter
+to the structure: tags, counts, lengths. Each packet lies next to a page that cannot be accessed: in turns, its end is
+before the page, or its start is after it. The arrays into which columns are written lie so too: an access one byte out
+of bounds kills the process with a signal. A reader that does not return is killed after a minute. The tool gives
+samples of the accepted and the refused packets to fastavro. `tests/alert_broker/test_fuzz_decode.py` plants failures of
+each type.
 """
 
 from __future__ import annotations
@@ -40,32 +41,32 @@ from alert_broker.surveys.base import surveys
 from alert_broker.ztf_schema import ztf_schema
 from edgekit.errors import EdgekitError
 
-CHUNK = 20_000  # packets drawn at a time, from one seed
+CHUNK = 20_000  # packets that are drawn at a time, from one seed
 MOST_OPERATIONS = 4
-LONGEST_HISTORY = 12  # rows of each list that are kept of real packets: more of the same takes time
-SAMPLE = 100  # one packet in so many is compared with fastavro
+LONGEST_HISTORY = 12  # rows kept of each list of a real packet: more rows of the same take time
+SAMPLE = 100  # one of this many packets is compared with fastavro
 TAKEN = 500  # packets between conversions to Arrow
 HANG_SECONDS = 60
 ROOM = 1 << 18  # bytes of the largest damaged packet
-STRUCTURE_SHARE = 0.5  # of damage, done where a flipped byte is noticed
+STRUCTURE_SHARE = 0.5  # the share of damage that hits bytes at which the reader notices a flip
 HOSTILE = (0, 1, -1, 2, 3, 63, 64, 127, 128, -128, 2**15, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1, -(2**63))
-# What the compiled reader refuses and fastavro reads: Avro leaves it open (see `walk`), or it is a negative length,
-# which fastavro takes for "up to the end of the data".
+# Faults that the compiled reader refuses and fastavro reads: Avro does not define the case (see `walk`), or a length is
+# negative, which fastavro takes for "up to the end of the data".
 STRICTER = {walk.REASONS[code] for code in (walk.LONG, walk.BOOL, walk.SIZE, walk.NEGATIVE, walk.TEXT)}
-# The same where the faulty number has one of these bits: a branch that is negative (fastavro counts it from the last
-# one) or longer than need be, and a negative count, which goes with a size that fastavro does not look at.
+# The same, if the faulty number has one of these bits: a branch that is negative (fastavro counts it from the last one)
+# or longer than needed, and a negative count, which comes with a size that fastavro does not check.
 STRICTER_WITH = {walk.REASONS[code]: bits for code, bits in ((walk.BRANCH, 0x81), (walk.BEYOND, 1), (walk.COUNT, 1))}
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(size: int) -> memoryview:
-    """Zeros between two pages that cannot be touched; the end lies against the second."""
+    """Return zeros between two pages that cannot be accessed; the end lies next to the second page."""
     return memoryview(_pages(size))[-mmap.PAGESIZE - size : -mmap.PAGESIZE] if size else memoryview(b"")
 
 
 def _pages(size: int) -> mmap.mmap:
-    """Memory for `size` bytes between the two pages."""
+    """Return memory for `size` bytes between the two pages."""
     room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, room + 2 * mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -76,7 +77,7 @@ def _pages(size: int) -> mmap.mmap:
 
 
 class GuardedColumns(Columns):
-    """Columns whose arrays end against a page that cannot be touched."""
+    """Columns whose arrays end next to a page that cannot be accessed."""
 
     def _lay_out(self) -> None:
         super()._lay_out()
@@ -89,7 +90,8 @@ class GuardedColumns(Columns):
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A sound packet. structure: the bytes at which a flip is noticed; lengths: those of counts and lengths."""
+    """A valid packet. structure: the bytes at which the reader notices a flip; lengths: the bytes of counts and
+    lengths."""
 
     name: str
     data: bytes
@@ -101,7 +103,8 @@ class Seed:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of damaged packets; disagreements: with fastavro, by what it is about, with an example of each."""
+    """The counts of damaged packets by result. disagreements: differences from fastavro by type, with an example of
+    each."""
 
     packets: int = 0
     accepted: int = 0
@@ -112,7 +115,7 @@ class Tally:
 
 
 def seeds(data: Path | None, simulated_packets: int = 6) -> list[Seed]:
-    """Packets of every survey and schema version that there is, the images taken out."""
+    """Return packets of every survey and schema version, without images."""
     found: list[tuple[str, bytes, Any, list[str]]] = []
     simulated = {"ztf": parse_schema(ztf_schema()), "lsst": lsst.schema(max(lsst.schema_versions()))}
     for survey, schema in simulated.items():
@@ -144,7 +147,7 @@ def paths(survey: str) -> list[str]:
 
 
 def shortened(packet: dict[str, Any]) -> dict[str, Any]:
-    """Without images, and with the first rows of each list."""
+    """Return the packet without images, and with the first rows of each list."""
     return {
         name: None if "cutout" in name.lower() else value[:LONGEST_HISTORY] if isinstance(value, list) else value
         for name, value in packet.items()
@@ -156,14 +159,14 @@ def encoded(packet: dict[str, Any], schema: Any) -> bytes:
     images = {name: b"image" for name in packet if "cutout" in name.lower()}
     try:
         fastavro.schemaless_writer(stream, schema, packet)
-    except (TypeError, ValueError):  # images that may not be null
+    except (TypeError, ValueError):  # an image that may not be null
         stream = io.BytesIO()
         fastavro.schemaless_writer(stream, schema, packet | images)
     return stream.getvalue()
 
 
 def structure(data: bytes, plan: ReadPlan) -> tuple[list[int], list[int]]:
-    """The bytes whose damage the reader notices, tags and the like, and those that are counts or lengths."""
+    """Return the bytes whose damage the reader notices, such as tags, and the bytes of counts or lengths."""
     columns = Columns(plan)
     noticed, lengths = [], []
     lie = number(2**62)
@@ -177,7 +180,7 @@ def structure(data: bytes, plan: ReadPlan) -> tuple[list[int], list[int]]:
 
 
 def number(value: int) -> bytes:
-    """A zigzag number of variable length."""
+    """Return a zigzag number of variable length."""
     value = (value << 1) ^ (value >> 63)
     data = b""
     while value > 0x7F:
@@ -189,8 +192,8 @@ NUMBERS = [number(value) for value in HOSTILE] + [b"\xff" * 9, b"\xff" * 12, b"\
 
 
 def damaged(corpus: list[Seed], seed: int, count: int) -> Iterator[tuple[Seed, int, bytes]]:
-    """`count` damaged packets, the same ones for the same seed: the packet that each was, how many datums it says that
-    it has, and its bytes. Everything random is drawn at once."""
+    """Yield `count` damaged packets, the same ones for the same seed: the original packet, the number of datums that it
+    claims, and its bytes. All random numbers are drawn at once."""
     rng = np.random.default_rng(seed)
     chosen, others = rng.integers(len(corpus), size=(2, count)).tolist()
     operations = rng.integers(1, MOST_OPERATIONS + 1, (2, count)).min(axis=0).tolist()
@@ -215,12 +218,12 @@ def damaged(corpus: list[Seed], seed: int, count: int) -> Iterator[tuple[Seed, i
                 data[at] = value & 0xFF
             elif kind == 1:
                 data[at] ^= 1 << (value & 7)
-            elif kind == 2:  # a length that lies, in the place of what is there
+            elif kind == 2:  # a wrong length replaces the bytes
                 lie = NUMBERS[value % len(NUMBERS)]
                 data[at : at + 1 + (value >> 8) % len(lie)] = lie
             elif kind == 3:
                 del data[at : at + 1 + value % 8]
-            elif kind == 4:  # a piece of another packet, in the place of as much or put between
+            elif kind == 4:  # a piece of another packet replaces as many bytes, or is inserted
                 other = corpus[others[k]].data
                 begin = int(other_where[k][step] * len(other))
                 piece = other[begin : begin + 1 + value % 200]
@@ -230,19 +233,19 @@ def damaged(corpus: list[Seed], seed: int, count: int) -> Iterator[tuple[Seed, i
                     del data[at:]
                 else:
                     data += bytes(value % 17)
-            else:  # a block of as many items that also says in how many bytes they are, and lies
+            else:  # a block of as many items that also gives its length in bytes, which is wrong
                 data[at : at + 1] = number(-(data[at] >> 1)) + number(int(other_where[k][step] * size) - 4)
         yield item, datums[k], bytes(data[:ROOM]) or b"\0"
 
 
 def stricter(fault: Fault, data: bytes) -> bool:
-    """Whether fastavro may read what this fault refuses."""
+    """Return whether fastavro may read what this fault refuses."""
     bits = STRICTER_WITH.get(fault.reason, 0)
     return fault.reason in STRICTER or (fault.at < len(data) and bool(data[fault.at] & bits))
 
 
 class Fuzzer:
-    """Feeds damaged packets to one reader for each plan. read: in its place, for planted failures."""
+    """Feeds damaged packets to one reader for each plan. read: replaces the reader's method, for planted failures."""
 
     def __init__(self, corpus: list[Seed], read: Callable[..., Any] = Columns.read) -> None:
         self.corpus, self.tally, self._read = corpus, Tally(), read
@@ -252,7 +255,7 @@ class Fuzzer:
         self._memory = memoryview(pages)[mmap.PAGESIZE : mmap.PAGESIZE + ROOM]
 
     def run(self, seed: int, count: int) -> None:
-        """Another `count` packets."""
+        """Feed another `count` packets."""
         started = time.perf_counter()
         for k, (item, datums, data) in enumerate(damaged(self.corpus, seed, count)):
             fault = self.feed(item, datums, data, at_end=k & 1 == 0)
@@ -264,7 +267,7 @@ class Fuzzer:
         self.tally.seconds += time.perf_counter() - started
 
     def feed(self, item: Seed, datums: int, data: bytes, *, at_end: bool) -> Fault | None:
-        """One packet, against the page behind it or the one before it."""
+        """Feed one packet, which lies before or after a page that cannot be accessed."""
         tally = self.tally
         start = ROOM - len(data) if at_end else 0
         self._memory[start : start + len(data)] = data
@@ -282,15 +285,16 @@ class Fuzzer:
         return fault
 
     def compare(self, item: Seed, datums: int, data: bytes, fault: Fault | None, name: str) -> None:
-        """Against fastavro: accepted packets have the same values, refused ones are refused or strictly read."""
+        """Compare with fastavro: accepted packets must have the same values, and fastavro must refuse the refused ones,
+        unless the reader is known to be stricter."""
         self.tally.compared += 1
         stream = io.BytesIO(data)
         try:
             values = [fastavro.schemaless_reader(stream, item.schema, None) for _ in range(datums)]
             whole = stream.tell() == len(data)
         except UnicodeDecodeError:
-            return  # in a text that nobody wants, which is not looked at here
-        except Exception:  # whatever hostile bytes make of it
+            return  # in a text that no one wants, which the reader does not check
+        except Exception:  # fastavro may raise anything for hostile bytes
             values, whole = [], False
         if fault is None:
             alone = self._alone[item.plan]
@@ -315,7 +319,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
     faulthandler.enable()
-    machine = describe_machine()  # and commit, as the run begins
+    machine = describe_machine()  # with the commit at the start of the run
     corpus = seeds(options.data if options.data.is_dir() else None)
     print(f"{len(corpus)} packets of {', '.join(sorted({item.name for item in corpus}))}", flush=True)
     fuzzer = Fuzzer(corpus)

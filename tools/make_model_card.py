@@ -1,8 +1,8 @@
-"""Write the card of a t2 model of the zoo, README.md with its pictures, from what tools/train_t2.py measured.
+"""Write the card of a t2 model of the zoo, README.md with its pictures, from the measurements of tools/train_t2.py.
 
     python tools/make_model_card.py t2-gr                     # reads runs/t2-gr, writes into models/t2-gr
 
-The bundle in models/MODEL must come from the same runs; a card for other weights is refused.
+The bundle in models/MODEL must come from the same runs; the tool refuses to write a card for other weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgekit.errors import EdgekitError
 
 ROOT = Path(__file__).resolve().parents[1]
 METRIC = ClassAveragedLogLoss()
-# objects of the PLAsTiCC training set by class id; the reference's split tests on a quarter of them
+# The number of objects of the PLAsTiCC training set by class id; the reference's split tests on a quarter of them.
 OBJECTS = {
     6: 151,
     15: 495,
@@ -45,9 +45,9 @@ OBJECTS = {
     92: 239,
     95: 175,
 }
-NEED = 100  # fewer training objects than this and the card names the class as rare
-# Published weights of t2 and tinho (github.com/tallamjr/astronet 8cf2bb3): log-loss as this project measured it on all
-# 7,848 objects, and as in the authors' own logs on 869,864 objects of the challenge's test set.
+NEED = 100  # the card calls a class rare that has fewer training objects than this
+# Published weights of t2 and tinho (github.com/tallamjr/astronet 8cf2bb3): the log-loss that this project measured on
+# all 7,848 objects, and that of the authors' own logs on 869,864 objects of the challenge's test set.
 PUBLISHED: dict[tuple[str, bool], list[tuple[str, float, float | None]]] = {
     ("gr", False): [
         ("t2", 1.167, 0.968),
@@ -63,7 +63,7 @@ PUBLISHED: dict[tuple[str, bool], list[tuple[str, float, float | None]]] = {
         ('tinho, "pruned", redshift', 0.997, 0.636),
     ],
 }
-PLAIN_RETRAINING = {("ugrizy", True): 0.655}  # published architecture, trained once on the same split
+PLAIN_RETRAINING = {("ugrizy", True): 0.655}  # the published architecture, trained once on the same split
 
 CARD = """\
 # {{ name }}
@@ -246,7 +246,7 @@ project's, Apache-2.0.
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One seed: its result.json, test probabilities (objects, classes), labels (objects,), training log."""
+    """One seed: its result.json, test probabilities (objects, classes), labels (objects,) and training log."""
 
     result: dict[str, Any]
     probabilities: np.ndarray
@@ -255,7 +255,7 @@ class Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """All finished seeds, in order."""
+    """Read all finished seeds, in order."""
     runs = []
     for path in sorted(folder.glob("seed-*/result.json")):
         with np.load(path.parent / "test_probabilities.npz") as saved:
@@ -275,7 +275,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def shipped_run(runs: list[Run], bundle: Bundle) -> Run:
-    """The run that the bundle's weights come from."""
+    """Return the run from which the bundle's weights come."""
     for run in runs:
         if run.result["seed"] == bundle.manifest.seed and run.result["log_loss"] == bundle.manifest.metrics["log_loss"]:
             return run
@@ -283,7 +283,7 @@ def shipped_run(runs: list[Run], bundle: Bundle) -> Run:
 
 
 def mean_with_interval(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean over seeds and the half-width of its 95 % interval; None for a single seed."""
+    """Return the mean over seeds and the half-width of its 95 % interval; None for a single seed."""
     if len(values) == 1:
         return float(values[0]), None
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
@@ -291,7 +291,7 @@ def mean_with_interval(values: np.ndarray) -> tuple[float, float | None]:
 
 
 def class_rows(run: Run, bundle: Bundle) -> list[dict[str, Any]]:
-    """Counts and quality by class."""
+    """Return counts and quality by class."""
     manifest = bundle.manifest
     counts = plots.confusion(run.probabilities, run.labels)
     losses = sample_losses(run.probabilities, run.labels)
@@ -313,7 +313,7 @@ def class_rows(run: Run, bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, folder: Path) -> None:
-    """README.md, three pictures and the training log."""
+    """Write README.md, three pictures and the training log."""
     manifest, shipped = bundle.manifest, shipped_run(runs, bundle)
     preprocessing = manifest.preprocessing or {}
     bands, context = preprocessing["channels"] or preprocessing["bands"], preprocessing["context"]

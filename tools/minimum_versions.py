@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def minimum(requirements: Iterable[str]) -> list[str]:
-    """'name==version' for each requirement with a lower bound or an exact version."""
+    """Return 'name==version' for each requirement with a lower bound or an exact version."""
     lowest = {}
     for requirement in map(Requirement, requirements):
         bounds = [item.version for item in requirement.specifier if item.operator in (">=", "==", "~=")]

@@ -1,12 +1,13 @@
-"""The alert stream at twice Rubin's mean rate for half an hour: memory must stay flat and the ledger exact.
+"""Run the alert stream at twice Rubin's mean rate for half an hour: the memory must stay flat and the ledger must be
+exact.
 
     python tools/soak_alerts.py --minutes 30 --json benchmarks/soak.json
 
-`edgekit alerts consume` between topics of an embedded broker (Tansu, in memory); one packet in a hundred is damaged.
-The broker keeps every message, so the LSST packets contain no images (--cutouts adds them, 100 kB each, for a short
-run). Memory is the resident set of the consumer, read every few seconds. It is flat if its median in the last quarter
-is at most 5 % above that in the second quarter. The exit status is 1 if it is not flat, or if the ledger, the results
-or the dead letters do not match what was sent.
+`edgekit alerts consume` runs between topics of an embedded broker (Tansu, in memory); one packet in a hundred is
+damaged. The broker keeps every message, so the LSST packets contain no images (--cutouts adds them, 100 kB each, for a
+short run). Memory is the resident set of the consumer, which the tool reads every few seconds. It is flat if its median
+in the last quarter is at most 5 % above that in the second quarter. The exit status is 1 if it is not flat, or if the
+ledger, the results or the dead letters do not match the sent packets.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ GROWTH = 0.05
 
 
 class Results(threading.Thread):
-    """Counts what is published, by the position that it came from."""
+    """Counts the published results by the position of their alert."""
 
     def __init__(self, broker: Broker) -> None:
         super().__init__(daemon=True)
@@ -53,7 +54,7 @@ class Results(threading.Thread):
 
 
 def spread(values: Any) -> dict[str, float]:
-    """The number of samples, their extremes and three percentiles: the samples themselves are not stored."""
+    """Return the number of samples, their extremes and three percentiles; the result does not store the samples."""
     low, median, high = (float(value) for value in np.percentile(values, (5, 50, 95)))
     return {
         "samples": len(values),
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--cutouts", action="store_true", help="send the images as well")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the broker ends with us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the broker ends with this process
     machine = describe_machine()
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
     alerts = simulate("lsst", 500, 1, cutouts=options.cutouts)
@@ -82,7 +83,7 @@ def main() -> None:
     total = int(options.minutes * 60 * options.rate)
     print(f"{total:,} LSST packets of {size / 1e3:.1f} kB on average at {options.rate:.0f}/s")
     memory: list[tuple[float, float, float]] = []
-    with Broker(partitions=8, wait=5000) as broker:  # in a log of half an hour, Tansu takes its time to find a message
+    with Broker(partitions=8, wait=5000) as broker:  # Tansu needs time to find a message in a log of half an hour
         process = broker.consume()
         results = Results(broker)
         results.start()
@@ -113,7 +114,7 @@ def main() -> None:
         cpu = sum(worker.cpu_times()[:2]) / (time.monotonic() - started)
         process.terminate()
         out, log = process.communicate(timeout=60)
-        time.sleep(1.0)  # for a result that comes twice
+        time.sleep(1.0)  # wait for a result that might come twice
     ledger = json.loads(out)["ledger"]
     samples = np.array_split(np.array(memory), 4)
     second, last = float(np.median(samples[1][:, 1])), float(np.median(samples[3][:, 1]))

@@ -1,6 +1,7 @@
-"""Train DeiT-tiny for minutes on a task that needs no download, so that a compressed one can be judged by accuracy.
+"""Train DeiT-tiny for minutes on a task that needs no download, so that the accuracy of a compressed DeiT-tiny can be
+judged.
 
-    python tools/train_deit.py work/             # deit-tiny.safetensors and its log there; minutes on two cores
+    python tools/train_deit.py work/             # writes deit-tiny.safetensors and its log; minutes on two cores
 
 The task is synthetic: gratings of ten classes (five directions, two wavelengths), 224 x 224, whose phase, contrast,
 colours and, within a few per cent, direction and wavelength are random, under noise that is stronger than the gratings.
@@ -33,12 +34,12 @@ from edgekit.nn.training import Schedule, fit, probabilities
 
 SIDE, CLASSES, DIRECTIONS = 224, 10, 5
 WAVELENGTHS = (9.0, 15.0)  # pixels; a patch has 16
-NOISE = 1.0  # standard deviation, of a grating whose amplitude is 0.25 to 1
+NOISE = 1.0  # standard deviation; the amplitude of a grating is 0.25 to 1
 TRAIN, TEST, SEED = 1024, 512, 0
-PART_SEEN = 1 / 6  # of the patches
+PART_SEEN = 1 / 6  # share of the patches
 PART = Schedule(epochs=6, batch=64, learning_rate=1e-3, averaging=0.98)
 WHOLE = Schedule(epochs=1, batch=32, learning_rate=1e-4, averaging=0.9)
-LAST = 256  # rows that are seen whole: they cost four times as much
+LAST = 256  # rows that the network sees whole: they cost four times as much
 
 
 def gratings(samples: int, seed: int) -> Dataset:
@@ -58,7 +59,7 @@ def gratings(samples: int, seed: int) -> Dataset:
 
 
 class PatchDropout(nn.Module):
-    """The network on some of the patches while it trains, on all of them otherwise."""
+    """A network that sees some of the patches while it trains, and all of them otherwise."""
 
     def __init__(self, network: deit.VisionTransformer, keep: float) -> None:
         super().__init__()
@@ -75,12 +76,13 @@ class PatchDropout(nn.Module):
 
 
 def arguments() -> dict[str, int]:
-    """Of deit.build."""
+    """Return the arguments of deit.build."""
     return {"classes": CLASSES}
 
 
 def trained(folder: Path, test: Dataset) -> tuple[Path, dict[str, object]]:
-    """The weights, trained here unless an earlier run left them in the folder, and how that went."""
+    """Return the weights and the training log. The network is trained unless an earlier run left its weights in the
+    folder."""
     weights, log = folder / "deit-tiny.safetensors", folder / "deit-tiny.json"
     if weights.is_file() and log.is_file():
         return weights, json.loads(log.read_text())

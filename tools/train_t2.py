@@ -53,10 +53,11 @@ METRIC = ClassAveragedLogLoss()
 
 
 class Augmentation:
-    """Each epoch: half of the light curves whole, half degraded; all with a random brightness and a little noise."""
+    """In each epoch, half of the light curves are whole and half are degraded; all get a random brightness and a little
+    noise."""
 
     def __init__(self, variants: list[Features], whole: int) -> None:
-        self.whole = whole  # the first so many variants are not degraded
+        self.whole = whole  # the first variants, which are not degraded
         self.curves = np.stack([variant.light_curve for variant in variants])
         self.context = np.stack([variant.context for variant in variants])
 
@@ -73,7 +74,7 @@ class Augmentation:
 def train_one(
     name: str, data: plasticc.Plasticc, train: np.ndarray, seed: int, folder: Path, epochs: int
 ) -> tuple[torch.nn.Module, LightCurveFeatures]:
-    """A model trained on the objects at `train`."""
+    """Return a model trained on the objects at `train`."""
     spec = MODELS[name]
     survey = survey_named("lsst")  # PLAsTiCC is an LSST simulation, for the two-band model too
     channels = spec["channels"]
@@ -89,7 +90,7 @@ def train_one(
     whole = [curves]
     if len(channels) < len(
         survey.bands
-    ):  # as a survey without the other bands sees them, with forced photometry or not
+    ):  # as a survey without the other bands sees them, with or without forced photometry
         own = in_bands(curves, channels)
         whole += [own, own.where(own.detected)]
     copies = [*whole, *(degraded(whole[k % len(whole)], rng) for k in range(VARIANTS))]
@@ -120,13 +121,13 @@ def train_one(
 def predict(
     model: torch.nn.Module, features: LightCurveFeatures, curves: LightCurves, data: plasticc.Plasticc, rows: np.ndarray
 ) -> np.ndarray:
-    """(rows, classes) probabilities."""
+    """Return (rows, classes) probabilities."""
     inputs = features(curves, redshift=data.redshift[rows]).inputs()
     return probabilities(model, Dataset(inputs, data.label[rows]))
 
 
 def run_seed(name: str, data: plasticc.Plasticc, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
-    """Train on the reference's training objects unless that is done, and measure on its test objects."""
+    """Train on the reference's training objects unless an earlier run did, and measure on its test objects."""
     weights, facts = folder / "weights.pt", folder / "training.json"
     if not weights.is_file():
         started = time.process_time()
@@ -151,12 +152,13 @@ def run_seed(name: str, data: plasticc.Plasticc, seed: int, folder: Path, epochs
 def evaluate(
     model: torch.nn.Module, features: LightCurveFeatures, data: plasticc.Plasticc, folder: Path
 ) -> dict[str, Any]:
-    """Log-loss of the test objects: whole, early, and as a survey with the network's bands alone would see them."""
+    """Return the log-loss of the test objects: of whole curves, of early ones, and as a survey with the network's bands
+    alone would see them."""
     test = np.flatnonzero(data.split() == 1)
     curves, labels = data.curves.take(test), data.label[test]
     whole = predict(model, features, curves, data, test)
     np.savez_compressed(folder / "test_probabilities.npz", probabilities=whole, labels=labels)
-    # such a survey alerts on what it detects, so what it would not have detected does not count
+    # Such a survey alerts on its detections, so objects that it would not have detected do not count.
     own = in_bands(curves, features.seen)
     detected = np.bincount(own.object_of_point[own.detected], minlength=len(own)) > 0
     own, rows = features.select(own.take(np.flatnonzero(detected))), test[detected]
@@ -176,7 +178,7 @@ def evaluate(
 
 
 def cross_validate(name: str, data: plasticc.Plasticc, folds: int, out: Path, epochs: int) -> None:
-    """Stratified folds over all objects: one out-of-fold prediction each."""
+    """Cross-validate with stratified folds over all objects: each object gets one out-of-fold prediction."""
     fold_of = np.empty(len(data.label), dtype=np.int64)
     rng = np.random.default_rng(7)
     for label in np.unique(data.label):
@@ -193,14 +195,14 @@ def cross_validate(name: str, data: plasticc.Plasticc, folds: int, out: Path, ep
 
 
 def ship(name: str, results: list[dict[str, Any]], out: Path, target: Path) -> None:
-    """Bundle and metrics from the first seed: the seed is chosen before its result is known."""
+    """Write bundle and metrics of the first seed: the seed is chosen before its result is known."""
     first = results[0]
     preprocessing = first["preprocessing"]
     features = LightCurveFeatures.from_bundle(preprocessing, name)
     arguments = {"bands": len(features.seen), "context": len(features.context)}
     state = torch.load(out / f"seed-{first['seed']}" / "weights.pt", weights_only=True)
     weights = {key: value.numpy() for key, value in state.items()}
-    # golden inputs are simulated: the bundle carries nobody's data
+    # The golden inputs are simulated, so that the bundle contains no one's data.
     golden = join([alert.curve for alert in simulate("lsst", 8, seed=0, cutouts=False)], plasticc.BANDS)
     inputs = features(golden, redshift=np.tile([0.3, 0.05], (8, 1))).inputs()
     model = build("t2", arguments, weights)
@@ -242,7 +244,7 @@ def ship(name: str, results: list[dict[str, Any]], out: Path, target: Path) -> N
         versions={"edgekit": __version__, "python": platform.python_version(), "torch": str(torch.__version__)},
     )
     recipe = target / "recipe.toml"
-    kept = recipe.read_bytes() if recipe.is_file() else None  # written by hand, not by training
+    kept = recipe.read_bytes() if recipe.is_file() else None  # a person wrote it, not the training
     write_bundle(assemble(manifest, weights, {}, (inputs, outputs)), target, force=True)
     if kept is not None:
         recipe.write_bytes(kept)

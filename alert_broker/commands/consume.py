@@ -84,12 +84,14 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
 
     Every alert is published, filtered out, or stored as a dead letter with its reason; its offset is committed after
     that. After Ctrl-C or SIGTERM the alerts in flight have source.stop_seconds to finish; the next run reads the rest
-    again. The exit status is not 0 if the ledger does not add up.
+    again. The exit status is not 0 if the ledger does not add up. It is 75 if a call into the Kafka client did not
+    return: start the process again then.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
         from alert_broker.stream.pipeline import Pipeline
         from alert_broker.stream.stats import Stats
+        from alert_broker.stream.watchdog import MARGIN_SECONDS, WATCHDOG
 
     changes: dict[str, Any] = {}
     for name, value in values.items():
@@ -102,10 +104,11 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
         changes["output"] = [configuration.inline(text, "--output") for text in outputs]
     config, stats = configuration.load(path, changes), Stats()
     failed = ""
+    WATCHDOG.last_words = lambda reason: report(stats, as_json, reason)
     try:
         with watching(config, stats, as_json=as_json):
             pipeline = Pipeline(config, stats, notify=note)  # before `stopping`: a signal ends the start at once
-            with stopping() as stop:
+            with stopping() as stop, WATCHDOG.ending_within(config.source.stop_seconds + MARGIN_SECONDS):
                 pipeline.run(stop)
     except BaseException as error:
         failed = str(error) or type(error).__name__
@@ -150,7 +153,7 @@ def report(stats: Stats, as_json: bool, failed: str) -> None:
         )
         return
     columns = ["consumed", "published", "filtered", "dead_lettered", "in_flight"]
-    columns += ["revoked"] if now.ledger.revoked else []
+    columns += [column for column in ("revoked", "expired") if getattr(now.ledger.total(), column)]
     rows = [
         [name, *(f"{getattr(entry, column):,}" for column in columns)]
         for name, entry in [

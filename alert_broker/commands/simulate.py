@@ -81,16 +81,16 @@ def simulate(
         report(to_topic, sent.messages, sent.bytes, sent.seconds, sent.late, as_json=False)
         return
     _check_folder(target, force)
-    fresh, stale = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    partial, stale = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
     try:
         with progress() as bar:
-            files = simulation.write(fresh, bar.track(source, count, description=f"{survey} alerts"), per_file)
+            files = simulation.write(partial, bar.track(source, count, description=f"{survey} alerts"), per_file)
         size = sum(file.stat().st_size for file in files)
         if target.exists():
             target.rename(stale)
-        fresh.rename(target)
+        partial.rename(target)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
     output.print(
         f"{target}: {count:,} simulated {survey} alerts in {len(files):,} files, {size / MEGABYTE:,.1f} MB; "

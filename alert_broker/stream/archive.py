@@ -1,16 +1,16 @@
-"""Results as Parquet, partitioned by night, in which a replay cannot double a row, however its batches fall.
+"""An archive of results as Parquet, partitioned by night. A replay cannot double a row, however it cuts its batches.
 
     FOLDER/night=2026-11-25/alerts-3-000000004096.parquet
 
-Each file has the rows of one topic and partition whose offsets are in one segment: 4096 of them from a multiple of 4096
-on, which is in the name. Where a row belongs thus follows from its message alone. Writing rows of a segment that is
-there already replaces those of the same offsets and keeps the others: the file is read, merged and put into place in
-one step. So after a crash the consumer may start at any offset and cut its batches anywhere, and every row is there
-once.
+Each file has the rows of one topic and partition whose offsets are in one segment: 4096 offsets from a multiple of 4096
+on, which the file's name contains. So the message alone determines the file of its row. If the archive writes rows of a
+segment whose file exists, they replace the rows with the same offsets and the other rows stay: the archive reads the
+file, merges the rows and replaces the file in one step. So after a crash the consumer may start at any offset and cut
+its batches anywhere, and every row is in the archive once.
 
-A batch that has returned is on disk (fsync), and its offsets may be committed. If it fails, what is on disk is the old
-files or the new ones, and writing the batch again repairs it. Consumers on one machine may share a folder: they take
-turns by a lock on each partition. All rows of one message are in one call: they replace those of the message.
+When `write` has returned, the batch is on disk (fsync) and its offsets may be committed. If `write` fails, each file on
+disk is the old one or the new one, and writing the batch again repairs it. Consumers on one machine may share a folder:
+each partition has a lock. All rows of one message must be in one call, because they replace the message's earlier rows.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ import pyarrow.parquet as pq
 
 from edgekit.errors import EdgekitError
 
-# Part of the layout, not to be changed: files of another length would overlap. Small enough to be written again for
-# each batch (some 0.5 MB), large enough that a night of ten million alerts is 2,500 files.
+# This number is part of the layout and must not change: files of another length would overlap. A file is small enough
+# to be written again for each batch (some 0.5 MB), and large enough that a night of ten million alerts is 2,500 files.
 SEGMENT = 4096
-# Nights are named after the evening on which they begin. By UTC less 16 hours no night is cut: neither in Chile (22 to
-# 10 h UTC) nor in California (2 to 14 h).
+# A night has the date of the evening on which it begins. UTC less 16 hours cuts no night: neither in Chile (22 to 10 h
+# UTC) nor in California (2 to 14 h).
 NIGHT_SHIFT = datetime.timedelta(hours=16)
 DAY_MILLISECONDS = 86_400_000
-NIGHTS = 100_000  # after 1970 that a time can be of: up to the year 2243
+NIGHTS = 100_000  # nights after 1970 that a time can have: up to the year 2243
 POSITION = (("stream_topic", pa.string()), ("stream_partition", pa.int32()), ("stream_offset", pa.int64()))
 OFFSET = "stream_offset"
 PARTITIONING = ds.partitioning(pa.schema([("night", pa.string())]), flavor="hive")
@@ -47,8 +47,8 @@ PARTITIONING = ds.partitioning(pa.schema([("night", pa.string())]), flavor="hive
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Where rows come from, (rows,) each. timestamp: of the message, in milliseconds since 1970 UTC; it names the
-    night, and is the same in a replay."""
+    """The origin of rows, (rows,) each. timestamp: that of the message, in milliseconds since 1970 UTC; it determines
+    the night, and is the same in a replay."""
 
     topic: list[str]
     partition: npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ class Positions:
 
 
 class Archive:
-    """A folder of results. Rows have `schema`; files have the columns of POSITION besides."""
+    """A folder of results. Rows have `schema`; files also have the columns of POSITION."""
 
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
         self.folder = folder
@@ -75,9 +75,12 @@ class Archive:
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, rows: pa.RecordBatch, positions: Positions) -> list[Path]:
-        """Add or replace rows; the files that now have them. EdgekitError if they cannot be written: a full disk."""
+        """Add or replace rows, and return the files that now have them. Raises EdgekitError if they cannot be written,
+        for example to a full disk."""
         if rows.num_rows != len(positions):
-            raise EdgekitError(f"{rows.num_rows} rows with the positions of {len(positions)}")
+            raise EdgekitError(
+                f"got {rows.num_rows} rows with the positions of {len(positions)}; expected a position for each row"
+            )
         arrays = [*rows.columns, pa.array(positions.topic, pa.string()), pa.array(positions.partition, pa.int32())]
         whole = pa.Table.from_arrays([*arrays, pa.array(positions.offset, pa.int64())], schema=self.schema)
         groups: dict[Path, list[int]] = {}
@@ -86,54 +89,54 @@ class Archive:
         ).tolist()
         segments = (positions.offset // SEGMENT * SEGMENT).tolist()
         partitions = positions.partition.tolist()
-        for row, place in enumerate(zip(nights, positions.topic, partitions, segments, strict=True)):
-            groups.setdefault(self._file(*place), []).append(row)
-        for path, places in groups.items():
-            self._merge(path, whole.take(pa.array(places)))
+        for row, key in enumerate(zip(nights, positions.topic, partitions, segments, strict=True)):
+            groups.setdefault(self._file(*key), []).append(row)
+        for path, indices in groups.items():
+            self._merge(path, whole.take(pa.array(indices)))
         return list(groups)
 
     def _file(self, night: int, topic: str, partition: int, segment: int) -> Path:
-        known = 0 <= night < NIGHTS  # a producer may claim any time, or none
+        known = 0 <= night < NIGHTS  # a producer may send any time, or none
         evening = (datetime.date(1970, 1, 1) + datetime.timedelta(days=night)).isoformat() if known else "unknown"
         if topic[:1] in (".", "_"):
-            topic = f"~{topic}"  # readers of Parquet folders pass over such names; no topic has a tilde
+            topic = f"~{topic}"  # readers of Parquet folders skip such names; no topic has a tilde
         return self.folder / f"night={evening}" / f"{topic}-{partition}-{segment:012}.parquet"
 
     def _merge(self, path: Path, rows: pa.Table) -> None:
-        """Put rows into a file, in the order of offsets; those that are there with the same offsets go."""
+        """Put rows into a file, in the order of offsets. They replace the file's rows with the same offsets."""
         with _writing(path):
             path.parent.mkdir(exist_ok=True)
-            # pyarrow passes over names that begin with a dot, and so does what reads Parquet folders elsewhere
-            fresh = path.with_name(f".{path.name}.{os.getpid()}")
+            # pyarrow and other readers of Parquet folders skip names that begin with a dot
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
             with _locked(self.folder / f".{path.name.rpartition('-')[0]}.lock"):
                 for stale in path.parent.glob(f".{path.name}.*"):
-                    stale.unlink()  # of a process that was killed
+                    stale.unlink()  # a killed process left this file
                 if path.exists():
                     rows = pa.concat_tables([self._kept(path, rows), rows])
                 order = np.argsort(rows[OFFSET].to_numpy(), kind="stable")
                 try:
-                    with fresh.open("wb") as stream:
+                    with partial.open("wb") as stream:
                         pq.write_table(rows.take(pa.array(order)), stream, compression="zstd")
                         stream.flush()
                         os.fsync(stream.fileno())
-                    fresh.replace(path)
+                    partial.replace(path)
                     _sync(path.parent)
                 finally:
-                    fresh.unlink(missing_ok=True)
+                    partial.unlink(missing_ok=True)
 
     def _kept(self, path: Path, rows: pa.Table) -> pa.Table:
-        """The rows of a file that stay when these come."""
+        """Return the rows of a file that these rows do not replace."""
         before = pq.ParquetFile(path).read()
         if not before.schema.equals(self.schema):
             raise EdgekitError(
                 f"{path} has other columns: it was written with another model or version of edgekit; "
-                "archive into a new folder"
+                "choose a new folder for the archive"
             )
         return before.filter(pa.array(~np.isin(before[OFFSET].to_numpy(), rows[OFFSET].to_numpy())))
 
 
 def read(folder: Path) -> ds.Dataset:
-    """The archive as a dataset, with `night` as a column: `read(folder).to_table(filter=...)`."""
+    """Return the archive as a dataset with a column `night`: `read(folder).to_table(filter=...)`."""
     return ds.dataset(folder, format="parquet", partitioning=PARTITIONING)
 
 
@@ -145,7 +148,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in a folder on disk, too."""
+    """Write a folder's list of names to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -159,8 +162,9 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)
-        advice = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "see that the folder can be written"
+        advice = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
         reason = os.strerror(number) if number else str(error)
         raise EdgekitError(
-            f"the archive cannot write {path}: {reason}; {advice} and start again: these rows will come again"
+            f"the archive cannot write {path}: {reason}; {advice} and start again: "
+            "the consumer then reads these alerts again"
         ) from error

@@ -1,4 +1,4 @@
-"""librdkafka's clients as this package sets them up, and what its errors mean."""
+"""Configure librdkafka's clients for this package, and say what librdkafka's errors mean."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from alert_broker.stream.config import Config, Secret
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-ADMIN_SECONDS = 30.0  # for what is asked of the broker outside the flow: offsets, topics
-# An error of the consumer that no waiting cures. All else librdkafka retries by itself, and says so in its log.
+ADMIN_SECONDS = 30.0  # for questions to the broker outside the flow of alerts: offsets, topics
+# Waiting does not cure these errors of the consumer. librdkafka retries after all others by itself, and logs that.
 HOPELESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED,
-    KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
+    KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
     KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
 }  # fmt: skip
 REBALANCED = {
@@ -31,35 +31,40 @@ REBALANCED = {
 
 
 def consumer_defaults() -> dict[str, Secret]:
-    """What `[kafka]` may change."""
+    """Return the settings that `[kafka]` may change."""
     return {
         "queued.max.messages.kbytes": 65_536,  # read ahead: a second of alerts at Rubin's rate, and no more memory
         "fetch.message.max.bytes": 8_388_608,
-        "fetch.max.bytes": 16_777_216,  # by which reading ahead goes over its limit
+        "fetch.max.bytes": 16_777_216,  # reading ahead goes over its limit by at most this
+        # librdkafka stops fetching for this time, by default a second, once it has read that far ahead
+        "fetch.queue.backoff.ms": 10,
     }
 
 
 def consumer_settings(config: Config) -> dict[str, Secret]:
-    """What librdkafka is told. What `[kafka]` says goes over our defaults, not over what keeps alerts safe."""
+    """Return the consumer's settings for librdkafka. `[kafka]` replaces our defaults, but not the settings that keep
+    alerts safe."""
     source = config.source
     settings: dict[str, Secret] = {
         **consumer_defaults(),
         **config.kafka_settings(),
         "group.id": source.group,
-        "partition.assignment.strategy": "cooperative-sticky",
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "enable.partition.eof": True,
         "isolation.level": "read_committed",
-        "auto.offset.reset": "latest" if source.start_at == "latest" else "earliest",
+        "auto.offset.reset": "error",  # `Source` chooses the position, and counts what retention deleted
     }
+    if settings.get("group.protocol", "classic") == "classic":  # with "consumer", the broker assigns partitions
+        settings["partition.assignment.strategy"] = "cooperative-sticky"
     if source.instance:
         settings["group.instance.id"] = source.instance
     return settings
 
 
 def note_error(error: KafkaError) -> None:
-    """What librdkafka tells of besides; what matters also comes where it is asked for."""
+    """Log an error that librdkafka reports outside any call. Errors that matter are also raised by the calls that they
+    affect."""
     LOG.warning("%s", error.str())
 
 
@@ -74,11 +79,13 @@ def open_admin(settings: Mapping[str, Secret]) -> AdminClient:
     try:
         return AdminClient(of_producer(settings), logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
     except (KafkaException, ValueError, TypeError) as error:
-        raise EdgekitError(f"the broker cannot be asked: {refusal_of(error, settings)}") from None
+        raise EdgekitError(
+            f"the client for questions to the broker cannot be configured: {refusal_of(error, settings)}"
+        ) from None
 
 
 def reason_of(error: Exception) -> str:
-    """What librdkafka says, on one line."""
+    """Return librdkafka's description of an error on one line."""
     first = error.args[0] if error.args else error
     return " ".join((first.str() if isinstance(first, KafkaError) else str(first)).split())
 
@@ -99,30 +106,31 @@ def names(partitions: Sequence[TopicPartition]) -> str:
 def producer_settings(config: Config) -> dict[str, Secret]:
     return {
         "compression.type": "zstd",
-        "linger.ms": 2,  # a batch is flushed anyway
+        "linger.ms": 2,  # a batch is flushed at once in any case
         "message.max.bytes": 8_388_608,  # a packet with a deep history, as a dead letter
         "queue.buffering.max.kbytes": 131_072,
         **of_producer(config.kafka_settings()),
         "enable.idempotence": True,
         "acks": "all",
         "delivery.timeout.ms": int(config.publish.seconds * 1000),
-        "delivery.report.only.error": True,  # none is good news, once the queue is empty
+        # if the queue is empty and no error was reported, every message was delivered
+        "delivery.report.only.error": True,
     }
 
 
 def of_producer(settings: Mapping[str, Secret]) -> dict[str, Secret]:
-    """Without what a producer, and a client for administration, knows nothing of and would warn about."""
+    """Return the settings without those of consumers, about which a producer or an admin client would warn."""
     prefixes = ("session.", "heartbeat.", "max.poll.", "fetch.", "queued.", "group.", "coordinator.", "check.crcs")
     return {name: value for name, value in settings.items() if not name.startswith(prefixes)}
 
 
 def partitions_of(client: Any, topic: str) -> list[int]:
-    """The numbers of a topic's partitions."""
+    """Return the numbers of a topic's partitions."""
     try:
         known = client.list_topics(topic, timeout=ADMIN_SECONDS).topics.get(topic)
     except KafkaException as error:
         reason = reason_of(error)
-        raise EdgekitError(f"the broker does not answer: {reason}; see bootstrap.servers and what runs there") from None
+        raise EdgekitError(f"the broker does not answer: {reason}; check bootstrap.servers and the broker") from None
     if known is None or known.error is not None:
         raise EdgekitError(f"the topic {topic!r} is not there; create it or name another one")
     return sorted(known.partitions)

@@ -43,6 +43,9 @@ class SourceSettings:
         "earliest, latest: where nothing was committed. A time, or 0=12,1=40: moves the group at each start.",
     )
     until_eos: bool = _option(False, "End when every partition has been read to its end.")
+    on_gap: Literal["go-on", "stop"] = _option(
+        "go-on", "If retention deleted alerts before they were read: count them and go on, or stop."
+    )
     drain_seconds: float = _option(20.0, "How long a partition that is taken away may finish what is in flight.")
     unreadable: Literal["skip", "stop"] = _option(
         "skip", "What to do with a record batch that cannot be read: a dead letter for each of its offsets, or stop."

@@ -1,4 +1,4 @@
-"""The image cutouts in packets, unchanged: science, template and difference."""
+"""Extract the image cutouts from packets, unchanged: science, template and difference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ CUTOUTS = ("cutout_science", "cutout_template", "cutout_difference")
 def cutouts(
     packets: Sequence[bytes | memoryview], schema_text: Callable[[int], str] | None = None
 ) -> list[pa.LargeBinaryArray]:
-    """(packets,) bytes for each of CUTOUTS, null where a packet has no such image or the message is not one packet."""
+    """Return (packets,) bytes for each of CUTOUTS. An element is null if the packet has no such image, or if the
+    message does not hold exactly one packet."""
     groups: dict[ReadPlan, tuple[tuple[str, str, str], Columns, list[int]]] = {}
     for index, packet in enumerate(packets):
         parts = list(split(bytes(packet), "", schema_text))
@@ -31,7 +32,7 @@ def cutouts(
         _, columns, indices = groups[plan]
         if columns.read(block.data, 1)[1] is None:
             indices.append(index)
-    # the images of all groups behind each other, with a null at the end for packets without
+    # the images of all groups joined, with a null at the end for packets without images
     order = np.full(len(packets), sum(len(indices) for _, _, indices in groups.values()))
     parts_of: list[list[pa.Array]] = [[] for _ in CUTOUTS]
     before = 0

@@ -1,6 +1,7 @@
-"""What a person sees while the stream runs: a dashboard on a terminal, a line now and then in a log.
+"""Show the stream's progress: a dashboard on a terminal, or a line in a log from time to time.
 
-Rates and latencies are of the last `WINDOW` seconds: percentiles since the start would hide what happens now.
+Rates and latencies are those of the last `WINDOW` seconds, because percentiles since the start would hide the current
+state.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from alert_broker.stream.health import STUCK_AFTER, health, readiness
 from alert_broker.stream.logs import LOGGER
 from alert_broker.stream.stats import SECONDS, Histogram, Snapshot, Stats
 
-REFRESH, EVERY = 0.5, 10.0  # seconds between two looks, and between two lines
+REFRESH, EVERY = 0.5, 10.0  # seconds between two refreshes of the dashboard, and between two lines
 WINDOW = 30.0
-MOST_ROWS = 8  # of a table; the rest is one row
+MAX_ROWS = 8  # rows of a table; one more row counts the rest
 BAR = 12  # characters
 FATES = ("published", "filtered", "dead_lettered")
 QUANTILES = (0.5, 0.95, 0.99)
@@ -35,7 +36,7 @@ QUANTILES = (0.5, 0.95, 0.99)
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A snapshot and an earlier one, between which rates and latencies are taken."""
+    """A snapshot and an earlier one. Rates and latencies are taken between the two."""
 
     now: Snapshot
     before: Snapshot
@@ -45,25 +46,26 @@ class View:
         return self.now.uptime - self.before.uptime
 
     def rate(self, column: str) -> float:
-        """Alerts per second in a column of the ledger; a revocation counts as nothing."""
+        """Return the alerts per second in a column of the ledger. If the column fell, because partitions were revoked,
+        the rate is 0."""
         change = getattr(self.now.ledger.total(), column) - getattr(self.before.ledger.total(), column)
         return max(change, 0) / self.seconds if self.seconds > 0 else 0.0
 
     def recent(self, stage: str) -> Histogram:
-        """A stage's times between the two."""
+        """Return a stage's times between the two snapshots."""
         new, old = self.now.stages[stage], self.before.stages[stage]
         counts = [after - before for after, before in zip(new.counts, old.counts, strict=True)]
         return Histogram(new.bounds, counts, new.total - old.total)
 
     @property
     def state(self) -> tuple[str, str]:
-        """In a word or a sentence, and its colour."""
+        """The state as text, and its colour."""
         good, answer = health(self.now, STUCK_AFTER)
         if not good:
             return f"STUCK: {answer['reason']}", "bold red"
-        ready, told = readiness(self.now, STUCK_AFTER)
+        ready, reply = readiness(self.now, STUCK_AFTER)
         if not ready:
-            return str(told["reason"]), "yellow"
+            return str(reply["reason"]), "yellow"
         if self.now.paused:
             return "paused by back-pressure", "yellow"
         return ("running", "green") if answer["lag"] or answer["in_flight"] else ("up to date", "green")
@@ -75,12 +77,12 @@ def show(
 ) -> Iterator[None]:
     """Show the stream's progress until the block ends: a dashboard if `interactive`, else a line every so many seconds.
 
-    By default it is interactive where standard error, to which it is written, is a terminal. Lines are logged if
-    `logs.configure` has been called.
+    Both go to standard error. By default the display is interactive if standard error is a terminal. Lines are logged
+    if `logs.configure` was called.
     """
     console = console or Console(stderr=True, highlight=False, markup=False, emoji=False)
     if console.is_terminal if interactive is None else interactive:
-        # what is printed meanwhile goes above the picture, unless it goes to a file
+        # text that is printed meanwhile appears above the dashboard, unless it goes to a file
         with Live(console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty()) as live:
 
             def draw(view: View) -> None:
@@ -92,7 +94,7 @@ def show(
         logger = logging.getLogger(LOGGER)
 
         def write(view: View) -> None:
-            if logger.handlers:  # as the other lines are, in JSON if they are
+            if logger.handlers:  # the logger writes it in the form of the other lines, such as JSON
                 logger.info(line(view))
             else:
                 console.print(line(view), soft_wrap=True)
@@ -128,7 +130,7 @@ def _repeating(stats: Stats, draw: Callable[[View], None], seconds: float) -> It
 
 
 def line(view: View) -> str:
-    """The state in one line of plain text."""
+    """Return the state in one line of plain text."""
     now, total = view.now, view.now.ledger.total()
     latency = view.recent("end-to-end")
     parts = [
@@ -138,14 +140,15 @@ def line(view: View) -> str:
         f"consumed {total.consumed:,} = published {total.published:,} + filtered {total.filtered:,}"
         f" + dead-lettered {total.dead_lettered:,} + in flight {total.in_flight:,}",
         f"revoked {total.revoked:,}" if total.revoked else "",
+        f"expired {total.expired:,}" if total.expired else "",
         f"p99 {_time(latency.quantile(0.99), at_most='at most ')}" if latency.count else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
 def dashboard(view: View, console: Console) -> RenderableType:
-    """The whole picture, with as many rows in its tables as the terminal has room for."""
-    pictures = (_picture(view, rows) for rows in range(MOST_ROWS, 1, -1))
+    """Return the dashboard, with as many rows in its tables as fit on the terminal."""
+    pictures = (_picture(view, rows) for rows in range(MAX_ROWS, 1, -1))
     for picture in pictures:
         if len(console.render_lines(picture)) < console.height:
             break
@@ -173,7 +176,7 @@ def _picture(view: View, rows: int) -> RenderableType:
 
 
 def _ledger(view: View) -> Table:
-    """consumed = published + filtered + dead-lettered + in flight."""
+    """Return a table: consumed = published + filtered + dead-lettered + in flight."""
     table = _table("", "alerts", "per s")
     total = view.now.ledger.total()
     for column in ("consumed", *FATES):
@@ -186,6 +189,8 @@ def _ledger(view: View) -> Table:
     table.add_row("+ in flight", f"{total.in_flight:,}")
     if total.revoked:
         table.add_row(Text("  revoked", "dim"), f"{total.revoked:,}")
+    if total.expired:
+        table.add_row(Text("  expired", "bold red"), f"{total.expired:,}")
     table.add_row(Text("  lag", "bold"), f"{_lag(view.now):,}")
     return table
 
@@ -201,7 +206,7 @@ def _latencies(view: View) -> Table:
 
 
 def _partitions(view: View, rows: int) -> Table:
-    """Those that are furthest behind first."""
+    """Return a table of the partitions, those with the largest lag first."""
     now = view.now
     table = _table("partition", "lag", "consumed", "in flight")
     known = sorted(now.lag.keys() | now.ledger.entries.keys(), key=lambda at: (-now.lag.get(at, 0), at))
@@ -242,7 +247,7 @@ def _lag(now: Snapshot) -> int:
 
 
 def _time(bound: float, at_most: str = "") -> str:
-    """A bucket's upper bound."""
+    """Return a bucket's upper bound as text."""
     if math.isinf(bound):
         return f"> {SECONDS[-1]:g} s"
     return f"{at_most}{bound:g} s" if bound >= 1 else f"{at_most}{bound * 1000:g} ms"

@@ -4,12 +4,13 @@
     p_SNIa + p_SNII > 0.9
     survey in ("ztf", "lsst") and best_class is not null
 
-Python's grammar, read with `ast` and nothing of it run: names of columns, numbers, texts, `true`, `false`, `null`;
-`+ - * /` on numbers, in float64; comparisons, chained ones too; `in` and `not in` a list of values; `is null`; `and`,
-`or`, `not`. A column whose name is no word, `p_SLSN-I`, is written with underscores, `p_SLSN_I`, as in Avro output.
+The grammar is Python's: `ast` parses an expression, and Python never runs it. An expression consists of names of
+columns, numbers, texts, `true`, `false` and `null`; of `+ - * /` on numbers, in float64; of comparisons, which may be
+chained; of `in` and `not in` with a list of values; of `is null`; and of `and`, `or`, `not`. If the name of a column is
+not a Python name, such as `p_SLSN-I`, underscores replace the other characters (`p_SLSN_I`), as in Avro output.
 
-A comparison with null is neither true nor false, as in SQL, and so are `not` of it, and `and` and `or` that hang on it;
-a filter takes a row only if it is true.
+As in SQL, a comparison with null is neither true nor false, and neither is `not` of it, nor `and` and `or` if they
+depend on it. A filter accepts a row only if the expression is true.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import pyarrow.compute as pc
 from alert_broker.stream.outputs import avro_name
 from edgekit.errors import EdgekitError, unknown
 
-LONGEST = 2000  # characters
-DEEPEST = 32  # expressions inside each other; a chain of `and` is one
+MAX_LENGTH = 2000  # characters
+MAX_DEPTH = 32  # nesting levels of expressions; a chain of `and` is one level
 SHOWN = 100  # characters of a filter in an error
 CATEGORIES = ("number", "text", "boolean", "null")
 
@@ -49,14 +50,14 @@ CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A compiled expression. columns: those it reads."""
+    """A compiled expression. columns: the columns that it reads."""
 
     text: str
     columns: tuple[str, ...]
     _evaluate: Evaluate = field(repr=False)
 
     def __call__(self, rows: pa.RecordBatch) -> pa.BooleanArray:
-        """(rows,) whether the filter takes each row; never null."""
+        """Return (rows,) whether the filter accepts each row; no element is null."""
         found = self._evaluate(rows)
         if isinstance(found, pa.Scalar):
             found = pa.repeat(found, rows.num_rows)
@@ -73,16 +74,21 @@ class _Part:
 
 
 def compile(text: str, schema: pa.Schema) -> Filter:
-    """The filter of an expression over rows of a schema; EdgekitError with the reason for what is none."""
+    """Compile an expression over rows of a schema. Raises EdgekitError with the reason if the text is not a valid
+    expression."""
     text = text.strip()
-    if len(text) > LONGEST:
-        raise EdgekitError(f"the filter {shown(text)} has {len(text)} characters; expected at most {LONGEST}")
+    if len(text) > MAX_LENGTH:
+        raise EdgekitError(f"the filter {shown(text)} has {len(text)} characters; expected at most {MAX_LENGTH}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in texts
+            warnings.simplefilter("ignore")  # warnings of odd escapes in texts
             tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else "too deep, or with characters that cannot be"
+        reason = (
+            error.msg
+            if isinstance(error, SyntaxError)
+            else "it is nested too deep, or has characters that no expression may have"
+        )
         where = f" at character {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         raise EdgekitError(f"the filter {shown(text)} is not an expression{where}: {reason}") from None
     compiler = _Compiler(text, schema)
@@ -93,7 +99,7 @@ def compile(text: str, schema: pa.Schema) -> Filter:
 
 
 def shown(text: str) -> str:
-    """The text in quotes, cut if it is long."""
+    """Return the text in quotes, shortened if it is long."""
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
@@ -104,8 +110,10 @@ class _Compiler:
         self._names = {avro_name(name): name for name in schema.names}
 
     def part(self, node: ast.expr, depth: int) -> _Part:
-        if depth > DEEPEST:
-            raise EdgekitError(f"the filter {shown(self.text)} nests more than {DEEPEST} expressions; simplify it")
+        if depth > MAX_DEPTH:
+            raise EdgekitError(
+                f"the filter {shown(self.text)} nests expressions more than {MAX_DEPTH} deep; simplify it"
+            )
         match node:
             case ast.Constant(value=value):
                 return self._constant(node, value)
@@ -129,7 +137,11 @@ class _Compiler:
             case ast.Compare(left=left, ops=operators, comparators=rights):
                 pairs = zip([left, *rights], operators, rights, strict=False)
                 return _Part("boolean", _fold(pc.and_kleene, [self._comparison(*pair, depth) for pair in pairs]))
-        raise self.error(node, "is not part of the language; see the documentation of filters")
+        raise self.error(
+            node,
+            "is not part of the filter language; it has columns, constants, + - * /, comparisons, "
+            "in, is null, and, or, not",
+        )
 
     def error(self, node: ast.expr, reason: str) -> EdgekitError:
         source = ast.get_source_segment(self.text, node) or ""
@@ -181,7 +193,7 @@ class _Compiler:
         return part
 
     def _number(self, node: ast.expr, depth: int) -> _Part:
-        """The value as float64, in which arithmetic cannot overflow."""
+        """Return the value as float64, in which arithmetic cannot overflow."""
         part = self.part(node, depth + 1)
         if part.category != "number":
             raise self.error(node, f"is a {part.category}; expected a number")
@@ -193,7 +205,7 @@ class _Compiler:
         first, second = self.part(left, depth + 1), self.part(right, depth + 1)
         if isinstance(operator, (ast.Is, ast.IsNot)):
             if second.category != "null":
-                raise self.error(right, "stands behind `is`, which only compares with null; use ==")
+                raise self.error(right, "follows `is`, which only compares with null; use ==")
             return _Part("boolean", _apply(pc.is_null if isinstance(operator, ast.Is) else pc.is_valid, first))
         if "null" in (first.category, second.category):
             raise self.error(right, "cannot be compared: null equals nothing; use `is null`")
@@ -204,7 +216,7 @@ class _Compiler:
         return _Part("boolean", _apply(COMPARISONS[type(operator)], first, second))
 
     def _membership(self, left: ast.expr, right: ast.expr, depth: int, *, negate: bool) -> _Part:
-        items = right.elts if isinstance(right, (ast.Tuple, ast.List)) else [right]  # ("ztf") is "ztf"
+        items = right.elts if isinstance(right, (ast.Tuple, ast.List)) else [right]  # in Python, ("ztf") is "ztf"
         if not items:
             raise self.error(right, 'is empty; expected values in parentheses, such as ("ztf", "lsst")')
         first = self.part(left, depth + 1)
@@ -212,7 +224,10 @@ class _Compiler:
         for item in items:
             value = self.part(item, depth + 1)
             if not value.constant or value.category != first.category:
-                raise self.error(item, f"stands in a list with a {first.category} before `in`; expected such constants")
+                raise self.error(
+                    item,
+                    f"is not a {first.category} constant; `in` compares a {first.category} with a list of constants",
+                )
             found.append(_Part("boolean", _apply(pc.equal, first, value)))
         member = _fold(pc.or_kleene, found)
         return _Part("boolean", (lambda rows: pc.invert(member(rows))) if negate else member)

@@ -1,7 +1,8 @@
-"""A small HTTP server beside the pipeline: `/metrics` for Prometheus, `/healthz` and `/readyz` for who restarts it.
+"""A small HTTP server beside the pipeline: `/metrics` for Prometheus, `/healthz` and `/readyz` for the supervisor that
+restarts it.
 
-It reads snapshots and touches nothing else. Whoever connects has `SECONDS_PER_CLIENT` to ask and to take the answer;
-when `CLIENTS` are connected, a newcomer takes the place of the oldest, so that nobody keeps a probe out by holding on.
+It only reads snapshots. A client has `SECONDS_PER_CLIENT` to send its request and to receive the answer. If `CLIENTS`
+are connected, a new client replaces the oldest one, so that nobody can block the probes by keeping connections open.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from alert_broker.stream.stats import Snapshot, Stats
 from edgekit.errors import EdgekitError
 
 CLIENTS, SECONDS_PER_CLIENT, REQUEST_BYTES = 8, 5.0, 16_384
-STUCK_AFTER = 120.0  # seconds: several times what a batch may take on a loaded machine, less than anybody waits for
+# seconds: several times what a batch may take on a loaded machine, and less than a person would wait
+STUCK_AFTER = 120.0
 JSON = "application/json"
 
 
 def health(now: Snapshot, stuck_after: float) -> tuple[bool, dict[str, Any]]:
-    """Whether the pipeline moves, and its answer: stuck is no progress for `stuck_after` seconds while work waits."""
+    """Return whether the pipeline moves, and the answer for the client. It is stuck if there was no progress for
+    `stuck_after` seconds while work waits."""
     behind, in_flight = sum(max(lag, 0) for lag in now.lag.values()), now.ledger.total().in_flight
     numbers = {"lag": behind, "in_flight": in_flight, "progress_age": round(now.progress_age, 3), "paused": now.paused}
     if now.progress_age > stuck_after and (behind > 0 or in_flight > 0):
@@ -39,7 +42,8 @@ def health(now: Snapshot, stuck_after: float) -> tuple[bool, dict[str, Any]]:
 
 
 def readiness(now: Snapshot, stuck_after: float) -> tuple[bool, dict[str, Any]]:
-    """Whether partitions are assigned, the model is loaded, and the pipeline moves, and the answer."""
+    """Return whether partitions are assigned, the model is loaded and the pipeline moves, and the answer for the
+    client."""
     if now.ready:
         if not (stuck := health(now, stuck_after))[0]:
             return stuck
@@ -50,8 +54,9 @@ def readiness(now: Snapshot, stuck_after: float) -> tuple[bool, dict[str, Any]]:
 
 @contextmanager
 def serve(stats: Stats, host: str = "127.0.0.1", port: int = 0, stuck_after: float = STUCK_AFTER) -> Iterator[Server]:
-    """Answer on this address, 0 for a free port, until the block ends; EdgekitError if the address is not to be had."""
-    metrics.page(stats.snapshot())  # a package that is missing shows now
+    """Serve on this address (port 0 selects a free port) until the block ends. Raises EdgekitError if the address
+    cannot be used."""
+    metrics.page(stats.snapshot())  # this reports a missing package at once
     try:
         server = Server(stats, host, port, stuck_after)
     except (OSError, OverflowError) as error:
@@ -70,7 +75,7 @@ def serve(stats: Stats, host: str = "127.0.0.1", port: int = 0, stuck_after: flo
 
 
 class Server(ThreadingMixIn, TCPServer):
-    """What `serve` gives; `port` is the one that it listens on."""
+    """The server that `serve` yields. `port` is the port on which it listens."""
 
     allow_reuse_address = daemon_threads = True
     block_on_close = False
@@ -78,7 +83,7 @@ class Server(ThreadingMixIn, TCPServer):
 
     def __init__(self, stats: Stats, host: str, port: int, stuck_after: float) -> None:
         self.stats, self.stuck_after = stats, stuck_after
-        self._places, self._lock = BoundedSemaphore(CLIENTS), Lock()
+        self._slots, self._lock = BoundedSemaphore(CLIENTS), Lock()
         self._clients: dict[socket.socket, None] = {}  # oldest first
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Request)
@@ -88,17 +93,17 @@ class Server(ThreadingMixIn, TCPServer):
         return int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
+        if not self._slots.acquire(blocking=False):
             with self._lock:
                 oldest = next(iter(self._clients), None)
                 if oldest is not None:
                     _hang_up(oldest)
-            self._places.acquire()  # the thread that served it finds the connection closed, and goes
+            self._slots.acquire()  # the oldest client's thread finds its connection closed, and ends
         with self._lock:
             self._clients[request] = None
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # no thread to be had
+        except RuntimeError:  # the system cannot start another thread
             self._leave(request)
             raise
 
@@ -111,7 +116,7 @@ class Server(ThreadingMixIn, TCPServer):
     def _leave(self, client: socket.socket) -> None:
         with self._lock:
             self._clients.pop(client, None)
-        self._places.release()
+        self._slots.release()
 
     def server_close(self) -> None:
         super().server_close()
@@ -120,7 +125,8 @@ class Server(ThreadingMixIn, TCPServer):
                 _hang_up(client)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no event; anything else is our fault, and its traceback belongs in the log."""
+        """Ignore a client that closed its connection. Any other error is a bug of edgekit, and its traceback goes to
+        the log."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -131,7 +137,8 @@ def _hang_up(client: socket.socket) -> None:
 
 
 class _Request(BaseHTTPRequestHandler):
-    """One request to a connection, read whole before it is parsed: http.server's time limit is for each byte."""
+    """One request per connection. The whole request is read before it is parsed, because http.server's time limit is
+    for each byte."""
 
     server: Server
     server_version, sys_version = "edgekit", ""
@@ -157,7 +164,7 @@ class _Request(BaseHTTPRequestHandler):
             good, answer = (health if path == "/healthz" else readiness)(now, self.server.stuck_after)
             content = json.dumps(answer).encode() + b"\n"
         else:
-            self.send_error(HTTPStatus.NOT_FOUND, explain="There are /metrics, /healthz and /readyz.")
+            self.send_error(HTTPStatus.NOT_FOUND, explain="The server has /metrics, /healthz and /readyz.")
             return
         self.send_response(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
         self.send_header("Content-Type", content_type)
@@ -170,4 +177,4 @@ class _Request(BaseHTTPRequestHandler):
         self.do_GET()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: probes come every few seconds."""
+        """Log nothing, because probes come every few seconds."""

@@ -3,6 +3,9 @@
 The broker is asked for the end offsets without waiting for the answer. The consumer's own knowledge of an end came with
 the last messages that it fetched: it knows nothing of a partition that it never read, and nothing new while it is
 paused or stuck, which is when the lag matters most.
+
+Only leaders of partitions are asked. A question to the group's coordinator, such as for committed offsets, must not go
+through an AdminClient: librdkafka can abort the process if the connection to the coordinator is lost meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from alert_broker.stream.clients import open_admin, reason_of
@@ -32,29 +35,28 @@ class Lag:
 
     def __init__(self, config: Config) -> None:
         self._admin = open_admin(config.kafka_settings())
-        self._group, self._from_end = config.source.group, config.source.start_at == "latest"
-        self._pending: list[tuple[Offsets, Partition | None, Future[Any]]] = []
+        self._begin = LATEST if config.source.start_at == "latest" else EARLIEST
+        self._pending: list[tuple[Offsets, Partition, Future[Any]]] = []
         self._ends: Offsets = {}
         self._begins: Offsets = {}  # where reading begins if the group has committed nothing
-        self._committed: Offsets = {}
         self._asked = -LAG_SECONDS
         self._told = ""
 
     def look(self, ours: Collection[Partition], positions: Mapping[Partition, int]) -> dict[Partition, int]:
         """Messages between the position and the end, for the partitions of which both are known.
 
-        positions: the next offset of those that we have read from. Where we have not, it is where reading will begin:
-        what the group has committed, or an end of the log.
+        positions: the next offset of the partitions that we have read from or that the group has committed. Reading
+        the others will begin at an end of the log.
         """
         if all(future.done() for _, _, future in self._pending):
             for found, where, future in self._pending:
                 self._take(found, where, future)
             self._pending.clear()
             if ours and time.monotonic() - self._asked >= LAG_SECONDS:
-                self._ask(ours, [at for at in ours if at not in positions and self._start(at) is None])
+                self._ask(ours, [at for at in ours if at not in positions and at not in self._begins])
         lag = {}
         for at in ours:
-            position = positions.get(at, self._start(at))
+            position = positions.get(at, self._begins.get(at))
             if position is not None and at in self._ends:
                 lag[at] = max(0, self._ends[at] - position)
         return lag
@@ -62,26 +64,15 @@ class Lag:
     def forget(self, where: Partition) -> None:
         """The partition was revoked or assigned; answers to earlier questions do not count."""
         self._pending.clear()
-        for found in (self._ends, self._begins, self._committed):
+        for found in (self._ends, self._begins):
             found.pop(where, None)
-
-    def _start(self, where: Partition) -> int | None:
-        committed, begin = self._committed.get(where), self._begins.get(where)
-        if committed is None or begin is None:
-            return None
-        if committed < 0:
-            return begin
-        return committed if self._from_end else max(committed, begin)  # what was deleted does not come any more
 
     def _ask(self, ours: Collection[Partition], unread: Collection[Partition]) -> None:
         self._asked = time.monotonic()
         try:
             self._ask_offsets(self._ends, ours, LATEST)
             if unread:
-                self._ask_offsets(self._begins, unread, LATEST if self._from_end else EARLIEST)
-                wanted = ConsumerGroupTopicPartitions(self._group, [TopicPartition(*at) for at in unread])
-                answers = self._admin.list_consumer_group_offsets([wanted], request_timeout=ANSWER_SECONDS)
-                self._pending += [(self._committed, None, future) for future in answers.values()]
+                self._ask_offsets(self._begins, unread, self._begin)
         except KafkaException as error:
             self._tell(error)
 
@@ -94,22 +85,17 @@ class Lag:
         )
         self._pending += [(found, (position.topic, position.partition), future) for position, future in answers.items()]
 
-    def _take(self, found: Offsets, where: Partition | None, future: Future[Any]) -> None:
+    def _take(self, found: Offsets, where: Partition, future: Future[Any]) -> None:
         try:
             answer = future.result()
         except KafkaException as error:
             self._tell(error)
             return
-        if where is not None:
-            if answer.offset >= 0:  # -1 means that the broker does not know; the last end that it told stays
-                found[where] = answer.offset
-        else:
-            found |= {
-                (item.topic, item.partition): item.offset for item in answer.topic_partitions if item.error is None
-            }
+        if answer.offset >= 0:  # -1 means that the broker does not know; the last end that it told stays
+            found[where] = answer.offset
 
     def _tell(self, error: KafkaException) -> None:
         """Log each reason once, because the question is asked every second."""
         if (reason := reason_of(error)) != self._told:
-            LOG.warning("how far behind we are cannot be told: %s", reason)
+            LOG.warning("the lag cannot be computed: %s", reason)
             self._told = reason

@@ -20,13 +20,15 @@ Partition = tuple[str, int]  # topic, number
 @dataclass(slots=True)
 class Entry:
     """The counts of one partition. revoked: alerts that were in flight when the partition went to another consumer,
-    which reads them again; they are in no other column."""
+    which reads them again; they are in no other column. expired: offsets that retention deleted before we read them;
+    they were never consumed, and are in no other column either."""
 
     consumed: int = 0
     published: int = 0
     filtered: int = 0
     dead_lettered: int = 0
     revoked: int = 0
+    expired: int = 0
 
     @property
     def in_flight(self) -> int:
@@ -41,7 +43,14 @@ class Ledger:
     _lock: Lock = field(default_factory=Lock)
 
     def add(
-        self, partition: Partition, *, consumed: int = 0, published: int = 0, filtered: int = 0, dead_lettered: int = 0
+        self,
+        partition: Partition,
+        *,
+        consumed: int = 0,
+        published: int = 0,
+        filtered: int = 0,
+        dead_lettered: int = 0,
+        expired: int = 0,
     ) -> None:
         with self._lock:
             entry = self.entries.setdefault(partition, Entry())
@@ -49,6 +58,7 @@ class Ledger:
             entry.published += published
             entry.filtered += filtered
             entry.dead_lettered += dead_lettered
+            entry.expired += expired
 
     def revoke(self, partition: Partition) -> int:
         """Take the alerts of a partition that are in flight off the ledger; return how many they are."""

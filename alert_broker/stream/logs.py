@@ -1,8 +1,8 @@
-"""Log lines for people or, one JSON object a line, for machines; and no secret in either.
+"""Write log lines for people, or as one JSON object per line for programs, and mask the secrets in both.
 
-What is secret is told by the names of a configuration's keys, as librdkafka, schema registries and cloud clients call
-them, and by URLs with a password in them. `redacted` masks them in a configuration; `configure` masks their values in
-everything that is logged, since a library's error message may quote them.
+A value is secret if its key has the name that librdkafka, schema registries and cloud clients give to secrets, or if it
+is the password in a URL. `redacted` masks the secrets in a configuration. `configure` masks their values in all log
+lines, since a library's error message may quote them.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from urllib.parse import quote
 from edgekit.cli.console import printable
 
 MASK = "***"
-# In a key's name, without its dots and dashes. `userinfo`: a schema registry's user:password.
+# Parts of a key's name, without dots and dashes. `userinfo` is a schema registry's user:password.
 SECRET_NAMES = (
     "password", "passwd", "passphrase", "secret", "token", "credential", "userinfo", "apikey", "accesskey",
     "privatekey", "sslkeypem", "jaas", "oauthbearerconfig", "authorization",
 )  # fmt: skip
 NO_SECRETS = ("sasloauthbearertokenendpointurl",)
-USER_IN_URL = re.compile(r"(?<=://)[^/?#\s]*@")  # up to the last @: a password may hold one
-SHORTEST = 4  # characters of a value that is masked wherever it turns up; shorter ones are parts of words
+USER_IN_URL = re.compile(r"(?<=://)[^/?#\s]*@")  # up to the last @, because a password may contain one
+MIN_MASKED = 4  # characters of a value that is masked everywhere; a shorter value may be part of a word
 STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 LOGGER = "edgekit"
 
 
 def redacted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with every secret masked: by its key, in a URL, and where its value turns up in another entry."""
+    """Return the same configuration with every secret masked: by its key, in a URL, and in other entries that contain
+    its value."""
     known = secrets(config)
     return {key: _masked(key, value, known) for key, value in config.items()}
 
 
 def secrets(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The values to keep out of sight, with the ways in which messages quote them; longest first, as one may be the
-    beginning of another."""
-    found = {text for key, value in config.items() for text in _secrets(key, value) if len(text) >= SHORTEST}
+    """Return the values to mask, and the forms in which messages quote them. The longest come first, because one value
+    may be the beginning of another."""
+    found = {text for key, value in config.items() for text in _secrets(key, value) if len(text) >= MIN_MASKED}
     forms = {form for text in found for form in (text, repr(text)[1:-1], json.dumps(text)[1:-1], quote(text, safe=""))}
     return tuple(sorted(forms, key=lambda text: (-len(text), text)))
 
@@ -53,7 +54,8 @@ def configure(
     config: Mapping[str, Any] | None = None,
     stream: TextIO | None = None,
 ) -> logging.Logger:
-    """The stream's logger, on standard error or `stream`; no secret of `config` passes. A second call replaces it."""
+    """Return the stream's logger, which writes to standard error or `stream` and masks the secrets of `config`. A
+    second call replaces the first."""
     logger = logging.getLogger(LOGGER)
     for old in [item for item in logger.handlers if isinstance(item, _Lines)]:
         logger.removeHandler(old)
@@ -66,7 +68,8 @@ def configure(
 
 
 class _Lines(logging.StreamHandler[TextIO]):
-    """Asks for standard error each time: the dashboard puts its own in the place while it is on the screen."""
+    """A handler that looks up standard error for each line, because the dashboard replaces it while it is on the
+    screen."""
 
     def __init__(self, stream: TextIO | None) -> None:
         logging.Handler.__init__(self)
@@ -78,7 +81,8 @@ class _Lines(logging.StreamHandler[TextIO]):
 
 
 class _Formatter(logging.Formatter):
-    """A record with its `extra` fields in one line, masked; a traceback is a field, or follows in lines of its own."""
+    """Formats a record and its `extra` fields as one masked line. A traceback is a field in JSON, and has its own lines
+    otherwise."""
 
     def __init__(self, as_json: bool, known: tuple[str, ...]) -> None:
         super().__init__()
@@ -87,7 +91,7 @@ class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         try:
             message = record.getMessage()
-        except (TypeError, ValueError):  # logging itself would print the arguments as they are
+        except (TypeError, ValueError):  # otherwise logging itself would print the unmasked arguments
             message = f"{record.msg} {record.args}"
         message = _without(message, self._known)
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -98,8 +102,8 @@ class _Formatter(logging.Formatter):
             line = {"time": moment, "level": level, "logger": record.name, "message": message}
             line |= {"exception": trace} if trace else {}
             return json.dumps(line | {f"{key}_" if key in line else key: value for key, value in fields.items()})
-        told = f" ({', '.join(f'{key} {printable(value)}' for key, value in fields.items())})" if fields else ""
-        lines = [f"{moment} {level:<7} {printable(message)}{told}", *map(printable, trace.splitlines())]
+        details = f" ({', '.join(f'{key} {printable(value)}' for key, value in fields.items())})" if fields else ""
+        lines = [f"{moment} {level:<7} {printable(message)}{details}", *map(printable, trace.splitlines())]
         return "\n".join(lines)
 
 
@@ -109,7 +113,7 @@ def _is_secret(key: object) -> bool:
 
 
 def _masked(key: object, value: Any, known: Iterable[str]) -> Any:
-    """As JSON can have it, without secrets."""
+    """Return the value in a form that JSON can hold, with its secrets masked."""
     if _is_secret(key):
         return MASK
     if isinstance(value, Mapping):
@@ -123,7 +127,7 @@ def _masked(key: object, value: Any, known: Iterable[str]) -> Any:
 
 
 def _secrets(key: object, value: Any) -> Iterator[str]:
-    """The texts in a value that are secret: all of them if its key says so, else the passwords in URLs."""
+    """Yield the secret texts in a value: all of them if its key is secret, else the passwords in URLs."""
     if isinstance(value, Mapping):
         for inner, item in value.items():
             yield from _secrets(key if _is_secret(key) else inner, item)
@@ -134,7 +138,7 @@ def _secrets(key: object, value: Any) -> Iterator[str]:
         text = _text(value)
         if _is_secret(key):
             yield text
-            yield text.partition(":")[2]  # of user:password
+            yield text.partition(":")[2]  # the password in user:password
         yield from (found[:-1].partition(":")[2] for found in USER_IN_URL.findall(text))
 
 

@@ -1,20 +1,20 @@
-"""A `Snapshot` as a page for Prometheus. The names are an interface: dashboards and alert rules are written on them.
+"""A `Snapshot` as a page for Prometheus. The names must not change, because dashboards and alert rules use them.
 
-    edgekit_alerts_{consumed,published,filtered,dead_lettered,revoked}_total{topic,partition}
+    edgekit_alerts_{consumed,published,filtered,dead_lettered,revoked,expired}_total{topic,partition}
     edgekit_alerts_in_flight{topic,partition}      consumed = published + filtered + dead_lettered + revoked + in_flight
     edgekit_consumer_lag{topic,partition}          messages up to the end of the partition, as the broker tells it
     edgekit_stage_seconds{stage}                   histogram; the stages are `stats.STAGES`, the last from poll to end
     edgekit_batch_alerts                           histogram
     edgekit_queue_depth{queue}
     edgekit_classes_total{class}                   alerts by their most probable class
-    edgekit_dead_letters_total{reason}             with N for numbers; the first 32, what comes up later is `other`
+    edgekit_dead_letters_total{reason}             N replaces numbers; reasons after the first 32 count as `other`
     edgekit_model_info{model,digest}, edgekit_build_info{version}
     edgekit_ready, edgekit_paused                  0 or 1
     edgekit_uptime_seconds, edgekit_progress_age_seconds
     process_cpu_seconds_total, process_resident_memory_bytes, process_open_fds, ...
 
-Counters begin at 0 with the process. What labels can say is bounded: by the partitions, the classes of the models, and
-for reasons by `stats.MOST_REASONS`.
+Counters begin at 0 with the process. The number of label values is bounded: by the partitions, by the classes of the
+models, and for reasons by `stats.MOST_REASONS`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ COLUMNS = {
     "filtered": "Alerts that a filter rejected",
     "dead_lettered": "Alerts delivered to the dead-letter topic",
     "revoked": "Alerts in flight when their partition was revoked; their new owner consumes them again",
+    "expired": "Offsets that retention deleted before they were read; their alerts are lost",
 }
 GAUGES = {
     "ready": "1 once partitions are assigned and the model is loaded",
     "paused": "1 while back-pressure pauses consumption",
     "uptime_seconds": "Seconds since the start",
-    "progress_age_seconds": "Seconds since an alert's fate was last sealed or there was nothing to do",
+    "progress_age_seconds": "Seconds since an alert's outcome last became final, or since there was last nothing to do",
 }
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def page(snapshot: Snapshot) -> bytes:
-    """The page, in Prometheus' text format."""
+    """Return the page in Prometheus' text format."""
     try:
         from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
     except ModuleNotFoundError as error:
@@ -58,7 +59,7 @@ def page(snapshot: Snapshot) -> bytes:
 
 
 class _Reader:
-    """What prometheus_client calls a collector, of one snapshot."""
+    """A collector in the sense of prometheus_client, for one snapshot."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -79,14 +80,14 @@ class _Reader:
             yield _gauge(name, text, [], [((), float(value))])
 
 
-Samples = Iterable[tuple[tuple[str, ...], float]]  # label values and the number
+Samples = Iterable[tuple[tuple[str, ...], float]]  # the label values and the number of each sample
 
 
 def _partitions(now: Snapshot) -> Iterator[Metric]:
     labels = ["topic", "partition"]
     entries = {(topic, str(number)): entry for (topic, number), entry in sorted(now.ledger.entries.items())}
     for column, text in COLUMNS.items():
-        # What is revoked leaves the books, but it was consumed, and a counter must never fall.
+        # Revoked alerts leave the ledger, but they were consumed, and a counter must never fall.
         extra = {at: entry.revoked if column == "consumed" else 0 for at, entry in entries.items()}
         samples = ((at, float(getattr(entry, column) + extra[at])) for at, entry in entries.items())
         yield _counter(f"alerts_{column}", text, labels, samples)

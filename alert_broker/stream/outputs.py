@@ -1,8 +1,9 @@
-"""Rows of the result as messages: Avro in Confluent wire format with a schema of our own, or a line of JSON.
+"""Encode rows of the result as messages: Avro in Confluent wire format with a schema of our own, or a line of JSON.
 
-The Avro schema follows from the Arrow one: a field for each column, a union with null where the column may be null,
-which is everywhere in results. Names that Avro does not allow, `p_SLSN-I`, get underscores; the column's own name stays
-beside them as the attribute `column`. Rows are written by one compiled loop over Arrow's columns, as `avro.walk` reads.
+The Avro schema follows from the Arrow schema: each column is a field, which is a union with null if the column may be
+null, as all columns of results may. In names that Avro does not allow, such as `p_SLSN-I`, underscores replace the
+forbidden characters; the attribute `column` holds the column's own name. One compiled loop over Arrow's columns writes
+the rows, as `avro.walk` reads them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from edgekit.errors import EdgekitError, unknown
 Format = Literal["avro", "json"]
 FORMATS: tuple[Format, ...] = ("avro", "json")
 RECORD, NAMESPACE = "classification", "edgekit"
-# Arrow type to Avro's, and how the loop writes it: a zigzag number, 4 or 8 bytes as they are, a byte, sized bytes.
+# The Avro type for each Arrow type, and how the loop writes it: as a zigzag number, as 4 or 8 unchanged bytes, as one
+# byte, or as a size and its bytes.
 NUMBER, FOUR, EIGHT, BYTE, SIZED = range(5)
 TYPES: tuple[tuple[Callable[[pa.DataType], bool], str, int], ...] = (
     (pa.types.is_boolean, "boolean", BYTE),
@@ -42,7 +44,8 @@ TYPES: tuple[tuple[Callable[[pa.DataType], bool], str, int], ...] = (
     (pa.types.is_binary, "bytes", SIZED),
     (pa.types.is_large_binary, "bytes", SIZED),
 )
-MOST_BYTES = {NUMBER: 10, FOUR: 4, EIGHT: 8, BYTE: 1, SIZED: 10}  # without the content of what has a size
+# most bytes of a value; for a value with a size, most bytes of the size
+MAX_BYTES = {NUMBER: 10, FOUR: 4, EIGHT: 8, BYTE: 1, SIZED: 10}
 NEEDS_ESCAPE = r'["\\\x00-\x1f]'  # RFC 8259, section 7
 
 Bytes = npt.NDArray[np.uint8]
@@ -51,7 +54,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Registry(Protocol):
-    """Where schemas are known by number; see `registry.open_registry`."""
+    """A service that stores schemas by number; see `registry.open_registry`."""
 
     def schema(self, identifier: int) -> str: ...
 
@@ -59,7 +62,7 @@ class Registry(Protocol):
 
 
 class Encoder(Protocol):
-    """Rows to messages, one for each, in order; the rows have the schema that the encoder was made for."""
+    """Encodes rows as messages, one for each row, in order. The rows must have the encoder's schema."""
 
     schema: pa.Schema
 
@@ -69,9 +72,10 @@ class Encoder(Protocol):
 def encoder(
     format: Format, schema: pa.Schema, registry: Registry | None = None, subject: str = "edgekit-classification-value"
 ) -> Encoder:
-    """The encoder of a format; Avro's schema is registered under the subject, now.
+    """Return the encoder of a format. For Avro, this call registers the schema under the subject.
 
-    Without a registry the schema's id is its fingerprint (`fingerprint`), so that two schemas still have two ids.
+    Without a registry the schema's id is its fingerprint (`fingerprint`), so that two schemas have two ids in this case
+    as well.
     """
     if format == "json":
         return JsonEncoder(schema)
@@ -82,13 +86,14 @@ def encoder(
 
 
 def avro_name(column: str) -> str:
-    """The name of a column in Avro (specification 1.12, "Names"), and in filters."""
+    """Return the name of a column in Avro (specification 1.12, "Names"), which filters use as well."""
     name = re.sub(r"[^A-Za-z0-9_]", "_", column)
     return name if re.match(r"[A-Za-z_]", name) else f"_{name}"
 
 
 def avro_schema(schema: pa.Schema) -> str:
-    """The Avro schema of rows, as JSON; EdgekitError for a column of a type that has none, or names that collide."""
+    """Return the Avro schema of rows, as JSON. Raises EdgekitError if a column's type has no Avro type, or if two names
+    become equal."""
     fields = []
     taken: dict[str, str] = {}
     for item in schema:
@@ -107,19 +112,19 @@ def avro_schema(schema: pa.Schema) -> str:
 
 
 def fingerprint(schema: str) -> int:
-    """A positive 31-bit number that the text determines."""
+    """Return a positive 31-bit number that the text determines."""
     return int.from_bytes(hashlib.sha256(schema.encode()).digest()[:4], "big") >> 1
 
 
 class AvroEncoder:
-    """Confluent wire format: a zero byte, the schema's id, the datum."""
+    """Writes Confluent's wire format: a zero byte, the schema's id, and the datum."""
 
     def __init__(self, schema: pa.Schema, identifier: int) -> None:
         self.schema, self.identifier = schema, identifier
         self._header = np.frombuffer(WIRE_HEADER.pack(0, identifier), np.uint8)
         self._encodings = np.array([_type(item)[1] for item in schema], np.int64)
         self._optional = np.array([item.nullable for item in schema], np.uint8)
-        self._fixed = len(self._header) + sum(1 + MOST_BYTES[int(encoding)] for encoding in self._encodings)
+        self._fixed = len(self._header) + sum(1 + MAX_BYTES[int(encoding)] for encoding in self._encodings)
 
     def encode(self, rows: pa.RecordBatch) -> list[bytes]:
         _check(rows, self.schema)
@@ -158,42 +163,42 @@ class AvroEncoder:
 
 
 class JsonEncoder:
-    """An object with the columns' own names, UTF-8, without newlines. JSON has no NaN, no infinity and no bytes: the
-    former are null, and bytes are base64 (RFC 4648)."""
+    """Writes a JSON object with the columns' own names, in UTF-8, without newlines. JSON has no NaN, no infinity and no
+    bytes: numbers that are not finite become null, and bytes become base64 (RFC 4648)."""
 
     def __init__(self, schema: pa.Schema) -> None:
         for item in schema:
-            _type(item)  # raises for what outputs do not have
+            _type(item)  # raises if outputs have no such type
         self.schema = schema
         names = [json.dumps(item.name, ensure_ascii=False) for item in schema]
-        self._before = [f"{',' if k else '{'}{name}:" for k, name in enumerate(names)]
+        self._prefixes = [f"{',' if k else '{'}{name}:" for k, name in enumerate(names)]
 
     def encode(self, rows: pa.RecordBatch) -> list[bytes]:
         _check(rows, self.schema)
         parts: list[Any] = []
-        for before, column in zip(self._before, rows.columns, strict=True):
-            parts += [before, _json(column)]
+        for prefix, column in zip(self._prefixes, rows.columns, strict=True):
+            parts += [prefix, _json(column)]
         if not parts:
             return [b"{}"] * rows.num_rows
         return [text.encode() for text in pc.binary_join_element_wise(*parts, "}", "").to_pylist()]
 
 
 def _type(item: pa.Field) -> tuple[str, int]:
-    """The Avro type of a column and how it is written."""
+    """Return the Avro type of a column, and how the loop writes it."""
     for matches, name, encoding in TYPES:
         if matches(item.type):
             return name, encoding
     raise EdgekitError(
-        f"the column {item.name!r} is of type {item.type}; outputs have booleans, integers of up to 64 bits, floats, "
-        "strings and bytes"
+        f"the column {item.name!r} is of type {item.type}; outputs can hold booleans, integers of up to 64 bits, "
+        "floats, strings and bytes"
     )
 
 
 def _check(rows: pa.RecordBatch, schema: pa.Schema) -> None:
-    """Raise unless the rows are of the schema, and without null where it allows none."""
+    """Raise unless the rows have the schema, and have no null in a column that allows none."""
     if not rows.schema.equals(schema):
         raise EdgekitError(
-            f"rows with the columns {rows.schema.names} for an encoder of {schema.names}, or other types"
+            f"the rows have the columns {rows.schema.names}; expected {schema.names} with the encoder's types"
         )
     for item, column in zip(schema, rows.columns, strict=True):
         if column.null_count and not item.nullable:
@@ -201,7 +206,7 @@ def _check(rows: pa.RecordBatch, schema: pa.Schema) -> None:
 
 
 def _bits(column: pa.Array) -> Integers:
-    """(rows,) the values as 64 bits: numbers, or the bits of a float."""
+    """Return (rows,) the values as 64 bits: numbers, or the bits of a float."""
     dtype = column.type
     if pa.types.is_boolean(dtype):
         return np.asarray(pc.fill_null(column, False).to_numpy(zero_copy_only=False).astype(np.int64))
@@ -213,7 +218,8 @@ def _bits(column: pa.Array) -> Integers:
 
 
 def _content(column: pa.Array) -> tuple[Integers, Bytes]:
-    """(rows + 1,) where each string begins and ends in the bytes that follow, without what a slice leaves out."""
+    """Return (rows + 1,) the offset at which each string begins and ends, and the bytes of the strings, without the
+    bytes outside a slice."""
     large = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
     width = np.int64 if large else np.int32
     _, offsets, data = column.buffers()
@@ -225,7 +231,7 @@ def _content(column: pa.Array) -> tuple[Integers, Bytes]:
 
 
 def _json(column: pa.Array) -> pa.Array:
-    """(rows,) strings: the JSON of each value."""
+    """Return (rows,) the JSON of each value, as a string."""
     dtype = column.type
     if pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
         column = column.cast(pa.string())
@@ -249,7 +255,7 @@ def _compiled(function: Function) -> Function:
 
 @_compiled
 def _put_number(out: Bytes, at: int, value: int) -> int:
-    """A zigzag number of variable length; the byte after it."""
+    """Write a zigzag number of variable length. Return the byte after it."""
     rest = np.uint64(value << 1) ^ np.uint64(value >> 63)
     while rest > 0x7F:
         out[at] = np.uint8(rest & np.uint64(0x7F)) | 0x80
@@ -271,9 +277,10 @@ def _write(
     out: Bytes,
     ends: Integers,
 ) -> None:
-    """Write every row behind the other into `out`, which has room, and where each ends.
+    """Write all rows one after the other into `out`, which must be large enough, and the end of each row into `ends`.
 
-    cells: (columns, rows) values, or where a string begins in `text`; sizes: of the strings; valid: 0 for null.
+    cells: (columns, rows) values, or the offset in `text` at which a string begins; sizes: of the strings; valid: 0 for
+    null.
     """
     at = 0
     for row in range(len(ends)):
@@ -282,7 +289,7 @@ def _write(
         at += len(header)
         for column in range(len(encodings)):
             if optional[column]:
-                out[at] = 2 * valid[column, row]  # the branch: null is 0, the value is 1
+                out[at] = 2 * valid[column, row]  # the branch of the union: null is 0, the value is 1
                 at += 1
                 if not valid[column, row]:
                     continue

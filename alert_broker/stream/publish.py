@@ -3,6 +3,10 @@
 At least once: offsets are committed after the broker has acknowledged the whole batch, and the next batch is sent after
 that; a crash repeats one batch at most. Exactly once: results and offsets are one transaction; whoever reads only
 committed messages sees a batch once or not at all, and an earlier process of this member is fenced off.
+
+A broker can also refuse a producer that nobody has replaced: librdkafka's epoch may be old after the broker was killed.
+The group tells the two apart. While the partitions are ours, a new producer takes the place of the old one, at most
+`RENEWALS` times in `RENEWAL_SECONDS`; it sends the batch again only if the group has no offset of it.
 """
 
 from __future__ import annotations
@@ -10,21 +14,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from alert_broker.stream.clients import REBALANCED, note_error, producer_settings, refusal_of
+from alert_broker.stream.clients import REBALANCED, note_error, producer_settings, reason_of, refusal_of
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.source import LostError, Source
+from alert_broker.stream.watchdog import WATCHDOG
 from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 ATTEMPTS = 5  # at a transaction that the broker asks to have aborted
 FLUSH_SECONDS = 0.2  # between looks whether the consumer stops, while the broker acknowledges
+RENEWALS, RENEWAL_SECONDS = 3, 600.0  # two members with one transactional id fence each other off without end
+CALL_SECONDS = 30.0  # that a call may take which names no limit of its own
 # Errors of one message, not of the broker: sending the message again would fail again
 UNSENDABLE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD}
 
@@ -112,7 +120,8 @@ class Sender:
         times loses what it raised: a SystemError is left.
         """
         try:
-            return call(seconds)
+            with WATCHDOG.limit(call.__name__, seconds):
+                return call(seconds)
         except (KafkaException, SystemError) as error:
             cause = error if isinstance(error, KafkaException) else error.__cause__
             known = cause.args[0] if isinstance(cause, KafkaException) else KafkaError(KafkaError._FATAL)
@@ -160,46 +169,29 @@ class ExactlyOnce:
                 "exactly-once needs a name of this member that outlives it, so that a new one fences the old one off; "
                 "set publish.transactional_id or source.instance, another one for each member"
             )
-        self._source, self._seconds = source, config.publish.seconds
-        settings = producer_settings(config)
-        del settings["delivery.timeout.ms"]  # the transaction's time is the limit
-        settings |= {"transactional.id": name, "transaction.timeout.ms": int(config.publish.seconds * 1000)}
-        self._sender = Sender(settings, config.publish.seconds, budget)
-        self._guard(self._sender.producer.init_transactions, self._seconds)
+        self._source, self._seconds, self._budget = source, config.publish.seconds, budget
+        self._settings = producer_settings(config)
+        del self._settings["delivery.timeout.ms"]  # the transaction's time is the limit
+        self._settings |= {"transactional.id": name, "transaction.timeout.ms": int(config.publish.seconds * 1000)}
+        self._renewals: deque[float] = deque(maxlen=RENEWALS)  # monotonic seconds
+        try:
+            self._open()
+        except FencedError as error:
+            raise fenced(str(error)) from None
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
-        producer = self._sender.producer
-        positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
+        batch = list(messages)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                self._guard(producer.begin_transaction)
-                while refused := self._sender.send(messages):
-                    self._guard(producer.abort_transaction, self._seconds)
-                    gone = {id(message) for message, _ in refused}
-                    messages = [*(item for item in messages if id(item) not in gone), *instead(refused)]
-                    self._guard(producer.begin_transaction)
-                if positions:
-                    member = self._source.group_metadata()
-                    since = time.monotonic()
-                    self._guard(producer.send_offsets_to_transaction, positions, member, self._seconds)
-                    if time.monotonic() - since > self._source.session_seconds:
-                        # a broker should refuse the offsets of a member that is out of its group; not every one does
-                        raise AbortedError("this process was suspended for longer than its session")
-                self._guard(producer.commit_transaction, self._seconds)
+                self._transaction(batch, offsets, instead)
                 return
-            except LostError:
-                self._guard(producer.abort_transaction, self._seconds)
-                raise
-            except CancelledError:
-                with contextlib.suppress(KafkaException):  # else the next process of this member aborts it
-                    producer.abort_transaction(FLUSH_SECONDS)
-                raise
-            except (AbortedError, NotSentError) as error:
-                if isinstance(error, NotSentError) and error.fatal:
-                    raise fenced(error.text) from None
-                LOG.warning("a transaction was aborted (%d of %d): %s", attempt, ATTEMPTS, error)
-                self._guard(producer.abort_transaction, self._seconds)
-                last = error
+            except FencedError as error:
+                last = str(error)
+                if self._renew(last, offsets):
+                    return
+            except AbortedError as error:
+                last = str(error)
+                LOG.warning("a transaction was aborted (%d of %d): %s", attempt, ATTEMPTS, last)
                 time.sleep(0.1 * attempt)
         raise EdgekitError(
             f"the transaction was aborted {ATTEMPTS} times: {last}; nothing of it is visible; start again"
@@ -208,17 +200,81 @@ class ExactlyOnce:
     def close(self) -> None:
         pass  # no transaction is open between batches
 
+    def _open(self) -> None:
+        self._sender = Sender(self._settings, self._seconds, self._budget)
+        self._guard(self._sender.producer.init_transactions, self._seconds)
+
+    def _transaction(self, batch: list[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
+        """Send and commit; if that fails, abort and raise AbortedError, LostError or FencedError. Messages that no
+        broker takes are replaced in `batch`."""
+        producer = self._sender.producer
+        try:
+            self._send(batch, offsets, instead)
+        except LostError:
+            self._guard(producer.abort_transaction, self._seconds)
+            raise
+        except CancelledError:
+            with contextlib.suppress(KafkaException), WATCHDOG.limit("abort_transaction", FLUSH_SECONDS):
+                producer.abort_transaction(FLUSH_SECONDS)  # if it fails, the next process of this member aborts it
+            raise
+        except (AbortedError, NotSentError) as error:
+            if isinstance(error, NotSentError) and error.fatal:
+                raise FencedError(error.text) from None
+            self._guard(producer.abort_transaction, self._seconds)
+            raise AbortedError(str(error)) from None
+
+    def _send(self, batch: list[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
+        producer = self._sender.producer
+        self._guard(producer.begin_transaction)
+        while refused := self._sender.send(batch):
+            self._guard(producer.abort_transaction, self._seconds)
+            gone = {id(message) for message, _ in refused}
+            batch[:] = [*(item for item in batch if id(item) not in gone), *instead(refused)]
+            self._guard(producer.begin_transaction)
+        positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
+        if positions:
+            metadata = self._source.group_metadata()
+            since = time.monotonic()
+            self._guard(producer.send_offsets_to_transaction, positions, metadata, self._seconds)
+            if time.monotonic() - since > self._source.session_seconds:
+                # a broker should refuse the offsets of a member that is out of its group, but not every broker does
+                raise AbortedError("this process was suspended for longer than its session")
+        self._guard(producer.commit_transaction, self._seconds)
+
+    def _renew(self, reason: str, offsets: Mapping[Partition, int]) -> bool:
+        """Replace the producer; return whether the transaction of the old one was committed nevertheless."""
+        self._source.group_metadata()  # LostError if our partitions are another's
+        now = time.monotonic()
+        if len(self._renewals) == RENEWALS and now - self._renewals[0] < RENEWAL_SECONDS:
+            raise fenced(reason)
+        self._renewals.append(now)
+        LOG.warning("the broker refuses our producer (%s), but our partitions are ours: we make a new one", reason)
+        with WATCHDOG.limit("purge", CALL_SECONDS):
+            self._sender.producer.purge()
+        try:
+            self._open()  # this also ends the transaction of the old one
+        except FencedError as error:
+            raise fenced(str(error)) from None
+        try:
+            committed = self._source.committed(list(offsets))
+        except KafkaException as error:
+            raise EdgekitError(
+                f"the group's offsets cannot be read: {reason_of(error)}; start again to continue"
+            ) from None
+        return bool(offsets) and all(committed[where] >= offset for where, offset in offsets.items())
+
     def _guard(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Call the function, again if the broker says that a retry may work."""
         deadline = time.monotonic() + self._seconds
         while True:
             try:
-                call(*arguments)
+                with WATCHDOG.limit(call.__name__, self._seconds if arguments else CALL_SECONDS):
+                    call(*arguments)
                 return
             except KafkaException as exception:
                 error = exception.args[0]
                 if error.fatal() or error.code() in FENCED:
-                    raise fenced(error.str()) from None
+                    raise FencedError(error.str()) from None
                 if error.txn_requires_abort() or error.code() in REBALANCED:
                     raise AbortedError(error.str()) from None
                 if not error.retriable() or time.monotonic() > deadline:
@@ -237,6 +293,10 @@ class NotSentError(Exception):
 
 class AbortedError(Exception):
     """The transaction must be aborted and may be tried again."""
+
+
+class FencedError(Exception):
+    """The broker refuses this producer: another one has its transactional id, or its epoch is old."""
 
 
 def fenced(reason: str) -> EdgekitError:

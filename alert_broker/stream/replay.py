@@ -1,7 +1,7 @@
-"""Packets from files to a topic, one to a message, at a rate or as fast as the broker takes them.
+"""Send packets from files to a topic, one per message, at a given rate or as fast as the broker accepts them.
 
-What a file holds is sent as it is, damaged or not. A container of many packets is taken apart into containers of one,
-and Parquet into what `tables` makes of it.
+The content of a file is sent unchanged, whether it is damaged or not. A container of many packets is split into
+containers of one packet, and Parquet into the packets that `tables` makes of it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from alert_broker.stream.config import Secret
 from alert_broker.stream.tables import container, table_packets
 from edgekit.errors import EdgekitError
 
-TICK = 0.002  # seconds; messages that are due are sent together
+TICK = 0.002  # seconds; messages that are due within a tick are sent together
 FLUSH_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What was sent. late: the longest that a message was behind its time, in seconds, at a given rate."""
+    """The counts of a replay. late: the longest delay of a message behind the given rate, in seconds."""
 
     messages: int
     bytes: int
@@ -41,7 +41,8 @@ class Sent:
 
 
 def packets(paths: Iterable[str | Path], column: str = "") -> Iterator[bytes]:
-    """The packets in files, folders and tar archives, in order; column: of Parquet, where they are."""
+    """Yield the packets in files, folders and tar archives, in order. column: the column of Parquet files that holds
+    packets."""
     for path in find_files(paths):
         if tarfile.is_tarfile(path):
             with tarfile.open(path) as archive:
@@ -61,8 +62,8 @@ def is_parquet(path: Path) -> bool:
 
 
 def single_packets(data: bytes, name: str, column: str = "") -> Iterator[bytes]:
-    """The packets of a file as messages of one each; an Avro file with anything wrong in it is one message, as it
-    is."""
+    """Yield the packets of a file, one per message. If anything in an Avro file is wrong, the file is sent unchanged as
+    one message."""
     if data[:4] == PARQUET_MAGIC:
         yield from table_packets(pa.BufferReader(data), name, column)
         return
@@ -96,7 +97,7 @@ def single_packets(data: bytes, name: str, column: str = "") -> Iterator[bytes]:
 
 
 def simulated(alerts: Iterable[SimulatedAlert]) -> Iterator[bytes]:
-    """Simulated alerts as the survey sends them."""
+    """Yield simulated alerts as the survey sends them."""
     for alert in alerts:
         yield simulated_packets.message(alert.survey, alert.packet)
 
@@ -110,8 +111,9 @@ def send(
     progress: Callable[[int, int], None] = lambda count, size: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Sent:
-    """Send messages, so many a second, or as fast as the broker takes them if the rate is 0. EdgekitError if one was
-    not taken. With `stop`, what was begun is finished."""
+    """Send messages at this many per second, or as fast as the broker accepts them if the rate is 0. Raises
+    EdgekitError if the broker did not accept one. When `stop` returns true, the messages that were begun are
+    finished."""
     failed: list[str] = []
 
     def report(error: KafkaError | None, _: Message) -> None:
@@ -148,11 +150,11 @@ def send(
         progress(count, size)
     left = producer.flush(FLUSH_SECONDS)
     if failed or left:
-        raise EdgekitError(f"{topic}: {failed[0] if failed else f'{left} messages were not acknowledged'}")
+        raise EdgekitError(f"{topic}: {failed[0] if failed else f'the broker did not acknowledge {left} messages'}")
     return Sent(count, size, time.monotonic() - started, late)
 
 
 def _null_codec(header: bytes) -> bytes:
-    """The header for blocks that are not compressed."""
+    """Return the container header for blocks that are not compressed."""
     key = b"\x14avro.codec"
     return header.replace(key + b"\x0edeflate", key + b"\x08null")

@@ -32,8 +32,8 @@ from edgekit.errors import EdgekitError, unknown
 
 COLUMNS = (pa.field("fresh", pa.bool_()), pa.field("reused_from", pa.int64()))
 TEXTS = ("status", "best_class")
-CONSTANT = ("model", "bundle")  # of a classifier
-CAPACITY = 200_000  # objects, some 400 bytes each: about as many as raise alerts in one night
+CONSTANT = ("model", "bundle")  # columns that are the same for all rows of a classifier
+CAPACITY = 200_000  # objects, some 400 bytes each: about as many as have alerts in one night
 Same = Literal["detections", "points"]
 
 
@@ -50,7 +50,7 @@ def with_reuse(schema: pa.Schema) -> pa.Schema:
 
 
 class Stage(Protocol):
-    """The part of `Classifier` that is used here."""
+    """The part of `Classifier` that this module uses."""
 
     features: LightCurveFeatures
     schema: pa.Schema
@@ -70,8 +70,8 @@ class _Entry:
 
 
 class Reuse:
-    """Used instead of a classifier: it gives a row with two more columns for every alert of the batch, in order. It is
-    not safe to use from several threads.
+    """Replaces a classifier: it returns a row with two more columns for every alert of the batch, in order. It is not
+    safe to use from several threads.
 
     The result depends on the order of the alerts, and not on how they are cut into batches.
     """
@@ -110,11 +110,12 @@ class Reuse:
         except BaseException:
             self._entries.clear()  # entries that wait for results of the failed batch
             raise
-        fresh |= np.array([entry.texts[0] != CLASSIFIED for entry in sources], np.bool_)  # a reason is not a class
+        # the text is a reason and not a class
+        fresh |= np.array([entry.texts[0] != CLASSIFIED for entry in sources], np.bool_)
         return self._complete(rows, fresh, np.array([entry.alert_id for entry in sources], np.int64))
 
     def _keys(self, batch: AlertBatch) -> list[bytes] | None:
-        """(alerts,) digests of the points that are compared; None if the model cannot classify this survey."""
+        """Return (alerts,) digests of the points that are compared; None if the model cannot classify this survey."""
         if any(band not in batch.survey.bands for band in self.classifier.features.seen):
             return None
         chosen = for_survey(self.classifier.features, batch.survey).select(batch.curves)
@@ -126,7 +127,7 @@ class Reuse:
         return [hashlib.blake2b(data[start:end], digest_size=16).digest() for start, end in pairwise(ends)]
 
     def _assign(self, batch: AlertBatch, keys: list[bytes]) -> tuple[list[int], list[_Entry]]:
-        """The indices of the alerts to classify, and for each alert the entry that holds its classification."""
+        """Return the indices of the alerts to classify, and for each alert the entry that holds its classification."""
         entries, survey = self._entries, batch.survey.name
         indices: list[int] = []
         sources: list[_Entry] = []
@@ -152,7 +153,7 @@ class Reuse:
         self._constant = {name: rows[name][0].as_py() for name in CONSTANT}
 
     def _rows(self, batch: AlertBatch, sources: list[_Entry]) -> pa.RecordBatch:
-        """Rows with what is known of each alert anyway, and its entry's classification."""
+        """Return rows with the columns of each alert and its entry's classification."""
         count = len(sources)
         numbers = np.frombuffer(b"".join(entry.numbers for entry in sources), np.float32).reshape(count, -1)
         columns = {name: pa.array(numbers[:, k], from_pandas=True) for k, name in enumerate(self._numbers)}

@@ -1,6 +1,8 @@
-"""Which topics an alert goes to, and as what: routes with a filter, a format and what is attached of the packet.
+"""Decide to which topics an alert goes, and in which form: a route has a filter, a format, and the parts of the packet
+that it attaches.
 
-An alert goes to every route whose filter takes it. What none takes goes to the default route, or is filtered.
+An alert goes to every route whose filter accepts it. If no filter accepts it, it goes to the default route; if there is
+none, it counts as filtered.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from edgekit.errors import EdgekitError, unknown
 Attachment = Literal["nothing", "cutouts", "packet"]
 ATTACHED: dict[str, tuple[str, ...]] = {"nothing": (), "cutouts": CUTOUTS, "packet": ("packet",)}
 TOPIC_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-LONGEST_TOPIC = 249  # characters, as Kafka has it
+MAX_TOPIC = 249  # characters; Kafka's limit
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """where: a filter (see `filters`), "" for everything. attach: the packet's images, or all of it as it came, in
-    columns of bytes, which are base64 in JSON."""
+    """One output topic. where: a filter (see `filters`), "" for all alerts. attach: adds the packet's images, or the
+    whole unchanged packet, as columns of bytes, which are base64 in JSON."""
 
     topic: str
     where: str = ""
@@ -35,10 +37,10 @@ class Route:
     attach: Attachment = "nothing"
 
     def __post_init__(self) -> None:
-        if not self.topic or len(self.topic) > LONGEST_TOPIC or not TOPIC_CHARACTERS.issuperset(self.topic):
+        if not self.topic or len(self.topic) > MAX_TOPIC or not TOPIC_CHARACTERS.issuperset(self.topic):
             raise EdgekitError(
-                f"a route's topic is {self.topic!r}; expected 1 to {LONGEST_TOPIC} letters, digits, dots, underscores "
-                "and hyphens"
+                f"the topic of a route is {self.topic!r}; expected 1 to {MAX_TOPIC} letters, digits, dots, "
+                "underscores and hyphens"
             )
         if self.attach not in ATTACHED:
             raise unknown("attachment", self.attach, ATTACHED, where=f"the route to {self.topic}")
@@ -46,7 +48,8 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """For one topic. row: the alert's, among those routed; key: its object, whose alerts thus stay in order."""
+    """One message to a topic. row: the index of the alert's row among the routed rows; key: the alert's object, so that
+    the alerts of an object stay in order."""
 
     row: int
     topic: str
@@ -56,14 +59,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Messages of a batch, and the rows that gave none: every row is in one of the two."""
+    """The messages of a batch, and the rows that gave no message: every row is in one of the two."""
 
     messages: list[Message]
     filtered: npt.NDArray[np.int64]
 
 
 class Router:
-    """Rows of one schema to messages. schema: as `reuse.output_schema` has it; subjects are TOPIC-value."""
+    """Turns rows of one schema into messages. schema: that of `reuse.output_schema`; subjects in the registry are
+    TOPIC-value."""
 
     def __init__(
         self,
@@ -75,12 +79,15 @@ class Router:
     ) -> None:
         chosen = [*routes, *([default] if default else [])]
         if not chosen:
-            raise EdgekitError("there is no route; give one, or a default route for everything")
+            raise EdgekitError("there is no route; give a route, or a default route for all alerts")
         for topic in (topics := [route.topic for route in chosen]):
             if topics.count(topic) > 1:
                 raise EdgekitError(f"two routes go to {topic!r}; join their filters with `or`")
         if default and default.where:
-            raise EdgekitError(f"the default route, to {default.topic}, has a filter; it takes what no other takes")
+            raise EdgekitError(
+                f"the default route, to {default.topic}, has a filter; remove it, because this route "
+                "gets the alerts that no other route accepts"
+            )
         self.routes, self.default, self.schema = tuple(routes), default, schema
         self.filters = {route: filters.compile(route.where, schema) for route in routes if route.where}
         self._registry = registry
@@ -92,8 +99,8 @@ class Router:
         packets: Sequence[bytes | memoryview] | None = None,
         schema_text: Callable[[int], str] | None = None,
     ) -> Routed:
-        """The messages of these rows. packets: (rows,) the message that each came in, for what is attached;
-        schema_text: for their schemas, as `containers.split` has it."""
+        """Return the messages of these rows. packets: (rows,) the message in which each alert came, for attachments;
+        schema_text: returns the schemas of these messages, as in `containers.split`."""
         keys = [(text or "").encode() for text in rows["object_id"].to_pylist()]
         taken = np.zeros(rows.num_rows, np.bool_)
         messages: list[Message] = []
@@ -110,7 +117,7 @@ class Router:
         return Routed(messages, rest[:0])
 
     def warm_up(self) -> None:
-        """Have what encodes compiled, so that the first alert need not wait for it."""
+        """Compile the encoders, so that the first alert need not wait for it."""
         for item in self._encoders.values():
             item.encode(pa.RecordBatch.from_pylist([{}], item.schema))
 
@@ -135,12 +142,12 @@ class Router:
         arrays = list(chosen.columns)
         if route.attach != "nothing":
             if packets is None:
-                raise EdgekitError(f"the route to {route.topic} attaches {route.attach}, but there are no packets")
-            of_these = [packets[index] for index in indices.tolist()]
+                raise EdgekitError(f"the route to {route.topic} attaches {route.attach}, but it was given no packets")
+            chosen_packets = [packets[index] for index in indices.tolist()]
             if route.attach == "packet":
-                arrays.append(pa.array([bytes(packet) for packet in of_these], pa.large_binary()))
+                arrays.append(pa.array([bytes(packet) for packet in chosen_packets], pa.large_binary()))
             else:
-                arrays += cutouts(of_these, schema_text)
+                arrays += cutouts(chosen_packets, schema_text)
         encode = self._encoders[route]
         values = encode.encode(pa.RecordBatch.from_arrays(arrays, schema=encode.schema))
         return [

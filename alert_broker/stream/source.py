@@ -1,7 +1,12 @@
 """Batches of messages from Kafka, and whose they are: a partition can be taken away while its alerts are in flight.
 
-Each assignment of a partition has a number, its epoch. A batch remembers under which epoch its messages were read; what
-was read under one that has ended is neither published nor committed by us: the next owner reads it again.
+Each assignment of a partition has a number, its generation. A batch remembers the generation under which its messages
+were read; what was read under one that has ended is neither published nor committed by us: the next owner reads it
+again.
+
+librdkafka never chooses a position by itself (`auto.offset.reset` is "error"): it tells us that it has none, or that
+the one that it has is outside the log. So what retention deleted before it was read is counted exactly. The gaps that
+compaction and the markers of transactions leave are no losses and do not count.
 """
 
 from __future__ import annotations
@@ -19,13 +24,23 @@ import numpy as np
 import numpy.typing as npt
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from alert_broker.stream.clients import HOPELESS, REBALANCED, consumer_settings, names, open_consumer, partitions_of
+from alert_broker.stream.clients import (
+    ADMIN_SECONDS,
+    HOPELESS,
+    REBALANCED,
+    consumer_settings,
+    names,
+    open_consumer,
+    partitions_of,
+    reason_of,
+)
 from alert_broker.stream.config import Config
 from alert_broker.stream.lag import Lag
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.start import reset_group
 from alert_broker.stream.stats import Stats
 from alert_broker.stream.unreadable import UnreadableBatches
+from alert_broker.stream.watchdog import WATCHDOG
 from alert_broker.work_budget import CancelledError
 from edgekit.errors import EdgekitError
 
@@ -33,6 +48,10 @@ LOG = logging.getLogger("edgekit.stream")
 DRAIN_STEP = 0.005
 POLL_SECONDS = 0.02  # between looks at what the publishing thread asks for
 USUAL_BYTES = 65_536  # of a message, before one has been seen
+CALL_SECONDS = 60.0  # that a call may take which names no limit of its own
+COMMIT_SECONDS = 120.0  # librdkafka waits for the coordinator (a session) and for its answer (a minute)
+COMMITTED_RETRY = 0.1  # seconds between attempts to learn what the group has committed
+OFFSET_SECONDS = 3.0  # to wait for an answer about offsets of one partition, in the thread that polls
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +116,7 @@ class Source:
         self._at_end: set[Partition] = set()
         self._paused = self._closing = self._losing = False
         self._next: dict[Partition, int] = {}
+        self._without_position: dict[Partition, int | None] = {}  # with the offset that is not in their log
         self._largest = USUAL_BYTES  # bytes of a message, so far
         # keeps what is in flight moving; False if it has stopped
         self.while_draining: Callable[[], bool] = lambda: True
@@ -132,11 +152,13 @@ class Source:
         room = self.config.batch.bytes
         deadline = time.monotonic() + seconds
         before = dict(self._generations)
+        self._choose_positions()
         while True:
             self.serve()
             slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             number = min(size - len(messages), max(1, room // self._largest))
-            found = self._unreadable.take(self.consumer.consume(number, slice_seconds), self._next)
+            with WATCHDOG.limit("consume", CALL_SECONDS):
+                found = self._unreadable.take(self.consumer.consume(number, slice_seconds), self._next)
             sizes = [len(message) for message in found]
             self._largest, room = max(self._largest, *sizes, 0), room - sum(sizes)
             if self._generations != before:
@@ -161,6 +183,7 @@ class Source:
             offset.append(number)
             good.append(message)
             self._at_end.discard(where)
+            self._next[where] = number + 1
         if not good:
             self._look_at_lag()
             return None
@@ -172,6 +195,7 @@ class Source:
         chosen: list[Any] = [skipped.popleft() for _ in range(min(size, len(skipped)))]
         index: dict[Partition, int] = {}
         partition = [index.setdefault(item.where, len(index)) for item in chosen]
+        self._next |= {item.where: item.at + 1 for item in chosen}
         return self._batch(chosen, index, partition, [item.at for item in chosen])
 
     def _batch(
@@ -188,18 +212,16 @@ class Source:
         )
         for where, number in batch.counts(np.ones(len(batch), np.bool_)).items():
             self.stats.ledger.add(where, consumed=number)
-        for where, position in next_offsets(batch, np.ones(len(batch), np.bool_)).items():
-            self._move(where, position)
         self._look_at_lag()
         return batch
 
     def _counts(self, message: Message, before: Mapping[Partition, int]) -> bool:
-        """Whether a message, or the end of a partition, is of one that has been ours all the time since; an error is
+        """Whether a message, or an event of a partition, is of one that has been ours all the time since; an error is
         heard in any case."""
         error = message.error()
-        if error is not None and error.code() != KafkaError._PARTITION_EOF:
+        if error is not None and error.code() not in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET):
             return True
-        where, _ = position_of(message)
+        where = partition_of(message)
         return where in before and before[where] == self._generations.get(where)
 
     @property
@@ -217,8 +239,9 @@ class Source:
     def pause(self, paused: bool) -> None:
         """Stop fetching, or resume. `poll` must still be called, so that this member stays in the group."""
         if paused != self._paused:
-            assigned = self.consumer.assignment()
-            (self.consumer.pause if paused else self.consumer.resume)(assigned)
+            with WATCHDOG.limit("pause", CALL_SECONDS):
+                assigned = self.consumer.assignment()
+                (self.consumer.pause if paused else self.consumer.resume)(assigned)
             self._paused = self.stats.paused = paused
 
     def serve(self) -> None:
@@ -233,7 +256,8 @@ class Source:
     def close(self) -> None:
         """Leave the group. Batches that are still in flight are never published."""
         self._closing = True
-        self.consumer.close()
+        with WATCHDOG.limit("close", CALL_SECONDS):
+            self.consumer.close()
 
     # --- the thread that publishes
 
@@ -250,7 +274,7 @@ class Source:
         the new owner reads again what was published since the last commit."""
         positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
         try:
-            results = self._ask(lambda: self.consumer.commit(offsets=positions, asynchronous=False))
+            results = self._ask(lambda: self._commit(positions))
             errors = [item.error for item in results or () if item.error is not None]
         except KafkaException as error:
             errors = [error.args[0]]
@@ -262,6 +286,33 @@ class Source:
                     f"offsets cannot be committed: {fault.str()}; what was published since the last commit will be "
                     "published again after a restart"
                 )
+
+    def _commit(self, positions: list[TopicPartition]) -> list[TopicPartition] | None:
+        with WATCHDOG.limit("commit", COMMIT_SECONDS):
+            return self.consumer.commit(offsets=positions, asynchronous=False)
+
+    def committed(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """What the group has committed; -1001 for nothing. No transaction is open on it. KafkaException if the broker
+        does not answer."""
+        found: dict[Partition, int] = self._ask(lambda: self._committed(partitions, ADMIN_SECONDS))
+        return found
+
+    def _committed(self, partitions: Sequence[Partition], seconds: float) -> dict[Partition, int]:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self._committed_once(partitions, max(0.1, deadline - time.monotonic()))
+            except KafkaException as error:  # such as a coordinator that has just been started
+                if error.args[0].code() in HOPELESS or time.monotonic() > deadline:
+                    raise
+                time.sleep(COMMITTED_RETRY)
+
+    def _committed_once(self, partitions: Sequence[Partition], seconds: float) -> dict[Partition, int]:
+        with WATCHDOG.limit("committed", seconds):
+            found = self.consumer.committed([TopicPartition(*where) for where in partitions], timeout=seconds)
+        if errors := [item.error for item in found if item.error is not None]:
+            raise KafkaException(errors[0])
+        return {(item.topic, item.partition): item.offset for item in found}
 
     def group_metadata(self) -> Any:
         """What a transaction needs to commit our offsets. LostError if this member is out of the group: brokers accept
@@ -304,14 +355,29 @@ class Source:
             self._generations[item.topic, item.partition] = self._generation
             self._at_end.discard((item.topic, item.partition))
             self._lag.forget((item.topic, item.partition))
+        self._note_committed([(item.topic, item.partition) for item in partitions])
         LOG.info("assigned %s", names(partitions))
         self.stats.ready = True
         consumer.incremental_assign(partitions)
         # librdkafka remembers what was paused when a partition left, and would never fetch it again
         (consumer.pause if self._paused else consumer.resume)(partitions)
 
+    def _note_committed(self, partitions: Sequence[Partition]) -> None:
+        """Learn where reading will begin, for the lag of partitions that are not read yet."""
+        try:
+            found = self._committed(partitions, OFFSET_SECONDS)
+        except KafkaException as error:
+            LOG.warning("%d partitions have no lag until they are read: %s", len(partitions), reason_of(error))
+            return
+        self._next |= {where: offset for where, offset in found.items() if offset >= 0}
+
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Let batches in flight be published and committed; after `drain_seconds`, take them off the ledger."""
+        with WATCHDOG.limit("on_revoke", math.inf):
+            self._drain(partitions)
+            self._give_up(partitions)
+
+    def _drain(self, partitions: list[TopicPartition]) -> None:
         ours = [(item.topic, item.partition) for item in partitions]
         deadline = time.monotonic() + (0.0 if self._closing else self.config.source.drain_seconds)
         entries = self.stats.ledger.entries
@@ -320,13 +386,13 @@ class Source:
             if not self.while_draining():
                 break
             time.sleep(DRAIN_STEP)
-        self._give_up(partitions)
 
     def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         LOG.warning("lost %s: others own them already", names(partitions))
         self._losing = True
         try:
-            self._give_up(partitions)
+            with WATCHDOG.limit("on_lost", math.inf):
+                self._give_up(partitions)
         finally:
             self._losing = False
 
@@ -341,6 +407,7 @@ class Source:
                 self.stats.lag.pop(where, None)
                 self._next.pop(where, None)
                 self._unreadable.forget(where)
+                self._without_position.pop(where, None)
                 self._lag.forget(where)
                 if number := self.stats.ledger.revoke(where):
                     LOG.warning("%d alerts of %s[%d] were in flight and go to its next owner", number, *where)
@@ -354,28 +421,69 @@ class Source:
             where, position = position_of(message)
             if where in self._generations:
                 self._at_end.add(where)
-                self._move(where, position)  # behind the marks of transactions, too, which are no messages
+                self._next[where] = position  # behind the markers of transactions, too, which are no messages
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:
+            where = partition_of(message)
+            if where in self._generations:
+                self._without_position[where] = message.offset()
+                self._choose_positions()
         elif error.code() in HOPELESS or error.fatal():
             topic = f" ({message.topic()})" if message.topic() else ""
             raise EdgekitError(f"the broker refuses to be read: {error.str()}{topic}")
         else:
             LOG.warning("%s", error.str())
 
-    def _move(self, where: Partition, offset: int) -> None:
-        """The position goes forward; an end may be told after messages that are looked at later."""
-        self._next[where] = max(self._next.get(where, 0), offset)
+    def _choose_positions(self) -> None:
+        """Start to read the partitions that have no position, or none within their log."""
+        for where, position in list(self._without_position.items()):
+            try:
+                with WATCHDOG.limit("get_watermark_offsets", OFFSET_SECONDS):
+                    begin, end = self.consumer.get_watermark_offsets(TopicPartition(*where), timeout=OFFSET_SECONDS)
+            except KafkaException as error:
+                LOG.warning("%s[%d] is not read yet, as its log is unknown: %s", *where, reason_of(error))
+                continue  # until the next poll
+            del self._without_position[where]
+            start = end if position is None and self.config.source.start_at == "latest" else begin
+            if position is not None and position < begin:
+                self._count_expired(where, position, begin)
+            elif position is not None:  # the log is shorter than it was
+                text = "%s[%d] has no offset %d, as its log goes from %d to %d; reading begins at the first"
+                LOG.error(text, *where, position, begin, end)
+            self._next[where] = start
+            self._at_end.discard(where)
+            partition = TopicPartition(*where, start)
+            self.consumer.incremental_unassign([partition])
+            self.consumer.incremental_assign([partition])
+            if self._paused:
+                self.consumer.pause([partition])
+
+    def _count_expired(self, where: Partition, position: int, begin: int) -> None:
+        """Retention deleted what is between the position and the beginning of the log."""
+        self.stats.ledger.add(where, expired=begin - position)
+        text = (
+            f"retention deleted {begin - position} offsets of {where[0]}[{where[1]}] before they were read: from "
+            f"{position} to {begin - 1}; add members or raise the topic's retention.ms and retention.bytes"
+        )
+        if self.config.source.on_gap == "stop":
+            raise EdgekitError(f"{text}; to go on at offset {begin}, set source.on_gap to go-on")
+        LOG.error("%s", text)
 
     def _look_at_lag(self) -> None:
         self.stats.lag = self._lag.look(self._generations, self._next)
 
 
-def position_of(message: Message) -> tuple[Partition, int]:
-    """The partition and the offset of a message that was read."""
-    topic, partition, offset = message.topic(), message.partition(), message.offset()
+def partition_of(message: Message) -> Partition:
+    topic, partition = message.topic(), message.partition()
     assert topic is not None
     assert partition is not None
+    return topic, partition
+
+
+def position_of(message: Message) -> tuple[Partition, int]:
+    """The partition and the offset of a message that was read."""
+    offset = message.offset()
     assert offset is not None
-    return (topic, partition), offset
+    return partition_of(message), offset
 
 
 def next_offsets(batch: MessageBatch, chosen: npt.NDArray[np.bool_]) -> dict[Partition, int]:

@@ -13,7 +13,7 @@ from edgekit.errors import EdgekitError
 
 
 def reset_group(config: Config, settings: dict[str, Secret]) -> None:
-    """Move the group to a time or to offsets before this member joins; a broker allows that only while the group is
+    """Move the group to a time or to offsets before this member joins. A broker allows that only while the group is
     empty."""
     consumer = open_consumer({**settings, "enable.partition.eof": False})
     try:
@@ -34,7 +34,8 @@ def reset_group(config: Config, settings: dict[str, Secret]) -> None:
 
 
 def start_positions(text: str, partitions: list[TopicPartition], consumer: Consumer) -> list[TopicPartition]:
-    """Where reading starts: at a time such as 2026-08-01T04:00:00Z, or at offsets such as 0=1200,1=1180."""
+    """Return the positions at which reading starts: at a time such as 2026-08-01T04:00:00Z, or at offsets such as
+    0=1200,1=1180."""
     if re.fullmatch(r"\s*\d+=\d+(\s*,\s*\d+=\d+)*\s*", text):
         wanted = {int(a): int(b) for a, b in (pair.split("=") for pair in text.split(","))}
         known = {item.partition for item in partitions}
@@ -56,6 +57,7 @@ def start_positions(text: str, partitions: list[TopicPartition], consumer: Consu
     asked = [TopicPartition(item.topic, item.partition, int(moment.timestamp() * 1000)) for item in partitions]
     found = consumer.offsets_for_times(asked, timeout=ADMIN_SECONDS)
     for item in found:
-        if item.offset in (OFFSET_END, OFFSET_INVALID, OFFSET_BEGINNING) or item.offset < 0:  # nothing so late
+        # the partition has no message this late
+        if item.offset in (OFFSET_END, OFFSET_INVALID, OFFSET_BEGINNING) or item.offset < 0:
             _, item.offset = consumer.get_watermark_offsets(TopicPartition(item.topic, item.partition), ADMIN_SECONDS)
     return list(found)

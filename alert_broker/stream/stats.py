@@ -13,15 +13,16 @@ from threading import Lock
 
 from alert_broker.stream.ledger import Ledger, Partition
 
-STAGES = ("decode", "features", "inference", "route", "publish", "end-to-end")  # the last: from poll to delivery report
+# the last one lasts from poll to delivery report
+STAGES = ("decode", "features", "inference", "route", "publish", "end-to-end")
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-MOST_REASONS, OTHER = 32, "other"  # a reason holds whatever a packet brought about; those after the first 32 are one
+MOST_REASONS, OTHER = 32, "other"  # a reason may quote anything from a packet; reasons after the first 32 count as one
 SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts in buckets with these upper bounds, as Prometheus has them, and one more for what is above them all."""
+    """Counts in buckets with these upper bounds, as in Prometheus, and a last count for values above all bounds."""
 
     bounds: tuple[float, ...]
     counts: list[int] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Histogram:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float:
-        """The upper bound of the bucket that holds this share of the values; 0 where there are none."""
+        """Return the upper bound of the bucket that contains this share of the values; 0 if there are no values."""
         reached, wanted = 0, share * self.count
         for bound, number in zip((*self.bounds, float("inf")), self.counts, strict=True):
             reached += number
@@ -53,8 +54,9 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One moment. lag: messages between the position and the end of each partition that is assigned, as the broker
-    tells it; progress_age: seconds since an alert's fate was last sealed or there was nothing to do."""
+    """The statistics at one moment. lag: messages between the position and the end of each assigned partition, as the
+    broker reports them; progress_age: seconds since an alert's outcome last became final, or since there was last
+    nothing to do."""
 
     uptime: float
     progress_age: float

@@ -1,8 +1,8 @@
-"""Packets from Parquet: those that a column holds as they came, or rows of a survey's table as Avro.
+"""Read packets from Parquet: a column of unchanged packets, or rows of a survey's table, which become Avro.
 
-A row's Avro is not what the survey sent: it has the table's columns, a broker's own among them, with the types that the
-table gives them, in a schema that says so; times are microseconds since 1970, and columns of Arrow's type null, which
-have no value at all, are left out. All that the row has is in it, and its light curve is the same.
+The Avro of a row differs from what the survey sent. It has the table's columns (including those that a broker added),
+with the table's types, and its schema describes them. Times are microseconds since 1970. Columns of Arrow's type null,
+which have no values, are left out. The Avro contains all other values of the row, and its light curve is the same.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from alert_broker.stream.archive import OFFSET
 from alert_broker.stream.outputs import avro_name
 from edgekit.errors import EdgekitError
 
-PACKETS = ("packet", "value")  # what our outputs call them, and what Kafka's own sinks do
-ROWS = 64  # per read: some MB
+PACKETS = ("packet", "value")  # the names that our outputs and Kafka's own sinks use
+ROWS = 64  # rows per read: some MB
 SHOWN = 8  # names of columns in an error
 SYNC = bytes(SYNC_BYTES)  # no container has more than one block, so that nobody needs to find the next one
 
 
 def table_packets(source: Any, name: str, column: str = "") -> Iterator[bytes]:
-    """The packets of a Parquet file, or of what Arrow reads as one. column: where they are; else one of PACKETS, if it
-    is there and binary, or the rows themselves."""
+    """Yield the packets of a Parquet file, or of another source that Arrow reads as one. column: the column that holds
+    them. By default it is one of PACKETS, if it exists and is binary; otherwise the rows are the packets."""
     try:
         with pq.ParquetFile(source) as table:
             schema = table.schema_arrow
@@ -45,11 +45,11 @@ def table_packets(source: Any, name: str, column: str = "") -> Iterator[bytes]:
 
 
 def _column(schema: pa.Schema, name: str, column: str) -> str:
-    """The column that holds packets, or ""."""
+    """Return the column that holds packets; "" if there is none."""
     binary = [item.name for item in schema if pa.types.is_binary(item.type) or pa.types.is_large_binary(item.type)]
     if column and column not in binary:
-        what = f"is of type {schema.field(column).type}" if column in schema.names else "is not there"
-        raise EdgekitError(f"{name}: the column {column!r} {what}; binary ones: {', '.join(binary) or 'none'}")
+        fault = f"is of type {schema.field(column).type}" if column in schema.names else "does not exist"
+        raise EdgekitError(f"{name}: the column {column!r} {fault}; binary columns: {', '.join(binary) or 'none'}")
     return column or next((item for item in PACKETS if item in binary), "")
 
 
@@ -57,11 +57,10 @@ def _rows(table: pq.ParquetFile, name: str) -> Iterator[bytes]:
     schema = table.schema_arrow
     survey = survey_of(leaves(schema))
     if survey is None:
-        own = ", an archive of results, which holds no packets" if OFFSET in schema.names else ""
+        note = ", an archive of results, which holds no packets" if OFFSET in schema.names else ""
         raise EdgekitError(
-            f"{name} is Parquet{own}: it has no binary column {' or '.join(PACKETS)}, and its columns are not those of "
-            f"a survey that is known here: {', '.join(schema.names[:SHOWN])}; name the column that holds packets by "
-            "--column"
+            f"{name} is Parquet{note}: it has no binary column {' or '.join(PACKETS)}, and no survey has its columns "
+            f"{', '.join(schema.names[:SHOWN])}; name the column that holds packets with --column"
         )
     chosen = [item for item in schema if not pa.types.is_null(item.type)]
     plain = [pa.field(item.name, pa.int64()) if pa.types.is_timestamp(item.type) else item for item in chosen]
@@ -79,12 +78,12 @@ def _rows(table: pq.ParquetFile, name: str) -> Iterator[bytes]:
 
 
 def container(header: bytes, datum: bytes) -> bytes:
-    """A container of one packet; header: with its sync marker."""
+    """Return a container of one packet. header: the container's header with its sync marker."""
     return b"".join((header, b"\x02", _long(len(datum)), datum, header[-SYNC_BYTES:]))
 
 
 def _long(value: int) -> bytes:
-    """Avro's zigzag number."""
+    """Return Avro's zigzag encoding of a number that is not negative."""
     rest, out = value << 1, bytearray()
     while rest > 0x7F:
         out.append(rest & 0x7F | 0x80)
@@ -94,14 +93,15 @@ def _long(value: int) -> bytes:
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """A column of times as microseconds since 1970: Python has no shorter ones."""
+    """Return a column of times as microseconds since 1970, because Python has no shorter unit; other columns are
+    unchanged."""
     return (
         column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
     )
 
 
 def _record(full_name: str, fields: Any, where: str) -> dict[str, Any]:
-    """Avro's record of a table or a struct, in which everything may be null."""
+    """Return the Avro record of a table or a struct, in which every field may be null."""
     return {
         "type": "record",
         "name": full_name,
@@ -137,5 +137,5 @@ def _type(dtype: pa.DataType, path: str, where: str) -> Any:
         if matches(dtype) and name:
             return name
     raise EdgekitError(
-        f"{where}: {path} is of type {dtype}, which a replay of rows does not have; leave the column out"
+        f"{where}: {path} is of type {dtype}, which a replay of rows cannot encode; leave the column out"
     )

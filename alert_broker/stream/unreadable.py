@@ -19,12 +19,18 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
-from alert_broker.stream.clients import HOPELESS, reason_of
+from alert_broker.stream.clients import reason_of
 from alert_broker.stream.config import SourceSettings
 from alert_broker.stream.ledger import Partition
+from alert_broker.stream.watchdog import WATCHDOG
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
+# Errors that are the content's fault: it cannot be decompressed or parsed, or its checksum is wrong
+UNREADABLE = {
+    KafkaError._BAD_COMPRESSION, KafkaError._BAD_MSG, KafkaError._NOT_IMPLEMENTED, KafkaError.INVALID_MSG,
+    KafkaError.INVALID_MSG_SIZE, KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.UNSUPPORTED_COMPRESSION_TYPE,
+}  # fmt: skip
 COMMITTED_SECONDS = 1.0  # to wait for the broker; without its answer some dead letters may come a second time
 
 
@@ -110,7 +116,7 @@ class UnreadableBatches:
             if where in moved:
                 continue
             if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                if error.code() in HOPELESS or error.fatal():
+                if error.code() not in UNREADABLE:
                     kept.append(message)
                 elif self._failed(where, search, offset, error, positions):
                     moved.add(where)
@@ -162,7 +168,7 @@ class UnreadableBatches:
         if search.high is not None:
             search.probe = (search.low + search.high) // 2
         else:
-            # never beyond the end: an offset that does not exist would move the consumer to the beginning
+            # never beyond the end, where the partition has no offset to read from
             search.probe = min(search.low + search.step, max(self._end(where), search.low + 1))
             search.step *= 2
         self._seek(where, search.probe)
@@ -170,7 +176,8 @@ class UnreadableBatches:
     def _committed(self, where: Partition) -> int:
         """Where reading began, if nothing was read yet: it may be in the midst of the batch."""
         try:
-            (found,) = self._consumer.committed([TopicPartition(*where)], COMMITTED_SECONDS)
+            with WATCHDOG.limit("committed", COMMITTED_SECONDS):
+                (found,) = self._consumer.committed([TopicPartition(*where)], COMMITTED_SECONDS)
         except KafkaException as error:
             LOG.warning("the committed offset of %s[%d] is not known: %s", *where, reason_of(error))
             return 0

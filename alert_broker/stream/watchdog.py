@@ -42,8 +42,7 @@ class Watchdog:
         self.last_words: Callable[[str], None] = lambda reason: None  # called with the reason before the process ends
         self._end, self._stopped, self._lock = end, Event(), Lock()
         self._calls: dict[int, list[Call]] = {}  # by thread; the last one is the innermost
-        self._thread = Thread(target=self._look, name="edgekit-watchdog", daemon=True)
-        self._thread.start()
+        self._thread: Thread | None = None
 
     @contextmanager
     def limit(self, name: str, seconds: float) -> Iterator[None]:
@@ -51,6 +50,9 @@ class Watchdog:
         limit of the outer one does not count; it starts again afterwards."""
         thread = get_ident()
         with self._lock:
+            if self._thread is None:
+                self._thread = Thread(target=self._look, name="edgekit-watchdog", daemon=True)
+                self._thread.start()
             self._calls.setdefault(thread, []).append(Call(name, seconds, time.monotonic()))
         try:
             yield
@@ -70,7 +72,8 @@ class Watchdog:
 
     def close(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _look(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
@@ -130,3 +133,6 @@ class Watchdog:
                 break
         calls = ", ".join(f"{call.name} for {time.monotonic() - call.started:.0f} s" for call in self.running())
         self.end(f"the process was told to stop {seconds:.0f} s ago and has not ended; running: {calls or 'no call'}")
+
+
+WATCHDOG = Watchdog()  # of this process, as it is the process that ends

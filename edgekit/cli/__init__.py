@@ -1,5 +1,5 @@
-"""The command line. Every command is an entry point of the group `edgekit.commands`, those of the core too, so that the
-core names no command of another package, and a third party's package can add one."""
+"""The command line. Every command, also of the core, is an entry point of the group `edgekit.commands`. So the core
+names no command of another package, and a third party's package can add one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from edgekit import __version__
 from edgekit.errors import EdgekitError
 
 GROUP = "edgekit.commands"
-# The order in which a newcomer needs them. Commands that are not in it follow by name.
+# The order in which a newcomer needs them. The other commands follow by name.
 FIRST = ("models", "inspect", "compress", "doctor", "bench", "targets", "pack", "export", "run", "data", "import")
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module when the command, or the list of commands, is asked for."""
+    """A group that imports the module of a command when click asks for the command or for the list of commands."""
 
     def __init__(self, *arguments: Any, lazy: Mapping[str, str], **options: Any) -> None:
         """lazy: the name of each command, and 'package.module:name' of its object, in the order of the help."""
@@ -28,7 +28,7 @@ class LazyGroup(click.Group):
         self.lazy = lazy
 
     def points(self) -> dict[str, EntryPoint]:
-        """The entry points of the commands by name, in the order of the help."""
+        """Return the entry points of the commands by name, in the order of the help."""
         return {name: EntryPoint(name, value, GROUP) for name, value in self.lazy.items()}
 
     def list_commands(self, context: click.Context) -> list[str]:
@@ -39,7 +39,8 @@ class LazyGroup(click.Group):
         return None if point is None else _loaded(point)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Each command with the whole first sentence of its own help; click would cut it at the end of the line."""
+        """Write each command with the whole first sentence of its own help; click would cut it at the end of the
+        line."""
         with formatter.section("Commands"):
             formatter.write_dl(
                 [(name, _loaded(point).get_short_help_str(limit=1000)) for name, point in self.points().items()]
@@ -62,8 +63,8 @@ class InstalledCommands(LazyGroup):
 
 
 def _loaded(point: EntryPoint) -> click.Command:
-    """The command that an entry point names. If it cannot be loaded, a command that says so: the package of one command
-    must not break the others."""
+    """Return the command that an entry point names. If it cannot be loaded, return a command that reports why: the
+    package of one command must not break the others."""
     try:
         command = point.load()
         if isinstance(command, click.Command):
@@ -90,7 +91,7 @@ def _loaded(point: EntryPoint) -> click.Command:
 
 
 def _package(point: EntryPoint) -> str:
-    """The name and version of the distribution that registers the entry point."""
+    """Return the name and version of the distribution that registers the entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else "edgekit itself"
 
 
@@ -108,7 +109,8 @@ def edgekit(debug: bool, trust: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script: one line per error, exit status 1, or 2 for wrong usage, or 130 for Ctrl-C."""
+    """Run the console script. It prints one line for each error and exits with status 1, with 2 for wrong usage, or
+    with 130 for Ctrl-C."""
     debug = "--debug" in sys.argv[1:2]
     try:
         from edgekit.plugins import refuse_strangers
@@ -130,7 +132,7 @@ def main() -> None:
         sys.exit(_fail(error.format_message(), 1))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(_fail("stopped", 130))
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, went away
+    except BrokenPipeError:  # the program that reads the pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # no permission, disk full, a file where a folder should be

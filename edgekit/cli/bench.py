@@ -32,7 +32,7 @@ Examples:
 @click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime that runs the models.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each model.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0.05), default=3.0, show_default=True, help="Time for each batch size."
+    "--seconds", type=click.FloatRange(min=0.05), default=3.0, show_default=True, help="Seconds for each batch size."
 )
 @click.option(
     "--target", "target_name", help="Estimate the time on this device; if it is this machine, also measure it."
@@ -71,17 +71,16 @@ def bench(
     if target_name is not None and runtime != "onnxruntime":
         raise click.UsageError(f"--runtime {runtime}: with --target, models are estimated, or measured on onnxruntime")
     names, sizes = [model, *others], batch_sizes(batches)
+    options: dict[str, Any] = {"batches": sizes, "threads": threads, "seconds": seconds}
     with steps() as show:
         if target_name is not None:
             reports = edgekit.bench_target(
-                names, target_name, batches=sizes, precision=precision, power=power, threads=threads, seconds=seconds,
-                progress=show,
-            )  # fmt: skip
+                names, target_name, precision=precision, power=power, progress=show, **options
+            )
         else:
             rows = edgekit.bench(
-                names, batches=sizes, runtime=runtime, threads=threads, seconds=seconds,
-                progress=lambda done: show("batch sizes", done, len(sizes)),
-            )  # fmt: skip
+                names, runtime=runtime, progress=lambda done: show("batch sizes", done, len(sizes)), **options
+            )
     if target_name is None:
         _show_timings(rows, runtime, threads, as_json)
     elif as_json:

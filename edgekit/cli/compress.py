@@ -35,19 +35,21 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
 @click.command(epilog=EXAMPLE)
 @click.argument("model")
 @click.option("-o", "--output", type=Path, help="Bundle to write, such as t2.edge.")
-@click.option("--recipe", type=Path, help="Passes to apply; default: the recipe beside the zoo's model.")
+@click.option("--recipe", type=Path, help="Passes to apply; default: the recipe of the zoo's model.")
 @click.option(
-    "--max-loss", type=float, default=0.01, show_default=True, help="Quality it may cost, in the metric's unit."
+    "--max-loss", type=float, default=0.01, show_default=True, help="Quality that may be lost, in the metric's unit."
 )
-@click.option("--max-size", type=int, help="Bytes that the packed file may take; codes get narrower until it fits.")
+@click.option(
+    "--max-size", type=int, help="Bytes that the packed file may take; edgekit clusters to fewer bits until it fits."
+)
 @click.option("--auto", is_flag=True, help="Search for the recipe; needs no --recipe.")
 @click.option("--trials", type=click.IntRange(min=1), default=40, show_default=True, help="Recipes that --auto tries.")
 @click.option(
     "--max-latency",
     type=float,
-    help="CPU milliseconds of a call at the first batch size, for --auto; with a --target elsewhere, estimated ones.",
+    help="CPU milliseconds of a call at the first batch size, for --auto; estimated if --target is another device.",
 )
-@click.option("--target", help="The device it is for (see edgekit targets): decides what passes may do.")
+@click.option("--target", help="The device (see edgekit targets); it decides which passes may run.")
 @click.option(
     "--data",
     help="Inputs, labels and split: an .npz, a Parquet table, a folder of images, or package.module:iterable "
@@ -60,15 +62,15 @@ A recipe is TOML, one [[pass]] table per pass: name = "cluster", bits = 4
     "[default: log-loss for probabilities, else relative-error]",
 )
 @click.option("--objective", default="any", show_default=True, help="What a pass must gain: size, latency, or any.")
-@click.option("--batch", "batches", default="1,16,256", show_default=True, help="Batch sizes that count.")
-@click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime that latency is measured on.")
+@click.option("--batch", "batches", default="1,16,256", show_default=True, help="Batch sizes to measure.")
+@click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime on which latency is measured.")
 @click.option(
     "--agree",
     default="",
     help="Other runtimes, such as openvino,c, on which the result must be as good at every batch size.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--replay", help="A bundle: run the passes it kept again, and compare the bytes.")
+@click.option("--replay", help="A bundle: run its kept passes again, and compare the bytes.")
 @click.option("--dry-run", is_flag=True, help="Print what each pass would do, and do nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -94,14 +96,16 @@ def compress(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Make MODEL (a bundle or a model's name) smaller and faster, and keep only what measures better.
+    """Make MODEL (a bundle or a model's name) smaller and faster, and keep only the passes whose results measure
+    better.
 
-    Every pass is measured for quality, size and latency, before and after in one run; a pass that loses is rolled back
-    and the report says why. A run that was stopped goes on after its last finished pass.
+    edgekit measures quality, size and latency before and after every pass in one run. It rolls back a pass that loses,
+    and the report gives the reason. A run that was stopped continues after its last finished pass.
 
-    With --target, a pass in a precision that the device must never be given is refused, open parameters follow the
-    device's plan, and the result must fit its memory. Latency is measured if the device is this machine; else it is
-    estimated from its data sheet, and every record and the report say so.
+    With --target, edgekit refuses a pass in a precision that the device must never be given, sets open parameters by
+    the device's plan, and requires that the result fits into its memory. If the device is this machine, edgekit
+    measures the latency; otherwise it estimates the latency from the data sheet, and every record and the report say
+    so.
     """
     from edgekit.compression.run import plan
     from edgekit.compression.trials import Constraints
@@ -149,18 +153,18 @@ def _check_usage(
     replay: str | None,
     dry_run: bool,
 ) -> None:
-    """Raise for options that contradict each other, or that would do nothing."""
+    """Raise for options that contradict each other, or that would have no effect."""
     if not 0 <= max_loss < math.inf or (max_size is not None and max_size <= 0):
         raise click.UsageError(f"--max-loss {max_loss} and --max-size {max_size} must be positive and finite")
     if replay is not None and (auto or recipe is not None or max_size is not None):
         raise click.UsageError("--replay runs a bundle's own passes; leave --auto, --recipe and --max-size out")
     if auto and (recipe is not None or dry_run):
-        raise click.UsageError("--auto finds a recipe of its own; leave --recipe and --dry-run out")
+        raise click.UsageError("--auto searches for a recipe; leave --recipe and --dry-run out")
     if not auto:
         given = click.get_current_context().get_parameter_source
         for name in ("max_latency", "trials"):
             if given(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{name.replace('_', '-')} is for --auto; without it, it would do nothing")
+                raise click.UsageError(f"--{name.replace('_', '-')} is for --auto; it has no effect without --auto")
     if output is None and not dry_run:
         raise click.UsageError("-o/--output is missing: name the bundle to write, such as -o t2.edge")
 
@@ -184,7 +188,7 @@ def _show_plan(planned: Sequence[tuple[Step, list[Change]]], as_json: bool) -> N
 
 
 def _show_result(result: Result, bundle: Bundle, path: Path, as_json: bool) -> None:
-    """bundle: as it was written."""
+    """Print what a compression did. bundle: the written one."""
     packed, original = result.packed_bytes, result.source_packed_bytes
     if as_json:
         console.print_json(

@@ -1,4 +1,4 @@
-"""What commands share on the terminal: tables, progress, JSON."""
+"""Output that commands share: tables, progress, JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-# no markup and no emoji: a path such as data[1].npz or a reason in brackets is printed as it is
+# Without markup and emoji, a path such as data[1].npz or a reason in brackets is printed unchanged.
 output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 status = Console(stderr=True, highlight=False, markup=False, emoji=False)
 NUMBER = re.compile(r"[+\-<>~]?[\d,./]+ ?[%x]?")
@@ -30,14 +30,15 @@ def printable(value: object) -> str:
 
 
 def progress(*, enabled: bool = True) -> Progress:
-    """A progress bar on standard error; nothing is drawn where that is not a terminal."""
+    """Return a progress bar on standard error; it draws nothing if standard error is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=status, transient=True, disable=not (enabled and status.is_terminal))
 
 
 @contextlib.contextmanager
 def steps() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that shows the progress of work with several parts, one bar for each."""
+    """Provide a function (what, done, total) that shows the progress of work with several parts, a bar for each
+    part."""
     with progress() as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -51,12 +52,12 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def note(message: str) -> None:
-    """A line for the person, not for the pipe."""
+    """Print a line on standard error, for the user and not for a pipe."""
     status.print(printable(message), markup=False)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
-    """'1,16,256' as numbers."""
+    """Return the numbers of a text such as '1,16,256'."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -67,12 +68,12 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def print_json(value: Any) -> None:
-    """Machine-readable output, NaN-free."""
+    """Print a value as JSON without NaN."""
     sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
-    """A plain table; columns of numbers are right-aligned."""
+    """Print a plain table; columns of numbers are right-aligned."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, header in enumerate(headers):
         cells = [printable(row[number]) for row in rows]

@@ -24,14 +24,14 @@ Files go to $EDGEKIT_DATA, or to edgekit's folder in the user's data directory.
 
 @click.command(epilog=EXAMPLES)
 @click.argument("name", required=False)
-@click.option("--from", "source", type=Path, help="Raw data on disk, to be read instead of a download.")
+@click.option("--from", "source", type=Path, help="Raw data on disk, which edgekit reads instead of a download.")
 @click.option("--force", is_flag=True, help="Prepare it again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def data(name: str | None, source: Path | None, force: bool, as_json: bool) -> None:
-    """Prepare NAME, the data set that a model is measured and trained on; without NAME, list what there is.
+    """Prepare NAME, the data set on which a model is measured and trained; without NAME, list the data sets.
 
-    The raw data is downloaded, or read from --from; the list says for each data set where it comes from and what --from
-    accepts. Its rows become the inputs of the model, with the model's own preprocessing.
+    edgekit downloads the raw data, or reads it from --from; the list says for each data set where it comes from and
+    what --from accepts. The rows become the inputs of the model by the model's own preprocessing.
     """
     from edgekit.data import provider
 
@@ -45,8 +45,8 @@ def data(name: str | None, source: Path | None, force: bool, as_json: bool) -> N
     else:
         if state == "outdated" and not force:
             raise EdgekitError(
-                f"{dataset.path} was prepared with another preprocessing than {dataset.model} has now; pass --force to "
-                "prepare it again"
+                f"{dataset.path} was prepared with another preprocessing than {dataset.model} has now; pass --force "
+                "to prepare it again"
             )
         its_provider.prepare(dataset, source, note)
     _print_prepared(dataset, as_json)

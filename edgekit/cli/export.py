@@ -31,7 +31,7 @@ Examples:
 @click.option("--target", help="Device: its opset, operators and precision (see: edgekit targets).")
 @click.option("--stack", help="One of the target's stacks, by name.  [default: the first that suits]")
 @click.option("--precision", help="float32, float16 or int8.  [default: the first of the target's plan]")
-@click.option("--opset", type=int, help="ONNX opset, 13 to 20.  [default: 17, or the newest that the target reads]")
+@click.option("--opset", type=int, help="ONNX opset, 13 to 20.  [default: 17, or the newest that the target supports]")
 @click.option("--axis", "axes", multiple=True, help="NAME=LEAST:BEST:LARGEST, lengths of a free axis in an engine.")
 @click.option("--workspace", type=int, help="MiB that building an engine may use.  [default: 1/8 of its memory]")
 @click.option("--level", type=int, help="How long TensorRT searches for kernels, 0 to 5.  [default: 3]")
@@ -44,10 +44,12 @@ Examples:
 def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, **given: Any) -> None:
     """Write BUNDLE (a bundle or a model's name) for a runtime or a device, and prove that it still works.
 
-    The exported model is run at batch 1, 16 and 1000 and held against the network itself. Beyond tolerance nothing is
-    written and the exit status is 1. The proof travels: the directory holds golden data and a script that checks it.
+    edgekit runs the exported model at batch 1, 16 and 1000 and compares it with the network itself. If they differ by
+    more than the tolerance, it writes nothing and exits with status 1. The directory also holds reference outputs and a
+    script that repeats the check on the device.
 
-    Opsets, unless --opset says another that is read there: 17; for TensorRT 8.2 (Jetson Nano, TX2) 13.
+    The opset is 17, and 13 for TensorRT 8.2 (Jetson Nano, TX2), unless --opset gives another one that the target
+    supports.
     """
     from edgekit.exporter import export as run_export
     from edgekit.exporter import load_exporter, option_names
@@ -57,7 +59,7 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
     if strange := set(options) - option_names(exporter):
         flag = {"axes": "axis"}.get(min(strange), min(strange))
         raise click.UsageError(f"--{flag} means nothing to the format {form}; leave it out")
-    exporter(**options)  # a wrong value is an error before the work is announced
+    exporter(**options)  # a wrong value must fail before the command announces the work
     if not as_json:
         note(f"Exporting {bundle} to {form} and verifying it ...")
     result = run_export(bundle, directory, to=form, options=options, force=force)

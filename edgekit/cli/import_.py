@@ -17,7 +17,7 @@ Examples:
   edgekit import model.onnx -o model.edge
   edgekit import program.pt2 -o program.edge --data samples.npz
   edgekit import deit-tiny/ -o deit.edge        # a folder of transformers
-  edgekit import deit-tiny/ --via optimum -o deit.edge        # where transformers' own network cannot be traced
+  edgekit import deit-tiny/ --via optimum -o deit.edge        # if transformers' own network cannot be traced
   edgekit import my_models.vit:build --weights vit.safetensors \\
       --arguments '{"depth": 6}' --input image:float32:batch,3,224,224 -o vit.edge
 An axis is a length, a name for any length, or a multiple such as 9*faces.
@@ -27,11 +27,11 @@ An axis is a length, a name for any length, or a multiple such as 9*faces.
 @click.command("import", epilog=EXAMPLE)
 @click.argument("source")
 @click.option("-o", "--output", "path", type=Path, required=True, help="Bundle to write, such as model.edge.")
-@click.option("--via", help="optimum: a Hugging Face folder becomes a graph by optimum's ONNX exporter.")
+@click.option("--via", help="optimum: make a graph of a Hugging Face folder with optimum's ONNX exporter.")
 @click.option("--weights", type=Path, help="safetensors for a Python function's network.")
 @click.option("--arguments", default="{}", help="JSON: keyword arguments of that function.")
 @click.option("--input", "inputs", multiple=True, help="NAME:DTYPE:AXES of an input of that network; repeat for more.")
-@click.option("--outputs", default="", help="Names of its outputs; one named probabilities is softmaxed.")
+@click.option("--outputs", default="", help="Names of its outputs; edgekit applies softmax to one named probabilities.")
 @click.option("--classes", default="", help="Names of the classes, separated by commas.")
 @click.option("--preprocessing", default="", help='JSON, such as {"id": "image/1", "mean": [0.5], "std": [0.5]}.')
 @click.option("--state", multiple=True, help="INPUT=OUTPUT that a caller hands back in the next call; repeat for more.")
@@ -93,7 +93,7 @@ def import_(
 
 
 def _state(pairs: tuple[str, ...], bundle: Bundle) -> dict[str, str]:
-    """The pairs INPUT=OUTPUT by input."""
+    """Return the pairs INPUT=OUTPUT by input."""
     split = {name: source for name, _, source in (pair.partition("=") for pair in pairs)}
     from edgekit.errors import EdgekitError
     from edgekit.importers.api import check_state

@@ -10,7 +10,6 @@ import click
 from edgekit.cli.console import output, print_json, print_table
 
 if TYPE_CHECKING:
-    from edgekit.bundle.encoding import Encoding
     from edgekit.bundle.format import Bundle
     from edgekit.compression.guard import State
     from edgekit.compression.record import PassRecord, Summary
@@ -25,11 +24,12 @@ Examples:
 
 @click.command(epilog=EXAMPLE)
 @click.argument("bundle")
-@click.option("--lineage", is_flag=True, help="List what it was made from: each bundle, its passes and their seeds.")
+@click.option("--lineage", is_flag=True, help="List the bundles from which it was made, their passes and their seeds.")
 @click.option("--weights", is_flag=True, help="List every tensor: shape, encoding, zeros, bytes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
-    """Show what BUNDLE (a directory, a packed file or a model's name) holds and how it was made."""
+    """Show the contents of BUNDLE (a directory, a packed file or a model's name) and how it was made."""
+    from edgekit.compression.describe import ancestry, describe, tensor_rows
     from edgekit.importers.api import open_model
 
     opened = open_model(bundle)
@@ -59,48 +59,6 @@ def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
         output.print(f"{len(tensors)} tensors, {total:,} bytes at code width, before entropy coding")
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
-    """Everything that the manifest says, and the sizes; plain values."""
-    from dataclasses import asdict
-
-    from edgekit.bundle.format import GOLDEN, GRAPH, MANIFEST, WEIGHTS
-    from edgekit.bundle.pack import pack
-
-    manifest = asdict(bundle.manifest)
-    parameters = bundle.parameters
-    folder = bundle.path if bundle.path and bundle.path.is_dir() else None
-    packed = bundle.path.stat().st_size if bundle.path and bundle.path.is_file() else len(pack(bundle))
-    exports = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder else []
-    return {
-        "path": str(bundle.path) if bundle.path else None,
-        "digest": bundle.digest,
-        "parameters": parameters,
-        "bytes": {"bundle": bundle.size, "packed": packed, "float32_weights": 4 * parameters},
-        "exports": exports,
-        "other_files": sorted(set(bundle.contents) - {MANIFEST, WEIGHTS, GRAPH, GOLDEN}),
-        "manifest": manifest,
-    }
-
-
-def ancestry(bundle: Bundle) -> list[dict[str, Any]]:
-    """From the first ancestor to the bundle itself: digest, the zoo's name for it where it is one of the zoo's, and the
-    passes that were run on it."""
-    from edgekit.bundle.zoo import folders
-    from edgekit.compression.record import records_of
-    from edgekit.importers.api import open_model
-
-    names = {open_model(name).digest: name for name in folders()}
-    steps: list[dict[str, Any]] = []
-    for record in records_of(bundle):
-        if not steps or steps[-1]["digest"] != record.parent:
-            steps.append({"digest": record.parent, "name": names.get(str(record.parent)), "passes": []})
-        told = {"parameters": record.parameters, "seed": record.seed, "kept": record.kept, "reason": record.reason}
-        steps[-1]["passes"].append({"pass": record.name, **told})
-    if not steps and bundle.manifest.parent:
-        steps.append({"digest": bundle.manifest.parent, "name": names.get(bundle.manifest.parent), "passes": []})
-    return [*steps, {"digest": bundle.digest, "name": bundle.manifest.name, "passes": []}]
-
-
 def _show_lineage(steps: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(steps)
@@ -112,52 +70,6 @@ def _show_lineage(steps: list[dict[str, Any]], as_json: bool) -> None:
             seed = "" if item["seed"] is None else f", seed {item['seed']}"
             verdict = "kept" if item["kept"] else "rolled back"
             output.print(f"  {verdict:11}  {item['pass']}: {given}{seed}; {item['reason']}")
-
-
-def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    """A row per tensor: name, shape, encoding, share of zeros, bytes at the code width with scales or codebook."""
-    import numpy as np
-
-    from edgekit.bundle.encoding import stored_bytes
-
-    if bundle.is_graph:
-        return _graph_rows(bundle)
-    encodings = bundle.encodings()
-    return [
-        {
-            "name": name,
-            "shape": list(value.shape),
-            "encoding": _encoding(encodings.get(name)),
-            "zeros": float(np.mean(value == 0)),
-            "bytes": stored_bytes({name: value}, encodings),
-        }
-        for name, value in sorted(bundle.weights().items())
-    ]
-
-
-def _graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    from edgekit.bundle.format import GRAPH
-    from edgekit.bundle.onnx_file import learnt, load, to_array
-
-    arrays = [(tensor.name, to_array(tensor)) for tensor in learnt(load(bundle.contents[GRAPH], str(bundle.path)))]
-    return [
-        {
-            "name": name,
-            "shape": list(array.shape),
-            "encoding": str(array.dtype),
-            "zeros": float((array == 0).mean()),
-            "bytes": array.nbytes,
-        }
-        for name, array in sorted(arrays, key=lambda item: item[0])
-    ]
-
-
-def _encoding(encoding: Encoding | None) -> str:
-    from edgekit.bundle.encoding import Affine
-
-    if encoding is None:
-        return "float32"
-    return f"{'affine' if isinstance(encoding, Affine) else 'palette'} {encoding.bits} bit"
 
 
 def _show(bundle: Bundle, found: dict[str, Any]) -> None:
@@ -218,14 +130,14 @@ def _show_passes(records: Sequence[PassRecord]) -> None:
 
 
 def _state(name: str, verdict: str, state: State | None, speed: str) -> list[str]:
-    """Cells of one line; a pass that failed has no state after it."""
+    """Return the cells of one line; a pass that failed has no state after it."""
     if state is None:
         return [name, verdict, "-", "-", speed]
     return [name, verdict, f"{state.quality.value:.4f}", f"{state.bytes:,}", speed]
 
 
 def _compression(summary: Summary) -> list[tuple[str, str]]:
-    """Lines for what a compression measured."""
+    """Return the lines for the measurements of a compression."""
     latency = [
         (
             f"CPU ms at batch {item.batch}",
@@ -244,11 +156,11 @@ def _compression(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.4f}"  # JSON has no NaN: the manifest holds null
+    return "nan" if value is None else f"{value:.4f}"  # JSON has no NaN, so the manifest holds null
 
 
 def _metric(name: str, item: Any) -> list[tuple[str, str]]:
-    """Lines for one metric: a measurement, a mean over seeds, or a table of numbers."""
+    """Return the lines for one metric: a measurement, a mean over seeds, or a table of numbers."""
     label = name.replace("_", " ")
     if not isinstance(item, dict):
         return [(label, _value(item))]
@@ -266,7 +178,7 @@ def _metric(name: str, item: Any) -> list[tuple[str, str]]:
 
 
 def _columns(rows: list[tuple[str, str]]) -> None:
-    """Names on the left, values wrapped beside them."""
+    """Print names on the left and wrapped values on the right."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -17,8 +17,8 @@ from edgekit.cli.console import output, print_json
 def pack(bundle: str, path: Path, force: bool, as_json: bool) -> None:
     """Write BUNDLE (a directory or a model's name) as one entropy-coded file.
 
-    The file is a bundle too: every command that takes a bundle takes it. History stays behind; weights, preprocessing
-    and two golden rows travel, bit for bit.
+    The file is also a bundle: every command that takes a bundle takes it. It holds the weights, the preprocessing and
+    two golden rows, bit for bit, but not the history.
     """
     from edgekit.bundle.store import write_packed
     from edgekit.importers.api import open_model

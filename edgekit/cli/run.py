@@ -21,13 +21,16 @@ Examples:
 @click.option("--inputs", type=Path, required=True, help=".npz with the model's inputs, by name.")
 @click.option("--outputs", type=Path, required=True, help=".npz to write the model's outputs to, by name.")
 @click.option(
-    "--runtime", default="auto", show_default=True, help="c, onnxruntime, torch; auto: c if it can be compiled here."
+    "--runtime",
+    default="auto",
+    show_default=True,
+    help="c, onnxruntime, torch; auto: c if this machine can compile it.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows at a time.")
+@click.option("--batch", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of a batch.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def run(bundle: str, inputs: Path, outputs: Path, runtime: str, batch: int, force: bool, as_json: bool) -> None:
-    """Run BUNDLE (a bundle or a model's name) on named arrays; outputs come in the order of the inputs' rows."""
+    """Run BUNDLE (a bundle or a model's name) on named arrays. The outputs have the order of the inputs' rows."""
     from edgekit.bundle.files import refuse_to_overwrite, write_file
     from edgekit.bundle.tensors import arrays_to_bytes, read_arrays
     from edgekit.importers.api import Session

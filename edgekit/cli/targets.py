@@ -9,7 +9,7 @@ import click
 from edgekit.cli.console import output, print_json, print_table
 
 if TYPE_CHECKING:
-    from edgekit.targets.profile import Stack, Target
+    from edgekit.targets.profile import PrecisionPlan, Stack, Target
 
 EXAMPLE = """\b
 Examples:
@@ -95,13 +95,7 @@ def _show(target: Target) -> None:
                 for mode in target.power
             ],
         )
-    plan = target.plan
-    output.print(f"\nuse, best first: {', '.join(plan.order)}; channels in multiples of {plan.round_to}")
-    if plan.int8 != "none":
-        output.print(f"int8 graphs: {plan.int8}")
-    if plan.never:
-        output.print(f"never: {', '.join(plan.never)}")
-    output.print(f"why: {plan.reason}")
+    _show_plan(target.plan)
     for number, stack in enumerate(target.stacks):
         output.print(f"\n{'software, recommended' if number == 0 else 'or'}: {stack.name}")
         for key, value in _facts(stack):
@@ -111,6 +105,15 @@ def _show(target: Target) -> None:
     for item in target.never:
         requirement = f" ({item.requirement})" if item.requirement else ""
         output.print(f"  {item.what}{requirement}: {item.why} [{item.source}]")
+
+
+def _show_plan(plan: PrecisionPlan) -> None:
+    output.print(f"\nuse, best first: {', '.join(plan.order)}; channels in multiples of {plan.round_to}")
+    if plan.int8 != "none":
+        output.print(f"int8 graphs: {plan.int8}")
+    if plan.never:
+        output.print(f"never: {', '.join(plan.never)}")
+    output.print(f"why: {plan.reason}")
 
 
 def _facts(stack: Stack) -> list[tuple[str, str]]:

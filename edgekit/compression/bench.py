@@ -1,4 +1,4 @@
-"""Time models beside each other: in turns in one run, because machines are shared and their clocks wander."""
+"""Time models in turns in one run, because machines are shared and their clocks change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgekit.bundle.tensors import Arrays, golden_inputs
 from edgekit.compression.guard import tiled
 from edgekit.compression.job import ShowProgress
 from edgekit.cost.timing import GRAIN, in_turns, ratio_interval, timed
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, missing_extra
 from edgekit.session import open_session
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ LEAST_ROUNDS, MOST_ROUNDS = 9, 2000
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One model at one batch size. Milliseconds of a call by the clock; CPU time of the process; speedup: the first
-    model's CPU time by this one's, with its 95 % interval; roofline: least possible by measured, None if unknown."""
+    """The times of one model at one batch size: milliseconds of a call by the clock, and CPU time of the process.
+    speedup: the first model's CPU time divided by this model's, with its 95 % interval; roofline: the least possible
+    time divided by the measured one, None if it is unknown."""
 
     model: str
     batch: int
@@ -57,8 +58,8 @@ def compare(
     inputs: Arrays | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Timing]:
-    """A row for each batch size and model, in that order. The inputs, or else each model's golden inputs, are repeated
-    as often as a batch needs."""
+    """Return a row for each batch size and model, in that order. The inputs, or else each model's golden inputs, are
+    repeated as often as a batch needs."""
     sessions = [open_session(bundle, runtime, threads=threads) for bundle in bundles]
     least = [_least_seconds(bundle, batches, threads) for bundle in bundles]
     result = []
@@ -91,10 +92,11 @@ def bench(
     seconds: float = 3.0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Timing]:
-    """Time one model, or several in turns in one run. A row for each batch size and model, in that order.
+    """Time one model, or several in turns in one run. The result has a row for each batch size and model, in that
+    order.
 
     models: as for `edgekit.open`; data: the inputs by name, (rows, ...) each, instead of each model's golden inputs;
-    seconds: for each batch size. A row's speedup is the first model's CPU time by its own.
+    seconds: for each batch size. The speedup of a row is the first model's CPU time divided by its own.
 
     >>> import edgekit
     >>> [row.batch for row in edgekit.bench("t2-gr", batches=(1, 4), runtime="torch", seconds=0.05)]
@@ -122,9 +124,9 @@ def bench_target(
     seconds: float = 1.0,
     progress: ShowProgress = lambda what, done, total: None,
 ) -> list[Report]:
-    """Estimate the time of each operator of one model, or of several, on a target, and say whether the model fits into
-    the target's memory. If the target is this machine, the times are also measured. A report for each model and batch
-    size, in that order.
+    """Estimate the time of each operator of one model, or of several, on a target, and check whether the model fits
+    into the target's memory. If the target is this machine, the times are also measured. The result has a report for
+    each model and batch size, in that order.
 
     models: as for `edgekit.open`; target: a device's name, or a Target; precision: that of float32 operators, None for
     the target's plan; power: one of the device's power modes; threads: cores of a CPU; seconds: for each batch size
@@ -135,11 +137,16 @@ def bench_target(
     >>> report.memory.fits, report.measured
     (True, None)
 
-    Raises EdgekitError for a precision or power mode that the target does not have, and for any of them, or more than
-    one thread, if the target is this machine."""
+    Raises EdgekitError for a precision or power mode that the target does not have. It also raises if the target is
+    this machine and a precision, a power mode or more than one thread is given.
+    """
     from edgekit.targets import profile
     from edgekit.targets.local import is_here
 
+    try:
+        import onnx  # noqa: F401 - estimates count the operators of an ONNX graph
+    except ModuleNotFoundError:
+        raise missing_extra("onnx", "onnx", "estimating on a target") from None
     names, bundles = _opened(models)
     device = profile.find(target) if isinstance(target, str) else target
     options: dict[str, Any] = {"precision": precision, "power": power, "threads": threads}
@@ -193,7 +200,7 @@ def _opened(
 
 
 def float_graph(bundle: Bundle) -> ModelProto:
-    """The bundle's graph; of a network, as the ONNX exporter writes it in float32."""
+    """Return the bundle's graph. The graph of a network is the one that the ONNX exporter writes in float32."""
     if bundle.is_graph:
         from edgekit.bundle.onnx_file import load
 
@@ -210,15 +217,15 @@ def _golden(bundle: Bundle) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np
 
 
 def _least_seconds(bundle: Bundle, batches: Sequence[int], threads: int) -> dict[int, float]:
-    """Roofline by batch size; nothing where there is no graph to count. Only of one thread: what several reach together
-    depends on what else the machine does."""
+    """Return the roofline by batch size; empty if there is no graph, or more than one thread, because the rate that
+    several threads reach together depends on the other programs of the machine."""
     if threads != 1:
         return {}
     from edgekit.cost.operators import graph_cost, least_seconds, measured_rates
 
     try:
         model = float_graph(bundle)
-    except EdgekitError:  # the runtime may know other ways to run it
+    except EdgekitError:  # a runtime may run the network without a graph
         return {}
     rates = measured_rates()
     return {batch: least_seconds(graph_cost(model, batch), rates) for batch in batches}

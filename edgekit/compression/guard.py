@@ -1,8 +1,8 @@
-"""The guard: measure a candidate before and after a pass, and keep the pass only if what it was for got better and
-nothing else got worse than allowed.
+"""The guard measures a candidate before and after a pass. It keeps the pass only if the objective improved and nothing
+else got worse than the limits allow.
 
-Latency is the CPU time of one thread on the real runtime, before and after interleaved in one run, because machines are
-shared and their clocks wander; the ratio's interval is bootstrapped over the pairs.
+Latency is the CPU time of one thread on the real runtime. The calls before and after are made in turns in one run,
+because machines are shared and their clocks change; the ratio's interval is a bootstrap over the pairs.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from edgekit.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a pass may cost and must gain."""
+    """How much a pass may lose and how much it must gain."""
 
-    max_loss: float = 0.01  # in the metric's unit, against the model that compression started from
-    max_slowdown: float = 0.05  # relative, at any batch size: what two measurements of one model may differ by
-    min_gain: float = 0.01  # relative, in bytes or in latency: less than this is not worth a pass
-    batches: tuple[int, ...] = (1, 16, 256)  # the sizes at which latency is measured and outputs must agree
-    agreement: float = 1e-4  # largest difference of an output between batch sizes that needs no second look
+    max_loss: float = 0.01  # in the metric's unit, against the model before compression
+    max_slowdown: float = 0.05  # relative, at any batch size: two measurements of one model may differ by this much
+    min_gain: float = 0.01  # relative, in bytes or in latency: a smaller gain does not justify a pass
+    batches: tuple[int, ...] = (1, 16, 256)  # the guard measures latency and compares outputs at these sizes
+    agreement: float = 1e-4  # the guard measures quality again only if an output differs more between batch sizes
     objective: Literal["any", "size", "latency"] = "any"  # what a pass must gain
 
     def __post_init__(self) -> None:
@@ -43,8 +43,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """One batch size: median CPU milliseconds before and after, their ratio (after / before), its 95 % interval; and
-    the ratio to the best float32 form of the original with the lower end of its interval, where that was measured."""
+    """Latency at one batch size: median CPU milliseconds before and after, their ratio (after / before) and its 95 %
+    interval; against_best: the ratio to the best float32 form of the original, with the lower end of its interval, if
+    that was measured."""
 
     batch: int
     before_ms: float
@@ -58,8 +59,9 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """A runtime at one batch size. gap: largest difference of an output from what it should be; worse: what that costs
-    in the metric's unit, None where the gap needs no second look; problem: why the model must not ship, or None."""
+    """A runtime at one batch size. gap: the largest difference of an output from its expected value; worse: the loss of
+    quality in the metric's unit, None if the gap is small enough; problem: the reason why the model must not ship, or
+    None."""
 
     runtime: str
     batch: int
@@ -70,7 +72,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where a candidate stands. bytes: of its packed file, really written and counted."""
+    """The measured properties of a candidate. bytes: the size of its packed file, which is really written."""
 
     quality: Measurement
     bytes: int
@@ -79,7 +81,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """useless: nothing was lost and nothing gained."""
+    """The decision about a pass. useless: the pass lost nothing and gained nothing."""
 
     kept: bool
     reason: str
@@ -87,7 +89,8 @@ class Verdict:
 
 
 def judge(before: State, after: State, loss: Measurement, latency: Sequence[Latency], limits: Limits) -> Verdict:
-    """Keep or roll back. `loss`: the metric's change against the original model, paired on the same samples."""
+    """Decide whether to keep a pass. `loss`: the metric's change against the original model, paired on the same
+    samples."""
     if not np.isfinite([after.quality.value, loss.value]).all():
         return Verdict(False, f"the metric is {after.quality.value}, not a number: nothing can be said for the result")
     if loss.value > limits.max_loss:
@@ -96,7 +99,8 @@ def judge(before: State, after: State, loss: Measurement, latency: Sequence[Late
             f"costs {loss.value:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}] in quality against the original, "
             f"{limits.max_loss:g} allowed (n = {loss.samples:,})",
         )
-    # by more than allowed as far as can be told, and by half of it for sure: a busy machine moves a ratio
+    # A busy machine moves a ratio. So a pass is rejected only if the median ratio exceeds the limit and the lower bound
+    # of its interval exceeds half of it.
     most, surely = 1 + limits.max_slowdown, 1 + limits.max_slowdown / 2
     slow = [item for item in latency if item.ratio > most and item.low > surely]
     if slow:
@@ -138,7 +142,8 @@ def compare_latency(
     seconds: float = 1.5,
     seed: int = 0,
 ) -> list[Latency]:
-    """Time the sessions in turns, at each batch size for about `seconds`; `best`: of the original in float32."""
+    """Time the sessions in turns, at each batch size for about `seconds`. `best`: a session of the original in
+    float32."""
     result = []
     for batch in batches:
         times = time_in_turns([before, after] + ([best] if best else []), inputs, batch, seconds=seconds)
@@ -152,7 +157,7 @@ def compare_latency(
 def time_in_turns(
     sessions: Sequence[Session], inputs: Arrays, batch: int, *, seconds: float = 1.5
 ) -> npt.NDArray[np.float64]:
-    """(rounds, sessions) CPU seconds of a call, the sessions taken in turns for about `seconds`."""
+    """Return (rounds, sessions) CPU seconds of a call. The sessions run in turns for about `seconds`."""
     rows = tiled(inputs, batch)
     for session in sessions:
         session.warmup(batch)
@@ -169,12 +174,13 @@ def compare_batches(
     runtime: str,
     elsewhere: tuple[str, Arrays] | None = None,
 ) -> list[Agreement]:
-    """The outputs of the same rows at each batch size, held against those at batch 1; up to the first that has a
-    problem. One runtime kept 98.6 % of a model's accuracy at batch 32 and 20 % at batch 256, with the same int8 file.
+    """Compare the outputs of the same rows at each batch size with those at batch 1, up to the first batch size that
+    has a problem. One runtime kept 98.6 % of a model's accuracy at batch 32 and 20 % at batch 256, with the same int8
+    file.
 
-    change: how much worse the second outputs of these rows are than the first, in the metric's unit. With it, outputs
-    may differ as long as quality does not: dynamic quantization takes its scale from the whole batch.
-    elsewhere: a runtime and its outputs of each row, to hold these against instead.
+    change: returns how much worse the second outputs of these rows are than the first, in the metric's unit. With it,
+    outputs may differ if the quality does not, because dynamic quantization takes its scale from the whole batch.
+    elsewhere: a runtime and its outputs of each row, which replace those at batch 1.
     """
     count = len(next(iter(inputs.values())))
     where, alone = elsewhere or (runtime, rows_together(session, inputs, 1))
@@ -217,7 +223,7 @@ def _agreement(
         return Agreement(runtime, batch, gap, None, problem)
     try:
         worse = change(expected, together, rows)
-    except EdgekitError as error:  # such as probabilities that are none
+    except EdgekitError as error:  # such as outputs that are not probabilities
         return Agreement(runtime, batch, gap, None, f"on {runtime} at batch {batch}: {error}")
     problem = (
         f"quality depends on runtime and batch size: on {runtime} at batch {batch} it is worse by {worse:.4f} than on "
@@ -227,16 +233,17 @@ def _agreement(
 
 
 def tiled(inputs: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
-    """(batch, ...) rows, repeated as often as needed."""
+    """Return (batch, ...) rows, repeated as often as needed."""
     count = len(next(iter(inputs.values())))
     if count == 0:
-        raise EdgekitError("no rows to measure latency on; the data file is empty")
+        raise EdgekitError("there are no rows to measure latency on; the data file is empty")
     rows = np.arange(batch) % count
     return {name: np.ascontiguousarray(array[rows]) for name, array in inputs.items()}
 
 
 def rows_together(session: Session, inputs: Mapping[str, npt.NDArray[Any]], batch: int) -> Arrays:
-    """Outputs of every row, computed in batches of this size; the last batch is filled up with the first rows again."""
+    """Return the outputs of every row, computed in batches of this size. The last batch is filled with the first
+    rows."""
     count = len(next(iter(inputs.values())))
     rows = tiled(inputs, -(-count // batch) * batch)
     parts = [

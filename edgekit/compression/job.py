@@ -1,7 +1,8 @@
-"""What is to be compressed, and by which measure."""
+"""The job of a compression: what to compress, and by which measure."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -23,7 +24,7 @@ ShowProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to compress and by which measure."""
+    """A model, the data, the limits and the recipe of a compression."""
 
     source: Bundle
     recipe: Sequence[Step]
@@ -31,14 +32,15 @@ class Job:
     test: Dataset
     limits: Limits = field(default_factory=Limits)
     metric: str = "log-loss"
-    runtime: str = "onnxruntime"  # the one that latency is measured on
+    runtime: str = "onnxruntime"  # latency is measured on it
     seed: int = 0
-    target: Target | None = None  # the device it is for; None: this machine, and nothing is decided beforehand
+    target: Target | None = None  # the device; None: this machine, and no device decides about passes
     agree: tuple[str, ...] = ()  # other runtimes on which the result must be as good, at every batch size
-    replay: bool = False  # measure, but keep every pass that does not fail: what an earlier run has judged
+    replay: bool = False  # measure, but keep every pass that does not fail, because an earlier run has judged it
 
     def key(self) -> str:
-        """Identity of the work but for the recipe: what a pass leaves depends on this and on the passes before it."""
+        """Return the identity of the job without the recipe. The state after a pass depends on this key and on the
+        passes up to it."""
         data = hashlib.sha256()
         for part in (self.train, self.test):
             data.update(part.labels.tobytes())
@@ -51,7 +53,7 @@ class Job:
         return hashlib.sha256(json.dumps([*settings, *surroundings]).encode()).hexdigest()
 
     def on_target(self) -> Job:
-        """The job with what its target decides about the recipe; an error if a pass is not for that target."""
+        """Return the job with the decisions of its target about the recipe. Raises if a pass is not for that target."""
         if self.target is None:
             return self
         from edgekit.compression.decisions import fitted
@@ -60,7 +62,7 @@ class Job:
 
     @property
     def estimated(self) -> bool:
-        """Whether latency is estimated, because the target is not here."""
+        """Return whether latency is estimated, because the target is not this machine."""
         if self.target is None:
             return False
         from edgekit.compression.decisions import measured_here
@@ -69,7 +71,13 @@ class Job:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Return the versions on which a result depends."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Read them once per process, because a process loads each package once and a search asks in every trial."""
     found = {"python": platform.python_version()}
     tools = ("onnxruntime", "openvino", "onnx", "onnxscript", "torch-pruning", "torchao")
     for name in ("edgekit", "torch", "numpy", *tools):

@@ -1,4 +1,5 @@
-"""What a run measures: latency against the best float32 form, agreement of runtimes and batch sizes, outputs."""
+"""The measurements of a run: latency against the best float32 form, agreement of runtimes and batch sizes, other
+outputs."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ from edgekit.passes.base import AnyCandidate, Candidate
 from edgekit.session import Session, open_session
 
 AGREEMENT_ROWS = 64
-QUALITY_ROWS = 512  # at each batch size, where outputs depend on it
+QUALITY_ROWS = 512  # at each batch size, if outputs depend on it
 DRIFT_LIMIT = 1.0  # an output of nothing but zeros has a relative error of 1
-ROWS = 256  # at a time, for quality
+ROWS = 256  # of a batch when quality is measured
 MEASURED_CHUNK = 4  # t2's scores of four rows stay in a core's cache
 # Forms of the same float32 model. Exporters differ by 13 % on a small transformer, and a fusion made one slower: int8
 # measured against the worse of them would win without being faster.
@@ -46,12 +47,12 @@ _best_forms: dict[tuple[str, str, tuple[int, ...]], dict[str, str]] = {}  # in t
 
 
 def best_float_form(job: Job, notify: Notify = lambda message: None) -> dict[str, str]:
-    """Session options under which the float32 original is fastest, by the geometric mean over the batch sizes. The
-    first form stays unless another is faster beyond the noise."""
+    """Return the session options under which the float32 original is fastest, by the geometric mean over the batch
+    sizes. The first form is returned unless another one is faster beyond the noise."""
     forms = FLOAT_FORMS.get(job.runtime, ({},))
-    if job.estimated:  # what is fastest here says nothing about it
+    if job.estimated:  # the fastest form here may not be the fastest there
         forms = forms[:1]
-    if job.source.is_graph:  # it was exported elsewhere
+    if job.source.is_graph:  # another program exported it
         own = [item for item in forms if item.get("exporter") != "dynamo"]
         forms = tuple({name: value for name, value in item.items() if name != "exporter"} for item in own)
     known = (job.source.digest, job.runtime, job.limits.batches)
@@ -84,7 +85,7 @@ def latency(
     inputs: Arrays,
     best: Session | None = None,
 ) -> list[Latency]:
-    """Measured here, or estimated on a target that is elsewhere."""
+    """Measure the latency; if the target is another device, estimate it."""
     if job.target is None or not job.estimated:
         return compare_latency(*sessions, inputs, job.limits.batches, best=best)
     from edgekit.compression.bench import float_graph
@@ -96,8 +97,8 @@ def latency(
 def agreement(
     job: Job, bundle: Bundle, form: Mapping[str, str], metric: metrics.Metric, expected: npt.NDArray[Any]
 ) -> list[Agreement]:
-    """Whether the bundle is the same model at every batch size, on the runtime that is measured and on those that must
-    agree with it, up to the first problem. Batches go to a runtime in one piece."""
+    """Check whether the bundle is the same model at every batch size, on the measured runtime and on those of `agree`,
+    up to the first problem. A runtime gets each batch in one piece."""
     largest = max(job.limits.batches)
     own_session = session(job, bundle, form, chunk=largest)
     if bundle.is_graph or job.agree:
@@ -111,7 +112,7 @@ def agreement(
         held = expected[rows][chosen]
         return metric.value(together[primary], held) - metric.value(alone[primary], held)
 
-    own = change if bundle.is_graph else None  # a network's rows have nothing to do with one another
+    own = change if bundle.is_graph else None  # the rows of a network do not affect one another
     found = compare_batches(own_session, inputs, job.limits, own, runtime=job.runtime)
     elsewhere = job.runtime, rows_together(own_session, inputs, 1) if job.agree else {}
     for runtime in job.agree:
@@ -123,7 +124,8 @@ def agreement(
 
 
 def check_source(job: Job, found: Sequence[Agreement]) -> None:
-    """Raise if the original itself is not the same model everywhere: that is no pass's fault."""
+    """Raise if the original itself is not the same model at every batch size and on every runtime: no pass is the
+    cause."""
     problem = next((item.problem for item in found if item.problem and item.runtime in job.agree), None)
     if problem:
         raise EdgekitError(
@@ -133,19 +135,22 @@ def check_source(job: Job, found: Sequence[Agreement]) -> None:
 
 
 def session(job: Job, bundle: Bundle, form: Mapping[str, str], chunk: int = MEASURED_CHUNK) -> Session:
-    """For measuring: one thread, whose CPU time the guard reads, and a fixed number of rows at a time. Left to itself,
-    each session of a comparison would choose its own, and the choices' noise would pass for a gain."""
+    """Open a session to measure: one thread, whose CPU time the guard reads, and a fixed number of rows at a time.
+    Otherwise each session of a comparison would choose its own number, and the noise of these choices would look like a
+    gain."""
     options = {name: value for name, value in form.items() if not (bundle.is_graph and name == "exporter")}
     return open_session(bundle, job.runtime, threads=1, chunk=chunk, **options)
 
 
 def outputs_of(job: Job, bundle: Bundle, candidate: AnyCandidate) -> npt.NDArray[Any]:
-    """The first output for every test row: a network's by torch, a graph's by the runtime it is measured on."""
+    """Return the first output for every test row. torch computes a network's, and the measured runtime computes a
+    graph's."""
     return _outputs(job, bundle, candidate, [bundle.manifest.outputs[0].name], job.test)[0]
 
 
 def other_outputs(job: Job, bundle: Bundle, candidate: AnyCandidate) -> Arrays:
-    """What the metric does not see, for some test rows. State is left out: it means something to the model alone."""
+    """Return the outputs that the metric does not cover, for some test rows. State outputs are left out, because only
+    the model itself uses them."""
     names = [spec.name for spec in bundle.manifest.outputs]
     rows = job.test.take(np.arange(min(QUALITY_ROWS, len(job.test))))
     hidden = bundle.manifest.state.values()
@@ -154,8 +159,8 @@ def other_outputs(job: Job, bundle: Bundle, candidate: AnyCandidate) -> Arrays:
 
 
 def drifted(original: Arrays, found: Arrays) -> dict[str, float]:
-    """How far each of these outputs is from the original's: the share of values that differ where they are whole
-    numbers, else the relative error; infinite for another shape."""
+    """Return how far each of these outputs is from the original's: the share of values that differ for whole numbers,
+    else the relative error; infinite if the shape differs."""
     far = {}
     for name, exact in original.items():
         measured: metrics.Metric = metrics.Changed() if exact.dtype.kind in "iub" else metrics.RelativeError()

@@ -1,4 +1,4 @@
-"""Quality in the model's own unit, with its sample count and its uncertainty."""
+"""Measure quality in the model's own unit, with the sample count and the uncertainty."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgekit.plugins import imported
 Array = npt.NDArray[Any]
 Float = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.integer]
-FLOOR = 1e-15  # a probability of exactly 0 costs 34.5, not infinity
+FLOOR = 1e-15  # a probability of exactly 0 then costs 34.5, not infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Measurement:
 
 
 class Metric(Protocol):
-    """Lower is better. `value` takes the model's first output, (samples, ...), and what it is held against: labels, or
-    the original model's outputs where `labelled` is False."""
+    """A measure of quality; lower is better. `value` takes the model's first output, (samples, ...), and the expected
+    values: labels, or the original model's outputs if `labelled` is False."""
 
     name: str
     labelled: bool
@@ -42,35 +42,54 @@ class Metric(Protocol):
     def value(self, outputs: Float, expected: Array) -> float: ...
 
 
-class ClassAveragedLogLoss:
-    """Weighted log-loss with equal weights of the classes: the mean over classes of each class's mean
-    -log p(true). Global: class means are taken over the whole set (Malz et al. 2019, AJ 158 171, eq. 4); averaged
-    inside batches, as the reference did while training, an absent class counts as 0 and the result looks better.
+class PerSample:
+    """A metric that is an average of one loss per sample, so that a bootstrap computes and checks the losses once."""
+
+    def losses(self, outputs: Float, labels: Array) -> Array:
+        """(samples,) losses. Raises if these cannot be the outputs for these labels."""
+        raise NotImplementedError
+
+    def average(self, losses: Array, labels: Array) -> float:
+        return float(losses.mean())
+
+    def value(self, outputs: Float, labels: Array) -> float:
+        return self.average(self.losses(outputs, labels), labels)
+
+
+class ClassAveragedLogLoss(PerSample):
+    """Weighted log-loss with equal weights of the classes: the mean over classes of each class's mean -log p(true).
+
+    The class means cover the whole set (Malz et al. 2019, AJ 158 171, eq. 4). The reference averaged inside batches
+    while it trained; there, an absent class counts as 0, and the result looks better.
     """
 
     name = "class-averaged log-loss"
     labelled = True
 
-    def value(self, probabilities: Float, labels: Labels) -> float:
-        check(probabilities, labels)
-        if not np.allclose(probabilities.sum(axis=1), 1, atol=0.05):
+    def losses(self, outputs: Float, labels: Labels) -> Array:
+        losses = sample_losses(outputs, labels)
+        if not np.allclose(outputs.sum(axis=1), 1, atol=0.05):
             raise EdgekitError("log-loss: the outputs are not probabilities, they do not add up to 1; use error-rate")
-        return float(class_means(sample_losses(probabilities, labels), labels).mean())
+        return losses
+
+    def average(self, losses: Array, labels: Labels) -> float:
+        return float(class_means(losses, labels).mean())
 
 
-class ErrorRate:
-    """Share of samples whose most probable class is wrong."""
+class ErrorRate(PerSample):
+    """The share of samples whose most probable class is wrong."""
 
     name = "error rate"
     labelled = True
 
-    def value(self, scores: Float, labels: Labels) -> float:
-        check(scores, labels)
-        return float((scores.argmax(axis=1) != labels).mean())
+    def losses(self, outputs: Float, labels: Labels) -> Array:
+        check(outputs, labels)
+        wrong: Array = outputs.argmax(axis=1) != labels
+        return wrong
 
 
 class MeanAbsoluteError:
-    """Mean |output - label|: regression, in the label's unit."""
+    """The mean |output - label| of a regression, in the label's unit."""
 
     name = "mean absolute error"
     labelled = True
@@ -82,8 +101,9 @@ class MeanAbsoluteError:
 
 
 class Changed:
-    """Share of rows, or of tokens where each row has several, whose highest score is another one than the original
-    model's. Needs no labels. One bit of a code in a thousand changes one token in fifty: count tokens, not bits."""
+    """The share of rows, or of tokens if each row has several, whose highest score differs from that of the original
+    model. This metric needs no labels. One changed bit of a code in a thousand changes one token in fifty: count
+    tokens, not bits."""
 
     name = "share changed"
     labelled = False
@@ -95,7 +115,8 @@ class Changed:
 
 
 class RelativeError:
-    """Euclidean distance from the original model's outputs, relative to their length. Needs no labels."""
+    """The Euclidean distance from the original model's outputs, relative to the norm of these outputs. It needs no
+    labels."""
 
     name = "relative error"
     labelled = False
@@ -107,7 +128,7 @@ class RelativeError:
 
 @dataclass(slots=True)
 class Custom:
-    """A function of the user's: (outputs, labels) -> a number, lower is better."""
+    """The user's own function: (outputs, labels) -> a number, lower is better."""
 
     name: str
     function: Callable[[Float, Array], float]
@@ -116,7 +137,7 @@ class Custom:
     def value(self, outputs: Float, labels: Array) -> float:
         try:
             return float(self.function(outputs, labels))
-        except Exception as error:  # anyone's code: whatever it raises is the user's to see
+        except Exception as error:  # the function is the user's and may raise anything, which the user must see
             raise EdgekitError(f"metric {self.name}: {type(error).__name__}: {error}") from error
 
 
@@ -130,7 +151,7 @@ METRICS: dict[str, Metric] = {
 
 
 def metric(name: str) -> Metric:
-    """A metric by name, or a function of the user's as 'package.module:function'."""
+    """Return a metric by its name, or the user's function 'package.module:function' as a metric."""
     if ":" in name:
         return Custom(name, imported(name, "metric"))
     if name not in METRICS:
@@ -139,18 +160,18 @@ def metric(name: str) -> Metric:
 
 
 def source(name: str) -> str:
-    """What a metric's values depend on besides its name: the text of a function of the user's."""
+    """Return what a metric's values depend on besides its name: the source text of the user's function."""
     if ":" not in name:
         return ""
     try:
         return inspect.getsource(imported(name, "metric"))
-    except (TypeError, OSError):  # compiled, or made on the fly
+    except (TypeError, OSError):  # it is compiled, or was made at run time
         return ""
 
 
 def check_direction(metric: Metric, outputs: Float, expected: Array) -> None:
-    """Raise if a metric calls right answers worse than wrong ones: an accuracy, under which a model that forgot
-    everything would pass for a gain. Says nothing of outputs that labels do not spell out."""
+    """Raise if a metric rates right answers worse than wrong ones. An example is an accuracy: under it, a model that
+    forgot everything would count as a gain. The check skips outputs for which labels define no right answer."""
     if outputs.size == len(outputs) == len(expected):
         right = expected.reshape(outputs.shape).astype(np.float64)
         wrong = right.min() + right.max() - right
@@ -161,7 +182,7 @@ def check_direction(metric: Metric, outputs: Float, expected: Array) -> None:
         return
     try:
         best, worst = (metric.value(answers.astype(outputs.dtype), expected) for answers in (right, wrong))
-    except EdgekitError:  # it may not take answers as plain as these; the model's own it must
+    except EdgekitError:  # the function may refuse such simple answers; it must only accept those of the model
         return
     if best > worst:
         raise EdgekitError(
@@ -171,14 +192,14 @@ def check_direction(metric: Metric, outputs: Float, expected: Array) -> None:
 
 
 def sample_losses(probabilities: Float, labels: Labels) -> npt.NDArray[np.float64]:
-    """(samples,) -log of the probability given to the true class."""
+    """Return (samples,) -log of the probability of the true class."""
     check(probabilities, labels)
     true = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     return -np.log(np.maximum(true, FLOOR))
 
 
 def class_means(losses: npt.NDArray[np.float64], labels: Labels) -> npt.NDArray[np.float64]:
-    """Mean loss of every class that occurs."""
+    """Return the mean loss of every class that occurs."""
     counts = np.bincount(labels)
     return (np.bincount(labels, weights=losses) / np.maximum(counts, 1))[counts > 0]
 
@@ -197,10 +218,11 @@ def check(probabilities: Float, labels: Labels) -> None:
 def measure(
     metric: Metric, probabilities: Float, labels: Labels, *, resamples: int = 400, seed: int = 0
 ) -> Measurement:
-    """The metric with a stratified bootstrap interval: each class keeps its count, so that rare ones never vanish."""
+    """Return the metric with a stratified bootstrap interval: each class keeps its count, so that rare classes never
+    vanish."""
     check_outputs(probabilities, labels)
     value = metric.value(probabilities, labels)
-    values = [metric.value(probabilities[rows], labels[rows]) for rows in _resamples(labels, resamples, seed)]
+    values = _values(metric, probabilities, labels, _resamples(labels, resamples, seed))
     low, high = np.percentile(values, [2.5, 97.5])
     return Measurement(value, float(low), float(high), len(labels))
 
@@ -208,16 +230,25 @@ def measure(
 def measure_change(
     metric: Metric, before: Float, after: Float, labels: Labels, *, resamples: int = 400, seed: int = 0
 ) -> Measurement:
-    """Metric after minus before, on the same samples: paired, so far narrower than two intervals side by side."""
+    """Return the metric after minus the metric before, on the same samples. The interval of paired samples is much
+    narrower than the difference of two separate intervals."""
     check_outputs(before, labels)
     check_outputs(after, labels)
-    values = [
-        metric.value(after[rows], labels[rows]) - metric.value(before[rows], labels[rows])
-        for rows in _resamples(labels, resamples, seed)
-    ]
+    resampled = _resamples(labels, resamples, seed)
+    values = _values(metric, after, labels, resampled) - _values(metric, before, labels, resampled)
     low, high = np.percentile(values, [2.5, 97.5])
     value = metric.value(after, labels) - metric.value(before, labels)
     return Measurement(value, float(low), float(high), len(labels))
+
+
+def _values(
+    metric: Metric, outputs: Float, labels: Array, resampled: list[npt.NDArray[np.int64]]
+) -> npt.NDArray[np.float64]:
+    """The metric of each resample."""
+    if isinstance(metric, PerSample):
+        losses = metric.losses(outputs, labels)
+        return np.array([metric.average(losses[rows], labels[rows]) for rows in resampled])
+    return np.array([metric.value(outputs[rows], labels[rows]) for rows in resampled])
 
 
 def check_outputs(outputs: Float, expected: Array) -> None:
@@ -230,9 +261,9 @@ def check_outputs(outputs: Float, expected: Array) -> None:
 
 
 def _resamples(labels: Array, count: int, seed: int) -> list[npt.NDArray[np.int64]]:
-    """Rows drawn again and again; within each class where there are classes."""
+    """Draw rows with replacement, `count` times; within each class if there are classes."""
     rng = np.random.default_rng(seed)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         return [rng.integers(0, len(labels), len(labels)) for _ in range(count)]
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return [np.concatenate([rng.choice(group, len(group)) for group in groups]) for _ in range(count)]
+    return [np.concatenate([group[rng.integers(0, len(group), len(group))] for group in groups]) for _ in range(count)]

@@ -1,7 +1,8 @@
-"""Pictures as SVG text or PNG bytes: what a compression did, and how good a classifier is.
+"""Draw pictures as SVG text or PNG bytes: the course of a compression, and the quality of a classifier.
 
-Deterministic: the same numbers give the same bytes, so that a bundle with a report in it is reproducible. Text stays
-text. Inline pictures take their colours from the page (`--plot-...`) and follow it into the dark; others are on white.
+The same numbers give the same bytes, so that a bundle with a report in it is reproducible. Text remains text in the
+SVG. Inline pictures take their colours from the page (`--plot-...`) and follow its dark theme; other pictures have a
+white background.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ STYLE: Any = {
     "legend.fontsize": 8, "figure.facecolor": "white", "axes.facecolor": "none", "errorbar.capsize": 2.5,
     "lines.solid_capstyle": "round", "path.simplify": False,
 }  # fmt: skip
-FAR = 3  # times the range that kept passes span: how far above them the trajectory's axis reaches
-ENOUGH = 10  # samples that a bin of the reliability curve must hold to be drawn
+FAR = 3  # multiples of the range that kept passes span: the trajectory's axis extends this far above them
+ENOUGH = 10  # samples that a bin of the reliability curve needs to be drawn
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Where a pass led. low, high: 95 % interval of the quality, paired with the original's."""
+    """The result of a pass. low, high: the 95 % interval of the quality, paired with the original's."""
 
     number: int
     label: str
@@ -63,8 +64,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """By bin of the winning class's probability, arrays (bins,): mean confidence, share correct with its 95 % Wilson
-    interval (all NaN where the bin is empty), samples. error: expected calibration error."""
+    """The reliability in each bin of the winning class's probability, as arrays (bins,): the mean confidence, the share
+    of correct answers with its 95 % Wilson interval (all NaN if the bin is empty), and the number of samples. error:
+    the expected calibration error."""
 
     confidence: npt.NDArray[np.float64]
     accuracy: npt.NDArray[np.float64]
@@ -75,7 +77,7 @@ class Reliability:
 
 
 def styled(function: Callable[P, R]) -> Callable[P, R]:
-    """Run with this file's style and leave matplotlib's own settings as they were."""
+    """Run a function with this module's style, and restore matplotlib's settings."""
 
     @functools.wraps(function)
     def wrapped(*arguments: P.args, **options: P.kwargs) -> R:
@@ -87,14 +89,15 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
 
 @styled
 def to_svg(figure: Figure, title: str, *, inline: bool = False) -> str:
-    """The figure as SVG text, described by `title` for those who do not see it."""
+    """Return the figure as SVG text; `title` describes it for screen readers."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=inline, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # axes_1, patch_2: not unique once two pictures share a page
+    # axes_1, patch_2: these names are not unique once a page has two pictures
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"\n\s*", "\n", text).replace("'DejaVu Sans', sans-serif", "system-ui, sans-serif")
     head = f'<svg role="img" aria-label="{escape(title)}" stroke-linejoin="round"'
     if inline:
@@ -106,7 +109,7 @@ def to_svg(figure: Figure, title: str, *, inline: bool = False) -> str:
 
 @styled
 def to_png(figure: Figure, *, dpi: int = 150) -> bytes:
-    """The figure as PNG bytes, on white."""
+    """Return the figure as PNG bytes with a white background."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
@@ -114,15 +117,17 @@ def to_png(figure: Figure, *, dpi: int = 150) -> bytes:
 
 @styled
 def trajectory(start: Point, steps: Sequence[Point], max_loss: float | None, metric: str) -> Figure:
-    """Quality against packed size: kept passes connected, rolled-back ones hollow at the end of a dotted line. One that
-    lost far more than is allowed is an arrow at the upper edge with its value, so that the rest can be told apart."""
+    """Plot quality against packed size. A line connects the kept passes; a dotted line leads to each rolled-back pass,
+    which is hollow. An arrow at the upper edge, with its value, stands for a pass that lost far more than is allowed,
+    so that the other points remain distinct."""
     figure, axes = _figure(5.6, 5.2)
     limit = start.quality + (max_loss or 0)
     lows = [start.quality, *(step.low for step in steps)]
     kept = [start.quality, limit, *(step.high for step in steps if step.kept)]
     reach = max(kept) - min(lows)
     highest = max([*kept, *(step.high for step in steps)])
-    top = min(highest, max(kept) + FAR * reach) if reach > 0 else highest  # nothing kept, no limit: show all there is
+    # if nothing was kept and there is no limit, show everything
+    top = min(highest, max(kept) + FAR * reach) if reach > 0 else highest
     room = 0.1 * (top - min(lows)) or 0.01
     axes.set_ylim(min(lows) - room, top + room)
     here, path = start, [start]
@@ -151,7 +156,7 @@ def trajectory(start: Point, steps: Sequence[Point], max_loss: float | None, met
     _note(axes, start.label, (start.bytes / 1e3, start.quality), (-4, -14), ha="right")
     if max_loss is not None:
         axes.axhline(limit, color=MUTED, linewidth=1, linestyle=(0, (5, 3)))
-        _note(axes, "most that is allowed", (0.99, limit), (0, 3), ha="right", xycoords=axes.get_yaxis_transform())
+        _note(axes, "largest allowed loss", (0.99, limit), (0, 3), ha="right", xycoords=axes.get_yaxis_transform())
     axes.set_xlim(0, 1.08 * max(point.bytes for point in [start, *steps]) / 1e3)
     axes.set_xlabel("packed file (kB)")
     axes.set_ylabel(f"{metric} (lower is better)")
@@ -202,7 +207,8 @@ def latency_bars(latency: Sequence[Latency]) -> Figure:
 
 @styled
 def pareto(trials: Sequence[Outcome], chosen: int, max_loss: float, metric: str) -> Figure:
-    """Every trial of a search: change of quality against packed size, larger where it is faster; the front filled."""
+    """Plot the change of quality of every trial of a search against its packed size. A faster trial has a larger
+    marker; markers on the Pareto front are filled."""
     figure, axes = _figure(5.6, 4.2)
     shown = [trial for trial in trials if np.isfinite(trial.loss)]
     top = max(3 * max_loss, 3 * min((abs(trial.loss) for trial in shown), default=0.0), 1e-3)
@@ -229,7 +235,7 @@ def pareto(trials: Sequence[Outcome], chosen: int, max_loss: float, metric: str)
 
 @styled
 def sensitivity_bars(rows: Sequence[Sensitivity], metric: str, most: int = 24) -> Figure:
-    """How much worse the metric gets when one weight alone is coarse, the most sensitive on top."""
+    """Plot how much worse the metric gets if one weight alone is coarse, the most sensitive weight on top."""
     rows = [row for row in rows if np.isfinite(row.change)][:most]
     figure, axes = _figure(5.6, 0.9 + 0.22 * max(1, len(rows)))
     axes.barh(range(len(rows)), [row.change for row in rows], height=0.62, color=KEPT)
@@ -242,7 +248,7 @@ def sensitivity_bars(rows: Sequence[Sensitivity], metric: str, most: int = 24) -
 
 @styled
 def confusion_matrix(counts: npt.NDArray[np.integer], names: Sequence[str]) -> Figure:
-    """(true, predicted) counts as shares of each row, in per cent; rows carry their count."""
+    """Plot (true, predicted) counts as percentages of each row; the label of a row has its count."""
     classes = len(names)
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
@@ -272,7 +278,8 @@ def confusion_matrix(counts: npt.NDArray[np.integer], names: Sequence[str]) -> F
 
 @styled
 def reliability_curve(curves: dict[str, Reliability]) -> Figure:
-    """Share correct against confidence, one line per way of counting; below, how many samples each bin holds."""
+    """Plot the share of correct answers against the confidence, a line for each way of counting; below, the number of
+    samples in each bin."""
     figure = Figure(figsize=(4.6, 4.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (5, 3)))
@@ -303,16 +310,17 @@ def reliability_curve(curves: dict[str, Reliability]) -> Figure:
     lower.set_xlabel("probability given to the best class")
     upper.set_xlim(0, 1)
     upper.set_ylim(0, 1)
-    upper.set_ylabel("share that is of that class")
+    upper.set_ylabel("share of that class")
     upper.legend(loc="lower right")
     return figure
 
 
 @styled
 def loss_by_days(days: Sequence[int], losses: Float, whole: float, guess: float, metric: str) -> Figure:
-    """(seeds, days) losses of light curves cut off some days after first detection: mean and range of seeds."""
+    """Plot (seeds, days) losses of light curves that were cut off some days after the first detection: the mean and the
+    range of the seeds."""
     figure, axes = _figure(5.6, 3.5)
-    positions = np.log1p(np.asarray(days, dtype=np.float64))  # day 0 has its place, early days have room
+    positions = np.log1p(np.asarray(days, dtype=np.float64))  # day 0 has a position, and early days have space
     mean = losses.mean(axis=0)
     if len(losses) > 1:
         axes.fill_between(positions, losses.min(axis=0), losses.max(axis=0), color=KEPT, alpha=0.18, linewidth=0)
@@ -328,7 +336,7 @@ def loss_by_days(days: Sequence[int], losses: Float, whole: float, guess: float,
 
 
 def confusion(probabilities: Float, labels: Labels) -> npt.NDArray[np.int64]:
-    """(true, predicted) counts of the most probable class."""
+    """Return (true, predicted) counts of the most probable class."""
     check(probabilities, labels)
     classes = probabilities.shape[1]
     flat = np.bincount(labels * classes + probabilities.argmax(axis=1), minlength=classes * classes)
@@ -336,8 +344,8 @@ def confusion(probabilities: Float, labels: Labels) -> npt.NDArray[np.int64]:
 
 
 def reliability(probabilities: Float, labels: Labels, *, bins: int = 10, balanced: bool = False) -> Reliability:
-    """Confidence against accuracy. `balanced` weighs samples so that every class counts alike: a model trained that way
-    states probabilities for such a population, not for one with the data's own shares."""
+    """Compare confidence with accuracy. `balanced` weights samples so that every class counts equally: a model trained
+    that way states probabilities for such a population, not for one with the data's own shares."""
     check(probabilities, labels)
     confidence = probabilities.max(axis=1).astype(np.float64)
     correct = probabilities.argmax(axis=1) == labels
@@ -350,7 +358,7 @@ def reliability(probabilities: Float, labels: Labels, *, bins: int = 10, balance
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         share, mean, size = right / total, stated / total, total**2 / squares  # size: Kish's effective number
-        z = 1.96  # Wilson 1927: an interval that stays inside 0 to 1
+        z = 1.96  # Wilson 1927: the interval stays inside 0 to 1
         middle = (share + z**2 / (2 * size)) / (1 + z**2 / size)
         half = z / (1 + z**2 / size) * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
     gaps = np.where(counts > 0, np.abs(np.nan_to_num(share) - np.nan_to_num(mean)), 0)
@@ -363,5 +371,5 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _note(axes: Axes, text: str, place: tuple[float, float], shift: tuple[float, float], **options: Any) -> None:
-    """Text `shift` points away from a place in data coordinates, or in those of `xycoords`."""
+    """Write text `shift` points away from a point in data coordinates, or in those of `xycoords`."""
     axes.annotate(text, place, shift, textcoords="offset points", **{"fontsize": 8, "color": MUTED, **options})

@@ -32,9 +32,14 @@ from edgekit.settings import converted
 if TYPE_CHECKING:
     from edgekit.passes.base import Pass
 
-# what passes and their parameters were called before 0.1.0; recipes and the records of bundles may still say so
+# the names of passes and parameters before 0.1.0, which stored recipes and bundles may contain
 OLD_PASSES = {"quantise": "quantize"}
-OLD_PARAMETERS = {("static_int8", "form"): "scheme", ("qat_int8", "form"): "scheme", ("weight_only", "form"): "layout"}
+OLD_PARAMETERS = {
+    ("static_int8", "form"): "scheme",
+    ("qat_int8", "form"): "scheme",
+    ("weight_only", "form"): "layout",
+    ("half", "kind"): "dtype",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +51,17 @@ class Step:
     seed: int | None = None  # None: the job's seed plus the pass's number
 
     def build(self) -> Pass[Any]:
-        """The pass. Unknown names, unknown parameters and wrong types are errors that name what is allowed."""
+        """Return the pass. Errors for unknown names, unknown parameters and wrong types say what is allowed."""
         from edgekit.passes.base import load_pass  # imports torch
 
         return self.build_as(load_pass(self.name))
 
-    def build_as(self, kind: type[Pass[Any]]) -> Pass[Any]:
-        """The pass as an object of this class, which need not be registered."""
+    def build_as(self, pass_class: type[Pass[Any]]) -> Pass[Any]:
+        """Return the pass as an object of this class, which need not be registered."""
         from edgekit.passes.base import parameters_of
 
-        hints = typing.get_type_hints(kind)
-        fields = parameters_of(kind)
+        hints = typing.get_type_hints(pass_class)
+        fields = parameters_of(pass_class)
         values = {}
         for name, value in self.parameters.items():
             if name not in fields:
@@ -67,19 +72,19 @@ class Step:
             if required and name not in values:
                 raise EdgekitError(f"pass {self.name!r}: parameter {name!r} is missing; it takes {', '.join(fields)}")
         try:
-            return kind(**values)
+            return pass_class(**values)
         except EdgekitError as error:
             raise EdgekitError(f"pass {self.name!r}: {error}") from None
 
 
 def renamed(name: str, parameters: Mapping[str, Any], seed: int | None) -> Step:
-    """A step as a recipe or a record says it, by the present names."""
+    """Return the step with the present names of a pass and of its parameters."""
     name = OLD_PASSES.get(name, name)
     return Step(name, {OLD_PARAMETERS.get((name, key), key): value for key, value in parameters.items()}, seed)
 
 
 def read(path: str | Path) -> list[Step]:
-    """Read and check a recipe file, or take the recipe of a bundle: the passes it kept, with the seeds they had."""
+    """Read and check a recipe file, or read the recipe of a bundle: the passes that were kept, with their seeds."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         return of_bundle(open_bundle(path))
@@ -93,7 +98,7 @@ def read(path: str | Path) -> list[Step]:
 
 
 def parse(values: Mapping[str, Any], source: str) -> list[Step]:
-    """Steps from the tables of a recipe."""
+    """Return the steps of a recipe's tables."""
     for key in values:
         if key != "pass":
             raise unknown("key", key, ["pass"], where=source)
@@ -119,7 +124,7 @@ def parse(values: Mapping[str, Any], source: str) -> list[Step]:
 
 
 def of_bundle(bundle: Bundle) -> list[Step]:
-    """The passes that made a bundle from its parent, so that running them again gives the same bytes."""
+    """Return the passes that made a bundle from its parent. Running them again gives the same bytes."""
     records = [record for record in bundle.manifest.records if record.get("parent") == bundle.manifest.parent]
     kept = [renamed(record["pass"], record["parameters"], record.get("seed")) for record in records if record["kept"]]
     if not kept:
@@ -130,18 +135,18 @@ def of_bundle(bundle: Bundle) -> list[Step]:
 
 
 def to_tables(steps: Sequence[Step]) -> dict[str, Any]:
-    """The tables of a recipe, as `parse` reads them."""
+    """Return the tables of a recipe, as `parse` reads them."""
     return {"pass": [to_table(step) for step in steps]}
 
 
 def to_table(step: Step) -> dict[str, Any]:
-    """A step as one flat table: in recipes, manifests, studies of a search and keys of the cache."""
+    """Return a step as one flat table, for recipes, manifests, studies of a search and keys of the cache."""
     seed = {} if step.seed is None else {"seed": step.seed}
     return {"name": step.name, **seed, **step.parameters}
 
 
 def from_table(table: Mapping[str, Any]) -> Step:
-    """The inverse of `to_table`. A table that an older edgekit wrote gives a step with the present names."""
+    """The inverse of `to_table`. The table of an older edgekit gives a step with the present names."""
     parameters = {key: value for key, value in table.items() if key not in ("name", "seed")}
     return renamed(table["name"], parameters, table.get("seed"))
 

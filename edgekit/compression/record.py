@@ -1,7 +1,7 @@
-"""What a bundle tells of its compression, as types: a record for each pass and a summary of the whole job.
+"""The compression of a bundle as types: a record for each pass and a summary of the whole job.
 
-A bundle's manifest holds them as JSON. This file alone knows that JSON: each class has one function each way. JSON has
-neither NaN nor infinity, so both are written as null.
+A bundle's manifest holds them as JSON. Only this file reads and writes that JSON: each class has one function for each
+direction. JSON has neither NaN nor infinity, so both are written as null.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassRecord:
-    """One pass: what it was to do, what was measured before and after it, and whether the guard kept it.
+    """One pass: its parameters, the measurements before and after it, and whether the guard kept it.
 
-    loss: change of the metric against the model that compression started from; after, loss, latency: None or empty for
-    a pass that failed before it could be measured; other_outputs: how far the outputs that the metric does not see are
-    from the original's, relative to their size; estimated_on: the target whose latency was estimated, not measured."""
+    loss: change of the metric against the model before compression; after, loss, latency: None or empty for a pass that
+    failed before it could be measured; other_outputs: how far the outputs that the metric does not cover are from the
+    original's, relative to their size; estimated_on: the target whose latency was estimated, not measured.
+    """
 
     name: str
     parameters: Mapping[str, Any]
@@ -37,7 +38,7 @@ class PassRecord:
     kept: bool
     reason: str
     seed: int | None = None
-    parent: str | None = None  # digest of the bundle that the run started from
+    parent: str | None = None  # digest of the bundle with which the run started
     seconds: float = 0.0
     plan: tuple[Change, ...] = ()
     after: State | None = None
@@ -48,7 +49,7 @@ class PassRecord:
     estimated_on: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For a manifest. What does not apply is left out."""
+        """Return plain values for a manifest, without the fields that do not apply."""
         values = asdict(self)
         optional = ("plan", "after", "loss", "latency", "agreement", "other_outputs", "estimated_on")
         left_out = {name for name in optional if not values[name]}
@@ -78,10 +79,11 @@ class PassRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The whole job: the source and the result beside each other, measured in one run.
+    """The measurements of the whole job: the source and the result, in one run.
 
-    original: quality of the source; change: of the result against it, on the same rows; baseline: session options of
-    the source's fastest float32 form; memory: at memory_batch, on a target only."""
+    original: quality of the source; change: the result's change against it, on the same rows; baseline: session options
+    of the source's fastest float32 form; memory: at memory_batch, on a target only.
+    """
 
     metric: str
     original: Measurement
@@ -98,7 +100,7 @@ class Summary:
 
     @property
     def fits(self) -> bool:
-        """Whether the result fits the target's memory; True without a target."""
+        """Return whether the result fits the target's memory; True without a target."""
         return self.memory is None or self.memory.fits
 
     def to_json(self) -> dict[str, Any]:
@@ -130,24 +132,24 @@ class Summary:
 
 
 def records_of(bundle: Bundle) -> tuple[PassRecord, ...]:
-    """A record for each pass that was tried on the bundle, also on those that it was made from."""
+    """Return a record for each pass that was tried on the bundle, and on the bundles from which it was made."""
     return tuple(_read(bundle, "a record", PassRecord.from_json, item) for item in bundle.manifest.records)
 
 
 def summary_of(bundle: Bundle) -> Summary | None:
-    """What the bundle's compression measured; None if it was not compressed."""
+    """Return the summary of the bundle's compression; None if it was not compressed."""
     found = bundle.manifest.metrics.get(COMPRESSION)
     return None if found is None else _read(bundle, f"metrics.{COMPRESSION}", Summary.from_json, found)
 
 
 def search_of(bundle: Bundle) -> SearchRecord | None:
-    """The search that found the bundle's recipe; None if there was none."""
+    """Return the search that found the bundle's recipe; None if there was none."""
     found = bundle.manifest.metrics.get(SEARCH)
     return None if found is None else _read(bundle, f"metrics.{SEARCH}", SearchRecord.from_json, found)
 
 
 def finite(value: Any) -> Any:
-    """The value with None for NaN and infinity, and lists for tuples, as JSON has them."""
+    """Return the value with None for NaN and infinity, and lists for tuples, as JSON has them."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -183,7 +185,7 @@ def _agreement(items: Sequence[Mapping[str, Any]]) -> tuple[Agreement, ...]:
 
 
 def _limits(values: Mapping[str, Any]) -> Limits:
-    """A limit of null was infinite, in the direction that forbids nothing."""
+    """Return the limits. A limit of null was infinite, in the direction that forbids nothing."""
     infinite = {"max_loss": math.inf, "max_slowdown": math.inf, "min_gain": -math.inf, "agreement": math.inf}
     found: dict[str, Any] = {name: infinite[name] if value is None else value for name, value in values.items()}
     if "batches" in found:

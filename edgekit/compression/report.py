@@ -19,7 +19,7 @@ from edgekit.compression.metrics import Measurement
 from edgekit.compression.record import PassRecord, records_of, search_of, summary_of
 from edgekit.errors import missing_extra
 
-try:  # at import, so that a missing package is told before the work and not after it
+try:  # at import, so that the error for a missing package comes before the work
     import jinja2
     from markupsafe import Markup
     from matplotlib.figure import Figure
@@ -32,12 +32,12 @@ NAME = "report.html"
 
 
 def with_report(bundle: Bundle, source: Bundle) -> Bundle:
-    """The bundle with `report.html` added, which compares it with `source`."""
+    """Return the bundle with `report.html`, which compares it with `source`."""
     return with_files(bundle, {NAME: render(bundle, source).encode()})
 
 
 def render(bundle: Bundle, source: Bundle) -> str:
-    """The report as HTML text."""
+    """Return the report as HTML text."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -48,9 +48,9 @@ def render(bundle: Bundle, source: Bundle) -> str:
 
 
 def summary(bundle: Bundle, source: Bundle) -> dict[str, Any]:
-    """The values that the template shows.
+    """Return the values that the template shows.
 
-    `before` and `after` are the states of the source and of the result, None if no pass was run. `latency` compares the
+    `before` and `after` are the states of the source and of the result, None if no pass ran. `latency` compares the
     two; `latency_measured` tells whether it was measured directly or is a product over the passes.
     """
     inherited, own = _split(bundle, source)
@@ -84,8 +84,8 @@ def summary(bundle: Bundle, source: Bundle) -> dict[str, Any]:
 
 
 def chained(passes: Sequence[Sequence[Latency]]) -> list[Latency]:
-    """Latency of the last against the first of several passes, each measured against the one before it: the product of
-    the ratios, their intervals joined as independent errors of the logarithms."""
+    """Return the latency of the last of several passes against the first, each measured against the one before it: the
+    product of the ratios, their intervals joined as independent errors of the logarithms."""
     if not passes:
         return []
     result = []
@@ -109,7 +109,7 @@ def chained(passes: Sequence[Sequence[Latency]]) -> list[Latency]:
 
 
 def _split(bundle: Bundle, source: Bundle) -> tuple[tuple[PassRecord, ...], tuple[PassRecord, ...]]:
-    """Records that the source came with, and those of this compression."""
+    """Return the records that the source already had, and those of this compression."""
     old = source.manifest.records
     count = len(old) if bundle.manifest.records[: len(old)] == old else 0
     records = records_of(bundle)
@@ -117,7 +117,7 @@ def _split(bundle: Bundle, source: Bundle) -> tuple[tuple[PassRecord, ...], tupl
 
 
 def _pictures(values: Mapping[str, Any]) -> dict[str, Markup]:
-    """Inline SVG by name; a picture without data is left out."""
+    """Return inline SVG by name, without the pictures that have no data."""
     found = {}
     metric, search = values["metric"], values["search"]
     if points := _points(values["own"]):
@@ -138,7 +138,7 @@ def _pictures(values: Mapping[str, Any]) -> dict[str, Markup]:
 
 
 def _points(records: Sequence[PassRecord]) -> list[plots.Point]:
-    """The original and each measured pass, as points of quality and size; none if no pass was measured."""
+    """Return the original and each measured pass as points of quality and size; none if no pass was measured."""
     found = []
     for number, record in enumerate(records, start=1):
         after, loss = record.after, record.loss
@@ -163,7 +163,7 @@ def _inline(figure: Figure, title: str) -> Markup:
 
 
 def _number(value: float, form: str = ".4f") -> str:
-    """Whole numbers with thousands separated."""
+    """Format a number; whole numbers get separators of thousands."""
     if not math.isfinite(value):
         return "not a number"
     return f"{value:,}" if isinstance(value, int) else f"{value:{form}}"
@@ -174,7 +174,7 @@ def _interval(item: Measurement | Latency, form: str = ".4f") -> str:
 
 
 def _setting(value: object) -> str:
-    """A parameter as TOML writes it, on one line."""
+    """Return a parameter as TOML writes it, on one line."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{name} = {_setting(item)}" for name, item in value.items()) + " }"
     if isinstance(value, (list, tuple)):

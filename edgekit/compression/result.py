@@ -1,4 +1,4 @@
-"""What a compression gives: the compressed bundle and what was measured of it."""
+"""The result of a compression: the compressed bundle and its measurements."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from edgekit.cost.memory import Memory
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What `run` gives. bundle: the compressed model, which holds the records and the summary too; records: of this
-    run's passes and of those that the source came with; quality: of the result, in the metric's unit."""
+    """The result of `run`. bundle: the compressed model, which also holds the records and the summary; records: of this
+    run's passes and of those that the source already had; quality: of the result, in the metric's unit."""
 
     bundle: Bundle
     source: Bundle
@@ -28,32 +28,32 @@ class Result:
 
     @property
     def original(self) -> Measurement:
-        """Quality of the source."""
+        """Return the quality of the source."""
         return self.summary.original
 
     @property
     def latency(self) -> tuple[Latency, ...]:
-        """The source's time of a call and the result's, for each batch size."""
+        """Return the time of a call of the source and of the result, for each batch size."""
         return self.summary.latency
 
     @property
     def agreement(self) -> tuple[Agreement, ...]:
-        """Whether the result is the same model at every batch size, and on every runtime that was asked for."""
+        """Return whether the result is the same model at every batch size, and on every runtime of `agree`."""
         return self.summary.agreement
 
     @property
     def memory(self) -> Memory | None:
-        """What the result needs on the target; None without a target."""
+        """Return the memory that the result needs on the target; None without a target."""
         return self.summary.memory
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the result's packed file."""
+        """Return the bytes of the result's packed file."""
         return len(pack(self.bundle))
 
     @property
     def source_packed_bytes(self) -> int:
-        """Bytes of the source's packed file."""
+        """Return the bytes of the source's packed file."""
         return len(pack(self.source))
 
     def save(self, path: str | Path, *, force: bool = False) -> Bundle:
@@ -92,7 +92,7 @@ class Result:
 
 
 def with_search(result: Result, search: SearchRecord) -> Result:
-    """The result, and its bundle, with the search that found its recipe."""
+    """Return the result, and its bundle, with the search that found its recipe."""
     manifest = result.bundle.manifest
     metrics = {**manifest.metrics, SEARCH: search.to_json()}
     return replace(result, bundle=replace(result.bundle, manifest=replace(manifest, metrics=metrics)), search=search)

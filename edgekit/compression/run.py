@@ -1,6 +1,6 @@
 """Run a recipe: apply each pass, measure its result, judge it, and record it.
 
-The state after each pass is kept under the hash of everything that it depends on. A run that was stopped at any moment
+The state after each pass is kept under the hash of everything on which it depends. A run that was stopped at any moment
 therefore continues after its last finished pass, and another recipe with the same beginning starts from there.
 """
 
@@ -59,8 +59,8 @@ def check_order(source: Bundle, recipe: Sequence[Step]) -> None:
 
 
 def plan(job: Job) -> list[tuple[Step, list[Change]]]:
-    """Say what each pass would do to the model as it is now, and change nothing. A later pass is planned on the result
-    of the earlier ones, which are applied without recovery training."""
+    """Return what each pass would change in the model, and change nothing. A later pass is planned on the result of the
+    earlier ones, which are applied without recovery training."""
     job = job.on_target()
     check_order(job.source, job.recipe)
     candidate = candidate_of(job.source)
@@ -81,11 +81,12 @@ def plan(job: Job) -> list[tuple[Step, list[Change]]]:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The original model, as every pass of a run is held against it.
+    """The original model, with which the guard compares the result of every pass.
 
-    original: its first output for each test row; expected: what the metric compares outputs with; others: its outputs
-    that the metric does not see; forms: session options of its fastest float32 form; best: a session of that form;
-    inputs: the rows that latency is measured on."""
+    original: its first output for each test row; expected: the values with which the metric compares outputs; others:
+    its outputs that the metric does not cover; forms: session options of its fastest float32 form; best: a session of
+    that form; inputs: the rows on which latency is measured.
+    """
 
     metric: metrics.Metric
     original: npt.NDArray[Any]
@@ -108,7 +109,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was measured of a pass's result, in one run with the model before it."""
+    """The measurements of a pass's result, in one run with the model before the pass."""
 
     after: Standing
     loss: metrics.Measurement
@@ -127,7 +128,7 @@ def run(
     """Apply each pass of the job's recipe, measure it, judge it, and record it. `work`: a folder that keeps the state
     after each pass. Raises EdgekitError for a mistake in the job; a pass that fails is rolled back instead."""
     job = job.on_target()
-    check_order(job.source, job.recipe)  # a mistake in the recipe is an error now, not a pass rolled back
+    check_order(job.source, job.recipe)  # a mistake in the recipe is an error now and not a pass that is rolled back
     reference = _reference(job, notify)
     paths = _state_paths(job, work)
     done, bundle = _resume(job, paths)
@@ -147,7 +148,7 @@ def run(
 
 
 def _reference(job: Job, notify: Notify) -> Reference:
-    """What the original gives, before any pass. Raises if the metric or the runtimes do not suit the original."""
+    """Measure the original before any pass. Raises if the metric or the runtimes do not suit the original."""
     metric = metrics.metric(job.metric)
     source = candidate_of(job.source)
     forms = measure.best_float_form(job, notify)
@@ -179,7 +180,9 @@ def _attempt(
 ) -> tuple[Standing | None, PassRecord]:
     """Apply one pass, measure its result, judge it and record it. The result is None if the pass is rolled back."""
     started = time.perf_counter()
-    session = measure.session(job, before.bundle, reference.forms)  # if a runtime is missing, no pass is to blame
+    session = measure.session(
+        job, before.bundle, reference.forms
+    )  # raises before the pass runs if a runtime is missing
     built = step.build()
     context = context_of(job, reference.teacher, step.seed or 0, progress)
     changes: tuple[Change, ...] = ()
@@ -203,7 +206,7 @@ def _measure(
     candidate: AnyCandidate,
     records: Sequence[PassRecord],
 ) -> Measured:
-    """Quality, size, latency and agreement of what a pass made."""
+    """Measure quality, size, latency and agreement of a pass's result."""
     bundle = bundle_of(job, candidate, records)
     outputs = outputs_of(job, bundle, candidate)
     quality = metrics.measure(reference.metric, outputs, reference.expected)
@@ -217,7 +220,7 @@ def _measure(
 
 
 def _judge(job: Job, before: Standing, measured: Measured, built: Pass[Any]) -> Verdict:
-    """The guard's verdict, and what overrules it."""
+    """Return the guard's verdict, or a verdict for a reason that overrules it."""
     verdict = judge(before.state, measured.after.state, measured.loss, measured.latency, job.limits)
     if verdict.useless and built.prepares:
         verdict = Verdict(True, "loses nothing; it prepares the passes after it")
@@ -231,7 +234,7 @@ def _judge(job: Job, before: Standing, measured: Measured, built: Pass[Any]) -> 
 
 
 def _problem(measured: Measured) -> str | None:
-    """Why a model that is good enough by its metric must not ship all the same."""
+    """Return why a model must not ship although it is good enough by its metric; None if it may ship."""
     for item in measured.agreement:
         if item.problem:
             return item.problem
@@ -277,8 +280,8 @@ def _record(
 
 
 def _tried(built: Pass[Any], subject: AnyCandidate, context: Context) -> tuple[tuple[Change, ...], AnyCandidate]:
-    """The plan and the result of a pass. Whatever a third party's pass, or a library behind it, raises counts as a
-    failure of that pass: it is rolled back with the reason, and the passes after it still run."""
+    """Return the plan and the result of a pass. Any exception of a third party's pass, or of a library that it calls,
+    counts as a failure of that pass: it is rolled back with the reason, and the passes after it still run."""
     try:
         changes, result = tuple(built.plan(subject)), built.apply(subject, context)
         if not isinstance(result, (Candidate, GraphCandidate)):
@@ -292,7 +295,7 @@ def _tried(built: Pass[Any], subject: AnyCandidate, context: Context) -> tuple[t
 
 
 def _result(job: Job, bundle: Bundle, reference: Reference) -> Result:
-    """The finished bundle, the source and the result measured beside each other in one run."""
+    """Return the finished bundle. The source and the result are measured in turns in one run."""
     outputs = outputs_of(job, bundle, candidate_of(bundle))
     quality = metrics.measure(reference.metric, outputs, reference.expected)
     sessions = (
@@ -319,7 +322,8 @@ def _result(job: Job, bundle: Bundle, reference: Reference) -> Result:
 
 
 def _on_target(job: Job, target: Target, bundle: Bundle, summary: Summary, inputs: Arrays) -> Summary:
-    """The summary with the memory that the result needs on its target, and whether latency is an estimate for it."""
+    """Return the summary with the memory that the result needs on its target, and the information whether latency is an
+    estimate."""
     from edgekit.compression.bench import float_graph
     from edgekit.compression.decisions import needed
 
@@ -329,8 +333,7 @@ def _on_target(job: Job, target: Target, bundle: Bundle, summary: Summary, input
 
 
 def _state_paths(job: Job, work: Path) -> list[Path]:
-    """Where the state after each pass belongs: under the hash of the job and of the passes up to it, their code
-    included."""
+    """Return the path of the state after each pass: the hash of the job and of the passes up to it, with their code."""
     key = hashlib.sha256(job.key().encode())
     paths = []
     for step in job.recipe:
@@ -340,11 +343,12 @@ def _state_paths(job: Job, work: Path) -> list[Path]:
 
 
 def _resume(job: Job, paths: Sequence[Path]) -> tuple[int, Bundle]:
-    """Passes done and the state after the longest beginning of this recipe that an earlier run of the job left."""
+    """Return the number of finished passes and the state after them, for the longest beginning of this recipe that an
+    earlier run of the job left."""
     for done in range(len(paths), 0, -1):
         try:
             state = open_bundle(paths[done - 1])
-        except EdgekitError:  # not reached, or damaged: the state before it will do
+        except EdgekitError:  # missing or damaged: try the state before it
             continue
         return done, replace(state, manifest=replace(state.manifest, recipe=to_tables(job.recipe)))
     return 0, bundle_of(job, candidate_of(job.source), ())

@@ -1,4 +1,5 @@
-"""The states of a model between passes, which are kept in the cache: where they are, and what their names depend on."""
+"""The states of a model between passes, which are kept in the cache: their folder, and the facts on which their names
+depend."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ PASSES = "edgekit.passes"
 
 
 def folder() -> Path:
-    """The cache's folder of states."""
+    """Return the cache's folder of states."""
     return cache.folder("passes")
 
 
 def keep(path: Path, bundle: Bundle) -> None:
-    """Write the state after a pass as a bundle that only this user can read. Of two processes that write it at once,
-    the last one's is kept, whole."""
+    """Write the state after a pass as a bundle that only this user can read. If two processes write it at once, the
+    bundle of the last one remains, complete."""
     write_directory(path, {**bundle.contents, MANIFEST: bundle.manifest.to_json()}, mode=cache.FILE_MODE)
 
 
@@ -48,13 +49,13 @@ def prune(states: Path, largest: int = LARGEST) -> None:
 
 
 def pass_identity(name: str) -> list[str]:
-    """What the result of a pass depends on beside its parameters: the name and the version of the distribution that
-    registers the pass, and a hash of source code.
+    """Return what the result of a pass depends on besides its parameters: the name and the version of the distribution
+    that registers the pass, and a hash of source code.
 
-    The hash covers every Python file of edgekit, and every Python file of the top-level package that the pass comes
-    from (only the pass's module, if that is in no package). It does not cover other packages that the pass imports;
-    the job's key holds the versions of those that edgekit's own passes use. A pass that comes from no file, such as one
-    that was typed into an interpreter, has a new identity each time, so that its states are never taken from the cache.
+    The hash covers every Python file of edgekit, and every Python file of the top-level package of the pass (only the
+    pass's module, if that is in no package). It does not cover other packages that the pass imports; the job's key
+    holds the versions of those that edgekit's own passes use. A pass without a file, such as one that was typed into an
+    interpreter, has a new identity each time, so that its states are never taken from the cache.
     """
     distribution = _distributions().get(name, ("", ""))
     digest = hashlib.sha256()
@@ -66,7 +67,8 @@ def pass_identity(name: str) -> list[str]:
 
 
 def _sources(module: str) -> Iterator[tuple[str, bytes]]:
-    """The name and the content of each source file of the module and of its top-level package, in a fixed order."""
+    """Yield the name and the content of each source file of the module and of its top-level package, in a fixed
+    order."""
     file = getattr(sys.modules.get(module), "__file__", None)
     top = getattr(sys.modules.get(module.partition(".")[0]), "__file__", None)
     if file is None or not Path(file).is_file():
@@ -81,5 +83,5 @@ def _sources(module: str) -> Iterator[tuple[str, bytes]]:
 
 @functools.cache
 def _distributions() -> dict[str, tuple[str, str]]:
-    """The name and the version of the distribution of each pass that is installed."""
+    """Return the name and the version of the distribution of each installed pass."""
     return {point.name: (point.dist.name, point.dist.version) for point in entry_points(group=PASSES) if point.dist}

@@ -1,4 +1,4 @@
-"""A bundle as passes take it, and what a pass leaves as a bundle again."""
+"""Conversions between bundles and the candidates on which passes work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def context_of(
     job: Job, teacher: nn.Module | None, seed: int, progress: ShowProgress = lambda what, done, total: None
 ) -> Context:
-    """What the passes of a job may use."""
+    """Return the context of a pass: the data, the teacher and the seed that it may use."""
 
     def lower(network: nn.Module) -> ModelProto:
         from edgekit.graph.lower import float_graph
@@ -37,12 +37,13 @@ def context_of(
 
 
 def for_pass(built: Pass[Any], candidate: AnyCandidate, job: Job) -> AnyCandidate:
-    """The candidate as the pass takes it: lowered to a graph for the first pass that works on one."""
+    """Return the candidate in the form that the pass takes: lowered to a graph for the first pass that works on
+    graphs."""
     return candidate if built.level == Level.NETWORK else lowered(candidate, job)
 
 
 def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
-    """The candidate as a graph."""
+    """Return the candidate as a graph."""
     if isinstance(candidate, GraphCandidate):
         return candidate
     from edgekit.graph.lower import lower
@@ -51,7 +52,7 @@ def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
 
 
 def candidate_of(bundle: Bundle) -> AnyCandidate:
-    """The bundle's model as passes take it."""
+    """Return the bundle's model as a candidate for passes."""
     if bundle.is_graph:
         from edgekit.bundle.onnx_file import load
 
@@ -60,7 +61,8 @@ def candidate_of(bundle: Bundle) -> AnyCandidate:
 
 
 def bundle_of(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) -> Bundle:
-    """The candidate as a bundle, its golden outputs recomputed on the source's golden inputs. records: of this run."""
+    """Return the candidate as a bundle, with golden outputs that are computed again on the source's golden inputs.
+    records: of this run."""
     inputs, _ = job.source.golden()
     inputs = {spec.name: inputs[spec.name] for spec in job.source.manifest.inputs}
     manifest = replace(
@@ -94,7 +96,7 @@ def _graph_bundle(manifest: Manifest, candidate: GraphCandidate, inputs: Arrays)
 
 
 def applied(job: Job, step: Step) -> Bundle:
-    """What one pass makes of the source, neither timed nor judged."""
+    """Return the result of one pass on the source, neither timed nor judged."""
     candidate = candidate_of(job.source)
     context = context_of(job, candidate.model if isinstance(candidate, Candidate) else None, job.seed)
     built = step.build()

@@ -1,4 +1,4 @@
-"""What a search over recipes tried and chose, as types; the manifest of its result holds them as JSON."""
+"""The trials and the choice of a search over recipes, as types; the manifest of its result holds them as JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from edgekit.compression.recipe import Step, from_table, to_table
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What the result of a search must keep to. max_size: packed bytes; max_latency: CPU milliseconds of a call at the
-    first batch size; on a target that is not this machine, estimated ones."""
+    """The constraints on the result of a search. max_size: packed bytes; max_latency: CPU milliseconds of a call at the
+    first batch size, estimated if the target is not this machine."""
 
     max_loss: float
     max_size: int | None = None
@@ -23,7 +23,8 @@ class Constraints:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One trial. speedup: geometric mean over the batch sizes, against the original in the same run; loss: change of
-    the metric on held-out rows; low: the lower end of its interval; fits_memory: whether the target can hold it."""
+    the metric on held-out rows; low: the lower end of its interval; fits_memory: whether the model fits into the
+    target's memory."""
 
     number: int
     recipe: tuple[Step, ...]
@@ -36,7 +37,7 @@ class Outcome:
     low: float = math.nan
 
     def fits(self, limits: Constraints) -> bool:
-        """Whether the trial keeps to every constraint."""
+        """Return whether the trial keeps to every constraint."""
         return (
             self.loss <= limits.max_loss
             and (limits.max_size is None or self.bytes <= limits.max_size)
@@ -46,7 +47,7 @@ class Outcome:
 
     @property
     def passes(self) -> str:
-        """The names of its passes."""
+        """Return the names of its passes."""
         return ", ".join(step.name for step in self.recipe) or "as it is"
 
     def to_json(self) -> dict[str, Any]:
@@ -77,8 +78,8 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True)
 class SearchRecord:
-    """A search: all its trials, the sensitivity of the weights, the number of the trial that was chosen, and what the
-    result had to keep to."""
+    """A search: all its trials, the sensitivity of the weights, the number of the chosen trial, and the constraints on
+    the result."""
 
     trials: tuple[Outcome, ...]
     sensitivity: tuple[Sensitivity, ...]
@@ -87,7 +88,7 @@ class SearchRecord:
 
     @property
     def front(self) -> list[Outcome]:
-        """The trials on the Pareto front, smallest loss first."""
+        """Return the trials on the Pareto front, smallest loss first."""
         return sorted((trial for trial in self.trials if trial.on_front), key=lambda trial: trial.loss)
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class SearchRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SearchRecord:
-        """The inverse of `to_json`, but for the nodes, which a manifest does not hold."""
+        """The inverse of `to_json`, except for the nodes, which a manifest does not hold."""
         return cls(
             tuple(Outcome.from_json(trial) for trial in values["trials"]),
             tuple(

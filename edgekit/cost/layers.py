@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from edgekit.cost.measured import OperatorTable
 from edgekit.cost.memory import Memory
-from edgekit.cost.operators import Rates, work
+from edgekit.cost.operators import Operator, Rates, work
 from edgekit.cost.profiled import optimized_work, profiled
 from edgekit.cost.roofline import FORMULA, FUSED, estimate, in_mode
 from edgekit.graph.shapes import sized
@@ -118,28 +118,7 @@ def here(
     plain = estimate(work(model, sized(model, batch, lengths)), target, batch)
     taken = {kernel.name: kernel.seconds for kernel in profiled(model, feeds, seconds=seconds)}
     done = optimized_work(model, batch, lengths)
-    rows = []
-    for operator in done.operators:
-        measured = taken.get(operator.name)
-        if measured is not None:  # the profiler's own time is in it as well as in the table
-            measured = max(0.0, measured + table.node)
-        computing, moving = operator.operations / rates.flops, operator.bytes / rates.bytes
-        predicted = table.of(operator)
-        least, spent = max(computing, moving), measured or predicted
-        bound = "compute" if computing > moving else "memory"
-        rows.append(
-            Row(
-                operator.name,
-                operator.op_type,
-                1,
-                operator.operations,
-                operator.bytes,
-                predicted,
-                measured,
-                least / spent if spent else 0.0,
-                bound if least > 0.1 * spent else "launch",
-            )
-        )
+    rows = [_measured_row(operator, taken.get(operator.name), table, rates) for operator in done.operators]
     total = sum(row.measured or 0.0 for row in rows) + max(0.0, table.call)
     return Report(
         target.name,
@@ -151,6 +130,26 @@ def here(
         plain.memory,
         tuple(rows),
         (*plain.unknown, *done.unknown),
+    )
+
+
+def _measured_row(operator: Operator, measured: float | None, table: OperatorTable, rates: Rates) -> Row:
+    if measured is not None:  # the profiler's own time is in it as well as in the table
+        measured = max(0.0, measured + table.node)
+    computing, moving = operator.operations / rates.flops, operator.bytes / rates.bytes
+    predicted = table.of(operator)
+    least, spent = max(computing, moving), measured or predicted
+    bound = "compute" if computing > moving else "memory"
+    return Row(
+        operator.name,
+        operator.op_type,
+        1,
+        operator.operations,
+        operator.bytes,
+        predicted,
+        measured,
+        least / spent if spent else 0.0,
+        bound if least > 0.1 * spent else "launch",
     )
 
 

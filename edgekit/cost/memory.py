@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from edgekit.cost.operators import Workload
-from edgekit.graph.shapes import Value
 from edgekit.targets.profile import RESERVE, Target
+
+if TYPE_CHECKING:  # records of bundles hold a Memory, and reading them must not need onnx
+    from edgekit.cost.operators import Workload
+    from edgekit.graph.shapes import Value
 
 
 @dataclass(frozen=True, slots=True)

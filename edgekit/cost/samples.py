@@ -30,14 +30,14 @@ ROWS = ("Add", "Mul")  # two rows in the table: for inputs of the same shape, an
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One graph of one operator to be timed."""
+    """One graph of one operator to time."""
 
     family: str
     model: ModelProto
 
 
 def samples() -> list[Sample]:
-    """The calibration set: graphs of one operator, small to larger than a core's cache."""
+    """Return the calibration set: graphs of one operator, from small sizes to sizes larger than a core's cache."""
     found: list[Sample] = []
     for rows, inner, columns in (
         (1, 32, 32),

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 Clock = Callable[[], float]  # seconds: time.thread_time, time.process_time or time.perf_counter
-Timed = Callable[[], tuple[float, ...]]  # makes one call and gives the seconds that it took, by each of its clocks
+Timed = Callable[[], tuple[float, ...]]  # makes one call and returns the seconds that it took by each clock
 Seconds = npt.NDArray[np.float64]
-GRAIN = 1e-9  # the shortest time that is told from none: a ratio must not divide by zero
+GRAIN = 1e-9  # the clock's shortest step: a ratio must not divide by zero
 
 
 def timed(call: Callable[[], object], *clocks: Clock) -> Timed:
-    """A function that makes the call and gives the seconds that it took by each clock."""
+    """Return a function that makes the call and returns the seconds that it took by each clock."""
 
     def once() -> tuple[float, ...]:
         started = [clock() for clock in clocks]
@@ -29,11 +29,12 @@ def timed(call: Callable[[], object], *clocks: Clock) -> Timed:
 def in_turns(
     calls: Sequence[Timed], *, seconds: float = 0.0, least: int = 7, most: int = 400, warmup: int = 2
 ) -> Seconds:
-    """(rounds, calls, clocks) seconds. In a round every call is made once.
+    """Return (rounds, calls, clocks) seconds. Each round makes every call once.
 
-    The first call of a round is another one from round to round, so that none of them always finds the cache as the
-    same neighbour left it. `warmup` rounds are thrown away; the last of them tells how many rounds fit in `seconds` by
-    the first clock, between `least` and `most`."""
+    Another call begins each round, so that no call always finds the cache in the state that the same call left. The
+    first `warmup` rounds are discarded; the last of them tells how many rounds fit in `seconds` by the first clock,
+    between `least` and `most`.
+    """
     assert calls
     assert warmup >= 1
     for _ in range(warmup):
@@ -48,7 +49,7 @@ def in_turns(
 
 
 def ratio_interval(before: Seconds, after: Seconds, seed: int = 0) -> tuple[float, float, float]:
-    """Median of after / before over the rounds, and its 95 % bootstrap interval."""
+    """Return the median of after / before over the rounds, and its 95 % bootstrap interval."""
     ratios = np.maximum(after, GRAIN) / np.maximum(before, GRAIN)
     draws = np.median(ratios[np.random.default_rng(seed).integers(0, len(ratios), (400, len(ratios)))], axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -56,5 +57,5 @@ def ratio_interval(before: Seconds, after: Seconds, seed: int = 0) -> tuple[floa
 
 
 def thread_seconds(call: Callable[[], object]) -> float:
-    """CPU seconds of this thread for one call."""
+    """Return the CPU seconds that one call takes in this thread."""
     return timed(call, time.thread_time)()[0]

@@ -123,7 +123,8 @@ def ranges(
     for values in activations(model, names, data):
         for name, array in values.items():
             low, high = ends.get(name, (np.inf, -np.inf))
-            ends[name] = min(low, float(array.min())), max(high, float(array.max()))
+            # np.minimum keeps a NaN, which Python's min would lose
+            ends[name] = float(np.minimum(low, array.min())), float(np.maximum(high, array.max()))
     for name, found in ends.items():
         if not np.isfinite(found).all():
             raise EdgekitError(f"calibration: {name!r} is NaN or infinite on training data; repair the model first")
@@ -165,7 +166,7 @@ def least_divergent(counts: Float64) -> int:
         filled = np.bincount(level, inside > 0)
         mean = np.bincount(level, inside) / np.maximum(filled, 1)
         levelled = np.where(inside > 0, mean[level], 0.0)
-        p, q = clipped / clipped.sum(), levelled / max(levelled.sum(), 1.0)
+        p, q = clipped / max(clipped.sum(), 1.0), levelled / max(levelled.sum(), 1.0)
         divergences.append(np.sum(p[p > 0] * np.log(p[p > 0] / np.maximum(q[p > 0], 1e-12))))
     return int(candidates[int(np.argmin(divergences))])
 

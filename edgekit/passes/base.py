@@ -166,7 +166,7 @@ def problem_with(pass_class: Any, name: str) -> str:
         return f"its name is {pass_class.name!r}, and it is registered as {name!r}"
     if unwritten := sorted(pass_class.__abstractmethods__):
         return f"it has no method {unwritten[0]!r}"
-    if pass_class.level not in Level:
+    if pass_class.level not in list(Level):  # Python 3.11 raises TypeError for a string `in Level`
         return f"its level is {pass_class.level!r}; expected {Level.NETWORK} or {Level.GRAPH}"
     known = parameters_of(pass_class)
     for role in PARAMETERS:

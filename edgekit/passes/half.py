@@ -26,7 +26,7 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.model import eliminate_dead_nodes, name_nodes, opset, replace_tensor, unique_name, value_names
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
-KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+DTYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 LARGEST = 65504.0  # of float16
 SMALLEST = 2.0**-25  # float16 rounds a magnitude up to this one to zero
 STORED = 64  # numbers; for a smaller tensor the Cast takes as many bytes as half precision saves
@@ -44,7 +44,7 @@ class Half(Pass[GraphCandidate]):
     summary: ClassVar[str] = "weights and arithmetic in 16 bits, sensitive operators in float32"
     level: ClassVar[Level] = Level.GRAPH
 
-    kind: str = "fp16"
+    dtype: str = "fp16"
     storage: bool = False
     keep: tuple[str, ...] = (
         "Softmax", "LogSoftmax", "LayerNormalization", "InstanceNormalization", "ReduceMean", "ReduceSum", "ReduceL2",
@@ -54,8 +54,8 @@ class Half(Pass[GraphCandidate]):
     overflow: str = "refuse"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown("kind", self.kind, KINDS)
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
         if self.overflow not in ("refuse", "keep"):
             raise unknown("overflow", self.overflow, ("refuse", "keep"))
         for name in self.keep:
@@ -63,20 +63,22 @@ class Half(Pass[GraphCandidate]):
                 raise EdgekitError(f"keep: {name!r} is no ONNX operator; expected names such as Softmax")
 
     def precisions(self) -> tuple[str, ...]:
-        return () if self.storage else ({"fp16": "float16", "bf16": "bfloat16"}[self.kind],)
+        return () if self.storage else ({"fp16": "float16", "bf16": "bfloat16"}[self.dtype],)
 
     def plan(self, candidate: GraphCandidate) -> list[Change]:
         model = candidate.copy_model()
         narrow, nodes = self._chosen(model)
         sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-        changes = [Change(name, f"{sizes[name]} float32", self.kind) for name in sizes if name in narrow]
+        changes = [Change(name, f"{sizes[name]} float32", self.dtype) for name in sizes if name in narrow]
         for tensor in model.graph.initializer:
             if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= STORED and tensor.name not in narrow:
                 changes.append(
                     Change(tensor.name, f"{tuple(tensor.dims)} float32", "left in float32: one of its consumers is")
                 )
         op_types = Counter(node.op_type for node in model.graph.node if node.name in nodes)
-        return changes + [Change(f"{count} {dtype}", "float32", self.kind) for dtype, count in sorted(op_types.items())]
+        return changes + [
+            Change(f"{count} {dtype}", "float32", self.dtype) for dtype, count in sorted(op_types.items())
+        ]
 
     def apply(self, candidate: GraphCandidate, context: Context) -> GraphCandidate:
         return GraphCandidate(self.converted(candidate.copy_model()))
@@ -86,7 +88,7 @@ class Half(Pass[GraphCandidate]):
         narrow, nodes = self._chosen(model)
         if self.storage:
             for tensor in [item for item in model.graph.initializer if item.name in narrow]:
-                stored = self._narrowed(tensor, unique_name(f"{tensor.name}.{self.kind}", value_names(model)))
+                stored = self._narrowed(tensor, unique_name(f"{tensor.name}.{self.dtype}", value_names(model)))
                 cast = helper.make_node(
                     "Cast", [stored.name], [tensor.name], f"{tensor.name}.Cast", to=TensorProto.FLOAT
                 )
@@ -111,7 +113,7 @@ class Half(Pass[GraphCandidate]):
         }
         consumers: dict[str, set[bool]] = {}
         for node in model.graph.node:
-            slots = _slots(model, node, "input", KINDS[self.kind])
+            slots = _slots(model, node, "input", DTYPES[self.dtype])
             for slot, name in enumerate(node.input):
                 # in storage mode, all consumers count except those that must stay exact
                 suits = not self._kept(node) if self.storage else node.name in nodes and slot in slots
@@ -127,7 +129,7 @@ class Half(Pass[GraphCandidate]):
         }
         if not narrow and (self.storage or not nodes):
             raise EdgekitError(
-                f"half: nothing can be converted to {self.kind}; leave this pass out, or shorten keep and keep_nodes"
+                f"half: nothing can be converted to {self.dtype}; leave this pass out, or shorten keep and keep_nodes"
             )
         return narrow, set() if self.storage else nodes
 
@@ -145,14 +147,14 @@ class Half(Pass[GraphCandidate]):
             return False
         if node.op_type == "Transpose" and node.input[0] not in {tensor.name for tensor in model.graph.initializer}:
             return False  # in half before a product, it makes onnxruntime 1.24 to 1.32 crash (its issue 28392)
-        slots = _slots(model, node, "input", KINDS[self.kind])
+        slots = _slots(model, node, "input", DTYPES[self.dtype])
         reads = [node.input[slot] for slot in slots if node.input[slot]]
         return bool(reads) and all(name in floats for name in reads)
 
     def _lost(self, tensor: TensorProto) -> bool:
         """Return whether float16 cannot hold a tensor: its values are too large, or it is a constant such as 1e-12 that
         would become zero."""
-        if self.kind == "bf16" or tensor.data_type != TensorProto.FLOAT:
+        if self.dtype == "bf16" or tensor.data_type != TensorProto.FLOAT:
             return False
         value = np.abs(numpy_helper.to_array(tensor))
         finite = value[np.isfinite(value)]
@@ -160,7 +162,7 @@ class Half(Pass[GraphCandidate]):
         if largest > LARGEST and self.overflow == "refuse":
             raise EdgekitError(
                 f"half: {tensor.name!r} holds {largest:g}, and float16 ends at {LARGEST:g}; set overflow = 'keep' to "
-                "leave it in float32, or kind = 'bf16'"
+                "leave it in float32, or dtype = 'bf16'"
             )
         vanishes = finite.size < LEAST and bool((finite[finite > 0] <= SMALLEST).any())
         return largest > LARGEST or vanishes
@@ -168,13 +170,13 @@ class Half(Pass[GraphCandidate]):
     def _convert(self, model: ModelProto, narrow: set[str], nodes: set[str]) -> None:
         """Rewrite the graph in place. A name still means the float32 value, and its half has another name. If a node
         needs the one that does not exist yet, a Cast computes it from the other."""
-        graph, dtype = model.graph, KINDS[self.kind]
+        graph, dtype = model.graph, DTYPES[self.dtype]
         floats, taken = _floats(model), value_names(model)
         halves: dict[str, str] = {}  # names of values in half by their float32 names
         full = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
         for tensor in list(graph.initializer):
             if tensor.name in narrow:
-                halves[tensor.name] = unique_name(f"{tensor.name}.{self.kind}", taken)
+                halves[tensor.name] = unique_name(f"{tensor.name}.{self.dtype}", taken)
                 taken.add(halves[tensor.name])
                 tensor.CopyFrom(self._narrowed(tensor, halves[tensor.name]))
                 full.discard(tensor.name)
@@ -182,7 +184,7 @@ class Half(Pass[GraphCandidate]):
 
         def in_half(name: str) -> str:
             if name not in halves:
-                halves[name] = unique_name(f"{name}.{self.kind}", taken)
+                halves[name] = unique_name(f"{name}.{self.dtype}", taken)
                 taken.add(halves[name])
                 result.append(helper.make_node("Cast", [name], [halves[name]], f"{halves[name]}.Cast", to=dtype))
             return halves[name]
@@ -206,7 +208,7 @@ class Half(Pass[GraphCandidate]):
                 for slot in _slots(model, node, "output", dtype):
                     if node.output[slot] in floats:
                         halves[node.output[slot]] = converted.output[slot] = unique_name(
-                            f"{node.output[slot]}.{self.kind}", taken
+                            f"{node.output[slot]}.{self.dtype}", taken
                         )
                         taken.add(converted.output[slot])
             else:
@@ -223,8 +225,8 @@ class Half(Pass[GraphCandidate]):
     def _narrowed(self, tensor: TensorProto, name: str) -> TensorProto:
         """Round a tensor to half: to the nearest, ties to even."""
         value = numpy_helper.to_array(tensor)
-        raw = value.astype(np.float16).tobytes() if self.kind == "fp16" else bfloat16(value).tobytes()
-        return TensorProto(name=name, data_type=KINDS[self.kind], dims=tensor.dims, raw_data=raw)
+        raw = value.astype(np.float16).tobytes() if self.dtype == "fp16" else bfloat16(value).tobytes()
+        return TensorProto(name=name, data_type=DTYPES[self.dtype], dims=tensor.dims, raw_data=raw)
 
 
 def bfloat16(value: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

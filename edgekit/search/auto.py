@@ -1,10 +1,10 @@
 """Find a recipe (`edgekit compress --auto`). The search measures the sensitivity of every weight, then runs a
 multi-objective search (NSGA-II, Deb et al. 2002) over passes and their parameters. Every trial is a real, measured run.
 
-Trials are judged on rows held out of the training part; only the finalists are run on the test rows, so that the choice
-is not biased towards them. A trial recovers for a few epochs; one that would be the best but for its loss recovers
-longer before it is judged. The study is a journal on disk: a search that was killed continues and loses at most the
-trial that was running, and the states that trials share are computed once.
+The search judges trials on rows held out of the training part. It runs only the finalists on the test rows, so that the
+test rows do not bias the choice. A trial recovers for a few epochs. If only its loss keeps it from being the best, it
+recovers longer before it is judged. The study is a journal on disk: a search that was killed continues and loses at
+most the trial that was running, and the states that trials share are computed once.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "optuna", "search", "--auto") from None
 
-HELD_OUT = 0.25  # of the training rows, for trials
+HELD_OUT = 0.25  # share of the training rows on which trials are judged
 PATIENCE = 12  # trials without a new point on the Pareto front after which the search stops
-LONGER = (4, 12)  # times the short recovery, for a recipe that would be the best but for its loss
+LONGER = (4, 12)  # factors of the short recovery, for a recipe that only its loss keeps from being the best
 FINALISTS = 5  # recipes that are run on the test rows
 
 
@@ -51,8 +51,7 @@ def search(
     progress: ShowProgress = lambda what, done, total: None,
 ) -> Result:
     """Search, then run the best recipe within the constraints on the job's own data. If that recipe fails on the test
-    rows, the next best is run. The result holds the search. Raises EdgekitError if no recipe keeps to the
-    constraints."""
+    rows, run the next best. The result holds the search. Raises EdgekitError if no recipe keeps to the constraints."""
     trial_job = held_out(job)
     study, score = _study(job, work), score_of(job)
     space = _space(study, job, trial_job, progress)
@@ -99,12 +98,15 @@ def _tried(
     notify: Notify,
     progress: ShowProgress,
 ) -> Outcome:
-    """Run a recipe with its short recovery, and again with longer ones while only its loss keeps it from being best."""
+    """Run a recipe with its short recovery. Run it again with longer ones while only its loss keeps it from being the
+    best."""
     outcome = _outcome(number, steps, run(replace(job, recipe=steps), work, progress=progress))
     for factor in LONGER:
         if not promising(outcome, constraints, _outcomes(study), score):
             break
-        notify(f"  it would be the best but for its loss, {outcome.loss:+.4f}: recovers {factor} times as long")
+        notify(
+            f"  only its loss of {outcome.loss:+.4f} keeps it from being the best: it recovers {factor} times as long"
+        )
         short, steps = outcome, tuple(lengthened(step, factor) for step in steps)
         outcome = _outcome(number, steps, run(replace(job, recipe=steps), work, progress=progress))
         if outcome.loss > short.loss / 2:  # an even longer recovery would not be enough
@@ -113,19 +115,20 @@ def _tried(
 
 
 def held_out(job: Job) -> Job:
-    """The job on the training rows alone, a quarter of them held out."""
+    """Return the job on the training rows alone, with a quarter of them held out for the judgement."""
     rows = np.random.default_rng(job.seed).permutation(len(job.train))
     cut = max(1, round(HELD_OUT * len(rows)))
     if len(rows) < 2:
         raise EdgekitError(f"--auto needs training rows to hold out; the data has {len(rows)}")
-    limits = replace(job.limits, max_loss=math.inf, max_slowdown=math.inf, min_gain=-math.inf)  # judged as a whole
+    # a trial is judged as a whole
+    limits = replace(job.limits, max_loss=math.inf, max_slowdown=math.inf, min_gain=-math.inf)
     return replace(job, train=job.train.take(rows[cut:]), test=job.train.take(rows[:cut]), limits=limits)
 
 
 def _outcome(number: int, steps: Sequence[Step], result: Result) -> Outcome:
-    """The numbers of a run. If a pass failed and was rolled back, they are those of the model without it."""
+    """Return the numbers of a run. If a pass failed and was rolled back, they are those of the model without it."""
     change, latency = result.summary.change, result.latency
-    extra = max([0.0, *(item.worse or 0.0 for item in result.agreement)])  # what a runtime or a batch size costs
+    extra = max([0.0, *(item.worse or 0.0 for item in result.agreement)])  # the loss on other runtimes and batch sizes
     return Outcome(
         number,
         tuple(steps),
@@ -145,7 +148,7 @@ def _study(job: Job, work: Path) -> optuna.Study:
     storage = JournalStorage(JournalFileBackend(str(path)))
     names = optuna.study.get_all_study_names(storage)
     done = len(optuna.load_study(study_name="auto", storage=storage).trials) if names else 0
-    # the trials so far are part of the seed: a search that goes on must not draw the same recipes again
+    # The number of trials so far is part of the seed: a resumed search must not draw the same recipes again.
     sampler = optuna.samplers.NSGAIISampler(population_size=16, seed=job.seed + done)
     return optuna.create_study(
         study_name="auto", storage=storage, sampler=sampler, directions=["minimize"] * 3, load_if_exists=True
@@ -153,7 +156,7 @@ def _study(job: Job, work: Path) -> optuna.Study:
 
 
 def _space(study: optuna.Study, job: Job, trial_job: Job, progress: ShowProgress) -> Space:
-    """The space of recipes, explored once for all the runs of a study."""
+    """Return the space of recipes, which is explored once for all runs of a study."""
     kept = study.user_attrs.get("space")
     if kept is None:
         space = explored(job, tuple(sensitivities(trial_job, progress)))
@@ -242,11 +245,11 @@ def _none_fits(constraints: Constraints, tried: list[str]) -> EdgekitError:
 
 
 def _described(found: Outcome, job: Job) -> str:
-    """A final run in an error's words."""
+    """Describe a final run for an error message."""
     text = f"{found.loss:+.4f}, {found.bytes:,} bytes, {found.latency_ms:.3g} ms{' (estimate)' * job.estimated}"
     return text if found.fits_memory else f"{text}, which does not fit on {job.target.name if job.target else ''}"
 
 
 def _lost_too_much(record: PassRecord, constraints: Constraints) -> bool:
-    """Whether a pass was rolled back because of what it costs in quality."""
+    """Return whether a pass was rolled back because it lost too much quality."""
     return not record.kept and record.loss is not None and record.loss.value > constraints.max_loss

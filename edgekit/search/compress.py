@@ -1,4 +1,5 @@
-"""Compress a model: make a job of what the caller gives, then run its recipe, narrow its codes, or search a recipe."""
+"""Compress a model: make a job of the caller's arguments; then run its recipe, cluster to fewer bits, or search for a
+recipe."""
 
 from __future__ import annotations
 
@@ -70,20 +71,20 @@ def compress(
 
     model: the name of a zoo's model, a path, a Bundle, or a torch network. data: a path as `edgekit compress --data`
     takes it, (inputs, labels), arrays by name, a Dataset, a torch DataLoader or Dataset of (inputs, labels), or a pair
-    (training, test) of these; None for the model's own data set. Without test rows, a quarter is held out, and `notify`
-    is told so. Inputs are (rows, ...); labels are classes from 0, or numbers for regression.
+    (training, test) of these; None for the model's own data set. Without test rows, edgekit holds out a quarter of the
+    rows and tells `notify` so. Inputs are (rows, ...); labels are classes from 0, or numbers for regression.
 
     recipe: a TOML file, a bundle whose passes to take, or steps such as [("cluster", {"bits": 4})]; None for the recipe
-    beside a zoo's model. auto: search for a recipe, with `trials` trials. target: a device that decides what passes may
-    do; latency is measured if it is this machine, and else estimated. max_loss: quality that may be lost, in the
-    metric's unit, against the original; max_size: bytes of the packed file; max_latency: CPU milliseconds of a call at
-    the first batch size, with auto. metric: log-loss, error-rate, mean-absolute-error, changed, relative-error, or
-    package.module:function of (outputs, labels), less is better; None for log-loss of probabilities, error-rate of a
-    torch network with classes as labels, and relative-error else. agree: other runtimes that must be as good. output:
-    a directory to write the bundle to.
+    of a zoo's model. auto: search for a recipe, with `trials` trials. target: a device that decides which passes may
+    run; latency is measured if the device is this machine, and else estimated. max_loss: the largest loss of quality
+    against the original, in the metric's unit; max_size: bytes of the packed file; max_latency: CPU milliseconds of a
+    call at the first batch size, with auto. metric: log-loss, error-rate, mean-absolute-error, changed, relative-error,
+    or package.module:function of (outputs, labels), less is better; None for log-loss of probabilities, error-rate of a
+    torch network with classes as labels, and otherwise relative-error. agree: other runtimes on which the result must
+    be as good. output: a directory to write the bundle to.
 
     A torch network is used as it is now. It lives in this process only, so `Result.save` and `output` write its ONNX
-    graph; a bundle that `edgekit.import_module` made with a factory stays a network.
+    graph; a bundle that `edgekit.import_module` made with a factory remains a network.
 
     >>> import edgekit, numpy, torch
     >>> _ = torch.manual_seed(0)
@@ -97,7 +98,9 @@ def compress(
     True
 
     Raises EdgekitError for a mistake in the arguments, if nothing keeps to max_size or max_latency, and if the result
-    does not fit the target's memory. A pass that fails is no error: it is rolled back, and its record tells why."""
+    does not fit the target's memory. A pass that fails is no error: the guard rolls it back, and its record gives the
+    reason.
+    """
     if output is not None:
         prepare(Path(output), force=force)
     job = job_of(
@@ -112,7 +115,7 @@ def compress(
 
 
 def prepare(output: Path, *, force: bool) -> None:
-    """Raise before the work if the result could not be written."""
+    """Raise before the work starts if the result could not be written."""
     refuse_to_replace(output, force)
     output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -134,8 +137,8 @@ def job_of(
     seed: int = 0,
     notify: Notify = _silent,
 ) -> Job:
-    """What is to be compressed and by which measure; the arguments are those of `compress`. replay: a bundle whose kept
-    passes are run again, with its seeds."""
+    """Return the job: what to compress, and by which measure. The arguments are those of `compress`. replay: a bundle
+    whose kept passes run again, with its seeds."""
     if not 0 <= max_loss < math.inf:
         raise EdgekitError(f"max_loss = {max_loss}; expected a finite number from 0")
     chosen = profile.find(target) if isinstance(target, str) else target
@@ -192,18 +195,18 @@ def carry_out(
 
 
 def check_replay(result: Result, original: Bundle) -> None:
-    """Raise unless the passes gave the bytes that they gave when the original was made."""
+    """Raise unless the passes gave the same bytes as when the original was made."""
     if any(result.bundle.contents.get(name) != original.contents.get(name) for name in (WEIGHTS, GRAPH, GOLDEN)):
         raise EdgekitError(
-            f"replayed: NOT the same bytes as {original.path or original.manifest.name}; versions then: "
-            f"{original.manifest.versions}, now: {result.bundle.manifest.versions}; see that the data and the number "
-            "of threads are the same too"
+            f"the replay gave other bytes than {original.path or original.manifest.name}; versions then: "
+            f"{original.manifest.versions}, now: {result.bundle.manifest.versions}; check that the data and the number "
+            "of threads are the same, too"
         )
 
 
 def default_metric(manifest: Manifest, given: Any = None) -> str:
-    """The metric of a model for which none was named. Probabilities are measured by their log-loss. A live network
-    with classes as labels is measured by its errors; of other outputs only the original's are known."""
+    """Return the metric of a model for which the caller named none: log-loss for probabilities, and the error rate for
+    a live network with classes as labels. Other outputs can only be compared with the original's."""
     if manifest.outputs[0].name == PROBABILITIES:
         return "log-loss"
     if isinstance(given, Mapping) and live.is_live(manifest.arguments.get("factory")) and "labels" in given:
@@ -214,7 +217,7 @@ def default_metric(manifest: Manifest, given: Any = None) -> str:
 
 
 def _source(model: Any, data: Any, seed: int, notify: Notify) -> tuple[Bundle, Any]:
-    """The model as a bundle, and its data: a path, None, or named arrays."""
+    """Return the model as a bundle, and its data: a path, None, or named arrays."""
     if is_network(model):
         if data is None or isinstance(data, (str, Path)):
             raise EdgekitError("a torch network needs data in memory: data=(inputs, labels), or a DataLoader")
@@ -235,7 +238,7 @@ def _source(model: Any, data: Any, seed: int, notify: Notify) -> tuple[Bundle, A
 def _recipe(
     source: Bundle, recipe: Recipe | None, auto: bool, replay: str | Path | None, seed: int
 ) -> tuple[list[Step], int]:
-    """The steps to run, and the seed."""
+    """Return the steps to run, and the seed."""
     if replay is not None:
         before = open_model(replay)
         if before.manifest.parent != source.digest:
@@ -252,7 +255,7 @@ def _recipe(
     if recipe is None:
         recipe = folders().get(source.manifest.name, Path()) / "recipe.toml"
         if not recipe.is_file():
-            raise EdgekitError(f"{source.manifest.name} comes with no recipe of its own; pass --recipe FILE")
+            raise EdgekitError(f"{source.manifest.name} has no recipe of its own; pass --recipe FILE")
     if isinstance(recipe, (str, Path)):
         return read(recipe), seed
     steps = [_step(item) for item in recipe]
@@ -272,8 +275,8 @@ def _step(item: Step | Mapping[str, Any] | tuple[str, Mapping[str, Any]]) -> Ste
 
 @contextlib.contextmanager
 def _work(job: Job) -> Iterator[Path]:
-    """The folder of states: the cache's, or an empty one for a replay, which must compute everything again, and for a
-    live network, whose name means another network in another process."""
+    """Open the folder of states: that of the cache, or an empty one. A replay needs an empty folder because it must
+    compute everything again, and a live network because its name stands for another network in another process."""
     if job.replay or live.is_live(job.source.manifest.arguments.get("factory")):
         with tempfile.TemporaryDirectory(prefix="edgekit-states-") as folder:
             yield Path(folder)

@@ -1,4 +1,4 @@
-"""The simplest search: narrow the codes of the weights, bit by bit, until the packed file fits."""
+"""The simplest search: cluster the weights to fewer bits, step by step, until the packed file fits."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def narrowed(
     notify: Notify = lambda message: None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Result:
-    """The result if it fits in `max_size` bytes packed, else one that is clustered further. Raises EdgekitError, with
-    the smallest size reached, if the quality does not allow a result that fits. If a step is rolled back for another
-    reason than its loss, the next narrower one is tried: wide codes of a small matrix may take more bytes than they
-    save."""
+    """Return the result if its packed file fits in `max_size` bytes, and otherwise a result that is clustered to fewer
+    bits. Raises EdgekitError, with the smallest size reached, if the quality does not allow a result that fits. If a
+    step is rolled back for another reason than its loss, the next narrower one is tried: wide codes of a small matrix
+    may take more bytes than they save."""
     steps = list(job.recipe)
     bits = min([encoding.bits for encoding in result.bundle.encodings().values()], default=9)
     while not result.bundle.is_graph and result.packed_bytes > max_size and bits > LOWEST_BITS:
@@ -36,7 +36,7 @@ def narrowed(
         steps = [*steps, Step("cluster", {"bits": bits})]
         result = run(replace(job, recipe=steps), work, notify=notify, progress=progress)
         record = result.records[-1]
-        failed = record.loss is None or not record.loss.value <= job.limits.max_loss  # also if the loss is no number
+        failed = record.loss is None or not record.loss.value <= job.limits.max_loss  # also if the loss is not a number
         if not record.kept and failed:
             break
     if (size := result.packed_bytes) > max_size:

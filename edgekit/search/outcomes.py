@@ -10,20 +10,21 @@ from edgekit.bundle.pack import pack
 from edgekit.compression.job import Job
 from edgekit.compression.trials import Constraints, Outcome
 
-NEAR = 10.0  # times the allowed loss: a trial that loses more does not recover longer
+NEAR = 10.0  # multiples of the allowed loss: a trial that loses more does not recover longer
 
 
 Score = Callable[[Outcome], float]  # higher is better
 
 
 def hopeful(outcome: Outcome, constraints: Constraints) -> bool:
-    """Whether the trial keeps to the constraints, or exceeds the loss by less than the noise of the held-out rows."""
+    """Return whether the trial keeps to the constraints, or exceeds the loss by less than the noise of the held-out
+    rows."""
     noisy = outcome.loss <= 2 * constraints.max_loss and math.isfinite(outcome.low)
     return (replace(outcome, loss=outcome.low) if noisy else outcome).fits(constraints)
 
 
 def promising(outcome: Outcome, constraints: Constraints, others: Sequence[Outcome], score: Score) -> bool:
-    """Whether only its loss, which a longer recovery may reduce, keeps the recipe from being the best so far."""
+    """Return whether only its loss, which a longer recovery may reduce, keeps the recipe from being the best so far."""
     recovers = any(step.parameters.get("epochs") for step in outcome.recipe)
     near = outcome.loss <= NEAR * constraints.max_loss and not hopeful(outcome, constraints)
     best = max([score(other) for other in others if other.fits(constraints)], default=-math.inf)
@@ -31,12 +32,12 @@ def promising(outcome: Outcome, constraints: Constraints, others: Sequence[Outco
 
 
 def finalists(outcomes: Sequence[Outcome], constraints: Constraints, score: Score) -> list[Outcome]:
-    """The recipes to run at full length on the test rows, best score first."""
+    """Return the recipes to run at full length on the test rows, the best score first."""
     return sorted((item for item in outcomes if item.recipe and hopeful(item, constraints)), key=score, reverse=True)
 
 
 def score_of(job: Job) -> Score:
-    """The score of an outcome under the job's objective."""
+    """Return the score of an outcome under the job's objective."""
     original = len(pack(job.source))
 
     def score(outcome: Outcome) -> float:

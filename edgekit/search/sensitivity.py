@@ -1,4 +1,4 @@
-"""Measure which weights the metric depends on most: quantize each alone to few bits."""
+"""Measure which weights the metric depends on most: quantize each weight alone to few bits."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from edgekit.compression.subject import applied, candidate_of, lowered
 from edgekit.compression.trials import Sensitivity
 from edgekit.data.dataset import Dataset
 
-PROBE_BITS = 3  # coarse enough that a weight that matters shows
+PROBE_BITS = 3  # few enough bits that the loss of an important weight is visible
 
 
 def sensitivities(job: Job, progress: ShowProgress) -> list[Sensitivity]:
-    """Every weight that can be quantized, most sensitive first."""
+    """Return every weight that can be quantized, the most sensitive first."""
     metric = metrics.metric(job.metric)
     candidate = candidate_of(job.source)
     rows = _some(job.test)
     small = replace(job, test=rows)
     original = outputs_of(small, job.source, candidate)
     expected = rows.labels if metric.labelled else original
-    metrics.check_direction(metric, original, expected)  # before hours of trials, not after
+    metrics.check_direction(metric, original, expected)  # before hours of trials, not after them
     before = metric.value(original, expected)
     probes, nodes = _probes(job.source, candidate), _nodes(job, candidate)
     found = []
@@ -60,7 +60,8 @@ def _probes(source: Bundle, candidate: Any) -> list[tuple[str, Step]]:
 
 
 def _nodes(job: Job, candidate: Any) -> dict[str, tuple[str, ...]]:
-    """Nodes by the weight they multiply by, in the graph that a network becomes; none where no pass on graphs runs."""
+    """Return by weight the nodes that multiply by it in the graph that a network becomes; empty if no pass on graphs
+    can run."""
     if job.source.is_graph or job.runtime != "onnxruntime":
         return {}
     from edgekit.graph.model import name_nodes, weights

@@ -1,5 +1,6 @@
-"""What `--auto` may suggest: fewer units and blocks, then codes for the weights or a form of the graph. What is
-suggested depends on the model, the runtime and the target, and is found out once, before the first trial."""
+"""The space of recipes that `--auto` may suggest: fewer units and blocks, then codes for the weights or another
+form of the graph. The space depends on the model, the runtime and the target, and is determined once, before the
+first trial."""
 
 from __future__ import annotations
 
@@ -20,14 +21,14 @@ from edgekit.passes.base import Candidate
 if TYPE_CHECKING:
     import optuna
 
-SPACE = 4  # version of what a study stores: a study is resumed only by the version that began it
-# Epochs of recovery, in trials and at the end.
+SPACE = 4  # the version of what a study stores: only the version that began a study resumes it
+# Epochs of recovery, in trials and in the final run.
 SHORT = {"structured_prune": 2, "dependency_prune": 2, "remove_layers": 2, "cluster": 1, "quantize": 1, "qat_int8": 1}
 FULL = {"structured_prune": 8, "dependency_prune": 8, "remove_layers": 8, "cluster": 2, "quantize": 2, "qat_int8": 3}
-REMOVED = (0.0, 0.25, 0.375, 0.5, 0.625)  # shares of the units
-BLOCKS = (0.0, 0.25, 0.5)  # and of the blocks
-APART = (-0.125, 0.0, 0.125)  # how much more of the first kind of units, where a family counts several
-EVEN, RANKED, SPARED = "even", "ranked", "spared"  # shares of the groups
+REMOVED = (0.0, 0.25, 0.375, 0.5, 0.625)  # shares of the units to remove
+BLOCKS = (0.0, 0.25, 0.5)  # shares of the blocks to remove
+APART = (-0.125, 0.0, 0.125)  # the difference of the first type of units, if a family counts several types
+EVEN, RANKED, SPARED = "even", "ranked", "spared"  # how the groups share the removed units
 MOST_EXEMPT, MOST_WIDER = 4, 2
 PLAIN: dict[str, Any] = {
     "exempt": 0, "removed": 0.0, "blocks": 0.0, "apart": 0.0, "shares": EVEN, "wider": 0, "smoothed": False,
@@ -37,8 +38,9 @@ CODES, INT8 = ("cluster", "quantize"), ("dynamic_int8", "static_int8")
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """ranked: weights, most sensitive first; smooth: whether `smooth_quant` has anything to balance; groups: what
-    `dependency_prune` removes from, most sensitive first; stack: the container of most blocks, and how many can go."""
+    """The space of one job. ranked: weights, the most sensitive first; smooth: whether `smooth_quant` finds anything to
+    balance; groups: those from which `dependency_prune` removes units, the most sensitive first; stack: the container
+    of most blocks, and how many of them can be removed."""
 
     job: Job
     ranked: tuple[Sensitivity, ...] = ()
@@ -48,7 +50,7 @@ class Space:
 
 
 def explored(job: Job, ranked: tuple[Sensitivity, ...]) -> Space:
-    """The space of this job."""
+    """Explore the space of this job."""
     groups, stack = _structure(job)
 
     def change(group: str) -> float:
@@ -58,11 +60,11 @@ def explored(job: Job, ranked: tuple[Sensitivity, ...]) -> Space:
 
 
 def suggest(trial: optuna.trial.BaseTrial, space: Space) -> tuple[Step, ...]:
-    """A recipe, with short recoveries. Nothing is suggested for the most sensitive weights if they are exempt."""
+    """Suggest a recipe with short recoveries. The most sensitive weights stay as they are if the trial exempts them."""
     job, names = space.job, [item.name for item in space.ranked]
     steps = [] if job.source.is_graph else _smaller(trial, space)
     count = trial.suggest_int("exempt", 0, min(MOST_EXEMPT, max(0, len(names) - 1)))
-    # blocks that are left take the numbers of those that went: their weights are known by other names
+    # The remaining blocks get new numbers when others are removed, so their weights have other names.
     renamed = any(step.name == "remove_layers" for step in steps)
     exempt = [] if renamed else list(space.ranked[:count])
     nodes = [node for item in exempt for node in item.nodes]
@@ -91,9 +93,9 @@ def suggest(trial: optuna.trial.BaseTrial, space: Space) -> tuple[Step, ...]:
 
 
 def forms(job: Job) -> list[str]:
-    """What may become of the weights, or of the graph: for a target, what it allows."""
+    """Return the forms that the weights or the graph may take, among those that the target allows."""
     found = ["float32"] if job.source.is_graph else ["float32", *CODES]
-    if job.source.is_graph or job.runtime == "onnxruntime":  # others run networks only
+    if job.source.is_graph or job.runtime == "onnxruntime":  # other runtimes run networks only
         found += [*INT8, "weight_only"] if job.source.is_graph else ["dynamic_int8"]
         found += ["half", "low_rank"]
     if "dynamic_int8" in found and not job.source.is_graph and (job.target is None or job.target.plan.int8 != "none"):
@@ -110,7 +112,7 @@ def forms(job: Job) -> list[str]:
 
 
 def starts(space: Space) -> list[dict[str, Any]]:
-    """What an expert would try first, so that a short search is no worse than that."""
+    """Return recipes that an expert would try first, so that a short search is no worse than they are."""
     job = space.job
     small: dict[str, Any] = {"form": "cluster", "cluster bits": 5}
     found: list[dict[str, Any]]
@@ -125,12 +127,14 @@ def starts(space: Space) -> list[dict[str, Any]]:
         int8: dict[str, Any] = {"form": "dynamic_int8"}
         found = [int8, {**int8, "removed": 0.5}]
         found += [{**int8, "removed": 0.5, "blocks": 0.25}] if space.stack[1] else [{**int8, "removed": 0.625}]
-        found += [{**small, "removed": 0.375}] if job.limits.objective != "latency" else []  # codes are for size
+        # codes reduce the size only
+        found += [{**small, "removed": 0.375}] if job.limits.objective != "latency" else []
     return [{**PLAIN, **start} for start in found]
 
 
 def lengthened(step: Step, factor: float | None = None) -> Step:
-    """The step with `factor` times the recovery that trials have; with the one that the result deserves, at least."""
+    """Return the step with `factor` times the recovery of trials; without a factor, with at least the recovery of a
+    final run."""
     epochs = step.parameters.get("epochs")
     if not epochs:
         return step
@@ -139,7 +143,8 @@ def lengthened(step: Step, factor: float | None = None) -> Step:
 
 
 def smoothable(job: Job) -> bool:
-    """Whether `smooth_quant` finds a product right after a normalization: not in networks that add before they do."""
+    """Return whether `smooth_quant` finds a product right after a normalization; a network that adds before each
+    product has none."""
     if not job.source.is_graph and job.runtime != "onnxruntime":
         return False
     try:
@@ -150,7 +155,8 @@ def smoothable(job: Job) -> bool:
 
 
 def _smaller(trial: optuna.trial.BaseTrial, space: Space) -> list[Step]:
-    """Structured pruning, in the words of the family, then blocks: they are found sooner in what is left."""
+    """Suggest structured pruning, with the parameters of the family, and then fewer blocks: it is faster to look for
+    blocks in a pruned network."""
     job, steps = space.job, []
     removed = float(trial.suggest_categorical("removed", list(REMOVED)))
     units = countable_units(job.source.manifest.family, job.source.model())
@@ -162,10 +168,11 @@ def _smaller(trial: optuna.trial.BaseTrial, space: Space) -> list[Step]:
         }
         steps.append(_recovered("structured_prune", keep=keep))
     elif removed:
-        importance = "taylor" if is_labelled(job.train) else "magnitude"  # without labels no loss to be expanded
+        # without labels there is no loss whose gradient Taylor importance needs
+        importance = "taylor" if is_labelled(job.train) else "magnitude"
         shares_of = trial.suggest_categorical("shares", [EVEN, RANKED, SPARED]) if len(space.groups) > 1 else EVEN
         own: dict[str, Any] = {"global_ranking": True} if shares_of == RANKED else {}
-        if shares_of == SPARED:  # the more sensitive quarter gives half as much
+        if shares_of == SPARED:  # the more sensitive quarter loses half as much
             own = {"layers": dict.fromkeys(space.groups[: -(-len(space.groups) // 4)], removed / 2)}
         steps.append(_recovered("dependency_prune", sparsity=removed, importance=importance, **own))
     path, count = space.stack
@@ -180,8 +187,8 @@ def _recovered(name: str, **parameters: Any) -> Step:
 
 
 def _codes(trial: optuna.trial.BaseTrial, form: str, names: list[str], exempt: int) -> list[Step]:
-    """Few bits for most weights, a bit or two more for the more sensitive half, 8 for what is exempt. names: most
-    sensitive first; none where they are not known, which is one width for all."""
+    """Suggest few bits for most weights, one or two more for the more sensitive half, and 8 for exempt weights. names:
+    the most sensitive first; empty if they are unknown, and then all weights get one width."""
     bits = trial.suggest_int(f"{form} bits", 3, 8)
     if not names:
         return [_recovered(form, bits=bits)]
@@ -196,15 +203,16 @@ def _codes(trial: optuna.trial.BaseTrial, form: str, names: list[str], exempt: i
 
 
 def _half(job: Job) -> Step:
-    """Weights alone, which a CPU folds; or arithmetic too, on devices that are made for it."""
+    """Return the step for half precision: of weights alone, which a CPU folds, or of arithmetic too, on devices that
+    are made for it."""
     target = job.target
     arithmetic = target is not None and target.kind != "cpu" and "float16" in target.plan.order
     return Step("half", {} if arithmetic else {"storage": True})
 
 
 def _has_sparse_units(job: Job) -> bool:
-    """Whether 2:4 can pay: on a device that multiplies it in half the time, and is here to show it. Estimates count
-    every product, and would see what sparsity loses alone."""
+    """Return whether 2:4 sparsity can pay: only on a device that multiplies it in half the time and that is this
+    machine. An estimate counts every product, so it would see only the loss of sparsity."""
     target = job.target
     return (
         target is not None
@@ -215,7 +223,7 @@ def _has_sparse_units(job: Job) -> bool:
 
 
 def _structure(job: Job) -> tuple[list[str], tuple[str, int]]:
-    """Groups of units, and the stack of most blocks, of a network that a Python function builds."""
+    """Return the groups of units, and the stack of most blocks, of a network that a Python function builds."""
     from edgekit.passes.dependency_prune import DependencyPrune
     from edgekit.passes.remove_layers import stacks
 

@@ -12,7 +12,7 @@ CPU_INFO, DEVICE_TREE = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
 
 
 def is_here(target: Target) -> bool:
-    """Whether the profile of a CPU describes this machine: the CPU has the features of the profile, and no other
+    """Return whether the profile of a CPU describes this machine: the CPU has the features of the profile, and no other
     matching profile has more. `edgekit doctor` recognises GPUs and boards, because it asks their drivers."""
     if not _fits(target):
         return False
@@ -21,12 +21,12 @@ def is_here(target: Target) -> bool:
 
 
 def here() -> Target | None:
-    """The profile of this machine's CPU; None if there is none."""
+    """Return the profile of this machine's CPU; None if there is none."""
     return next((target for name in profile.names() if is_here(target := profile.find(name))), None)
 
 
 def cpu_flags(info: Path | None = None) -> frozenset[str]:
-    """The features of the CPU, as Linux spells them."""
+    """Return the features of the CPU, as Linux spells them."""
     try:
         lines = (info or CPU_INFO).read_text().splitlines()
     except OSError:

@@ -1,5 +1,5 @@
-"""Small things that several tests need: a t2 with random weights as a bundle, a PLAsTiCC of 56 objects, the light curve
-of a packet that is a dict."""
+"""Small objects that several tests need: a bundle of t2 with random weights, a PLAsTiCC set of 56 objects, and the
+light curve of a packet that is a dict."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,15 @@ from edgekit.bundle.tensors import TensorSpec
 
 
 def features_of(bands=("g", "r"), **changes) -> LightCurveFeatures:
-    """Preprocessing with LSST's wavelengths, as the shipped models have."""
+    """Preprocessing with LSST's wavelengths, as in the shipped models."""
     lsst = survey_named("lsst")
     wavelengths = tuple(lsst.wavelengths[lsst.bands.index(band)] for band in bands)
-    scale = tuple(20.0 + 3 * number for number in range(len(bands)))  # each band its own
+    scale = tuple(20.0 + 3 * number for number in range(len(bands)))  # each band has its own scale
     return LightCurveFeatures(tuple(bands), wavelengths, scale, **({"grid_points": 20} | changes))
 
 
 def light_curve(survey: Survey, packet) -> LightCurve:
-    """What the survey reads in one packet; PacketError where it gives no light curve."""
+    """Return the light curve that the survey reads in one packet. Raises PacketError if there is none."""
     found = survey.light_curves(pa.RecordBatch.from_pylist([packet]))
     if found.errors:
         raise PacketError(found.errors[0])
@@ -44,7 +44,7 @@ def light_curve(survey: Survey, packet) -> LightCurve:
 
 
 def small_bundle(bands=("g", "r"), *, name="small", seed=0, features=None, **changes) -> Bundle:
-    """The bundle, in memory; `changes` are of the manifest."""
+    """Return the bundle, in memory. `changes` are fields of the manifest."""
     import torch
 
     features = features or features_of(bands)
@@ -80,7 +80,7 @@ def small_bundle(bands=("g", "r"), *, name="small", seed=0, features=None, **cha
 
 
 def small_plasticc(per_class=4, seed=0) -> tuple[pa.Table, pa.Table]:
-    """Points and objects with the columns of the real files, neither of them in order."""
+    """Return points and objects with the columns of the real files; both are unsorted."""
     rng = np.random.default_rng(seed)
     targets = np.repeat(list(plasticc.CLASSES), per_class)
     ids = rng.permutation(np.arange(100, 100 + 7 * len(targets), 7))

@@ -1,4 +1,5 @@
-"""The classify stage against the network itself, and the run's account: every packet in is a row or a reason out."""
+"""The classifier is compared with the network itself. In the run over files, every input packet becomes a row or a
+reason."""
 
 import json
 from collections import Counter
@@ -26,7 +27,7 @@ ALERTS = {"ztf": 23, "lsst": 11}
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory) -> dict[str, Path]:
-    """A folder of packets for each survey: ZTF in containers of four, LSST as messages."""
+    """One folder of packets for each survey: ZTF in containers of four packets, LSST as messages."""
     folder = tmp_path_factory.mktemp("simulated")
     for survey, count in ALERTS.items():
         write(folder / survey, simulate(survey, count, 2, cutouts=False), packets_per_file=4 if survey == "ztf" else 1)
@@ -71,7 +72,7 @@ def test_rows_are_the_networks_answers_in_order(classifier, ztf):
     assert set(rows["status"].to_pylist()) == {"classified"}
     assert rows["bundle"][0].as_py() == GR.digest[:12]
     assert rows["model"][0].as_py() == "small"
-    # with the training survey's filters, or with other alerts' rows, it would not be these numbers
+    # the training survey's filters, or other alerts' rows, would give other numbers
     skewed = by_torch(GR, classifier.features, ztf.curves)
     assert np.abs(probabilities(rows) - skewed).max() > 1e-4
     assert np.abs(probabilities(rows) - expected[::-1]).max() > 1e-2
@@ -119,7 +120,7 @@ def test_what_cannot_be_classified_says_why_and_has_no_class(classifier, ztf):
 
 
 class Constant:
-    """A runtime that answers with the same numbers, NaN for the first row."""
+    """A runtime that always returns the same numbers, with NaN in the first row."""
 
     provider = device = "constant"
 
@@ -190,12 +191,12 @@ def test_an_unknown_runtime_names_the_known_ones():
 
 @pytest.fixture(scope="module")
 def mixed(simulated, tmp_path_factory) -> Path:
-    """Both surveys, with a container that is cut, one that is empty of packets, and one of another survey."""
+    """Packets of both surveys, with a container that is cut, one without packets, and one of another survey."""
     folder = tmp_path_factory.mktemp("mixed")
     for survey, source in simulated.items():
         (folder / survey).symlink_to(source)
     bad = folder / "bad"
-    bad.mkdir()  # not followed by the walk: links to folders, so the three are given one by one
+    bad.mkdir()  # the walk does not follow links to folders, so the test gives the three folders one by one
     whole = sorted(simulated["ztf"].glob("*.avro"))[0].read_bytes()
     (bad / "cut.avro").write_bytes(whole[:-100])  # the last of four packets
     (bad / "none").write_bytes(b"")
@@ -224,7 +225,7 @@ def test_every_packet_is_a_row_or_a_reason(mixed, tmp_path):
     assert (account.packets, account.corrupt, account.skipped.total()) == (37 + 6, 2, 4)
     assert account.skipped == {"unsupported survey": 4}
     assert account.classes == Counter(rows["best_class"].to_pylist())
-    assert len(set(rows["alert_id"].to_pylist())) == 23 + 11  # three of the cut file again
+    assert len(set(rows["alert_id"].to_pylist())) == 23 + 11  # the cut file repeats three alerts
 
 
 def test_the_file_says_what_made_it(mixed, tmp_path):
@@ -378,7 +379,7 @@ def test_slow_compilation_is_said(monkeypatch):
     assert called[2:] == [classify.gaussian_process]
 
 
-# What is in the real folders, and what a two-band and a six-band model make of it. The poison files hold 39 packets.
+# The content of the real folders, and the results of a two-band and a six-band model. The poison files hold 39 packets.
 REAL = {
     "small": {"classified": 703, "no points in g, r": 53},
     "small-six": {

@@ -1,4 +1,5 @@
-"""The provider of PLAsTiCC: which data sets it offers. What it writes is tested with `edgekit data`."""
+"""The provider of PLAsTiCC: the data sets that it offers. The tests of `edgekit data` check the files that it
+writes."""
 
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from tests.alert_broker.small import small_bundle
 
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
-    """zoo(data, ...): models that are measured on these data sets."""
+    """Return a function that fills a zoo with one model for each given data set."""
 
     def install(*names):
         folders = {f"model-{number}": tmp_path / f"model-{number}" for number in range(len(names))}

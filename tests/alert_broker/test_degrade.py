@@ -1,4 +1,4 @@
-"""Degraded light curves: never empty, only ever fewer of the same points, in the announced shares."""
+"""Degraded light curves are never empty, have only points of the original, and lose them in the documented shares."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,8 @@ def test_the_shares_that_are_cut(curves):
     fewer = degraded(curves, np.random.default_rng(1))
     last, cut = (batch.time[batch.offsets[1:] - 1] for batch in (curves, fewer))
     forced = np.add.reduceat((~fewer.detected).astype(int), fewer.offsets[:-1])
-    assert 0.3 < (forced == 0).mean() < 0.65  # a third lose forced photometry; the earliest cuts have none either
+    # a third lose their forced photometry, and the light curves that are cut earliest have none either
+    assert 0.3 < (forced == 0).mean() < 0.65
     assert 0.35 < (cut < last - 30).mean() < 0.55  # half are cut early
 
 

@@ -1,4 +1,4 @@
-"""Features: training and serving see the same numbers, and nothing that a survey sends breaks them."""
+"""Training and serving compute the same features, and no input of a survey breaks them."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ GR = features_of()
 
 
 def curve(time, band, flux, error=None, detected=None, bands=("g", "r")) -> LightCurves:
-    """One object."""
+    """Return a light curve of one object."""
     time, flux = np.asarray(time, np.float64), np.asarray(flux, np.float64)
     error = np.ones(len(time)) if error is None else np.asarray(error, np.float64)
     detected = np.ones(len(time), np.bool_) if detected is None else np.asarray(detected, np.bool_)
@@ -40,8 +40,8 @@ def bump(count=12, seed=0, **options) -> LightCurves:
 
 
 def as_trained(packet) -> LightCurves:
-    """The photometry of an LSST packet as a training set has it: FLUXCAL, one point per visit, by time; read with
-    nothing but the packet's own field names."""
+    """Return the photometry of an LSST packet in the form of a training set: FLUXCAL, one point per visit, sorted by
+    time. It reads only the packet's own field names."""
     found = {}
     rows = [(row, True) for row in [packet["diaSource"], *(packet["prvDiaSources"] or [])]]
     rows += [(row, False) for row in packet["prvDiaForcedSources"] or []]
@@ -71,7 +71,7 @@ def test_training_and_serving_give_the_same_tensor(packets, trained, features):
     assert np.array_equal(first.light_curve, second.light_curve)
     assert np.array_equal(first.context, second.context)
     assert np.array_equal(first.status, second.status)
-    assert np.abs(first.light_curve).max() > 1  # not all zero
+    assert np.abs(first.light_curve).max() > 1  # the features are not all zero
 
 
 def scaled_per_object(curves: LightCurves) -> LightCurves:
@@ -91,7 +91,7 @@ def bands_swapped(curves: LightCurves) -> LightCurves:
 
 @pytest.mark.parametrize("fault", [scaled_per_object, time_reversed, bands_swapped])
 def test_the_published_serving_faults_would_be_seen(trained, fault):
-    """The three ways in which the published broker module differed from its own training."""
+    """The published broker module differed from its own training in these three ways."""
     right, wrong = GR(trained).light_curve, GR(fault(trained)).light_curve
     assert (np.abs(right - wrong).max(axis=(1, 2)) > 0.1).mean() > 0.8
 
@@ -197,7 +197,7 @@ def test_the_same_epoch_twice():
         points.detected[rows],
     )
     assert np.isfinite(GR(doubled).light_curve).all()
-    # two equal measurements are one with a smaller error, so the interpolation stays close
+    # Two equal measurements act as one with a smaller error, so the interpolation stays close.
     np.testing.assert_allclose(GR(doubled).light_curve, GR(twice).light_curve, atol=0.15)
 
 
@@ -207,14 +207,15 @@ BAD += [("flux_error", value) for value in (np.nan, 0.0, -1.0)]
 
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_what_is_not_a_measurement_changes_nothing(name, value):
-    """Not even the span of the grid: the bad point is the last one."""
+    """The bad point is the last one, and even the span of the grid must not include it."""
     points = bump()
     values = getattr(points, name).copy()
     values[-1] = value
     bad, without = replace(points, **{name: values}), points.where(np.arange(12) < 11)
     assert np.array_equal(GR(bad).light_curve, GR(without).light_curve)
     assert np.array_equal(GR(bad).context, GR(without).context)
-    assert not np.array_equal(GR(points).light_curve, GR(without).light_curve)  # the point did count
+    # without the damage, the point does count
+    assert not np.array_equal(GR(points).light_curve, GR(without).light_curve)
 
 
 def test_negative_fluxes_stay_negative():
@@ -255,7 +256,7 @@ def test_a_thousand_epochs():
     found = GR(bump(1200))
     assert found.status.tolist() in ([Status.OK], [Status.NOT_CONVERGED])
     peak = np.sinh(found.light_curve[0, :, 0].max()) * GR.scale[0]
-    assert 180 < peak < 220  # of the bump's 200
+    assert 180 < peak < 220  # the bump's height is 200
 
 
 def test_points_far_from_every_detection_say_nothing():
@@ -272,4 +273,4 @@ def test_points_far_from_every_detection_say_nothing():
     assert np.array_equal(GR(mixed).light_curve, GR(points).light_curve)
     near = replace(GR, margin_days=2000.0)
     assert not np.array_equal(near(mixed).light_curve, near(points).light_curve)
-    assert len(GR.select(far).time) == 2  # without any detection there is nothing to trim to
+    assert len(GR.select(far).time) == 2  # a light curve without any detection is not cut

@@ -1,4 +1,5 @@
-"""The fuzzer of `tools/fuzz_decode.py` on a few thousand packets; a planted failure of each kind that it must see."""
+"""Run the fuzzer `tools/fuzz_decode.py` on a few thousand packets, and plant one failure of each category that it must
+find."""
 
 import faulthandler
 import importlib.util
@@ -20,12 +21,12 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 @pytest.fixture(scope="module")
 def fuzz():
-    """The tool as a module."""
+    """Return the tool as a module."""
     sys.path.insert(0, str(TOOLS))
     try:
         spec = importlib.util.spec_from_file_location("fuzz_decode", TOOLS / "fuzz_decode.py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules["fuzz_decode"] = module  # where dataclasses look for annotations
+        sys.modules["fuzz_decode"] = module  # dataclasses look up annotations in sys.modules
         spec.loader.exec_module(module)
         yield module
     finally:
@@ -45,9 +46,9 @@ def test_thousands_of_damaged_packets_do_no_harm(fuzz, corpus):
     tally = fuzzer.tally
     assert tally.disagreements == {}
     assert tally.packets == 9000 == tally.accepted + tally.reasons.total()
-    assert tally.accepted > 200  # damage to a number of the photometry passes
+    assert tally.accepted > 200  # damage to a number of the photometry is accepted
     assert tally.compared > 50
-    assert len(tally.reasons) >= 8  # nearly all of what the reader can say
+    assert len(tally.reasons) >= 8  # nearly all of the reader's reasons occur
 
 
 def test_the_same_seed_makes_the_same_damage(fuzz, corpus):
@@ -75,7 +76,7 @@ def test_edits_that_hypothesis_draws_do_no_harm(fuzz, corpus, data):
 
 
 def died_of(action):
-    """The signal that ends a process doing this, or 0."""
+    """Run the action in a child process. Return the signal that ended the process, or 0."""
     child = os.fork()
     if child == 0:
         try:
@@ -89,7 +90,7 @@ def died_of(action):
 
 @pytest.mark.parametrize("before", [False, True], ids=["a byte behind the packet", "a byte before it"])
 def test_a_read_out_of_bounds_kills(fuzz, corpus, before):
-    """The compiled functions given one byte more, at either end, than there is."""
+    """The compiled functions read one byte beyond either end of the data, which kills the process."""
     fuzzer = fuzz.Fuzzer(corpus)
     memory = np.frombuffer(fuzzer._memory, np.uint8)
     last = fuzz.ROOM - 1
@@ -99,8 +100,8 @@ def test_a_read_out_of_bounds_kills(fuzz, corpus, before):
 
 
 def test_a_reader_that_believes_in_a_longer_packet_kills(fuzz, corpus):
-    """Planted in the fuzzer's own loop: `read` is told of sixteen bytes that are not there, as a missing check of the
-    end would have it."""
+    """Planted in the fuzzer's own loop: `read` is told that the packet has sixteen more bytes, as if it lacked the
+    check of the end."""
 
     class Believer(Columns):
         def _walk(self, data, count, ends, report):
@@ -145,7 +146,7 @@ def test_a_write_out_of_bounds_kills(fuzz, corpus):
 
 
 def test_other_values_than_fastavros_are_seen(fuzz, corpus):
-    """A time that differs in its last bit."""
+    """Planted: a time differs in its last bit."""
 
     def off_by_a_bit(columns, data, count):
         ends, fault = columns.read(data, count)
@@ -163,7 +164,7 @@ def test_other_values_than_fastavros_are_seen(fuzz, corpus):
 
 
 def test_a_reader_that_takes_what_is_no_packet_is_seen(fuzz, corpus):
-    """One that forgives bytes left over."""
+    """Planted: a reader that ignores bytes left over."""
 
     def forgiving(columns, data, count):
         ends, fault = columns.read(data, count)

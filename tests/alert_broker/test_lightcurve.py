@@ -1,4 +1,4 @@
-"""The ragged layout: rows taken, points dropped, batches joined, and the empty cases of each."""
+"""Ragged light curves: taking objects, dropping points, joining batches, and the empty cases of each."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from alert_broker.lightcurve import LightCurves, concatenate, concatenate_ranges
 
 
 def curves(*lengths: int, bands=("g", "r")) -> LightCurves:
-    """Point number n of object m has flux 100 m + n."""
+    """Return objects in which point n of object m has flux 100 m + n."""
     owner = np.repeat(np.arange(len(lengths)), lengths)
     number = np.concatenate([np.arange(length) for length in lengths] or [np.empty(0)])
     total = len(owner)

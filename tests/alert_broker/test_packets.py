@@ -1,4 +1,4 @@
-"""Reading packets: every kind of file, every kind of damage, and the account of all real ones."""
+"""Reading packets: every type of file, every type of damage, and the account of all real packets."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def container(packets, *, avro_schema=None, **options) -> bytes:
 
 
 def read(data: bytes) -> list[dict | BadPacket]:
-    """A row of `ALERT_COLUMNS` for each alert, and the bad packets, by their place in the file."""
+    """Return a row of `ALERT_COLUMNS` for each alert, and the bad packets, in the order of the file."""
     found = []
     for item in batches(split(data, "bytes")):
         found += [item] if isinstance(item, BadPacket) else item.alerts.to_pylist()
@@ -63,7 +63,7 @@ def read(data: bytes) -> list[dict | BadPacket]:
 
 
 def ids(data: bytes) -> list[int | None]:
-    """The alerts' ids, None for a bad packet."""
+    """Return the alerts' ids; a bad packet is None."""
     return [None if isinstance(item, BadPacket) else item["alert_id"] for item in read(data)]
 
 
@@ -75,7 +75,7 @@ def only_bad(data: bytes) -> BadPacket:
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory) -> dict[str, Path]:
-    """One file per form that is sent: a ZTF container, an LSST message, and an LSST container."""
+    """One file for each form that surveys send: a ZTF container, an LSST message, and an LSST container."""
     folder = tmp_path_factory.mktemp("simulated")
     files = {
         "ztf": write(folder / "ztf", simulate("ztf", 1, 3), 1)[0],
@@ -90,7 +90,8 @@ def test_packets_of_a_container_with_their_bytes():
     data = container([alert(1), alert(2)])
     first, second = read(data)
     assert (first["alert_id"], second["alert_id"]) == (1, 2)
-    assert data[second["offset"] :][:13] == b"\x18ZTF24aaaaaaa"  # a string's length in zigzag, then it
+    # the length of a string as a zigzag number, then the string
+    assert data[second["offset"] :][:13] == b"\x18ZTF24aaaaaaa"
 
 
 def test_deflate_is_read_and_other_codecs_are_named():
@@ -132,7 +133,8 @@ def test_bytes_that_are_not_packets(data, reason):
 
 
 def test_lost_bytes_cost_one_block_and_reading_goes_on():
-    """Each block ends in the sync marker, so a text-mode copy that drops bytes does not cost the rest of the night."""
+    """Each block ends with the sync marker, so a copy in text mode that drops bytes does not cost the rest of the
+    night."""
     data = container([alert(1), alert(2), alert(3)], sync_interval=1)
     second = read(data)[1]["offset"]
     damaged = data[: second + 5] + data[second + 6 :]
@@ -144,7 +146,7 @@ def test_lost_bytes_cost_one_block_and_reading_goes_on():
 def test_a_packet_that_fails_takes_the_rest_of_its_block_and_says_how_many():
     data = bytearray(container([alert(number) for number in range(1, 5)]))
     third = read(bytes(data))[2]["offset"]
-    data[third] = 0x7F  # the length of its name, now negative
+    data[third] = 0x7F  # the length of its name becomes negative
     assert ids(bytes(data)) == [1, 2, None]
     bad = read(bytes(data))[-1]
     assert (bad.offset, bad.packets, bad.status) == (third, 2, "error")
@@ -155,7 +157,7 @@ def test_a_packet_that_fails_takes_the_rest_of_its_block_and_says_how_many():
     ("codec", "place"), [("null", "(byte {}, in"), ("deflate", "(byte 29 of the decompressed block, in")]
 )
 def test_what_does_not_decode_says_where(codec, place):
-    """A name read as a number shifts everything behind it."""
+    """If a name is read as a number, all later bytes are shifted."""
     data = container([alert(1), alert(2)], codec=codec).replace(b'"string"', b'"double"', 1)
     bad = only_bad(data)
     assert (bad.status, bad.packets) == ("error", 2)
@@ -208,7 +210,8 @@ def test_truncation_anywhere_is_a_bad_packet(simulated, form):
 
 @pytest.mark.parametrize("form", ["ztf", "lsst"])
 def test_flipped_bytes_never_escape(simulated, form):
-    """Avro has no checksum, so a flip may pass unseen; it must not crash, hang or lose the packet."""
+    """Avro has no checksum, so a flipped bit may go unnoticed; but it must not crash or hang the reader, or lose the
+    packet."""
     data = simulated[form].read_bytes()
     rng = random.Random(form)
     for _ in range(120):
@@ -296,7 +299,8 @@ def test_batches_keep_surveys_apart_and_bad_packets_in_line(simulated):
 
 
 def test_schemas_of_one_survey_share_a_batch_in_order():
-    """An old and a new schema, a Parquet row and back: the alerts stay in the order in which they were read."""
+    """The blocks have an old and a new schema in turns, with a Parquet row between them: the alerts stay in the order
+    in which they were read."""
     forced = dict.fromkeys(("jd", "fid", "forcediffimflux", "forcediffimfluxunc", "magzpsci"), "double")
     rows = [{"name": name, "type": kind} for name, kind in (forced | {"procstatus": "string"}).items()]
     record = {"type": "record", "name": "forced", "fields": rows}
@@ -322,7 +326,7 @@ def test_schemas_of_one_survey_share_a_batch_in_order():
 
 
 def test_versions_that_differ_in_what_is_skipped_are_converted_at_once(monkeypatch):
-    """Each conversion to Arrow costs as much as some dozen packets."""
+    """Each conversion to Arrow costs as much as some dozen packets, so there must be only one."""
     newer, taken = schema(unread=["null", "double"]), []
     take = Columns.take
     monkeypatch.setattr(Columns, "take", lambda columns: taken.append(len(columns)) or take(columns))
@@ -341,7 +345,7 @@ def test_versions_that_differ_in_what_is_skipped_are_converted_at_once(monkeypat
     assert taken == [5, 5]
 
 
-# What is in the real folders: survey -> alerts, "error" and "skipped" -> rows.
+# The content of the real folders: for each survey, the number of alerts; for "error" and "skipped", the number of rows.
 REAL = {
     "ztf": {"ztf": 61},
     "ztf_kowalski": {"ztf": 24},
@@ -371,7 +375,8 @@ def test_every_real_packet_is_accounted_for(folder):
 
 @realdata
 def test_poison_lost_one_byte_at_every_crlf():
-    """As after a copy in text mode: no CR LF is left in 0.5 MB. Two even decode, but with a cutout that is damaged."""
+    """The file is what a copy in text mode gives: it has no CR LF in 0.5 MB. Two packets even decode, with a damaged
+    cutout."""
     files = find_files([real("poison")])
     assert all(path.read_bytes().count(b"\r\n") == 0 for path in files)
     reasons = [item.reason for item in read_blocks(files)]

@@ -1,4 +1,4 @@
-"""The PLAsTiCC training set: the reference's split, both sources, and the rows that models are measured on."""
+"""The PLAsTiCC training set: the reference's split, its two sources, and the rows on which models are measured."""
 
 import io
 import zipfile
@@ -163,7 +163,7 @@ def test_examples_are_training_objects_twice_and_test_objects_once(folder):
     assert np.array_equal(curves[2 * len(train) :], whole.light_curve[test])
     copies = slice(len(train), 2 * len(train))
     assert (curves[copies] != whole.light_curve[train]).any(axis=(1, 2)).mean() > 0.3
-    assert (spans[copies, 0] < whole.context[train, 0]).mean() > 0.3  # cut early
+    assert (spans[copies, 0] < whole.context[train, 0]).mean() > 0.3  # the copies are cut early
     again = plasticc.examples(data, features)[0]["light_curve"]
     assert np.array_equal(curves, again)
     assert not np.array_equal(curves, plasticc.examples(data, features, seed=1)[0]["light_curve"])

@@ -1,4 +1,4 @@
-"""The account of what became of every packet, rows with the columns that there are, and files in groups of rows."""
+"""The account of all packets, rows with the columns that are given, and files in row groups."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,5 @@
-"""The simulator: valid by the surveys' schemas, repeatable, read back to what went in, and shaped like its classes."""
+"""Simulated packets follow the surveys' schemas, are repeatable, read back as they were made, and have the shapes of
+their classes."""
 
 import gzip
 import itertools
@@ -17,7 +18,7 @@ from alert_broker.ztf_schema import ztf_schema
 from edgekit.errors import EdgekitError
 
 SURVEYS = ("ztf", "lsst")
-FLOAT32 = 2e-6  # relative: two roundings to 24 bits, and a magnitude near 20 turned back into a flux
+FLOAT32 = 2e-6  # relative: two roundings to 24 bits, and a magnitude near 20 that is converted to a flux
 
 
 def schema_of(survey):
@@ -46,7 +47,7 @@ def test_what_is_written_is_read_back(survey, packets_per_file, tmp_path):
     files = write(tmp_path / "night", alerts.values(), packets_per_file)
     assert len(files) == -(-10 // packets_per_file)
     assert {path.suffix for path in files} == {".bin" if survey == "lsst" and packets_per_file == 1 else ".avro"}
-    (batch,) = batches(read_blocks([tmp_path / "night"]))  # truth.parquet lies among them and is no packet file
+    (batch,) = batches(read_blocks([tmp_path / "night"]))  # truth.parquet is in the same folder and is no packet file
     assert batch.survey.name == survey
     for number, row in enumerate(batch.alerts.to_pylist()):
         alert, curve = alerts.pop(row["alert_id"]), batch.curves.take([number])
@@ -55,7 +56,8 @@ def test_what_is_written_is_read_back(survey, packets_per_file, tmp_path):
             alert.curve.upper_limits,
             alert.curve.dropped,
         )
-        np.testing.assert_allclose(curve.time, alert.curve.time, rtol=0, atol=1e-8)  # a Julian date has 4e-10 d
+        # a Julian date has a resolution of 4e-10 d
+        np.testing.assert_allclose(curve.time, alert.curve.time, rtol=0, atol=1e-8)
         np.testing.assert_array_equal(curve.band, alert.curve.band)
         np.testing.assert_array_equal(curve.detected, alert.curve.detected)
         np.testing.assert_allclose(curve.flux, alert.curve.flux, rtol=FLOAT32)
@@ -118,7 +120,7 @@ def test_classes_have_their_shapes(survey, crowd):
     def detected_days(curve):
         return np.ptp(curve.time[curve.detected])
 
-    assert median_over("EB", negative) == 1.0  # it only fades below its reference
+    assert median_over("EB", negative) == 1.0  # it only becomes fainter than its reference
     assert all(max(map(negative, by_class[name])) == 0.0 for name in ("SNIa", "SNII", "SNIbc", "TDE", "KN"))
     assert 0.05 < np.mean([negative(curve) for curve in by_class["AGN"]]) < 0.95
     assert 0.05 < np.mean([negative(curve) for curve in by_class["RRL"]]) < 0.95
@@ -129,7 +131,7 @@ def test_cutouts_are_fits_of_the_real_sizes():
     ztf = next(simulate("ztf", 1, 1)).packet
     for name in ("cutoutScience", "cutoutTemplate", "cutoutDifference"):
         image = gzip.decompress(ztf[name]["stampData"])
-        assert len(image) == 20_160  # as in the survey's packets
+        assert len(image) == 20_160  # the size in the survey's packets
         assert pixels(image, 63).shape == (63, 63)
         assert 8_000 < len(ztf[name]["stampData"]) < 20_000
     difference = pixels(gzip.decompress(ztf["cutoutDifference"]["stampData"]), 63)

@@ -1,4 +1,4 @@
-"""Packets of exposures that are given, against numbers worked out by hand; FITS read by a reader of the test's own."""
+"""Packets of given exposures are compared with numbers calculated by hand; the test has its own FITS reader."""
 
 import datetime
 import gzip
@@ -59,7 +59,7 @@ def test_taken_exposures_are_those_of_every_array():
 def test_ztf_has_magnitudes_where_something_was_found_and_limits_elsewhere():
     packet, _ = ztf()
     first, second, third = packet["prv_candidates"]
-    assert first["magpsf"] == pytest.approx(27.5 - 2.5 * math.log10(100))  # FLUXCAL 100 is 22.5
+    assert first["magpsf"] == pytest.approx(27.5 - 2.5 * math.log10(100))  # FLUXCAL 100 is magnitude 22.5
     assert (first["isdiffpos"], third["isdiffpos"], packet["candidate"]["isdiffpos"]) == ("f", "t", "t")
     assert first["sigmapsf"] == pytest.approx(10 / 100 / (0.4 * math.log(10)))
     assert (second["magpsf"], second["isdiffpos"], second["candid"]) == (None, None, None)
@@ -73,7 +73,7 @@ def test_ztf_has_magnitudes_where_something_was_found_and_limits_elsewhere():
 def test_ztf_forced_counts_are_the_flux_at_the_images_zero_point():
     packet, _ = ztf()
     first = packet["fp_hists"][0]
-    assert len(packet["fp_hists"]) == 3  # the newest exposure has none yet
+    assert len(packet["fp_hists"]) == 3  # the newest exposure has no forced photometry yet
     assert first["forcediffimflux"] == pytest.approx(-100 * 10 ** (-0.4 * (27.5 - first["magzpsci"])))
     assert first["forcediffimflux"] / first["forcediffimfluxunc"] == pytest.approx(-10)
 
@@ -138,7 +138,8 @@ def test_lsst_visits_are_the_day_and_the_2_second_steps_in_it():
 
 
 def read_fits(data):
-    """(name, array) of each image, by the standard: cards of 80 bytes, then the data, each in blocks of 2880."""
+    """Return (name, array) of each image by the FITS standard: cards of 80 bytes, then the data, both in blocks of 2880
+    bytes."""
     images = []
     while data:
         cards = {}
@@ -173,7 +174,8 @@ def test_fits_images_come_back(shape):
 
 @pytest.mark.parametrize("significance", [-30.0, 0.1, 40.0])
 def test_the_source_in_the_difference_image_has_the_significance_of_its_flux(significance):
-    """A matched filter recovers it, to a few units of noise; the difference is science minus template."""
+    """A matched filter recovers the significance to a few units of noise, and the difference is science minus
+    template."""
     seen = exposures((60_000.0, 60_001.0), (100.0, 10 * significance), [True, True])
     packet, _ = ztf(seen, cutouts=True)
     names = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
@@ -204,7 +206,7 @@ def test_a_ztf_message_is_a_container_of_its_one_packet():
     assert found["objectId"] == packet["objectId"]
     assert found["cutoutScience"] == packet["cutoutScience"]
     assert data == message("ztf", packet)
-    assert data != message("ztf", packet | {"candid": 1})  # the sync marker is of the name, too
+    assert data != message("ztf", packet | {"candid": 1})  # the sync marker depends on the name, too
 
 
 def test_an_lsst_message_has_the_id_of_the_newest_schema():

@@ -1,4 +1,5 @@
-"""The functions that Spark calls, called here directly; and, with -m spark, by Spark itself in local mode."""
+"""The functions for Spark. Most tests call them directly; those with the mark `spark` run them inside Spark in local
+mode."""
 
 import pickle
 import shutil
@@ -27,7 +28,8 @@ ALERTS = {"ztf": 17, "lsst": 9}
 
 @pytest.fixture(scope="module")
 def packets(tmp_path_factory) -> Path:
-    """Files of one packet each, of two surveys; and four that hold none: cut, empty, text, two packets."""
+    """Files with one packet each, of two surveys, and four files that do not hold exactly one: cut, empty, text, two
+    packets."""
     folder = tmp_path_factory.mktemp("packets")
     for survey, count in ALERTS.items():
         write(folder / survey, simulate(survey, count, 2, cutouts=False), packets_per_file=1)
@@ -45,7 +47,7 @@ def packets(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(packets, one_row, tmp_path_factory) -> dict[str, dict]:
-    """What `edgekit alerts classify` says of each file of one packet."""
+    """Return the result of `edgekit alerts classify` for each file with one packet."""
     target = tmp_path_factory.mktemp("expected") / "out.parquet"
     files = [path for path in sorted(packets.iterdir()) if not path.name.startswith("bad")]
     classify_files(files, target, bundle=GR, runtime=one_row)
@@ -55,7 +57,7 @@ def expected(packets, one_row, tmp_path_factory) -> dict[str, dict]:
 
 
 def messages(folder: Path) -> pa.RecordBatch:
-    files = sorted(folder.iterdir(), key=lambda path: path.name[::-1])  # surveys and damage in turns
+    files = sorted(folder.iterdir(), key=lambda path: path.name[::-1])  # surveys and damaged files alternate
     return pa.RecordBatch.from_pydict({"name": [f.name for f in files], "value": [f.read_bytes() for f in files]})
 
 
@@ -150,7 +152,7 @@ def test_a_result_that_lost_a_row_is_an_error(packets, monkeypatch):
 
 @pytest.fixture(scope="module")
 def alerts(packets) -> dict[str, dict]:
-    """ZTF's packets as fastavro reads them, one of them without history."""
+    """Return ZTF's packets as fastavro reads them; one of them has no history."""
     found = {}
     for path in sorted(packets.glob("ztf*")):
         with path.open("rb") as stream:
@@ -159,7 +161,7 @@ def alerts(packets) -> dict[str, dict]:
 
 
 def columns_of(alerts: dict[str, dict]):
-    """Fink's concatenated columns, as Spark hands them to a pandas UDF: missing values are NaN."""
+    """Return Fink's concatenated columns as Spark passes them to a pandas UDF: missing values are NaN."""
     pd = pytest.importorskip("pandas")
 
     def concatenated(name, kind):
@@ -180,7 +182,7 @@ def without_forced(alert: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def by_columns(alerts, one_row) -> list[dict]:
-    """The rows for whole columns, as Parquet has them; forced photometry is no part of Fink's columns."""
+    """Return the rows for complete columns, as in Parquet. Fink's columns have no forced photometry."""
     table = run(pa.RecordBatch.from_pylist([without_forced(alert) for alert in alerts.values()]))
     return table.to_pylist()
 
@@ -189,7 +191,7 @@ def test_columns_give_the_packets_numbers(alerts, expected, by_columns):
     table = run(pa.RecordBatch.from_pylist(list(alerts.values())))
     for name, row in zip(alerts, table.to_pylist(), strict=True):
         assert row == shared(expected[name])
-    assert by_columns != table.to_pylist()  # so that the forced photometry is seen to matter
+    assert by_columns != table.to_pylist()  # this shows that the forced photometry matters
 
 
 def check_columns(frame, by_columns) -> None:
@@ -206,7 +208,7 @@ def test_finks_columns_give_the_same_numbers_with_the_signs(alerts, by_columns):
     function = spark._columns_function(GR, None, "one_row")
     check_columns(function(*columns, signs), by_columns)
     assert any(value in ("f", "0") for row in signs for value in row)
-    with pytest.raises(AssertionError):  # the twin: as Fink's modules have it, without signs
+    with pytest.raises(AssertionError):  # the twin: without signs, as in Fink's modules
         check_columns(function(*columns), by_columns)
     columns[3] = columns[3] + 0.1
     with pytest.raises(AssertionError):
@@ -313,7 +315,7 @@ def as_rows(frame) -> list[dict]:
 def check_spark(rows: list[dict], expected: dict[str, dict]) -> None:
     named = {Path(row["path"]).name: row for row in rows}
     assert len(named) == len(rows)
-    assert named.keys() == expected.keys() | {"bad0", "bad2", "bad3"}  # Spark's file source passes over empty files
+    assert named.keys() == expected.keys() | {"bad0", "bad2", "bad3"}  # Spark's file source skips empty files
     for name, row in named.items():
         if name.startswith("bad"):
             assert row["status"].startswith("error: ")
@@ -324,7 +326,8 @@ def check_spark(rows: list[dict], expected: dict[str, dict]) -> None:
 @pytest.mark.spark
 def test_spark_classifies_packets(spark_session, packets, expected):
     files = spark_session.read.format("binaryFile").load(str(packets))
-    kept = ["path", "modificationTime", "content"]  # also what is read, and a time, which Arrow knows in several ways
+    # one column that is read, and a time, which Arrow can represent in several ways
+    kept = ["path", "modificationTime", "content"]
     rows = as_rows(spark.classify(files, GR, "content", keep=kept, runtime="one_row"))
     check_spark(rows, expected)
     times = {row["path"]: (row["modificationTime"], row["content"]) for row in as_rows(files.select(*kept))}
@@ -376,7 +379,7 @@ def test_spark_classifies_finks_files_all_ways(spark_session, shared_data, tmp_p
     for row in rows:
         assert shared(row) == shared(wanted[row["alert_id"]])
 
-    # as fink_utils.spark.utils.concat_col does it
+    # fink_utils.spark.utils.concat_col makes the columns in this way
     history = alerts
     for name in ("jd", "fid", "magpsf", "sigmapsf", "isdiffpos"):
         points = F.coalesce(F.col(f"prv_candidates.{name}"), F.array().cast(f"array<{kind_of(alerts, name)}>"))

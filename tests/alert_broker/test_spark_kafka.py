@@ -1,4 +1,5 @@
-"""The source for Spark against librdkafka's mock broker, in this process; and, with -m spark, inside Spark."""
+"""The source for Spark with librdkafka's mock broker, in this process; tests with the mark `spark` run it inside
+Spark."""
 
 import pytest
 
@@ -17,11 +18,11 @@ from alert_broker.spark_kafka import MESSAGES, KafkaPackets, Reader  # noqa: E40
 from edgekit.errors import EdgekitError  # noqa: E402
 from tests.alert_broker.small import small_bundle  # noqa: E402
 
-PARTITIONS = 4  # of a topic that the mock makes by itself
+PARTITIONS = 4  # the mock creates topics with this number of partitions
 
 
 class Broker:
-    """A mock cluster, which lives as long as its producer."""
+    """A mock cluster, which exists as long as its producer."""
 
     def __init__(self):
         self.producer = confluent_kafka.Producer({"test.mock.num.brokers": 1, "log_level": 0})
@@ -54,7 +55,7 @@ def broker() -> Broker:
 def read(reader: Reader, start, end) -> list[dict]:
     batches = []
     for part in reader.partitions(start, end):
-        other, where = pickle.loads(pickle.dumps((reader, part)))  # as Spark sends them to its workers
+        other, where = pickle.loads(pickle.dumps((reader, part)))  # Spark sends them to its workers in this form
         batches += other.read(where)
     assert all(batch.schema.equals(MESSAGES) for batch in batches)
     return pa.Table.from_batches(batches, MESSAGES).to_pylist()
@@ -73,7 +74,7 @@ def test_every_message_once_with_its_place(broker, monkeypatch):
     for row in found:
         number = values.index(row["value"])
         assert (row["partition"], row["offset"], row["key"]) == (number % 4, number // 4, f"k{number}".encode())
-    # from where that ended: what came since, and no more
+    # the next batch holds only the messages that came since the last one
     broker.send("plain", [b"later"])
     assert [row["value"] for row in read(reader, end, reader.latestOffset(end))] == [b"later"]
     assert reader.partitions(end, end) == []
@@ -85,7 +86,7 @@ def test_a_range_ends_where_it_says(broker):
     reader = broker.reader("range")
     start, end = {"range": {"0": 2, "1": 10}}, {"range": {"0": 5, "1": 10}}
     assert [row["offset"] for row in read(reader, start, end)] == [2, 3, 4]
-    with pytest.raises(AssertionError):  # the twin: one more would be seen
+    with pytest.raises(AssertionError):  # the twin: one more message would be noticed
         assert [row["offset"] for row in read(reader, start, {"range": {"0": 6}})] == [2, 3, 4]
 
 
@@ -100,7 +101,7 @@ def test_the_limit_is_shared_out_and_never_goes_back(broker):
         seen += rows
         at = end
     assert sorted(row["value"] for row in seen) == sorted(bytes([number]) for number in range(40))
-    ahead = {"limited": dict.fromkeys("0123", 99)}  # a broker that puts the end too low
+    ahead = {"limited": dict.fromkeys("0123", 99)}  # a broker whose end offset is too low
     assert reader.latestOffset(ahead) == ahead
 
 

@@ -1,4 +1,4 @@
-"""Vectors of eight doubles against NumPy to the bit, and the exponential against one of higher precision."""
+"""Vectors of eight doubles are bitwise equal to NumPy, and the exponential is compared with one of higher precision."""
 
 import math
 
@@ -9,9 +9,9 @@ from numba import njit
 from alert_broker.vectors import LANES, exp, lane_sum, load, maximum, splat, spread, sqrt, store
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")  # not cached: numba would not see a change of alert_broker.vectors
 def arithmetic(a, b, at, number, out):
-    """A row of `out` for each operation, on the elements from `at` on."""
+    """Write one row of `out` for each operation on the elements from `at` on."""
     x, y = load(a, at), load(b, at)
     store(out, 0, x + y)
     store(out, LANES, x - y)
@@ -23,20 +23,20 @@ def arithmetic(a, b, at, number, out):
     store(out, 7 * LANES, splat(number))
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")  # not cached: numba would not see a change of alert_broker.vectors
 def sums(values, out):
     for k in range(len(out)):
         out[k] = lane_sum(load(values, k * LANES))
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")  # not cached: numba would not see a change of alert_broker.vectors
 def exponentials(values, out):
     for k in range(0, len(values), LANES):
         store(out, k, exp(load(values, k)))
 
 
 def by_halves(values):
-    """The sum in the order that the module promises."""
+    """Return the sum in the order that the module promises."""
     while len(values) > 1:
         half = len(values) // 2
         values = values[:half] + values[half:]
@@ -45,7 +45,7 @@ def by_halves(values):
 
 @pytest.mark.parametrize("at", [0, 1, 3, 8])
 def test_operations_are_numpys_lane_by_lane(at):
-    """Also where the elements are not aligned; what lies around them is neither read nor written."""
+    """Elements may be unaligned, and the elements around them are neither read nor written."""
     rng = np.random.default_rng(at)
     a, b = rng.normal(size=24) * 10.0 ** rng.integers(-9, 9, 24), rng.uniform(0.1, 9, 24)
     a[at + 2], b[at + 3] = -0.0, 1e-300
@@ -66,7 +66,7 @@ def test_only_eight_elements_are_stored():
 
 
 def test_lanes_are_summed_by_halves_always_in_the_same_order():
-    """Numbers whose sum depends on the order: from left to right it would be another one."""
+    """The sum of these numbers depends on the order; from left to right it would be another one."""
     rng = np.random.default_rng(1)
     values = rng.normal(size=(50, LANES)) * 10.0 ** rng.integers(-12, 12, (50, LANES))
     out = np.empty(50)
@@ -83,20 +83,21 @@ def exponential(values):
 
 
 def ulps(found, values):
-    """How far off, in units of the last place, by the exponential in 64 bits of mantissa."""
+    """Return the error in units of the last place, measured with an exponential with 64 bits of mantissa."""
     exact = np.exp(values.astype(np.longdouble))
     return np.abs(found - exact) / np.spacing(exact.astype(np.float64))
 
 
 def test_the_exponential_to_three_units_of_the_last_place():
-    """Near zero, near every border where the power of two changes, and over the whole range."""
+    """The values are near zero, near every border at which the power of two changes, and spread over the whole
+    range."""
     rng = np.random.default_rng(2)
     borders = -(np.arange(400) + 0.5) * math.log(2)
     borders = np.concatenate([np.nextafter(borders, 0), borders, np.nextafter(borders, -1e9)])
     values = np.concatenate([-np.logspace(-320, 0, 500), borders[borders > -300], -rng.uniform(0, 300, 20_000)])
     worst = ulps(exponential(values), values).max()
     assert worst <= 3
-    planted = np.exp(values.astype(np.float32)).astype(np.float64)  # of single precision
+    planted = np.exp(values.astype(np.float32)).astype(np.float64)  # planted: single precision
     with np.errstate(over="ignore"):
         assert ulps(planted, values).max() > 1000
 

@@ -1,4 +1,5 @@
-"""ZTF's schema: fields of the right form, what may be null where, and packets of the extreme values that come back."""
+"""ZTF's schema: forms of the fields, fields that may be null, and packets of extreme values that are read back
+unchanged."""
 
 import io
 import os
@@ -71,7 +72,7 @@ def test_each_record_says_the_version(schema):
 
 
 def filled(fields, choose):
-    """A record in which every field has what `choose` gives for it."""
+    """Return a record in which `choose` gives the value of every field."""
     return {field["name"]: choose(field) for field in fields}
 
 

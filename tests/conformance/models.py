@@ -31,7 +31,7 @@ STATE = {"lfq_tokenizer": {"before1": "after1", "before2": "after2"}}
 
 
 class Attention(nn.Module):
-    """Plain multi-head attention over all tokens, or over those before."""
+    """Multi-head attention over all tokens, or over the earlier tokens only."""
 
     def __init__(self, dim: int, heads: int, causal: bool = False):
         super().__init__()
@@ -53,7 +53,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
 
 
 def causal_mask(x: Tensor, window: int | None = None) -> Tensor:
-    """(tokens, tokens), true where a row may look: built from the shape, inside the graph."""
+    """Return (tokens, tokens), true if a row may attend to a column. The graph builds the mask from the shape."""
     at = torch.arange(x.shape[1], device=x.device)
     apart = at[:, None] - at[None, :]
     return (apart >= 0) if window is None else (apart >= 0) & (apart < window)
@@ -93,7 +93,7 @@ def vit(dim: int = 32, depth: int = 2, classes: int = 10) -> nn.Module:
 
 
 def deit_tiny(depth: int = 2) -> nn.Module:
-    """timm's, its width as published, on small images."""
+    """Return timm's network with the published width, for small images."""
     import timm
 
     return timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=8, depth=depth, num_classes=10)
@@ -156,7 +156,7 @@ def hourglass(dim: int = 16, levels: int = 3) -> nn.Module:
 
 
 def leaky_hourglass(dim: int = 16, levels: int = 3) -> nn.Module:
-    """The planted failure: without the shift a token sees the two after it."""
+    """Return the planted failure: without the shift, a token depends on the two after it."""
     return Hourglass(dim, levels, shift=0)
 
 
@@ -225,7 +225,7 @@ def flow_step(kinds: int = 4, dim: int = 16, layers: int = 2, steps: int = 8) ->
 
 
 class Stage(nn.Module):
-    """Convolution, group norm and the time's shift, beside a skip."""
+    """A convolution, a group norm and the shift by the time, with a skip connection."""
 
     def __init__(self, channels: int, out: int, time: int):
         super().__init__()
@@ -239,7 +239,8 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """A denoiser: down twice, up twice, with what was there before (Ho et al. 2020, arXiv 2006.11239, appendix B)."""
+    """A denoiser: the resolution is halved twice and doubled twice, with skip connections (Ho et al. 2020, arXiv
+    2006.11239, appendix B)."""
 
     def __init__(self, width: int):
         super().__init__()

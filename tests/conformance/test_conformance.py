@@ -34,7 +34,8 @@ PRUNABLE = {"vit", "deit_tiny", "hourglass", "flow_step", "unet", "llama_block"}
 
 
 def torchvision_without_kernels() -> None:
-    """PyPI's torchvision is built for CUDA; beside torch for CPUs its import misses two operators."""
+    """Define two operators that the import of PyPI's torchvision needs. It is built for CUDA, and they are missing if
+    torch is built for CPUs."""
     try:
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
@@ -45,7 +46,7 @@ def torchvision_without_kernels() -> None:
 
 
 def imported(name: str):
-    """The network with random weights, as a bundle."""
+    """Return the network with random weights as a bundle."""
     if name == "deit_tiny":
         torchvision_without_kernels()
         pytest.importorskip("timm", reason="timm, or the torchvision that it imports, is not installed here")
@@ -61,7 +62,7 @@ def imported(name: str):
 
 
 def rows_of(bundle, rows: int, length: int = 2) -> dict[str, np.ndarray]:
-    """Made-up rows; every free axis `length` times what it must be a multiple of."""
+    """Return random rows; every free axis has `length` times its multiple."""
     sized = tuple(
         replace(spec, shape=tuple(length * multiple(axis) if isinstance(axis, str) else axis for axis in spec.shape))
         for spec in bundle.manifest.inputs
@@ -87,7 +88,8 @@ def in_onnxruntime(content: bytes, inputs) -> dict[str, np.ndarray]:
 
 
 def difference(one, other) -> float:
-    """Largest over the outputs, relative to the largest value; of codes, the share that is another."""
+    """Return the largest difference of the outputs, relative to the largest value; for codes, the share that
+    differs."""
     found = []
     for name, want in other.items():
         if want.dtype.kind == "i":
@@ -99,7 +101,7 @@ def difference(one, other) -> float:
 
 @pytest.fixture
 def still_clock(monkeypatch):
-    """Times of calls are not what these tests are about."""
+    """Replace the clock: these tests do not test the times of calls."""
     from edgekit.compression import guard
 
     noise = np.random.default_rng(0)
@@ -201,7 +203,7 @@ def test_lengths_of_outputs_follow_those_of_inputs():
 
 @pytest.mark.parametrize(("name", "leaks"), [("hourglass", False), ("leaky_hourglass", True)])
 def test_no_token_hears_of_a_later_one(name, leaks):
-    """In the exported graph; without the shift the network leaks, so the test has teeth."""
+    """The test uses the exported graph. Without the shift the network leaks, which the test must find."""
     bundle = imported(name)
     graph = lower(bundle).SerializeToString()
     ids = np.random.default_rng(0).integers(0, 16, (1, 54))
@@ -296,7 +298,7 @@ def test_the_router_is_no_parameter_and_chooses_two():
 
 
 def baked() -> torch.nn.Module:
-    """A network whose code turns a length into a number, which tracing makes a constant."""
+    """Return a network whose code converts a length to a number, which tracing makes a constant."""
 
     class Baked(torch.nn.Module):
         def __init__(self):
@@ -323,7 +325,7 @@ def test_a_length_that_tracing_made_a_constant_is_noticed(tmp_path):
 
 
 def thirds() -> torch.nn.Module:
-    """Three tokens become one."""
+    """Return a network that merges three tokens into one."""
 
     class Thirds(torch.nn.Module):
         def __init__(self):

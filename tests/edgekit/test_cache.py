@@ -1,4 +1,4 @@
-"""The cache is one folder, for one user: where it is, its modes, and folders that are refused."""
+"""The cache is one folder for one user: its path, its modes, and the folders that are refused."""
 
 import os
 import stat
@@ -15,7 +15,7 @@ def mode(path) -> int:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A cache that does not exist yet; new files would be open to everybody."""
+    """Set a cache that does not exist yet, and a umask with which new files would be open to everyone."""
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "parent" / "cache"))
     before = os.umask(0)
     yield tmp_path / "parent" / "cache"

@@ -1,4 +1,4 @@
-"""What the machine is said to be."""
+"""The description of the machine."""
 
 import pytest
 

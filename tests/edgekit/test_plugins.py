@@ -1,4 +1,4 @@
-"""Plug-ins: found by name, and a missing package is named."""
+"""Plug-ins are found by name, and the error for a missing package names it."""
 
 import json
 from importlib.metadata import EntryPoint, entry_points

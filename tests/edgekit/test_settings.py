@@ -1,4 +1,4 @@
-"""Dataclasses from tables: what fits goes in, what does not is named with its place."""
+"""Dataclasses from tables: right values are taken; the error for a wrong one names its position."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

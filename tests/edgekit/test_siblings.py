@@ -1,4 +1,4 @@
-"""Somebody else's `exporters`, `runtimes` or `alert_broker` is refused by its path."""
+"""A foreign package named `exporters`, `runtimes` or `alert_broker` is refused, with its path."""
 
 import sys
 from types import ModuleType
@@ -21,12 +21,12 @@ def test_a_stranger_is_refused(name, marker, monkeypatch):
     if marker:
         stranger.__edgekit__ = marker
     monkeypatch.setitem(sys.modules, name, stranger)
-    with pytest.raises(EdgekitError, match=f"'{name}' found at /somewhere/else.*fresh virtual environment"):
+    with pytest.raises(EdgekitError, match=f"'{name}' found at /somewhere/else.*new virtual environment"):
         refuse_strangers()
 
 
 def test_a_folder_in_the_way_is_refused(tmp_path, monkeypatch):
-    """What `python -m` and notebooks meet: a package of that name in the current directory."""
+    """`python -m` and notebooks may find a package of that name in the current directory."""
     (tmp_path / "exporters").mkdir()
     (tmp_path / "exporters" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

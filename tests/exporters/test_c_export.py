@@ -1,5 +1,6 @@
 """The exported C: the network's numbers on every instruction set, and an export that carries its own proof."""
 
+import functools
 import json
 import re
 import shutil
@@ -47,12 +48,19 @@ MODELS = {
 
 def compiled(source, folder, flags=STRICT) -> Library:
     path = folder / f"{abs(hash((source.model, flags)))}.so"
-    path.write_bytes(Compiler().shared_library(source.model, source.header, flags))
+    path.write_bytes(shared_library(source.model, source.header, flags))
     return Library(path)
 
 
+@functools.cache
+def shared_library(model: str, header: str, flags: tuple[str, ...]) -> bytes:
+    """The library, compiled once for all tests here that load the same source."""
+    return Compiler().shared_library(model, header, flags)
+
+
 def run(library, bundle, inputs, batch=None) -> np.ndarray:
-    """Outputs of the model; the workspace is full of NaN at first, which would show if it were read unwritten."""
+    """Return the outputs of the model. The workspace holds NaN at first, which would appear if the code read memory
+    before it wrote to it."""
     rows = len(next(iter(inputs.values())))
     output = np.full((rows, *bundle.manifest.outputs[0].shape[1:]), np.nan, np.float32)
     workspace = np.full(library.workspace, np.nan, np.float32)
@@ -97,7 +105,8 @@ def test_encoded_weights_are_stored_as_codes(toy, tmp_path, arguments, kind):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_quantize_leaves_is_stored_in_bytes_and_proved(bits, tiny_bundle, tiny_context, tmp_path):
-    """From the compression pass to the check on the device: int8 in the file, decoded to float32 by each call."""
+    """The test goes from the compression pass to the check on the device: the file holds int8, which each call decodes
+    to float32."""
     found = Quantize(bits=bits, epochs=0).apply(Candidate("t2", TINY, tiny_bundle.model()), tiny_context)
     inputs, expected = tiny_bundle.golden()
     empty = assemble(tiny_bundle.manifest, found.weights(), found.encodings, (inputs, expected))
@@ -136,7 +145,7 @@ def test_probabilities_are_softmaxed_and_logits_are_not(toy, tmp_path):
 
 @pytest.mark.parametrize("name", zoo.folders())
 def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
-    """Also where attention scores reach thousands."""
+    """This also holds if attention scores reach thousands."""
     bundle = resolve(name)
     library = compiled(CExporter().source(bundle), tmp_path, NATIVE)
     inputs, expected = bundle.golden()
@@ -150,15 +159,21 @@ def test_the_zoo_is_as_near_to_float64_as_torch_itself(name, tmp_path):
         assert np.abs(run(library, bundle, inputs) - exact).max() <= max(2e-6, noise)
 
 
-@pytest.mark.parametrize("flags", [NATIVE, PLAIN, ("-O2", *SCALAR)], ids=["native", "plain", "scalar"])
-def test_queries_and_keys_are_summed_in_double(tmp_path, flags):
-    """Of a real model, whose scores reach hundreds. Planted: the same in float32, like every other layer."""
+@pytest.fixture(scope="module")
+def real_model():
+    """A model whose scores reach hundreds, inputs of it, and its outputs in float64."""
     bundle = resolve("t2-gr")
     inputs = {
         spec.name: np.random.default_rng(0).standard_normal((300, *spec.shape[1:])).astype(np.float32)
         for spec in bundle.manifest.inputs
     }
-    exact = network(bundle, inputs)
+    return bundle, inputs, network(bundle, inputs)
+
+
+@pytest.mark.parametrize("flags", [NATIVE, PLAIN, ("-O2", *SCALAR)], ids=["native", "plain", "scalar"])
+def test_queries_and_keys_are_summed_in_double(real_model, tmp_path, flags):
+    """Planted: the same in float32, like every other layer."""
+    bundle, inputs, exact = real_model
     source = CExporter().source(bundle)
     text, count = re.subn(
         r"dense_in_double\((\w+_), (\w+_), (\w+_), (\w+_), (\d+), (\d+)\);",

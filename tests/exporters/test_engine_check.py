@@ -20,7 +20,7 @@ NEWER = {"capture_output", "text", "missing_ok"}  # arguments that Python 3.6 do
 
 
 def grammar(source: str) -> None:
-    """Raise SyntaxError for what Python 3.6 does not read, or cannot call."""
+    """Raise SyntaxError for syntax or calls that Python 3.6 does not have."""
     tree = ast.parse(source, feature_version=(3, 6))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
@@ -75,7 +75,7 @@ def check(folder, *arguments):
 
 
 def rewrite(folder, **changes):
-    """Change the manifest, with right hashes of what lies there."""
+    """Change the manifest, with right hashes of the files."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = hashes({name: (folder / name).read_bytes() for name in manifest["files"]})
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))

@@ -56,7 +56,7 @@ def alike(where):
 
 
 def source(name):
-    """Bundle and its float32 graph."""
+    """Return the bundle and its float32 graph."""
     if name in ZOO:
         bundle = resolve(name)
     elif name == "deit-tiny":
@@ -75,7 +75,7 @@ def source(name):
 
 
 def test_places_that_read_alike_get_the_same_graph(toy):
-    """What the matrix takes for granted, so that it need not write a network 42 times."""
+    """The matrix relies on this, so that it need not write a network 42 times."""
     model = float_graph(toy())
     graphs = {}
     for where in PLACES.values():

@@ -17,7 +17,7 @@ from tests.exporters.test_parser_versions import graph, node, quantized
 
 
 def types(model, inputs):
-    """Type of every value, from a run of the reference implementation."""
+    """Return the type of every value, from a run of the reference implementation."""
     seen = onnx.ModelProto()
     seen.CopyFrom(model)
     names = [name for item in model.graph.node for name in item.output]
@@ -30,7 +30,8 @@ def types(model, inputs):
 
 @pytest.fixture(scope="module")
 def written():
-    """A network for the Xavier NX, whose TensorRT 8.5 has no LayerNormalization: it is nine nodes."""
+    """Return a network for the Xavier NX, whose TensorRT 8.5 has no LayerNormalization: the graph has nine nodes
+    instead."""
     from tests.toys import toy_bundle
 
     bundle = toy_bundle(context=2)
@@ -58,7 +59,7 @@ def test_what_computes_in_float32_is_what_is_named(written):
 
 
 def test_results_that_are_narrowed_at_once_are_not_held(written):
-    """A softmax that hands on half computes in float32; its result need not be written so."""
+    """A softmax that returns half precision computes in float32; its result need not be pinned to float32."""
     got, _ = written
     assert "blocks.0.attention.Softmax" in set(got.pinned.layers) - set(got.pinned.outputs)
     assert {"blocks.0.norm1.LayerNormalization.Sub", "blocks.0.norm1.LayerNormalization.Sqrt"} <= set(
@@ -102,7 +103,7 @@ def test_strong_typing_needs_no_list(written, name, stack):
 
 
 def test_tensorrt_10_is_told_the_same_where_a_stack_asks_for_weak_typing(written):
-    """It takes both; a device file of one's own may choose flags."""
+    """TensorRT 10 supports both; a device file of the user may choose flags."""
     got, _ = written
     where = deployment_target("rtx-3060-12gb", "tensorrt", "TensorRT 10")
     weak = replace(where, stack=replace(where.stack, typing="weak"))

@@ -1,4 +1,4 @@
-"""Shapes of engines: the model's constraints, the golden data inside."""
+"""Shapes of engines: they follow the model's constraints, and the golden data fits in them."""
 
 import numpy as np
 import pytest

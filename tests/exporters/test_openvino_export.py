@@ -1,4 +1,4 @@
-"""OpenVINO's format: proved as OpenVINO runs it, and an export that carries its proof."""
+"""OpenVINO's format: OpenVINO itself runs the proof, and an export carries its proof."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ Exporter = module.OpenVinoExporter
 
 
 def another(bundle):
-    """The same network with one weight changed, and golden outputs to match."""
+    """Return the same network with one weight changed, and golden outputs that match it."""
     from edgekit.bundle.format import assemble
     from edgekit.graph.network import Network
     from exporters.verify import _outputs

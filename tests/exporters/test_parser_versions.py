@@ -1,4 +1,4 @@
-"""What each TensorRT generation takes, and that a graph which does not keep to it is refused with node and reason."""
+"""Each parser version of TensorRT accepts certain graphs; the error for another graph names the node and the reason."""
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ NAMES = ("8.2", "8.5", "8.6", "10", "11", RTX)
 
 
 def graph(*nodes, opset=17, **stored):
-    """A graph from 'x' to 'y', (batch, 8)."""
+    """Return a graph from 'x' to 'y', (batch, 8)."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 8]) for name in ("x", "y"))
     tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items()]
     domains = {node.domain for node in nodes} | {""}
@@ -23,7 +23,7 @@ def graph(*nodes, opset=17, **stored):
 
 
 def node(operator, inputs, outputs=("y",), **attributes):
-    """A node with a name of its own: TensorRT refuses two of the same."""
+    """Return a node with a unique name: TensorRT refuses two nodes of one name."""
     name = f"{'layer' if outputs[0] == 'y' else outputs[0]}.{operator}"
     return helper.make_node(operator, list(inputs), list(outputs), name, **attributes)
 
@@ -61,7 +61,7 @@ def test_an_unknown_generation_lists_those_that_are_known():
 
 
 def test_what_the_generations_brought():
-    """The facts that exporting depends on, from the releases' own documents."""
+    """Exporting depends on these facts, which come from the documents of the releases."""
     has = {name: item.operators for name, item in parser_versions().items()}
     assert [name for name in NAMES if "LayerNormalization" in has[name]] == ["8.6", "10", "11", RTX]
     assert [name for name in NAMES if "Trilu" in has[name]] == ["8.5", "8.6", "10", "11", RTX]
@@ -82,7 +82,7 @@ ZEROS, ONE = np.zeros(8, np.int8), np.float32(1)
 
 
 def quantized(zero, *, bias=None):
-    """x in codes, times a weight in codes; with a bias in codes, if one is given."""
+    """Return a product of x and a weight, both in codes; with a bias in codes, if one is given."""
     nodes = [
         node("QuantizeLinear", ("x", "one", "zero"), ("codes",)),
         node("DequantizeLinear", ("codes", "one", "zero"), ("rounded",)),

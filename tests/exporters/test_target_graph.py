@@ -1,4 +1,5 @@
-"""The graph that a target gets: its opset, really; its precision, never a forbidden one; its operators only."""
+"""The graph for a target has the target's opset, never a forbidden precision, and only operators that the target
+supports."""
 
 import json
 import subprocess
@@ -51,7 +52,7 @@ def model(bundle):
 
 @pytest.fixture(scope="module")
 def int8(model, bundle):
-    """The model's products in symmetric int8, as the pass writes it; and asymmetric."""
+    """Return the model's products in symmetric int8, as the pass writes it, and in asymmetric int8."""
     inputs, _ = bundle.golden()
     data = Dataset(inputs, np.full(len(inputs["context"]), UNKNOWN))
     context = Context(data, None, seed=0)
@@ -63,7 +64,7 @@ def int8(model, bundle):
 
 @pytest.mark.parametrize("name", profile.names())
 def test_every_target_gets_what_it_reads(name, model, bundle):
-    """The quick row of the matrix: one small network for every target there is."""
+    """The quick row of the matrix: one small network for every target."""
     where = deployment_target(name)
     got = target_graph(model, where)
     opset, precision = EXPECTED.get(name, (17, got.precision))
@@ -82,7 +83,7 @@ def test_every_target_gets_what_it_reads(name, model, bundle):
 
 
 def test_half_leaves_normalizations_in_float32(model):
-    """Split into sums for a parser without LayerNormalization, they are still not computed in half."""
+    """A parser without LayerNormalization gets it as sums, which must also not run in half precision."""
     got = target_graph(model, deployment_target("jetson-nano")).model
     kinds = {
         value.name: value.type.tensor_type.elem_type
@@ -222,7 +223,7 @@ def test_a_stack_without_a_target_is_an_error():
 
 
 def test_what_is_compared_is_not_rounded(monkeypatch):
-    """A router in half takes another expert than the network's; the planted failure lets it."""
+    """A router in half precision chooses another expert than the network's; the planted failure allows it."""
     from exporters import target_graph as module
     from tests.conformance.test_conformance import imported
 

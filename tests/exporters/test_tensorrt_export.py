@@ -1,4 +1,5 @@
-"""TensorRT kits: build.sh in each generation's dialect, and building here under a stand-in for the package."""
+"""TensorRT kits: build.sh with the flags of each parser version, and a build on this machine with a stand-in for the
+package."""
 
 import ctypes
 import json
@@ -44,7 +45,7 @@ PLACES = list(all_places())
 
 
 def flags(text: str) -> list[str]:
-    """Options that a script gives trtexec."""
+    """Return the options that a script gives trtexec."""
     command = text[text.index('"$TRTEXEC" \\\n') :]
     return re.findall(r"^\s+'?--(\w+)", command, re.MULTILINE)
 
@@ -66,7 +67,7 @@ def test_build_scripts_are_valid_and_use_only_their_generations_options(where, p
 
 
 def test_the_flag_table_has_teeth():
-    """A flag of another generation is noticed."""
+    """The test finds a flag of another version of TensorRT."""
     strong = options(deployment_target("rtx-3060-12gb", "tensorrt", "TensorRT 10"), "float16", SHAPES, 512, 3)
     used = {option[2:].partition("=")[0] for option in strong}
     assert "stronglyTyped" in used
@@ -133,7 +134,7 @@ def nano(tmp_path_factory):
 
 
 def build(kit, folder, version, **environment):
-    """Run build.sh of a copy of the kit from elsewhere, with a trtexec that notes what it is given."""
+    """Run build.sh of a copy of the kit from another folder, with a trtexec that records its arguments."""
     copy = shutil.copytree(kit, folder / "kit")
     if version:
         (folder / "trtexec").write_text(TRTEXEC.format(version=version))
@@ -161,7 +162,8 @@ def test_build_script_runs_and_gives_every_argument_whole(nano, tmp_path):
 
 
 def test_layers_that_must_stay_in_float32_are_named_to_trtexec_or_to_the_person(nano, toy, tmp_path):
-    """8.5 is told, layer by layer; 8.2 cannot be told, so the kit says what may happen; strong typing needs none."""
+    """build.sh names each layer to TensorRT 8.5. TensorRT 8.2 has no such option, so the kit says what may happen.
+    Strong typing needs none."""
     kept = json.loads((nano / "manifest.json").read_text())
     assert "blocks.0.attention.Softmax" in kept["kept_in_float32"]
     (note,) = kept["notes"]
@@ -260,7 +262,7 @@ def test_wrong_parameters_are_named(given, message):
 
 @pytest.fixture(scope="module")
 def cudart(tmp_path_factory):
-    """cudart(86): a library that plays CUDA's runtime on a GPU of this compute capability."""
+    """Return cudart(86), which builds a library that replaces CUDA's runtime on a GPU of this compute capability."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not compiler:
         pytest.skip("no C compiler to build the stand-in for CUDA's runtime with")
@@ -278,7 +280,8 @@ def cudart(tmp_path_factory):
 
 @pytest.fixture
 def fake(monkeypatch, cudart, tmp_path):
-    """fake("8.2.1.8", 53): TensorRT and a GPU are here, for this process and those it starts; the module."""
+    """Return fake("8.2.1.8", 53), which installs TensorRT and a GPU for this process and those that it starts, and
+    returns the module."""
 
     def installed(version: str, capability: int, **environment: str):
         for name, value in {"FAKE_TENSORRT": version, "EDGEKIT_CUDART": cudart(capability), **environment}.items():

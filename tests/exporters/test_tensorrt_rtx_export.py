@@ -69,7 +69,7 @@ def test_other_capabilities_are_refused_with_those_that_are_known(trt):
 
 
 def float8():
-    """Products in float8, which compute capability 8.6 has no units for."""
+    """Return products in float8, for which compute capability 8.6 has no units."""
     zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
     model = quantized(np.int8(0))
     model.opset_import[0].version = 19
@@ -110,7 +110,7 @@ def test_planted_bad_graphs_are_refused_with_the_parsers_reason(trt, case):
 
 
 def test_float8_is_refused_for_86_and_taken_for_89(trt):
-    """The parser reads it; the builder knows what each capability has."""
+    """The parser accepts it; the builder knows the units of each capability."""
     with pytest.raises(EdgekitError, match=r"for sm_86, .*(fp8|FP8|f8)"):
         compile_engine(float8(), SHAPES, 86)
     assert compile_engine(float8(), SHAPES, 89)
@@ -158,7 +158,7 @@ def lower_for_target(exporter, bundle, runtime):
 
 
 def contrib(model):
-    """A node that only onnxruntime has, as its own optimizer leaves it."""
+    """Return a graph with a node that only onnxruntime has, as its own optimizer writes it."""
     spoilt = onnx.ModelProto()
     spoilt.CopyFrom(model)
     spoilt.graph.node[0].domain, spoilt.graph.node[0].op_type = "com.microsoft", "FusedMatMul"

@@ -1,4 +1,4 @@
-"""Verification: what is right passes, and each way of being wrong is caught and named."""
+"""Verification: right files pass, and the error for each type of wrong file names the fault."""
 
 from collections.abc import Callable
 from dataclasses import replace

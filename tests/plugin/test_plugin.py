@@ -1,4 +1,5 @@
-"""Packages of a third party, really installed: theirs keeps the contracts, the broken one's plug-ins are refused."""
+"""Packages of a third party are really installed: one keeps the contracts; the plug-ins of the broken ones are
+refused."""
 
 import json
 import os
@@ -24,52 +25,52 @@ from tests.toys import toy_bundle
 
 bundle, data, said = toy_bundle(), light_curves(64, 1), {}
 candidate = Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model())
-if "their_package" in sys.argv:
-    check_pass(load_pass("round_to_half")(), candidate, Context(data, bundle.model(), 0))
-    check_exporter(load_exporter("table")(), bundle, Path(sys.argv[1]))
-    check_session(plugins.load("edgekit.sessions", "numpy"), bundle)
-    groups = ("edgekit.passes", "edgekit.exporters", "edgekit.sessions")
-    said["found"] = [name for group in groups for name in plugins.names(group)]
-else:
-    for name, use in {
-        "no_base": lambda: load_pass("no_base"),
-        "no_export": lambda: load_exporter("no_export"),
-        "no_run": lambda: open_session(bundle, "no_run"),
-    }.items():
-        try:
-            use()
-            said[name] = "was taken"
-        except EdgekitError as error:
-            said[name] = str(error)
-print(json.dumps(said))
+check_pass(load_pass("round_to_half")(), candidate, Context(data, bundle.model(), 0))
+check_exporter(load_exporter("table")(), bundle, Path(sys.argv[1]))
+check_session(plugins.load("edgekit.sessions", "numpy"), bundle)
+groups = ("edgekit.passes", "edgekit.exporters", "edgekit.sessions")
+found = [name for group in groups for name in plugins.names(group)]
+for name, use in {
+    "no_base": lambda: load_pass("no_base"),
+    "no_export": lambda: load_exporter("no_export"),
+    "no_run": lambda: open_session(bundle, "no_run"),
+}.items():
+    try:
+        use()
+        said[name] = "was taken"
+    except EdgekitError as error:
+        said[name] = str(error)
+print(json.dumps({"found": found, "said": said}))
 """
 
 
-def in_an_environment_with(package: str, tmp_path: Path, *arguments: str) -> dict:
-    """What the checks print where this package is installed beside edgekit."""
-    site = tmp_path / "site"
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory) -> dict:
+    """The output of the checks in an environment with edgekit and both packages."""
+    pytest.importorskip("setuptools")
+    folder = tmp_path_factory.mktemp("plugins")
+    site = folder / "site"
+    packages = [str(HERE / name) for name in ("good", "broken")]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-               "--disable-pip-version-check", "--target", str(site), str(HERE / package)]  # fmt: skip
-    done = subprocess.run(install, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+               "--disable-pip-version-check", "--target", str(site), *packages]  # fmt: skip
+    done = subprocess.run(install, capture_output=True, text=True, timeout=120, cwd=folder)
     assert done.returncode == 0, done.stderr
-    (tmp_path / "work").mkdir()
+    (folder / "work").mkdir()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHECKS, str(tmp_path / "work"), *arguments]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", CHECKS, str(folder / "work")]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_third_partys_package_is_found_and_keeps_the_contracts(tmp_path):
-    pytest.importorskip("setuptools")
-    found = in_an_environment_with("good", tmp_path, "their_package")["found"]
+def test_a_third_partys_package_is_found_and_keeps_the_contracts(checked):
+    found = checked["found"]
     assert {"round_to_half", "table", "numpy"} <= set(found)
     assert {"cluster", "onnx", "torch"} <= set(found), "edgekit's own are found beside them"
 
 
-def test_broken_plugins_are_refused_with_the_reason_and_the_package(tmp_path):
-    said = in_an_environment_with("broken", tmp_path)
-    assert said == {
+def test_broken_plugins_are_refused_with_the_reason_and_the_package(checked):
+    assert checked["said"] == {
         "no_base": "the pass 'no_base' of broken-package 0.3 cannot be used: it does not derive from "
         "edgekit.passes.base.Pass; correct or uninstall that package",
         "no_export": "the export format 'no_export' of broken-package 0.3 cannot be used: it has no method 'export'; "

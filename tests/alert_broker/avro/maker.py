@@ -1,4 +1,4 @@
-"""Random Avro schemas and bytes that fit them, with blocks of every form, for the tests of the compiled reader."""
+"""Random Avro schemas and bytes that fit them, with every form of blocks, for the tests of the compiled reader."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ class Maker:
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
         self.names = 0
-        self.defined = {}  # types that a later one can name
+        self.defined = {}  # types that later types can refer to by name
 
     def one_of(self, *values):
         return values[self.rng.integers(len(values))]
@@ -22,7 +22,7 @@ class Maker:
 
     def record(self, depth):
         fields = [{"name": self.name(), "type": self.type(depth - 1)} for _ in range(self.rng.integers(1, 7))]
-        fields.append({"name": self.name(), "type": "boolean"})  # so that none takes no bytes
+        fields.append({"name": self.name(), "type": "boolean"})  # so that no record takes no bytes
         return self.define({"type": "record", "name": self.name(), "fields": fields})
 
     def define(self, schema):
@@ -51,7 +51,8 @@ class Maker:
             case "map":
                 return {"type": "map", "values": self.type(depth - 1)}
             case "numbers":
-                kinds = self.one_of(["int", "double", "null", "float"], ["long", "null", "int"])  # doubles round longs
+                # without both, doubles would round longs
+                kinds = self.one_of(["int", "double", "null", "float"], ["long", "null", "int"])
                 return [str(kind) for kind in self.rng.permutation(kinds)]
             case "union":
                 return ["string", self.record(depth), {"type": "array", "items": self.counted(depth)}, "null"]
@@ -65,7 +66,7 @@ class Maker:
         return self.scalar()
 
     def counted(self, depth):
-        """What an array may hold: anything that takes bytes."""
+        """Return a type for array items: any type that takes bytes."""
         inner = self.type(depth - 1)
         return "double" if inner in ("null", {"type": "null"}) else inner
 

@@ -1,4 +1,5 @@
-"""The compiled Avro reader against fastavro: random schemas, hostile bytes, truncation, and every real packet."""
+"""The compiled Avro reader is compared with fastavro: on random schemas, hostile bytes, truncated data, and every real
+packet."""
 
 import io
 import os
@@ -31,7 +32,7 @@ HOSTILE_NUMBERS = (0, 1, 3, 127, 128, 2**31, 2**62, 2**63 - 1, -1, -(2**63))
 
 
 def paths_of(schema, named=None):
-    """Every path of the schema that gives a column, but for dates, into which fastavro turns numbers."""
+    """Yield every path of the schema that can be a column, except dates, because fastavro converts numbers to dates."""
     named = {} if named is None else named
     if isinstance(schema, list):
         paths = [paths_of(branch, named) for branch in schema if branch != "null"]
@@ -51,7 +52,7 @@ def paths_of(schema, named=None):
 
 
 def project(value, wanted):
-    """The wanted paths of what fastavro read."""
+    """Return the wanted paths of the value that fastavro read."""
     if isinstance(value, list):
         return [project(item, wanted) for item in value]
     if value is None or not any(wanted):
@@ -61,8 +62,8 @@ def project(value, wanted):
 
 
 def in_order(value):
-    """The same without the order of a record's fields, which is the schema's here and the paths' there, and with a NaN
-    that is equal to itself."""
+    """Return the value without the order of a record's fields, which differs between schema and paths. NaN becomes
+    equal to itself."""
     if isinstance(value, dict):
         return {key: in_order(value[key]) for key in sorted(value)}
     if isinstance(value, list):
@@ -107,7 +108,7 @@ def test_random_schemas_and_data_agree_with_fastavro(seed):
 
 
 def test_the_comparison_has_teeth():
-    """A value that differs in one bit, and a column of the wrong field, are seen."""
+    """A value that differs in one bit, and a column of the wrong field, make the comparison fail."""
     raw = {"type": "record", "name": "r", "fields": [{"name": name, "type": "double"} for name in "ab"]}
     schema, data = parse_schema(raw), np.array([1.5, 2.5], "<f8").tobytes()
     expected = project(by_fastavro(data, schema, 1), ["a"])
@@ -182,7 +183,8 @@ HOSTILE = [
 @pytest.mark.parametrize(("kind", "data", "code", "at"), HOSTILE)
 @pytest.mark.parametrize("wanted", [True, False])
 def test_claims_that_cannot_be_are_refused_where_they_stand(kind, data, code, at, wanted):
-    """Read and skipped alike; what came before stays, what failed leaves nothing."""
+    """The fault is the same for a field that is read and for one that is skipped. Earlier datums stay, and the failed
+    one leaves nothing."""
     fields = [{"name": "first", "type": "int"}, {"name": "value", "type": kind}]
     schema = parse_schema({"type": "record", "name": "r", "fields": fields})
     columns = Columns(compile_plan(schema, ["first", "value"] if wanted else ["first"]))
@@ -196,7 +198,7 @@ def test_claims_that_cannot_be_are_refused_where_they_stand(kind, data, code, at
 
 
 def versions(*kinds):
-    """Plans of a record whose `unread` field comes first and is of these types."""
+    """Return plans of a record whose first field, `unread`, has these types."""
     fields = [{"name": "text", "type": "string"}, {"name": "rows", "type": {"type": "array", "items": ["null", "int"]}}]
     for kind in kinds:
         raw = {"type": "record", "name": "r", "fields": [{"name": "unread", "type": kind}, *fields]}
@@ -218,7 +220,7 @@ def test_schemas_that_differ_in_what_is_skipped_fill_the_same_columns():
 
 
 def test_planted_plan_of_another_version_is_seen():
-    """The columns are the same, and yet each packet needs the plan of its own schema."""
+    """Planted: the columns are equal, but each packet needs the plan of its own schema."""
     old, new = versions("int", "double")
     data = bytes(8) + b"\x04bc" + zigzag(0)
     assert Columns(old).read(data, 1)[1] is not None
@@ -248,7 +250,7 @@ def test_a_block_with_a_size_must_have_it():
 
 @pytest.mark.parametrize("kind", [MANY, {"type": "map", "values": "long"}], ids=["array", "map"])
 def test_a_block_with_a_size_must_have_it_also_if_it_is_skipped(kind):
-    """What comes after it would be read from another byte than the items end at."""
+    """Otherwise the next value would be read from another byte than the end of the items."""
     fields = [{"name": "value", "type": kind}, {"name": "after", "type": "int"}]
     columns = Columns(compile_plan(parse_schema({"type": "record", "name": "r", "fields": fields}), ["after"]))
     key = zigzag(1) + b"k" if kind["type"] == "map" else b""
@@ -256,9 +258,11 @@ def test_a_block_with_a_size_must_have_it_also_if_it_is_skipped(kind):
     for size in (0, 1, -1):
         data = zigzag(-2) + zigzag(len(body) + size) + body + b"\0" + zigzag(5) + b"\0"[: max(size, 0)]
         fault = columns.read(data, 1)[1]
-        refused = {walk.REASONS[walk.SIZE], walk.REASONS[walk.COUNT]}  # or too short for as many items
+        # the second reason: the block is too short for its items
+        refused = {walk.REASONS[walk.SIZE], walk.REASONS[walk.COUNT]}
         assert (fault is None) if size == 0 else (fault.reason in refused)
-    assert columns.read(zigzag(-1) + zigzag(11) + b"\xff" * 11 + b"\0" + zigzag(5), 1)[1] is not None  # no items there
+    # the block holds no valid items
+    assert columns.read(zigzag(-1) + zigzag(11) + b"\xff" * 11 + b"\0" + zigzag(5), 1)[1] is not None
     assert columns.take()["after"].to_pylist() == [5]
 
 
@@ -310,7 +314,7 @@ def test_a_datum_that_ends_early_is_caught_only_by_the_check_of_its_end():
     ends, fault = columns.read(data, 1)
     assert (len(ends), len(columns), fault.at, fault.reason) == (0, 1, 3, "1 bytes left over")
     assert columns.read(2 * data[:3] + b"\0", 2)[1].reason == "1 bytes left over"
-    assert columns.read(data[:3], 1)[1] is None  # nothing else is wrong with it
+    assert columns.read(data[:3], 1)[1] is None  # the data has no other fault
     assert columns.take()["a"].to_pylist() == ["xy", "ab"]
 
 
@@ -362,7 +366,7 @@ def wanted_of(survey):
 
 @pytest.fixture(scope="module", params=["ztf", "lsst"])
 def packet(request):
-    """A simulated packet of medium length: bytes, plan, and what fastavro reads."""
+    """A simulated packet of medium length: its bytes, its plan, and the values that fastavro reads."""
     schema = parse_schema(ztf_schema()) if request.param == "ztf" else lsst.schema(max(lsst.schema_versions()))
     packets = [alert.packet for alert in simulate(request.param, 12, 3, cutouts=False)]
     bodies = []
@@ -405,8 +409,8 @@ def test_truncation_at_every_byte_is_an_error(packet):
 
 
 def mutated(data, rng):
-    """Bytes set at random, mostly in the lengths and tags near the start, cut out, doubled, or replaced by a number
-    that lies."""
+    """Return damaged bytes: random bytes (mostly lengths and tags near the start), a part cut out or doubled, or a
+    number replaced by a wrong one."""
     damaged = bytearray(data)
     for _ in range(rng.integers(1, 5)):
         damaged = damaged or bytearray(1)
@@ -425,7 +429,7 @@ def mutated(data, rng):
 
 
 def test_ten_thousand_mutations_of_each_packet_do_no_harm(packet):
-    """What lies around the data cannot matter either: with other bytes there, the answer is the same."""
+    """The bytes around the data must not matter either: with other bytes there, the result is the same."""
     data, plan, _ = packet
     rng = np.random.default_rng(5)
     columns, twin = Columns(plan), Columns(plan)
@@ -443,14 +447,14 @@ def test_ten_thousand_mutations_of_each_packet_do_no_harm(packet):
             columns.take().validate(full=True)
             assert columns.read(damaged, 1)[1] == fault
             assert repr(columns.take().to_pylist()) == repr(twin.take().to_pylist())
-    assert 2_000 < faults < 10_000  # a flip in a number of the photometry passes; most others do not
+    assert 2_000 < faults < 10_000  # a flip in a number of the photometry is accepted; most others are not
 
 
 def test_no_index_leaves_its_array():
-    """The same loop without the compiler, on arrays that check each index: hundreds of damaged packets."""
+    """The same loop runs without the compiler, on arrays that check each index, for hundreds of damaged packets."""
     script = (
         "import numpy as np, tests.alert_broker.avro.test_columns as t, warnings\n"
-        "warnings.simplefilter('ignore', RuntimeWarning)\n"  # numbers wrap at 64 bits, as compiled
+        "warnings.simplefilter('ignore', RuntimeWarning)\n"  # numbers wrap at 64 bits, as in compiled code
         "assert not hasattr(t.walk.walk, 'signatures')\n"
         "for seed in range(25):\n"
         "    make = t.Maker(seed)\n"

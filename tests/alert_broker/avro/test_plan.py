@@ -1,4 +1,4 @@
-"""Plans: the fewest bytes of a datum by a second count, how few operations skip an alert, and limits to the number."""
+"""Plans: the fewest bytes of a datum are counted in a second way; few operations skip an alert; limits are exact."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def fewest(schema, named=None):
     if kind == "record":
         return sum(fewest(item["type"], named) for item in schema["fields"])
     if kind in ("array", "map"):
-        fewest(schema["items" if kind == "array" else "values"], named)  # for the types that it names
+        fewest(schema["items" if kind == "array" else "values"], named)  # this records the types that it names
     if kind == "fixed":
         return schema["size"]
     return {"null": 0, "float": 4, "double": 8}.get(kind, 1)
@@ -75,11 +75,12 @@ def test_what_is_not_wanted_is_skipped_in_one_operation():
     assert len(plan.items) == 50
     mixed = compile_plan(parse_schema(record(**(fixed | optional), x="int")), ["x"])
     assert operations(mixed) == [walk.RUN, walk.NUMBER, walk.END]
-    assert mixed.items[0, 0] == 25 * (4 + 8)  # what comes before the first tag
+    assert mixed.items[0, 0] == 25 * (4 + 8)  # the bytes before the first tag
 
 
 def test_skipped_fields_on_two_sides_of_an_array_are_not_merged():
-    """An empty array jumps over its items; a skip that began inside and went on behind would be left out with them."""
+    """An empty array jumps over its items. A skip that begins among the items and continues after the array would be
+    left out with them."""
     plan = compile_plan(parse_schema(record(rows=array("double"), after="double", x="int")), ["x"])
     assert operations(plan) == [walk.BEGIN, walk.SKIP, walk.NEXT, walk.SKIP, walk.NUMBER, walk.END]
     columns = Columns(plan)
@@ -139,7 +140,7 @@ def test_each_operation_names_its_field():
 
 
 def nested(depth):
-    """An int in so many arrays."""
+    """Return an int inside this many arrays."""
     return "int" if depth == 0 else array(nested(depth - 1))
 
 
@@ -162,7 +163,7 @@ def test_values_up_to_the_limit(monkeypatch):
 @pytest.mark.parametrize("wanted", ["x", "y"])
 @pytest.mark.parametrize("size", [MAX_FIXED_BYTES + 1, -1, True, 2.0, "3"])
 def test_a_fixed_of_no_sane_size_is_refused_read_or_skipped(size, wanted):
-    """fastavro does not look at it."""
+    """fastavro does not check the size."""
     with pytest.raises(SchemaError, match=f"a fixed type of {size!r} bytes; expected 0 to {MAX_FIXED_BYTES}"):
         compile_plan(record(y="int", x={"type": "fixed", "name": "f", "size": size}), [wanted])
 

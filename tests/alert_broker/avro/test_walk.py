@@ -1,4 +1,4 @@
-"""The compiled loop's parts against Python: numbers, texts, and datums in one call or in many."""
+"""The parts of the compiled loop are compared with Python: numbers, texts, and datums read in one call or in many."""
 
 import itertools
 
@@ -16,7 +16,8 @@ from tests.alert_broker.avro.maker import Maker, zigzag
 EDGES = sorted(
     {sign * 2**k + more for k in range(63) for sign in (1, -1) for more in (-1, 0, 1)} | {2**63 - 1, -(2**63)}
 )
-CONTINUATIONS = bytes([0x00, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xFF])  # where UTF-8's rules change
+# the bytes at which UTF-8's rules change
+CONTINUATIONS = bytes([0x00, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xFF])
 
 
 def buffer(data: bytes) -> np.ndarray:
@@ -28,7 +29,7 @@ def number(data: bytes, most: int) -> tuple[int, int]:
 
 
 def by_python(data: bytes, most: int) -> tuple[int, int]:
-    """The same by the text of the specification, in integers of any size."""
+    """Return the number by the specification, with Python's integers."""
     value = 0
     for index, byte in enumerate(data[:most]):
         value |= (byte & 0x7F) << 7 * index
@@ -59,7 +60,7 @@ def test_any_bytes_are_the_number_that_python_reads(most, data):
 
 
 def test_the_reference_for_numbers_has_teeth():
-    """A reader without the sign, and one that takes another bit, give other numbers."""
+    """Planted: a reader without the sign, and one that uses another bit, return other numbers."""
     assert by_python(zigzag(-3), 10) == (-3, 1) != (int.from_bytes(zigzag(-3), "big"), 1)
     assert by_python(b"\xff\xff\xff\xff\x0f", 5)[0] == -(2**31)
     assert by_python(b"\xff\xff\xff\xff\x1f", 5) == (0, -walk.LONG)
@@ -83,7 +84,7 @@ def is_text(data: bytes) -> bool:
 
 
 def texts():
-    """Every text of one and two bytes, and those of three and four around each border of UTF-8's ranges."""
+    """Yield every text of one and two bytes, and texts of three and four bytes around each border of UTF-8's ranges."""
     yield from (bytes(pair) for pair in itertools.product(range(256), repeat=2))
     for length in (2, 3):
         for first in range(0xC0, 0x100):
@@ -107,7 +108,7 @@ def test_text_ends_where_it_is_said_to():
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("room", [1, 3])
 def test_datums_in_one_call_are_those_of_single_calls(seed, room, monkeypatch):
-    """Also where columns start with next to no room and are laid out anew while a datum is read."""
+    """Columns also start with almost no capacity and move while a datum is read."""
     make = Maker(seed)
     raw = make.record(2)
     plan = compile_plan(parse_schema(raw), [item["name"] for item in raw["fields"] if item["type"] == "boolean"])

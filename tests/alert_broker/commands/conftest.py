@@ -1,4 +1,4 @@
-"""A small model on disk for the commands, and what they would have done with Kafka."""
+"""A small model on disk for the commands, and a record of the calls that would have reached Kafka."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def sent(monkeypatch):
-    """The calls of `send`, which takes all packets and sends none."""
+    """Record the calls of `send`, which accepts all packets and sends none."""
     from alert_broker.stream import replay
 
     calls = []

@@ -52,7 +52,7 @@ def test_json_is_all_of_the_output(edgekit, model, packets, tmp_path):
         "--runtime",
         "torch",
     )
-    assert done.status == 0, done.err  # a corrupt packet is accounted for
+    assert done.status == 0, done.err  # a corrupt packet is in the account, so it is no failure
     told = json.loads(done.out)
     assert (told["in"], told["classified"], told["corrupt"], told["stopped"]) == (13, 12, 1, False)
     assert (told["output"], told["errors"]) == (str(out), str(errors))
@@ -112,7 +112,7 @@ def test_mistakes_take_one_line(edgekit, model, packets, tmp_path, monkeypatch, 
 # --- interruption
 
 
-# The command line, in a process that is sent a signal while it decodes its 100th packet.
+# This runs the command line in a process that gets a signal while it decodes its 100th packet.
 INTERRUPTED = """
 import os, sys
 from alert_broker.avro.columns import Columns

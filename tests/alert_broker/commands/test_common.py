@@ -1,4 +1,4 @@
-"""What the commands on alerts share: signals, missing packages, pairs of names and values."""
+"""Functions that the commands on alerts share: signals, missing packages, pairs of names and values."""
 
 import os
 import signal

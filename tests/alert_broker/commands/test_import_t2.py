@@ -11,7 +11,7 @@ SHAPES |= {f"att.{part}": (32, 32) for part in ("query", "key", "value", "combin
 
 @pytest.fixture
 def weights(tmp_path):
-    """Random weights in the published layout, on disk."""
+    """Write random weights in the published layout to a file."""
     rng = np.random.default_rng(0)
     arrays = {f"{name}.kernel": rng.normal(size=shape) for name, shape in SHAPES.items()}
     arrays |= {f"{name}.bias": rng.normal(size=shape[-1]) for name, shape in SHAPES.items()}

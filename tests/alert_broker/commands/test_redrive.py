@@ -1,4 +1,5 @@
-"""`edgekit alerts redrive`: what the flags and the consumer's file make of the work; Kafka is not asked."""
+"""`edgekit alerts redrive`: the arguments that the command computes from its flags and the consumer's file, without
+Kafka."""
 
 import json
 
@@ -28,7 +29,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The calls of `redrive`, which handles six dead letters and sends three."""
+    """Record the calls of `redrive`, which handles six dead letters and sends three."""
     calls = []
 
     def redrive(settings, dead_letters, *, progress, stop, **options):
@@ -66,7 +67,7 @@ def test_flags_go_over_the_file(edgekit, config, asked):
 
 def test_the_counts_as_a_line_and_as_json(edgekit, config, asked):
     assert edgekit("alerts", "redrive", "--config", config).out == "3 dead letters sent again, 2 skipped\n"
-    assert "1 whose alerts are gone" in edgekit("alerts", "redrive", "--config", config).out
+    assert "skipped, 1 without their alert" in edgekit("alerts", "redrive", "--config", config).out
     told = json.loads(edgekit("alerts", "redrive", "--config", config, "--json").out)
     assert told == {"sent": 3, "passed_over": 2, "gone": 2}
 

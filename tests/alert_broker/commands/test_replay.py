@@ -1,4 +1,5 @@
-"""`edgekit alerts replay`: which packets are sent where, how often, and what is reported; Kafka takes them all."""
+"""`edgekit alerts replay`: the packets that are sent, their topic, the repetitions, and the report. A fake Kafka
+accepts all packets."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`edgekit alerts simulate`: packets that can be classified, and folders that are replaced only if they are ours."""
+"""`edgekit alerts simulate`: its packets can be classified, and it replaces a folder only if it wrote the folder."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_a_folder_is_replaced_only_when_asked_and_ours(edgekit, tmp_path):
     assert edgekit(*command, "--seed", 1, "--force").status == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} != first
     assert edgekit(*command, "--force").status == 0
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first  # the same seed, the same bytes
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first  # the same seed gives the same bytes
     (folder / "thesis.tex").write_text("x")
     assert edgekit(*command, "--force").failed_with(1, "holds other files than simulated alerts")
     assert (folder / "thesis.tex").exists()

@@ -1,4 +1,4 @@
-"""A pipeline's numbers, as every test of what reads them wants them."""
+"""A pipeline's statistics, which the tests of all their readers share."""
 
 from alert_broker.stream.stats import Stats
 

@@ -1,4 +1,4 @@
-"""The archive holds every row once, whatever crashes, replays and batch boundaries do; and a full disk costs none."""
+"""The archive holds every row once, after any crashes, replays and batch boundaries, and a full disk loses no row."""
 
 import datetime
 import errno
@@ -29,7 +29,7 @@ HOUR = 3_600_000
 
 
 def rows_of(offsets, partition=0, version=0):
-    """What classifying these messages gives: the same every time."""
+    """Return the rows that classifying these messages gives, which are the same every time."""
     return pa.RecordBatch.from_pylist(
         [{"alert_id": 10**6 * partition + k, "best_class": "KN" if k % 3 else None, "p": k + version} for k in offsets],
         schema=SCHEMA,
@@ -43,7 +43,7 @@ def positions_of(offsets, partition=0, topic="alerts", timestamp=None):
 
 
 def content(folder):
-    """Rows by partition and offset."""
+    """Return the rows by partition and offset."""
     table = read(folder).to_table().sort_by([("stream_partition", "ascending"), ("stream_offset", "ascending")])
     return table.select(SCHEMA.names), table["stream_offset"].to_pylist()
 
@@ -59,14 +59,15 @@ def test_it_reads_back_exactly(tmp_path):
     found, order = content(tmp_path)
     assert order == offsets
     assert found.equals(pa.Table.from_batches([rows_of(offsets)]))
-    assert not found.equals(pa.Table.from_batches([rows_of(offsets, version=1)]))  # the comparison sees values
+    # the comparison notices different values
+    assert not found.equals(pa.Table.from_batches([rows_of(offsets, version=1)]))
     assert set(read(tmp_path).to_table()["night"].to_pylist()) == {"2025-11-25"}
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_any_replay_leaves_every_row_once(tmp_path_factory, data):
-    """A consumer that writes batches of any size and is set back by crashes to any offset that it has reached."""
+    """A consumer writes batches of any size, and crashes set it back to any offset that it has reached."""
     folder = tmp_path_factory.mktemp("replay")
     store, end, start, reached = Archive(folder, SCHEMA), 3 * SEGMENT // 2, SEGMENT - 60, SEGMENT - 60
     first = start
@@ -75,10 +76,11 @@ def test_any_replay_leaves_every_row_once(tmp_path_factory, data):
         offsets = range(start, min(start + count, end))
         store.write(rows_of(offsets), positions_of(offsets))
         reached = max(reached, offsets.stop)
-        start = data.draw(st.integers(first, offsets.stop))  # where the next one begins: at its end, or set back
+        # the next batch begins at its end, or earlier after a crash
+        start = data.draw(st.integers(first, offsets.stop))
         start = start if data.draw(st.booleans()) else offsets.stop
     found, order = content(folder)
-    # what was written at some time is there, once, and in order
+    # every row that was ever written occurs once, and in order
     assert order == sorted(set(order))
     assert set(order) <= set(range(first, reached))
     assert found.equals(pa.Table.from_batches([rows_of(order)]))
@@ -87,7 +89,8 @@ def test_any_replay_leaves_every_row_once(tmp_path_factory, data):
 
 
 def test_names_of_the_batches_range_would_have_doubled_rows(tmp_path):
-    """The twin: files named after the range of offsets, as other sinks do, with another boundary after the crash."""
+    """The twin: if files were named after their range of offsets, as in other sinks, another boundary after the crash
+    would double rows."""
     for start, stop in ((0, 100), (50, 150)):
         pq.write_table(pa.Table.from_batches([rows_of(range(start, stop))]), tmp_path / f"{start}-{stop}.parquet")
     store = Archive(tmp_path / "ours", SCHEMA)
@@ -144,7 +147,7 @@ def test_nights_are_named_after_their_evening(tmp_path, utc, night):
 
 @pytest.mark.parametrize("timestamp", [-1, 0, 2**62, -(2**63), 2**63 - 1])
 def test_a_time_that_cannot_be_costs_no_row(tmp_path, timestamp):
-    """Whoever sends a message writes its time; none is -1."""
+    """The sender of a message writes its time, which may be any number; -1 means no time."""
     store = Archive(tmp_path, SCHEMA)
     (path,) = store.write(rows_of([1]), positions_of([1], timestamp=[timestamp]))
     assert path.parent.name == "night=unknown"
@@ -194,7 +197,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_file(tmp_path, monkey
             store.write(rows_of(range(5, 20)), positions_of(range(5, 20)))
     assert names(tmp_path) == before
     assert content(tmp_path)[1] == list(range(10))
-    store.write(rows_of(range(5, 20)), positions_of(range(5, 20)))  # there is space again
+    store.write(rows_of(range(5, 20)), positions_of(range(5, 20)))  # the disk has space again
     assert content(tmp_path)[1] == list(range(20))
 
 
@@ -221,7 +224,7 @@ print(content(disk / "archive")[1] == list(range(2000)), names(disk / "archive")
 
 
 def test_a_disk_that_is_full_for_real(tmp_path):
-    """A file system of 128 kB in memory, in a name space of its own."""
+    """The archive is on a file system of 128 kB in memory, in its own mount namespace."""
     command = f"mount -t tmpfs -o size=128k none {tmp_path}"
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", command]).returncode:
         pytest.skip("no file system can be mounted here: unshare -rm mount -t tmpfs fails")
@@ -240,7 +243,8 @@ def test_a_disk_that_is_full_for_real(tmp_path):
 
 @pytest.mark.parametrize("step", range(3))
 def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path, step):
-    """SIGKILL before the rename, after it, and in the middle of a file; what it left is swept up."""
+    """SIGKILL comes before the rename, after it, or in the middle of a file; the next writer removes the leftover
+    file."""
     store = Archive(tmp_path, SCHEMA)
     store.write(rows_of(range(10)), positions_of(range(10)))
     child = os.fork()
@@ -272,7 +276,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path, step):
 
 
 def test_two_writers_of_one_segment_do_not_undo_each_other(tmp_path):
-    """As when a consumer lost its partition and does not know yet."""
+    """This happens when a consumer has lost its partition and does not know it yet."""
 
     def write(start):
         store = Archive(tmp_path, SCHEMA)

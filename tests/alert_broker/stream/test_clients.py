@@ -46,7 +46,7 @@ SAFE = {
     "isolation.level": "read_committed",
     "partition.assignment.strategy": "cooperative-sticky",
     "group.id": "night",
-    "auto.offset.reset": "earliest",
+    "auto.offset.reset": "error",
 }
 SAFE_TO_SEND = {"enable.idempotence": True, "acks": "all", "delivery.report.only.error": True}
 
@@ -73,12 +73,20 @@ def test_read_ahead_holds_more_than_one_answer_of_the_broker():
     assert defaults["fetch.max.bytes"] <= 1024 * defaults["queued.max.messages.kbytes"]
 
 
+@pytest.mark.parametrize("start_at", ["latest", "earliest", "2026-01-01", "0=1"])
+def test_the_client_never_chooses_a_position(start_at):
+    """It would pass over what retention deleted in silence."""
+    assert consumer_settings(config(start_at=start_at))["auto.offset.reset"] == "error"
+
+
 @pytest.mark.parametrize(
-    ("start_at", "reset"),
-    [("latest", "latest"), ("earliest", "earliest"), ("2026-01-01", "earliest"), ("0=1", "earliest")],
+    ("protocol", "strategy"),
+    [({}, True), ({"group.protocol": "classic"}, True), ({"group.protocol": "consumer"}, False)],
 )
-def test_where_a_group_without_offsets_starts(start_at, reset):
-    assert consumer_settings(config(start_at=start_at))["auto.offset.reset"] == reset
+def test_who_assigns_partitions_is_told_to_the_client_only_if_it_is_the_client(protocol, strategy):
+    settings = consumer_settings(config(protocol))
+    assert ("partition.assignment.strategy" in settings) == strategy
+    open_consumer({**settings, "log_level": 0}).close()
 
 
 def test_a_member_has_a_name_only_if_it_was_given_one():
@@ -184,7 +192,10 @@ def test_partitions_are_in_order():
     [
         ({}, "the topic 'a' is not there; create it or name another one"),
         ({"a": topic(error=KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART))}, "the topic 'a' is not there"),
-        (KafkaException(KafkaError(KafkaError._TRANSPORT, "down")), "the broker does not answer: down; see bootstrap"),
+        (
+            KafkaException(KafkaError(KafkaError._TRANSPORT, "down")),
+            "the broker does not answer: down; check bootstrap",
+        ),
     ],
 )
 def test_partitions_that_cannot_be_known(answer, said):

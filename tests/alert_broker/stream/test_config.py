@@ -1,4 +1,4 @@
-"""broker.toml: what is misspelt is an error, flags go over the file, secrets are shown nowhere."""
+"""broker.toml: misspelt names are errors, flags replace values of the file, and secrets are shown nowhere."""
 
 import tomllib
 from dataclasses import fields

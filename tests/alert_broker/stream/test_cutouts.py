@@ -1,4 +1,5 @@
-"""The images in packets, byte for byte, in the order of the messages, whatever lies between them."""
+"""The images in packets are returned byte for byte, in the order of the messages, also with other messages between
+them."""
 
 import io
 
@@ -16,7 +17,7 @@ NOTHING = (None, None, None)
 
 
 def found(messages, schema_text=None):
-    """The images of each message."""
+    """Return the images of each message."""
     columns = cutouts(messages, schema_text)
     assert [column.type for column in columns] == [pa.large_binary()] * len(CUTOUTS)
     return list(zip(*(column.to_pylist() for column in columns), strict=True))
@@ -28,13 +29,13 @@ def test_cutouts_are_the_packets_own(packets_with_images):
     images_of = found(mixed)
     first, second, third, fourth = map(tuple, images)
     assert images_of == [third, NOTHING, first, fourth, NOTHING, second]
-    assert third != fourth  # the images of two alerts do differ
+    assert third != fourth  # the images of two alerts differ
     assert len(CUTOUTS) == len(images_of[0])
 
 
 @pytest.mark.realdata
 def test_cutouts_of_real_packets(shared_data):
-    """Of every survey and schema version that there is, in one call; WINTER's are not known."""
+    """One call has packets of every available survey and schema version; the survey WINTER is unknown."""
     alerts = shared_data / "alerts"
     paths = [*alerts.glob("ztf*/*.avro"), *alerts.glob("other/*.avro"), *alerts.glob("lsst_wire/*.bin")]
     messages, expected = [path.read_bytes() for path in paths], []
@@ -94,7 +95,7 @@ def test_a_message_of_two_packets_has_no_images_of_its_own(packets_with_images, 
 
 
 def test_an_image_whose_length_lies_is_none(packets_with_images):
-    """The damaged one; its neighbours keep theirs."""
+    """The damaged packet has no image; its neighbours keep theirs."""
     messages, images = packets_with_images
     at = messages[0].index(images[0][1]) - 3
     damaged = messages[0][:at] + b"\xff\xff\xff" + messages[0][at + 3 :]

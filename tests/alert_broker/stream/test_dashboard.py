@@ -1,4 +1,4 @@
-"""What is on the screen, as text."""
+"""The text on the screen."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def screen(view: View, width: int = 100, height: int = 40) -> str:
 
 @pytest.fixture
 def view() -> View:
-    """4 seconds in which the numbers of `busy_stats` came on top of as many."""
+    """Return a view of 4 seconds in which the numbers of `busy_stats` were doubled."""
     stats = busy_stats()
     before = replace(stats.snapshot(), uptime=3600.0)
     stats.ledger.add(("ztf", 0), consumed=400, published=360, filtered=36, dead_lettered=4)
@@ -34,7 +34,7 @@ def view() -> View:
 
 
 def row(text: str, name: str) -> list[str]:
-    """The numbers that follow a name."""
+    """Return the numbers that follow a name."""
     return re.search(rf"{re.escape(name)} +(.*)", text)[1].split()
 
 
@@ -54,7 +54,8 @@ def test_the_account_and_its_rates(view):
 
 def test_latencies_are_of_the_window_not_since_the_start(view):
     assert row(screen(view), "inference") == ["2.5", "s", "2.5", "s", "2.5", "s"]
-    since_the_start = View(view.now, replace(Stats().snapshot(), uptime=0.0))  # the twin: 100 quick ones come first
+    # the twin: since the start, 100 quick batches come first
+    since_the_start = View(view.now, replace(Stats().snapshot(), uptime=0.0))
     assert row(screen(since_the_start), "inference") == ["25", "ms", "2.5", "s", "2.5", "s"]
     assert row(screen(view), "decode ") == ["-", "-", "-"]
     assert "batches waiting: decode 3, publish 0; rates and times of the last 4 s" in screen(view)
@@ -109,7 +110,7 @@ def test_however_much_there_is_it_fits(width, height):
     lines = screen(crowded(), width, height).splitlines()
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
-    assert any("a-topic-with-a-long-name[199]" in text for text in lines)  # furthest behind
+    assert any("a-topic-with-a-long-name[199]" in text for text in lines)  # the partition with the largest lag
     assert any(re.search(r"and \d+ more", text) for text in lines)
     assert any(text.startswith("dead letters") or "  dead letters" in text for text in lines)
 

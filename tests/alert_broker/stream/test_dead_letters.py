@@ -1,4 +1,4 @@
-"""The limits of dead letters, and what tells one failure from another."""
+"""The limits of dead letters, and the digest that distinguishes failures."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_a_good_alert_breaks_the_row():
 
 def test_a_share_of_a_full_window_only():
     limits = DeadLetterLimits(DeadLetters(max_ratio=0.5, window=10, max_consecutive=100))
-    limits.check(dead_letters(0, 1, 2, 3), 4)  # all of them, but of too few
+    limits.check(dead_letters(0, 1, 2, 3), 4)  # all messages failed, but there are too few of them
     limits.check([], 4)
     with pytest.raises(EdgekitError, match="6 of the last 10"):
         limits.check(dead_letters(0, 1), 2)

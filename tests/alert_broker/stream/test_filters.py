@@ -1,4 +1,4 @@
-"""Filters against a reference that goes row by row in Python, and against what nobody should write."""
+"""Filters are compared with a Python reference that goes row by row, and invalid expressions are refused."""
 
 import ast
 import math
@@ -53,7 +53,7 @@ ROWS = st.lists(
 )
 
 
-# --- trees of the language, as text and as a reference that knows nothing of Arrow: None is null
+# --- expression trees, as text and as a reference without Arrow, in which None is null
 
 
 def numbers():
@@ -146,7 +146,7 @@ def conditions():
 def _joined(parts):
     word, items = parts
 
-    def value(row):  # Kleene: what decides is false for `and`, true for `or`
+    def value(row):  # Kleene's logic: false decides `and`, and true decides `or`
         found = [item[1](row) for item in items]
         decides = word == "or"
         return decides if decides in found else None if None in found else not decides
@@ -164,7 +164,7 @@ def test_filters_agree_with_the_reference(condition, rows):
 
 
 def test_the_reference_has_teeth():
-    """`or` for `and`, <= for <, and a null that counts as true would all be seen."""
+    """Planted: `or` instead of `and`, <= instead of <, and a null that counts as true make the comparison fail."""
     batch = pa.RecordBatch.from_pylist([{"n": 1, "x": 1.0}, {"n": 2, "x": None}, {"n": 3, "x": 0.0}], schema=SCHEMA)
     texts = ["n > 1 and x < 1", "n > 1 or x < 1", "n > 1 and x <= 1", "not (x < 1)", "x < 1 or n == 2", "not (x > 5)"]
     assert [filters.compile(text, SCHEMA)(batch).to_pylist() for text in texts] == [
@@ -217,8 +217,8 @@ def test_ids_of_64_bits_are_compared_exactly():
         ("name + name == 'aa'", "'name' is a text; expected a number"),
         ("n and fresh", "'n' is a number; expected a condition"),
         ("n in ()", "is empty"),
-        ("n in (1, x)", "stands in a list"),
-        ("n in (1, 'a')", "stands in a list"),
+        ("n in (1, x)", "is not a number constant"),
+        ("n in (1, 'a')", "is not a number constant"),
         ("id > 99999999999999999999", "does not fit into 64 bits"),
         ("n >", "is not an expression"),
         ("n > 1 1", "is not an expression at character 7: invalid syntax"),

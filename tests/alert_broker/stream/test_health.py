@@ -1,4 +1,4 @@
-"""The server over real sockets on 127.0.0.1."""
+"""Requests to the server over real sockets on 127.0.0.1."""
 
 import json
 import socket
@@ -49,7 +49,7 @@ def test_the_metrics_page_is_served(server):
 def test_health_over_http(server, stats):
     status, text = get(server.port, "/healthz")
     assert (status, json.loads(text)["status"]) == (200, "ok")
-    server.stuck_after = -1.0  # any age is too old
+    server.stuck_after = -1.0  # with a negative limit, any progress age is stuck
     status, text = get(server.port, "/healthz")
     answer = json.loads(text)
     assert (status, answer["status"], answer["lag"], answer["in_flight"]) == (503, "stuck", 42, 12)
@@ -66,7 +66,7 @@ def test_health_over_http(server, stats):
         (61.0, 10, 0, False),
         (61.0, 0, 5, False),
         (61.0, 0, 0, True),
-        (1e6, -3, 0, True),  # a broker that puts the end too low
+        (1e6, -3, 0, True),  # a broker whose end offset is too low
     ],
 )
 def test_stuck_is_work_that_waits_without_progress(stats, age, lag, in_flight, good):
@@ -143,7 +143,7 @@ def test_a_request_without_end_is_cut_off(server):
 
 @pytest.fixture
 def holding(server):
-    """Three times as many clients as there are places, each with half a request."""
+    """Open three times as many connections as the server has slots; each sends half a request."""
     clients = []
     for _ in range(3 * CLIENTS):
         client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
@@ -165,7 +165,7 @@ def test_clients_that_hold_on_keep_no_probe_out(server, request):
 
 
 def test_without_giving_places_away_the_probe_would_wait(server, monkeypatch, request):
-    """The twin: what the test above looks for does happen if the oldest is left alone."""
+    """The twin: if the server does not disconnect the oldest client, the probe of the test above does wait."""
     monkeypatch.setattr(module, "_hang_up", lambda client: None)
     request.getfixturevalue("holding")
     with pytest.raises(TimeoutError):
@@ -194,14 +194,14 @@ def test_it_ends_at_once_whoever_is_connected(stats):
         get(server.port, "/healthz")
         started, port = time.monotonic(), server.port
     assert time.monotonic() - started < 1
-    assert client.recv(10) == b""  # hung up on
+    assert client.recv(10) == b""  # the server has closed the connection
     client.close()
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=1)
 
 
 def test_scrapes_while_the_pipeline_writes(server, stats):
-    """Counters are seen to rise, never to fall, and nothing breaks."""
+    """While the pipeline writes, counters rise and never fall, and every scrape is readable."""
     stop = threading.Event()
 
     def work() -> None:

@@ -13,7 +13,7 @@ FATES = ("published", "filtered", "dead_lettered")
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(("consumed", *FATES, "revoke")), st.integers(0, 9))))
 def test_what_was_taken_is_always_somewhere(events):
-    """Against plain sums over the list of events."""
+    """The ledger is compared with plain sums over the list of events."""
     ledger, taken, sealed, lost = Ledger(), [0] * 3, [0] * 3, [0] * 3
     for partition, column, number in events:
         if column == "revoke":
@@ -44,7 +44,7 @@ def test_books_that_are_out_of_balance_are_an_error():
         "partitions": 0,
         "in_flight": 0,
         "revoked": 1,
-        "total": {"consumed": 5, "published": 3, "filtered": 1, "dead_lettered": 1, "revoked": 1},
+        "total": {"consumed": 5, "published": 3, "filtered": 1, "dead_lettered": 1, "revoked": 1, "expired": 0},
     }
 
 

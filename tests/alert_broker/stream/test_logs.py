@@ -1,4 +1,4 @@
-"""Nothing secret in a line, and lines that machines and people can read."""
+"""No line contains a secret, and machines and people can read every line."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from alert_broker.stream import logs
 from alert_broker.stream.logs import MASK, configure, redacted, secrets
 
-# As librdkafka, Confluent's registry client, boto and plain HTTP call them.
+# These are the names that librdkafka, Confluent's registry client, boto and plain HTTP use.
 SECRET_KEYS = (
     "sasl.password", "ssl.key.password", "ssl.keystore.password", "ssl.key.pem", "sasl.oauthbearer.client.secret",
     "sasl.oauthbearer.config", "basic.auth.user.info", "SASL_PASSWORD", "ssl_key_password", "aws_secret_access_key",
@@ -23,13 +23,13 @@ PUBLIC_KEYS = (
     "bootstrap.servers", "group.id", "sasl.username", "sasl.mechanism", "security.protocol", "ssl.ca.location",
     "ssl.key.location", "ssl.certificate.pem", "sasl.oauthbearer.token.endpoint.url", "session.timeout.ms",
 )  # fmt: skip
-# Letters that no key and no public value here has, and those that quoting changes.
-passwords = st.text("QZX0987µ'\"\\\n\t @:/?#%&+", min_size=logs.SHORTEST, max_size=20).filter(str.strip)
+# Characters that no key and no public value here contains, and characters that quoting changes.
+passwords = st.text("QZX0987µ'\"\\\n\t @:/?#%&+", min_size=logs.MIN_MASKED, max_size=20).filter(str.strip)
 public = st.one_of(st.text("abcdefg.", max_size=12), st.integers(), st.floats(), st.booleans(), st.none())
 
 
 def texts(value) -> list[str]:
-    """Every text in a nested value, keys left out."""
+    """Yield every text in a nested value except keys."""
     if isinstance(value, dict):
         return [text for item in value.values() for text in texts(item)]
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def test_the_password_of_a_url_is_known_elsewhere():
 
 @pytest.fixture
 def log():
-    """log(as_json, config): a logger and what it has written."""
+    """Return a function log(as_json, config), which returns a logger and the text that it has written."""
 
     def make(as_json=False, config=None):
         stream = io.StringIO()
@@ -180,7 +180,7 @@ def test_no_secret_is_logged(password, as_json):
 
 
 class Quoting:
-    """An object whose text has the password."""
+    """An object whose text contains the password."""
 
     def __init__(self, password):
         self.password = password

@@ -1,4 +1,4 @@
-"""The page as Prometheus' own parser reads it."""
+"""Prometheus' own parser reads the page."""
 
 import re
 import sys
@@ -18,7 +18,8 @@ from tests.alert_broker.stream.sample import busy_stats
 
 
 def read(stats: Stats) -> dict[str, dict[tuple[str, ...], float]]:
-    """{sample name: {label values: number}} of the page; labels in falling order: topic, partition; stage, le."""
+    """Return {sample name: {label values: number}} of the page; labels are in falling order: topic, partition; stage,
+    le."""
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in text_string_to_metric_families(page(stats.snapshot()).decode()):
         for name, labels, value, *_ in family.samples:
@@ -52,7 +53,7 @@ def test_counters_never_fall_when_a_partition_is_revoked(stats):
 
 
 def check_inference(stats: Stats) -> None:
-    """The buckets of what `busy_stats` puts in: 3 ms 30 times, 20 ms 60 times, 80 ms 9 times, 700 ms once."""
+    """Check the buckets for the times in `busy_stats`: 3 ms 30 times, 20 ms 60 times, 80 ms 9 times, 700 ms once."""
     found = read(stats)
     buckets = {bound: n for (stage, bound), n in found["edgekit_stage_seconds_bucket"].items() if stage == "inference"}
     assert [float(bound) for bound in buckets] == [*SECONDS, float("inf")]

@@ -6,13 +6,14 @@ import pytest
 from confluent_kafka import KafkaError
 
 from alert_broker.stream import config as configuration
-from alert_broker.stream.publish import AtLeastOnce, ExactlyOnce, Outgoing
+from alert_broker.stream import publish
+from alert_broker.stream.publish import RENEWALS, AtLeastOnce, ExactlyOnce, Outgoing
 from alert_broker.stream.source import LostError, Source
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests.brokers import MockCluster
 
-PRODUCE, OFFSET_COMMIT, END_TXN, TXN_OFFSET_COMMIT = 0, 8, 26, 28
+PRODUCE, OFFSET_COMMIT, INIT_PRODUCER_ID, END_TXN, TXN_OFFSET_COMMIT = 0, 8, 22, 26, 28
 
 
 @pytest.fixture
@@ -201,11 +202,77 @@ def test_a_generation_that_is_over_aborts_and_is_asked_again(cluster, exactly, e
 
 
 @pytest.mark.parametrize("api", [TXN_OFFSET_COMMIT, END_TXN])
-def test_who_is_fenced_off_in_the_midst_stops(cluster, exactly, api):
-    cluster.fail(api, [KafkaError.PRODUCER_FENCED] * 3)
-    with cluster.requests() as kinds, pytest.raises(EdgekitError, match="fenced off"):
+def test_an_old_epoch_is_no_fence_while_the_partitions_are_ours(cluster, exactly, api, caplog):
+    """As after a restart of the broker: a new producer sends the batch again, and the transaction is committed."""
+    cluster.fail(api, [KafkaError.INVALID_PRODUCER_EPOCH])
+    with cluster.requests() as kinds:
         exactly.publish(messages(3), {("source", 0): 3}, no_other)
-    assert kinds.count(END_TXN) == (api == END_TXN)  # an abort would be another's
+    assert kinds.count(INIT_PRODUCER_ID) == 1
+    assert [kind for kind in kinds if kind in (TXN_OFFSET_COMMIT, END_TXN)][-2:] == [TXN_OFFSET_COMMIT, END_TXN]
+    assert "we make a new one" in caplog.text
+    with cluster.requests() as kinds:
+        exactly.publish(messages(2), {("source", 0): 5}, no_other)  # and goes on
+    assert kinds.count(END_TXN) == 1
+
+
+@pytest.mark.parametrize("api", [TXN_OFFSET_COMMIT, END_TXN])
+def test_who_is_fenced_off_again_and_again_stops(cluster, exactly, api):
+    """Two members with one transactional id do that to each other."""
+    for _ in range(RENEWALS):
+        cluster.fail(api, [KafkaError.PRODUCER_FENCED])
+        exactly.publish(messages(1), {("source", 0): 1}, no_other)
+    cluster.fail(api, [KafkaError.PRODUCER_FENCED])
+    with cluster.requests() as kinds, pytest.raises(EdgekitError, match="fenced off"):
+        exactly.publish(messages(1), {("source", 0): 1}, no_other)
+    assert INIT_PRODUCER_ID not in kinds
+
+
+def test_old_epochs_that_are_long_past_do_not_count(cluster, exactly, monkeypatch):
+    monkeypatch.setattr(publish, "RENEWAL_SECONDS", 0.0)
+    for _ in range(RENEWALS + 1):
+        cluster.fail(TXN_OFFSET_COMMIT, [KafkaError.PRODUCER_FENCED])
+        exactly.publish(messages(1), {("source", 0): 1}, no_other)
+
+
+def test_who_is_fenced_off_and_has_lost_its_partitions_makes_no_new_producer(cluster, source, exactly):
+    cluster.fail(TXN_OFFSET_COMMIT, [KafkaError.PRODUCER_FENCED])
+    real, calls = source.group_metadata, []
+
+    def group_metadata():
+        calls.append(1)
+        if len(calls) > 1:
+            raise LostError("of the test")
+        return real()
+
+    source.group_metadata = group_metadata
+    with cluster.requests() as kinds, pytest.raises(LostError):
+        exactly.publish(messages(3), {("source", 0): 3}, no_other)
+    assert INIT_PRODUCER_ID not in kinds
+
+
+@pytest.mark.parametrize(("committed", "sent"), [(3, 1), (2, 2), (-1001, 2)])
+def test_a_transaction_whose_commit_is_in_doubt_is_not_repeated_if_it_was_committed(
+    cluster, source, exactly, monkeypatch, committed, sent
+):
+    """The offsets are part of the transaction, so they tell whether it was committed."""
+    monkeypatch.setattr(source, "committed", lambda partitions: dict.fromkeys(partitions, committed))
+    cluster.fail(END_TXN, [KafkaError.INVALID_PRODUCER_EPOCH])
+    with cluster.requests() as kinds:
+        exactly.publish(messages(3), {("source", 0): 3}, no_other)
+    assert kinds.count(TXN_OFFSET_COMMIT) == sent
+
+
+def test_a_dead_letter_outlives_the_producer(cluster, exactly):
+    """A message that was replaced stays replaced when the batch is sent again: nobody is asked twice."""
+    large, asked = Outgoing("results", b"x" * 9_000_000, [], 1), []
+
+    def instead(refused):
+        asked.append(1)
+        return [Outgoing("dead", b"small", [], 1)]
+
+    cluster.fail(TXN_OFFSET_COMMIT, [KafkaError.PRODUCER_FENCED])
+    exactly.publish([*messages(1), large], {("source", 0): 2}, instead)
+    assert asked == [1]
 
 
 def test_what_no_broker_takes_is_replaced_in_a_transaction_of_its_own(cluster, exactly):

@@ -1,4 +1,5 @@
-"""Packets from files as messages: each of them once, readable alone, and what is damaged as it is."""
+"""Packets from files become messages: each packet occurs once and can be read alone, and damaged files are sent
+unchanged."""
 
 import io
 import tarfile
@@ -15,7 +16,7 @@ COUNTS = {"ztf": 7, "lsst": 5}
 
 
 def identifiers(messages) -> list[int]:
-    """The alerts' ids, as the consumer would read them."""
+    """Return the alerts' ids, as the consumer would read them."""
     blocks = [containers.message(value, index) for index, value in enumerate(messages)]
     assert all(isinstance(block, Block) for block in blocks), blocks
     found = {}

@@ -1,4 +1,4 @@
-"""When a classification is used again, against a reference that keeps every alert's detections in a list."""
+"""Reuse of classifications is compared with a reference that keeps every alert's detections in a list."""
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,8 @@ NAMES = tuple(CLASSES.values())
 
 
 class FakeClassifier:
-    """Probabilities that the points of g and r determine; it counts, and fails on alerts without a point in them."""
+    """Returns probabilities that the points in g and r determine. It counts its calls, and fails on alerts without such
+    a point."""
 
     features = features_of(("g", "r"))
     schema = result_schema(NAMES)
@@ -44,7 +45,7 @@ class FakeClassifier:
 
 
 def curve(points, bands):
-    """Of (time, band, flux, detected) rows."""
+    """Return the light curve of rows (time, band, flux, detected)."""
     time, band, flux, detected = (np.array(values) for values in zip(*points, strict=True)) if points else [[]] * 4
     flux = np.asarray(flux, np.float64)
     return LightCurves(
@@ -59,7 +60,7 @@ def curve(points, bands):
 
 
 def batch_of(alerts, survey=ZTF):
-    """Of (alert, object, points)."""
+    """Return a batch of (alert, object, points)."""
     rows = [
         {
             "alert_id": number,
@@ -102,7 +103,7 @@ def test_an_alert_without_a_new_detection_takes_the_last_ones_class():
     assert again["p_SNIa"].to_pylist() == rows["p_SNIa"].take(pa.array([3, 2])).to_pylist()
     assert again["best_class"].to_pylist() == rows["best_class"].take(pa.array([3, 2])).to_pylist()
     assert again["model"].to_pylist() == ["small"] * 2
-    # what is known of the alert itself is its own
+    # the alert's own columns are not reused
     assert again["offset"].to_pylist() == again["n_upper_limits"].to_pylist() == [6, 7]
     assert again["n_det_g"].to_pylist() == [3, 2]
 
@@ -129,7 +130,7 @@ def test_an_alert_that_comes_again_is_fresh_again():
     alerts = batch_of([(1, "a", [G]), (2, "a", [G, NEAR])])
     first = reuse(alerts)
     assert seen(first) == [(1, True, None), (2, False, 1)]
-    assert reuse(alerts).equals(first)  # a replay; and within one batch:
+    assert reuse(alerts).equals(first)  # a replay; the same holds within one batch:
     assert seen(reuse(batch_of([(9, "c", [G]), (9, "c", [G])]))) == [(9, True, None), (9, True, None)]
 
 
@@ -169,7 +170,7 @@ def random_stream(seed, count=300):
 @pytest.mark.parametrize("capacity", [1, 7, 1000])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_alert_has_its_row_however_batches_fall(capacity, seed):
-    """The reference: a list of the last objects, oldest first, and for each the alert that was classified."""
+    """The reference is a list of the last objects, oldest first, with the classified alert of each."""
     alerts = list(random_stream(seed))
     known, expected = {}, []
     for number, name, points in alerts:
@@ -187,13 +188,13 @@ def test_every_alert_has_its_row_however_batches_fall(capacity, seed):
         rows = pa.Table.from_batches(parts).combine_chunks()
         assert seen(rows) == expected
         assert len(reuse) == len(known)
-        # with fluxes that determine the class, reuse must give what classifying each would have given
+        # If fluxes determine the class, reuse must give the result of classifying each alert.
         assert rows.select(truth.schema.names).equals(pa.Table.from_batches([truth]))
     assert any(reused for _, _, reused in expected) or capacity == 1
 
 
 def test_the_comparison_has_teeth():
-    """A cache that looks at the object's name alone gives classes that classifying would not."""
+    """Planted: a cache that compares only the object's name gives classes that classifying would not give."""
 
     class Careless(Reuse):
         def _keys(self, batch):

@@ -1,4 +1,5 @@
-"""Every alert goes where the filters say, in the format that the route says, and none gets lost between routes."""
+"""The filters of the routes decide the topics of every alert, each route has its format, and no alert is lost between
+routes."""
 
 import io
 import json
@@ -95,7 +96,7 @@ def test_routes_that_cannot_be(routes, default, reason):
 
 @pytest.mark.parametrize("topic", ["", "a b", "é", "x" * 250, "a/b"])
 def test_topics_that_kafka_refuses(topic):
-    with pytest.raises(EdgekitError, match="a route's topic is"):
+    with pytest.raises(EdgekitError, match="the topic of a route is"):
         Route(topic)
 
 
@@ -121,7 +122,7 @@ def test_attached_to_those_that_are_routed(packets_with_images):
     for row, topic, value in found:
         attached = [value["packet"]] if topic == "whole" else [value[name] for name in CUTOUTS]
         assert attached == ([messages[row]] if topic == "whole" else images[row])
-    with pytest.raises(EdgekitError, match="the route to images attaches cutouts, but there are no packets"):
+    with pytest.raises(EdgekitError, match="the route to images attaches cutouts, but it was given no packets"):
         router(rows)
 
 
@@ -137,7 +138,7 @@ def test_warming_up_encodes_once_by_each_route_and_needs_no_packet():
 
 
 class Watched:
-    """An encoder that leaves a note."""
+    """An encoder that records its calls."""
 
     def __init__(self, encode, seen):
         self.encode_rows, self.schema, self.seen = encode.encode, encode.schema, seen

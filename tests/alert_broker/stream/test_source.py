@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass
 
 import pytest
-from confluent_kafka import KafkaError, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import source as module
@@ -44,8 +44,10 @@ class FakeConsumer:
     """Gives a list of messages per call; a function in it is called first, as a rebalance would be."""
 
     def __init__(self):
-        self.script, self.callbacks, self.committed, self.asked = [], {}, [], []
+        self.script, self.callbacks, self.commits, self.asked = [], {}, [], []
         self.member = "m"
+        self.starts = {}
+        self.stored, self.logs = {}, {}  # offsets of the group; where logs begin and end, empty while no broker answers
         self.assigned, self.asleep = set(), set()  # `asleep`: as in librdkafka, it outlives the assignment
 
     def subscribe(self, topics, **callbacks):
@@ -57,10 +59,11 @@ class FakeConsumer:
         return item(self) if callable(item) else item
 
     def commit(self, offsets, asynchronous):
-        self.committed.append([(item.topic, item.partition, item.offset) for item in offsets])
+        self.commits.append([(item.topic, item.partition, item.offset) for item in offsets])
 
     def incremental_assign(self, partitions):
         self.assigned |= {item.partition for item in partitions}
+        self.starts |= {item.partition: item.offset for item in partitions}
 
     def assignment(self):
         return [TopicPartition("t", number) for number in self.assigned]
@@ -70,6 +73,17 @@ class FakeConsumer:
 
     def resume(self, partitions):
         self.asleep -= {item.partition for item in partitions}
+
+    def incremental_unassign(self, partitions):
+        self.assigned -= {item.partition for item in partitions}
+
+    def committed(self, partitions, timeout):
+        return [TopicPartition("t", item.partition, self.stored.get(item.partition, -1001)) for item in partitions]
+
+    def get_watermark_offsets(self, partition, timeout):
+        if not self.logs:
+            raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+        return self.logs[partition.partition]
 
     def memberid(self):
         return self.member
@@ -283,7 +297,7 @@ def test_a_commit_of_another_thread_is_done_between_polls(source):
     thread.start()
     while thread.is_alive():
         source.poll(1, 0.0)
-    assert source.consumer.committed == [[("t", 0, 7)]]
+    assert source.consumer.commits == [[("t", 0, 7)]]
 
 
 def test_start_positions_are_checked():
@@ -323,3 +337,117 @@ def test_who_was_suspended_waits_until_heartbeats_were_answered(source, monkeypa
     monkeypatch.setattr(module.time, "sleep", lambda seconds: setattr(source.consumer, "member", ""))
     with pytest.raises(LostError):
         source.group_metadata()
+
+
+# --- partitions without a position
+
+
+NO_POSITION = KafkaError(KafkaError._AUTO_OFFSET_RESET)
+
+
+def no_position(number, offset):
+    """The group has committed this offset, which is outside the log; None for nothing."""
+    return FakeMessage(number, offset, NO_POSITION)
+
+
+def expired(source):
+    return {number: entry.expired for (_, number), entry in source.stats.ledger.entries.items()}
+
+
+def test_what_retention_deleted_is_counted_and_reading_goes_on_at_the_beginning(source, caplog):
+    source.consumer.logs = {0: (600, 900), 1: (0, 7)}
+    source.consumer.script = [[*messages(1, 3), no_position(0, 400)], messages(0, 600, 601)]
+    assert indices(source.poll(3, 1.0)) == [(1, 3), (0, 600), (0, 601)]
+    assert source.consumer.starts[0] == 600
+    assert expired(source) == {0: 200, 1: 0}
+    total = source.stats.ledger.total()
+    assert (total.consumed, total.in_flight) == (3, 3)  # what is gone is in no other column
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "retention deleted 200 offsets of t[0]" in record.getMessage()
+
+
+def test_a_gap_within_the_log_is_no_loss(source):
+    """As compaction and the markers of transactions leave them: offsets 5 to 8 do not exist."""
+    source.consumer.script = [messages(0, 4, 9)]
+    assert len(source.poll(2, 1.0)) == 2
+    assert source.stats.ledger.total().expired == 0
+
+
+def test_a_gap_can_stop_the_consumer(source):
+    from dataclasses import replace
+
+    source.config = replace(source.config, source=replace(source.config.source, on_gap="stop"))
+    source.consumer.logs = {0: (600, 900)}
+    source.consumer.script = [[no_position(0, 400)]]
+    with pytest.raises(EdgekitError, match=r"deleted 200 offsets of t\[0\].*to go on at offset 600, set source.on_gap"):
+        source.poll(1, 0.0)
+    assert expired(source) == {0: 200}
+
+
+@pytest.mark.parametrize(("start_at", "start"), [("earliest", 600), ("latest", 900)])
+def test_a_group_that_has_committed_nothing_starts_where_it_is_told(source, start_at, start):
+    from dataclasses import replace
+
+    source.config = replace(source.config, source=replace(source.config.source, start_at=start_at))
+    source.consumer.logs = {0: (600, 900)}
+    source.consumer.script = [[no_position(0, None)]]
+    source.poll(1, 0.0)
+    assert source.consumer.starts[0] == start
+    assert source.stats.ledger.total().expired == 0
+
+
+def test_latest_passes_over_nothing_that_the_group_has_not_read(source):
+    """The group has a position: what is left of the log is read, although it would start at the end without one."""
+    from dataclasses import replace
+
+    source.config = replace(source.config, source=replace(source.config.source, start_at="latest"))
+    source.consumer.logs = {0: (600, 900)}
+    source.consumer.script = [[no_position(0, 400)]]
+    source.poll(1, 0.0)
+    assert source.consumer.starts[0] == 600
+    assert expired(source) == {0: 200}
+
+
+def test_a_log_that_is_shorter_than_it_was_is_read_from_its_beginning(source, caplog):
+    source.consumer.logs = {0: (0, 50)}
+    source.consumer.script = [[no_position(0, 400)]]
+    source.poll(1, 0.0)
+    assert source.consumer.starts[0] == 0
+    assert source.stats.ledger.total().expired == 0
+    assert "t[0] has no offset 400, as its log goes from 0 to 50" in caplog.text
+
+
+def test_a_log_that_is_unknown_for_now_is_asked_for_again(source):
+    source.consumer.script = [[no_position(0, 400)]]
+    source.poll(1, 0.0)
+    assert source.consumer.starts[0] < 0
+    source.consumer.logs = {0: (600, 900)}
+    source.poll(1, 0.0)
+    source.poll(1, 0.0)
+    assert source.consumer.starts[0] == 600
+    assert expired(source) == {0: 200}
+
+
+def test_a_position_that_was_missing_under_an_earlier_assignment_says_nothing_of_the_new_one(source):
+    source.consumer.logs = {0: (600, 900)}
+    before = dict(source._generations)
+    assert not source._counts(no_position(0, 400), {**before, ("t", 0): -1})
+    assert source._counts(no_position(0, 400), before)
+
+
+def test_a_partition_that_gets_its_position_while_paused_stays_paused(source):
+    source.pause(True)
+    source.consumer.asleep.clear()
+    source.consumer.logs = {0: (600, 900)}
+    source.consumer.script = [[no_position(0, 400)]]
+    source.poll(1, 0.0)
+    assert source.consumer.asleep == {0}
+
+
+def test_the_lag_of_a_new_partition_begins_at_what_the_group_has_committed(source):
+    source._lag.ends = {("t", 0): 70, ("t", 1): 10}
+    source.consumer.stored = {0: 30}
+    revoke(source.consumer, 0)
+    assign(source.consumer, 0)
+    source.poll(1, 0.0)
+    assert source.stats.lag["t", 0] == 40

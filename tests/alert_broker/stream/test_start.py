@@ -1,4 +1,4 @@
-"""Where a group starts to read: offsets and times, and what is said about a wrong one."""
+"""The position at which a group starts to read: offsets, times, and errors for wrong positions."""
 
 from datetime import UTC, datetime
 
@@ -12,7 +12,8 @@ PARTITIONS = [TopicPartition("alerts", number) for number in range(3)]
 
 
 class Broker:
-    """A consumer's answers: a message at 5000 ms and offset 50 in partition 0; the others end before that."""
+    """A consumer whose partition 0 has a message at 5000 ms and offset 50; the other partitions end before that
+    time."""
 
     def __init__(self):
         self.asked = []

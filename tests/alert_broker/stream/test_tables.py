@@ -1,4 +1,5 @@
-"""Parquet replayed: packets of a column byte by byte, rows with all that they have and the same light curves."""
+"""Replays of Parquet: packets in a column stay equal byte by byte, and rows keep all their values and their light
+curves."""
 
 import io
 import tarfile
@@ -22,7 +23,7 @@ PACKETS = [b"Obj\x01 one", b"\x00two", b""]
 
 
 def curves(blocks):
-    """Everything that is read of alerts, by their ids."""
+    """Return all light curves that are read, by the alerts' ids."""
     found = {}
     for batch in batches(blocks):
         assert not isinstance(batch, containers.BadPacket), batch
@@ -34,7 +35,7 @@ def curves(blocks):
 
 
 def same(one, other):
-    """Whether two sets of alerts have equal light curves, to the bit."""
+    """Return whether two sets of alerts have bitwise equal light curves."""
     if one.keys() != other.keys():
         return False
     for key, (survey, row, curve) in one.items():
@@ -84,7 +85,8 @@ def test_rows_of_a_survey_are_sent_with_all_that_they_have(tmp_path, rows, sent_
         (got,) = fastavro.reader(io.BytesIO(value))
         assert got.pop("added_by_a_broker") == 0.5
         assert got.pop("seen") == 10**15 + 5 * number
-        assert got == {key: item for key, item in row.items() if not key.startswith("cutout")}  # which are all null
+        # the cutouts are all null
+        assert got == {key: item for key, item in row.items() if not key.startswith("cutout")}
     found = curves(as_blocks(sent))
     assert len(found) == 12
     assert same(found, curves(read_blocks([tmp_path / "night.parquet"])))
@@ -92,7 +94,7 @@ def test_rows_of_a_survey_are_sent_with_all_that_they_have(tmp_path, rows, sent_
 
 
 def test_a_wrong_row_is_seen(tmp_path, rows):
-    """Planted: two alerts have changed their magnitudes."""
+    """Planted: two alerts have exchanged their magnitudes."""
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "right.parquet")
     one, two = rows[0]["candidate"], rows[1]["candidate"]
     one["magpsf"], two["magpsf"] = two["magpsf"], one["magpsf"]
@@ -139,9 +141,9 @@ def archived(path):
 
 
 @pytest.mark.parametrize(("make", "column", "said"), [
-    (table_of({"x": [1]}), "", "no binary column packet or value, and its columns are not those of a survey"),
-    (table_of({"x": [1], "raw": [b"a"]}), "row", "the column 'row' is not there; binary ones: raw"),
-    (table_of({"x": [1], "raw": [b"a"]}), "x", "the column 'x' is of type int64; binary ones: raw"),
+    (table_of({"x": [1]}), "", "no binary column packet or value, and no survey has its columns"),
+    (table_of({"x": [1], "raw": [b"a"]}), "row", "the column 'row' does not exist; binary columns: raw"),
+    (table_of({"x": [1], "raw": [b"a"]}), "x", "the column 'x' is of type int64; binary columns: raw"),
     (archived, "", "an archive of results, which holds no packets"),
     (lambda path: path.write_bytes(b"PAR1 and no more"), "", "cannot be read as Parquet"),
 ])  # fmt: skip

@@ -1,4 +1,5 @@
-"""Packets of ZTF and LSST as dictionaries, with only the fields that are read, and fluxes by the book."""
+"""Packets of ZTF and LSST as dictionaries, with only the fields that are read, and the flux of a magnitude by its
+definition."""
 
 import math
 
@@ -41,5 +42,5 @@ def lsst_packet(history=(), forced=(), **source):
 
 
 def flux_of_magnitude(magnitude):
-    """By definition: m = 27.5 - 2.5 log10 f, solved in another form than the module's."""
+    """The definition m = 27.5 - 2.5 log10 f, solved in another form than in the module."""
     return math.exp((27.5 - magnitude) / 2.5 * math.log(10))

@@ -1,4 +1,5 @@
-"""What all surveys share: points by a slow count of the same rules, one bad packet among good ones, the registry."""
+"""Rules that all surveys share: points are compared with a slow count by the same rules, one bad packet costs no other,
+and the registry finds every survey."""
 
 import math
 
@@ -77,7 +78,7 @@ def test_one_bad_packet_does_not_cost_its_neighbours():
 
 
 def test_a_batch_gives_what_its_packets_give_alone():
-    """Also where an exposure of one alert is also one of its neighbour, and where lists are null or cut out."""
+    """The batches include an exposure that is in two neighbouring alerts, null lists, and sliced lists."""
     rows = [
         ztf(history=[ztf_row(fid=2), ztf_row(2_458_999.5, magpsf=None)]),
         ztf(),
@@ -114,14 +115,16 @@ def test_join_keeps_order_and_empty_curves():
 # --- points
 
 
-EPOCHS = st.integers(0, 8).map(lambda step: 61_000 + step * 0.8 * SAME_EPOCH_DAYS)  # chains of rows that are near
+# chains of rows that are close in time
+EPOCHS = st.integers(0, 8).map(lambda step: 61_000 + step * 0.8 * SAME_EPOCH_DAYS)
 ROWS = st.tuples(
     EPOCHS, st.sampled_from("gr"), st.sampled_from([None, 1.0, 2.0, math.inf]), st.sampled_from([1.0, 0.0])
 )
 
 
 def by_rules(source, history, forced):
-    """(time, band, flux, detected) of each point, and the number of rows dropped: row by row, most trusted first."""
+    """Return (time, band, flux, detected) of each point, and the number of dropped rows. It goes row by row, most
+    trusted first."""
     rows = [(row, detected) for part, detected in ((source, True), (history, True), (forced, False)) for row in part]
     good = [(*row[:3], detected) for row, detected in rows if row[2] not in (None, math.inf) and row[3] > 0]
     points = []
@@ -151,7 +154,8 @@ def test_points_are_those_of_the_rules_row_by_row(source, history, forced):
 
 
 def test_the_rules_have_teeth():
-    """Two rows that are an exposure, two that are not quite, and one that only the next joins to the first."""
+    """The rows include two of one exposure, two of different exposures that are close, and one that only a third row
+    joins to the first."""
     step = 0.8 * SAME_EPOCH_DAYS
     near = [(61_000.0, "g", 1.0, 1.0), (61_000.0 + step, "g", 2.0, 1.0), (61_000.0 + 2 * step, "g", 2.0, 1.0)]
     assert by_rules(near[:1], near[1:], []) == ([(61_000.0, "g", 1.0, True)], 0)
@@ -210,7 +214,7 @@ def test_five_magnitudes_are_a_factor_of_100(magnitudes):
 
 
 def test_surveys_are_told_apart():
-    """No schema and no table is that of two surveys."""
+    """No schema and no table belongs to two surveys."""
     for survey in surveys().values():
         assert [other.name for other in surveys().values() if other.recognises_schema(survey.record)] == [survey.name]
         columns = frozenset(survey.paths)

@@ -1,4 +1,4 @@
-"""DECam's fluxes against magnitudes converted by hand, and the real packet."""
+"""DECam's fluxes are compared with magnitudes converted by hand, and with the real packet."""
 
 import io
 
@@ -16,7 +16,7 @@ PER_MAGNITUDE = 2.5 / np.log(10)
 
 
 def row(mjd=61_000.0, band="g", magnitude=22.0, error=0.1, sign=1.0):
-    """A magnitude as DESIRT writes it: m = 31.4 - 2.5 log10 of nJy, 23.9 of microjansky."""
+    """Return a magnitude as DESIRT writes it: m = 31.4 - 2.5 log10 of nJy, or 23.9 - 2.5 log10 of microjansky."""
     flux = sign * 10 ** ((31.4 - magnitude) / 2.5)
     flux_error = abs(flux) * error / PER_MAGNITUDE
     return {
@@ -43,9 +43,9 @@ def test_fluxes_are_those_of_the_magnitudes():
     assert curve.flux == pytest.approx(expected[order], rel=1e-12)
     assert curve.flux_error == pytest.approx(np.abs(expected[order]) * 0.1 / PER_MAGNITUDE)
     assert curve.band.tolist() == [[0, 3, 1][k] for k in order]
-    assert curve.detected.tolist() == [False, False, True]  # the candidate's exposure is there once, as the detection
+    assert curve.detected.tolist() == [False, False, True]  # the candidate's exposure occurs once, as the detection
     assert (curve.alert_id, curve.object_id, curve.dropped) == (5, "c4d_1", 0)
-    # planted: microjansky in the place of nanojansky, and the sign forgotten
+    # planted: microjansky instead of nanojansky, and a forgotten sign
     wrong = {**candidate, "psfFlux": candidate["forcediffimflux"]}
     assert light_curve(DECAM, packet(wrong)).flux != pytest.approx(expected[:1], rel=1e-3)
     assert curve.flux != pytest.approx(np.abs(expected[order]), rel=1e-3)
@@ -60,7 +60,7 @@ def test_rows_that_are_not_measurements_are_dropped_and_counted():
 
 @pytest.mark.realdata
 def test_the_real_packet(shared_data):
-    """Its own magnitude says what the flux must be."""
+    """The packet's own magnitude determines the expected flux."""
     data = (shared_data / "alerts" / "other" / "decam.avro").read_bytes()
     (batch,) = batches(split(data, "decam.avro"))
     (value,) = fastavro.reader(io.BytesIO(data))

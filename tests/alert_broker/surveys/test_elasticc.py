@@ -1,4 +1,4 @@
-"""ELAsTiCC's two releases: told apart by their columns, and different in their zero point."""
+"""ELAsTiCC's two releases have different columns, by which they are recognised, and different zero points."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_only_a_replayed_table_is_recognised_by_its_schema():
 
 @pytest.mark.parametrize("label", lsst.Lsst.labels)
 def test_bands_have_lssts_order_and_a_capital_y(label):
-    """A small y is no band of theirs, and is counted as dropped."""
+    """A small y is not one of their bands, so its rows count as dropped."""
     packet = {"diaSource": dict(zip(lsst.NAMES[1], (61_000.0, label, 100.0, 5.0), strict=True))}
     packet["diaSource"] |= {"diaSourceId": 7, "diaObjectId": 5}
     packet |= {"prvDiaSources": None, "prvDiaForcedSources": None}

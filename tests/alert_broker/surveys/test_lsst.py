@@ -1,4 +1,4 @@
-"""LSST's fluxes and names; in every schema, the same measurements give the same light curve to the bit."""
+"""LSST's fluxes and names. In every schema, the same measurements give a bitwise equal light curve."""
 
 import copy
 import io
@@ -24,7 +24,8 @@ CURVE = ("time", "band", "flux", "flux_error", "detected")
 
 
 def translated(values, schema, named):
-    """A record of a schema with the values that it shares with another version, null or zero elsewhere."""
+    """Return a record of a schema with the values of the fields that both versions have; other fields are null or
+    zero."""
     schema = named.get(schema, schema) if isinstance(schema, str) else schema
     if isinstance(schema, list):
         return None if values is None else translated(values, next(kind for kind in schema if kind != "null"), named)
@@ -38,7 +39,7 @@ def translated(values, schema, named):
 
 
 def message(packet, identifier):
-    """A packet of some version as one of this version, as it is sent."""
+    """Return a packet of some version as a message of this version."""
     schema = lsst.schema(identifier)
     body = io.BytesIO()
     values = {"alertId": packet["diaSource"]["diaSourceId"]} | packet
@@ -87,7 +88,8 @@ def test_nondetection_limits_of_version_7_are_counted(packets, identifier):
 
 
 def test_a_rename_that_is_not_in_the_table_is_named(packets):
-    """The twin of the mapping: the next rename must be an error with the field's name, never an empty light curve."""
+    """The twin of the mapping: a future rename must raise an error with the field's name, and must not give an empty
+    light curve."""
     newest = max(VERSIONS)
     old = {key: value for key, value in lsst.schema(newest).items() if not key.startswith("__")}
     renamed = parse_schema(_renamed(old, "psfFlux", "pointSourceFlux"))
@@ -113,7 +115,8 @@ def test_lsst_nanojansky_become_fluxcal():
     curve = light_curve(LSST, lsst_packet(flux=magnitude_22, error=10.0))
     assert curve.flux == pytest.approx([flux_of_magnitude(22.0)], rel=1e-12)
     assert curve.flux_error == pytest.approx([10 * 10 ** (-0.4 * 3.9)])
-    assert curve.flux[0] != pytest.approx(flux_of_magnitude(22.0) * 10**0.04, rel=1e-3)  # AB of 1 nJy is 31.4, not 31.5
+    # the AB magnitude of 1 nJy is 31.4, not 31.5
+    assert curve.flux[0] != pytest.approx(flux_of_magnitude(22.0) * 10**0.04, rel=1e-3)
 
 
 def test_lsst_detections_win_over_forced_photometry_of_the_same_visit():
@@ -163,13 +166,13 @@ def test_every_lsst_schema_version_is_read(identifier):
 
 
 def minimal(schema):
-    """A record with null or zero in every field."""
+    """Return a record with null or zero in every field."""
     named = schema.get("__named_schemas", {})
     zero = {"string": "", "double": 0.0, "float": 0.0, "boolean": False}
     record = {}
     for item in schema["fields"]:
         kind = item["type"]
-        if isinstance(kind, dict) and kind["type"] == "long":  # 8.0 has a timestamp
+        if isinstance(kind, dict) and kind["type"] == "long":  # schema 8.0 has a timestamp
             kind = "long"
         if isinstance(kind, list):
             record[item["name"]] = None
@@ -190,7 +193,7 @@ def test_an_unknown_lsst_schema_names_the_known_ones_and_the_remedy():
 
 @pytest.mark.realdata
 def test_real_packets_in_every_later_version(shared_data):
-    """v9.0 as sent and v10.0: the light curve that is read from them stays the same when they are written anew."""
+    """Real packets (v9.0 as sent, and v10.0) give the same light curve when they are written with a later version."""
     paths = sorted((shared_data / "alerts" / "lsst_wire").glob("*.bin"))
     chosen = [path for path in paths if "deep_00" in path.name or "v9" in path.name] + paths[5:8]
     assert len(chosen) == 5
@@ -226,6 +229,6 @@ def test_real_lsst_history_is_whole(shared_data):
     visits = {row["visit"] for row in packet["prvDiaSources"]} | {packet["diaSource"]["visit"]}
     forced = {row["visit"] for row in packet["prvDiaForcedSources"]}
     assert curve.detected.sum() == len(visits) == detections
-    assert (~curve.detected).sum() == len(forced - visits)  # told apart by visit here, by time in the module
+    assert (~curve.detected).sum() == len(forced - visits)  # this test compares visits, and the module compares times
     newest = packet["diaSource"]["psfFlux"]
     assert curve.flux[-1] == pytest.approx(newest * 10 ** (-0.4 * 3.9))

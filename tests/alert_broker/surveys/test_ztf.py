@@ -1,4 +1,4 @@
-"""ZTF's magnitudes, counts and flags against numbers worked out by hand."""
+"""ZTF's magnitudes, counts and flags are compared with numbers calculated by hand."""
 
 import fastavro
 import numpy as np
@@ -13,12 +13,14 @@ ZTF = survey_named("ztf")
 
 def test_ztf_magnitudes_become_fluxes():
     curve = light_curve(ZTF, ztf(ztf_row(magpsf=20.0, sigmapsf=0.1), [ztf_row(2_458_999.5, 2, 18.5, 0.02, "f")]))
-    assert curve.flux == pytest.approx([-flux_of_magnitude(18.5), 1000.0], rel=1e-12)  # 20 is 7.5 above zero point
+    # magnitude 20 is 7.5 magnitudes brighter than the zero point
+    assert curve.flux == pytest.approx([-flux_of_magnitude(18.5), 1000.0], rel=1e-12)
     assert curve.flux_error == pytest.approx([0.01842068 * 3981.0717, 92.1034], rel=1e-6)
     assert curve.time.tolist() == [58_999.0, 59_000.0]
     assert curve.band.tolist() == [1, 0]
     assert curve.detected.all()
-    for planted in (flux_of_magnitude(18.5), -(10 ** (-0.4 * (18.5 - 25.0)))):  # sign forgotten; zero point 25
+    # planted: the sign forgotten; zero point 25
+    for planted in (flux_of_magnitude(18.5), -(10 ** (-0.4 * (18.5 - 25.0)))):
         assert curve.flux[0] != pytest.approx(planted, rel=1e-3)
 
 
@@ -54,7 +56,8 @@ def test_ztf_upper_limits_are_counted_not_points():
 
 @pytest.mark.realdata
 def test_real_ztf_forced_photometry_agrees_with_the_detections(shared_data):
-    """The two come by different roads (counts and a zero point; a magnitude), so a wrong unit or sign would show."""
+    """Detections are magnitudes, and forced photometry is counts with a zero point, so a wrong unit or sign would
+    show."""
     ratios = []
     for path in (shared_data / "alerts" / "ztf_kowalski").glob("*.avro"):
         with path.open("rb") as stream:

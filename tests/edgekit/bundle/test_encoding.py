@@ -45,6 +45,12 @@ def test_decoding_by_hand():
     assert affine.decode().dtype == palette.decode().dtype == np.float32
 
 
+def test_weights_are_stored_as_float32_in_one_memory_order():
+    given = np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3))
+    stored = to_arrays({"w": given}, {})["w"]
+    assert (stored.dtype, stored.flags.c_contiguous, stored.tolist()) == (np.float32, True, given.tolist())
+
+
 def test_a_weight_beside_its_codebook_is_not_written():
     encoding = Palette(1, np.uint8([[0, 1]]), np.float32([1.0, 2.0]))
     with pytest.raises(AssertionError, match="w differs from its encoding"):

@@ -66,3 +66,15 @@ def test_looking_at_a_family_imports_no_torch():
         "import sys; from edgekit.bundle.family import find_family; find_family('t2'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_units_of_a_t2_that_can_be_removed(tiny_bundle):
+    model = tiny_bundle.model()
+    assert countable_units("t2", model) == {"heads": 4, "ff_dim": 16}
+    groups = prunable_groups("t2", model)
+    assert {(group.argument, group.size) for group in groups} == {("heads", 4), ("ff_dim", 16)}
+    names = set(tiny_bundle.weights())
+    assert all(set(group.rows) | set(group.columns) <= names for group in groups)
+    assert countable_units("module", model) == {}
+    with pytest.raises(EdgekitError, match="a module names no units"):
+        prunable_groups("module", model)

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgekit.bundle.encoding import Affine, Palette
-from edgekit.bundle.format import Manifest, assemble
+from edgekit.bundle.format import GRAPH, Manifest, assemble, assemble_graph, model_key
 from edgekit.bundle.pack import GOLDEN_ROWS, MAGIC, _pack_arrays, _shapes, _unpack_arrays, pack, unpack
 from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
+from tests.edgekit.passes.graphs import mlp, stored
 
 MANIFEST = Manifest(
     "x", "t2", {}, (TensorSpec("in", ("batch", 2)),), (TensorSpec("out", ("batch", 1)),), preprocessing={"id": "p"}
@@ -112,6 +113,24 @@ def test_a_packed_file_is_a_bundle(tiny_bundle, tmp_path):
     }
 
 
+def test_a_graph_comes_back_byte_for_byte_from_either_form(tmp_path):
+    graph = mlp().model.SerializeToString(deterministic=True)
+    given = replace(MANIFEST, arguments={"left": 1}, bits={"w": 4}, inputs=(TensorSpec("x", ("batch", 32)),))
+    golden = ({"x": np.ones((3, 32), np.float32)}, {"out": np.zeros((3, 1), np.float32)})
+    bundle = assemble_graph(given, graph, golden)
+    assert (bundle.manifest.family, bundle.manifest.arguments, bundle.manifest.bits) == ("onnx", {}, {})
+    assert (bundle.manifest.name, bundle.is_graph, bundle.encodings()) == ("x", True, {})
+    assert bundle.parameters == sum(value.size for value in stored(mlp()).values())
+    (tmp_path / "g.edgepack").write_bytes(pack(bundle))
+    write_bundle(bundle, tmp_path / "g.edge")
+    for name, rows in (("g.edgepack", GOLDEN_ROWS), ("g.edge", 3)):
+        back = open_bundle(tmp_path / name)
+        assert back.contents[GRAPH] == graph
+        assert (back.path, model_key(back)) == (tmp_path / name, model_key(bundle))
+        assert np.array_equal(back.golden()[0]["x"], golden[0]["x"][:rows])
+    assert len(pack(bundle)) < len(graph)
+
+
 def test_packing_is_reproducible(tiny_bundle):
     assert pack(tiny_bundle) == pack(tiny_bundle)
 
@@ -173,7 +192,7 @@ def test_a_file_that_lies_under_a_good_seal_is_read_or_refused(data, packed):
 def test_a_header_of_another_form_is_refused(header):
     stream = zlib.compress(json.dumps(header).encode())
     body = MAGIC + b"\x01" + struct.pack("<I", len(stream)) + stream
-    with pytest.raises(EdgekitError):
+    with pytest.raises(EdgekitError, match=r"^x: "):
         unpack(resealed(body), "x")
 
 

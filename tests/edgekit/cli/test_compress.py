@@ -25,7 +25,7 @@ epochs = 1
 
 @pytest.fixture
 def job(tiny_file, data_file, fake_runtime, tmp_path, monkeypatch):
-    """Arguments of a run that works; the report has tests of its own."""
+    """Return the arguments of a run that works, without the report, which has tests of its own."""
     monkeypatch.setattr(report, "with_report", lambda bundle, source: bundle)
     (tmp_path / "recipe.toml").write_text(RECIPE)
     return {

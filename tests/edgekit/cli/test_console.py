@@ -1,4 +1,4 @@
-"""What commands share on the terminal."""
+"""Output that commands share on the terminal."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`edgekit data`: what it writes is what `edgekit compress` reads."""
+"""`edgekit data` writes files that `edgekit compress` reads."""
 
 import json
 import sys
@@ -89,7 +89,10 @@ def test_two_models_may_share_data_only_with_one_preprocessing(edgekit, zoo):
     ("arguments", "words"),
     [
         (["plasticc-gt"], ["unknown data set 'plasticc-gt'", "did you mean 'plasticc-gr'"]),
-        (["plasticc-gr", "--from", "nowhere"], ["nowhere: expected a folder with plasticc_train_"]),
+        (
+            ["plasticc-gr", "--from", "nowhere"],
+            ["nowhere does not hold the training set; expected a folder with plasticc_train_"],
+        ),
     ],
 )
 def test_mistakes_take_one_line(edgekit, zoo, tmp_path, arguments, words):

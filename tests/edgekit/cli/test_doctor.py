@@ -83,7 +83,7 @@ def test_what_a_targets_parser_makes_of_a_graph(edgekit, tmp_path, operator, tak
 
 
 def test_a_precision_that_must_not_be_is_said_once(edgekit, tmp_path):
-    """No parser is asked about it, nor another runtime advised."""
+    """doctor asks no parser about it and advises no other runtime."""
     import numpy as np
     import onnx
 
@@ -96,7 +96,7 @@ def test_a_precision_that_must_not_be_is_said_once(edgekit, tmp_path):
 
 
 def test_what_a_targets_parser_makes_of_a_network(edgekit, tiny_file, monkeypatch):
-    """It is exported as each stack wants it; a table without Softmax refuses it, by name of the node."""
+    """doctor exports the network for each stack. An operator table without Softmax refuses it and names the node."""
     from dataclasses import replace
 
     from exporters import parser_versions

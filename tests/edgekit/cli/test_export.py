@@ -1,4 +1,4 @@
-"""edgekit export: the table, the JSON, and that nothing is written when it must not be."""
+"""edgekit export: the table, the JSON, and the cases in which nothing may be written."""
 
 import json
 

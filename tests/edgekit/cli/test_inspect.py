@@ -1,4 +1,4 @@
-"""edgekit inspect: what it prints for people and for programs, for every kind of bundle."""
+"""edgekit inspect: the output for people and for programs, for every type of bundle."""
 
 import json
 import subprocess
@@ -196,10 +196,13 @@ def test_help_shows_examples(edgekit):
     assert "--weights" in out
 
 
-def test_needs_no_torch(tiny_file):
+@pytest.mark.parametrize("option", ["--weights", "--lineage"])
+def test_needs_only_the_core(rich_file, option):
     code = (
-        "import sys; sys.modules['torch'] = None; sys.modules['matplotlib'] = None; from edgekit.cli import main; "
-        "sys.argv[:] = ['edgekit', 'inspect', sys.argv[1], '--weights']; main()"
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'matplotlib', 'onnx', 'onnxruntime'))); "
+        "from edgekit.cli import main; sys.argv[:] = ['edgekit', 'inspect', *sys.argv[1:]]; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code, tiny_file], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, rich_file, option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "rolled back" in done.stdout

@@ -19,7 +19,7 @@ HEAVY = {"torch", "onnxruntime", "onnx", "numba", "pyarrow", "pandas", "scipy", 
 
 
 def commands(group=root, path=()):
-    """Every command, with its path; groups are followed."""
+    """Yield every command with its path, also those of groups."""
     context = click.Context(group)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
@@ -30,7 +30,7 @@ def commands(group=root, path=()):
 
 
 def imported(*arguments: str) -> set[str]:
-    """Top-level packages that a fresh interpreter imports."""
+    """Return the top-level packages that a new interpreter imports."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=60, check=True
     )
@@ -39,7 +39,7 @@ def imported(*arguments: str) -> set[str]:
 
 @pytest.fixture
 def verb(monkeypatch, points):
-    """verb(function): a command `edgekit boom` that does what the function does."""
+    """Return verb(function), which installs a command `edgekit boom` that calls the function."""
 
     def install(function):
         module = type(sys)("planted")
@@ -52,13 +52,13 @@ def verb(monkeypatch, points):
 
 @pytest.fixture
 def points(monkeypatch):
-    """points(list): the entry points that are installed, for one test."""
+    """Return points(list), which sets the installed entry points for one test."""
     return lambda found: monkeypatch.setattr(cli, "entry_points", lambda group: found)
 
 
 @pytest.fixture
 def broken(points, monkeypatch, tmp_path):
-    """broken(text): another package's command `star`, in a module that holds this text."""
+    """Return broken(text), which installs another package's command `star` in a module with this text."""
 
     def install(text, *, name="star"):
         (tmp_path / "star_package.py").write_text(text)
@@ -156,7 +156,7 @@ def test_every_command_imports_and_is_called_what_it_is_called(name):
 
 
 def listed(text: str) -> dict[str, str]:
-    """The commands in a help text, in their order, each with its line."""
+    """Return the commands of a help text in their order, each with its line."""
     rows: dict[str, str] = {}
     for line in text.partition("Commands:\n")[2].splitlines():
         name = line[:12].strip()
@@ -274,7 +274,7 @@ def test_a_reader_that_goes_away_is_no_error():
 
 
 def test_output_is_printed_as_it_is(capsys):
-    """A path in brackets is no markup, and a colon no emoji."""
+    """A path in brackets is not markup, and a colon is not an emoji."""
     from edgekit.cli.console import output, print_table
 
     output.print("data[red].npz :bug:")

@@ -1,4 +1,4 @@
-"""README's example of a model of one's own, as it stands there, from the function to the export."""
+"""The README's example of a user's own model works as printed, from the function to the export."""
 
 import re
 import shlex

@@ -10,7 +10,7 @@ from edgekit.bundle.store import open_bundle
 
 @pytest.fixture
 def curves(tmp_path, tiny_file):
-    """(file, what the bundle says must come out)."""
+    """Return a file of inputs and the outputs that the bundle must give."""
     inputs, expected = open_bundle(tiny_file).golden()
     np.savez(tmp_path / "in.npz", **inputs)
     return tmp_path / "in.npz", expected["probabilities"]

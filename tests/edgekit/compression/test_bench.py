@@ -1,5 +1,7 @@
-"""`edgekit.bench`: every model at every batch size, a planted slowness, and rows of the caller's."""
+"""`edgekit.bench` and `edgekit.bench_target`: a row for every model and batch size, a planted slowness, and the
+caller's own rows."""
 
+import sys
 import time
 
 import numpy as np
@@ -74,3 +76,9 @@ def test_options_of_a_target_are_refused_on_this_machine(toy, monkeypatch):
     for options in ({"precision": "float32"}, {"power": "15W"}, {"threads": 2}):
         with pytest.raises(EdgekitError, match=r"x86-avx512 is this machine, .*leave precision, power and threads out"):
             bench_target(toy(), "x86-avx512", **options)
+
+
+def test_a_target_needs_onnx_and_the_error_names_the_extra(toy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(EdgekitError, match=r"estimating on a target needs onnx, .*edgekit\[onnx\]"):
+        bench_target(toy(), "jetson-nano")

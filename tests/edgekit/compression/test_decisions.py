@@ -1,4 +1,4 @@
-"""What a target decides: passes that must not run, open parameters, estimated latency, memory."""
+"""The decisions of a target: passes that must not run, open parameters, estimated latency, memory."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ CLUSTER = ("cluster", {"bits": 5, "epochs": 1})
     ("target", "step", "reason"),
     [
         (P40, Step("half", {}), r"pass 1 \('half'\): tesla-p40 must not be given float16: .*1/64"),
-        (P40, Step("half", {"kind": "bf16"}), "tesla-p40 must not be given bfloat16"),
+        (P40, Step("half", {"dtype": "bf16"}), "tesla-p40 must not be given bfloat16"),
         (NANO, Step("static_int8", {}), r"jetson-nano must not be given int8: .*dp4a"),
         (NANO, Step("dynamic_int8", {}), "jetson-nano must not be given int8"),
         (NANO, Step("weight_only", {"bits": 8}), "jetson-nano must not be given int8"),
@@ -49,7 +49,7 @@ def test_a_pass_that_is_not_for_the_target_is_refused(target, step, reason):
     [
         (P40, Step("half", {"storage": True})), (P40, Step("static_int8", {})), (P40, Step("dynamic_int8", {})),
         (NANO, Step("half", {})), (NANO, Step("quantize", {"bits": 8, "epochs": 0})),
-        (NANO, Step("cluster", {"bits": 4})), (RTX, Step("half", {})), (RTX, Step("half", {"kind": "bf16"})),
+        (NANO, Step("cluster", {"bits": 4})), (RTX, Step("half", {})), (RTX, Step("half", {"dtype": "bf16"})),
         (RTX, Step("static_int8", {})), (AVX512, Step("dynamic_int8", {})), (ORIN, Step("weight_only", {"bits": 8})),
     ],
 )  # fmt: skip
@@ -82,7 +82,7 @@ def test_int8_graphs_are_in_the_targets_scheme(target, scheme, bits):
 
 
 def test_the_form_of_another_pass_is_left_alone():
-    """weight_only has forms of its own."""
+    """A pass with a parameter `form` of its own, such as weight_only, keeps its value."""
     assert with_defaults(RTX, Step("weight_only", {})) == Step("weight_only", {})
 
 
@@ -93,7 +93,7 @@ def test_units_to_keep_are_rounded():
 
 
 def test_without_a_target_nothing_changes(tiny_job, tmp_path):
-    """Neither the bytes nor the records, and a run that was stopped before targets were there goes on."""
+    """The bytes and the records stay the same, and a run that was stopped before targets existed continues."""
     job = tiny_job([CLUSTER])
     assert job.on_target() is job
     assert not job.estimated
@@ -156,7 +156,8 @@ def test_planted_a_pass_that_makes_the_model_slower_there_is_rolled_back(tiny_jo
 
 
 def test_half_precision_pays_where_there_are_units_for_it(tiny_job, tmp_path, monkeypatch):
-    """On an RTX 3060, by its data sheet; measured on a CPU it would be slower, and was rolled back."""
+    """The gain is that of an RTX 3060, by its data sheet. Measured on a CPU, the pass would be slower, and would be
+    rolled back."""
     big = replace(RTX, launch=Figure(1e-12, "assumed: none"))  # a toy is bound by launches
     made = run(tiny_job([("half", {})], runtime="onnxruntime", target=big, max_loss=0.5), tmp_path).bundle
     (record,) = made.manifest.records
@@ -171,14 +172,14 @@ def test_memory_is_that_of_the_largest_batch(tiny_bundle):
 
 
 def test_a_weakly_typed_network_runs_in_the_plans_precision(tiny_bundle):
-    """TensorRT 8.2 chooses half itself; a strongly typed network, and onnxruntime, do as the graph says."""
+    """TensorRT 8.2 chooses half precision itself; a strongly typed network and onnxruntime follow the graph."""
     assert decisions.as_written(NANO) == "float16"
     assert decisions.as_written(RTX) == "float32"
     assert decisions.as_written(P40) == "float32"
 
 
 class Trial:
-    """Takes the choice that it is given, and says what there was."""
+    """Returns a given choice and records the allowed ones."""
 
     def __init__(self, **choices):
         self.choices, self.seen = choices, {}

@@ -1,4 +1,4 @@
-"""The identity of a job: everything that a state depends on is in it, and nothing else."""
+"""The key of a job covers everything on which a state depends, and nothing else."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a run measures beside the metric: outputs that it does not see, and the fastest float32 form."""
+"""A run also measures what the metric does not cover: other outputs, and the fastest float32 form."""
 
 import math
 from dataclasses import replace

@@ -14,7 +14,7 @@ LOSS = ClassAveragedLogLoss()
 
 
 def problem(samples=400, classes=5, seed=0):
-    """Random probabilities and labels; class 0 is common, class 4 rare."""
+    """Return random probabilities and labels; class 0 is common, class 4 rare."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(classes, samples, p=np.array([16, 8, 4, 2, 1]) / 31)
     probabilities = rng.dirichlet(np.ones(classes), samples)
@@ -23,7 +23,7 @@ def problem(samples=400, classes=5, seed=0):
 
 
 def naive(probabilities, labels):
-    """Class by class, sample by sample."""
+    """Compute the metric class by class and sample by sample."""
     means = []
     for wanted in sorted(set(labels.tolist())):
         losses = [
@@ -46,7 +46,7 @@ def test_log_loss_agrees_with_a_loop_and_with_scikit_learn():
 
 
 def test_averaging_inside_batches_flatters():
-    """What the reference reported: a class that is absent from a batch counts as a loss of zero there."""
+    """The reference reported this number: a class that is absent from a batch counts as a loss of zero there."""
     probabilities, labels = problem()
 
     def batch_mean(rows):
@@ -82,7 +82,8 @@ def test_metrics_by_name():
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    """95 % of the intervals; with 100 problems and a bootstrap of 60 at least 80 must, and not all of them."""
+    """95 % of the intervals must cover it. With 100 problems and a bootstrap of 60, at least 80 must, and not all of
+    them."""
     covered = 0
     truth = LOSS.value(*problem(20_000, seed=999))
     for seed in range(100):
@@ -173,7 +174,7 @@ def test_a_metric_of_the_users(my_metrics):
 
 @pytest.mark.parametrize("name", ["log-loss", "error-rate"])
 def test_a_metric_under_which_more_is_better_is_refused(name):
-    """An accuracy taken for a loss would let a model through that forgot everything."""
+    """If the guard took an accuracy for a loss, a model that forgot everything would pass."""
     outputs, labels = problem()
     metrics.check_direction(metrics.metric(name), outputs, labels)  # lower is better: nothing to say
     accuracy = metrics.Custom("m:accuracy", lambda found, wanted: (found.argmax(axis=1) == wanted).mean())
@@ -218,3 +219,16 @@ def test_regression_is_measured_in_the_labels_unit():
 def test_scores_that_are_no_probabilities_have_no_log_loss():
     with pytest.raises(EdgekitError, match="do not add up to 1; use error-rate"):
         LOSS.value(np.array([[3.0, -1.0]]), np.array([0]))
+
+
+@pytest.mark.parametrize("name", ["log-loss", "error-rate"])
+def test_an_interval_is_that_of_the_metric_itself_on_every_resample(name):
+    """Losses are computed once for all resamples; a metric that is only a function is called for each."""
+    probabilities, labels = problem()
+    rng = np.random.default_rng(1)
+    after = rng.dirichlet(np.ones(5), len(labels)).astype(np.float32)
+    itself = metrics.metric(name)
+    called = metrics.Custom("called for each", itself.value)
+    assert measure(itself, probabilities, labels) == measure(called, probabilities, labels)
+    assert measure_change(itself, probabilities, after, labels) == measure_change(called, probabilities, after, labels)
+    assert measure(itself, probabilities, labels) != measure(itself, after, labels)

@@ -1,4 +1,4 @@
-"""Pictures: the numbers behind them, and that they are reproducible, self-contained and harmless."""
+"""Pictures: their numbers are right, and they are reproducible, self-contained and harmless."""
 
 import subprocess
 import sys
@@ -23,7 +23,8 @@ LATENCY = [Latency(1, 0.4, 0.3, 0.75, 0.7, 0.8), Latency(256, 90.0, 99.0, 1.1, 1
 
 
 def predictions(samples=20_000, *, sharpness=1.0):
-    """Labels drawn from the probabilities themselves; `sharpness` above 1 then overstates them."""
+    """Draw labels from the probabilities themselves; with `sharpness` above 1, the returned probabilities are too
+    confident."""
     rng = np.random.default_rng(3)
     logits = 2 * rng.normal(size=(samples, 4))
     true = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -85,6 +85,8 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
 
 
 def test_passes_and_parameters_are_known_by_their_old_names():
-    values = {"pass": [{"name": "quantise", "bits": 4}, {"name": "static_int8", "form": "s8s8"}]}
-    first, second = recipe.parse(values, "old.toml")
+    half = {"name": "half", "kind": "bf16"}
+    values = {"pass": [{"name": "quantise", "bits": 4}, {"name": "static_int8", "form": "s8s8"}, half]}
+    first, second, third = recipe.parse(values, "old.toml")
+    assert dict(third.parameters) == {"dtype": "bf16"}
     assert (first.name, dict(second.parameters)) == ("quantize", {"scheme": "s8s8"})

@@ -1,4 +1,4 @@
-"""Records and summaries: every value survives the manifest, and what does not fit it is refused."""
+"""Records and summaries: every value survives the manifest, and a value of the wrong type is refused."""
 
 import json
 import math

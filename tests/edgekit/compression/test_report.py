@@ -78,7 +78,7 @@ def compressed(source, *records, **values):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """For tests of the text alone: drawing takes most of the time."""
+    """Draw no pictures: the tests of the text do not need them, and drawing takes most of the time."""
     monkeypatch.setattr(report, "_pictures", lambda values: {"latency": ""})
 
 

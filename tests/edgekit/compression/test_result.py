@@ -1,4 +1,4 @@
-"""The result of a run: what it gives is what its bundle holds, and how it is saved."""
+"""The result of a run has the values that its bundle holds, and it can be saved."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Running a recipe: planted bad passes are rolled back, a stopped run goes on, the same job gives the same bytes."""
+"""Running a recipe: planted bad passes are rolled back, a stopped run continues, the same job gives the same bytes."""
 
 import json
 import math
@@ -25,7 +25,7 @@ RECIPE = [("magnitude_prune", {"sparsity": 0.5, "epochs": 2}), CLUSTER, ("quanti
 
 
 def computed(bundle):
-    """What a bundle computes with, without its history."""
+    """Return the files with which a bundle computes, without its history."""
     return bundle.contents[WEIGHTS], bundle.contents[GOLDEN], bundle.manifest.arguments, bundle.manifest.bits
 
 
@@ -33,9 +33,27 @@ def verdicts(bundle):
     return [(record["pass"], record["kept"]) for record in bundle.manifest.records]
 
 
+@pytest.fixture(scope="module")
+def made():
+    """The bundles of runs that several tests compare others with; the first test that needs one makes it."""
+    return {}
+
+
+@pytest.fixture
+def straight(made, tiny_job, tmp_path_factory):
+    """straight(steps): the bundle of an uninterrupted run of these steps."""
+
+    def bundle(steps):
+        if (key := json.dumps(steps)) not in made:
+            made[key] = run(tiny_job(steps), tmp_path_factory.mktemp("straight")).bundle
+        return made[key]
+
+    return bundle
+
+
 @dataclass(frozen=True, slots=True)
 class Shrink(Pass[Candidate]):
-    """Not a real pass: clusters, so that there is a gain, and then does `mischief` to the candidate."""
+    """A test pass: it clusters, so that there is a gain, and then applies `mischief` to the candidate."""
 
     name: ClassVar[str] = "planted"
     summary: ClassVar[str] = "what a bad pass would do"
@@ -112,8 +130,8 @@ def test_a_pass_that_prepares_others_is_kept_if_it_loses_nothing(tiny_job, regis
     assert verdicts(run(tiny_job([("planted", {})]), tmp_path / "b").bundle) == [("planted", False)]
 
 
-def test_a_bundles_recipe_gives_its_bytes_again(tiny_job, tmp_path):
-    made = run(tiny_job(RECIPE), tmp_path / "a").bundle
+def test_a_bundles_recipe_gives_its_bytes_again(tiny_job, straight, tmp_path):
+    made = straight(RECIPE)
     steps = recipe.of_bundle(write_bundle(made, tmp_path / "made.edge"))
     assert [step.seed for step in steps] == [number for number, (_, kept) in enumerate(verdicts(made), 1) if kept]
     again = run(replace(tiny_job([]), recipe=steps, replay=True), tmp_path / "b").bundle
@@ -141,11 +159,10 @@ PLANTED = {
 
 @pytest.mark.parametrize(("kind", "words"), PLANTED.values(), ids=PLANTED)
 @pytest.mark.parametrize("first", [[], [CLUSTER]], ids=["first", "after a good pass"])
-def test_a_planted_bad_pass_is_rolled_back(kind, words, first, tiny_job, register, tmp_path):
+def test_a_planted_bad_pass_is_rolled_back(kind, words, first, tiny_job, straight, register, tmp_path):
     register("edgekit.passes", "planted", kind)
     with_it = run(tiny_job([*first, ("planted", {})]), tmp_path / "with").bundle
-    without = run(tiny_job(first), tmp_path / "without").bundle
-    assert computed(with_it) == computed(without)
+    assert computed(with_it) == computed(straight(first))
     record = with_it.manifest.records[-1]
     assert record["kept"] is False
     with pytest.raises(EdgekitError, match=words):
@@ -160,7 +177,7 @@ def test_what_comes_after_a_bad_pass_still_runs(tiny_job, register, tmp_path):
 
 
 class SlowWhenClustered:
-    """Mixed into the fake session: a codebook costs twice the time, as dequantizing does in some runtimes."""
+    """Mixed into the fake session: a codebook takes twice the time, because some runtimes dequantize slowly."""
 
     def __init__(self, bundle, *, threads=None, chunk=None):
         super().__init__(bundle, threads=threads)
@@ -243,12 +260,10 @@ def test_a_good_run_and_its_records(tiny_job, tmp_path):
     assert change["samples"] == 192
 
 
-def test_two_runs_give_the_same_bytes_and_another_seed_others(tiny_job, tmp_path):
-    first, second, third = (
-        run(tiny_job(RECIPE, seed=seed), tmp_path / str(number)).bundle for number, seed in enumerate([0, 0, 1])
-    )
-    assert computed(first) == computed(second)
-    assert computed(first) != computed(third)
+def test_two_runs_give_the_same_bytes_and_another_seed_others(tiny_job, straight, tmp_path):
+    second, third = (run(tiny_job(RECIPE, seed=seed), tmp_path / str(seed)).bundle for seed in (0, 1))
+    assert computed(straight(RECIPE)) == computed(second)
+    assert computed(straight(RECIPE)) != computed(third)
 
 
 class StoppedError(BaseException):
@@ -256,9 +271,7 @@ class StoppedError(BaseException):
 
 
 @pytest.mark.parametrize("stopped_at", [2, 3])
-def test_a_stopped_run_goes_on_after_its_last_finished_pass(stopped_at, tiny_job, tmp_path):
-    straight = run(tiny_job(RECIPE), tmp_path / "straight").bundle
-
+def test_a_stopped_run_goes_on_after_its_last_finished_pass(stopped_at, tiny_job, straight, tmp_path):
     def stop(message):
         if message.startswith(f"pass {stopped_at} "):
             raise StoppedError
@@ -269,8 +282,8 @@ def test_a_stopped_run_goes_on_after_its_last_finished_pass(stopped_at, tiny_job
     resumed = run(tiny_job(RECIPE), tmp_path / "w", notify=said.append).bundle
     assert said[0] == f"resuming after pass {stopped_at - 1} of 3"
     assert not any(line.startswith(f"pass {stopped_at - 1} ") for line in said), "a finished pass was run again"
-    assert computed(resumed) == computed(straight)
-    assert verdicts(resumed) == verdicts(straight)
+    assert computed(resumed) == computed(straight(RECIPE))
+    assert verdicts(resumed) == verdicts(straight(RECIPE))
 
 
 def passes_run(job, work):
@@ -303,10 +316,10 @@ def test_the_state_of_another_job_is_not_taken_for_this_ones(other, tiny_job, tm
 
 
 def test_a_damaged_state_is_computed_again(tiny_job, tmp_path):
-    straight = run(tiny_job(RECIPE[:2]), tmp_path / "w").bundle
+    first = run(tiny_job(RECIPE[:2]), tmp_path / "w").bundle
     for weights in (tmp_path / "w").glob(f"*.edge/{WEIGHTS}"):
         weights.write_bytes(b"")
-    assert computed(run(tiny_job(RECIPE[:2]), tmp_path / "w").bundle) == computed(straight)
+    assert computed(run(tiny_job(RECIPE[:2]), tmp_path / "w").bundle) == computed(first)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tiny_job, tmp_path):

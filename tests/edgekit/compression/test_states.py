@@ -1,4 +1,4 @@
-"""States between passes: what their names depend on, who may read them, and which are deleted."""
+"""States between passes: on what their names depend, who may read them, and which are deleted."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ class Mine(Pass[Candidate]):
 
 @pytest.fixture
 def write_pass(tmp_path, monkeypatch, register):
-    """write_pass(text): a pass `mine` of another package, as an interpreter that has just started loads it."""
+    """Return write_pass(text), which installs a pass `mine` of another package, as a new interpreter loads it."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
@@ -54,7 +54,7 @@ def write_pass(tmp_path, monkeypatch, register):
 
 @pytest.fixture
 def passes_run(tiny_job, tmp_path):
-    """passes_run(): the passes of a recipe that are computed, and not taken from the cache."""
+    """Return passes_run(), which returns the passes of a recipe that are computed and not taken from the cache."""
 
     def again():
         said = []

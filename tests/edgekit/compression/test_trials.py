@@ -1,4 +1,4 @@
-"""What a search records: which trials fit, and which are on its front."""
+"""The records of a search: which trials fit, and which are on its Pareto front."""
 
 import math
 

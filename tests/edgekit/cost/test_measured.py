@@ -36,7 +36,7 @@ def test_planted_plain_least_squares_would_go_below_zero():
 
 
 def test_small_times_count_as_much_as_large_ones():
-    """A law with a constant of microseconds among milliseconds is found, over nine orders of magnitude."""
+    """The fit finds a law with a constant of microseconds among milliseconds, over nine orders of magnitude."""
     rng = np.random.default_rng(0)
     matrix = np.stack([np.ones(30), *(10.0 ** rng.uniform(0, 9, 30) for _ in range(3))], axis=1)
     law = np.array([3e-6, 0.0, 2e-11, 4e-12])
@@ -45,7 +45,7 @@ def test_small_times_count_as_much_as_large_ones():
 
 @pytest.fixture(scope="module")
 def counted():
-    """(sample, its operator as the runtime runs it) for every graph of the calibration set."""
+    """Return each graph of the calibration set and its operator as the runtime runs it."""
     found = []
     for sample in SAMPLES:
         done = optimized_work(sample.model, 1)
@@ -54,7 +54,7 @@ def counted():
 
 
 def test_every_sample_holds_the_operator_that_it_is_for(counted):
-    """Each as the runtime rewrites it: a Transpose that the runtime removes cannot be timed."""
+    """The operator is the one that the runtime runs: a Transpose that the runtime removes cannot be timed."""
     assert [sample.family for sample, operators in counted if not operators] == []
 
 
@@ -68,7 +68,7 @@ def test_every_family_has_samples_of_several_sizes(counted):
 
 
 def test_a_table_finds_the_law_that_times_follow(counted, monkeypatch):
-    """Times made up from a known law in place of the profiler's."""
+    """Times computed from a known law replace the profiler's."""
     law = dict(zip(TERMS, (3e-6, 1e-8, 2e-11, 5e-12, 3e-11, 1e-11), strict=True))
 
     def made_up(model, feeds, **options):
@@ -109,7 +109,7 @@ def test_without_the_plainest_family_there_is_no_table():
 
 
 def test_real_times_are_fitted_and_ranked():
-    """On this machine: a product of a hundred times the work is not predicted to be quick."""
+    """On this machine, a product with a hundred times the work must not be predicted to be fast."""
     chosen = [sample for sample in SAMPLES if sample.family in ("product with weights", "Add", "Relu", "Sigmoid")]
     table = measured.measure(chosen, facts={}, runtime="none", seconds=0.004)
     small, large = (work(m := product(*size), sized(m, 1)).operators[0] for size in ((20, 100, 100), (400, 500, 500)))
@@ -145,7 +145,8 @@ def test_kernels_are_those_that_run():
 
 
 def test_the_runtimes_own_operators_are_sized():
-    """A convolution with its Relu, in blocks of channels, whose results have names of their own."""
+    """The runtime fuses a convolution with its Relu in a blocked channel layout, and the results have names of their
+    own."""
     rng = np.random.default_rng(0)
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"], "conv", pads=[1] * 4),

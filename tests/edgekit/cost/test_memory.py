@@ -16,7 +16,8 @@ from edgekit.targets.profile import Figure
 
 
 def random_graph(seed, nodes=40):
-    """Adds, multiplications and reshapes of values of several sizes, some read late, some never again."""
+    """Return a graph of additions, multiplications and reshapes of values of several sizes, some of which are read late
+    or never again."""
     rng = np.random.default_rng(seed)
     sizes = {"x0": 60, "x1": 360}
     made = []
@@ -54,7 +55,7 @@ def random_graph(seed, nodes=40):
 
 
 def simulated(model, values):
-    """The most bytes at once, as an allocator with reference counts would see it."""
+    """Return the largest number of bytes at once in an allocator with reference counts."""
     stored = {item.name for item in model.graph.initializer}
     owner = {item.name: item.name for item in model.graph.input}
     uses = {}

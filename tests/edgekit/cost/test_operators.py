@@ -1,4 +1,4 @@
-"""What operators cost, against numbers counted by hand in float64 and, for products, against loops that count."""
+"""Compare the cost of operators with numbers counted by hand in float64 and, for products, with loops that count."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def zeros(*shape, dtype=np.float32):
 
 
 def multiplications(left, right):
-    """Of a stack of matrix products, by walking all indices."""
+    """Count the multiplications of a stack of matrix products by a loop over all indices."""
     stack = np.broadcast_shapes(left[:-2], right[:-2])
     indices = itertools.product(*(range(n) for n in stack), range(left[-2]), range(right[-1]), range(left[-1]))
     return sum(1 for _ in indices)
@@ -76,7 +76,7 @@ def test_a_gemm_reads_its_first_factor_either_way(transposed, shape, inner):
 
 
 def counted_convolution(batch, channels, size, out, kernel, groups, stride, pad):
-    """Multiplications of a convolution, padding included, by walking its output."""
+    """Count the multiplications of a convolution, with padding, by a loop over its output."""
     width = (size + 2 * pad - kernel) // stride + 1
     ends = (batch, groups, out // groups, width, width, channels // groups, kernel, kernel)
     return sum(1 for _ in itertools.product(*(range(end) for end in ends)))
@@ -171,7 +171,7 @@ def test_codes_that_something_else_reads_are_decoded():
 
 
 def test_what_stored_tensors_alone_decide_is_stored():
-    """A weight kept in half, with the Cast that every runtime folds."""
+    """The graph stores a weight in half precision, with a Cast that every runtime folds."""
     nodes = [("Cast", "h", "w", {"to": FLOAT}), ("MatMul", "x w", "y", {})]
     found, done = costs(model(nodes, {"x": (1, 32)}, "y", {"h": zeros(32, 8, dtype=np.float16)}))
     assert set(found) == {"MatMul"}
@@ -194,7 +194,7 @@ def test_half_precision_has_half_the_bytes():
 
 
 def test_shapes_that_the_graph_computes_are_followed():
-    """Reshape to (shape[0], 2, -1), as exporters write it."""
+    """The graph reshapes to (shape[0], 2, -1), as exporters write it."""
     nodes = [
         ("Shape", "x", "s", {}), ("Gather", "s zero", "n", {}), ("Unsqueeze", "n axes", "n1", {}),
         ("Concat", "n1 rest", "to", {"axis": 0}), ("Reshape", "x to", "r", {}), ("Relu", "r", "y", {}),
@@ -209,7 +209,7 @@ def test_shapes_that_the_graph_computes_are_followed():
 
 
 def test_arithmetic_on_sizes_that_onnx_does_not_follow_is_done_here():
-    """Range over a length, and a mask from it."""
+    """The graph has a Range over a length, and a mask made of it."""
     nodes = [
         ("Shape", "x", "s", {"start": 1, "end": 2}), ("Squeeze", "s", "length", {}),
         ("Range", "zero length one", "r", {}),
@@ -237,7 +237,7 @@ def test_what_cannot_be_sized_is_named_and_not_counted():
 
 
 def test_a_large_weight_does_not_go_through_inference(monkeypatch):
-    """Its numbers are left out: a graph of 2 GB cannot be copied."""
+    """Shape inference gets the graph without the numbers: a graph of 2 GB cannot be copied."""
     seen = []
     real = onnx.shape_inference.infer_shapes
 
@@ -253,6 +253,7 @@ def test_a_large_weight_does_not_go_through_inference(monkeypatch):
 
 
 def test_planted_a_count_without_the_sum_would_be_found():
-    """The teeth of the loops above: one multiplication for each output, or groups forgotten, is another number."""
+    """The loops above would fail for a wrong count: one multiplication for each output, or forgotten groups, give
+    another number."""
     assert multiplications((3, 5), (5, 4)) != 3 * 4
     assert counted_convolution(2, 4, 6, 8, 3, 2, 1, 1) * 2 == counted_convolution(2, 4, 6, 8, 3, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Estimates from a data sheet, against arithmetic by hand."""
+"""Compare estimates from a data sheet with arithmetic by hand."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ RATE, WIDTH = 1e12, 1e11
 
 
 def toy(kind="gpu", launch=1e-6, **rates):
-    """A device of round numbers."""
+    """Return a device of round numbers."""
     base = profile.find("x86-avx2" if kind == "cpu" else "tesla-p40")
     figures = {"float32": RATE, **rates}
     return replace(
@@ -35,7 +35,7 @@ def toy(kind="gpu", launch=1e-6, **rates):
 
 
 def product(rows=64, width=256, *, relu=True, kind=TensorProto.FLOAT):
-    """MatMul, bias, Relu, Softmax."""
+    """Return a graph of MatMul, bias, Relu and Softmax."""
     dtype = np.float16 if kind == TensorProto.FLOAT16 else np.float32
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["m"], "product"),
@@ -72,7 +72,7 @@ def test_on_a_gpu_bias_and_activation_are_part_of_the_product():
 
 
 def test_what_is_missing_from_the_rows_is_said_to_be_fused():
-    """Who looks for the Add reads where it is."""
+    """A user who looks for the Add reads which operator contains it."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 8]) for name in "xy")
     stored = [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in (("w", (8, 8)), ("b", 8))]
     nodes = [helper.make_node("MatMul", ["x", "w"], ["m"], "m"), helper.make_node("Add", ["m", "b"], ["y"], "a")]
@@ -96,7 +96,7 @@ def test_on_a_cpu_nothing_is_fused_and_cores_share():
 
 
 def test_a_value_that_others_read_too_is_written():
-    """The residual: x + f(x) may not swallow what comes after it is read again."""
+    """In a residual x + f(x), other operators may read x again, so the fusion must not swallow it."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["m"], "product"),
         helper.make_node("Relu", ["m"], ["r"], "relu"),
@@ -192,7 +192,7 @@ def test_a_faster_card_is_faster_and_a_larger_batch_slower():
 
 
 def test_every_operator_of_a_real_model_is_sized(tiny_bundle):
-    """As exported: sizes are computed in the graph, around attention."""
+    """The exported graph computes sizes itself, around attention."""
     from edgekit.compression.bench import float_graph
 
     graph = float_graph(tiny_bundle)
@@ -204,7 +204,7 @@ def test_every_operator_of_a_real_model_is_sized(tiny_bundle):
 
 
 def test_planted_a_model_without_fusion_would_be_found():
-    """What the first test counts is not what the separate kernels would move."""
+    """The number of the first test differs from the bytes that separate kernels would move."""
     rows, width = 64, 256
     apart = estimate(product(rows, width), toy("cpu"), rows)
     together = estimate(product(rows, width), toy(), rows)

@@ -1,4 +1,4 @@
-"""The sampler: it sees a planted slowness, and neither a clock that drifts nor a call's place in the round fools it."""
+"""The sampler finds a planted slowness. A drifting clock and the position of a call in the round do not mislead it."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_a_planted_slowness_is_seen_and_twins_are_equal():
 
 
 def drifting(factor):
-    """A machine that gets slower with each call: (call, the seconds it takes)."""
+    """Return a call on a machine that gets slower with each call, and the seconds that it takes."""
     calls = []
 
     def call(seconds):
@@ -61,7 +61,7 @@ def test_the_first_of_a_round_changes():
 
 
 def test_a_call_that_suffers_from_its_place_is_not_blamed():
-    """The call that comes first in a round takes twice as long."""
+    """The first call of a round takes twice as long."""
     made = []
 
     def call():

@@ -1,4 +1,4 @@
-"""Data files: what fits the model is read, everything else is an error that says what is wrong."""
+"""Data files: a file that fits the model is read; for every other file, the error says what is wrong."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rows in memory as named arrays: what is refused, and how inputs get their names."""
+"""Rows in memory become named arrays: which rows are refused, and how inputs get their names."""
 
 import numpy as np
 import pytest

@@ -35,7 +35,7 @@ class Toys:
 
 @pytest.fixture
 def toys(tiny_bundle, tmp_path, monkeypatch):
-    """The tiny model as the whole zoo, measured on the data set `toys`, and its bundle."""
+    """Make the tiny model the whole zoo, measured on the data set `toys`, and return its bundle."""
     bundle = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, data="toys", preprocessing=SETTINGS))
     write_bundle(bundle, tmp_path / "zoo" / "tiny")
     monkeypatch.setattr("edgekit.bundle.zoo.folders", lambda: {"tiny": tmp_path / "zoo" / "tiny"})
@@ -45,7 +45,7 @@ def toys(tiny_bundle, tmp_path, monkeypatch):
 
 @pytest.fixture
 def install(monkeypatch):
-    """install(provider): the only provider that is installed."""
+    """Return install(provider), which makes this provider the only one."""
 
     def only(thing):
         module = type(sys)("toy_provider")

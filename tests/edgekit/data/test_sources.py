@@ -76,7 +76,7 @@ def test_a_damaged_parquet_table(tiny_bundle, tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path, tiny_bundle):
-    """Red and blue pictures in a folder, and the manifest of a model that would see them."""
+    """Write red and blue pictures into a folder; return it and the manifest of a model that takes them."""
     for part, count in (("train", 3), ("test", 2)):
         for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
             (tmp_path / "pictures" / part / name).mkdir(parents=True)

@@ -7,7 +7,7 @@ DYNAMIC, STRINGS, PROGBITS, NOBITS = 6, 3, 1, 8
 
 
 def entry(kind: int, sm: int, payload: bytes = b"code" * 4, *, size: int | None = None, header: int = 64) -> bytes:
-    """One piece of code in a container; `size` and `header` may lie."""
+    """Return one piece of code in a container; `size` and `header` may be wrong."""
     size = len(payload) if size is None else size
     return struct.pack("<HHIQIIHHI", kind, 0x101, header, size, 0, 0, 7, 1, sm).ljust(64, b"\0") + payload
 
@@ -18,7 +18,7 @@ def container(*entries: bytes, size: int | None = None, header: int = 16) -> byt
 
 
 def elf(sections: dict[str, bytes], needed: tuple[str, ...] = (), *, names_at: int | None = None) -> bytes:
-    """A 64-bit file of these sections; `needed` libraries make a dynamic section and its strings."""
+    """Return a 64-bit file of these sections; `needed` libraries make a dynamic section and its strings."""
     every = [("", 0, b"", 0), *((name, PROGBITS, content, 0) for name, content in sections.items())]
     if needed:
         strings, tags = b"\0", b""

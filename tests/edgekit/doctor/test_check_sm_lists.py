@@ -14,7 +14,7 @@ TOOL = Path(__file__).parents[3] / "tools/check_sm_lists.py"
 
 @pytest.fixture
 def wheel(tmp_path):
-    """Two libraries with code, one for Pascal; one without; and a text."""
+    """Return a wheel with two libraries that have code, one of them for Pascal; a library without code; and a text."""
     path = tmp_path / "made-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(

@@ -271,7 +271,7 @@ def recorded(name: str):
 
 
 def findings(system, target: str | None, *, asked: bool = True):
-    """All that is not ok."""
+    """Return all findings that are not ok."""
     found = judge(system, find(target) if target else None, asked=asked)
     return [check for check in found if check.status != "ok"]
 
@@ -296,7 +296,7 @@ def test_the_target_is_recognised(name):
 
 
 def test_a_guessed_target_that_lacks_its_software_is_no_error():
-    """Nobody said that this box must run models on its CPU."""
+    """No one asked doctor whether this machine runs models on its CPU."""
     assert [check.status for check in findings(recorded("cpu-bare"), "x86-avx2", asked=False)] == ["warning"] * 3
     assert [c.name for c in findings(recorded("p40-no-driver"), "x86-avx2", asked=False)] == ["GPU"]
 
@@ -438,7 +438,7 @@ def test_a_jetson_with_an_older_minor_release_of_tensorrt_is_not_complete():
 
 
 def test_a_check_without_teeth_would_be_seen():
-    """The twin of the twins: break one thing in each good machine, and its one line appears."""
+    """The planted failures: break one thing in each good machine, and exactly its finding must appear."""
     system = recorded("orin-good")
     bad = replace(system.libraries[2], sms=(86,))  # desktop Ampere beside Orin
     found = findings(replace(system, libraries=(*system.libraries[:2], bad)), "jetson-orin-nano-8gb")
@@ -449,7 +449,7 @@ def test_a_check_without_teeth_would_be_seen():
 
 
 def test_two_onnxruntimes_on_a_machine_that_no_profile_describes():
-    """Then only the rule's own remedy is known."""
+    """Then doctor knows only the remedy of the rule itself."""
     system = recorded("p40-both-onnxruntimes")
     system = replace(system, gpus=(replace(system.gpus[0], name="Tesla P4"),))
     found = next(check for check in findings(system, None, asked=False) if check.name == "packages")

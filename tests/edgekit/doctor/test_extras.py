@@ -1,4 +1,4 @@
-"""Packages that cannot live together: each rule fires on what it names, and on nothing else."""
+"""Packages that cannot be installed together: each rule finds what it names, and nothing else."""
 
 import tomllib
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_importing_what_conflicts_is_an_error_that_explains(monkeypatch):
 
 
 def test_extras_agree_with_the_rules():
-    """An extra that can share an environment with everything else must not bring what the rules forbid there."""
+    """An extra that can share an environment with all others must not install what the rules forbid there."""
     declared = PROJECT["optional-dependencies"]
     assert {"gpu", "tensorrt", "rtx", "openvino", "optimum", "modelopt"} <= set(declared)
     assert set(OWN_ENVIRONMENT) <= set(declared)

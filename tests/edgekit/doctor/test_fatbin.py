@@ -23,7 +23,7 @@ PASCAL = (
 
 @pytest.fixture
 def library(tmp_path):
-    """library(content): a file with it."""
+    """Return library(content), which writes a file with this content."""
 
     def write(content: bytes):
         (tmp_path / "lib.so").write_bytes(content)
@@ -52,7 +52,7 @@ def test_code_elsewhere_does_not_count(library):
 
 
 def test_a_list_that_was_not_walked_to_the_end_would_be_noticed(library):
-    """The twin: with the second container's magic broken, 70 is gone."""
+    """The planted failure: if the second container's magic number is broken, 70 is missing."""
     broken = PASCAL.replace(container(entry(MACHINE_CODE, 70), entry(8, 75))[:4], b"\0\0\0\0")
     assert broken != PASCAL
     assert read(library(elf({".nv_fatbin": broken}))).sms == ()
@@ -61,7 +61,7 @@ def test_a_list_that_was_not_walked_to_the_end_would_be_noticed(library):
 
 
 def test_the_interpreter_itself_is_read_as_readelf_reads_it():
-    """An independent reader of real files."""
+    """readelf is an independent reader of real files."""
     readelf, program = shutil.which("readelf"), shutil.which("ls")
     if readelf is None or program is None:
         pytest.skip("no readelf here")
@@ -117,7 +117,7 @@ BAD = {
 
 
 def test_a_section_that_ends_after_the_file_is_refused(library):
-    """Each in turn: of the dynamic section, entries would be read from behind the file's end."""
+    """Each section in turn ends after the file; entries of the dynamic section would be read beyond the file's end."""
     whole = elf({".nv_fatbin": PASCAL}, ("libcudart.so.12",))
     table, count = int.from_bytes(whole[40:48], "little"), int.from_bytes(whole[60:62], "little")
     for number in range(count):
@@ -156,7 +156,7 @@ def test_a_lying_count_of_sections_allocates_nothing(library):
 @settings(max_examples=400, deadline=1000)
 @given(st.data())
 def test_no_damage_makes_it_hang_or_crash(tmp_path_factory, data):
-    """Bytes changed anywhere, or the end cut off: a list or a refusal, at once."""
+    """For bytes changed anywhere, or a cut end, the result is a list or a refusal, at once."""
     whole = bytearray(elf({".nv_fatbin": PASCAL}, ("libcudart.so.12",)))
     for _ in range(data.draw(st.integers(1, 6))):
         whole[data.draw(st.integers(4, len(whole) - 1))] = data.draw(st.sampled_from((0, 1, 0x7F, 0xFF)))

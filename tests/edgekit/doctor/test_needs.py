@@ -1,4 +1,4 @@
-"""What a model asks for: memory against a count by hand, precisions and opsets against profiles."""
+"""The requirements of a model: compare the memory with a count by hand, and precisions and opsets with profiles."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ NEEDS = Needs("m", "onnx", 1000, ("float32",), 4000, opset=17, activations=1000)
 
 
 def graph(nodes, stored=(), *, opset=17, domains=(), width=8):
-    """(batch, width) -> (batch, width), float32."""
+    """Return a graph from (batch, width) to (batch, width), float32."""
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width]) for name in "xy"]
     made = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(a, n) for n, a in stored])
     imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]

@@ -1,4 +1,4 @@
-"""Probes, on file systems and programs that are made up: a Jetson, a P40 box, a container; and nothing at all."""
+"""Probes run on artificial file systems and programs: a Jetson, a P40 machine, a container, and an empty machine."""
 
 import sys
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ SMI = "Tesla P40, 6.1, 24576, 24000, 580.95.05\n"
 
 
 def programs(answers):
-    """run(*command) that answers by the command's beginning; what is not there ends with 127."""
+    """Return run(*command), which answers by the command's beginning; an unknown command ends with 127."""
 
     def answer(*command):
         line = " ".join(command)
@@ -42,7 +42,7 @@ def programs(answers):
 
 @pytest.fixture
 def tree(tmp_path):
-    """tree(path=content): a file system with these files."""
+    """Return tree(path=content), which makes a file system with these files."""
 
     def build(**files):
         for name, content in files.items():
@@ -60,7 +60,7 @@ def no_nvml(monkeypatch):
 
 
 def test_a_machine_with_nothing_on_it(tmp_path, monkeypatch):
-    """No /proc, no programs, no compiler: an empty system, no exception."""
+    """Without /proc, programs and a compiler, the system is empty, and there is no exception."""
     monkeypatch.setattr(module.providers, "observe", lambda gpu: ((), "silent"))
     system = observe(tmp_path, programs({}))
     assert (system.memory, system.gpus, system.driver, system.compiler, system.jetson) == (0, (), "", "", None)

@@ -1,4 +1,5 @@
-"""Providers: what ran is read from the runtime's own profile, and a fall-back to the CPU is not taken for the GPU."""
+"""Providers: the runtime's own profile says where nodes ran, so that a fall-back to the CPU does not count as the
+GPU."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A recorded machine survives its JSON, and a file that is none is one clear line."""
+"""A recorded machine survives its JSON. A file with other content gives an error of one line."""
 
 import json
 from dataclasses import replace

@@ -3,7 +3,8 @@
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import numpy_helper
+import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.graph.external import ALIGNED, LEAST, files
 from edgekit.graph.lower import lower
@@ -12,7 +13,8 @@ from exporters.verify import on_onnxruntime
 
 
 def test_a_small_graph_is_one_file(toy):
-    assert set(files(lower(toy()), "model.onnx")) == {"model.onnx"}
+    model = lower(toy())
+    assert files(model, "model.onnx") == {"model.onnx": model.SerializeToString(deterministic=True)}
 
 
 def test_a_large_one_is_two_and_the_same(toy, tmp_path):
@@ -62,3 +64,20 @@ def test_an_export_with_two_files_proves_itself(toy, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "model.onnx.data: missing" in done.stdout
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize(("numbers", "outside"), [(LEAST // 4 - 1, False), (LEAST // 4, True)])
+def test_tensors_of_the_least_size_and_in_either_form_go_to_the_second_file(numbers, outside, raw):
+    array = np.arange(numbers, dtype=np.float32)
+    tensor = (
+        numpy_helper.from_array(array, "w") if raw else helper.make_tensor("w", TensorProto.FLOAT, [numbers], array)
+    )
+    model = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
+    size = max(len(tensor.raw_data), tensor.ByteSize())
+    assert list(files(model, "m.onnx", largest=size)) == ["m.onnx"]
+    made = files(model, "m.onnx", largest=size - 1)
+    assert made["m.onnx.data"] == (array.tobytes() if outside else b"")
+    (stored,) = onnx.load_from_string(made["m.onnx"]).graph.initializer
+    assert (stored.data_location == TensorProto.EXTERNAL) == outside
+    assert list(stored.dims) == [numbers]

@@ -57,6 +57,13 @@ def test_every_reading_is_counted_in_branches_and_as_outputs_too(model):
     assert index.consumptions("nothing") == []
 
 
+def test_an_output_of_a_branch_is_read_by_the_node_that_holds_the_branch(model):
+    (found,) = Index(model).consumptions("t")
+    assert (found.node.name, found.slot, found.nested) == ("choice", -1, True)
+    assert Index(model).consumers("t") == []
+    assert Index(model).only_consumer("t") is None
+
+
 @pytest.mark.parametrize(("name", "only"), [("twice", "sum"), ("h", None), ("x", None), ("y", None), ("w", "product")])
 def test_a_value_has_one_consumer_only_if_nothing_else_reads_it(name, only, model):
     found = Index(model).only_consumer(name)

@@ -48,6 +48,10 @@ CASES = {
     "layer norm, no bias": ("LayerNormalization", 17, 16, (3, 4, 6), {"stored": [SCALE]}),
     "layer norm of a plane": ("LayerNormalization", 17, 13, (3, 4, 6), {"stored": [PLANE, PLANE], "axis": 1}),
     "rms norm": ("RMSNormalization", 23, 17, (3, 4, 6), {"stored": [SCALE], "epsilon": 1e-2}),
+    "rms norm of a plane, default epsilon": ("RMSNormalization", 23, 18, (3, 4, 6), {"stored": [PLANE], "axis": 1}),
+    "group norm, large epsilon": (
+        "GroupNormalization", 21, 18, (2, 6, 5), {"stored": [SCALE, BIAS], "num_groups": 3, "epsilon": 0.5},
+    ),
     "group norm": ("GroupNormalization", 21, 17, (2, 6, 5, 5), {"stored": [SCALE, BIAS], "num_groups": 3}),
     "group norm, one axis": ("GroupNormalization", 21, 13, (2, 6, 7), {"stored": [SCALE, BIAS], "num_groups": 2}),
     "gelu": ("Gelu", 20, 17, (3, 50), {}),
@@ -66,6 +70,9 @@ CASES = {
     "pad two axes": (
         "Pad", 18, 13, (3, 4, 6),
         {"stored": [np.array([1, 0, 2, 3], np.int64), np.float32(7), np.array([2, -2], np.int64)]},
+    ),
+    "pad one axis with zeros": (
+        "Pad", 18, 13, (3, 4, 6), {"stored": [np.array([1, 2], np.int64), None, np.array([1], np.int64)]},
     ),
     "pad by reflection": (
         "Pad", 18, 13, (3, 4, 6), {"stored": [np.array([0, 0, 1, 0, 0, 2], np.int64)], "mode": "reflect"},
@@ -112,6 +119,8 @@ def test_operators_that_a_parser_lacks_are_written_out_in_the_same_opset():
     kinds = [node.op_type for node in lowered.model.graph.node]
     assert kinds == ["ReduceMean", "Sub", "Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Add"]
     assert lowered.sums == tuple(node.name for node in lowered.model.graph.node)
+    assert len(set(lowered.sums)) == len(kinds)
+    assert all(name.startswith("layer.LayerNormalization.") for name in lowered.sums)
     assert "LayerNormalization" in [node.op_type for node in to_opset(model, 17).model.graph.node]
     assert [node.op_type for node in to_opset(single("Reciprocal", 17, (3, 4)), 13, {"Div"}).model.graph.node] == [
         "Div"
@@ -174,3 +183,26 @@ def test_a_graph_older_than_what_can_be_written_stays_as_it_is():
     assert opset(to_opset(old, 10).model) == 10
     with pytest.raises(EdgekitError, match=r"opset 9 cannot be written; expected 10, the graph's own"):
         to_opset(old, 9)
+
+
+def branched():
+    """y = If(condition, Gelu(x), Gelu(-x)); the names in the branches are their own."""
+    branches = []
+    for name in ("then", "else"):
+        negated = [helper.make_node("Neg", ["x"], [f"{name}.n"])] if name == "else" else []
+        gelu = helper.make_node("Gelu", [f"{name}.n" if negated else "x"], [f"{name}.y"], f"{name}.gelu")
+        out = helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, None)
+        branches.append(helper.make_graph([*negated, gelu], name, [], [out]))
+    node = helper.make_node("If", ["condition"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy")
+    condition = numpy_helper.from_array(np.array(False), "condition")
+    graph = helper.make_graph([node], "g", [x], [y], [condition])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+@pytest.mark.parametrize(("version", "known"), [(17, None), (20, {"If", "Neg", "Erf", "Mul", "Add", "Div"})])
+def test_branches_are_rewritten_too(version, known):
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    written = to_opset(branched(), version, known).model
+    assert "Gelu" not in str(written)
+    np.testing.assert_allclose(in_onnxruntime(written, x)[0], in_onnxruntime(branched(), x)[0], atol=1e-6)

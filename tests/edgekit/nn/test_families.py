@@ -13,7 +13,7 @@ OWN = [families.T2, families.MODULE, families.GRAPH]
 
 
 def missing(family: Family) -> list[str]:
-    """What a family names and nothing provides."""
+    """Return the names in a family that nothing provides."""
     found = [name for name in family.runtimes if name not in plugins.names("edgekit.sessions")]
     for text in filter(None, (family.builder, family.groups)):
         module, _, name = text.partition(":")

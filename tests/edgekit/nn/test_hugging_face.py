@@ -1,4 +1,4 @@
-"""Hugging Face folders: what transformers saved comes in whole, and nobody's code is run."""
+"""Hugging Face folders: the import reads all that transformers saved, and runs none of the folder's code."""
 
 import json
 
@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    """A small ViT with random weights, as transformers saves it."""
+    """Save a small ViT with random weights with transformers, and return its folder."""
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=16,

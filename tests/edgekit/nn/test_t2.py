@@ -61,7 +61,7 @@ def logits(model, *arrays):
 
 @pytest.fixture(params=["compiled attention", "plain operators"])
 def attention(request, monkeypatch):
-    """Both ways in which t2 computes attention: for speed, and for export."""
+    """Select each of t2's two ways to compute attention: the fast one, and the one for export."""
     if request.param == "plain operators":
         monkeypatch.setattr(t2, "_compiled_attention_fits", lambda x: False)
     return request.param
@@ -69,7 +69,8 @@ def attention(request, monkeypatch):
 
 @pytest.fixture(scope="module")
 def published(shared_data):
-    """published(name): arrays of a weight set, the inputs, the probabilities that the original model gave for them."""
+    """Return published(name), which returns a set of published weights, the inputs, and the probabilities of the
+    original model."""
     folder = shared_data / "t2_reference"
     reference = np.load(folder / "reference_io.npz")
 

@@ -1,4 +1,4 @@
-"""Training: stopped and resumed it is the same run, and every class counts alike."""
+"""Training: a stopped and resumed run equals an uninterrupted one, and every class counts equally."""
 
 import math
 from dataclasses import replace
@@ -168,7 +168,8 @@ def test_the_teacher_is_learned_from_and_not_changed(tiny, tiny_bundle, tiny_dat
 
 
 def test_the_teacher_is_asked_once_where_rows_stay_the_same(tiny, tiny_bundle, tiny_data, monkeypatch):
-    """Its answers do not change; with rows remade before each epoch, or too many to keep, it is asked again."""
+    """The answers of the teacher do not change, so they are kept. If rows are remade before each epoch, or are too many
+    to keep, the teacher runs again."""
     asked = []
     teacher = tiny_bundle.model()
     teacher.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))

@@ -38,7 +38,7 @@ PASSES = {
     "static_int8 for CPUs": StaticInt8(),
     "static_int8 for TensorRT": StaticInt8(scheme="s8s8", weight_bits=8),
     "half": Half(),
-    "half, stored": Half(kind="bf16", storage=True),
+    "half, stored": Half(dtype="bf16", storage=True),
     "weight_only 8": WeightOnly(smallest=256),
     "weight_only 4, gptq": WeightOnly(bits=4, rounding="gptq", smallest=256),
     "weight_only 4, matmulnbits": WeightOnly(bits=4, layout="matmulnbits", smallest=256),

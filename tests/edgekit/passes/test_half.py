@@ -39,13 +39,13 @@ def types(candidate):
     return found | {value.name: value.type.tensor_type.elem_type for value in values}
 
 
-def weights_only(candidate, kind):
+def weights_only(candidate, dtype):
     """The candidate with its larger tensors rounded, everything in float32."""
     copied = candidate.copy_model()
     for item in copied.graph.initializer:
         value = onnx.numpy_helper.to_array(item)
         if value.size >= 64:
-            rounded = value.astype(np.float16) if kind == "fp16" else to_bfloat16(value)
+            rounded = value.astype(np.float16) if dtype == "fp16" else to_bfloat16(value)
             item.CopyFrom(onnx.numpy_helper.from_array(rounded.astype(np.float32), item.name))
     return type(candidate)(copied)
 
@@ -56,15 +56,15 @@ def to_bfloat16(value):
     return np.ldexp(np.round(fraction * 256), exponent - 8)
 
 
-@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @every_graph
-def test_storage_computes_in_float32_with_rounded_weights(make, shape, kind):
+def test_storage_computes_in_float32_with_rounded_weights(make, shape, dtype):
     candidate, x = make(), normal(5, 20, *shape)
-    after = Half(kind=kind, storage=True, keep=()).apply(candidate, context(*shape))
+    after = Half(dtype=dtype, storage=True, keep=()).apply(candidate, context(*shape))
     onnx.checker.check_model(after.model, full_check=True)
-    assert np.abs(run(after, x) - run(weights_only(candidate, kind), x)).max() < 1e-5
-    other = weights_only(candidate, "bf16" if kind == "fp16" else "fp16")
-    assert np.abs(run(after, x) - run(other, x)).max() > 1e-4, "the kinds cannot be told apart"
+    assert np.abs(run(after, x) - run(weights_only(candidate, dtype), x)).max() < 1e-5
+    other = weights_only(candidate, "bf16" if dtype == "fp16" else "fp16")
+    assert np.abs(run(after, x) - run(other, x)).max() > 1e-4, "the two dtypes cannot be told apart"
     assert size(after) < 0.72 * size(candidate)
 
 
@@ -130,7 +130,7 @@ def test_a_weight_that_overflows_is_refused_by_name_or_kept(storage):
     assert any(item.dtype == np.float16 for item in stored(after).values())
     x = normal(1, 5, 32, scale=0.01)
     assert relative(run(after, x), run(candidate, x)) < 1e-3
-    assert np.isfinite(run(Half(kind="bf16", storage=True).apply(candidate, context(32)), x)).all()
+    assert np.isfinite(run(Half(dtype="bf16", storage=True).apply(candidate, context(32)), x)).all()
 
 
 def test_a_constant_that_float16_rounds_to_zero_stays():
@@ -228,7 +228,7 @@ def test_weights_behind_codes_are_no_trouble():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Half(kind="fp8"), "unknown kind 'fp8'; expected one of: fp16, bf16"),
+        (lambda: Half(dtype="fp8"), "unknown dtype 'fp8'; expected one of: fp16, bf16"),
         (lambda: Half(keep=("Softmaxx",)), "'Softmaxx' is no ONNX operator"),
         (lambda: Half(overflow="clip"), "unknown overflow 'clip'"),
     ],

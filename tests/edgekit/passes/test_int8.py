@@ -7,7 +7,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekit.errors import EdgekitError
-from edgekit.graph.calibration import LEVELS, least_divergent
 from edgekit.passes.base import GraphCandidate
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.passes.static_int8 import StaticInt8
@@ -124,29 +123,6 @@ def test_the_range_is_chosen_by_the_method():
     assert scales["minmax"] == pytest.approx((1000 - calibration.train.inputs["x"].min()) / 255)
     assert scales["percentile"] < 0.1 * scales["minmax"]
     assert scales["entropy"] < 0.5 * scales["minmax"]
-
-
-def test_the_entropy_threshold_against_a_plain_loop():
-    """The definition, bin by bin, on a histogram with a long tail."""
-    counts = np.histogram(np.abs(np.random.default_rng(0).standard_t(2, 20_000)), 512)[0].astype(float)
-
-    def divergence(kept):
-        p = counts[:kept].copy()
-        p[-1] += counts[kept:].sum()
-        q = np.zeros(kept)
-        for level in range(LEVELS):
-            inside = [i for i in range(kept) if i * LEVELS // kept == level]
-            filled = [i for i in inside if counts[i] > 0]
-            for i in filled:
-                q[i] = sum(counts[i] for i in inside) / len(filled)
-        p, q = p / p.sum(), q / q.sum()
-        return sum(a * np.log(a / max(b, 1e-12)) for a, b in zip(p, q, strict=True) if a > 0)
-
-    chosen = least_divergent(counts)
-    tried = np.unique(np.linspace(LEVELS, 512, 256).astype(int))
-    divergences = [divergence(kept) for kept in tried[::4]]
-    assert divergence(chosen) <= min(divergences) + 1e-12
-    assert divergence(512) > 1.05 * divergence(chosen), "clipping nothing is as good: the histogram tests nothing"
 
 
 def test_the_form_for_tensorrt_has_no_zero_points_and_no_integer_bias():

@@ -33,6 +33,22 @@ CALIBRATION = 200
 RECTIFIED = ("stem", "blocks.0.first", "blocks.1.first")  # convolutions of the small net with a Relu behind them
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_convolutions_in_use():
+    """torchao traces 108 patterns of convolutions before batch norms, which takes 18 s; the networks here have two
+    dimensions and nothing transposed, so the patterns of the other three functions could match nothing."""
+    from torchao.quantization.pt2e import qat_utils
+
+    fold = qat_utils._fold_conv_bn_qat_helper
+
+    def fold_conv2d(graph, function, *arguments, **options):
+        return fold(graph, function, *arguments, **options) if function is nn.functional.conv2d else graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qat_utils, "_fold_conv_bn_qat_helper", fold_conv2d)
+        yield
+
+
 @pytest.fixture(scope="module")
 def networks(tiny_bundle, tiny_data):
     """Job by network, trained enough for its numbers to be no accident."""

@@ -1,4 +1,4 @@
-"""What the search may suggest: recipes that can be built, each form where it is allowed and nowhere else."""
+"""The recipes that the search may suggest: they can be built, and each form appears only if it is allowed."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -28,7 +28,7 @@ from tests.edgekit.passes.networks import arguments_of, bundled, sequences
 
 @pytest.fixture(scope="module")
 def deep():
-    """A job with a transformer of four blocks that a Python function builds; it has learnt nothing."""
+    """Return a job with an untrained transformer of four blocks that a Python function builds."""
     torch.manual_seed(0)
     arguments = {**arguments_of("transformer"), "arguments": {"depth": 4}}
     train, test = sequences(64, 1), sequences(32, 2)
@@ -42,7 +42,7 @@ def room(deep):
 
 
 class Choice:
-    """Takes the choices that it is given, the first of the others, and notes what there was."""
+    """Returns the given choices, and the first allowed one otherwise, and records the allowed ones."""
 
     def __init__(self, **choices):
         self.choices, self.seen = choices, {}
@@ -69,7 +69,7 @@ def names(steps):
 
 
 def test_only_recipes_that_can_be_run_are_suggested(room):
-    """Of a network of each kind, drawn at random; every one can be planned, not built alone."""
+    """For each type of network, the test draws recipes at random; each must have a plan, not only be built."""
     import optuna
 
     met = defaultdict(int)
@@ -97,7 +97,7 @@ def test_of_a_family_too(tiny_job):
 
 
 def test_a_start_fixes_every_choice_that_it_meets(room, tiny_job):
-    """A choice that it left open would be drawn at random, and the expert's recipe would be another one."""
+    """The search would draw an open choice at random, and the expert's recipe would be another one."""
     for space in (room, explored(tiny_job([]), ()), explored(tiny_job([], runtime="onnxruntime"), ())):
         for start in starts(space):
             trial = Choice(**start)
@@ -118,7 +118,8 @@ def test_a_start_fixes_every_choice_that_it_meets(room, tiny_job):
 
 @pytest.mark.parametrize("form", ["dynamic_int8", "static_int8"])
 def test_int8_leaves_the_most_sensitive_weights_of_a_network_alone(tiny_job, form):
-    """A pass on the graph knows nodes. Given the weight's name, it fails, and the search has one form less."""
+    """A pass on a graph needs names of nodes. With the weight's name it would fail, and the search would lose one
+    form."""
     job = tiny_job([], runtime="onnxruntime")
     job = replace(job, target=profile.find("x86-avx512"), test=job.test.take(np.arange(16)))
     ranked = sensitivities(job, lambda what, done, total: None)
@@ -213,7 +214,7 @@ def test_blocks_go_after_units_and_nothing_is_named_that_was_renumbered(room):
 
 
 def test_shares_by_sensitivity(room):
-    """The groups that most depends on give half as much; or they compete."""
+    """The most sensitive groups lose half as much; or all groups compete in one ranking."""
     change = {item.name: item.change for item in room.ranked}
     most = [max(value for name, value in change.items() if name.startswith(f"{group}.")) for group in room.groups]
     assert most == sorted(most, reverse=True)
@@ -244,7 +245,8 @@ def test_a_family_gives_each_kind_of_unit_a_share_of_its_own(tiny_job):
 
 
 def test_bits_by_sensitivity(room):
-    """8 for what is exempt, a bit more for the more sensitive half of the rest, in one pass where they are the same."""
+    """Exempt weights get 8 bits, and the more sensitive half of the others gets more bits; one pass does both if they
+    are equal."""
     order = [item.name for item in room.ranked]
     most, more, exact = suggested(room, form="quantize", exempt=2, wider=1, **{"quantize bits": 4})
     coded = order[2:]

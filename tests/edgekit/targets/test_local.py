@@ -1,4 +1,4 @@
-"""Whether a target is this machine, told from what Linux says about the CPU."""
+"""The facts that Linux reports about the CPU decide whether a target is this machine."""
 
 import platform
 
@@ -13,7 +13,7 @@ PI = "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 asimdhp asimddp\n"
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Makes this machine look like another."""
+    """Return a function that makes this machine look like another."""
 
     def pretend(info, name="x86_64", board=""):
         (tmp_path / "cpuinfo").write_text(info)

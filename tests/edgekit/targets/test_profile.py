@@ -1,4 +1,5 @@
-"""Targets: every shipped file is sound; a file with a mistake is an error that names the key and the nearest one."""
+"""Targets: every shipped file is valid; for a file with a mistake, the error names the key and the nearest valid
+one."""
 
 import math
 import subprocess
@@ -45,7 +46,7 @@ def text(name="tesla-p40"):
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a profile into the user's folder and gives its path."""
+    """Return a function that writes a profile into the user's folder and returns its path."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     folder = tmp_path / "edgekit" / "targets"
     folder.mkdir(parents=True)
@@ -103,7 +104,7 @@ def test_stacks_agree_with_their_generation_of_tensorrt(name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_no_stack_installs_what_must_never_be_used(name):
-    """The P40's plain pip line did: cuDNN without its code."""
+    """The plain pip command for the P40 did: it installs a cuDNN without code for that GPU."""
     target = profile.find(name)
     banned = [Requirement(item.requirement) for item in target.never if item.requirement]
     for stack in target.stacks:
@@ -130,7 +131,7 @@ def test_compute_capabilities(name, capability):
 
 
 def test_rates_follow_from_units_and_clocks():
-    """Against the clocks and the operations per clock and multiprocessor of the CUDA guide."""
+    """Compare the rates with the clocks and with the operations per clock and multiprocessor of the CUDA guide."""
     for name, units, clock, float16 in (
         ("jetson-nano", 1, 0.9216e9, 512),
         ("jetson-tx2", 2, 1.3e9, 512),
@@ -223,7 +224,7 @@ def test_stacks_by_runtime():
 
 
 def test_every_key_of_a_file_reaches_the_target():
-    """None is dropped on the way: the file and what it became hold the same numbers."""
+    """No key is lost: the file and the target hold the same numbers."""
     values = tomllib.loads(text("jetson-agx-orin-64gb"))
     target = profile.find("jetson-agx-orin-64gb")
     assert [mode.share for mode in target.power] == [item["share"] for item in values["power"]]

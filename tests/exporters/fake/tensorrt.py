@@ -171,7 +171,7 @@ class Runtime:
 
 
 class Base:
-    """Inputs first, then outputs."""
+    """A stand-in with the inputs first, then the outputs."""
 
     def __init__(self, graph):
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])

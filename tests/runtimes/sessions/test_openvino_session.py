@@ -33,7 +33,7 @@ MODELS = {
 
 
 def exact(bundle, inputs) -> np.ndarray:
-    """The network in float64."""
+    """Return the outputs of the network in float64."""
     with torch.inference_mode():
         tensors = [torch.from_numpy(array).double() for array in inputs.values()]
         return Network(bundle).eval().double()(*tensors)[0].numpy()
@@ -58,7 +58,7 @@ def test_any_batch_gives_the_networks_outputs_in_order(bundle, options):
 
 @pytest.mark.parametrize("name", ["context", "affine"])
 def test_a_graph_runs_as_its_network_does(name):
-    """Also where it stores weights as integers, beside which OpenVINO would round activations to int8."""
+    """This also holds if the graph stores weights as integers, with which OpenVINO would round activations to int8."""
     bundle = MODELS[name]
     inputs, expected = bundle.golden()
     graph = from_onnx(lower(bundle).SerializeToString(), "graph", "a test", golden=inputs)
@@ -148,7 +148,7 @@ def test_a_precision_is_the_one_asked_for_or_refused(precision):
 
 
 def test_a_precision_that_openvino_changes_is_an_error(monkeypatch):
-    """As it does with f16 on a CPU that has bf16 only: nothing but the compiled model tells."""
+    """OpenVINO changes f16 on a CPU that has only bf16; only the compiled model shows it."""
     real = module.openvino.Core.compile_model
 
     def another(core, model, device, options):

@@ -1,4 +1,5 @@
-"""Batches cut into pieces and shared out: every row once, and an error of a worker is the caller's."""
+"""Batches are cut into pieces and shared among workers: every row runs once, and the caller gets an error of a
+worker."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, get_ident

@@ -1,0 +1,254 @@
+"""Faults of a real Apache Kafka, with counts: brokers that are killed, logs that are cut, orders to stop at any moment.
+
+Minutes of work, by `make test-kafka`. A process that ends with status 1 or 75 is started again, as a supervisor does;
+one that a signal ends, or that is stuck, fails the test.
+"""
+
+import os
+import random
+import time
+from collections import Counter
+
+import pytest
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from alert_broker.stream.stats import Stats
+from tests.alert_broker.stream.conftest import REAL
+from tests.alert_broker.stream.rig import Rig, repeat
+from tests.alert_broker.stream.test_faults import BATCH, Feed, committed
+from tests.apache_kafka import ApacheKafka, missing
+
+pytestmark = [pytest.mark.kafka, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
+
+KILLS = int(os.environ.get("EDGEKIT_TEST_KILLS", "5"))
+EXACTLY = {"mode": "exactly-once", "transactional_id": "edgekit-test", "seconds": 30.0}
+MODES = {"at-least-once": {"seconds": 30.0}, "exactly-once": EXACTLY}
+STUCK_SECONDS = 150.0  # a minute for the watchdog, the transaction of a dead process, and a restart on a busy machine
+
+
+class Supervised:
+    """The consumer, started again whenever it ends. statuses: of the processes that have ended."""
+
+    def __init__(self, rig: Rig, **changes):
+        self.rig, self.changes, self.statuses = rig, changes, Counter()
+        self.last = ""
+        self._running = rig.start(**changes)
+
+    def look(self) -> None:
+        if not self._running.running:
+            status, _, log = self._running.wait()
+            self.statuses[status] += 1
+            self.last = log.strip().splitlines()[-1] if log.strip() else ""
+            print(f"ended with {status}: {self.last[-300:]}")
+            self._running = self.rig.start(**self.changes)
+
+    def wait_until_committed(self, sent: int) -> None:
+        """Fails if nothing is committed for a time in which everything that can happen has happened."""
+        before, since = -1, time.monotonic()
+        while (done := sum(committed(self.rig))) < sent:
+            self.look()
+            if done != before:
+                before, since = done, time.monotonic()
+            assert time.monotonic() - since < STUCK_SECONDS, f"stuck at {done} of {sent}: {self.last}"
+            time.sleep(0.5)
+
+    def end(self) -> None:
+        self.look()
+        assert self._running.assigned.wait(60)
+        self._running.terminate()
+        status, _, log = self._running.wait()
+        assert status == 0, log[-2000:]
+
+
+def check(supervised: Supervised, sent: int, mode: str, kills: int) -> None:
+    done = supervised.rig.outcome(sent)
+    print(
+        f"{mode}, {kills} kills, {sent} alerts: {done.lost} lost, {done.duplicates} twice; "
+        f"processes ended: {dict(supervised.statuses)}"
+    )
+    assert set(supervised.statuses) <= {1, 75}, supervised.statuses  # a signal's is below 0
+    assert done.lost == 0
+    faults = kills + supervised.statuses.total()
+    assert done.duplicates <= (0 if mode == "exactly-once" else faults * BATCH)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_single_broker_is_killed_again_and_again(bundle, packets, tmp_path, mode):
+    rng = random.Random(21)
+    with ApacheKafka(tmp_path / "kafka") as cluster:
+        rig = Rig(cluster.address, REAL, tmp_path, bundle)
+        feed = Feed(rig, repeat(packets, 600 + 500 * KILLS), 100.0)
+        feed.start()
+        supervised = Supervised(
+            rig, source={"until_eos": False, "instance": "one"}, batch={"size": BATCH}, publish=MODES[mode]
+        )
+        for _ in range(KILLS):
+            time.sleep(rng.uniform(2.0, 5.0))
+            cluster.kill()
+            time.sleep(rng.uniform(0.2, 2.0))
+            cluster.start()
+            supervised.look()
+        feed.join(180)
+        assert feed.error is None
+        supervised.wait_until_committed(feed.sent)
+        supervised.end()
+        check(supervised, feed.sent, mode, KILLS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_leaders_of_three_nodes_are_killed(bundle, packets, tmp_path, mode):
+    rng = random.Random(22)
+    with ApacheKafka(tmp_path / "kafka", nodes=3) as cluster:
+        rig = Rig(cluster.address, REAL, tmp_path, bundle, copies=3)
+        feed = Feed(rig, repeat(packets, 3000), 60.0)
+        feed.start()
+        supervised = Supervised(
+            rig, source={"until_eos": False, "instance": "one"}, batch={"size": BATCH}, publish=MODES[mode]
+        )
+        for _ in range(3):
+            time.sleep(rng.uniform(3.0, 6.0))
+            leader = cluster.leader(rig.source)
+            cluster.kill(leader)
+            time.sleep(rng.uniform(3.0, 6.0))
+            cluster.start_node(leader)
+            supervised.look()
+        feed.join(240)
+        assert feed.error is None
+        supervised.wait_until_committed(feed.sent)
+        supervised.end()
+        check(supervised, feed.sent, mode, 3)
+
+
+def test_an_order_to_stop_is_followed_in_time_whether_the_broker_is_there_or_not(bundle, packets, tmp_path):
+    """Eight moments, three of them while the broker is away; then what is left is read, and nothing is lost."""
+    rng = random.Random(23)
+    drain = 5.0
+    with ApacheKafka(tmp_path / "kafka") as cluster:
+        rig = Rig(cluster.address, REAL, tmp_path, bundle)
+        sent = rig.send(repeat(packets, 20_000), spread=0)
+        took, statuses = [], []
+        for moment in range(8):
+            away = moment % 3 == 2
+            source = {"until_eos": False, "drain_seconds": drain}
+            running = rig.start(source=source, batch={"size": BATCH}, publish=MODES["at-least-once"])
+            assert running.assigned.wait(90), running.wait(1)
+            time.sleep(rng.uniform(0.0, 2.0))
+            if away:
+                cluster.kill()
+                time.sleep(rng.uniform(0.0, 1.0))
+            running.terminate()
+            started = time.monotonic()
+            status, _, log = running.wait(drain + 60)
+            took.append(time.monotonic() - started)
+            statuses.append(status)
+            assert status in ((0, 1, 75) if away else (0,)), log[-2000:]
+            if away:
+                cluster.start()
+        print(f"ended after {', '.join(f'{seconds:.1f}' for seconds in took)} s with {statuses}")
+        assert max(took) < drain + 10.0 + 3.0  # the interpreter's own end, on a busy machine
+        rig.consume()
+        done = rig.outcome(sent)
+        assert done.lost == 0
+        assert done.duplicates <= 8 * BATCH
+
+
+def delete_before(cluster: ApacheKafka, topic: str, offsets: dict[int, int]) -> None:
+    """As retention does: the log of each partition then begins at this offset."""
+    admin = AdminClient(cluster.settings())
+    wanted = [TopicPartition(topic, partition, offset) for partition, offset in offsets.items()]
+    for future in admin.delete_records(wanted).values():
+        future.result(30)
+
+
+def test_what_retention_deleted_is_counted_exactly(apache_kafka, bundle, packets, tmp_path):
+    rng = random.Random(24)
+    rig = Rig(apache_kafka.address, REAL, tmp_path, bundle, partitions=2)
+    expected, sent, never_read = Counter(), 0, 0
+    for number in range(6):
+        sent += rig.send(repeat(packets, 200))
+        begins, expected_now = {}, Counter()
+        for partition in range(2):
+            at = committed(rig)[partition]
+            begins[partition] = at + rng.randrange(1, 90)
+            if number:  # in the first round the group has read nothing, and so lost nothing
+                expected_now[partition] = begins[partition] - at
+        delete_before(apache_kafka, rig.source, begins)
+        expected += expected_now
+        total = rig.consume()
+        for partition in range(2):
+            assert total.ledger.entries[rig.source, partition].expired == expected_now[partition]
+        never_read += sum(begins.values()) if not number else 0
+    done = rig.outcome(sent)
+    print(f"10 gaps: {expected.total()} offsets deleted")
+    assert done.lost == expected.total() + never_read
+    assert done.duplicates == 0
+
+
+def test_retention_overtakes_a_consumer_that_runs(apache_kafka, bundle, packets, tmp_path, monkeypatch):
+    """The position is within the log when the partition is assigned, and outside it later: also counted exactly."""
+    from alert_broker.stream.stages import Stages
+
+    little = {"queued.max.messages.kbytes": 16, "fetch.message.max.bytes": 16_000}  # read ahead
+    rig = Rig(apache_kafka.address, REAL | little, tmp_path, bundle, partitions=1)
+    sent, stats = rig.send(repeat(packets, 2000)), Stats()
+    real = Stages.decode
+
+    def slow(self, values):
+        time.sleep(0.1)
+        return real(self, values)
+
+    monkeypatch.setattr(Stages, "decode", slow)
+    with rig.running(stats, batch={"size": 20}):
+        deadline = time.monotonic() + 60
+        while stats.ledger.total().published < 100:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        delete_before(apache_kafka, rig.source, {0: 1500})
+        while committed(rig)[0] < sent:
+            assert time.monotonic() < deadline + 60
+            time.sleep(0.2)
+    total, done = stats.ledger.total(), rig.outcome(sent)
+    print(f"{total.expired} of {sent} deleted while the consumer ran")
+    assert total.expired > 0
+    assert total.consumed + total.expired == sent
+    assert done.lost == total.expired
+
+
+def test_gaps_of_compaction_and_of_transactions_are_no_losses(apache_kafka, bundle, packets, tmp_path):
+    rig = Rig(apache_kafka.address, REAL, tmp_path, bundle, partitions=1)
+    producer = Producer({**apache_kafka.settings(), "transactional.id": rig.name, "message.max.bytes": 8_388_608})
+    producer.init_transactions(30)
+    for number in range(20):  # every other one is aborted: its messages and both kinds of markers leave gaps
+        producer.begin_transaction()
+        for value in repeat(packets, 5):
+            producer.produce(rig.source, value, partition=0)
+        producer.flush(30)
+        (producer.commit_transaction if number % 2 else producer.abort_transaction)(30)
+    total = rig.consume().ledger.total()
+    assert (total.consumed, total.published, total.expired) == (50, 50, 0)
+    assert committed(rig)[0] >= 100  # there were gaps
+
+
+def test_a_group_that_has_read_nothing_has_lost_nothing(apache_kafka, bundle, packets, tmp_path):
+    """The log begins at 30 when the group comes first. Planted: later, 30 that it would have read are gone."""
+    rig = Rig(apache_kafka.address, REAL, tmp_path, bundle, partitions=1)
+    rig.send(repeat(packets, 100))
+    delete_before(apache_kafka, rig.source, {0: 30})
+    assert rig.consume().ledger.total().expired == 0  # nothing was committed: there is no position to lose
+    rig.send(repeat(packets, 100))
+    delete_before(apache_kafka, rig.source, {0: 130})
+    assert rig.consume().ledger.total().expired == 30
+
+
+def test_on_gap_can_stop(apache_kafka, bundle, packets, tmp_path):
+    rig = Rig(apache_kafka.address, REAL, tmp_path, bundle, partitions=1)
+    rig.send(repeat(packets, 50))
+    rig.consume()
+    rig.send(repeat(packets, 50))
+    delete_before(apache_kafka, rig.source, {0: 70})
+    running = rig.start(source={"until_eos": True, "on_gap": "stop"})
+    status, report, log = running.wait()
+    assert status == 1
+    assert "retention deleted 20 offsets" in log.splitlines()[-1]
+    assert report["ledger"]["total"]["expired"] == 20
