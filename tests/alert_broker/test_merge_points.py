@@ -7,8 +7,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from alert_broker.gaussian_process import MAX_POINTS, GaussianProcess
 from alert_broker.lightcurve import LightCurves, concatenate
 from alert_broker.merge_points import merge_points
+from alert_broker.packets import batches, read_blocks
 from tests.alert_broker.test_gaussian_process import PROCESS, curve, difference, supernova
 
 
@@ -93,3 +95,33 @@ def test_any_points_can_be_merged(points):
     usable = [item for item in points if 0 <= item[1] < 6 and np.isfinite(item[2]) and 0 < item[3] < np.inf]
     assert (merged.points[0] == 0) == (not usable)
     assert PROCESS.interpolate(one).fit.points[0] == len(usable)  # the twin: 8 is not its limit
+
+
+@pytest.mark.realdata
+def test_published_light_curves_are_not_merged(shared_data):
+    """The longest of 7,848 has fewer points than the limit: what reproduces the published features is exact."""
+    from alert_broker.plasticc import load
+
+    points = load(shared_data / "train").curves.points
+    assert 300 < points.max() <= MAX_POINTS
+
+
+@pytest.mark.realdata
+def test_real_light_curves_of_half_the_points_are_close(shared_data):
+    """ZTF's packets hold 30 days, too short for the limit: those with most points are merged to a half."""
+    files = sorted((shared_data / "alerts" / "ztf").glob("*.avro"))
+    errors, decimation = [], []
+    for item in batches(read_blocks(files)):
+        for k in np.argsort(item.curves.points)[-20:].tolist():
+            one = item.curves.take([k])
+            points = int(one.points[0])
+            process = GaussianProcess(item.survey.wavelengths, max_points=points)
+            full = process.interpolate(one).mean
+            if points < 16 or not full.any():
+                continue
+            errors.append(difference(replace(process, max_points=points // 2).interpolate(one).mean, full))
+            every_other = one.where(np.arange(points) % 2 == 0)
+            decimation.append(difference(process.interpolate(every_other).mean, full))
+    assert len(errors) > 10
+    assert np.median(errors) < 0.5 * np.median(decimation), (np.median(errors), np.median(decimation))
+    assert np.median(errors) < 0.1
