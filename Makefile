@@ -41,7 +41,7 @@ test-faults: setup ## kill, break and fill what the stream runs on, and count (t
 	$(BIN)/python -m pytest -q -m faults tests
 
 test-kafka: setup ## the stream's tests and the faults on the Apache Kafka in EDGEKIT_KAFKA_HOME (Java 17; half an hour)
-	EDGEKIT_TEST_BROKER=apache $(BIN)/python -m pytest -q -m 'not spark' tests/alert_broker/stream tests/alert_broker/commands/test_stream.py
+	EDGEKIT_TEST_BROKER=apache $(BIN)/python -m pytest -q -m 'not spark' tests/alert_broker/stream tests/alert_broker/commands/test_consume.py
 
 test-spark: setup ## the same stages inside Spark (Java 17, 490 MB; five minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[spark]'
@@ -70,10 +70,11 @@ bench-alerts: setup ## decoding, the whole path, and a real broker, beside the r
 soak: setup ## half an hour of alerts at twice Rubin's mean rate: memory and ledger
 	$(BIN)/python tools/soak_alerts.py --minutes 30 --json benchmarks/soak.json
 
-fuzz: setup ## ten million damaged packets, then ten minutes guided by coverage
+fuzz: setup ## ten million damaged packets, ten minutes guided by coverage, ten minutes of hostile messages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python tools/fuzz_decode.py --json benchmarks/fuzz.json
 	$(BIN)/python tools/fuzz_coverage.py --json benchmarks/fuzz_coverage.json
+	$(BIN)/python tools/fuzz_messages.py --json benchmarks/fuzz_messages.json
 
 train: setup ## train the models of the zoo again (an hour or two on two cores; resumable)
 	for model in t2-gr t2-ugrizy t2-ugrizy-z; do $(BIN)/python tools/train_t2.py $$model && $(BIN)/python tools/make_model_card.py $$model || exit 1; done

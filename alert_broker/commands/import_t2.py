@@ -44,9 +44,7 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
     if redshift is None:
         redshift = "wZ" in weights.stem
-    model = from_published(
-        read_arrays(weights), context=2 * redshift, source=str(weights)
-    )
+    model = from_published(read_arrays(weights), context=2 * redshift, source=str(weights))
     config = model.config
     if config.classes != len(CLASSES):
         raise EdgekitError(
