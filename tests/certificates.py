@@ -21,7 +21,7 @@ class Authority:
     def __init__(self, folder: Path, host: str = "127.0.0.1", *, expired: bool = False) -> None:
         self._host, self._expired = host, expired
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "edgekit test authority")])
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority of {folder.name}")])
         now = datetime.now(UTC)
         certificate = (
             self._builder(self._name, self._key.public_key(), now - 30 * DAY, now + 30 * DAY)

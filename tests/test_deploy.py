@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from alert_broker.stream.health import STUCK_AFTER, serve
 from alert_broker.stream.logs import _is_secret
 from alert_broker.stream.metrics import page
+from alert_broker.stream.watchdog import TRY_AGAIN
 from tests.alert_broker.stream.sample import busy_stats
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
@@ -215,7 +216,7 @@ def test_the_unit_is_hardened_and_stops_in_time():
         "DynamicUser": "yes", "NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes",
         "PrivateTmp": "yes", "PrivateDevices": "yes", "CapabilityBoundingSet": "", "RestrictNamespaces": "yes",
         "RestrictSUIDSGID": "yes", "SystemCallArchitectures": "native", "KillSignal": "SIGTERM",
-        "Restart": "on-failure",
+        "Restart": "on-failure", "RestartForceExitStatus": str(TRY_AGAIN),
     }  # fmt: skip
     assert service | wanted == service
     assert "MemoryMax" in service

@@ -8,10 +8,10 @@ In memory: one core turns real ZTF packets into the messages that the producer i
 reference production path (tools/bench_memory.py). Then the same stages run in threads on LSST's first detections, as
 the pipeline runs them; wall time on all cores.
 
-Through a broker: `edgekit alerts consume` runs between two topics of an embedded Kafka-compatible broker (Tansu, in
-memory) on the same cores. Latency is the time from the moment when the producer gets the packet to the moment when a
-consumer has the result. The limit of the broker itself is the rate at which a consumer that does nothing reads the same
-messages.
+Through a broker: `edgekit alerts consume` runs between two topics of a broker on the same cores. The broker is the
+Apache Kafka that EDGEKIT_KAFKA_HOME names, or else an embedded Kafka-compatible one (Tansu, in memory); the output says
+which. Latency is the time from the moment when the producer gets the packet to the moment when a consumer has the
+result. The limit of the broker itself is the rate at which a consumer that does nothing reads the same messages.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from alert_broker import containers, simulated_packets
 from alert_broker.simulate import simulate
+from tests.apache_kafka import ApacheKafka, missing
 from tests.brokers import CLIENT, Tansu, create_topics
 
 MEMORY_ALERTS = 8192
@@ -60,10 +61,11 @@ def cycle(values: Sequence[bytes], count: int) -> list[bytes]:
 
 
 class Broker:
-    """A Tansu with topics for one measurement."""
+    """An Apache Kafka if there is one, else a Tansu, with topics for one measurement."""
 
     def __init__(self, partitions: int = 2, wait: int = CLIENT["fetch.wait.max.ms"]) -> None:
-        self.server = Tansu()
+        self.name = "Tansu (embedded)" if missing() else "Apache Kafka, one node"
+        self.server = Tansu() if missing() else ApacheKafka(Path(tempfile.mkdtemp()) / "kafka")
         self.partitions, self.wait = partitions, wait  # wait: milliseconds that a fetch may take
 
     def __enter__(self) -> Broker:
@@ -72,7 +74,10 @@ class Broker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.kill()
+        self.server.__exit__(None, None, None)
+
+    def create_topic(self, name: str) -> None:
+        create_topics(self.server.address, {name: 1})
 
     def producer(self, **settings: Any) -> Producer:
         return Producer(
@@ -85,7 +90,7 @@ class Broker:
             }
         )
 
-    def reader(self, topic: str, partitions: int) -> Consumer:
+    def reader(self, topic: str, partitions: int, **settings: Any) -> Consumer:
         consumer = Consumer(
             {
                 "bootstrap.servers": self.server.address,
@@ -93,12 +98,13 @@ class Broker:
                 **CLIENT,
                 "enable.auto.commit": False,
                 "fetch.wait.max.ms": self.wait,
+                **settings,
             }
         )
         consumer.assign([TopicPartition(topic, number, 0) for number in range(partitions)])
         return consumer
 
-    def consume(self, *flags: str) -> subprocess.Popen[str]:
+    def consume(self, *flags: str, results: str = "results") -> subprocess.Popen[str]:
         kafka = {"bootstrap.servers": self.server.address, **CLIENT, "fetch.wait.max.ms": self.wait}
         settings = [part for name, value in kafka.items() for part in ("--kafka", f"{name}={value}")]
         return subprocess.Popen(
@@ -110,7 +116,7 @@ class Broker:
                 "--topics",
                 "source",
                 "--output",
-                'topic = "results", format = "json"',
+                f'topic = "{results}", format = "json"',
                 "--dead-letters-topic",
                 "dead",
                 "--model-reuse",
@@ -294,11 +300,11 @@ def main() -> None:
         flush=True,
     )
 
-    report["broker"] = {}
+    report["broker"] = {"name": Broker().name}
     for name, values in (("ztf", ztf), ("lsst", lsst)):
         row = report["broker"][f"{name}_256_per_s"] = at_a_rate(values, 256.0, options.seconds)
         print(
-            f"\nbroker, {name} at {row['rate']:.0f}/s for {row['seconds']:.0f} s: latency "
+            f"\n{report['broker']['name']}, {name} at {row['rate']:.0f}/s for {row['seconds']:.0f} s: latency "
             + ", ".join(f"{key} {1e3 * value:.0f} ms" for key, value in row["latency_s"].items())
             + f"; CPU {row['cpu_share_of_a_core']:.0%} of a core; {row['ledger']}",
             flush=True,

@@ -8,7 +8,8 @@ import click
 from edgekit.cli import LazyGroup
 
 VERBS = {
-    verb: f"alert_broker.commands.{verb}:{verb}" for verb in ("classify", "simulate", "consume", "replay", "redrive")
+    verb: f"alert_broker.commands.{verb}:{verb}"
+    for verb in ("classify", "simulate", "check", "consume", "replay", "redrive")
 }
 
 

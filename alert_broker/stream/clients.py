@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -14,6 +15,7 @@ from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 ADMIN_SECONDS = 30.0  # for questions to the broker outside the flow of alerts: offsets, topics
+SAY_SECONDS, MOST_MESSAGES = 60.0, 100  # between two equal messages of librdkafka; how many are remembered
 # Waiting does not cure these errors of the consumer. librdkafka retries after all others by itself, and logs that.
 HOPELESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -62,22 +64,46 @@ def consumer_settings(config: Config) -> dict[str, Secret]:
     return settings
 
 
+class OnceAMinute(logging.Filter):
+    """Lets a message pass once a minute: librdkafka repeats itself every second while a broker is away. Messages that
+    differ only in the details after " (after" are one message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, float] = {}  # message to monotonic seconds
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text, now = record.getMessage().partition(" (after")[0], time.monotonic()
+        if now - self._passed.get(text, -SAY_SECONDS) < SAY_SECONDS:
+            return False
+        if len(self._passed) >= MOST_MESSAGES:
+            self._passed.clear()
+        self._passed[text] = now
+        return True
+
+
+KAFKA_LOG = logging.getLogger("edgekit.kafka")  # librdkafka's own messages
+KAFKA_LOG.addFilter(OnceAMinute())
+
+
 def note_error(error: KafkaError) -> None:
     """Log an error that librdkafka reports outside any call. Errors that matter are also raised by the calls that they
     affect."""
-    LOG.warning("%s", error.str())
+    KAFKA_LOG.warning("%s", error.str())
 
 
-def open_consumer(settings: dict[str, Secret]) -> Consumer:
+def open_consumer(settings: dict[str, Secret], hear: Callable[[KafkaError], None] = note_error) -> Consumer:
+    """hear: is called with the errors of the client as a whole, such as of a connection."""
     try:
-        return Consumer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
+        return Consumer(settings, logger=KAFKA_LOG, error_cb=hear)
     except (KafkaException, ValueError, TypeError) as error:
         raise EdgekitError(f"the consumer cannot be configured: {refusal_of(error, settings)}") from None
 
 
-def open_admin(settings: Mapping[str, Secret]) -> AdminClient:
+def open_admin(settings: Mapping[str, Secret], hear: Callable[[KafkaError], None] = note_error) -> AdminClient:
+    """hear: as in `open_consumer`."""
     try:
-        return AdminClient(of_producer(settings), logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
+        return AdminClient(of_producer(settings), logger=KAFKA_LOG, error_cb=hear)
     except (KafkaException, ValueError, TypeError) as error:
         raise EdgekitError(
             f"the client for questions to the broker cannot be configured: {refusal_of(error, settings)}"

@@ -197,6 +197,12 @@ class Config:
             raise EdgekitError(f"dead_letters.max_ratio is {self.dead_letters.max_ratio}; expected 0 to 1")
         return self
 
+    def transactional_id(self) -> str:
+        """The name of this member that outlives it; empty if it has none."""
+        if self.publish.transactional_id or not self.source.instance:
+            return self.publish.transactional_id
+        return f"{self.source.group}-{self.source.instance}"
+
     def registry_url(self) -> str:
         """The registry's address, which may hold a password or come from the environment."""
         return str(secrets_from_environment({"registry.url": self.registry.url})["registry.url"])

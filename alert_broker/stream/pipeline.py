@@ -14,7 +14,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from confluent_kafka import KafkaException
 
 from alert_broker.classify import Classifiers, load_kernels
 from alert_broker.packets import AlertBatch
 from alert_broker.stream.archive import Archive, Positions
+from alert_broker.stream.clients import reason_of
 from alert_broker.stream.config import Config
+from alert_broker.stream.connect import reach
 from alert_broker.stream.dead_letters import (
     UNREADABLE,
     DeadLetter,
@@ -41,6 +45,7 @@ from alert_broker.stream.outputs import Registry
 from alert_broker.stream.publish import Outgoing, Refused, open_publisher
 from alert_broker.stream.registry import HttpRegistry, RegistryError, open_registry
 from alert_broker.stream.reuse import COLUMNS, Reuse
+from alert_broker.stream.rights import require_topics
 from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import LostError, MessageBatch, Source, next_offsets
 from alert_broker.stream.stages import Stages
@@ -421,8 +426,34 @@ def with_positions(rows: pa.RecordBatch, batch: MessageBatch, index: npt.NDArray
     return pa.RecordBatch.from_arrays(arrays, schema=rows.schema)
 
 
+def open_pipeline(
+    config: Config,
+    stats: Stats,
+    stop: Callable[[], bool] = lambda: False,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Pipeline | None:
+    """Wait for the broker, then open models, topics and clients; None if `stop` comes before the broker answers."""
+    client = reach(config.kafka_settings(), stop)
+    if client is None:
+        return None
+    require_topics(client, config)
+    return Pipeline(config, stats, notify=notify)
+
+
+@contextmanager
+def client_errors() -> Iterator[None]:
+    """Turn an error of the Kafka client that nothing else has explained into one for the user."""
+    try:
+        yield
+    except KafkaException as error:
+        raise EdgekitError(f"the Kafka client failed: {reason_of(error)}; start again to continue") from error
+
+
 def run(
     config: Config, stats: Stats, stop: Callable[[], bool], notify: Callable[[str], None] = lambda message: None
 ) -> None:
-    """Consume until `stop` or, if so configured, the end."""
-    Pipeline(config, stats, notify=notify).run(stop)
+    """Wait for the broker, then consume until `stop` or, if so configured, the end."""
+    with client_errors():
+        pipeline = open_pipeline(config, stats, stop, notify)
+        if pipeline is not None:
+            pipeline.run(stop)

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from alert_broker.stream.clients import REBALANCED, note_error, producer_settings, reason_of, refusal_of
+from alert_broker.stream.clients import KAFKA_LOG, REBALANCED, note_error, producer_settings, reason_of, refusal_of
 from alert_broker.stream.config import Config, Secret
+from alert_broker.stream.connect import principal
 from alert_broker.stream.ledger import Partition
+from alert_broker.stream.rights import missing_right
 from alert_broker.stream.source import LostError, Source
 from alert_broker.stream.watchdog import WATCHDOG
 from alert_broker.work_budget import Budget, CancelledError
@@ -81,7 +83,7 @@ class Sender:
         self.failed: list[tuple[Outgoing, KafkaError]] = []
         self.seconds, self._budget = seconds, budget or Budget()
         try:
-            self.producer = Producer(settings, logger=logging.getLogger("edgekit.kafka"), error_cb=note_error)
+            self.producer = Producer(settings, logger=KAFKA_LOG, error_cb=note_error)
         except (KafkaException, ValueError, TypeError) as error:
             raise EdgekitError(f"the producer cannot be configured: {refusal_of(error, settings)}") from None
 
@@ -108,12 +110,16 @@ class Sender:
                     self.failed.append((message, error.args[0]))
                     break
         deadline = time.monotonic() + self.seconds + 5.0  # librdkafka itself gives up after `seconds`
-        while (left := self._serve(self.producer.flush, FLUSH_SECONDS)) and time.monotonic() < deadline:
+        while (left := self.flush(FLUSH_SECONDS)) and time.monotonic() < deadline:
             self._budget.check()
-        lost = [error for _, error in self.failed if error.code() not in UNSENDABLE]
+        lost = [(message, error) for message, error in self.failed if error.code() not in UNSENDABLE]
         if left or lost:
-            raise NotSentError(lost[0] if lost else KafkaError(KafkaError._MSG_TIMED_OUT))
+            raise NotSentError(lost[0][1], lost[0][0].topic) if lost else NotSentError(MSG_TIMED_OUT)
         return [(message, f"{message.topic}: {error.str()}") for message, error in self.failed]
+
+    def flush(self, seconds: float) -> int:
+        """Wait for the delivery reports; return how many are missing."""
+        return self._serve(self.producer.flush, seconds)
 
     def _serve(self, call: Callable[[float], int], seconds: float) -> int:
         """Have callbacks called. After a fatal error, such as a fence, the binding raises in the midst of them, and at
@@ -154,22 +160,22 @@ class AtLeastOnce:
             self._source.commit(dict(offsets))
 
     def close(self) -> None:
-        self._sender.producer.flush(FLUSH_SECONDS)  # `publish` has waited for all that it did not give up
+        with contextlib.suppress(NotSentError):  # `publish` has waited for all that it did not give up
+            self._sender.flush(FLUSH_SECONDS)
 
 
 class ExactlyOnce:
     """One transaction per batch, with the offsets in it."""
 
     def __init__(self, config: Config, source: Source, budget: Budget | None = None) -> None:
-        name = config.publish.transactional_id or (
-            f"{config.source.group}-{config.source.instance}" if config.source.instance else ""
-        )
+        name = config.transactional_id()
         if not name:
             raise EdgekitError(
                 "exactly-once needs a name of this member that outlives it, so that a new one fences the old one off; "
                 "set publish.transactional_id or source.instance, another one for each member"
             )
         self._source, self._seconds, self._budget = source, config.publish.seconds, budget
+        self._name, self._who = name, principal(config.kafka)
         self._settings = producer_settings(config)
         del self._settings["delivery.timeout.ms"]  # the transaction's time is the limit
         self._settings |= {"transactional.id": name, "transaction.timeout.ms": int(config.publish.seconds * 1000)}
@@ -273,6 +279,8 @@ class ExactlyOnce:
                 return
             except KafkaException as exception:
                 error = exception.args[0]
+                if error.code() == KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED:
+                    raise EdgekitError(missing_right(self._who, "Write", f"transactional id {self._name!r}")) from None
                 if error.fatal() or error.code() in FENCED:
                     raise FencedError(error.str()) from None
                 if error.txn_requires_abort() or error.code() in REBALANCED:
@@ -283,11 +291,14 @@ class ExactlyOnce:
                     ) from None
 
 
+MSG_TIMED_OUT = KafkaError(KafkaError._MSG_TIMED_OUT)
+
+
 class NotSentError(Exception):
     """Messages that the broker did not acknowledge, for a reason that is not in the messages."""
 
-    def __init__(self, error: KafkaError) -> None:
-        super().__init__(error.str())
+    def __init__(self, error: KafkaError, topic: str = "") -> None:
+        super().__init__(f"{topic}: {error.str()}" if topic else error.str())
         self.text, self.fatal = error.str(), error.fatal() or error.code() in FENCED
 
 

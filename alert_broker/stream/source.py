@@ -35,8 +35,10 @@ from alert_broker.stream.clients import (
     reason_of,
 )
 from alert_broker.stream.config import Config
+from alert_broker.stream.connect import principal
 from alert_broker.stream.lag import Lag
 from alert_broker.stream.ledger import Partition
+from alert_broker.stream.rights import missing_right
 from alert_broker.stream.start import reset_group
 from alert_broker.stream.stats import Stats
 from alert_broker.stream.unreadable import UnreadableBatches
@@ -428,8 +430,7 @@ class Source:
                 self._without_position[where] = message.offset()
                 self._choose_positions()
         elif error.code() in HOPELESS or error.fatal():
-            topic = f" ({message.topic()})" if message.topic() else ""
-            raise EdgekitError(f"the broker refuses to be read: {error.str()}{topic}")
+            raise EdgekitError(self._refusal(error, message.topic()))
         else:
             LOG.warning("%s", error.str())
 
@@ -467,6 +468,15 @@ class Source:
         if self.config.source.on_gap == "stop":
             raise EdgekitError(f"{text}; to go on at offset {begin}, set source.on_gap to go-on")
         LOG.error("%s", text)
+
+    def _refusal(self, error: KafkaError, topic: str | None) -> str:
+        """What to say about an error that no waiting cures."""
+        who = principal(self.config.kafka)
+        if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+            return missing_right(who, "Read", f"group {self.config.source.group!r}")
+        if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED and topic:
+            return missing_right(who, "Read", f"topic {topic!r}")
+        return f"the broker refuses to be read: {error.str()}{f' ({topic})' if topic else ''}"
 
     def _look_at_lag(self) -> None:
         self.stats.lag = self._lag.look(self._generations, self._next)

@@ -40,7 +40,7 @@ def test_a_wrong_pair_is_refused_without_showing_it(pair):
 
 
 def test_every_command_has_an_example(edgekit):
-    for command in ("classify", "simulate", "consume", "replay", "redrive"):
+    for command in ("classify", "simulate", "check", "consume", "replay", "redrive"):
         done = edgekit("alerts", command, "--help")
         assert done.status == 0
         assert "Example" in done.out

@@ -211,6 +211,9 @@ class Running:
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
     @property
     def running(self) -> bool:
         return self._process.poll() is None

@@ -6,6 +6,7 @@ one that a signal ends, or that is stuck, fails the test.
 
 import os
 import random
+import signal
 import time
 from collections import Counter
 
@@ -151,6 +152,83 @@ def test_an_order_to_stop_is_followed_in_time_whether_the_broker_is_there_or_not
         done = rig.outcome(sent)
         assert done.lost == 0
         assert done.duplicates <= 8 * BATCH
+
+
+PROTOCOLS = {"classic": REAL, "consumer": {"group.protocol": "consumer"}}  # the latter is Kafka 4's own, of KIP-848
+
+
+class Member:
+    """A member of the group with a name of its own, which its transactional id is made of."""
+
+    def __init__(self, rig: Rig, name: str, mode: str):
+        publish = {**MODES[mode], "transactional_id": ""}
+        self.running = rig.start(source={"until_eos": False, "instance": name}, batch={"size": BATCH}, publish=publish)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("mode", MODES)
+def test_members_come_and_go(apache_kafka, bundle, packets, tmp_path, mode, protocol):
+    """Three members: one is killed, one leaves, both come back, while alerts flow."""
+    rig = Rig(apache_kafka.address, PROTOCOLS[protocol], tmp_path, bundle, partitions=4)
+    feed = Feed(rig, repeat(packets, 2500), 100.0)
+    members = [Member(rig, name, mode) for name in ("one", "two", "three")]
+    for member in members:
+        assert member.running.assigned.wait(90), member.running.wait(1)
+    feed.start()
+    time.sleep(3.0)
+    members[0].running.kill()
+    time.sleep(3.0)
+    members[1].running.terminate()
+    assert members[1].running.wait()[0] == 0
+    time.sleep(3.0)
+    members[:2] = [Member(rig, name, mode) for name in ("one", "two")]
+    feed.join(180)
+    assert feed.error is None
+    deadline = time.monotonic() + STUCK_SECONDS
+    while sum(committed(rig)) < feed.sent:
+        assert time.monotonic() < deadline, f"{sum(committed(rig))} of {feed.sent} committed"
+        time.sleep(0.5)
+    for member in members:
+        member.running.terminate()
+    for member in members:
+        status, report, log = member.running.wait()
+        assert status == 0, log[-2000:]
+        assert report["ledger"]["in_flight"] == 0
+    done = rig.outcome(feed.sent)
+    print(f"{protocol}, {mode}, {feed.sent} alerts: {done.lost} lost, {done.duplicates} twice")
+    assert done.lost == 0
+    assert done.duplicates <= (0 if mode == "exactly-once" else 4 * BATCH)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_member_that_slept_past_its_session_doubles_nothing(apache_kafka, bundle, packets, tmp_path, protocol):
+    """Exactly once: it is stopped amid its work, another one takes over, and it goes on."""
+    rig = Rig(apache_kafka.address, PROTOCOLS[protocol], tmp_path, bundle, partitions=2)
+    feed = Feed(rig, repeat(packets, 3000), 150.0)
+    sleeper = Member(rig, "sleeper", "exactly-once")
+    assert sleeper.running.assigned.wait(90), sleeper.running.wait(1)
+    feed.start()
+    time.sleep(2.0)
+    sleeper.running.send_signal(signal.SIGSTOP)
+    other = Member(rig, "other", "exactly-once")
+    assert other.running.assigned.wait(90), other.running.wait(1)
+    time.sleep(8.0)  # past the session of six seconds
+    sleeper.running.send_signal(signal.SIGCONT)
+    feed.join(180)
+    assert feed.error is None
+    deadline = time.monotonic() + STUCK_SECONDS
+    while sum(committed(rig)) < feed.sent:
+        assert time.monotonic() < deadline, f"{sum(committed(rig))} of {feed.sent} committed"
+        time.sleep(0.5)
+    other.running.terminate()
+    status, _, log = other.running.wait()
+    assert status == 0, log[-2000:]
+    sleeper.running.terminate()
+    status, _, log = sleeper.running.wait()
+    done = rig.outcome(feed.sent)
+    print(f"{protocol}, {feed.sent} alerts: {done.lost} lost, {done.duplicates} twice; the sleeper ended with {status}")
+    assert status >= 0, log[-2000:]
+    assert (done.lost, done.duplicates) == (0, 0)
 
 
 def delete_before(cluster: ApacheKafka, topic: str, offsets: dict[int, int]) -> None:

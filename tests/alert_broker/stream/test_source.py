@@ -249,7 +249,7 @@ def test_small_messages_fill_a_batch_by_their_number(source):
 def test_an_error_is_heard_while_partitions_leave(source):
     refused = FakeMessage(0, 0, KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
     source.consumer.script = [[refused], lambda c: revoke(c, 1) or []]
-    with pytest.raises(EdgekitError, match="refuses to be read"):
+    with pytest.raises(EdgekitError, match="a client without a name has no right to Read on the topic 't'"):
         source.poll(10, 0.02)
 
 
