@@ -102,14 +102,9 @@ class _Formatter(logging.Formatter):
             line = {"time": moment, "level": level, "logger": record.name, "message": message}
             line |= {"exception": trace} if trace else {}
             return json.dumps(line | {f"{key}_" if key in line else key: value for key, value in fields.items()})
-        details = f" ({', '.join(f'{key} {_one_line(value)}' for key, value in fields.items())})" if fields else ""
-        lines = [f"{moment} {level:<7} {_one_line(message)}{details}", *map(_one_line, trace.splitlines())]
+        details = f" ({', '.join(f'{key} {printable(value)}' for key, value in fields.items())})" if fields else ""
+        lines = [f"{moment} {level:<7} {printable(message)}{details}", *map(printable, trace.splitlines())]
         return "\n".join(lines)
-
-
-def _one_line(value: object) -> str:
-    """Return the text on one line and without characters that control the terminal, because messages quote packets."""
-    return printable(str(value)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _is_secret(key: object) -> bool:

@@ -105,7 +105,7 @@ def _show_confined(bundle: str, flags: list[str]) -> None:
     layers, _, text = (
         sandbox.run("edgekit.cli.inspect:confined", content, bundle).decode(errors="replace").partition("\n")
     )
-    click.echo(printable(text), nl=False)
+    click.echo(printable(text, keep="\n\t"), nl=False)
     note(f"opened in a process of its own, confined by: {layers}")
 
 

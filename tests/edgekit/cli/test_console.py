@@ -53,7 +53,7 @@ def test_nothing_in_a_name_reaches_the_terminal_as_a_command(capsys):
     for text in (printed.out, printed.err):
         assert all(letter.isprintable() or letter == "\n" for letter in text)
     assert r"a\x1b[31mred" in printed.out
-    assert console.printable("å – 猫\t\n") == "å – 猫\t\n", "the twin: letters of every script stay"
+    assert console.printable("å – 猫\t\n", keep="\n\t") == "å – 猫\t\n", "the twin: letters of every script stay"
 
 
 def test_a_plain_console_of_rich_would_pass_it_on(capsys):
@@ -83,3 +83,16 @@ def test_an_error_is_escaped_and_fits_any_encoding(edgekit):
     finished = edgekit("inspect", "no-such\x1b[31m\u202e\ud800.edge")
     assert finished.status == 1
     assert all(letter.isprintable() or letter == "\n" for letter in finished.err)
+
+
+ESCAPES = "a\x1b[2J\x1b]0;x\x07\r\nb\udcff\u202ec é 日"
+
+
+def test_nothing_that_changes_a_terminal_is_printed(capfd):
+    console.print_table(["name"], [[ESCAPES]])
+    console.note(ESCAPES)
+    printed = "".join(capfd.readouterr())
+    shown = r"a\x1b[2J\x1b]0;x\x07\r\nb\udcff\u202ec é 日"
+    assert printed.count(shown) == 2
+    assert set(printed) <= {*shown, *"name \n"}
+    assert console.printable("plain é 日") == "plain é 日"
