@@ -22,7 +22,7 @@ from alert_broker.avro import columns as avro
 from alert_broker.containers import BadPacket
 from alert_broker.features import LightCurveFeatures
 from alert_broker.gaussian_process import Status
-from alert_broker.packets import AlertBatch, PacketSource, batches, find_files, read_blocks
+from alert_broker.packets import AlertBatch, PacketSource, batches, file_name, find_files, read_blocks
 from alert_broker.results import (
     CLASSIFIED,
     ERRORS,
@@ -35,6 +35,7 @@ from alert_broker.results import (
     texts,
 )
 from alert_broker.surveys.base import Survey, surveys
+from alert_broker.work_budget import Budget
 from edgekit import __version__
 from edgekit.bundle.files import refuse_to_overwrite
 from edgekit.bundle.format import Bundle
@@ -52,6 +53,7 @@ DEFAULT_MODELS = {
     "elasticc-v0": "t2-ugrizy",
 }
 UNCLASSIFIED = {Status.NO_POINTS: "no points in", Status.NO_FLUX: "no flux in", Status.OVERFLOW: "flux out of range in"}
+OVER_TIME = "the Gaussian process did not end within its time budget"
 NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the network
 SHORT_DIGEST = 12
 NOTE_AFTER_SECONDS = 1.0  # seconds of compilation; loading the kernels from numba's cache takes less
@@ -78,7 +80,8 @@ class Classifier:
     order.
 
     threads: threads of the Gaussian process; session_threads: threads of the runtime; the default of both is all cores.
-    `seconds` adds up the time that features and inference took.
+    budget: limits the time that the Gaussian process may take for an alert. `seconds` adds up the time that features
+    and inference took.
     """
 
     def __init__(
@@ -88,9 +91,10 @@ class Classifier:
         *,
         threads: int | None = None,
         session_threads: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
         source = str(bundle.path or bundle.manifest.name)
-        self.bundle, self._threads = bundle, threads
+        self.bundle, self._threads, self._budget = bundle, threads, budget
         self.classes = bundle.manifest.classes
         self.features = LightCurveFeatures.from_bundle(bundle.manifest.preprocessing, source)
         if {"redshift", "redshift_error"} & set(self.features.context):
@@ -113,17 +117,18 @@ class Classifier:
             reason = f"skipped: {name} needs {', '.join(lacking)}, which {survey.name} does not observe"
             return result_rows(batch, self.schema, identity | {"status": repeat(reason, count)})
         started = time.perf_counter()
-        features = for_survey(self.features, survey)(batch.curves, threads=self._threads)
+        features = for_survey(self.features, survey)(batch.curves, threads=self._threads, budget=self._budget)
         self.seconds["features"] += time.perf_counter() - started
 
         bands = ", ".join(self.features.seen)
-        reasons = [CLASSIFIED, *(f"{text} {bands}" for text in UNCLASSIFIED.values()), NOT_FINITE]
+        reasons = [CLASSIFIED, *(f"{text} {bands}" for text in UNCLASSIFIED.values()), NOT_FINITE, OVER_TIME]
         why = np.zeros(count, np.int64)  # index into the reasons
         inputs = features.inputs()
         for array in inputs.values():
             why[~np.isfinite(array.reshape(count, -1)).all(axis=1)] = reasons.index(NOT_FINITE)
         for number, status in enumerate(UNCLASSIFIED, start=1):
             why[features.status == status] = number
+        why[features.status == Status.OVER_TIME] = reasons.index(OVER_TIME)
         started = time.perf_counter()
         probabilities = np.zeros((count, len(self.classes)), np.float32)
         if len(rows := np.flatnonzero(why == 0)):
@@ -158,6 +163,7 @@ class Classifiers:
         threads: int | None = None,
         wrap: Callable[[Classifier], Stage] = lambda classifier: classifier,
         columns: Sequence[pa.Field] = (),
+        budget: Budget | None = None,
     ) -> None:
         self.models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
         self.classes = tuple(dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes))
@@ -165,7 +171,7 @@ class Classifiers:
         self.opened: dict[str, Classifier] = {}  # by the bundle's digest
         self._stages: dict[str, Stage] = {}
         self._digests = {survey: item.digest for survey, item in self.models.items()}
-        self._runtime, self._threads, self._wrap = runtime, threads, wrap
+        self._runtime, self._threads, self._wrap, self._budget = runtime, threads, wrap, budget
         self.start_seconds = 0.0
         if bundle is not None:
             self.open_all()
@@ -193,7 +199,9 @@ class Classifiers:
         digest = self._digests[survey]
         if digest not in self.opened:
             started = time.perf_counter()
-            self.opened[digest] = Classifier(self.models[survey], self._runtime, threads=self._threads)
+            self.opened[digest] = Classifier(
+                self.models[survey], self._runtime, threads=self._threads, budget=self._budget
+            )
             self._stages[digest] = self._wrap(self.opened[digest])
             self.start_seconds += time.perf_counter() - started
         return self._stages[digest]
@@ -321,7 +329,7 @@ def _counted(
 ) -> Iterator[PacketSource | BadPacket]:
     """Yield the packets of these files until `stop` returns true, and count them."""
     ends = np.cumsum([file.stat().st_size for file in files]).tolist()
-    start_of = dict(zip(map(str, files), [0, *ends], strict=False))
+    start_of = dict(zip(map(file_name, files), [0, *ends], strict=False))
     for item in read_blocks(files):
         if stop():
             account.stopped = True

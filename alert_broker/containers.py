@@ -26,9 +26,15 @@ AVRO_MAGIC, WIRE_MAGIC = b"Obj\x01", b"\x00"
 SYNC_BYTES = 16
 HEADERS = 4  # number of container headers that are kept, the most recently parsed ones
 WIRE_HEADER = struct.Struct(">BI")  # Confluent: a zero byte, then the schema id
-INFLATED_BYTES = 1 << 30  # most bytes of one decompressed block; a larger block is a decompression bomb
+INFLATED_BYTES = 1 << 30  # most bytes of one decompressed block of a file; a larger block is a decompression bomb
+MESSAGE_BYTES = 8 << 20  # the same for the one packet of a message: a larger one could not be sent uncompressed
+SCHEMA_BYTES = 1 << 20  # most bytes of a schema's text: LSST's has 0.2 MB, and parsing 1 MB takes a second
 
 Buffer = bytes | mmap.mmap
+
+
+class UnknownSchemaError(PacketError):
+    """The registry has no schema with the id of a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,7 @@ def message(data: Buffer, index: int, schema_text: Callable[[int], str] | None =
         return whole
     packets = 0
     block: Block | None = None
-    for item in split(data, "", schema_text):
+    for item in split(data, "", schema_text, MESSAGE_BYTES):
         if isinstance(item, BadPacket):
             return replace(item, offset=index, packets=1)
         packets += item.count
@@ -106,17 +112,19 @@ def _one_packet(data: Buffer, index: int) -> Block | None:
     return Block("", start, header.schema, 1, memoryview(data)[start:end], index=index)
 
 
-def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = None) -> Iterator[Block | BadPacket]:
+def split(
+    data: Buffer, file: str, schema_text: Callable[[int], str] | None = None, inflated_bytes: int | None = None
+) -> Iterator[Block | BadPacket]:
     """Cut a file or a message into blocks of Avro data. The first bytes tell the format.
 
-    schema_text: returns the schema of a Confluent message whose id is not one of LSST's installed schemas
-    (`Registry.schema`). If it raises PacketError, the message becomes a BadPacket. Other exceptions pass through, since
-    the packet is not to blame.
+    schema_text: returns the schema of a Confluent message (`Registry.schema`). LSST's installed schemas are used for an
+    id that it does not know, and if it is None. If it raises PacketError, the message becomes a BadPacket. Other
+    exceptions pass through, since the packet is not to blame. inflated_bytes: the limit for a decompressed block.
     """
     if len(data) == 0:
         yield BadPacket(file, 0, "the data is empty: it has 0 bytes", packets=0)
     elif data[:4] == AVRO_MAGIC:
-        yield from _split_container(data, file)
+        yield from _split_container(data, file, inflated_bytes or INFLATED_BYTES)
     elif data[:1] == WIRE_MAGIC:
         yield _unwrap_message(data, file, schema_text)
     else:
@@ -128,7 +136,7 @@ def split(data: Buffer, file: str, schema_text: Callable[[int], str] | None = No
         )
 
 
-def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
+def _split_container(data: Buffer, file: str, inflated_bytes: int) -> Iterator[Block | BadPacket]:
     try:
         header = _header(data)
     except (PacketError, UnicodeDecodeError) as error:
@@ -159,17 +167,13 @@ def _split_container(data: Buffer, file: str) -> Iterator[Block | BadPacket]:
         if codec == "deflate":
             inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
             try:
-                content = inflate.decompress(content, INFLATED_BYTES)
+                content = inflate.decompress(content, inflated_bytes)
             except zlib.error as error:
                 yield BadPacket(file, start, f"the block does not decompress: {error}", packets=packets)
                 continue
             if not inflate.eof:
-                yield BadPacket(
-                    file,
-                    start,
-                    f"the block decompresses to more than {INFLATED_BYTES} bytes, or ends early",
-                    packets=packets,
-                )
+                reason = f"the block decompresses to more than {inflated_bytes} bytes, or ends early"
+                yield BadPacket(file, start, reason, packets=packets)
                 continue
         if count > len(content):
             yield BadPacket(file, start, f"the block claims to hold {count} packets in {len(content)} bytes")
@@ -278,6 +282,8 @@ def _read_bytes(data: Buffer, at: int) -> tuple[bytes, int]:
 def _container_schema(text: bytes) -> Schema:
     """Return a container's schema. It is parsed once for each distinct text: ZTF repeats 23 kB of schema in every
     packet."""
+    if len(text) > SCHEMA_BYTES:
+        raise PacketError(f"the schema has {len(text)} bytes; at most {SCHEMA_BYTES} are read")
     try:
         parsed = parse_schema(json.loads(text))
         if not isinstance(parsed, dict) or parsed.get("type") != "record":
@@ -301,20 +307,37 @@ def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] |
         )
     _, identifier = WIRE_HEADER.unpack(data[: WIRE_HEADER.size])
     try:
-        if schema_text is None or identifier in lsst.schema_versions():
-            schema = _message_schema(identifier)
-        else:
-            schema = _registered_schema(schema_text, identifier)
+        schema = _message_schema(identifier) if schema_text is None else _known_schema(schema_text, identifier)
     except PacketError as error:
         return BadPacket(file, 0, str(error))
     return Block(file, WIRE_HEADER.size, schema, 1, memoryview(data)[WIRE_HEADER.size :])
 
 
+def _known_schema(schema_text: Callable[[int], str], identifier: int) -> Schema:
+    """The registry's schema with this id. A registry numbers schemas as it likes, so its answer wins over an installed
+    schema of LSST with the same id."""
+    try:
+        found = _registered_schema(schema_text, identifier)
+    except UnknownSchemaError:
+        if identifier not in lsst.schema_versions():
+            raise
+        return _message_schema(identifier)
+    if isinstance(found, PacketError):
+        raise found
+    return found
+
+
 @functools.lru_cache(maxsize=64)
-def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema:
+def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema | PacketError:
     """Return a registered schema by its number, because a lookup by 0.2 MB of schema text would take longer than
-    reading a packet."""
-    return _container_schema(schema_text(identifier).encode())
+    reading a packet. A schema that cannot be used is an error that is kept as well: parsing it again for each of its
+    packets would take much longer."""
+    try:
+        return _container_schema(schema_text(identifier).encode(errors="surrogatepass"))
+    except UnknownSchemaError:
+        raise
+    except PacketError as error:
+        return error
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from alert_broker.gaussian_process import GaussianProcess, Status
 from alert_broker.lightcurve import LightCurves
+from alert_broker.work_budget import Budget
 from edgekit.errors import EdgekitError, unknown
 
 ID = "light-curve-gp/1"
@@ -121,12 +122,14 @@ class LightCurveFeatures:
         *,
         redshift: npt.NDArray[np.floating] | None = None,
         threads: int | None = None,
+        budget: Budget | None = None,
     ) -> Features:
-        """Return the network's inputs for every object. redshift: (objects, 2), photometric redshift and its error."""
+        """Return the network's inputs for every object. redshift: (objects, 2), photometric redshift and its error;
+        budget: limits the time of the Gaussian process."""
         chosen = self.select(curves)
         process = GaussianProcess(self.wavelengths, grid_points=self.grid_points)
         seen = [self.bands.index(band) for band in self.seen]
-        result = process.interpolate(chosen, bands=seen, threads=threads)
+        result = process.interpolate(chosen, bands=seen, threads=threads, budget=budget)
         light_curve = np.arcsinh(result.mean / np.array(self.scale)).astype(np.float32)
         status = result.fit.status
         visible = np.isin(chosen.band, seen)

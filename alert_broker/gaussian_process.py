@@ -2,7 +2,10 @@
 
 The model is the one that the published preprocessing of t2 (astronet, after avocado) builds with george and scipy. Here
 one alert takes tens of microseconds: covariances, their Cholesky factors and inverses are computed in 4 x 8 tiles that
-stay in vector registers, and a Newton method climbs in six evaluations of the likelihood where L-BFGS-B takes eleven.
+stay in vector registers, and a Newton method needs six evaluations of the likelihood where L-BFGS-B needs eleven.
+
+The work on one object is bounded. The fit is exact up to `max_points` points; an object that has more is reduced by
+`merge_points` first. A `Budget` gives up an object that takes too long, and stops the work on request.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -20,7 +22,9 @@ import numpy.typing as npt
 from numba import njit
 
 from alert_broker.lightcurve import LightCurves
+from alert_broker.merge_points import merge_points
 from alert_broker.vectors import LANES, exp, inlined, lane_sum, load, splat, spread, sqrt, store
+from alert_broker.work_budget import AT, COMMAND, STOP, Budget, Shared
 from edgekit.errors import EdgekitError
 
 Floats = npt.NDArray[np.float64]
@@ -32,11 +36,13 @@ KERNEL_DIMENSIONS = 2.0  # george stores ln(constant / dimensions): half the ker
 JITTER = 1e-8  # added to the relative variance of a singular covariance: an error of 1e-4 of the brightest point
 FIRST_RADIUS = 2.0  # of the trust region: a factor of 2.7 in the time scale
 SMALLEST_RADIUS = 1e-6
-POINTS_PER_THREAD = 2048  # a smaller share is done before a thread has started
+POINTS_PER_THREAD = 2048  # a thread is not worth its start for a smaller share
+MAX_POINTS = 512  # 60 ms in a usual fit on one core of a server; PLAsTiCC's longest light curve has 352
+UNWATCHED_POINTS = 128  # so many points in all take a third of a second at worst: no thread watches the work on them
 
 
 class Status(IntEnum):
-    """What became of an object. Its mean is finite always, and zero where nothing could be fitted."""
+    """The outcome of an object's fit. The mean is always finite; it is zero if nothing could be fitted."""
 
     OK = 0
     NO_POINTS = 1  # none usable: mean zero
@@ -44,9 +50,10 @@ class Status(IntEnum):
     NOT_CONVERGED = 3  # best parameters after `max_evaluations`
     REGULARISED = 4  # errors too small for the covariance to be factored: fitted with `JITTER`
     OVERFLOW = 5  # fluxes so different that their squares leave the range of doubles: mean zero
+    OVER_TIME = 6  # the fit took longer than its budget allows: mean zero
 
 
-_OK, _NO_POINTS, _NO_FLUX, _NOT_CONVERGED, _REGULARISED, _OVERFLOW = (int(status) for status in Status)
+_OK, _NO_POINTS, _NO_FLUX, _NOT_CONVERGED, _REGULARISED, _OVERFLOW, _OVER_TIME = (int(status) for status in Status)
 
 _compiled: Callable[..., Any] = njit(cache=True, error_model="numpy")
 
@@ -315,6 +322,12 @@ def _box_step(
     return best_a, best_m, best
 
 
+@inlined
+def _given_up(shared: Shared) -> bool:
+    """Whether the calling thread wants no more work on the object at hand."""
+    return shared[COMMAND] == STOP or shared[COMMAND] == shared[AT]
+
+
 @_compiled
 def _climb(
     matrix: Floats,
@@ -325,6 +338,7 @@ def _climb(
     most: int,
     a: float,
     m: float,
+    shared: Shared,
 ) -> tuple[float, float, float, int, int]:
     """The maximum above (a, m) by Newton steps in a trust region.
 
@@ -342,6 +356,8 @@ def _climb(
     radius = FIRST_RADIUS
     status = _NOT_CONVERGED
     while evaluations < most:
+        if _given_up(shared):
+            return a, m, np.inf, evaluations, _OVER_TIME
         daa, dam, dmm = vaa - ya + laa, vam - ym + lam, vmm - ymm + lmm
         if not daa * dmm - dam * dam > 1e-4 * (daa + dmm) ** 2:
             daa, dam, dmm = 0.5 * vaa, 0.5 * vam, 0.5 * vmm
@@ -386,7 +402,7 @@ def _climb(
 
 @_compiled
 def _maximise(
-    matrix: Floats, points: Floats, count: int, constant: float, settings: tuple[float, ...], most: int
+    matrix: Floats, points: Floats, count: int, constant: float, settings: tuple[float, ...], most: int, shared: Shared
 ) -> tuple[float, float, float, int, int]:
     """(a, m, negative log-likelihood, evaluations, status) of the best maximum found, factored.
 
@@ -395,7 +411,7 @@ def _maximise(
     step happens to throw it there.
     """
     start_a, a_reach, start_m, low_m = settings[0], settings[1], settings[2], settings[3]
-    a, m, value, evaluations, status = _climb(matrix, points, count, constant, settings, most, start_a, start_m)
+    a, m, value, evaluations, status = _climb(matrix, points, count, constant, settings, most, start_a, start_m, shared)
     if not math.isfinite(value):
         return a, m, value, evaluations, status
     for corner in range(2):
@@ -405,9 +421,11 @@ def _maximise(
             if not constant + _factor(matrix, points, count, from_a, low_m) < value:
                 continue
         other_a, other_m, other, more, other_status = _climb(
-            matrix, points, count, constant, settings, most, from_a, low_m
+            matrix, points, count, constant, settings, most, from_a, low_m, shared
         )
         evaluations += more
+        if other_status == _OVER_TIME:
+            return a, m, np.inf, evaluations, _OVER_TIME
         if other < value:
             a, m, value, status = other_a, other_m, other, other_status
     _factor(matrix, points, count, a, m)
@@ -485,6 +503,7 @@ def _run(
     numbers: Floats,
     counts: Integers,
     mean: Floats,
+    shared: Shared,
 ) -> None:
     """Every stride-th object: fit unless its parameters are `given`, predict if `mean` has a grid."""
     size = _padded(largest, LANES)
@@ -499,6 +518,9 @@ def _run(
         if not given:
             log_amplitude[item] = log_metric[item] = np.nan
         evaluations[item] = 0
+        shared[AT] = item + 1
+        if _given_up(shared):
+            return
         count, first, last, scale = _gather(
             points, offsets[item], offsets[item + 1], time, band, flux, flux_error, colours
         )
@@ -521,12 +543,14 @@ def _run(
             value = constant + _factor(matrix, points, count, a, m)
             evaluations[item], status[item] = 1, _OK if math.isfinite(value) else _OVERFLOW
         else:
-            a, m, value, evaluations[item], status[item] = _maximise(matrix, points, count, constant, settings, most)
-            if not math.isfinite(value):
+            a, m, value, evaluations[item], status[item] = _maximise(
+                matrix, points, count, constant, settings, most, shared
+            )
+            if not math.isfinite(value) and status[item] != _OVER_TIME:
                 for k in range(count):
                     points[NOISE, k] += JITTER
                 a, m, value, evaluations[item], status[item] = _maximise(
-                    matrix, points, count, constant, settings, most
+                    matrix, points, count, constant, settings, most, shared
                 )
                 if status[item] == _OK:
                     status[item] = _REGULARISED
@@ -541,11 +565,12 @@ def _run(
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What the fit found, (objects,) each; the numbers are NaN where there was nothing to fit.
+    """The result of the fit, (objects,) each; the numbers are NaN for an object that could not be fitted.
 
     log_amplitude: ln of half the kernel's amplitude in flux squared, george's `k1:log_constant`; log_metric: ln of the
-    squared time scale in days, `k2:metric:log_M_0_0`; log_likelihood: natural; evaluations of it; status: of `Status`;
-    points: used, all but those with a time, flux or error that is not finite or an error that is not positive.
+    squared time scale in days, `k2:metric:log_M_0_0`; log_likelihood: natural logarithm of the likelihood;
+    evaluations: of the likelihood; status: a `Status`; points: the number that was fitted. A point whose time, flux or
+    error is not finite, or whose error is not positive, is not used; merged points count as one.
     """
 
     log_amplitude: Floats
@@ -581,24 +606,31 @@ class GaussianProcess:
     length_scale_bounds_days: tuple[float, float] = (1.0, 1000.0)  # a night to three years
     tolerance: float = 1e-6  # relative, of the log-likelihood: what the reference asks of its optimizer
     max_evaluations: int = 100  # of one climb; the slowest of 7,848 PLAsTiCC objects takes 77, the mean 6
+    max_points: int = MAX_POINTS  # objects with more are reduced by `merge_points`; benchmarks/gp_long.json: the error
 
     def __post_init__(self) -> None:
         low, high = self.length_scale_bounds_days
         if not 0.0 < low <= self.length_scale_days <= high < math.inf:
             raise EdgekitError(f"length_scale_days {self.length_scale_days}: expected within {low} to {high}, above 0")
-        if self.grid_points < 1 or self.max_evaluations < 1:
-            raise EdgekitError("grid_points and max_evaluations: expected at least 1")
+        for name in ("grid_points", "max_evaluations", "max_points"):
+            if getattr(self, name) < 1:
+                raise EdgekitError(f"{name} is {getattr(self, name)}; expected 1 or more")
 
     def fit(self, curves: LightCurves, *, threads: int | None = None) -> Fit:
         """The parameters of highest likelihood for each object. threads: None for as many as there are cores."""
         return self._run(curves, threads, 0, None).fit
 
     def interpolate(
-        self, curves: LightCurves, *, bands: Sequence[int] | None = None, threads: int | None = None
+        self,
+        curves: LightCurves,
+        *,
+        bands: Sequence[int] | None = None,
+        threads: int | None = None,
+        budget: Budget | None = None,
     ) -> Interpolation:
-        """Fit each object, then the mean on its grid in the bands at these positions, observed in it or not; by default
-        in every band."""
-        return self._run(curves, threads, self.grid_points, None, bands)
+        """Fit each object, and predict the mean on its grid in the bands at these positions, whether or not the object
+        was observed in them; by default in every band. budget: limits the time for each object."""
+        return self._run(curves, threads, self.grid_points, None, bands, budget)
 
     def predict(
         self, curves: LightCurves, log_amplitude: Floats, log_metric: Floats, *, threads: int | None = None
@@ -613,12 +645,14 @@ class GaussianProcess:
         grid: int,
         given: tuple[Floats, Floats] | None,
         bands: Sequence[int] | None = None,
+        budget: Budget | None = None,
     ) -> Interpolation:
         if len(curves.bands) != len(self.wavelengths):
             raise EdgekitError(
                 f"{len(self.wavelengths)} wavelengths for the bands {', '.join(curves.bands)}; expected one for each"
             )
-        objects = len(curves)
+        objects, budget = len(curves), budget or Budget()
+        curves = merge_points(curves, self.max_points)
         numbers = np.full((3, objects), np.nan)
         if given is not None:
             numbers[0], numbers[1] = given
@@ -637,7 +671,7 @@ class GaussianProcess:
         largest = int(curves.points.max(initial=0))
         workers = max(1, min(threads or _cores(), objects, 1 + len(curves.time) // POINTS_PER_THREAD))
 
-        def work(first: int) -> None:
+        def work(first: int, shared: Shared) -> None:
             _run(
                 *columns,
                 colours,
@@ -651,13 +685,14 @@ class GaussianProcess:
                 numbers,
                 counts,
                 mean,
+                shared,
             )
 
-        if workers == 1:
-            work(0)
+        if workers == 1 and len(curves.time) <= UNWATCHED_POINTS:
+            budget.check()
+            work(0, np.zeros(2, np.int64))
         else:
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(work, range(workers)))
+            budget.run(work, workers)
         return Interpolation(mean, Fit(numbers[0], numbers[1], numbers[2], counts[0], counts[1], counts[2]))
 
 
@@ -671,7 +706,10 @@ def is_compiled() -> bool:
 
 
 def warm_up() -> None:
-    """Compile the kernel, some ten seconds, or load it from numba's cache on disk."""
+    """Compile the kernels, some fifteen seconds, or load them from numba's cache on disk."""
     nothing = np.empty(0)
     empty = LightCurves(("g",), np.zeros(1, np.int64), nothing, nothing.astype(np.int8), nothing, nothing, nothing > 0)
     GaussianProcess((5000.0,)).fit(empty, threads=1)
+    times = np.zeros(3)
+    curve = LightCurves(("g",), np.array([0, 3]), times, times.astype(np.int8), times, times + 1.0, times > 0)
+    merge_points(curve, 2)

@@ -26,6 +26,7 @@ from edgekit.errors import EdgekitError
 
 PARQUET_MAGIC = b"PAR1"
 PARQUET_ROWS = 256  # rows per read, which give some MB of history rows
+MOST_ROWS = 1 << 18  # history rows that wait for their batch, some 100 MB: one packet may hold as many as a thousand do
 TRUTH_KEY = b"edgekit.truth"  # marks a simulator's table of true classes, which is not a packet file, in its metadata
 
 
@@ -69,6 +70,11 @@ ALERT_COLUMNS = pa.schema(
         ("n_dropped", pa.int32()),  # rows without a usable value
     ]
 )
+
+
+def file_name(path: Path) -> str:
+    """The path as text for rows and messages. Linux allows file names that are not UTF-8; their bytes are escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def find_files(paths: Iterable[str | Path]) -> list[Path]:
@@ -124,7 +130,7 @@ def batches(
             waiting[survey.name] = _Waiting(survey, {} if buffer_pool is None else buffer_pool)
         if bad := waiting[survey.name].add(block):
             yield bad
-        if len(waiting[survey.name]) >= size:
+        if len(waiting[survey.name]) >= size or waiting[survey.name].rows >= MOST_ROWS:
             yield from waiting.pop(survey.name).take(size)
     for queue in waiting.values():
         yield from queue.take(size)
@@ -143,6 +149,11 @@ class _Waiting:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the longest history columns."""
+        return max((columns.rows for columns, _ in self._columns.values()), default=0)
 
     def add(self, block: PacketSource) -> BadPacket | None:
         """Read a block into columns; return the part of it that could not be decoded."""
@@ -254,19 +265,20 @@ def _read_files(files: Sequence[Path]) -> Iterator[PacketSource | BadPacket]:
                 # cannot be mapped.
                 data: Buffer = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            yield BadPacket(str(path), 0, f"the file cannot be read: {error.strerror or error}")
+            yield BadPacket(file_name(path), 0, f"the file cannot be read: {error.strerror or error}")
             continue
         if data[:4] == PARQUET_MAGIC:
             yield from _read_parquet(path)
         else:
-            yield from split(data, str(path))
+            yield from split(data, file_name(path))
 
 
 def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
     row = 0
     rows = 1
     try:
-        with pq.ParquetFile(path) as parquet:
+        # pyarrow opens no file whose name is not UTF-8
+        with path.open("rb") as stream, pq.ParquetFile(stream) as parquet:
             if TRUTH_KEY in (parquet.schema_arrow.metadata or {}):
                 return
             rows = parquet.metadata.num_rows
@@ -276,16 +288,16 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
                 known = ", ".join(surveys())
                 named = ", ".join(parquet.schema_arrow.names[:8])
                 reason = f"unsupported table: its first columns are {named}; supported layouts: {known}"
-                yield BadPacket(str(path), 0, reason if rows else "the table has no rows", "skipped", rows)
+                yield BadPacket(file_name(path), 0, reason if rows else "the table has no rows", "skipped", rows)
                 return
             wanted = set(survey.paths)
             chosen = [parquet.schema.column(index).path for index, name in enumerate(columns) if name in wanted]
             for batch in parquet.iter_batches(PARQUET_ROWS, columns=chosen):
-                yield ParquetRows(survey, str(path), row, batch)
+                yield ParquetRows(survey, file_name(path), row, batch)
                 row += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = f"the file cannot be read as Parquet from row {row} on: {error}"
-        yield BadPacket(str(path), row, reason, packets=max(rows - row, 1))
+        yield BadPacket(file_name(path), row, reason, packets=max(rows - row, 1))
 
 
 def survey_of(columns: Iterable[str]) -> Survey | None:

@@ -4,9 +4,11 @@ allowed there."""
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from edgekit.errors import EdgekitError, unknown
@@ -19,6 +21,24 @@ TOML_NAMES = {
     tuple: "an array",
     dict: "a table",
 }
+
+
+LARGEST_TOML, MOST_POINTS = 1 << 20, 5000  # bytes of a file; points in it, which separate the parts of keys
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file. A key of very many parts, and tables in tables in tables, would take the parser's memory in
+    the square of their number."""
+    with path.open("rb") as stream:
+        content = stream.read(LARGEST_TOML + 1)
+    if len(content) > LARGEST_TOML or content.count(b".") > MOST_POINTS:
+        raise EdgekitError(
+            f"{path}: more than {LARGEST_TOML:,} bytes or {MOST_POINTS:,} points; edgekit reads no larger TOML files"
+        )
+    try:
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise EdgekitError(f"{path}: not valid TOML: {error}") from None
 
 
 def from_table(wanted: Any, table: Any, where: str, base: Any = None) -> Any:

@@ -34,6 +34,7 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.graph.external import files
 from edgekit.graph.model import opset
 from exporters.base import described
+from exporters.escape import in_line
 from exporters.target_graph import TargetGraph, requirements
 from exporters.verify import on_onnxruntime, verify
 
@@ -149,7 +150,7 @@ def readme(graph: TargetGraph, command: str, notes: Sequence[str] = ()) -> bytes
         "",
         *never,
     ]
-    return ("\n".join(lines) + "\n").encode()
+    return ("\n".join(line[: len(line) - len(line.lstrip())] + in_line(line) for line in lines) + "\n").encode()
 
 
 Manifest = dict[str, Any]

@@ -20,6 +20,7 @@ from edgekit.graph.opset import to_opset
 from edgekit.passes.half import Half
 from edgekit.targets import profile
 from edgekit.targets.profile import Stack, Target
+from exporters.escape import in_line
 from exporters.float32_pinned import NOTHING, Float32Pinned, float32_pinned
 from exporters.parser_versions import ParserVersion, parser_version
 from exporters.verify import TOLERANCE
@@ -165,17 +166,20 @@ def _float32_pinned(graph: ModelProto, half: Half, where: DeploymentTarget, chos
         return float32_pinned(graph)
 
 
-def requirements(where: DeploymentTarget, *lines: str) -> bytes:
-    """Return requirements.txt for the device, with pinned versions; `lines` replace the requirements of the stack."""
+def requirements(where: DeploymentTarget, *pins: str) -> bytes:
+    """Return requirements.txt for the device, with pinned versions; `pins` replace the requirements of the stack."""
     # numpy 1.19.5, the last for Python 3.6, executes an illegal instruction on Jetsons (numpy/numpy#18131)
     numpy = "numpy==1.19.4" if where.stack.python == "3.6" else "numpy"
     stack = where.stack
-    needed = lines or stack.requirements
-    head = f"# {where.target.title}: {stack.name}" + (f", Python {stack.python}" if stack.python else "")
+    needed = pins or stack.requirements
+    head = [f"# {where.target.title}: {stack.name}" + (f", Python {stack.python}" if stack.python else "")]
     if not needed:
-        head += f"\n# {stack.runtime} comes with {'JetPack ' + stack.jetpack if stack.jetpack else 'its own installer'}"
+        head.append(
+            f"# {stack.runtime} comes with {'JetPack ' + stack.jetpack if stack.jetpack else 'its own installer'}"
+        )
     never = [f"# never: {item.requirement} ({item.why})" for item in where.target.never if item.requirement]
-    return "\n".join([head, *never, *needed, numpy, ""]).encode()
+    lines = [*head, *never, *needed, numpy]
+    return ("\n".join(map(in_line, lines)) + "\n").encode()
 
 
 def refuse(graph: ModelProto, where: DeploymentTarget) -> None:

@@ -22,7 +22,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from edgekit.graph.external import LARGEST
 from edgekit.targets.profile import Stack, Target
 from exporters import engine_check, engines, kit
 from exporters.base import MANIFEST, check_destination, hashes, manifest_bytes, publish
+from exporters.escape import in_line, in_shell
 from exporters.float32_pinned import NOTHING, Float32Pinned
 from exporters.onnx_export import OnnxExporter
 from exporters.target_graph import DeploymentTarget, TargetGraph
@@ -159,8 +159,10 @@ class TensorRtExporter(Exporter):
             graph.pinned,
         )
         stored = cache.folder("tensorrt") / f"{key}.plan"
-        if cached := stored.is_file():
-            engine = stored.read_bytes()
+        found = cache.read(stored)
+        cached = found is not None
+        if found is not None:
+            engine = found
         else:
             flags = _builder_flags(deployment, precision)
             flags += ["PREFER_PRECISION_CONSTRAINTS"] if graph.pinned.layers else []
@@ -267,13 +269,13 @@ def build_script(
     command = " \\\n    ".join(
         [
             '"$TRTEXEC"',
-            *(shlex.quote(option) for option in options(deployment, precision, profile, workspace, level, kept)),
+            *(in_shell(option) for option in options(deployment, precision, profile, workspace, level, kept)),
         ]
     )
     program = JETSON if target.kind == "jetson" else "trtexec"
     compact = parser_version.name.replace(".", "")
     return f"""#!/bin/sh
-# Builds {ENGINE} for {target.title} with {deployment.stack.name}.
+# Builds {ENGINE} for {in_line(target.title)} with {in_line(deployment.stack.name)}.
 # Run it on the device: an engine fits one GPU and one release.
 #   sh build.sh && python3 {kit.CHECK}
 # $TRTEXEC names another trtexec.

@@ -48,6 +48,11 @@ class Columns:
     def __len__(self) -> int:
         return int(self._levels[0, walk.ROWS])
 
+    @property
+    def rows(self) -> int:
+        """Rows of the level that has most: the packets, or the rows of one of their lists."""
+        return int(self._levels[:, walk.ROWS].max())
+
     def read(
         self, data: bytes | memoryview, count: int, plan: ReadPlan | None = None
     ) -> tuple[npt.NDArray[np.int64], Fault | None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from alert_broker.commands.common import MEGABYTE, alert_packages, stopping
-from edgekit.cli.console import note, output, print_json, print_table, progress
+from edgekit.cli.console import note, output, print_json, print_table, printable, progress
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -116,4 +116,4 @@ def _print_account(account: Account, target: Path, errors: Path) -> None:
         shares = ", ".join(f"{stage} {value / total:.0%}" for stage, value in busy.items())
         lines.append(f"{account.packets / total:,.0f} packets/s ({shares})")
     for line in lines:
-        output.print(line)
+        output.print(printable(line))

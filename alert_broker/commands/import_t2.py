@@ -31,7 +31,7 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
     from alert_broker.plasticc import CLASSES
     from edgekit.bundle.format import Manifest, assemble
     from edgekit.bundle.store import default_name, write_bundle
-    from edgekit.bundle.tensors import TensorSpec, arrays_from_bytes, golden_inputs
+    from edgekit.bundle.tensors import TensorSpec, golden_inputs, read_arrays
     from edgekit.compression.job import versions
     from edgekit.data.dataset import Dataset
     from edgekit.errors import EdgekitError
@@ -44,9 +44,7 @@ def import_t2(weights: Path, target: Path, redshift: bool | None, force: bool) -
         raise EdgekitError(f"{target} already exists; choose another name or pass --force to replace it")
     if redshift is None:
         redshift = "wZ" in weights.stem
-    model = from_published(
-        arrays_from_bytes(weights.read_bytes(), str(weights)), context=2 * redshift, source=str(weights)
-    )
+    model = from_published(read_arrays(weights), context=2 * redshift, source=str(weights))
     config = model.config
     if config.classes != len(CLASSES):
         raise EdgekitError(

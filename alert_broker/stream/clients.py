@@ -97,7 +97,7 @@ def open_consumer(settings: dict[str, Secret], hear: Callable[[KafkaError], None
     try:
         return Consumer(settings, logger=KAFKA_LOG, error_cb=hear)
     except (KafkaException, ValueError, TypeError) as error:
-        raise EdgekitError(f"the consumer cannot be configured: {reason_of(error)}") from None
+        raise EdgekitError(f"the consumer cannot be configured: {refusal_of(error, settings)}") from None
 
 
 def open_admin(settings: Mapping[str, Secret], hear: Callable[[KafkaError], None] = note_error) -> AdminClient:
@@ -105,13 +105,24 @@ def open_admin(settings: Mapping[str, Secret], hear: Callable[[KafkaError], None
     try:
         return AdminClient(of_producer(settings), logger=KAFKA_LOG, error_cb=hear)
     except (KafkaException, ValueError, TypeError) as error:
-        raise EdgekitError(f"the client for questions to the broker cannot be configured: {reason_of(error)}") from None
+        raise EdgekitError(
+            f"the client for questions to the broker cannot be configured: {refusal_of(error, settings)}"
+        ) from None
 
 
 def reason_of(error: Exception) -> str:
-    """Return librdkafka's description of an error on one line, without the values that it was given."""
+    """Return librdkafka's description of an error on one line."""
     first = error.args[0] if error.args else error
     return " ".join((first.str() if isinstance(first, KafkaError) else str(first)).split())
+
+
+def refusal_of(error: Exception, settings: Mapping[str, Secret]) -> str:
+    """Why librdkafka refuses the settings, without their values: it quotes those of some settings, such as
+    security.protocol, and a value that stands in the wrong line may be a password."""
+    reason = reason_of(error)
+    for value in sorted((str(item) for item in settings.values()), key=len, reverse=True):
+        reason = reason.replace(f'"{value}"', "(not shown)")
+    return reason
 
 
 def names(partitions: Sequence[TopicPartition]) -> str:

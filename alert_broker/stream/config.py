@@ -47,6 +47,13 @@ class SourceSettings:
         "go-on", "If retention deleted alerts before they were read: count them and go on, or stop."
     )
     drain_seconds: float = _option(20.0, "How long a partition that is taken away may finish what is in flight.")
+    unreadable: Literal["skip", "stop"] = _option(
+        "skip", "What to do with a record batch that cannot be read: a dead letter for each of its offsets, or stop."
+    )
+    unreadable_seconds: float = _option(10.0, "How long such a batch is tried before that.")
+    stop_seconds: float = _option(
+        0.5, "How long alerts in flight may finish after SIGTERM. The rest is not committed and will be read again."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,9 @@ class Model:
     bundle: str = _option("", "Bundle or model's name, for all surveys; by default each survey's own.")
     runtime: str = _option("auto", "c, onnxruntime, torch; auto: c if it can be compiled here.")
     threads: int = _option(0, "Threads of the Gaussian process; 0: all cores.")
+    alert_seconds: float = _option(
+        10.0, "An alert whose light curve takes longer to interpolate becomes a dead letter."
+    )
     reuse: Literal["off", "detections", "points"] = _option(
         "points", "Alerts with the same detections, or points, as their object's last one take its classification."
     )
@@ -172,8 +182,15 @@ class Config:
         ):
             if value < low:
                 raise EdgekitError(f"{name} is {value}; expected {low} or more")
-        if self.batch.seconds <= 0 or self.publish.seconds <= 0:
-            raise EdgekitError("batch.seconds and publish.seconds must be above 0")
+        for name, seconds in (
+            ("batch.seconds", self.batch.seconds),
+            ("publish.seconds", self.publish.seconds),
+            ("model.alert_seconds", self.model.alert_seconds),
+            ("source.stop_seconds", self.source.stop_seconds),
+            ("source.unreadable_seconds", self.source.unreadable_seconds),
+        ):
+            if not seconds > 0:
+                raise EdgekitError(f"{name} is {seconds}; expected a number above 0")
         if self.metrics.listen and not self.metrics.listen.rpartition(":")[2].isdigit():
             raise EdgekitError(f"metrics.listen is {self.metrics.listen!r}; expected HOST:PORT, such as 127.0.0.1:9108")
         if not 0 <= self.dead_letters.max_ratio <= 1:

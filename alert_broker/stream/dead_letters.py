@@ -16,6 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 
 from confluent_kafka import Message
 
@@ -31,9 +32,12 @@ REASON, STATUS, SCHEMA_ID, STACK = (PREFIX + name for name in ("reason", "status
 TOPIC, PARTITION, OFFSET = (PREFIX + name for name in ("topic", "partition", "offset"))
 WHEN, ATTEMPTS, OMITTED = PREFIX + "dead-lettered-at", PREFIX + "attempts", PREFIX + "omitted"
 REDRIVEN = PREFIX + "redriven"  # the run of `redrive` that sent the message last
+UNREADABLE = "unreadable"  # status of a dead letter whose message the broker's client cannot read
 SHOWN = 300  # characters of a reason in messages to people
 MOST_REASON = 4096  # characters of a reason in a header
 LONGEST_CATEGORY = 100  # characters
+_headers = methodcaller("headers")
+COUNT = re.compile("[0-9]{1,9}")
 ALONE = re.compile(
     r"(?<![\w.])\d+(?![\w.])"
 )  # a number on its own, such as a byte or a size; not part of a schema's version
@@ -72,27 +76,67 @@ def position_headers(message: Message) -> Headers:
     return [(TOPIC, topic.encode()), (PARTITION, b"%d" % partition), (OFFSET, b"%d" % offset)]
 
 
+class UnreadableHeadersError(Exception):
+    """The headers of a message cannot be read: the name of one is not UTF-8."""
+
+
 def headers_of(message: Message) -> Headers:
-    found = message.headers() or []
+    """The headers of a message. Call it once for each message.
+
+    If the name of a header is not UTF-8, the binding returns a list that holds a null pointer, and leaves an error
+    behind. The interpreter looks for such an error after a call through `methodcaller`. After a plain call of the
+    method it may not look, and the null pointer crashes the process. A second call leaves no error behind.
+    """
+    try:
+        found = _headers(message) or []
+    except Exception as error:  # UnicodeDecodeError or SystemError, by version of the binding and of Python
+        cause = error.__cause__ or error
+        raise UnreadableHeadersError(f"{type(cause).__name__}: {cause}") from error
     return list(found.items()) if isinstance(found, dict) else list(found)
 
 
 def attempts(headers: Headers) -> int:
-    """How often the message was a dead letter before."""
+    """How often the message was a dead letter before. Whoever sends a message may write anything into this header."""
     text = text_of(dict(headers).get(ATTEMPTS))
-    return int(text) if text.isdigit() else 0
+    return int(text) if COUNT.fullmatch(text) else 0
+
+
+def _our_headers(dead_letter: DeadLetter, message: Message, attempt: int) -> Headers:
+    headers = position_headers(message)
+    headers += [
+        (REASON, dead_letter.reason[:MOST_REASON].encode(errors="replace")),
+        (STATUS, dead_letter.status.encode()),
+        (WHEN, b"%d" % int(time.time() * 1000)),
+        (ATTEMPTS, b"%d" % attempt),
+    ]
+    return headers
 
 
 def outgoing(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
-    """The dead letter as a message: with the key, the payload and the headers of the alert, and headers of edgekit."""
+    """The dead letter as a message. It has the key, the payload and the headers of the alert, and headers of edgekit.
+    If something in the message makes that fail, the dead letter has headers of edgekit only: they say where the
+    message can be read again."""
+    try:
+        return _whole(dead_letter, message, topic)
+    except Exception as error:
+        (name, partition), offset = position_of(message)
+        LOG.warning("the message at %s[%d], offset %d, cannot be copied: %r", name, partition, offset, error)
+        omitted = f"the message, because it cannot be copied ({type(error).__name__}: {error})"
+        headers = _our_headers(dead_letter, message, 1)
+        headers.append((OMITTED, omitted[:MOST_REASON].encode(errors="replace")))
+        return Outgoing(topic, None, headers, dead_letter.index)
+
+
+def _whole(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
     value = message.value()
     before = headers_of(message)
+    if dead_letter.status == UNREADABLE:
+        ours = _our_headers(dead_letter, message, 1)
+        return Outgoing(topic, None, [*ours, (OMITTED, b"the record, because it cannot be read")], dead_letter.index)
     headers: Headers = [
         *((name, content) for name, content in before if not name.startswith(PREFIX) or name == REDRIVEN),
-        *position_headers(message), (REASON, dead_letter.reason[:MOST_REASON].encode(errors="replace")),
-        (STATUS, dead_letter.status.encode()), (WHEN, b"%d" % int(time.time() * 1000)),
-        (ATTEMPTS, b"%d" % (attempts(before) + 1)),
-    ]  # fmt: skip
+        *_our_headers(dead_letter, message, attempts(before) + 1),
+    ]
     if value is not None and value[:1] == WIRE_MAGIC and len(value) >= WIRE_HEADER.size:
         headers.append((SCHEMA_ID, b"%d" % WIRE_HEADER.unpack(value[: WIRE_HEADER.size])[1]))
     if dead_letter.stack:
@@ -125,8 +169,9 @@ class DeadLetterLimits:
         self._dead = self._row = 0
 
     def check(self, dead_letters: Sequence[DeadLetter], count: int) -> None:
-        """Count the dead letters of a batch of `count` alerts; raise if there are too many."""
-        dead = {dead_letter.index: dead_letter for dead_letter in dead_letters}
+        """Count the dead letters of a batch of `count` alerts; raise if there are too many. Unreadable messages do not
+        count: one batch of a producer may hold any number of them."""
+        dead = {dead_letter.index: dead_letter for dead_letter in dead_letters if dead_letter.status != UNREADABLE}
         for index in range(count):
             is_dead = index in dead
             if len(self._window) == self._window.maxlen:

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 from urllib.parse import quote
 
+from edgekit.cli.console import printable
+
 MASK = "***"
 # Parts of a key's name, without dots and dashes. `userinfo` is a schema registry's user:password.
 SECRET_NAMES = (
@@ -100,15 +102,9 @@ class _Formatter(logging.Formatter):
             line = {"time": moment, "level": level, "logger": record.name, "message": message}
             line |= {"exception": trace} if trace else {}
             return json.dumps(line | {f"{key}_" if key in line else key: value for key, value in fields.items()})
-        details = f" ({', '.join(f'{key} {_printable(value)}' for key, value in fields.items())})" if fields else ""
-        lines = [f"{moment} {level:<7} {_printable(message)}{details}", *map(_printable, trace.splitlines())]
+        details = f" ({', '.join(f'{key} {printable(value)}' for key, value in fields.items())})" if fields else ""
+        lines = [f"{moment} {level:<7} {printable(message)}{details}", *map(printable, trace.splitlines())]
         return "\n".join(lines)
-
-
-def _printable(value: object) -> str:
-    """Return the text without characters that would end the line or control the terminal, because messages quote
-    packets."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(value))
 
 
 def _is_secret(key: object) -> bool:

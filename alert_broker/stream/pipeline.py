@@ -31,21 +31,26 @@ from alert_broker.stream.clients import reason_of
 from alert_broker.stream.config import Config
 from alert_broker.stream.connect import reach
 from alert_broker.stream.dead_letters import (
+    UNREADABLE,
     DeadLetter,
     DeadLetterLimits,
     category_of,
     outgoing,
     position_headers,
+    stack_digest,
     without_content,
 )
+from alert_broker.stream.outputs import Registry
 from alert_broker.stream.publish import Outgoing, Refused, open_publisher
-from alert_broker.stream.registry import RegistryError, open_registry
+from alert_broker.stream.registry import HttpRegistry, RegistryError, open_registry
 from alert_broker.stream.reuse import COLUMNS, Reuse
 from alert_broker.stream.rights import require_topics
 from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import LostError, MessageBatch, Source, next_offsets
 from alert_broker.stream.stages import Stages
 from alert_broker.stream.stats import Stats
+from alert_broker.stream.unreadable import UnreadableMessage
+from alert_broker.work_budget import Budget, CancelledError
 from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError
 
@@ -70,22 +75,28 @@ class InFlight:
 
 
 class Pipeline:
-    """The consumer's threads. `run` returns when `stop` says so or when the end of the topic is reached; by then
-    everything in flight is published and committed. It raises if a stage failed or if the ledger does not add up."""
+    """The consumer's threads. `run` returns after `stop` has returned true, or at the end of the topic. At the end of
+    the topic everything is published and committed. After `stop`, what is in flight has `source.stop_seconds` to be
+    published and committed; the rest is given up without a commit, and the next run reads it again. `run` raises if a
+    stage failed or if the ledger does not add up."""
 
     def __init__(self, config: Config, stats: Stats, *, notify: Callable[[str], None] = lambda message: None) -> None:
         from edgekit.importers.files import resolve
 
         self.config, self.stats = config, stats
         bundle = resolve(config.model.bundle) if config.model.bundle else None
-        classifiers = open_classifiers(config, bundle)
+        self._cancelled = threading.Event()  # what is in flight is given up
+        budget = Budget(config.model.alert_seconds, self._cancelled.is_set)
+        classifiers = open_classifiers(config, bundle, budget)
         load_kernels(notify)
         classifiers.open_all()
         for item in classifiers.opened.values():
             item.session.warmup(config.batch.size)
             stats.models[item.bundle.manifest.name] = item.bundle.digest
-        registry = open_registry(config.registry_url()) if config.registry.url else None
-        self.stages = Stages(classifiers, registry.schema if registry else None)
+        self._stopping = threading.Event()  # nobody waits for the registry any more
+        registry = self._open_registry() if config.registry.url else None
+        self._registry = registry
+        self.stages = Stages(classifiers, registry.schema if registry else None, budget)
         routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
         self.router = Router(routes, classifiers.schema, registry=registry) if routes else None
         if self.router is not None:
@@ -94,7 +105,7 @@ class Pipeline:
         self.archive = Archive(Path(config.archive.folder), classifiers.schema) if config.archive.folder else None
         self.source = Source(config, stats)
         try:
-            self.publisher = open_publisher(config, self.source)
+            self.publisher = open_publisher(config, self.source, budget)
         except BaseException:
             self.source.close()
             raise
@@ -103,11 +114,22 @@ class Pipeline:
         self._queues = {
             name: queue.Queue[InFlight | None](config.batch.queue) for name in ("decode", "classify", "publish")
         }
-        self._stopping = threading.Event()
+        self._stopped_at: float | None = None  # monotonic seconds at which `stop` returned true
         self._waiting: deque[InFlight] = deque()  # batches that were read and not yet given to a stage
-        self.source.while_draining = self._hand_on
+        self._stop: Callable[[], bool] = lambda: False
+        self.source.while_draining = self._keep_moving
+        self.source.cancelled = self._cancelled.is_set
+
+    def _open_registry(self) -> Registry:
+        return open_registry(
+            self.config.registry_url(),
+            sleep=self._stopping.wait,
+            stopped=self._stopping.is_set,
+            seconds=self.config.registry.seconds,
+        )
 
     def run(self, stop: Callable[[], bool]) -> None:
+        self._stop = self.source.stopping = stop
         threads = [
             threading.Thread(target=self._serve, args=arguments, name=f"edgekit-{arguments[0]}", daemon=True)
             for arguments in (
@@ -119,20 +141,16 @@ class Pipeline:
         for thread in threads:
             thread.start()
         try:
-            self._poll(stop)
+            self._poll()
         except BaseException as error:
             self._failure = self._failure or error
             if not isinstance(error, Exception):  # a second Ctrl-C: the user does not want to wait
                 raise
         finally:
-            self._stopping.set()
             threading.Thread(target=self._put, args=("decode", None), daemon=True).start()  # may have to wait for room
             if not isinstance(self._failure, KeyboardInterrupt):
-                for thread in threads:
-                    while thread.is_alive():
-                        self.source.serve()
-                        thread.join(IDLE_POLL)
-                if self._failure is None:
+                self._join(threads)
+                if self._failure is None and not self._cancelled.is_set():
                     try:
                         self.stats.ledger.check()  # before partitions are given back, and with them what is in flight
                     except EdgekitError as error:
@@ -142,12 +160,30 @@ class Pipeline:
         if self._failure is not None:
             raise self._failure
 
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        """Wait for the stages. After a stop they have the configured time; then what is left is given up."""
+        for thread in threads:
+            while thread.is_alive():
+                self.source.serve()
+                self._give_up_when_late()
+                thread.join(IDLE_POLL)
+        if self._cancelled.is_set() and self._failure is None:
+            left = self.stats.ledger.total().in_flight
+            LOG.warning("stopped with %d alerts in flight: they were not committed and will be read again", left)
+
+    def _give_up_when_late(self) -> None:
+        """Give up what is in flight after a failure, or if it has not finished in time after a stop."""
+        late = self._is_stopped() and time.monotonic() - (self._stopped_at or 0.0) > self.config.source.stop_seconds
+        if late or self._failure is not None:
+            self._stopping.set()
+            self._cancelled.set()
+
     # --- polling
 
-    def _poll(self, stop: Callable[[], bool]) -> None:
+    def _poll(self) -> None:
         waiting = self._waiting
         full_since = 0.0
-        while self._failure is None and not stop():
+        while self._failure is None and not self._is_stopped():
             if not waiting:
                 batch = self.source.poll(self.config.batch.size, self.config.batch.seconds)
                 if batch is not None:
@@ -171,33 +207,47 @@ class Pipeline:
                     # a paused consumer gets no messages, but must poll to stay in the group and to notice revocations
                     if (batch := self.source.poll(self.config.batch.size, 0.0)) is not None:
                         waiting.append(InFlight(batch))
-        self._stopping.set()  # else a stage that waits for the registry would block here
         while waiting and self._failure is None:
             self._hand_on()
             self.source.serve()
+            self._give_up_when_late()
             time.sleep(IDLE_POLL)
 
-    def _hand_on(self) -> bool:
-        """Give waiting batches to the stages as far as there is room; return whether the stages still work."""
+    def _is_stopped(self) -> bool:
+        if self._stopped_at is None and self._stop():
+            self._stopped_at = time.monotonic()
+            self._stopping.set()
+        return self._stopped_at is not None
+
+    def _keep_moving(self) -> bool:
+        """While a partition is drained: hand on what waits; return whether the stages still work."""
+        self._hand_on()
+        self._give_up_when_late()
+        return not self._cancelled.is_set()
+
+    def _hand_on(self) -> None:
+        """Give waiting batches to the stages as far as there is room."""
         try:
             while self._waiting:
                 self._queues["decode"].put_nowait(self._waiting[0])
                 self._waiting.popleft()
         except queue.Full:
             pass
-        return self._failure is None
 
     # --- stages
 
     def _serve(self, name: str, stage: Callable[[InFlight], InFlight | None], following: str | None) -> None:
-        """Process batches from this stage's queue and pass them on, until None arrives. After a failure, drop them."""
+        """Process batches from this stage's queue and pass them on, until None arrives. After a failure, or once the
+        work in flight is given up, drop them: every later batch is dropped, too, so that none is committed."""
         source = self._queues[name]
         while (work := source.get()) is not None:
             self.stats.queue_depths[name] = source.qsize()
-            if self._failure is not None:
+            if self._failure is not None or self._cancelled.is_set():
                 continue
             try:
                 stage(work)
+            except CancelledError:
+                continue
             except BaseException as error:
                 LOG.debug("the stage %s failed", name, exc_info=True)
                 self._failure = self._failure or error
@@ -217,9 +267,18 @@ class Pipeline:
             try:
                 with self.stats.stage("decode"):
                     work.alerts, work.dead_letters = self.stages.decode(values)
+                for number, dead_letter in enumerate(work.dead_letters):
+                    message: Any = work.batch.messages[dead_letter.index]
+                    if isinstance(message, UnreadableMessage):
+                        work.dead_letters[number] = DeadLetter(dead_letter.index, message.reason, UNREADABLE)
                 return
             except RegistryError as error:  # no alert is at fault: wait; fetching is paused meanwhile
-                if self._stopping.is_set() or time.monotonic() > deadline:
+                if self._stopping.is_set():
+                    raise
+                if isinstance(self._registry, HttpRegistry) and self._registry.blames(error):
+                    LOG.warning("messages with schema %d become dead letters: %s", error.identifier, error)
+                    continue
+                if time.monotonic() > deadline:
                     raise
                 LOG.warning("%s; trying again", error)
                 self._stopping.wait(REGISTRY_RETRY)
@@ -235,13 +294,13 @@ class Pipeline:
         work.alerts = []
 
     def _publish(self, work: InFlight) -> None:
-        batch, rows, index = work.batch, work.rows, work.index
-        assert rows is not None
-        dead_letters = sorted(work.dead_letters, key=lambda dead_letter: dead_letter.index)
-        assert len(index) + len(dead_letters) == len(batch)
-        published, dead = np.zeros(len(batch), np.bool_), np.zeros(len(batch), np.bool_)
         with self.stats.stage("route"):
             results = self._results(work)
+            batch, rows, index = work.batch, work.rows, work.index
+            assert rows is not None
+            dead_letters = sorted(work.dead_letters, key=lambda dead_letter: dead_letter.index)
+            assert len(index) + len(dead_letters) == len(batch)
+            published, dead = np.zeros(len(batch), np.bool_), np.zeros(len(batch), np.bool_)
             published[index if self.archive else [message.alert_index for message in results]] = True
         with self.source.publishing:
             owned = self.source.owned(batch)
@@ -279,9 +338,31 @@ class Pipeline:
             self._account(work, owned, published & ~dead, dead, dead_letters)
 
     def _results(self, work: InFlight) -> list[Outgoing]:
-        """The messages of a batch's rows."""
+        """The messages of a batch's rows. If the program fails on a row, the row's alert becomes a dead letter."""
         if self.router is None or len(work.index) == 0:
             return []
+        try:
+            return self._route(work)
+        except EdgekitError:
+            raise
+        except Exception:
+            LOG.warning("writing the results of a batch failed; each is written alone now", exc_info=True)
+        results: list[Outgoing] = []
+        good: list[int] = []
+        assert work.rows is not None
+        for row, index in enumerate(work.index.tolist()):
+            alone = InFlight(work.batch, rows=work.rows.slice(row, 1), index=work.index[row : row + 1])
+            try:
+                results += self._route(alone)
+                good.append(row)
+            except Exception as error:
+                reason = f"the result cannot be written ({type(error).__name__}: {error})"
+                work.dead_letters.append(DeadLetter(index, reason, stack=stack_digest(error)))
+        work.rows, work.index = work.rows.take(pa.array(good, pa.int64())), work.index[good]
+        return results
+
+    def _route(self, work: InFlight) -> list[Outgoing]:
+        assert self.router is not None
         messages, index = work.batch.messages, work.index.tolist()
         packets = [messages[k].value() or b"" for k in index] if self._attaches else None
         headers = [position_headers(messages[k]) for k in index]
@@ -316,14 +397,14 @@ class Pipeline:
         stats.progress()
 
 
-def open_classifiers(config: Config, bundle: Bundle | None) -> Classifiers:
+def open_classifiers(config: Config, bundle: Bundle | None, budget: Budget | None = None) -> Classifiers:
     """The models. If the configuration says so, each reuses its last classification of an object."""
     same = config.model.reuse
     threads = config.model.threads or None
     if same == "off":
-        return Classifiers(bundle, config.model.runtime, threads=threads)
+        return Classifiers(bundle, config.model.runtime, threads=threads, budget=budget)
     wrap = functools.partial(Reuse, same=same)
-    return Classifiers(bundle, config.model.runtime, threads=threads, wrap=wrap, columns=COLUMNS)
+    return Classifiers(bundle, config.model.runtime, threads=threads, wrap=wrap, columns=COLUMNS, budget=budget)
 
 
 def positions_of(batch: MessageBatch, index: npt.NDArray[np.int64]) -> Positions:

@@ -20,17 +20,19 @@ from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from alert_broker.stream.clients import KAFKA_LOG, REBALANCED, note_error, producer_settings, reason_of
+from alert_broker.stream.clients import KAFKA_LOG, REBALANCED, note_error, producer_settings, reason_of, refusal_of
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.connect import principal
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.rights import missing_right
 from alert_broker.stream.source import LostError, Source
 from alert_broker.stream.watchdog import WATCHDOG
+from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 ATTEMPTS = 5  # at a transaction that the broker asks to have aborted
+FLUSH_SECONDS = 0.2  # between looks whether the consumer stops, while the broker acknowledges
 RENEWALS, RENEWAL_SECONDS = 3, 600.0  # two members with one transactional id fence each other off without end
 CALL_SECONDS = 30.0  # that a call may take which names no limit of its own
 # Errors of one message, not of the broker: sending the message again would fail again
@@ -66,22 +68,24 @@ class Publisher(Protocol):
     def close(self) -> None: ...
 
 
-def open_publisher(config: Config, source: Source) -> Publisher:
+def open_publisher(config: Config, source: Source, budget: Budget | None = None) -> Publisher:
+    """budget: `publish` raises its CancelledError if the broker has not acknowledged when the budget is cancelled. The
+    batch is then not committed."""
     if config.publish.mode == "exactly-once":
-        return ExactlyOnce(config, source)
-    return AtLeastOnce(config, source)
+        return ExactlyOnce(config, source, budget)
+    return AtLeastOnce(config, source, budget)
 
 
 class Sender:
     """A producer that records which messages failed."""
 
-    def __init__(self, settings: dict[str, Secret], seconds: float) -> None:
+    def __init__(self, settings: dict[str, Secret], seconds: float, budget: Budget | None = None) -> None:
         self.failed: list[tuple[Outgoing, KafkaError]] = []
-        self.seconds = seconds
+        self.seconds, self._budget = seconds, budget or Budget()
         try:
             self.producer = Producer(settings, logger=KAFKA_LOG, error_cb=note_error)
         except (KafkaException, ValueError, TypeError) as error:
-            raise EdgekitError(f"the producer cannot be configured: {reason_of(error)}") from None
+            raise EdgekitError(f"the producer cannot be configured: {refusal_of(error, settings)}") from None
 
     def send(self, messages: Sequence[Outgoing]) -> Refused:
         """Send all messages and wait for the broker. Messages that no broker would ever accept are returned with the
@@ -101,10 +105,13 @@ class Sender:
                     break
                 except BufferError:  # librdkafka's queue is full: let it send some
                     self._serve(self.producer.poll, 0.1)
+                    self._budget.check()
                 except KafkaException as error:
                     self.failed.append((message, error.args[0]))
                     break
-        left = self.flush(self.seconds + 5.0)  # librdkafka gives up by itself within the first
+        deadline = time.monotonic() + self.seconds + 5.0  # librdkafka itself gives up after `seconds`
+        while (left := self.flush(FLUSH_SECONDS)) and time.monotonic() < deadline:
+            self._budget.check()
         lost = [(message, error) for message, error in self.failed if error.code() not in UNSENDABLE]
         if left or lost:
             raise NotSentError(lost[0][1], lost[0][0].topic) if lost else NotSentError(MSG_TIMED_OUT)
@@ -137,9 +144,9 @@ class Sender:
 class AtLeastOnce:
     """Send, wait for all delivery reports, commit."""
 
-    def __init__(self, config: Config, source: Source) -> None:
+    def __init__(self, config: Config, source: Source, budget: Budget | None = None) -> None:
         self._source = source
-        self._sender = Sender(producer_settings(config), config.publish.seconds)
+        self._sender = Sender(producer_settings(config), config.publish.seconds, budget)
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
         try:
@@ -154,20 +161,20 @@ class AtLeastOnce:
 
     def close(self) -> None:
         with contextlib.suppress(NotSentError):  # `publish` has waited for all that matters
-            self._sender.flush(1.0)
+            self._sender.flush(FLUSH_SECONDS)
 
 
 class ExactlyOnce:
     """One transaction per batch, with the offsets in it."""
 
-    def __init__(self, config: Config, source: Source) -> None:
+    def __init__(self, config: Config, source: Source, budget: Budget | None = None) -> None:
         name = config.transactional_id()
         if not name:
             raise EdgekitError(
                 "exactly-once needs a name of this member that outlives it, so that a new one fences the old one off; "
                 "set publish.transactional_id or source.instance, another one for each member"
             )
-        self._source, self._seconds = source, config.publish.seconds
+        self._source, self._seconds, self._budget = source, config.publish.seconds, budget
         self._name, self._who = name, principal(config.kafka)
         self._settings = producer_settings(config)
         del self._settings["delivery.timeout.ms"]  # the transaction's time is the limit
@@ -200,7 +207,7 @@ class ExactlyOnce:
         pass  # no transaction is open between batches
 
     def _open(self) -> None:
-        self._sender = Sender(self._settings, self._seconds)
+        self._sender = Sender(self._settings, self._seconds, self._budget)
         self._guard(self._sender.producer.init_transactions, self._seconds)
 
     def _transaction(self, batch: list[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
@@ -211,6 +218,10 @@ class ExactlyOnce:
             self._send(batch, offsets, instead)
         except LostError:
             self._guard(producer.abort_transaction, self._seconds)
+            raise
+        except CancelledError:
+            with contextlib.suppress(KafkaException), WATCHDOG.limit("abort_transaction", FLUSH_SECONDS):
+                producer.abort_transaction(FLUSH_SECONDS)  # if it fails, the next process of this member aborts it
             raise
         except (AbortedError, NotSentError) as error:
             if isinstance(error, NotSentError) and error.fatal:
@@ -229,7 +240,11 @@ class ExactlyOnce:
         positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
         if positions:
             metadata = self._source.group_metadata()
+            since = time.monotonic()
             self._guard(producer.send_offsets_to_transaction, positions, metadata, self._seconds)
+            if time.monotonic() - since > self._source.session_seconds:
+                # a broker should refuse the offsets of a member that is out of its group, but not every broker does
+                raise AbortedError("this process was suspended for longer than its session")
         self._guard(producer.commit_transaction, self._seconds)
 
     def _renew(self, reason: str, offsets: Mapping[Partition, int]) -> bool:

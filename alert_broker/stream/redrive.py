@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from alert_broker.stream.dead_letters import (
     REASON,
     REDRIVEN,
     TOPIC,
+    UnreadableHeadersError,
     attempts,
     headers_of,
     text_of,
 )
 from alert_broker.stream.ledger import Partition
-from alert_broker.stream.publish import NotSentError, Outgoing, Sender
+from alert_broker.stream.publish import Headers, NotSentError, Outgoing, Sender
 from alert_broker.stream.source import position_of
 from edgekit.errors import EdgekitError
 
@@ -36,6 +38,7 @@ JOIN_SECONDS = (
     90.0  # to wait for a partition: a member that was killed holds its partitions for a session, 45 s by default
 )
 READ_SECONDS = 30.0  # to wait for a message at an offset
+NUMBER = re.compile("[0-9]{1,18}")  # a partition or an offset in a header
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Originals:
                 if error is None:
                     return message if message.offset() == offset else None
                 if error.code() in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET):
+                    return None
+                if error.code() == KafkaError._BAD_COMPRESSION:  # why the dead letter has no payload
                     return None
                 if error.code() in HOPELESS:
                     raise EdgekitError(f"{topic} cannot be read: {error.str()}")
@@ -146,7 +151,7 @@ def redrive(
                     continue
                 where, offset = position_of(message)
                 at_end.discard(where)
-                headers = headers_of(message)
+                headers = readable_headers(message)
                 if text_of(dict(headers).get(REDRIVEN)) == run:
                     again.add(where)
                 if where in again:
@@ -154,7 +159,7 @@ def redrive(
                 after[where] = offset + 1
                 if reason not in text_of(dict(headers).get(REASON)) or attempts(headers) > max_attempts:
                     passed += 1
-                elif (dead_letter := restored(message, len(batch), originals, to_topic, run)) is None:
+                elif (dead_letter := restored(message, headers, len(batch), originals, to_topic, run)) is None:
                     gone += 1
                 else:
                     batch.append(dead_letter)
@@ -199,10 +204,24 @@ def commit(consumer: Consumer, after: dict[Partition, int]) -> None:
         LOG.warning("the group was rebalanced: another member may send some dead letters again")
 
 
-def restored(message: Message, index: int, originals: Originals, to_topic: str, run: str) -> Outgoing | None:
+def readable_headers(message: Message) -> Headers:
+    """The headers of a message; none if they cannot be read. `outgoing` sends no dead letter with such headers, but
+    another program may have written to the topic."""
+    try:
+        return headers_of(message)
+    except UnreadableHeadersError as error:
+        (topic, partition), offset = position_of(message)
+        LOG.warning(
+            "the headers of the message at %s[%d], offset %d, cannot be read: %s", topic, partition, offset, error
+        )
+        return []
+
+
+def restored(
+    message: Message, headers: Headers, index: int, originals: Originals, to_topic: str, run: str
+) -> Outgoing | None:
     """The message to send for a dead letter: the alert with its original payload, and edgekit's headers, which count
     its failures; None if the payload is nowhere any more."""
-    headers = headers_of(message)
     named = {name: text_of(content) for name, content in headers}
     (own, partition), offset = position_of(message)
     topic = to_topic or named.get(TOPIC, "")
@@ -217,6 +236,9 @@ def restored(message: Message, index: int, originals: Originals, to_topic: str, 
     ]
     if OMITTED not in named:
         return Outgoing(topic, message.value(), ours, index, message.key())
+    if TOPIC not in named or not all(NUMBER.fullmatch(named.get(name, "")) for name in (PARTITION, OFFSET)):
+        LOG.warning("the message at %s[%d], offset %d, does not say where its payload is", own, partition, offset)
+        return None
     position = named[TOPIC], int(named[PARTITION]), int(named[OFFSET])
     alert = originals.read(*position)
     if alert is None:
@@ -229,5 +251,5 @@ def restored(message: Message, index: int, originals: Originals, to_topic: str, 
             named[OMITTED],
         )
         return None
-    theirs = [(name, content) for name, content in headers_of(alert) if not name.startswith(PREFIX)]
+    theirs = [(name, content) for name, content in readable_headers(alert) if not name.startswith(PREFIX)]
     return Outgoing(topic, alert.value(), [*theirs, *ours], index, alert.key())

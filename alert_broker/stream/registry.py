@@ -3,8 +3,10 @@
 `http://`, `https://`: a Confluent-compatible service (REST, `/schemas/ids/ID` and `/subjects/SUBJECT/versions`).
 `file:FOLDER`: `ID.avsc` files in a folder, for one machine. `mock://NAME`: in this process's memory, for tests.
 
-An id that the registry does not know is a `PacketError`: the packet's fault, a dead letter. A registry that does not
-answer is a `RegistryError`: no packet may be lost for that, so the consumer tries again later, from the same offset.
+An id that the registry does not know, or for which it has no usable schema, is a `PacketError`: its messages become
+dead letters. A registry that does not answer is a `RegistryError`: no message may be lost for that, so the consumer
+tries again later, from the same offset. If a registry answers other questions and fails on one id again and again, the
+schema with that id is at fault.
 """
 
 from __future__ import annotations
@@ -19,22 +21,30 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from alert_broker.containers import UnknownSchemaError
 from alert_broker.stream.outputs import Registry
 from alert_broker.surveys.base import PacketError
 from edgekit.errors import EdgekitError
 
 CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
-TIMEOUT_SECONDS = 5.0  # of one request
-DELAYS = (0.2, 0.5, 1.0)  # seconds before each further try, for a hiccup; what lasts longer is the caller's to wait for
+TIMEOUT_SECONDS = 5.0  # of one request, from its start to the last byte of the answer
+LOOK_SECONDS = 0.05  # between looks whether the consumer stops, while a request is under way
+DELAYS = (
+    0.2,
+    0.5,
+    1.0,
+)  # seconds before each further try of a request; the caller decides how long to go on after that
+CHUNK = 65_536  # bytes of an answer that are read at a time
 LARGEST_ANSWER = 16 << 20  # bytes; LSST's schema takes 0.2 MB
-FORGET_UNKNOWN_SECONDS = (
-    60.0  # an id that was unknown is asked for again after this: its schema may have been registered
-)
-MOST_UNKNOWN = 10_000  # of them remembered
+FORGET_UNKNOWN_SECONDS = 60.0  # then an id without a schema is asked for again: it may have been registered since
+MOST_UNKNOWN = 10_000  # ids without a schema that are remembered
+FAILURES = 2  # on one schema, while the registry answers other questions, after which the schema is at fault
 LARGEST_ID = 2**31 - 1
 ADVICE = {
     401: "check user and password",
@@ -45,16 +55,30 @@ ADVICE = {
 
 
 class RegistryError(EdgekitError):
-    """The registry did not answer, or not as a registry should; whoever needs its schemas should try again later."""
+    """The registry did not answer, or not as a registry should. The caller should try again later. identifier: the
+    schema that was asked for."""
+
+    identifier: int | None = None
+
+
+def never() -> bool:
+    return False
 
 
 def open_registry(
-    url: str, *, user: str = "", password: str = "", sleep: Callable[[float], None] = time.sleep
+    url: str,
+    *,
+    user: str = "",
+    password: str = "",
+    sleep: Callable[[float], object] = time.sleep,
+    stopped: Callable[[], bool] = never,
+    seconds: float = TIMEOUT_SECONDS,
 ) -> Registry:
-    """The registry at a URL; user and password, also inside the URL, are for basic authentication and never shown."""
+    """The registry at a URL. user, password: for basic authentication; they may also stand inside the URL, and are
+    never shown. stopped: once it returns true, a request under way is given up; seconds: for one request."""
     scheme, _, rest = url.partition(":")
     if scheme in ("http", "https"):
-        return HttpRegistry.at(url, user, password, sleep)
+        return HttpRegistry.at(url, user, password, sleep, stopped, min(seconds, TIMEOUT_SECONDS))
     if scheme == "file":
         return FolderRegistry(Path(rest.removeprefix("//")))
     if scheme == "mock":
@@ -65,8 +89,8 @@ def open_registry(
     )
 
 
-def _unknown_id(identifier: int, where: str) -> PacketError:
-    return PacketError(f"unknown schema id {identifier}: neither one of LSST's that is installed nor in {where}")
+def _unknown_id(identifier: int, where: str) -> UnknownSchemaError:
+    return UnknownSchemaError(f"unknown schema id {identifier}: neither one of LSST's that is installed nor in {where}")
 
 
 @dataclass(slots=True)
@@ -109,7 +133,9 @@ class FolderRegistry:
                 raise RegistryError(
                     f"the schema registry's folder {self.folder} does not exist; create it, or name another one"
                 ) from None
-            except (OSError, UnicodeDecodeError) as error:
+            except (UnicodeDecodeError, IsADirectoryError) as error:
+                raise PacketError(f"schema {identifier} in {self.folder} cannot be read: {error}") from None
+            except OSError as error:
                 raise RegistryError(f"the schema registry {self.folder} cannot be read: {error}") from error
         return self._known[identifier]
 
@@ -142,13 +168,24 @@ class HttpRegistry:
 
     url: str
     _headers: Mapping[str, str] = field(repr=False)
-    _sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    _sleep: Callable[[float], object] = field(default=time.sleep, repr=False)
+    _stopped: Callable[[], bool] = field(default=never, repr=False)
+    _seconds: float = TIMEOUT_SECONDS
     _known: dict[int, str] = field(default_factory=dict, repr=False)
-    _unknown: dict[int, float] = field(default_factory=dict, repr=False)  # id to when it was asked for
+    _unknown: dict[int, tuple[float, PacketError]] = field(default_factory=dict, repr=False)  # when and why
+    _failed: dict[int, int] = field(default_factory=dict, repr=False)  # how often while the registry worked
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def at(cls, url: str, user: str, password: str, sleep: Callable[[float], None] = time.sleep) -> HttpRegistry:
+    def at(
+        cls,
+        url: str,
+        user: str,
+        password: str,
+        sleep: Callable[[float], object] = time.sleep,
+        stopped: Callable[[], bool] = never,
+        seconds: float = TIMEOUT_SECONDS,
+    ) -> HttpRegistry:
         try:
             parts = urllib.parse.urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -165,29 +202,62 @@ class HttpRegistry:
         headers = {"Accept": f"{CONTENT_TYPE}, application/json", "Content-Type": CONTENT_TYPE}
         if user:
             headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
-        return cls(shown, headers, sleep)
+        return cls(shown, headers, sleep, stopped, seconds)
 
     def schema(self, identifier: int) -> str:
         if identifier not in self._known:
-            asked = self._unknown.get(identifier)
-            if asked is not None and time.monotonic() - asked < FORGET_UNKNOWN_SECONDS:
-                raise _unknown_id(identifier, self.url)
-            answer = self._ask("GET", f"/schemas/ids/{identifier}") if 0 <= identifier <= LARGEST_ID else None
-            if answer is None:
-                if len(self._unknown) >= MOST_UNKNOWN:
-                    self._unknown.clear()
-                self._unknown[identifier] = time.monotonic()
-                raise _unknown_id(identifier, self.url)
-            if answer.get("schemaType", "AVRO") != "AVRO":
-                raise PacketError(f"schema {identifier} in {self.url} is {answer['schemaType']!r}; expected AVRO")
-            if answer.get("references"):
-                raise PacketError(
-                    f"schema {identifier} in {self.url} refers to other schemas; register it without references"
-                )
-            if not isinstance(answer.get("schema"), str):
-                raise RegistryError(f"the schema registry {self.url} has no text for schema {identifier}")
-            self._known[identifier] = answer["schema"]
+            asked, reason = self._unknown.get(identifier, (-FORGET_UNKNOWN_SECONDS, None))
+            if reason is not None and time.monotonic() - asked < FORGET_UNKNOWN_SECONDS:
+                raise reason
+            try:
+                self._known[identifier] = self._ask_schema(identifier)
+            except PacketError as error:
+                self._remember(identifier, error)
+                raise
+            except RegistryError as error:
+                error.identifier = identifier
+                raise
+            self._failed.pop(identifier, None)
         return self._known[identifier]
+
+    def _ask_schema(self, identifier: int) -> str:
+        answer = self._ask("GET", f"/schemas/ids/{identifier}") if 0 <= identifier <= LARGEST_ID else None
+        if answer is None:
+            raise _unknown_id(identifier, self.url)
+        if answer.get("schemaType", "AVRO") != "AVRO":
+            raise PacketError(f"schema {identifier} in {self.url} is {answer['schemaType']!r}; expected AVRO")
+        if answer.get("references"):
+            raise PacketError(
+                f"schema {identifier} in {self.url} refers to other schemas; register it without references"
+            )
+        text = answer.get("schema")
+        if not isinstance(text, str):
+            raise PacketError(f"the schema registry {self.url} has no text for schema {identifier}")
+        return text
+
+    def blames(self, error: RegistryError) -> bool:
+        """Whether the schema that was asked for is at fault, and not the registry: the registry has failed on it
+        `FAILURES` times and answers another question each time. Its messages then become dead letters."""
+        identifier = error.identifier
+        if identifier is None:
+            return False
+        try:
+            status, _ = self._exchange(urllib.request.Request(f"{self.url}/schemas/types", headers=dict(self._headers)))
+        except (OSError, http.client.HTTPException, ValueError):
+            return False
+        if status != 200:
+            return False
+        self._failed[identifier] = self._failed.get(identifier, 0) + 1
+        if self._failed[identifier] < FAILURES:
+            return False
+        del self._failed[identifier]
+        self._remember(identifier, PacketError(f"schema {identifier} cannot be had: {error}"))
+        return True
+
+    def _remember(self, identifier: int, error: PacketError) -> None:
+        if len(self._unknown) >= MOST_UNKNOWN:
+            self._unknown.clear()
+        self._unknown[identifier] = time.monotonic(), error
 
     def register(self, subject: str, schema: str) -> int:
         if (subject, schema) not in self._numbers:
@@ -200,32 +270,56 @@ class HttpRegistry:
         return self._numbers[subject, schema]
 
     def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any] | None:
-        """The answer; None if what was asked for is not there. What may pass is tried again."""
+        """The answer; None if the registry does not have what was asked for. A failure that may pass is tried again."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, dict(self._headers), method=method)
         for delay in (*DELAYS, None):
             try:
-                with _opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-                    answer = json.loads(response.read(LARGEST_ANSWER))
-                if isinstance(answer, dict):
-                    return answer
-                reason = "its answer is no JSON object"
-            except urllib.error.HTTPError as error:
-                with error:
-                    if error.code == 404 and method == "GET" and _error_code(error) != 404:
-                        return None
-                    reason = f"HTTP status {error.code} ({error.reason}) for {path}"
-                    if error.code < 500 and error.code not in (408, 429):
-                        advice = ADVICE.get(error.code, "check the URL")
-                        raise RegistryError(f"the schema registry {self.url} refuses: {reason}; {advice}") from None
+                status, content = self._exchange(request)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = str(getattr(error, "reason", "") or error or type(error).__name__)
+            else:
+                answer = _json_object(content)
+                if status < 300:
+                    if answer is not None:
+                        return answer
+                    reason = "its answer is no JSON object"
+                else:
+                    code = (answer or {}).get("error_code")
+                    if status == 404 and method == "GET" and isinstance(code, int) and code != 404:
+                        return None
+                    reason = f"HTTP status {status} for {path}"
+                    if status < 500 and status not in (408, 429):
+                        advice = ADVICE.get(status, "check the URL")
+                        if method == "GET" and isinstance(code, int) and status not in (401, 403, 404):
+                            raise PacketError(f"the schema registry {self.url} refuses: {reason}; {advice}")
+                        raise RegistryError(f"the schema registry {self.url} refuses: {reason}; {advice}")
             if delay is not None:
                 self._sleep(delay)
         raise RegistryError(
             f"the schema registry {self.url} does not answer: {reason} (tried {len(DELAYS) + 1} times); "
             "nothing is lost; start again when it answers"
         )
+
+    def _exchange(self, request: urllib.request.Request) -> tuple[int, bytes]:
+        """The status and the content of the answer, in `_seconds` altogether. The request has a thread of its own,
+        because looking up a name, TLS and headers take as long as the other side likes, a byte at a time."""
+        future: Future[tuple[int, bytes]] = Future()
+        deadline = time.monotonic() + self._seconds
+
+        def work() -> None:
+            try:
+                future.set_result(_read(request, self._seconds, deadline))
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=work, name="edgekit-registry", daemon=True).start()
+        while not wait([future], LOOK_SECONDS).done:
+            if self._stopped():
+                raise RegistryError(f"the schema registry {self.url} does not answer, and the consumer stops")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no complete answer within {self._seconds:g} s")
+        return future.result()
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -238,13 +332,28 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _opener = urllib.request.build_opener(_NoRedirect)
 
 
-def _error_code(error: urllib.error.HTTPError) -> int:
-    """The registry's own error code, such as 40403 for an unknown schema; 404 if another server's page was returned."""
+def _read(request: urllib.request.Request, seconds: float, deadline: float) -> tuple[int, bytes]:
+    """The status and the content of an answer. The deadline also ends the thread of a request that was given up."""
     try:
-        code = json.loads(error.read(LARGEST_ANSWER)).get("error_code")
-    except (ValueError, AttributeError, OSError):
-        return 404
-    return code if isinstance(code, int) else 404
+        response = _opener.open(request, timeout=seconds)
+    except urllib.error.HTTPError as error:
+        response = error  # the answer, all the same
+    with response:
+        content = b""
+        while chunk := response.read1(CHUNK):
+            content += chunk
+            if len(content) > LARGEST_ANSWER or time.monotonic() > deadline:
+                raise TimeoutError(f"{len(content)} bytes of an answer came, and not its end")
+        return int(response.status), content
+
+
+def _json_object(content: bytes) -> dict[str, Any] | None:
+    """None for anything else, such as another server's page."""
+    try:
+        answer = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def _same(first: str, second: str) -> bool:

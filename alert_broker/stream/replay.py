@@ -21,7 +21,7 @@ from alert_broker.avro.columns import Columns
 from alert_broker.containers import AVRO_MAGIC, WIRE_HEADER, Block, Schema, header_end, split
 from alert_broker.packets import PARQUET_MAGIC, find_files
 from alert_broker.simulate import SimulatedAlert
-from alert_broker.stream.clients import reason_of
+from alert_broker.stream.clients import refusal_of
 from alert_broker.stream.config import Secret
 from alert_broker.stream.tables import container, table_packets
 from edgekit.errors import EdgekitError
@@ -127,7 +127,7 @@ def send(
             "delivery.report.only.error": True, "on_delivery": report,
         })  # fmt: skip
     except (KafkaException, ValueError, TypeError) as error:
-        raise EdgekitError(f"the producer cannot be configured: {reason_of(error)}") from None
+        raise EdgekitError(f"the producer cannot be configured: {refusal_of(error, settings)}") from None
     started = time.monotonic()
     count = size = 0
     late = 0.0

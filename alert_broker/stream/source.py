@@ -41,7 +41,9 @@ from alert_broker.stream.ledger import Partition
 from alert_broker.stream.rights import missing_right
 from alert_broker.stream.start import reset_group
 from alert_broker.stream.stats import Stats
+from alert_broker.stream.unreadable import UnreadableBatches
 from alert_broker.stream.watchdog import WATCHDOG
+from alert_broker.work_budget import CancelledError
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -120,12 +122,19 @@ class Source:
         self._largest = USUAL_BYTES  # bytes of a message, so far
         # keeps what is in flight moving; False if it has stopped
         self.while_draining: Callable[[], bool] = lambda: True
+        self.stopping: Callable[[], bool] = lambda: False  # whether `poll` should return early
+        self.cancelled: Callable[[], bool] = lambda: False  # whether what is in flight was given up
         self._thread = get_ident()
         self._requests: SimpleQueue[Request] = SimpleQueue()
         settings = consumer_settings(config)
+        # of librdkafka, where [kafka] does not say
+        self.session_seconds = float(settings.get("session.timeout.ms", 45_000)) / 1000.0
+        self._heartbeat_seconds = float(settings.get("heartbeat.interval.ms", 3_000)) / 1000.0
+        self._polled, self._in_doubt_until = math.inf, 0.0
         if config.source.start_at not in ("earliest", "latest"):
             reset_group(config, settings)
         self.consumer = open_consumer(settings)
+        self._unreadable = UnreadableBatches(self.consumer, config.source)
         self._lag = Lag(config)
         for topic in config.source.topics:
             partitions_of(self.consumer, topic)  # a broker or a topic that is not there shows now
@@ -138,6 +147,9 @@ class Source:
     def poll(self, size: int, seconds: float) -> MessageBatch | None:
         """Up to `size` messages within these seconds, or until they have `batch.bytes`: the last one may go over it,
         and so may others that come with it if they are larger than any before. None where there were none."""
+        if self._unreadable.skipped:
+            self.serve()
+            return self._skipped(size)
         messages: list[Message] = []
         room = self.config.batch.bytes
         deadline = time.monotonic() + seconds
@@ -148,7 +160,7 @@ class Source:
             slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             number = min(size - len(messages), max(1, room // self._largest))
             with WATCHDOG.limit("consume", CALL_SECONDS):
-                found = self.consumer.consume(number, slice_seconds)
+                found = self._unreadable.take(self.consumer.consume(number, slice_seconds), self._next)
             sizes = [len(message) for message in found]
             self._largest, room = max(self._largest, *sizes, 0), room - sum(sizes)
             if self._generations != before:
@@ -157,7 +169,7 @@ class Source:
             messages += found
             if self._generations != before:
                 break
-            if len(messages) >= size or room <= 0 or time.monotonic() >= deadline:
+            if len(messages) >= size or room <= 0 or time.monotonic() >= deadline or self.stopping():
                 break
         good: list[Message] = []
         index: dict[Partition, int] = {}
@@ -177,6 +189,21 @@ class Source:
         if not good:
             self._look_at_lag()
             return None
+        return self._batch(good, index, partition, offset)
+
+    def _skipped(self, size: int) -> MessageBatch:
+        """Offsets of a batch that cannot be read, as messages. Nothing is fetched before all of them were given."""
+        skipped = self._unreadable.skipped
+        chosen: list[Any] = [skipped.popleft() for _ in range(min(size, len(skipped)))]
+        index: dict[Partition, int] = {}
+        partition = [index.setdefault(item.where, len(index)) for item in chosen]
+        self._next |= {item.where: item.at + 1 for item in chosen}
+        return self._batch(chosen, index, partition, [item.at for item in chosen])
+
+    def _batch(
+        self, good: Sequence[Message], index: dict[Partition, int], partition: list[int], offset: list[int]
+    ) -> MessageBatch:
+        """These messages, counted as consumed."""
         batch = MessageBatch(
             good,
             tuple(index),
@@ -221,6 +248,7 @@ class Source:
 
     def serve(self) -> None:
         """Do what the publishing thread has requested."""
+        self._note_suspension()
         while True:
             try:
                 self._requests.get_nowait().serve()
@@ -289,15 +317,31 @@ class Source:
         return {(item.topic, item.partition): item.offset for item in found}
 
     def group_metadata(self) -> Any:
-        """What a transaction needs to commit our offsets. LostError if we are out of the group: brokers take offsets
-        in a transaction from one who names no member, whoever owns the partition by now."""
+        """What a transaction needs to commit our offsets. LostError if this member is out of the group: brokers accept
+        offsets in a transaction that names no member, whoever owns the partition now.
+
+        If this process was suspended for longer than its session, it may be out of the group without knowing it. Then
+        this waits until heartbeats have been answered, or refused.
+        """
 
         def ask() -> Any:
             if self._losing or not self.consumer.memberid():
-                raise LostError("the group goes on without us")
-            return self.consumer.consumer_group_metadata()
+                raise LostError("the group goes on without this member")
+            return None if time.monotonic() < self._in_doubt_until else self.consumer.consumer_group_metadata()
 
-        return self._ask(ask)
+        while (found := self._ask(ask)) is None:
+            if self.cancelled():
+                raise CancelledError
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def _note_suspension(self) -> None:
+        """Called by the thread that polls, every few milliseconds unless the whole process is suspended."""
+        now = time.monotonic()
+        if now - self._polled > self.session_seconds:
+            LOG.warning("this process was suspended for %.0f s: another member may have taken over", now - self._polled)
+            self._in_doubt_until = now + 2.0 * self._heartbeat_seconds
+        self._polled = now
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         if get_ident() == self._thread:
@@ -364,6 +408,7 @@ class Source:
                 self._at_end.discard(where)
                 self.stats.lag.pop(where, None)
                 self._next.pop(where, None)
+                self._unreadable.forget(where)
                 self._without_position.pop(where, None)
                 self._lag.forget(where)
                 if number := self.stats.ledger.revoke(where):

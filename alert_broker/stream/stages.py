@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from alert_broker import containers
 from alert_broker.avro.columns import Columns
 from alert_broker.avro.plan import ReadPlan
-from alert_broker.classify import Classifiers
+from alert_broker.classify import OVER_TIME, Classifiers
 from alert_broker.containers import BadPacket
 from alert_broker.packets import AlertBatch, batches
 from alert_broker.stream.dead_letters import DeadLetter, stack_digest
+from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -23,10 +25,16 @@ MOST_POOLED = 64  # schemas whose read buffers are kept for the next batch; pack
 
 
 class Stages:
-    """Decodes and classifies batches of payloads. The schemas' read buffers are pooled from batch to batch."""
+    """Decodes and classifies batches of payloads. The schemas' read buffers are pooled from batch to batch. budget:
+    that of the classifiers; a CancelledError ends the work on a batch."""
 
-    def __init__(self, classifiers: Classifiers, schema_text: Callable[[int], str] | None = None) -> None:
-        self.classifiers, self.schema_text = classifiers, schema_text
+    def __init__(
+        self,
+        classifiers: Classifiers,
+        schema_text: Callable[[int], str] | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        self.classifiers, self.schema_text, self._budget = classifiers, schema_text, budget or Budget()
         self._buffer_pool: dict[ReadPlan, Columns] = {}
 
     def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[DeadLetter]]:
@@ -38,8 +46,8 @@ class Stages:
         indices = list(enumerate(values))
         try:
             alerts, dead_letters = self._decode(indices)
-        except EdgekitError:
-            raise  # the registry does not answer: no alert is at fault
+        except (EdgekitError, CancelledError):
+            raise  # the registry does not answer, or the consumer stops: no alert is at fault
         except Exception:
             LOG.warning("decoding a batch failed; each of its alerts is decoded alone now", exc_info=True)
             alerts, dead_letters, again = [], [], indices
@@ -54,7 +62,7 @@ class Stages:
         for index in again:
             try:
                 some, others = self._decode([index])
-            except EdgekitError:
+            except (EdgekitError, CancelledError):
                 raise
             except Exception as error:
                 reason = f"decoding failed ({type(error).__name__}: {error})"
@@ -66,7 +74,7 @@ class Stages:
     def _decode(self, values: Sequence[tuple[int, bytes | None]]) -> tuple[list[AlertBatch], list[DeadLetter]]:
         alerts: list[AlertBatch] = []
         dead_letters: list[DeadLetter] = []
-        blocks = (containers.message(value or b"", index, self.schema_text) for index, value in values)
+        blocks = (self._block(index, value) for index, value in values)
         buffer_pool, self._buffer_pool = self._buffer_pool, {}  # the buffers must not be used again if decoding raises
         for item in batches(blocks, len(values), buffer_pool):
             if isinstance(item, BadPacket):
@@ -75,6 +83,10 @@ class Stages:
                 alerts.append(item)
         self._buffer_pool = buffer_pool if len(buffer_pool) <= MOST_POOLED else {}
         return alerts, dead_letters
+
+    def _block(self, index: int, value: bytes | None) -> containers.Block | BadPacket:
+        self._budget.check()
+        return containers.message(value or b"", index, self.schema_text)
 
     def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[DeadLetter]]:
         """The rows of all alerts that can be classified, in the order of their messages, and the alerts on which the
@@ -91,9 +103,9 @@ class Stages:
     def _classify(self, batch: AlertBatch, parts: list[pa.RecordBatch], dead_letters: list[DeadLetter]) -> None:
         count = len(batch.curves)
         try:
-            parts.append(self.classifiers(batch))
-        except EdgekitError:
-            raise  # the model cannot be used: the alert is not at fault
+            rows = self.classifiers(batch)
+        except (EdgekitError, CancelledError):
+            raise  # the model cannot be used, or the consumer stops: the alert is not at fault
         except Exception as error:
             if count > 1:  # halve the batch until the alert that fails is alone
                 middle = count // 2
@@ -106,3 +118,10 @@ class Stages:
             LOG.exception("classifying an alert failed")
             reason = f"classifying failed ({type(error).__name__}: {error})"
             dead_letters.append(DeadLetter(batch.alerts["offset"][0].as_py(), reason, stack=stack_digest(error)))
+            return
+        late = pc.fill_null(pc.equal(rows["status"], OVER_TIME), False)
+        dead_letters += [
+            DeadLetter(offset, f"{OVER_TIME}: {self._budget.seconds:g} s (model.alert_seconds)")
+            for offset in rows["offset"].filter(late).to_pylist()
+        ]
+        parts.append(rows.filter(pc.invert(late)))

@@ -119,8 +119,9 @@ def schema(identifier: int) -> dict[str, Any]:
     versions = schema_versions()
     if identifier not in versions:
         raise PacketError(
-            f"unknown LSST schema id {identifier} (version {identifier // 100}.{identifier % 100}); known: "
-            f"{', '.join(map(str, versions))}; if the schema is newer, run: pip install --upgrade lsst-alert-packet"
+            f"unknown LSST schema id {identifier}: version {identifier // 100}.{identifier % 100} is not installed; "
+            f"known: {', '.join(map(str, versions))}; if the schema is newer, run: "
+            "pip install --upgrade lsst-alert-packet"
         )
     records: dict[str, Any] = {}
     for item in versions[identifier].iterdir():

@@ -62,18 +62,31 @@ def to_arrays(weights: Mapping[str, Float], encodings: Mapping[str, Encoding]) -
 
 
 def from_arrays(arrays: Mapping[str, npt.NDArray[np.generic]], bits: Mapping[str, int]) -> dict[str, Float | Encoding]:
-    """The inverse of `to_arrays`; `bits` holds the code width of each encoded weight."""
+    """The inverse of `to_arrays`; `bits` holds the code width of each encoded weight. Raises ValueError or LookupError
+    if the arrays do not fit one another."""
     stored: dict[str, Float | Encoding] = {}
     for name, array in arrays.items():
         if "#" in name:
             continue
         if f"{name}#scale" in arrays:
-            stored[name] = Affine(bits[name], array.astype(np.int8), arrays[f"{name}#scale"].astype(np.float32))
+            scale = arrays[f"{name}#scale"]
+            if not array.ndim or scale.shape not in ((rows, *(1,) * (array.ndim - 1)) for rows in (1, len(array))):
+                raise ValueError(f"{name!r}: the scale has shape {scale.shape}, and the codes have {array.shape}")
+            stored[name] = Affine(_width(bits, name), array.astype(np.int8), scale.astype(np.float32))
         elif f"{name}#palette" in arrays:
-            stored[name] = Palette(bits[name], array.astype(np.uint8), arrays[f"{name}#palette"].astype(np.float32))
+            palette = arrays[f"{name}#palette"]
+            if palette.ndim != 1 or palette.size > 256:
+                raise ValueError(f"{name!r}: the palette has shape {palette.shape}; expected up to 256 numbers")
+            stored[name] = Palette(_width(bits, name), array.astype(np.uint8), palette.astype(np.float32))
         else:
             stored[name] = array.astype(np.float32)
     return stored
+
+
+def _width(bits: Mapping[str, int], name: str) -> int:
+    if not 1 <= bits[name] <= 8:
+        raise ValueError(f"{name!r}: its codes have {bits[name]} bits; expected 1 to 8")
+    return bits[name]
 
 
 def stored_bytes(weights: Mapping[str, Float], encodings: Mapping[str, Encoding]) -> int:

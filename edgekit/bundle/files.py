@@ -20,6 +20,12 @@ def refuse_to_overwrite(path: Path, force: bool) -> None:
         raise EdgekitError(f"{path} already exists; choose another name or pass --force to replace it")
 
 
+def is_plain(name: str) -> bool:
+    """Whether a file name, or a path below a folder, stays in that folder whatever links the folder holds."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") for part in parts) and "\0" not in name and "\\" not in name
+
+
 def write_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Replace the file in one step. mode: its permissions, which the umask reduces."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +41,11 @@ def write_directory(path: Path, files: Mapping[str, bytes], *, mode: int = 0o666
     """Write a new directory next to `path` and rename it to `path`: a reader sees the old files or the new ones. If
     several processes do so at the same time, the last one's files stay. mode: the files' permissions, as in
     `write_file`."""
+    for name in files:
+        if not is_plain(name):
+            raise EdgekitError(
+                f"{path}: a file named {name[:60]!r} would be written outside the folder; do not trust it"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     stale = path.with_name(f".{path.name}.{os.getpid()}.old")

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from edgekit.bundle.bounded import arrays_from_npz, arrays_from_safetensors
 from edgekit.bundle.encoding import Encoding, Float, from_arrays, to_arrays
-from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_from_bytes, arrays_to_bytes
+from edgekit.bundle.files import is_plain
+from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_to_bytes
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class Manifest:
     def from_json(cls, text: bytes, source: str) -> Manifest:
         try:
             values = json.loads(text)
-            json.dumps(values, allow_nan=False)  # Python reads NaN and Infinity, which JSON does not have
+            # Python reads NaN, Infinity and halves of letters, which JSON does not have
+            json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise EdgekitError(f"{source}: not valid JSON ({error}); the bundle is damaged, write it again") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -90,6 +91,7 @@ class Manifest:
             values[key] = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[key])
         for key in ("classes", "class_ids", "records"):
             values[key] = tuple(values.get(key, ()))
+        _check_names(values, source)
         return cls(**values)
 
     def to_json(self) -> bytes:
@@ -134,15 +136,13 @@ class Bundle:
             raise EdgekitError(
                 f"{self.path or self.manifest.name} holds an ONNX graph and no network with named weights"
             )
+        source = f"{self.path or self.manifest.name}/{WEIGHTS}"
+        arrays = arrays_from_safetensors(self.contents[WEIGHTS], source)
         try:
-            # safetensors gives them in no fixed order
-            arrays = dict(sorted(load_safetensors(self.contents[WEIGHTS]).items()))
             stored = from_arrays(arrays, self.manifest.bits)
             decoded = {name: v if isinstance(v, np.ndarray) else v.decode() for name, v in stored.items()}
-        except (SafetensorError, LookupError, ValueError) as error:
-            raise EdgekitError(
-                f"{self.path or self.manifest.name}/{WEIGHTS}: cannot be decoded ({error}); write the bundle again"
-            ) from None
+        except (LookupError, ValueError) as error:
+            raise EdgekitError(f"{source}: cannot be decoded ({error}); write the bundle again") from None
         for name, weight in decoded.items():
             if not np.isfinite(weight).all():
                 raise EdgekitError(
@@ -176,7 +176,7 @@ class Bundle:
     def golden(self) -> tuple[Arrays, Arrays]:
         """Return golden inputs and outputs by name."""
         source = f"{self.path or self.manifest.name}/{GOLDEN}"
-        arrays = arrays_from_bytes(self.contents[GOLDEN], source)
+        arrays = arrays_from_npz(self.contents[GOLDEN], source)
         inputs, outputs = self.manifest.inputs, self.manifest.outputs
         for name in [*(f"in.{spec.name}" for spec in inputs), *(f"out.{spec.name}" for spec in outputs)]:
             if name not in arrays:
@@ -255,6 +255,21 @@ def _fits(value: Any, hint: Any) -> bool:
         keys = set(value) if isinstance(value, dict) else set()
         return {"name", "shape"} <= keys <= set(hints) and all(_fits(value[key], hints[key]) for key in keys)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _check_names(values: Mapping[str, Any], source: str) -> None:
+    """Raise for names that cannot be printed on one line, paths that leave the bundle, and classes of one name."""
+    specs = [spec.name for key in ("inputs", "outputs") for spec in values[key]]
+    single = [values[key] for key in ("name", "family", "data", "target", "parent") if values.get(key)]
+    for name in (*single, *values["classes"], *specs, *values.get("files", {}), *values.get("versions", {})):
+        if not name.isprintable():
+            raise EdgekitError(f"{source}: the name {name[:60]!r} holds a control character; restore the file")
+    for name in values.get("files", {}):
+        if not is_plain(name):
+            raise EdgekitError(f"{source}: file name {name[:60]!r} points outside the bundle; do not trust this bundle")
+    for what, names in (("class", values["classes"]), ("input or output", specs)):
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise EdgekitError(f"{source}: the {what} {min(twice)!r} is named twice; restore the file")
 
 
 def _hashes(contents: Mapping[str, bytes]) -> dict[str, str]:

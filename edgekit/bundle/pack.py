@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.bundle.bounded import LARGEST_TEXT, array_bytes, array_from, claim, inflate
 from edgekit.bundle.encoding import from_arrays, to_arrays
 from edgekit.bundle.format import FORMAT, GRAPH, ONNX, Bundle, Manifest, assemble, assemble_graph
 from edgekit.errors import EdgekitError
@@ -77,16 +78,16 @@ def _parse(body: bytes, source: str) -> Bundle:
         (size,) = struct.unpack_from("<I", body, at)
         streams.append(body[at + 4 : at + 4 + size])
         at += 4 + size
-    header = json.loads(zlib.decompress(streams[0]))
+    header = json.loads(inflate(streams[0], f"{source}: its manifest", largest=LARGEST_TEXT))
     manifest = Manifest.from_json(json.dumps({"format": FORMAT, **header["manifest"]}).encode(), source)
-    arrays = _unpack_arrays(streams[1], header["weights"])
-    golden = _unpack_arrays(streams[2], header["golden"])
+    arrays = _unpack_arrays(streams[1], header["weights"], source)
+    golden = _unpack_arrays(streams[2], header["golden"], source)
     inputs = {spec.name: golden[f"in.{spec.name}"] for spec in manifest.inputs}
     outputs = {spec.name: golden[f"out.{spec.name}"] for spec in manifest.outputs}
     if manifest.family == ONNX:
         from edgekit.bundle.onnx_file import with_weights
 
-        return assemble_graph(manifest, with_weights(zlib.decompress(streams[3]), arrays), (inputs, outputs))
+        return assemble_graph(manifest, with_weights(inflate(streams[3], source), arrays), (inputs, outputs))
     stored = from_arrays(arrays, manifest.bits)
     weights = {name: value if isinstance(value, np.ndarray) else value.decode() for name, value in stored.items()}
     encodings = {name: value for name, value in stored.items() if not isinstance(value, np.ndarray)}
@@ -115,20 +116,29 @@ def _pack_arrays(arrays: Mapping[str, Array]) -> bytes:
     return struct.pack("<I", len(first)) + first + zlib.compress(wide, 9)
 
 
-def _unpack_arrays(stream: bytes, shapes: Mapping[str, Any]) -> dict[str, Array]:
+def _unpack_arrays(stream: bytes, shapes: Mapping[str, Any], source: str) -> dict[str, Array]:
+    """Return the arrays. Their declared sizes must be within the limit, and the streams must hold exactly these."""
+    declared = {name: (np.dtype(dtype), shape) for name, (dtype, *shape) in shapes.items()}
+    lengths = {name: array_bytes(dtype, shape) for name, (dtype, shape) in declared.items()}
+    narrow = sum(lengths[name] for name, (dtype, _) in declared.items() if dtype.itemsize == 1)
+    wide = sum(lengths.values()) - narrow
+    claim(wide + 5 * narrow, len(stream), source)  # a code of one byte is decoded to a float of four
     (size,) = struct.unpack_from("<I", stream)
-    codes, wide = zlib.decompress(stream[4 : 4 + size], -15), zlib.decompress(stream[4 + size :])
+    codes = inflate(stream[4 : 4 + size], source, expected=narrow, wbits=-15)
+    planes = inflate(stream[4 + size :], source, expected=wide)
     arrays: dict[str, Array] = {}
     at = {True: 0, False: 0}
-    for name, (kind, *shape) in shapes.items():
-        dtype = np.dtype(kind)
-        narrow = dtype.itemsize == 1
-        count = int(np.prod(shape)) * dtype.itemsize
-        raw = (codes if narrow else wide)[at[narrow] : at[narrow] + count]
-        at[narrow] += count
-        plane = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
-        arrays[name] = np.frombuffer(plane.T.tobytes(), dtype).reshape(shape).copy()
+    for name, (dtype, shape) in declared.items():
+        one_byte = dtype.itemsize == 1
+        raw = (codes if one_byte else planes)[at[one_byte] : at[one_byte] + lengths[name]]
+        at[one_byte] += lengths[name]
+        arrays[name] = array_from(_unplaned(raw, dtype.itemsize), dtype, shape)
     return arrays
+
+
+def _unplaned(raw: bytes, itemsize: int) -> bytes:
+    """The inverse of `_planes`: return all bytes of the first number, then those of the second, and so on."""
+    return np.frombuffer(raw, np.uint8).reshape(itemsize, -1).T.tobytes()
 
 
 def _planes(array: Array) -> bytes:

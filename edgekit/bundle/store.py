@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+from edgekit.bundle.bounded import LARGEST_TEXT, read_file
 from edgekit.bundle.files import refuse_to_overwrite, write_directory, write_file
 from edgekit.bundle.format import GOLDEN, GRAPH, MANIFEST, ONNX, WEIGHTS, Bundle, Manifest
 from edgekit.bundle.pack import pack, unpack
@@ -16,12 +17,12 @@ def open_bundle(path: str | Path) -> Bundle:
     """Read and verify a bundle directory or a packed file."""
     path = Path(path)
     if path.is_file():
-        return replace(unpack(path.read_bytes(), str(path)), path=path)
+        return replace(unpack(read_file(path), str(path)), path=path)
     if not path.exists():
         raise EdgekitError(f"{path}: no such bundle; `edgekit models` lists those that come with edgekit")
     if not (path / MANIFEST).is_file():
         raise EdgekitError(f"{path}: not a bundle, it holds no {MANIFEST}; a bundle is a directory written by edgekit")
-    manifest = Manifest.from_json((path / MANIFEST).read_bytes(), f"{path}/{MANIFEST}")
+    manifest = Manifest.from_json(read_file(path / MANIFEST, largest=LARGEST_TEXT), f"{path}/{MANIFEST}")
     contents = {}
     for name, expected in manifest.files.items():
         file = path / name
@@ -31,7 +32,7 @@ def open_bundle(path: str | Path) -> Bundle:
             )
         if not file.is_file():
             raise EdgekitError(f"{file}: listed in {MANIFEST} but missing; the bundle is incomplete, copy it again")
-        contents[name] = file.read_bytes()
+        contents[name] = read_file(file)
         if (got := hashlib.sha256(contents[name]).hexdigest()) != expected:
             raise EdgekitError(
                 f"{file}: SHA-256 is {got[:12]}..., the manifest says {expected[:12]}...; the file was changed "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.bundle.bounded import Arrays as Arrays
+from edgekit.bundle.bounded import arrays_from_npz, limit, read_file
 from edgekit.errors import EdgekitError
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 SPEC_HELP = "NAME:DTYPE:AXES, such as image:float32:batch,3,224,224"
 
@@ -32,9 +31,28 @@ class TensorSpec:
     unit: str = ""
 
     def __post_init__(self) -> None:
+        for text in (self.name, self.unit):
+            if not text.isprintable():
+                raise EdgekitError(f"the name or unit {text[:60]!r} of a tensor holds a control character; rename it")
         for axis in self.shape:
+            if isinstance(axis, str) and not axis.isprintable():
+                raise EdgekitError(f"{self.name!r}: the axis {axis[:60]!r} holds a control character; rename it")
             if isinstance(axis, str) and not _AXIS.fullmatch(axis):
                 raise EdgekitError(f"{self.name!r}: axis {axis!r}; expected a name, or a multiple such as '9*faces'")
+        try:
+            dtype = np.dtype(self.dtype)
+        except (TypeError, ValueError, SyntaxError):
+            dtype = np.dtype("O")
+        if dtype.kind not in "biuf":
+            raise EdgekitError(f"{self.name!r}: unknown dtype {self.dtype[:40]!r}; expected float32, int64, ...")
+        if any(isinstance(axis, int) and axis < 0 for axis in self.shape):
+            raise EdgekitError(f"{self.name!r}: shape {self.shape_text}; expected lengths from 0, or names")
+        row = math.prod(axis if isinstance(axis, int) else multiple(axis) for axis in self.shape) * dtype.itemsize
+        if row > limit(0):
+            raise EdgekitError(
+                f"{self.name!r}: one row of shape {self.shape_text} takes {row:,} bytes, and edgekit takes up to "
+                f"{limit(0):,}; if you trust the model, raise the limit with: edgekit --read-limit SIZE COMMAND"
+            )
 
     def check(self, array: npt.NDArray[Any]) -> None:
         """Raise if the array does not fit this spec."""
@@ -95,34 +113,10 @@ def arrays_to_bytes(arrays: Arrays) -> bytes:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """The named arrays of an .npz file."""
+    """Return the named arrays of an .npz file."""
     if not path.is_file():
         raise EdgekitError(f"{path}: no such file; expected an .npz that holds the model's inputs by name")
-    return arrays_from_bytes(path.read_bytes(), str(path))
-
-
-def arrays_from_bytes(content: bytes, source: str) -> Arrays:
-    if content[:4] not in (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM"):  # numpy reads any other content as a pickle
-        raise EdgekitError(f"{source}: not an .npz archive; write named arrays with numpy.savez")
-    try:
-        archive = np.load(BytesIO(content), allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise EdgekitError(f"{source}: one array (.npy), not named arrays; write them with numpy.savez")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except _UNREADABLE as error:
-        raise EdgekitError(f"{source}: not a readable .npz of plain arrays ({error})") from None
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise EdgekitError(f"{source}: {name!r} is not an array; expected an .npz as numpy.savez writes it")
-    return arrays
-
-
-# the exceptions of numpy, zipfile and zlib for a damaged archive
-_UNREADABLE = (
-    ValueError, OSError, EOFError, LookupError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+    return arrays_from_npz(read_file(path), str(path))
 
 
 def parse_spec(text: str) -> TensorSpec:
@@ -131,10 +125,9 @@ def parse_spec(text: str) -> TensorSpec:
     if len(parts) != 3 or not parts[2]:
         raise EdgekitError(f"--input {text!r}: expected {SPEC_HELP}")
     axes = tuple(int(axis) if axis.isdigit() else axis for axis in parts[2].split(","))
-    try:
-        np.dtype(parts[1])
-    except TypeError:
-        raise EdgekitError(f"--input {text!r}: unknown dtype {parts[1]!r}; expected float32, int64, ...") from None
     if isinstance(axes[0], int):
         raise EdgekitError(f"--input {text!r}: the first axis is the batch, of any length; expected {SPEC_HELP}")
-    return TensorSpec(parts[0], axes, parts[1])
+    try:
+        return TensorSpec(parts[0], axes, parts[1])
+    except EdgekitError as error:
+        raise EdgekitError(f"--input {text!r}: {error}") from None

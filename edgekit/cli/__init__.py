@@ -3,6 +3,7 @@ names no command of another package, and a third party's package can add one."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -99,19 +100,30 @@ def _package(point: EntryPoint) -> str:
 @click.version_option(__version__, prog_name="edgekit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--trust", multiple=True, help="package.module:function that a bundle may run to build its network.")
-def edgekit(debug: bool, trust: tuple[str, ...]) -> None:
+@click.option("--read-limit", help="Memory that a file may take, such as 20GB [default: 32 times its size].")
+@click.option("--time-limit", help="CPU seconds in which a model is opened and tried out [default: 120].")
+def edgekit(debug: bool, trust: tuple[str, ...], read_limit: str | None, time_limit: str | None) -> None:
     """Compress, export, verify and run trained networks on hardware people already own.
 
     Start with: edgekit models
     """
     if trust:
         os.environ["EDGEKIT_TRUST"] = ",".join([*trust, *filter(None, [os.environ.get("EDGEKIT_TRUST")])])
+    if read_limit is not None:
+        from edgekit.bundle.bounded import VARIABLE, parse_size
+
+        os.environ[VARIABLE] = str(parse_size(read_limit))
+    if time_limit is not None:
+        os.environ["EDGEKIT_TIME_LIMIT"] = time_limit
 
 
 def main() -> None:
     """Run the console script. It prints one line for each error and exits with status 1, with 2 for wrong usage, or
     with 130 for Ctrl-C."""
     debug = "--debug" in sys.argv[1:2]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that a name has
+            stream.reconfigure(errors="backslashreplace")
     try:
         from edgekit.plugins import refuse_strangers
 
@@ -142,5 +154,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"edgekit: {' '.join(message.split())}", file=sys.stderr)
+    from edgekit.cli.console import printable
+
+    print(printable(f"edgekit: {' '.join(message.split())}"), file=sys.stderr)
     return status

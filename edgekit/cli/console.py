@@ -13,10 +13,32 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+
+def printable(value: object, keep: str = "") -> str:
+    """Return the value as text, with each character escaped that could move the cursor, end the line, change colors,
+    reverse the order of letters, or be no character at all: names in files and messages of strangers may contain any.
+    keep: characters that stay as they are."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter in keep or letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+class PlainConsole(Console):
+    """A console that prints names of strangers harmlessly, in messages and in cells of tables."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text, keep="\n\t"), **options)
+
 
 # Without markup and emoji, a path such as data[1].npz or a reason in brackets is printed unchanged.
-output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-status = Console(stderr=True, highlight=False, markup=False, emoji=False)
+output = PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
+status = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 NUMBER = re.compile(r"[+\-<>~]?[\d,./]+ ?[%x]?")
 
 
@@ -44,7 +66,7 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
 
 def note(message: str) -> None:
     """Print a line on standard error, for the user and not for a pipe."""
-    status.print(message, markup=False)
+    status.print(printable(message), markup=False)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -67,9 +89,9 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, tit
     """Print a plain table; columns of numbers are right-aligned."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, header in enumerate(headers):
-        cells = [str(row[number]) for row in rows]
+        cells = [printable(row[number]) for row in rows]
         numeric = bool(cells) and all(NUMBER.fullmatch(cell) for cell in cells if cell)
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*map(printable, row))
     output.print(table)

@@ -73,10 +73,10 @@ def _print_available(as_json: bool) -> None:
 
 
 def _print_prepared(dataset: PreparedDataset, as_json: bool) -> None:
-    from edgekit.bundle.tensors import arrays_from_bytes
+    from edgekit.bundle.tensors import read_arrays
     from edgekit.data.provider import PREPROCESSING
 
-    arrays = arrays_from_bytes(dataset.path.read_bytes(), str(dataset.path))
+    arrays = read_arrays(dataset.path)
     shapes = {key: list(value.shape) for key, value in arrays.items() if key != PREPROCESSING}
     test = int(arrays["split"].sum())
     train = len(arrays["split"]) - test

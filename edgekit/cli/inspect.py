@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekit.cli.console import output, print_json, print_table
+from edgekit.cli.console import output, print_json, print_table, printable
+from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
     from edgekit.bundle.format import Bundle
@@ -19,6 +20,7 @@ Examples:
   edgekit inspect t2-gr
   edgekit inspect t2.edge --weights
   edgekit inspect t2.edgepack --json
+  edgekit inspect --untrusted from-a-stranger.onnx
 """
 
 
@@ -26,13 +28,31 @@ Examples:
 @click.argument("bundle")
 @click.option("--lineage", is_flag=True, help="List the bundles from which it was made, their passes and their seeds.")
 @click.option("--weights", is_flag=True, help="List every tensor: shape, encoding, zeros, bytes.")
+@click.option("--untrusted", is_flag=True, help="Open BUNDLE in a process without network and with few rights.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
-    """Show the contents of BUNDLE (a directory, a packed file or a model's name) and how it was made."""
-    from edgekit.compression.describe import ancestry, describe, tensor_rows
-    from edgekit.importers.api import open_model
+def inspect(bundle: str, lineage: bool, weights: bool, untrusted: bool, as_json: bool) -> None:
+    """Show the contents of BUNDLE (a directory, a packed file or a model's name) and how it was made. BUNDLE may also
+    be an .onnx file, a .pt2 file or a Hugging Face folder.
 
-    opened = open_model(bundle)
+    With --untrusted a process of its own opens it. That process has no network, starts no programs, writes only in a
+    temporary folder, and has limited memory and time, as far as the system allows; the command says which of these
+    limits the system has."""
+    if untrusted:
+        flags = [name for name, given in (("--lineage", lineage), ("--weights", weights), ("--json", as_json)) if given]
+        _show_confined(bundle, flags)
+        return
+    opened = _opened(bundle)
+    try:
+        _print(opened, lineage=lineage, weights=weights, as_json=as_json)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # the manifest's records have any content
+        raise EdgekitError(
+            f"{bundle}: its manifest cannot be shown ({type(error).__name__}: {error}); restore the file"
+        ) from error
+
+
+def _print(opened: Bundle, *, lineage: bool, weights: bool, as_json: bool) -> None:
+    from edgekit.compression.describe import ancestry, describe, tensor_rows
+
     if lineage:
         _show_lineage(ancestry(opened), as_json)
         return
@@ -57,6 +77,50 @@ def inspect(bundle: str, lineage: bool, weights: bool, as_json: bool) -> None:
         print_table(["tensor", "shape", "encoding", "zeros", "bytes"], rows)
         total = sum(item["bytes"] for item in tensors)
         output.print(f"{len(tensors)} tensors, {total:,} bytes at code width, before entropy coding")
+
+
+def _opened(bundle: str) -> Bundle:
+    from pathlib import Path
+
+    from edgekit.bundle.format import MANIFEST
+    from edgekit.importers.api import import_hugging_face, open_model
+
+    path = Path(bundle)
+    if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
+        return import_hugging_face(path)
+    return open_model(bundle)
+
+
+def _show_confined(bundle: str, flags: list[str]) -> None:
+    """Run this command in a confined process, and print what it printed."""
+    import json
+    import os
+    from pathlib import Path
+
+    from edgekit.cli.console import note
+    from edgekit.importers import sandbox
+
+    path = os.path.abspath(bundle) if Path(bundle).exists() else bundle  # noqa: PTH100
+    content = json.dumps([path, *flags]).encode()
+    layers, _, text = (
+        sandbox.run("edgekit.cli.inspect:confined", content, bundle).decode(errors="replace").partition("\n")
+    )
+    click.echo(printable(text, keep="\n\t"), nl=False)
+    note(f"opened in a process of its own, confined by: {layers}")
+
+
+def confined(content: bytes, source: str) -> bytes:
+    """Return what the command prints, after a line with the layers that confine this process."""
+    import contextlib
+    import io
+    import json
+
+    from edgekit.importers import sandbox
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        inspect.main(json.loads(content), standalone_mode=False)
+    return f"{', '.join(sandbox.layers())}\n{printed.getvalue()}".encode(errors="backslashreplace")
 
 
 def _show_lineage(steps: list[dict[str, Any]], as_json: bool) -> None:

@@ -14,7 +14,6 @@ A pass may have a `seed`; without one it is the job's seed plus the pass's numbe
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from edgekit import plugins
 from edgekit.bundle.format import MANIFEST, Bundle
 from edgekit.bundle.store import open_bundle
 from edgekit.errors import EdgekitError, unknown
-from edgekit.settings import converted
+from edgekit.settings import converted, read_toml
 
 if TYPE_CHECKING:
     from edgekit.passes.base import Pass
@@ -90,10 +89,7 @@ def read(path: str | Path) -> list[Step]:
         return of_bundle(open_bundle(path))
     if not path.is_file():
         raise EdgekitError(f"{path}: no such recipe; write one (see `edgekit compress --help`) or leave --recipe out")
-    try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EdgekitError(f"{path}: not valid TOML: {error}") from None
+    values = read_toml(path)
     return parse(values, str(path))
 
 

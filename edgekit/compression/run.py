@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from edgekit import machine, plugins
+from edgekit import cache, machine, plugins
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.pack import pack
 from edgekit.bundle.store import open_bundle
@@ -347,7 +347,7 @@ def _resume(job: Job, paths: Sequence[Path]) -> tuple[int, Bundle]:
     earlier run of the job left."""
     for done in range(len(paths), 0, -1):
         try:
-            state = open_bundle(paths[done - 1])
+            state = open_bundle(cache.check_tree(paths[done - 1]))
         except EdgekitError:  # missing or damaged: try the state before it
             continue
         return done, replace(state, manifest=replace(state.manifest, recipe=to_tables(job.recipe)))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgekit.bundle import zoo
 from edgekit.bundle.store import open_bundle
-from edgekit.bundle.tensors import Arrays, arrays_from_bytes
+from edgekit.bundle.tensors import Arrays, read_arrays
 from edgekit.data.dataset import folder, save
 from edgekit.errors import EdgekitError, unknown
 
@@ -45,7 +45,7 @@ class PreparedDataset:
         """Whether the file exists, and was made with the preprocessing that the model has now."""
         if not self.path.is_file():
             return "not prepared"
-        arrays = arrays_from_bytes(self.path.read_bytes(), str(self.path))
+        arrays = read_arrays(self.path)
         same = PREPROCESSING in arrays and arrays[PREPROCESSING].tolist() == [self._text]
         return "prepared" if same else "outdated"
 

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from edgekit.bundle.format import Manifest
-from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_from_bytes
+from edgekit.bundle.tensors import Arrays, TensorSpec, read_arrays
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.plugins import imported
 
 PARTS = {"train": 0, "test": 1}
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# the only decoders that may read a file, whatever its name ends in: others start programs, such as Ghostscript for EPS
+DECODERS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
+MOST_PIXELS = 100_000_000  # of one image; 400 MB in memory
 EXPECTED = "an .npz or .parquet file, a folder with train/CLASS/*.png and test/CLASS/*.png, or package.module:iterable"
 
 
@@ -30,7 +33,7 @@ def read(source: str | Path, manifest: Manifest) -> Arrays:
         raise EdgekitError(f"{path}: no such data file; expected {EXPECTED}")
     if path.suffix == ".parquet":
         return from_parquet(path, manifest)
-    return arrays_from_bytes(path.read_bytes(), text)
+    return read_arrays(path)
 
 
 def from_parquet(path: Path, manifest: Manifest) -> Arrays:
@@ -77,7 +80,7 @@ def from_images(folder: Path, manifest: Manifest) -> Arrays:
     """Images as the manifest's preprocessing says: {"id": "image/1", "mean": [...], "std": [...]}, per channel, of
     pixels from 0 to 1. Each is scaled so that its shorter side fits, then cut at the centre."""
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
     except ModuleNotFoundError:
         raise missing_extra("pillow", "data", "reading images") from None
     spec = manifest.inputs[0]
@@ -108,12 +111,15 @@ def from_images(folder: Path, manifest: Manifest) -> Arrays:
     pixels = np.empty((len(found), channels, height, width), np.float32)
     for row, (path, _, _) in enumerate(found):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=DECODERS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels; edgekit reads up to {MOST_PIXELS:,}")
                 fitted = ImageOps.fit(
                     image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC
                 )
-        except (UnidentifiedImageError, OSError) as error:
-            raise EdgekitError(f"{path}: not a readable image ({error}); remove or replace it") from None
+        except Exception as error:  # the decoders raise many types for damaged files
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise EdgekitError(f"{path}: not a readable image ({reason}); remove or replace it") from None
         values = np.asarray(fitted, np.float32).reshape(height, width, -1).transpose(2, 0, 1) / 255
         pixels[row] = (values - mean) / std
     labels = np.array([classes.index(label) for _, label, _ in found], np.int64)

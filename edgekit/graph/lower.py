@@ -22,12 +22,12 @@ from torch import nn
 from edgekit import __version__
 from edgekit.bundle.encoding import Affine, Encoding
 from edgekit.bundle.family import tied
-from edgekit.bundle.format import GRAPH, KEY, Bundle, model_key
-from edgekit.bundle.onnx_file import load
+from edgekit.bundle.format import KEY, Bundle, model_key
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.graph.cleanup import shapes, strip, tidy
 from edgekit.graph.model import opset as opset_of
+from edgekit.graph.model import stored_graph
 from edgekit.graph.network import Network
 from edgekit.graph.opset import OLDEST, to_opset
 from edgekit.nn.exported import dynamic_shapes, example
@@ -128,14 +128,6 @@ def quantized_graph(model: ModelProto, encodings: Mapping[str, Encoding]) -> Mod
     graph.node.extend(model.graph.node)
     _check_graph(quantized, opset_of(model))
     return quantized
-
-
-def stored_graph(bundle: Bundle) -> ModelProto:
-    """Return the graph that the bundle holds, with the bundle's model key in its metadata."""
-    model = load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name))
-    others = {item.key: item.value for item in model.metadata_props if item.key != KEY}
-    helper.set_model_props(model, {**others, KEY: model_key(bundle)})
-    return model
 
 
 def _check(model: ModelProto, opset: int, specs: tuple[TensorSpec, ...]) -> None:

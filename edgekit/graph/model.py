@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.onnx_file import PLAIN, to_array
+from edgekit.bundle.format import GRAPH, KEY, Bundle, model_key
+from edgekit.bundle.onnx_file import PLAIN, load, to_array
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError, missing_extra
 
@@ -23,6 +25,20 @@ except ModuleNotFoundError as error:
 from edgekit.graph.index import Index  # this module imports onnx
 
 Array = npt.NDArray[Any]
+# element types of inputs and outputs
+NUMBERS = frozenset(
+    number
+    for name, number in TensorProto.DataType.items()
+    if re.fullmatch("FLOAT|FLOAT16|DOUBLE|BOOL|U?INT(8|16|32|64)", name)
+)
+
+
+def stored_graph(bundle: Bundle) -> ModelProto:
+    """Return the graph that the bundle holds, with the bundle's model key in its metadata."""
+    model = load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name))
+    others = {item.key: item.value for item in model.metadata_props if item.key != KEY}
+    helper.set_model_props(model, {**others, KEY: model_key(bundle)})
+    return model
 
 
 def specs(model: ModelProto, source: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -45,6 +61,11 @@ def _spec(value: onnx.ValueInfoProto, source: str) -> TensorSpec:
     if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
         raise EdgekitError(f"{source}: {value.name!r} is not a tensor of known rank; export it with shapes")
     tensor = value.type.tensor_type
+    if tensor.elem_type not in NUMBERS:
+        raise EdgekitError(
+            f"{source}: {value.name!r} has the element type {tensor.elem_type}; edgekit runs models whose inputs and "
+            "outputs are whole numbers, floats or truth values"
+        )
     dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     axes: list[int | str] = []
     for number, axis in enumerate(tensor.shape.dim):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.bundle.bounded import read_file
 from edgekit.bundle.format import Bundle, Manifest
 from edgekit.bundle.tensors import Arrays, TensorSpec, parse_spec
 from edgekit.errors import EdgekitError
@@ -49,7 +50,7 @@ def import_onnx(
         path = Path(model)
         if not path.is_file():
             raise EdgekitError(f"{path}: no such file; expected an ONNX model")
-        return from_onnx(path.read_bytes(), name or path.stem, str(path), golden=_arrays(golden))
+        return from_onnx(read_file(path), name or path.stem, str(path), golden=_arrays(golden))
     content = model if isinstance(model, bytes) else model.SerializeToString()
     return from_onnx(content, name or "model", name or "the ONNX model", golden=_arrays(golden))
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 
+from edgekit.bundle.bounded import arrays_from_safetensors, read_file
 from edgekit.bundle.format import Bundle, Manifest, assemble
 from edgekit.bundle.tensors import SPEC_HELP, Arrays, TensorSpec, golden_inputs, multiple
 from edgekit.errors import EdgekitError
@@ -72,10 +71,7 @@ def from_factory(
 def _weights(path: Path) -> dict[str, npt.NDArray[Any]]:
     if path.suffix in PICKLES:
         raise unsafe(path)
-    try:
-        return load_safetensors(path.read_bytes())
-    except SafetensorError as error:
-        raise EdgekitError(f"{path}: not a safetensors file ({error})") from None
+    return arrays_from_safetensors(read_file(path), str(path))
 
 
 def _output_axes(

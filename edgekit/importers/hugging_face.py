@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file as save_safetensors
 
+from edgekit.bundle.bounded import LARGEST_TEXT, read_file
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import SPEC_HELP, Arrays, TensorSpec
 from edgekit.errors import EdgekitError
@@ -28,11 +28,24 @@ def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden
 
     specs = tuple(inputs) or _usual_inputs(config, hugging_face.model_class(config).main_input_name, folder)
     try:
-        model = hugging_face.model_class(config).from_pretrained(
-            folder, config=hugging_face.configuration(config), use_safetensors=True, local_files_only=True
+        hugging_face.check_size(config)
+        model, report = hugging_face.model_class(config).from_pretrained(
+            folder,
+            config=hugging_face.configuration(config),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise EdgekitError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+    except EdgekitError as error:
+        raise EdgekitError(f"{folder}: {error}") from None
+    except Exception as error:  # transformers raises many types
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise EdgekitError(f"{folder}: transformers cannot load it: {reason}") from None
+    if absent := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise EdgekitError(
+            f"{folder}: the safetensors do not hold {absent[0][:80]} as config.json describes it, and "
+            "transformers would use random numbers; save the model again"
+        )
     state = {f"model.{name}": value.float().numpy() for name, value in model.state_dict().items()}
     arguments = {"config": config, "inputs": [spec.name for spec in specs]}
     with tempfile.TemporaryDirectory() as scratch:
@@ -61,9 +74,14 @@ def safe_config(folder: Path) -> dict[str, Any]:
 def described(bundle: Bundle, folder: Path, config: Mapping[str, Any]) -> Bundle:
     """Return the bundle with the folder's classes and scaling of pixels."""
     labels = config.get("id2label") or {}
+    if not isinstance(labels, Mapping) or not all(str(key).isascii() and str(key).isdigit() for key in labels):
+        raise EdgekitError(f"{folder}: id2label = {str(labels)[:60]}; expected class names by their numbers")
     pixels = folder / "preprocessor_config.json"
     scaling = _read_json(pixels) if pixels.is_file() else {}
     known = {"mean": scaling.get("image_mean"), "std": scaling.get("image_std")}
+    for name, value in known.items():
+        if value is not None and not (isinstance(value, list) and all(type(item) in (int, float) for item in value)):
+            raise EdgekitError(f"{pixels}: image_{name} = {str(value)[:60]}; expected a list of numbers")
     manifest = replace(
         bundle.manifest,
         name=folder.name,
@@ -76,8 +94,13 @@ def described(bundle: Bundle, folder: Path, config: Mapping[str, Any]) -> Bundle
 def _usual_inputs(config: Mapping[str, Any], name: str, folder: Path) -> tuple[TensorSpec, ...]:
     size = config.get("image_size")
     if name == "pixel_values" and size:
-        height, width = size if isinstance(size, list) else (size, size)
-        return (TensorSpec(name, ("batch", int(config.get("num_channels", 3)), int(height), int(width))),)
+        lengths = [config.get("num_channels", 3), *(size if isinstance(size, list) else (size, size))]
+        if len(lengths) != 3 or not all(type(length) is int and 0 < length < 2**31 for length in lengths):
+            raise EdgekitError(
+                f"{folder}/config.json: num_channels = {str(lengths[0])[:30]}, image_size = {str(size)[:30]}; expected "
+                "whole numbers"
+            )
+        return (TensorSpec(name, ("batch", *lengths)),)
     if name == "input_ids":
         return (TensorSpec(name, ("batch", "tokens"), "int64"),)
     raise EdgekitError(f"{folder}: the shape of its input {name!r} is not known; pass --input {SPEC_HELP}")
@@ -85,8 +108,8 @@ def _usual_inputs(config: Mapping[str, Any], name: str, folder: Path) -> tuple[T
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(read_file(path, largest=LARGEST_TEXT))
+    except (OSError, ValueError, RecursionError) as error:
         raise EdgekitError(
             f"{path}: cannot be read as JSON ({error}); expected a folder that transformers saved"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -10,31 +11,43 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from edgekit.bundle.bounded import read_file, zip_members
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError, missing_extra
+from edgekit.importers import sandbox
 from edgekit.importers.onnx import from_onnx
 from edgekit.importers.program_json import checked
 
 
 def from_program(path: Path, *, golden: Arrays | None = None) -> Bundle:
-    """Make a bundle from torch.export's archive: its program becomes an ONNX graph."""
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise missing_extra("torch", "compress", "reading a .pt2 file") from None
-    archive = _plain_archive(path)
+    """Make a bundle from torch.export's archive: its program becomes an ONNX graph, in a confined process."""
+    if importlib.util.find_spec("torch") is None:
+        raise missing_extra("torch", "compress", "reading a .pt2 file")
+    archive = _plain_archive(read_file(path), str(path))
+    graph = sandbox.run("edgekit.importers.program:to_onnx", archive, str(path))
+    return from_onnx(graph, path.stem, str(path), golden=golden)
+
+
+def to_onnx(archive: bytes, source: str) -> bytes:
+    """Return the program of an archive as an ONNX graph."""
+    import torch
+
+    for name, content in zip_members(archive, source).items():
+        if "/data/sample_inputs/" in name:
+            _check_tensors(content, source, name.partition("/")[2], torch)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.load(archive)
+            program = torch.export.load(io.BytesIO(archive))
             exported = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
     except Exception as error:  # torch and its exporter raise many types
         raise EdgekitError(
-            f"{path}: torch cannot read it and write it as ONNX: {type(error).__name__}: {error}"
+            f"{source}: torch cannot read it and write it as ONNX: {type(error).__name__}: {error}"
         ) from None
     assert exported is not None
-    return from_onnx(exported.model_proto.SerializeToString(), path.stem, str(path), golden=golden)
+    graph: bytes = exported.model_proto.SerializeToString()
+    return graph
 
 
 PLAIN = "save a model of plain tensors with torch.export.save, or export it to ONNX"
@@ -52,43 +65,36 @@ MEMBERS = re.compile(
 PAYLOAD = re.compile(r"(weight|tensor)_\d+")
 
 
-def _plain_archive(path: Path) -> io.BytesIO:
+def _plain_archive(content: bytes, source: str) -> bytes:
     """Write the archive anew from members that were checked, so that torch reads checked members and nothing else.
 
-    torch.export.load unpickles members that the archive marks as pickled, and also sample inputs if its safe reader
-    fails.
+    torch.export.load unpickles members that the archive marks as pickled.
     """
-    import torch
-
     copy = io.BytesIO()
     try:
-        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as plain:
-            names = archive.namelist()
-            if len(set(names)) != len(names):
-                raise EdgekitError(f"{path}: holds two files of one name; {PLAIN}")
-            for item in names:
-                name, content = item.partition("/")[2], archive.read(item)
-                if not MEMBERS.fullmatch(name):
-                    raise EdgekitError(
-                        f"{path}: holds {name or item!r}, which torch would run and edgekit does not; {PLAIN}"
-                    )
-                if name.endswith("_config.json"):
-                    for key, entry in json.loads(content).get("config", {}).items():
-                        if entry.get("use_pickle") is not False or not PAYLOAD.fullmatch(entry.get("path_name", "")):
-                            raise EdgekitError(f"{path}: {key!r} is stored as a pickle, which is never read; {PLAIN}")
-                if name.startswith("models/"):
-                    content = checked(content, f"{path}: {name}")
-                if name.startswith("data/sample_inputs/"):
-                    _check_tensors(content, path, name, torch)
-                plain.writestr(item, content)
-    except (zipfile.BadZipFile, ValueError, AttributeError, NotImplementedError) as error:
-        raise EdgekitError(f"{path}: not an archive of torch.export.save ({error}); write it again") from None
-    copy.seek(0)
-    return copy
+        with zipfile.ZipFile(copy, "w") as plain:
+            for item, member in zip_members(content, source).items():
+                plain.writestr(item, _checked_member(item, member, source))
+    except (ValueError, AttributeError, NotImplementedError) as error:
+        raise EdgekitError(f"{source}: not an archive of torch.export.save ({error}); write it again") from None
+    return copy.getvalue()
 
 
-def _check_tensors(content: bytes, path: Path, name: str, torch: Any) -> None:
+def _checked_member(item: str, content: bytes, source: str) -> bytes:
+    """Return what may be given to torch of one member of the archive."""
+    name = item.partition("/")[2]
+    if not MEMBERS.fullmatch(name):
+        raise EdgekitError(f"{source}: holds {name or item!r}, which torch would run and edgekit does not; {PLAIN}")
+    if name.endswith("_config.json"):
+        for key, entry in json.loads(content).get("config", {}).items():
+            if entry.get("use_pickle") is not False or not PAYLOAD.fullmatch(entry.get("path_name", "")):
+                raise EdgekitError(f"{source}: {key!r} is stored as a pickle, which is never read; {PLAIN}")
+    return checked(content, f"{source}: {name}") if name.startswith("models/") else content
+
+
+def _check_tensors(content: bytes, source: str, name: str, torch: Any) -> None:
+    """Raise if the sample inputs are more than tensors. torch would then use its unsafe reader."""
     try:
         torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:  # if the safe reader fails for any reason, torch would use the unsafe one
-        raise EdgekitError(f"{path}: {name} holds more than tensors, which would be run; {PLAIN}") from None
+    except Exception:  # the safe reader raises many types
+        raise EdgekitError(f"{source}: {name} holds more than tensors, which would be run; {PLAIN}") from None

@@ -3,19 +3,89 @@ and runs no code of the folder."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from edgekit.bundle.bounded import LARGEST, limit
 from edgekit.errors import EdgekitError, missing_extra
 
 try:
     import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "transformers", "transformers", "a Hugging Face folder") from None
 
+VERSION = transformers.__version__
 FACTORY = "edgekit.nn.hugging_face:build"
+MOST_MODULES = 100_000  # of a network; a mixture of 128 experts in 60 layers has a third of that
+# keys that every model may have, beside those that its own configuration class declares
+SHARED = frozenset(
+    (
+        "architectures",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "tie_word_embeddings",
+        "is_decoder",
+        "is_encoder_decoder",
+        "chunk_size_feed_forward",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "tie_encoder_decoder",
+        "finetuning_task",
+        "pruned_heads",
+    )
+)
+# keys that say how the model was saved
+NOT_USED = frozenset(
+    (
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "_name_or_path",
+        "_commit_hash",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "auto_map",
+        "quantization_config",
+        "gradient_checkpointing",
+    )
+)
+# keys that make transformers load something, and their values that load nothing
+PARTS = (
+    "auto_map",
+    "quantization_config",
+    "trust_remote_code",
+    "custom_pipelines",
+    "custom_generate",
+    "backbone",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
+    "kernel_config",
+    "use_kernels",
+    "adapter_kwargs",
+)
+ATTENTION = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
+LOADERS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(PARTS, (None, False, "", {}, [])),
+    **dict.fromkeys(ATTENTION, (None, "eager", "sdpa")),
+}
 
 
 class FirstOutput(nn.Module):
@@ -32,27 +102,93 @@ class FirstOutput(nn.Module):
 
 def build(config: Mapping[str, Any], inputs: tuple[str, ...]) -> nn.Module:
     """Build a network with new random weights from the content of config.json."""
-    return FirstOutput(model_class(config)(configuration(config)), tuple(inputs))
+    check_size(config)
+    return FirstOutput(_constructed(config), tuple(inputs))
+
+
+def check_size(config: Mapping[str, Any]) -> None:
+    """Raise if the network of a configuration would take too much memory, or have more modules than any real one. The
+    network is built without numbers: its parameters have shapes only."""
+    modules = 0
+
+    def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > MOST_MODULES:
+            raise EdgekitError(f"config.json: its network has more than {MOST_MODULES:,} modules; it cannot be built")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            model = _constructed(config)
+    finally:
+        handle.remove()
+    numbers = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    allowed = limit(LARGEST)
+    if 4 * numbers > allowed:
+        raise EdgekitError(
+            f"config.json: its network has {numbers:,} numbers, which take {4 * numbers:,} bytes, and edgekit takes up "
+            f"to {allowed:,}; if you trust the model, raise the limit with: edgekit --read-limit SIZE COMMAND"
+        )
+
+
+def _constructed(config: Mapping[str, Any]) -> nn.Module:
+    found, settings = model_class(config), configuration(config)
+    try:
+        model: nn.Module = found(settings)
+    except EdgekitError:
+        raise
+    except Exception as error:  # any value that the class does not expect
+        raise EdgekitError(f"config.json: {found.__name__} cannot be built from it ({_reason(error)})") from None
+    return model
 
 
 def configuration(config: Mapping[str, Any]) -> Any:
-    """Return transformers' own configuration object. It selects the eager attention, which every exporter and the
-    dependency graph can read."""
-    values = {name: value for name, value in config.items() if name not in ("model_type", "transformers_version")}
+    """Return transformers' own configuration object, made of the keys that the model's class declares. It selects the
+    eager attention, which every exporter and the dependency graph can read."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise EdgekitError(f"config.json: model_type = {str(model_type)[:60]!r}; transformers {VERSION} cannot read it")
+    declared = set(inspect.signature(CONFIG_MAPPING[model_type].__init__).parameters) - {"self", "kwargs"}
+    values = {}
+    for name, value in config.items():
+        _refuse_loaders(name, value)
+        if name in declared | SHARED:
+            values[name] = value
+        elif name not in NOT_USED:
+            raise EdgekitError(
+                f"config.json: the key {name[:60]!r} is not one that transformers {VERSION} declares for "
+                f"{model_type!r}; update transformers, or remove the key if the model does not need it"
+            )
     try:
-        return transformers.AutoConfig.for_model(config["model_type"], **values, attn_implementation="eager")
-    except (KeyError, ValueError, TypeError) as error:
+        return transformers.AutoConfig.for_model(model_type, **values, attn_implementation="eager")
+    except Exception as error:  # each class checks its values in its own way
+        raise EdgekitError(f"config.json: transformers {VERSION} cannot read it ({_reason(error)})") from None
+
+
+def _refuse_loaders(name: str, value: Any) -> None:
+    """Raise if a key, or a key inside its value, makes transformers load code, kernels or another model."""
+    if name in LOADERS and value not in LOADERS[name]:
         raise EdgekitError(
-            f"config.json: transformers {transformers.__version__} cannot read it ({str(error).splitlines()[0]})"
-        ) from None
+            f"config.json: {name} = {str(value)[:60]!r} makes transformers load code or another model, "
+            "which edgekit does not do; remove the key, or export the model to ONNX"
+        )
+    for inner, item in value.items() if isinstance(value, Mapping) else ():
+        _refuse_loaders(str(inner), item)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
     """Return the class that config.json names, which must be one of transformers' own."""
     names = config.get("architectures") or []
-    found = getattr(transformers, names[0], None) if len(names) == 1 else None
+    name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
+    found = getattr(transformers, name, None) if name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise EdgekitError(
-            f"config.json: architectures = {names}; expected one class of transformers {transformers.__version__}"
+            f"config.json: architectures = {str(names)[:60]}; expected one class of transformers {VERSION}"
         )
     return found

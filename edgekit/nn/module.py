@@ -24,6 +24,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from edgekit.errors import EdgekitError
 from edgekit.plugins import imported
 
+MOST_REMOVED = 10_000_000  # rows of one tensor
+
 # it builds a network from a configuration and runs no code of the bundle's author
 _trusted: set[str] = {"edgekit.nn.hugging_face:build"}
 
@@ -119,8 +121,13 @@ def _declare(module: nn.Module, depthwise: bool) -> None:
 
 def positions(text: str) -> list[int]:
     """Parse '0,3-5' as [0, 3, 4, 5]."""
-    runs = (part.split("-") for part in text.split(","))
-    return [index for run in runs for index in range(int(run[0]), int(run[-1]) + 1)]
+    runs = [
+        range(int(first), int(last or first) + 1)
+        for first, _, last in (part.partition("-") for part in text.split(","))
+    ]
+    if sum(map(len, runs)) > MOST_REMOVED:
+        raise ValueError(f"more than {MOST_REMOVED:,} parts are removed at once")
+    return [index for run in runs for index in run]
 
 
 def ranges(indices: Iterable[int]) -> str:

@@ -17,6 +17,8 @@ from edgekit.bundle.family import PrunableGroup
 from edgekit.errors import EdgekitError
 from edgekit.nn.attention import TinyHeadAttention
 
+MOST_LAYERS, MOST_NUMBERS = 1_000, 1 << 28  # the published models have 1 layer and some ten thousand numbers
+
 
 @dataclass(frozen=True, slots=True)
 class T2Config:
@@ -38,10 +40,24 @@ class T2Config:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             least = 0 if name in ("context", "dropout") else 1
-            if not isinstance(value, (int, float)) or value < least:
-                raise EdgekitError(f"t2: {name} = {value!r}; expected a number of at least {least}")
+            whole = name != "dropout"
+            if type(value) not in ((int,) if whole else (int, float)) or not value >= least:
+                number = "whole number" if whole else "number"
+                raise EdgekitError(f"t2: {name} = {repr(value)[:40]}; expected a {number} of at least {least}")
         if self.dropout >= 1:
             raise EdgekitError(f"t2: dropout = {self.dropout}; expected 0 <= dropout < 1")
+        if self.layers > MOST_LAYERS or self.numbers > MOST_NUMBERS:
+            raise EdgekitError(
+                f"t2: {self.layers} layers and {self.numbers:,} numbers; edgekit builds up to {MOST_LAYERS:,} layers "
+                f"and {MOST_NUMBERS:,} numbers"
+            )
+
+    @property
+    def numbers(self) -> int:
+        """How many weights the largest parts of the network have, and its positional encoding."""
+        attention, feed_forward = 4 * self.embed_dim * self.heads * self.head_dim, 2 * self.embed_dim * self.ff_dim
+        rows = self.bands + self.classes + self.sequence + self.context
+        return self.layers * (attention + feed_forward) + rows * self.embed_dim
 
 
 class SelfAttention(nn.Module):

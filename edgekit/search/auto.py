@@ -9,13 +9,17 @@ most the trial that was running, and the states that trials share are computed o
 
 from __future__ import annotations
 
+import fcntl
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
+from edgekit import cache
 from edgekit.compression.job import Job, Notify, ShowProgress
 from edgekit.compression.recipe import Step
 from edgekit.compression.record import PassRecord
@@ -52,8 +56,41 @@ def search(
 ) -> Result:
     """Search, then run the best recipe within the constraints on the job's own data. If that recipe fails on the test
     rows, run the next best. The result holds the search. Raises EdgekitError if no recipe keeps to the constraints."""
+    work.mkdir(parents=True, exist_ok=True)
+    journal = work / f"search-{SPACE}-{job.key()[:32]}.log"
+    with _alone(journal):
+        return _searched(job, constraints, work, journal, trials, notify, progress)
+
+
+@contextmanager
+def _alone(journal: Path) -> Iterator[None]:
+    """Hold the journal for this process, and create it for this user alone. Raises if another process holds it: two
+    searches with one journal would give up each other's running trials. The system releases the lock of a process that
+    was killed."""
+    handle = os.open(journal, os.O_RDWR | os.O_CREAT, cache.FILE_MODE)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise EdgekitError(
+            f"{journal}: another process runs this search, with the same model, data and settings; wait until it ends, "
+            "then this command reuses its trials, or set $EDGEKIT_CACHE to another folder to search at the same time"
+        ) from None
+    finally:
+        os.close(handle)
+
+
+def _searched(
+    job: Job,
+    constraints: Constraints,
+    work: Path,
+    journal: Path,
+    trials: int,
+    notify: Notify,
+    progress: ShowProgress,
+) -> Result:
     trial_job = held_out(job)
-    study, score = _study(job, work), score_of(job)
+    study, score = _study(job, journal), score_of(job)
     space = _space(study, job, trial_job, progress)
     _resume(study, space, notify)
     while (done := len(_complete(study))) < trials:
@@ -141,11 +178,9 @@ def _outcome(number: int, steps: Sequence[Step], result: Result) -> Outcome:
     )
 
 
-def _study(job: Job, work: Path) -> optuna.Study:
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / f"search-{SPACE}-{job.key()[:32]}.log"
+def _study(job: Job, journal: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = JournalStorage(JournalFileBackend(str(path)))
+    storage = JournalStorage(JournalFileBackend(str(journal)))
     names = optuna.study.get_all_study_names(storage)
     done = len(optuna.load_study(study_name="auto", storage=storage).trials) if names else 0
     # The number of trials so far is part of the seed: a resumed search must not draw the same recipes again.

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import platformdirs
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.settings import from_table
+from edgekit.settings import from_table, read_toml
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4", "float8")
 # bytes that are not the model's: on a GPU of its own, the driver's context and kernels; on a Jetson, where
@@ -214,15 +213,30 @@ def path_of(text: str) -> Path:
 def read(path: Path) -> Target:
     """Read and check a profile; a wrong key or value is an error that names it and what is allowed."""
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = read_toml(path)
     except FileNotFoundError:
-        raise EdgekitError(f"{path}: no such target file; `edgekit targets` lists the devices that are known") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EdgekitError(f"{path}: not a TOML file that can be read: {error}") from None
+        raise EdgekitError(f"{path}: no such target file; `edgekit targets` lists the known devices") from None
+    except OSError as error:
+        raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from None
+    for text in _texts(values):
+        if not text.isprintable():  # a line end in a title would begin a new line of a script
+            raise EdgekitError(f"{path}: {text[:60]!r} holds a control character; write each text on one line")
     target: Target = from_table(Target, values, str(path))
     if target.name != path.stem:
         raise EdgekitError(f"{path}: name = {target.name!r}; expected the file's own name, {path.stem!r}")
     return target
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in the tables of a file, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (key, *_texts(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def user_folder() -> Path:

@@ -41,7 +41,10 @@ class Compiler:
 
     def macros(self, flags: Sequence[str]) -> str:
         """Return the compiler's predefined macros: its version and, for -march=native, the features of this CPU."""
-        return self._run([*flags, "-dM", "-E", "-x", "c", os.devnull], "say what it is")
+        found = self._run([*flags, "-dM", "-E", "-x", "c", os.devnull], "say what it is")
+        if "__STDC__" not in found:
+            raise EdgekitError(f"{self.path} is no C compiler: it knows no macro __STDC__; name another one in $CC")
+        return found
 
     def shared_library(self, model: str, header: str, flags: Sequence[str]) -> bytes:
         """Return model.c as a shared library."""
@@ -59,10 +62,18 @@ class Compiler:
             result = folder / "model.out"
             command = [*flags, str(folder / "model.c"), "-o", str(result), *libraries]
             self._run(command, "compile the model")
+            if not result.is_file():
+                raise EdgekitError(
+                    f"{self.path} ended without an error and wrote no file; name another compiler in $CC"
+                )
             return result.read_bytes()
 
     def _run(self, arguments: Sequence[str], purpose: str) -> str:
-        done = subprocess.run([self.path, *arguments], capture_output=True, text=True, check=False)
+        command = [self.path, *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        except OSError as error:
+            raise EdgekitError(f"{self.path} cannot be run ({error.strerror}); name another compiler in $CC") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             reason = next((line for line in lines if "error" in line), lines[0])
@@ -74,8 +85,11 @@ class Library:
     """A compiled model, loaded from a shared library. It does not know its shapes: callers check them."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        self._run = self._library.model_run
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self._run = self._library.model_run
+        except (OSError, AttributeError) as error:
+            raise EdgekitError(f"{path}: not a compiled model ({error}); delete it, and it is compiled again") from None
         self._run.restype = None
         self.workspace = ctypes.c_size_t.in_dll(self._library, "model_workspace").value  # floats that each thread needs
         self.lanes = ctypes.c_int.in_dll(self._library, "model_lanes").value  # floats in a vector

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from edgekit import __version__
 from edgekit.bundle.encoding import Affine, Encoding, Float
 from edgekit.bundle.tensors import Arrays, TensorSpec
 from exporters.c.program import LANES, Argument, Buffer, Port, Program, Tensor
+from exporters.escape import in_c_comment
 
 FOLDER = Path(__file__).parent
 PER_LINE = 8  # numbers
@@ -56,7 +56,7 @@ def write_source(program: Program, encodings: Mapping[str, Encoding], name: str,
     ]  # fmt: skip
     workspace = size + LANES
     model = [
-        f"/* {in_comment(name)}, written by edgekit {__version__}. model.h says how to use it. */",
+        f"/* {in_c_comment(name)}, written by edgekit {__version__}. model.h says how to use it. */",
         '#include "model.h"',
         "",
         f"#define TOKENS {program.tokens}",
@@ -76,12 +76,6 @@ def write_source(program: Program, encodings: Mapping[str, Encoding], name: str,
         "}",
     ]
     return CSource("\n".join(model) + "\n", _header(program, name, workspace), workspace)
-
-
-def in_comment(text: str) -> str:
-    """Return text from a bundle with all characters removed that could end a C comment. A bundle is untrusted data: a
-    name that ended the comment would become code that the user's machine compiles and runs."""
-    return re.sub(r"[^\w .,:;()+=<>\[\]-]+", " ", text, flags=re.ASCII)
 
 
 def write_check(program: Program, inputs: Arrays, expected: Arrays, tolerance: float) -> str:
@@ -112,12 +106,12 @@ def write_check(program: Program, inputs: Arrays, expected: Arrays, tolerance: f
 
 def _header(program: Program, name: str, workspace: int) -> str:
     described = [
-        in_comment(f"  {spec.name}: rows x {' x '.join(map(str, spec.shape[1:]))}{', ' * bool(spec.unit)}{spec.unit}")
+        in_c_comment(f"  {spec.name}: rows x {' x '.join(map(str, spec.shape[1:]))}{', ' * bool(spec.unit)}{spec.unit}")
         for spec in (*program.inputs, program.output)
     ]
     return "\n".join(
         [
-            f"/* {in_comment(name)}, written by edgekit {__version__}",
+            f"/* {in_c_comment(name)}, written by edgekit {__version__}",
             " *",
             " *     cc -std=c99 -O3 -march=native -c model.c        (and -lm where you link)",
             " *",

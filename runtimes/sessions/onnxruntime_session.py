@@ -26,10 +26,12 @@ import onnxruntime
 
 from edgekit.bundle.files import write_file
 from edgekit.bundle.format import KEY, Bundle, model_key
+from edgekit.bundle.onnx_file import serialized
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.cost.timing import in_turns, timed
 from edgekit.doctor import extras
 from edgekit.errors import EdgekitError, unknown
+from edgekit.graph.model import stored_graph
 from edgekit.session import check_inputs
 from exporters.device_check import ran_elsewhere
 from runtimes.sessions.rows import cut, share_out
@@ -301,10 +303,11 @@ class OnnxRuntimeSession:
 def _graph(bundle: Bundle, source: str | Path | None, exporter: Literal["torchscript", "dynamo"]) -> bytes:
     """Return the given ONNX file, or export the bundle now."""
     if source is None:
-        from edgekit.graph.lower import lower  # this imports torch, which an exported file does not need
+        if bundle.is_graph:
+            return serialized(stored_graph(bundle))
+        from edgekit.graph.lower import lower  # this imports torch, which a graph does not need
 
-        content: bytes = lower(bundle, weights="float32", exporter=exporter).SerializeToString()
-        return content
+        return serialized(lower(bundle, weights="float32", exporter=exporter))
     if not Path(source).is_file():
         raise EdgekitError(f"{source}: no such ONNX file; write one with: edgekit export BUNDLE --to onnx -o DIRECTORY")
     return Path(source).read_bytes()

@@ -1,7 +1,9 @@
 """Framing against fastavro's own block reader; containers that are damaged, alike, mapped, or too large inside."""
 
 import io
+import json
 import mmap
+import zlib
 from dataclasses import replace
 
 import fastavro
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alert_broker import containers
-from alert_broker.containers import AVRO_MAGIC, BadPacket, Block, header_end, message, split
+from alert_broker.containers import AVRO_MAGIC, BadPacket, Block, UnknownSchemaError, header_end, message, split
 from alert_broker.surveys.base import PacketError
 from tests.alert_broker.avro.maker import zigzag
 
@@ -143,10 +145,8 @@ def test_a_block_that_inflates_beyond_the_limit_is_refused(monkeypatch, limit, f
     monkeypatch.setattr(containers, "INFLATED_BYTES", size + limit)
     (item,) = split(container(3, codec="deflate"), "file")
     assert isinstance(item, Block) == fits
-    assert fits or (item.packets, item.reason) == (
-        3,
-        f"the block decompresses to more than {containers.INFLATED_BYTES} bytes, or ends early",
-    )
+    reason = f"the block decompresses to more than {size + limit} bytes, or ends early"
+    assert fits or (item.packets, item.reason) == (3, reason)
 
 
 @pytest.mark.parametrize(
@@ -200,14 +200,48 @@ def test_a_message_cut_anywhere_is_one_bad_packet_with_its_index():
         assert (bad.file, bad.offset, bad.packets) == ("", 5, 1)
 
 
-def test_the_registry_is_asked_only_for_schemas_that_are_not_installed():
+def test_an_installed_schema_is_used_only_for_an_id_that_the_registry_does_not_know():
     asked = []
 
     def schema_text(identifier):
         asked.append(identifier)
-        raise PacketError(f"no schema {identifier}")
+        if identifier == 900:
+            return json.dumps({"type": "record", "name": "ours", "fields": []})
+        raise UnknownSchemaError(f"no schema {identifier}")
 
     bad = message(b"\0" + (4711).to_bytes(4, "big") + b"datum", 2, schema_text)
     assert (bad.reason, bad.offset, asked) == ("no schema 4711", 2, [4711])
-    assert isinstance(message(b"\0" + (1101).to_bytes(4, "big") + b"datum", 2, schema_text), Block)
+    installed = message(b"\0" + (1101).to_bytes(4, "big") + b"datum", 2, schema_text)
+    assert (installed.schema.name, asked) == ("lsst.v11_1.alert", [4711, 1101])
+    assert message(b"\0" + (900).to_bytes(4, "big") + b"datum", 2, schema_text).schema.name == "ours"
+    assert message(b"\0" + (900).to_bytes(4, "big") + b"datum", 2).schema.name == "lsst.v9_0.alert"  # without one
+
+
+def test_a_registered_schema_that_is_no_schema_is_parsed_once():
+    asked = []
+
+    def schema_text(identifier):
+        asked.append(identifier)
+        return '{"type": "recard \ud800"}'
+
+    for _ in range(3):
+        assert "the schema does not parse" in message(b"\0\0\0\x12\x67datum", 2, schema_text).reason
     assert asked == [4711]
+
+
+def test_a_message_is_not_inflated_without_limit():
+    """Of 8 MB; a file may hold a block of many packets, and has more room."""
+    whole = container(1, codec="deflate")
+    for size, fits in ((7 << 20, True), (9 << 20, False)):
+        packer = zlib.compressobj(wbits=-15)
+        bomb = packer.compress(bytes(size)) + packer.flush()
+        data = whole[: header_end(whole)] + zigzag(1) + zigzag(len(bomb)) + bomb + SYNC
+        assert len(data) < 1 << 20
+        assert isinstance(next(split(data, "file")), Block)
+        found = message(data, 0)
+        assert isinstance(found, Block) or "decompresses to more than 8388608 bytes" in found.reason
+        assert isinstance(found, Block) is fits
+
+
+def test_a_schema_of_megabytes_is_not_parsed():
+    assert "at most 1048576 are read" in message(b"\0\0\0\x12\x67datum", 2, lambda _: " " * (1 << 21)).reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from alert_broker import gaussian_process
 from alert_broker.gaussian_process import GaussianProcess, Status
 from alert_broker.lightcurve import LightCurves, concatenate
+from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 
 BANDS, WAVELENGTHS = ("u", "g", "r", "i", "z", "y"), (3685.0, 4802.0, 6231.0, 7542.0, 8690.0, 9736.0)
@@ -226,7 +228,8 @@ def test_unusable_points_count_for_nothing():
 def test_many_points():
     """1,200 points of six bands, 20 MB of covariance, beside an object of one point in the same workspace."""
     large = supernova(1200)
-    result = PROCESS.interpolate(concatenate([large, ODD["one point"][0]]), threads=1)
+    process = replace(PROCESS, max_points=1200)
+    result = process.interpolate(concatenate([large, ODD["one point"][0]]), threads=1)
     assert (result.fit.status == Status.OK).all()
     mean, likelihood = numpy_process(large, result.fit.log_amplitude[0], result.fit.log_metric[0])
     assert difference(result.mean[0], mean) < 1e-8
@@ -346,3 +349,40 @@ def test_george_agrees_on_real_alerts():
                 seen += 1
     assert seen > 30
     assert worse <= 0.02 * seen
+
+
+def test_an_object_over_its_time_budget_is_given_up_and_the_others_are_not():
+    """At 512 points a fit takes tens of milliseconds; the others take less than one."""
+    long, short = supernova(512, seed=3), supernova(30)
+    curves = concatenate([short, long, short, long, short])
+    expected = PROCESS.interpolate(curves)
+    result = PROCESS.interpolate(curves, budget=Budget(1e-9), threads=1)
+    assert result.fit.status.tolist() == [Status.OK, Status.OVER_TIME, Status.OK, Status.OVER_TIME, Status.OK]
+    assert (result.mean[1] == 0.0).all()
+    np.testing.assert_array_equal(result.mean[::2], expected.mean[::2])
+    generous = PROCESS.interpolate(curves, budget=Budget(60.0), threads=2)  # the twin: the budget is not reached
+    np.testing.assert_array_equal(generous.mean, expected.mean)
+
+
+def test_cancelled_work_ends_within_a_second():
+    """Forty objects of 512 points take seconds, whose fit is asked to stop after a tenth of one."""
+    curves = concatenate([supernova(512, seed) for seed in range(40)])
+    process = replace(PROCESS, tolerance=0.0)  # it would use all evaluations: ten times the usual work
+    began = time.monotonic()
+    with pytest.raises(CancelledError):
+        process.interpolate(curves, budget=Budget(cancelled=lambda: time.monotonic() > began + 0.1))
+    assert time.monotonic() - began < 1.0
+
+
+def test_ten_thousand_points_take_bounded_time():
+    """Exact, they would take ten minutes; the bound is the time of a few fits of 512 points."""
+    GaussianProcess(WAVELENGTHS, max_points=2).fit(supernova(5))  # compile
+    began = time.process_time()
+    fit = PROCESS.fit(supernova(512))
+    usual = time.process_time() - began
+    one = supernova(10_000)
+    began = time.process_time()
+    result = PROCESS.interpolate(one)
+    assert result.fit.status[0] == Status.OK
+    assert result.fit.points[0] <= 512
+    assert time.process_time() - began < 10.0 * max(usual, 0.05), (usual, fit.evaluations)

@@ -94,3 +94,67 @@ def test_a_full_disk_is_named_with_the_remedy(home, monkeypatch):
     monkeypatch.setattr(cache, "write_file", full)
     with pytest.raises(EdgekitError, match=r"No space left on device.*has room"):
         cache.keep(cache.folder("engines") / "x", b"")
+
+
+def test_a_folder_above_the_cache_that_others_can_write_to_is_refused(home):
+    cache.folder("engines")
+    home.parent.chmod(0o777)
+    with pytest.raises(EdgekitError, match=rf"the folder {home.parent} above the cache has the mode 0777.*chmod go-w"):
+        cache.folder("engines")
+    home.parent.chmod(0o1777)  # like /tmp: others can only delete what is theirs
+    cache.folder("engines")
+
+
+def test_a_folder_above_the_target_of_a_link_is_checked_too(home, tmp_path):
+    open_folder = tmp_path / "open"
+    open_folder.mkdir(0o777)
+    (open_folder / "cache").mkdir(0o700)
+    home.parent.mkdir(0o700)
+    home.symlink_to(open_folder / "cache")
+    with pytest.raises(EdgekitError, match=f"the folder {open_folder} above the cache"):
+        cache.folder("engines")
+
+
+def test_a_file_is_read_if_nobody_else_could_have_written_it(home):
+    path = cache.folder("engines") / "x.bin"
+    assert cache.read(path) is None
+    cache.keep(path, b"engine")
+    assert cache.read(path) == b"engine"
+    path.chmod(0o620)
+    with pytest.raises(EdgekitError, match=r"x\.bin: the cached file has the mode 0620.*delete the file"):
+        cache.read(path)
+
+
+def test_a_file_of_another_user_is_refused(home, monkeypatch):
+    path = cache.folder("engines") / "x.bin"
+    cache.keep(path, b"engine")
+    monkeypatch.setattr(os, "getuid", lambda: home.stat().st_uid + 1)
+    with pytest.raises(EdgekitError, match=r"the cached file belongs to the user with id"):
+        cache.read(path)
+
+
+@pytest.mark.parametrize("other", ["link", "pipe", "folder"])
+def test_what_is_no_plain_file_is_refused(other, home, tmp_path):
+    path = cache.folder("engines") / "x.bin"
+    (tmp_path / "elsewhere").write_bytes(b"evil")
+    {
+        "link": lambda: path.symlink_to(tmp_path / "elsewhere"),
+        "pipe": lambda: os.mkfifo(path, 0o600),
+        "folder": path.mkdir,
+    }[other]()
+    with pytest.raises(EdgekitError, match=r"x\.bin: the cached file"):
+        cache.read(path)
+
+
+def test_a_state_with_a_file_of_others_is_refused(home, tmp_path):
+    state = cache.folder("passes") / "s.edge"
+    state.mkdir(0o700)
+    cache.keep(state / "weights", b"w")
+    assert cache.check_tree(state) == state
+    (state / "weights").chmod(0o606)
+    with pytest.raises(EdgekitError, match=r"weights: the cached file has the mode 0606.*delete .*s\.edge"):
+        cache.check_tree(state)
+    (state / "weights").unlink()
+    (state / "weights").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EdgekitError, match="is a link"):
+        cache.check_tree(state)

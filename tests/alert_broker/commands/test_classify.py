@@ -152,3 +152,29 @@ def test_interrupted_runs_keep_what_is_done(model, packets, tmp_path, number):
     assert 90 < len(rows) < 110
     assert rows["status"].to_pylist() == ["classified"] * len(rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["night", "out.errors.parquet", "out.parquet"]
+
+
+def test_a_file_name_that_is_not_utf_8_is_one_file_among_others(edgekit, model, packets, tmp_path):
+    """Its bytes are escaped in the tables and on the terminal, as are those of a name that holds escape sequences."""
+    folder = tmp_path / "night"
+    folder.mkdir()
+    data = sorted(path for path in packets.iterdir() if path.suffix == ".avro")
+    good, bad = os.fsencode(folder) + b"/\xff\xfe.avro", os.fsencode(folder) + b"/\xfd\x1b[2J.avro"
+    Path(os.fsdecode(good)).write_bytes(data[0].read_bytes())
+    Path(os.fsdecode(bad)).write_bytes(b"Obj\x01 and no more")
+    (folder / "z.avro").write_bytes(data[1].read_bytes())
+    (folder / "\udce4.parquet").write_bytes(b"PAR1 and no more")
+    out = tmp_path / "out.parquet"
+    done = edgekit("alerts", "classify", folder, "-o", out, "--model", model)
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[1].split() == ["4", "2", "0", "2"]
+    files = sorted(Path(row["file"]).name for row in pq.read_table(out).to_pylist())
+    assert files == [r"\xff\xfe.avro", "z.avro"]
+    errors = pq.read_table(tmp_path / "out.errors.parquet").to_pylist()
+    assert sorted(Path(row["file"]).name for row in errors) == ["\\xe4.parquet", "\\xfd\x1b[2J.avro"]
+    assert "\x1b" not in done.out + done.err
+    alone = edgekit("alerts", "classify", Path(os.fsdecode(bad)), "-o", tmp_path / "none.parquet", "--model", model)
+    assert alone.status == 1
+    gone = edgekit("alerts", "classify", tmp_path / "\x1b[2J.avro", "-o", tmp_path / "none.parquet", "--model", model)
+    assert (gone.status, "\x1b" in gone.err) == (1, False)
+    assert r"\x1b[2J.avro does not exist" in gone.err

@@ -145,15 +145,20 @@ def ran(monkeypatch):
 
     configs, errors = [], []
 
-    def run(config, stats, stop, note):
-        configs.append(config)
-        stats.ledger.add(("ztf", 0), consumed=3, published=2, dead_lettered=1)
-        stats.classes.update({"KN": 2})
-        stats.reasons.update({"cut short": 1})
-        for error in errors:
-            raise error
+    class Pipeline:
+        def __init__(self, config, stats, *, notify):
+            configs.append(config)
+            self.stats = stats
 
-    monkeypatch.setattr(pipeline, "run", run)
+        def run(self, stop):
+            stats = self.stats
+            stats.ledger.add(("ztf", 0), consumed=3, published=2, dead_lettered=1)
+            stats.classes.update({"KN": 2})
+            stats.reasons.update({"cut short": 1})
+            for error in errors:
+                raise error
+
+    monkeypatch.setattr(pipeline, "Pipeline", Pipeline)
     return configs, errors
 
 

@@ -8,6 +8,7 @@ import io
 import os
 
 import fastavro
+import numpy as np
 import pytest
 
 from edgekit.bundle.store import write_bundle
@@ -78,3 +79,22 @@ def rig(broker, bundle, tmp_path):
 
     address, settings = broker
     return Rig(address, settings, tmp_path, bundle)
+
+
+@pytest.fixture(scope="session")
+def long_packet() -> bytes:
+    """A valid ZTF alert with 10,000 detections in its history, which deflate to some hundred kB."""
+    from alert_broker import simulated_packets
+    from alert_broker.simulate import simulate
+
+    (alert,) = simulate("ztf", 1, 5, cutouts=False)
+    candidate = alert.packet["candidate"]
+    rng = np.random.default_rng(1)
+    known = dict.fromkeys(("ra", "dec", "candid"))
+    history = [
+        candidate
+        | known
+        | {"jd": candidate["jd"] - days, "magpsf": 18.0 + days / 40.0 + noise, "sigmapsf": 0.1, "fid": 1 + k % 2}
+        for k, (days, noise) in enumerate(zip(np.linspace(0.01, 30.0, 10_000), rng.normal(0, 0.1, 10_000), strict=True))
+    ]
+    return simulated_packets.message("ztf", alert.packet | {"prv_candidates": history})

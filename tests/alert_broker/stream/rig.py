@@ -202,6 +202,12 @@ class Running:
         self._process.kill()
         self._process.wait()
 
+    def suspend(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 

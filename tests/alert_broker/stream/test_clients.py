@@ -113,6 +113,8 @@ def test_a_producer_is_told_nothing_of_a_consumer():
     [
         {"no.such.setting": SECRET},
         {"security.protocol": "plain", "sasl.password": SECRET},
+        {"security.protocol": SECRET},
+        {"ssl.endpoint.identification.algorithm": SECRET},
         {"socket.timeout.ms": "soon"},
         {"socket.timeout.ms": 10**12},
         {"ssl.ca.location": "/nowhere/ca.pem", "security.protocol": "ssl", "ssl.key.password": SECRET},

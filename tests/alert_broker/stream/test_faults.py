@@ -23,6 +23,7 @@ from alert_broker.stream.dead_letters import REASON, headers_of
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests import brokers
+from tests.alert_broker.stream.hostile import Hostile, RawProducer, hostile, keep_all
 from tests.alert_broker.stream.rig import Rig, position, repeat
 
 pytestmark = pytest.mark.faults
@@ -50,9 +51,9 @@ class Feed(threading.Thread):
             raise
 
 
-def committed(rig: Rig) -> list[int]:
+def committed(rig: Rig, group: str = "") -> list[int]:
     """The next offset of each partition."""
-    consumer = open_consumer({**rig.kafka, "group.id": rig.name})
+    consumer = open_consumer({**rig.kafka, "group.id": group or rig.name})
     try:
         places = [TopicPartition(rig.source, number) for number in range(rig.partitions)]
         deadline = time.monotonic() + 60
@@ -600,3 +601,102 @@ def test_positions_are_those_of_the_source(rig, packets):
     assert {position(message) for message in done.result_messages} == {
         (rig.source, number, offset) for number in range(3) for offset in range(20)
     }
+
+
+@pytest.mark.skipif(
+    not {"EDGEKIT_KAFKA_BOOTSTRAP", "EDGEKIT_TEST_BROKER"} & set(os.environ),
+    reason="the embedded brokers do not fence a member by its generation; set EDGEKIT_KAFKA_BOOTSTRAP",
+)
+@pytest.mark.parametrize("seed", [16, 17, 18])
+def test_a_zombie_in_exactly_once(rig, packets, seed):
+    """A member is suspended for longer than its session, another one takes over, and the first one wakes up."""
+    rng, sent = random.Random(seed), 1500
+    feed = Feed(rig, repeat(packets, sent), 50.0)
+    changes = {"source": {"until_eos": False}, "batch": {"size": 10, "seconds": 0.05}}
+    first = rig.start(**changes, publish={**EXACTLY, "transactional_id": f"{rig.name}-1"})
+    assert first.assigned.wait(60), first.wait(1)
+    feed.start()
+    time.sleep(rng.uniform(2.0, 4.0))
+    first.suspend()
+    second = rig.start(**changes, publish={**EXACTLY, "transactional_id": f"{rig.name}-2"})
+    assert second.assigned.wait(60), second.wait(1)
+    time.sleep(rng.uniform(0.0, 2.0))
+    first.resume()
+    feed.join(120)
+    assert feed.error is None
+    deadline = time.monotonic() + 60
+    while sum(committed(rig)) < sent and time.monotonic() < deadline:
+        time.sleep(0.5)
+    reports = []
+    for member in (first, second):
+        member.terminate()
+        status, report, log = member.wait(60)
+        assert status == 0, log[-3000:]
+        reports.append(report["ledger"]["total"])
+    rig.consume(publish={**EXACTLY, "transactional_id": f"{rig.name}-3"})
+    done = rig.outcome(sent)
+    print(f"{done.lost} lost, {done.duplicates} twice; ledgers {reports}")
+    assert (done.lost, done.duplicates, done.results) == (0, 0, sent)
+
+
+STOPS = 20
+SERVED_SECONDS = 2.0  # from SIGTERM to the end of the process
+
+
+def test_a_hostile_stream_is_conserved_and_stops_at_any_moment(rig, packets, long_packet):
+    """20,000 messages, half of them hostile, and SIGTERM at random moments: while it starts, joins and works. Each
+    message has one outcome, counted on the topics; a stop amid a batch may repeat that batch."""
+    rng = random.Random(19)
+    limits = {"topic": rig.dead, "max_ratio": 1.0, "max_consecutive": 10**9}
+    changes = {"batch": {"size": 200}, "dead_letters": limits}
+    offsets = [0] * rig.partitions
+    if {"EDGEKIT_KAFKA_BOOTSTRAP", "EDGEKIT_TEST_BROKER"} & set(os.environ):
+        keep_all(rig.address, rig.source)
+    producer, sent, hostiles = RawProducer(rig.address), 0, 0
+    served, ledger, amid = [], Counter(), 0
+    for stop in range(STOPS):
+        for _ in range(20_000 // STOPS):  # so that no run is without work
+            message = Hostile(long_packet if sent % 1000 == 500 else rng.choice(packets))
+            if sent % 2:
+                message = hostile(rng, rng.choice(packets))
+                hostiles += 1
+            producer.send(rig.source, sent % rig.partitions, message)
+            sent += 1
+        producer.flush()
+        # a group of its own, as in `finish`: it goes on where the one before has committed
+        start = ",".join(f"{number}={offset}" for number, offset in enumerate(offsets))
+        source = {"group": f"{rig.name}-{stop}", "start_at": start}
+        running = rig.start(source={**source, "until_eos": False}, **changes)
+        if stop % 4:
+            assert running.assigned.wait(60), running.wait(1)
+        time.sleep(rng.uniform(0.0, 0.15 if stop % 4 else 6.0))
+        assert running.running, running.wait()
+        told = time.monotonic()
+        running.terminate()
+        status, report, log = running.wait(60)
+        served.append(time.monotonic() - told)
+        assert status in (0, -signal.SIGTERM), log[-3000:]  # the latter only while it starts
+        if report:
+            ledger.update(report["ledger"]["total"])
+            assert report["ledger"]["in_flight"] == 0
+        offsets = [max(pair) for pair in zip(offsets, committed(rig, source["group"]), strict=True)]
+        amid += sum(offsets) < sent
+    producer.close()
+    assert len(rig.read(rig.source)) == sent == 20_000  # the broker took all of them
+    start = ",".join(f"{number}={offset}" for number, offset in enumerate(offsets))
+    rest = rig.consume(source={"group": f"{rig.name}-rest", "start_at": start}, dead_letters=limits).ledger.total()
+    done = rig.outcome(sent)
+    accounted = ledger["published"] + ledger["dead_lettered"] + rest.published + rest.dead_lettered
+    print(
+        f"{STOPS} stops, served in {max(served):.2f} s at most, {sorted(served)[STOPS // 2]:.2f} s in the median; "
+        f"{sent} messages, {hostiles} hostile: {done.lost} lost, {done.duplicates} twice, {done.results} results, "
+        f"{done.dead} dead letters; {amid} stops came amid the work, {rest.consumed} messages were left after them"
+    )
+    assert done.lost == 0
+    assert done.results + done.dead == sent + done.duplicates
+    assert sent <= accounted <= sent + done.duplicates
+    assert done.duplicates <= STOPS * 200
+    assert rest.consumed < sent, "those that were stopped have done nothing"
+    assert amid > STOPS // 2
+    assert done.dead > hostiles // 4
+    assert max(served) < SERVED_SECONDS, served

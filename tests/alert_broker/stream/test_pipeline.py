@@ -5,11 +5,14 @@ import json
 import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from confluent_kafka import TopicPartition
 
+from alert_broker import containers, work_budget
 from alert_broker.classify import classify_files
+from alert_broker.containers import WIRE_HEADER
 from alert_broker.stream import pipeline
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of
@@ -354,3 +357,107 @@ def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monk
         assert most * min(map(len, packets)) <= 11 * largest * most_batches < sent * min(map(len, packets))
     after = rig.outcome(sent)
     assert (after.lost, after.duplicates) == (0, 0)
+
+
+def test_an_alert_over_its_time_budget_is_a_dead_letter(rig, packets, long_packet, monkeypatch):
+    """10,000 points are fitted as 512, which takes tens of milliseconds; the others take some microseconds."""
+    monkeypatch.setattr(work_budget, "STEP_SECONDS", 0.005)
+    rig.send([*packets[:10], long_packet, *packets[10:20]])
+    total = rig.consume(model={"alert_seconds": 0.015}).ledger.total()
+    (letter,) = rig.read(rig.dead)
+    assert letter.value() == long_packet
+    assert b"did not end within its time budget: 0.015 s" in dict(headers_of(letter))[REASON]
+    assert (total.published, total.dead_lettered) == (20, 1)
+
+
+def test_an_alert_of_ten_thousand_points_is_classified(rig, packets, long_packet):
+    rig.send([*packets[:3], long_packet])
+    total = rig.consume().ledger.total()
+    assert (total.published, total.dead_lettered) == (4, 0)
+
+
+def test_sigterm_is_served_while_long_light_curves_are_fitted(rig, packets, long_packet):
+    """A batch of them takes half a minute. What is in flight is not committed, and is read again."""
+    sent = rig.send([*packets[:5], *[long_packet] * 400], spread=1)
+    running = rig.start(source={"until_eos": False}, batch={"size": 500, "seconds": 2.0}, model={"reuse": "off"})
+    assert running.assigned.wait(60), running.wait(1)
+    time.sleep(4.0)  # the batch is closed after two seconds
+    told = time.monotonic()
+    running.terminate()
+    status, report, log = running.wait(30)
+    assert time.monotonic() - told < 2.0, log
+    assert status == 0, log
+    total = report["ledger"]["total"]
+    assert total["revoked"] > 0, report
+    assert total["consumed"] == total["published"]
+    assert "in flight: they were not committed and will be read again" in log
+    done = rig.outcome(sent)
+    assert (done.lost, done.duplicates) == (sent - total["published"], 0)
+
+
+def test_what_is_given_up_is_not_committed(rig, packets, monkeypatch):
+    """A stage that hangs is given up at once; batches behind it are not committed either, and nothing is lost."""
+    free, real, calls = threading.Event(), Stages.classify, []
+
+    def classify(self, alerts):
+        calls.append(1)
+        if len(calls) == 3:
+            while not free.wait(0.01):
+                self._budget.check()
+        return real(self, alerts)
+
+    sent = rig.send(repeat(packets, 200))
+    monkeypatch.setattr(Stages, "classify", classify)
+    stats = rig.consume(lambda: len(calls) == 3, source={"stop_seconds": 0.2}, batch={"size": 20})
+    total = stats.ledger.total()
+    assert total.published == total.consumed == 40
+    assert total.revoked > 0
+    free.set()
+    rig.consume()
+    done = rig.outcome(sent)
+    assert (done.lost, done.duplicates) == (0, 0)
+
+
+def test_one_bad_schema_id_makes_dead_letters_of_its_messages_only(rig, packets, monkeypatch):
+    """The registry has no text for schema 7, fails on 8, and has ZTF's under 900, which is also an id of LSST's.
+    Without the registry, the messages under 900 are read as LSST's and become dead letters."""
+    text = containers._container_metadata(packets[0])[0]["avro.schema"].decode()
+    answers = {7: (200, {"schema": None}), 8: (500, {}), 900: (200, {"schema": text})}
+    datums = [datum_of(packet) for packet in packets]
+    rig.send([WIRE_HEADER.pack(0, number) + datum for datum in datums[:9] for number in (7, 8, 900)])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("alert_broker.stream.registry.DELAYS", (0.0,))
+    monkeypatch.setattr("alert_broker.stream.pipeline.REGISTRY_RETRY", 0.1)
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body = answers.get(int(self.path.rpartition("/")[2]) if "ids" in self.path else 0, (200, []))
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    try:
+        total = rig.consume(registry={"url": f"http://127.0.0.1:{server.server_port}"}).ledger.total()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (total.published, total.dead_lettered) == (9, 18)
+    ids = Counter(dict(headers_of(letter))[SCHEMA_ID] for letter in rig.read(rig.dead))
+    assert ids == {b"7": 9, b"8": 9}
+    again = rig.consume(source={"group": f"{rig.name}-without"}).ledger.total()  # the twin
+    assert (again.published, again.dead_lettered) == (0, 27)
+
+
+def datum_of(packet: bytes) -> bytes:
+    """The Avro data of a container of one packet."""
+    rest, at = packet[containers.header_end(packet) :], 1  # the count of 1 is one byte
+    while rest[at] & 0x80:
+        at += 1
+    return rest[at + 1 : -16]

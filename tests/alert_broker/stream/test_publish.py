@@ -157,6 +157,24 @@ def test_who_has_lost_its_partitions_aborts(cluster, source, exactly):
     assert (kinds.count(TXN_OFFSET_COMMIT), kinds.count(END_TXN)) == (1, 1)
 
 
+def test_who_is_suspended_before_the_commit_aborts_and_sends_again(cluster, source, exactly, monkeypatch):
+    """The session was over between the offsets and the end of the transaction: another member may own the partition."""
+    real, session = exactly._guard, source.session_seconds
+
+    def guard(call, *arguments):
+        real(call, *arguments)
+        if call.__name__ == "send_offsets_to_transaction":
+            source.session_seconds = session if call.__name__ in calls else -1.0
+        calls.append(call.__name__)
+
+    calls = []
+    monkeypatch.setattr(exactly, "_guard", guard)
+    with cluster.requests() as kinds:
+        exactly.publish(messages(3), {("source", 0): 3}, no_other)
+    assert calls.count("abort_transaction") == 1
+    assert (kinds.count(TXN_OFFSET_COMMIT), kinds.count(END_TXN)) == (2, 2)
+
+
 def test_an_abort_that_is_left_out_is_seen(cluster, source, exactly, monkeypatch):
     """Planted: the transaction stays open, and the next batch would be part of it."""
     real = exactly._guard

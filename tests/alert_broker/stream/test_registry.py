@@ -1,12 +1,15 @@
 """Registries over HTTP (a server of the test's own), in a folder and in memory; what fails, and whose fault it is."""
 
 import base64
+import contextlib
 import io
 import json
 import logging
 import multiprocessing
 import re
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fastavro
@@ -53,6 +56,8 @@ class Service:
                     return self.answer(service.failing.pop(0), b"no JSON")
                 if service.password and self.headers.get("Authorization") != service.password:
                     return self.answer(401, {"error_code": 401, "message": "who?"})
+                if self.path == "/schemas/types":
+                    return self.answer(200, ["AVRO"])
                 match = re.fullmatch(r"/schemas/ids/(\d+)", self.path)
                 if not match:
                     return self.answer(404, b"<html>another server's page</html>")
@@ -303,7 +308,8 @@ def test_a_newer_lsst_schema_comes_from_the_registry(service, waits):
 
 
 def test_a_registry_that_is_down_costs_no_packet(service, waits):
-    """The error comes through, for the consumer to try again; installed schemas are read without asking."""
+    """The error comes through, for the consumer to try again. So it does for an id that is one of LSST's, since the
+    registry may have another schema under it."""
     message, text, _ = newer_message()
     service.schemas[1200] = text
     service.failing = [500] * 4
@@ -311,12 +317,98 @@ def test_a_registry_that_is_down_costs_no_packet(service, waits):
     with pytest.raises(RegistryError):
         list(split(message, "bytes", client.schema))
     assert isinstance(next(split(message, "bytes", client.schema)), Block)  # it is back
-    service.stop()
     known = WIRE_HEADER.pack(0, max(lsst.schema_versions())) + message[5:]
     assert isinstance(next(split(known, "bytes", opened(service, waits).schema)), Block)
+    service.stop()
+    with pytest.raises(RegistryError):
+        next(split(known, "bytes", opened(service, waits).schema))
 
 
 def test_a_registrys_schema_that_is_no_schema_is_a_bad_packet(service, waits):
     service.schemas[1200] = '{"type": "recard"}'
     (bad,) = split(WIRE_HEADER.pack(0, 1200) + b"datum", "bytes", opened(service, waits).schema)
     assert "the schema does not parse" in bad.reason
+
+
+class Drip:
+    """A server that sends its answer a byte at a time. pieces: what it sends before each wait."""
+
+    def __init__(self, pieces):
+        self.pieces, self.ended = pieces, threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.answer, args=[connection], daemon=True).start()
+
+    def answer(self, connection):
+        with contextlib.suppress(OSError), connection:
+            for piece in self.pieces:
+                connection.sendall(piece)
+                if self.ended.wait(0.1):
+                    return
+
+    def stop(self):
+        self.ended.set()
+        self.listener.close()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"
+
+
+@pytest.mark.parametrize("pieces", [[HEAD, *[b" "] * 600], [b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 600]])
+def test_an_answer_that_drips_has_a_deadline(waits, monkeypatch, pieces):
+    """Each byte comes long before a time limit for one byte."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(registry, "DELAYS", (0.0,))
+    drip = Drip(pieces)
+    client, began = open_registry(drip.url, sleep=waits.append, seconds=0.5), time.monotonic()
+    with pytest.raises(
+        RegistryError, match=r"does not answer: (no complete answer within 0.5 s|\d+ bytes of an answer)"
+    ):
+        client.schema(5)
+    assert time.monotonic() - began < 5.0
+    drip.stop()
+
+
+def test_who_stops_does_not_wait_for_an_answer_that_drips(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    drip, began = Drip([HEAD, *[b" "] * 600]), time.monotonic()
+    client = open_registry(drip.url, stopped=lambda: time.monotonic() > began + 0.2)
+    with pytest.raises(RegistryError, match="the consumer stops"):
+        client.schema(5)
+    assert time.monotonic() - began < 2.0
+    drip.stop()
+
+
+@pytest.mark.parametrize("answer", [{"schema": 5}, {}, {"schema": None}])
+def test_an_answer_without_a_text_is_the_ids_fault(service, waits, answer):
+    service.schemas[5], service.extra = SCHEMA, {"schema": None} | answer
+    with pytest.raises(PacketError, match="has no text for schema 5"):
+        opened(service, waits).schema(5)
+
+
+def test_a_registry_that_fails_on_one_id_only_is_not_waited_for(service, waits):
+    """It answers another question: the second time, the schema is at fault. A registry that is down is waited for."""
+    service.schemas[5] = SCHEMA
+    client = opened(service, waits)
+    for blamed in (False, True):
+        service.failing = [500] * 4
+        with pytest.raises(RegistryError) as failed:
+            client.schema(7)
+        assert client.blames(failed.value) is blamed
+    with pytest.raises(PacketError, match=r"schema 7 cannot be had: .*HTTP status 500"):
+        client.schema(7)
+    assert client.schema(5) == SCHEMA
+    for _ in range(5):
+        service.failing = [500] * 4
+        with pytest.raises(RegistryError) as failed:
+            client.schema(8)
+        service.failing = [503]
+        assert not client.blames(failed.value)

@@ -11,6 +11,7 @@ from alert_broker.stream import source as module
 from alert_broker.stream.source import LostError, Source, next_offsets
 from alert_broker.stream.start import start_positions
 from alert_broker.stream.stats import Stats
+from alert_broker.work_budget import CancelledError
 from edgekit.errors import EdgekitError
 
 
@@ -305,6 +306,37 @@ def test_start_positions_are_checked():
     assert [(item.partition, item.offset) for item in found] == [(0, 4), (2, 8)]
     with pytest.raises(EdgekitError, match="names partition 7"):
         start_positions("7=1", known, None)
+
+
+def test_who_was_suspended_waits_until_heartbeats_were_answered(source, monkeypatch):
+    """SIGSTOP for longer than the session: the group may go on without this member, which does not know it yet."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += 0.5
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    source.serve()
+    now[0] += source.session_seconds - 1.0
+    source.serve()
+    assert source.group_metadata() == "metadata"
+    assert slept == []
+    now[0] += source.session_seconds + 1.0
+    source.serve()
+    assert source.group_metadata() == "metadata"  # it was not thrown out
+    assert 0.5 * len(slept) >= 2.0 * 3.0  # two heartbeats of three seconds
+    now[0] += source.session_seconds + 1.0
+    source.serve()
+    source.cancelled = lambda: True
+    with pytest.raises(CancelledError):
+        source.group_metadata()
+    source.cancelled = lambda: False
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: setattr(source.consumer, "member", ""))
+    with pytest.raises(LostError):
+        source.group_metadata()
 
 
 # --- partitions without a position

@@ -6,31 +6,38 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from alert_broker.classify import OVER_TIME
 from alert_broker.packets import AlertBatch
 from alert_broker.stream import stages as module
 from alert_broker.stream.stages import Stages
 from alert_broker.surveys.ztf import Ztf
+from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 
-SCHEMA = pa.schema([("offset", pa.int64()), ("points", pa.int64())])
+SCHEMA = pa.schema([("offset", pa.int64()), ("points", pa.int64()), ("status", pa.string())])
 GARBAGE, EMPTY = b"not a packet", b""
 
 
 @dataclass
 class Counting:
-    """A classifier whose rows are the index and the number of points; it fails for these indices."""
+    """A classifier whose rows are the index and the number of points; it fails for some indices, and takes too long for
+    others."""
 
     bad: frozenset[int] = frozenset()
     error: type[Exception] = ValueError
     schema: pa.Schema = SCHEMA
     sizes: list[int] = field(default_factory=list)
+    late: frozenset[int] = frozenset()
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
         self.sizes.append(len(batch.curves))
         if found := self.bad & set(batch.alerts["offset"].to_pylist()):
             raise self.error(f"alert {min(found)} of the test")
         points = pa.array(batch.curves.points, pa.int64())
-        return pa.RecordBatch.from_arrays([batch.alerts["offset"], points], schema=SCHEMA)
+        status = [OVER_TIME if k in self.late else None for k in batch.alerts["offset"].to_pylist()]
+        return pa.RecordBatch.from_arrays(
+            [batch.alerts["offset"], points, pa.array(status, pa.string())], schema=SCHEMA
+        )
 
 
 def decoded(stages, values):
@@ -160,3 +167,22 @@ def test_read_buffers_are_used_again_for_some_schemas_only(packets, monkeypatch)
     monkeypatch.setattr(module, "MOST_POOLED", 0)
     stages.decode(packets[:2])
     assert stages._buffer_pool == {}
+
+
+def test_alerts_over_their_time_budget_are_dead_letters(packets):
+    stages = Stages(Counting(late=frozenset({1, 4})), budget=Budget(2.5))
+    rows, dead_letters = stages.classify(stages.decode(packets[:6])[0])
+    assert rows["offset"].to_pylist() == [0, 2, 3, 5]
+    assert [dead_letter.index for dead_letter in dead_letters] == [1, 4]
+    assert {dead_letter.reason for dead_letter in dead_letters} == {f"{OVER_TIME}: 2.5 s (model.alert_seconds)"}
+
+
+def test_work_that_is_cancelled_makes_no_dead_letters(packets):
+    stages = Stages(Counting(bad=frozenset({0}), error=CancelledError))
+    with pytest.raises(CancelledError):
+        stages.classify(stages.decode(packets[:3])[0])
+    asked = []
+    stages = Stages(None, budget=Budget(cancelled=lambda: asked.append(1) or len(asked) > 2))
+    with pytest.raises(CancelledError):
+        stages.decode(packets[:8])
+    assert len(asked) == 3  # between two messages, not behind the last one

@@ -184,7 +184,7 @@ def minimal(schema):
 
 
 def test_an_unknown_lsst_schema_names_the_known_ones_and_the_remedy():
-    with pytest.raises(PacketError, match=r"id 4711 .*47\.11.*known: 300, .*pip install --upgrade lsst-alert-packet"):
+    with pytest.raises(PacketError, match=r"id 4711: .*47\.11.*known: 300, .*pip install --upgrade lsst-alert-packet"):
         lsst.schema(4711)
 
 

@@ -324,3 +324,58 @@ def test_any_value_under_any_key_is_read_or_refused(key, value, tiny_bundle):
     with contextlib.suppress(EdgekitError):  # and nothing else
         manifest = Manifest.from_json(json.dumps(values).encode(), "x")
         assert json.loads(manifest.to_json())[key] == values[key]
+
+
+BAD_NAMES = {
+    "a null": {"name": "a\0b"},
+    "half a letter": {"name": "a\ud800b"},
+    "half a letter deep inside": {"metrics": {"a": [{"b": "\udfff"}]}},
+    "a line end in a class": {"classes": ["a", "b\nc", "d"]},
+    "an escape in a family": {"family": "t2\x1b[31m"},
+    "letters in reverse": {"target": "a\u202eb"},
+    "two classes of one name": {"classes": ["a", "b", "a"]},
+    "a control character in an input": {"inputs": [{"name": "x\r", "shape": ["batch"]}]},
+    "one in a unit": {"outputs": [{"name": "y", "shape": ["batch"], "unit": "m\x07"}]},
+    "one in an axis": {"outputs": [{"name": "y", "shape": ["ba\x07tch"]}]},
+    "two inputs of one name": {"inputs": [{"name": "x", "shape": ["batch"]}] * 2},
+    "text as numbers": {"inputs": [{"name": "x", "shape": ["batch"], "dtype": "O"}]},
+    "no dtype": {"inputs": [{"name": "x", "shape": ["batch"], "dtype": "float33"}]},
+    "a dtype that numpy parses": {"inputs": [{"name": "x", "shape": ["batch"], "dtype": "(9,)f4,"}]},
+    "a huge axis": {"inputs": [{"name": "x", "shape": ["batch", 1 << 40]}]},
+    "a huge multiple": {"inputs": [{"name": "x", "shape": ["batch", "99999999999*a"]}]},
+    "a negative axis": {"inputs": [{"name": "x", "shape": ["batch", -1]}]},
+}
+
+
+@pytest.mark.parametrize("changes", BAD_NAMES.values(), ids=BAD_NAMES)
+def test_names_and_sizes_that_break_what_uses_them_are_refused_in_one_line(changes, tiny_file):
+    edit_manifest(tiny_file, **changes)
+    with pytest.raises(EdgekitError) as caught:
+        open_bundle(tiny_file)
+    assert one_line(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a/../b", "./a", "a//b", "/a", "a\\b", "a/..", "", "a\0b"])
+def test_a_file_name_that_is_not_plain_is_never_read_or_written(name, tiny_file, tiny_bundle, tmp_path):
+    files_now = json.loads((tiny_file / MANIFEST).read_text())["files"]
+    edit_manifest(tiny_file, files=files_now | {name: hashlib.sha256(b"x").hexdigest()})
+    with pytest.raises(EdgekitError) as caught:
+        open_bundle(tiny_file)
+    assert one_line(caught.value)
+    with pytest.raises(EdgekitError, match="outside the folder"):
+        write_bundle(with_files(tiny_bundle, {name: b"x"}), tmp_path / "new.edge")
+    assert not (tmp_path / "new.edge").exists()
+
+
+def test_a_link_inside_a_bundle_does_not_make_the_copy_leave_its_folder(tiny_file, tmp_path):
+    """`link/../../x` is inside the bundle where `link` leads two folders down, and outside of a copy of it."""
+    (tiny_file / "deep" / "er").mkdir(parents=True)
+    (tiny_file / "deep" / "er" / "est").mkdir()
+    (tiny_file / "link").symlink_to("deep/er/est")
+    (tiny_file / "deep" / "x").write_bytes(b"x")
+    files_now = json.loads((tiny_file / MANIFEST).read_text())["files"]
+    edit_manifest(tiny_file, files=files_now | {"link/../../x": hashlib.sha256(b"x").hexdigest()})
+    assert (tiny_file / "link/../../x").resolve().is_relative_to(tiny_file), "the twin: the path alone is inside"
+    with pytest.raises(EdgekitError, match="points outside the bundle"):
+        write_bundle(open_bundle(tiny_file), tmp_path / "copies" / "copy.edge")
+    assert not (tmp_path / "copies").exists()

@@ -82,7 +82,7 @@ def test_every_bit_comes_back(plain, bits, codes, seed):
     )
 )
 def test_arrays_of_any_type_and_shape_come_back(arrays):
-    back = _unpack_arrays(_pack_arrays(arrays), _shapes(arrays))
+    back = _unpack_arrays(_pack_arrays(arrays), _shapes(arrays), "x")
     assert list(back) == list(arrays)
     for name, array in arrays.items():
         assert back[name].dtype == array.dtype

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edgekit.bundle.bounded import arrays_from_npz
 from edgekit.bundle.format import GOLDEN
 from edgekit.bundle.tensors import (
     TensorSpec,
-    arrays_from_bytes,
     arrays_to_bytes,
     golden_inputs,
     multiple,
@@ -30,7 +30,7 @@ def test_a_damaged_npz_is_read_or_refused(place, byte, cut, tiny_bundle):
     at = int(place * len(content))
     content[at] ^= byte
     with contextlib.suppress(EdgekitError):  # and nothing else
-        arrays_from_bytes(bytes(content[:at] if cut else content), "x.npz")
+        arrays_from_npz(bytes(content[:at] if cut else content), "x.npz")
 
 
 def test_what_is_no_npz(tmp_path):
@@ -38,10 +38,10 @@ def test_what_is_no_npz(tmp_path):
     np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
     for name in ("one.npy", "objects.npz"):
         with pytest.raises(EdgekitError, match=name):
-            arrays_from_bytes((tmp_path / name).read_bytes(), name)
+            arrays_from_npz((tmp_path / name).read_bytes(), name)
     shutil.make_archive(str(tmp_path / "text"), "zip", tmp_path, ".")
     with pytest.raises(EdgekitError, match=r"text\.zip"):
-        arrays_from_bytes((tmp_path / "text.zip").read_bytes(), "text.zip")
+        arrays_from_npz((tmp_path / "text.zip").read_bytes(), "text.zip")
 
 
 def test_arrays_come_back_and_numpy_reads_them(tmp_path):
@@ -50,7 +50,7 @@ def test_arrays_come_back_and_numpy_reads_them(tmp_path):
     assert content == arrays_to_bytes(dict(reversed(arrays.items())))
     (tmp_path / "x.npz").write_bytes(content)
     with np.load(tmp_path / "x.npz") as archive:
-        for found in (archive, arrays_from_bytes(content, "x")):
+        for found in (archive, arrays_from_npz(content, "x")):
             assert sorted(found) == ["a", "b", "c"]
             for name, array in arrays.items():
                 assert np.array_equal(found[name], array)

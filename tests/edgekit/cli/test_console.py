@@ -38,3 +38,61 @@ def test_steps_start_again_for_work_of_the_same_name():
             show("epochs", 0, 3)
             show("epochs", 3, 3)
         show("epochs", 1, 5)
+
+
+HOSTILE = "a\x1b[31mred\x07\x9b1m\x7f\x00\r\u202eltr\ud800\u2028z"
+
+
+def test_nothing_in_a_name_reaches_the_terminal_as_a_command(capsys):
+    console.output.print(HOSTILE)
+    console.output.print("title", HOSTILE, style="bold")
+    console.print_table([HOSTILE], [[HOSTILE]], title=HOSTILE)
+    console.note(HOSTILE)
+    console.print_json({HOSTILE: HOSTILE})
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert r"a\x1b[31mred" in printed.out
+    assert console.printable("å – 猫\t\n", keep="\n\t") == "å – 猫\t\n", "the twin: letters of every script stay"
+
+
+def test_a_plain_console_of_rich_would_pass_it_on(capsys):
+    from rich.console import Console
+
+    Console().print(HOSTILE.replace("\ud800", ""))
+    assert "\x1b" in capsys.readouterr().out
+
+
+def test_every_command_prints_through_these_functions():
+    """The places: nothing in the commands prints by other means."""
+    import ast
+    from pathlib import Path
+
+    found = []
+    for path in sorted(Path(console.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                if name in ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "Console"):
+                    found.append(f"{path.name}: {name}")
+    # one line for an error, which is escaped; JSON, which is ASCII; what a confined process printed, which is escaped
+    assert found == ["__init__.py: print", "console.py: sys.stdout.write", "inspect.py: click.echo"]
+
+
+def test_an_error_is_escaped_and_fits_any_encoding(edgekit):
+    finished = edgekit("inspect", "no-such\x1b[31m\u202e\ud800.edge")
+    assert finished.status == 1
+    assert all(letter.isprintable() or letter == "\n" for letter in finished.err)
+
+
+ESCAPES = "a\x1b[2J\x1b]0;x\x07\r\nb\udcff\u202ec é 日"
+
+
+def test_nothing_that_changes_a_terminal_is_printed(capfd):
+    console.print_table(["name"], [[ESCAPES]])
+    console.note(ESCAPES)
+    printed = "".join(capfd.readouterr())
+    shown = r"a\x1b[2J\x1b]0;x\x07\r\nb\udcff\u202ec é 日"
+    assert printed.count(shown) == 2
+    assert set(printed) <= {*shown, *"name \n"}
+    assert console.printable("plain é 日") == "plain é 日"

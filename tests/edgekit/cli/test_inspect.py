@@ -206,3 +206,42 @@ def test_needs_only_the_core(rich_file, option):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "rolled back" in done.stdout
+
+
+def test_a_strangers_file_is_opened_in_a_process_of_its_own(edgekit, tiny_file, monkeypatch):
+    from edgekit.cli import inspect as module
+
+    plain = edgekit("inspect", tiny_file, "--json")
+    monkeypatch.setattr(module, "_opened", lambda bundle: pytest.fail("this process has opened it"))
+    found = edgekit("inspect", "--untrusted", tiny_file, "--json")
+    assert (found.status, json.loads(found.out)) == (0, json.loads(plain.out))
+    assert "opened in a process of its own, confined by: limits" in found.err
+    assert "audit" in found.err
+    assert "tiny" in edgekit("inspect", "--untrusted", tiny_file, "--weights").out
+
+
+def test_an_error_of_a_strangers_file_is_one_line(edgekit, tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"hello")
+    assert edgekit("inspect", "--untrusted", tmp_path / "x.onnx").failed_with(1, "x.onnx", "not an ONNX model")
+    assert edgekit("inspect", "--untrusted", tmp_path / "none.edge").failed_with(1, "no such bundle")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics": {"a": {"value": 1, "low": 0, "high": 2, "samples": "many"}}},
+        {"metrics": {"a": {"values": 7, "mean": "x"}}},
+        {"metrics": {"compression": [1]}},
+        {"recipe": {"pass": 7}},
+        {"recipe": {"pass": [7]}},
+        {"records": [{"pass": "quantize"}]},
+        {"records": [{"pass": [], "before": 3}]},
+        {"preprocessing": {"id": [1]}, "metrics": {"a": {"b": {"c": None}}}},
+    ],
+)
+@pytest.mark.parametrize("option", [[], ["--lineage"], ["--json"]])
+def test_a_manifest_of_odd_content_is_shown_or_refused_in_one_line(changes, option, edgekit, tiny_file):
+    manifest = json.loads((tiny_file / "edgekit.json").read_text())
+    (tiny_file / "edgekit.json").write_text(json.dumps(manifest | changes))
+    finished = edgekit("inspect", tiny_file, *option)
+    assert finished.status == 0 or finished.failed_with(1, str(tiny_file))

@@ -90,3 +90,11 @@ def test_passes_and_parameters_are_known_by_their_old_names():
     first, second, third = recipe.parse(values, "old.toml")
     assert dict(third.parameters) == {"dtype": "bf16"}
     assert (first.name, dict(second.parameters)) == ("quantize", {"scheme": "s8s8"})
+
+
+@pytest.mark.parametrize("content", [b"a = " + b"[" * 100_000, b"\xff", b"a = 9" + b"9" * 5000, b"\0"])
+def test_a_file_that_breaks_the_parser_is_one_line(content, tmp_path):
+    (tmp_path / "x.toml").write_bytes(content)
+    with pytest.raises(EdgekitError, match=r"x\.toml: ") as caught:
+        read(tmp_path / "x.toml")
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,9 @@
 """Rows from tables, folders of images and the user's own iterables: the same arrays as from an .npz."""
 
+import struct
+import subprocess
 import sys
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -169,3 +172,47 @@ def test_numbers_to_learn_must_be_numbers(rows, tiny_bundle, tmp_path):
         load(tmp_path / "x.npz", regression)
     np.savez(tmp_path / "x.npz", light_curve=curves, labels=labels / 2, split=split)
     assert load(tmp_path / "x.npz", regression)[0].labels.tolist() == [0, 0.5, 1]
+
+
+def png_of(width, height, *chunks):
+    """A PNG that declares this size and holds no pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*item) for item in chunks) + chunk(b"IEND", b"")
+
+
+TEXT_BOMB = zlib.compress(bytes(100_000_000), 9)
+BAD_PICTURES = {
+    "a program for a printer": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(evil) run\nshowpage\n",
+    "two billion pixels": png_of(60_000, 40_000, (b"IDAT", zlib.compress(b""))),
+    "a hundred and fifty million pixels": png_of(15_000, 10_000, (b"IDAT", zlib.compress(b""))),
+    "a text that expands": png_of(9, 9, (b"zTXt", b"a\0\0" + TEXT_BOMB), (b"IDAT", zlib.compress(b""))),
+    "no pixels": png_of(9, 9, (b"IDAT", b"")),
+    "no width": png_of(0, 9, (b"IDAT", b"")),
+    "nothing": b"",
+    "text": b"hello",
+}
+
+
+@pytest.mark.parametrize("content", BAD_PICTURES.values(), ids=BAD_PICTURES)
+@pytest.mark.filterwarnings("error")
+def test_a_hostile_picture_is_one_line_and_starts_nothing(content, pictures, monkeypatch):
+    folder, manifest = pictures
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a program was started"))
+    (folder / "test" / "red" / "x.png").write_bytes(content)
+    with pytest.raises(EdgekitError, match=r"x\.png: not a readable image") as caught:
+        load(folder, manifest)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_list_of_decoders_ghostscript_would_be_asked(tmp_path, monkeypatch):
+    """The twin: Pillow looks at the content, not at the name."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: pytest.fail("Ghostscript"))
+    (tmp_path / "x.png").write_bytes(BAD_PICTURES["a program for a printer"])
+    with pytest.raises(pytest.fail.Exception, match="Ghostscript"), Image.open(tmp_path / "x.png") as image:
+        image.load()

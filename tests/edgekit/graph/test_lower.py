@@ -137,7 +137,9 @@ def test_a_network_is_traced_once_named_and_signed(encoded):
     assert TensorProto.INT8 not in types[0]
     assert TensorProto.INT8 in types[1]
     inputs, expected = encoded.golden()
-    for model in (floats, integers, lower(encoded, opset=13), lower(encoded, opset=18)):
+    older, newer = lower(encoded, opset=13), lower(encoded, opset=18)
+    assert [model.opset_import[0].version for model in (older, newer)] == [13, 18]
+    for model in (floats, integers, older, newer):
         onnx.checker.check_model(model, full_check=True)
         assert np.abs(run(GraphCandidate(model), inputs) - expected["probabilities"]).max() < 1e-6
 

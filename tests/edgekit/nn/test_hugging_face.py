@@ -83,3 +83,84 @@ def test_pickled_weights_are_refused(vit, tmp_path):
 def test_a_folder_of_something_else(tmp_path):
     with pytest.raises(EdgekitError, match=r"config.json: cannot be read as JSON"):
         from_hugging_face(tmp_path)
+
+
+LOADING = {
+    "a kernel of the hub": {"_attn_implementation": "evil/kernel"},
+    "the same under its public name": {"attn_implementation": "evil/kernel"},
+    "experts of the hub": {"_experts_implementation": "evil/kernel"},
+    "inside another value": {"id2label": {"_attn_implementation": "evil/kernel"}},
+    "a quantizer": {"quantization_config": {"quant_method": "bitsandbytes"}},
+    "another model": {"backbone": "evil/model"},
+    "pretrained parts": {"use_pretrained_backbone": True},
+    "a pipeline": {"custom_pipelines": {"x": {"impl": "evil.Pipeline"}}},
+}
+
+
+@pytest.mark.parametrize("changes", LOADING.values(), ids=LOADING)
+def test_a_key_that_makes_transformers_load_something_is_refused(changes, vit, tmp_path):
+    with pytest.raises(EdgekitError, match="which edgekit does not do") as caught:
+        from_hugging_face(edited(vit[0], tmp_path / "copy", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_the_class_does_not_declare_is_refused(vit, tmp_path):
+    with pytest.raises(EdgekitError, match="the key 'colour' is not one that transformers"):
+        from_hugging_face(edited(vit[0], tmp_path / "copy", colour="red"))
+
+
+def test_the_attention_of_a_saved_model_is_replaced_by_the_eager_one(vit, tmp_path):
+    from edgekit.nn.hugging_face import configuration
+
+    folder = edited(vit[0], tmp_path / "copy", _attn_implementation="sdpa", _name_or_path="x/y", torch_dtype="float16")
+    assert configuration(json.loads((folder / "config.json").read_text()))._attn_implementation == "eager"
+    from_hugging_face(folder)
+
+
+ODD = {
+    "no list of classes": {"architectures": "ViTForImageClassification"},
+    "a number as class": {"architectures": [7]},
+    "a path as class": {"architectures": ["models.vit"]},
+    "an object as class": {"architectures": {"0": "ViTForImageClassification"}},
+    "no type": {"model_type": None},
+    "a list as type": {"model_type": ["vit"]},
+    "text for a size": {"hidden_size": "many"},
+    "no heads": {"num_attention_heads": 0},
+    "heads that do not divide": {"num_attention_heads": 3},
+    "a list of layers": {"num_hidden_layers": [1]},
+    "an unknown activation": {"hidden_act": "__import__('os')"},
+    "an image of text": {"image_size": "big"},
+    "an image of three sides": {"image_size": [16, 16, 16]},
+    "an image of no size": {"image_size": -16},
+    "half a patch": {"patch_size": 0},
+    "classes without numbers": {"id2label": {"a": "b"}},
+    "a list of classes": {"id2label": ["a", "b"]},
+    "a layer more than the file has": {"num_hidden_layers": 3},
+    "wider layers than the file has": {"intermediate_size": 64},
+    "a huge image": {"image_size": 1 << 30},
+    "a huge layer": {"hidden_size": 1 << 40},
+    "a huge number": {"intermediate_size": 10**30},
+}
+
+
+@pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
+def test_an_odd_value_is_one_line(changes, vit, tmp_path):
+    with pytest.raises(EdgekitError) as caught:
+        from_hugging_face(edited(vit[0], tmp_path / "copy", **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"num_hidden_layers": 10**6}, "more than 100,000 modules"), ({"intermediate_size": 1 << 29}, "which take")],
+)
+def test_a_network_that_is_too_large_is_refused_before_it_is_built(changes, words, vit, tmp_path):
+    from edgekit.nn.hugging_face import FACTORY
+    from edgekit.nn.module import build
+
+    folder = edited(vit[0], tmp_path / "copy", **changes)
+    with pytest.raises(EdgekitError, match=words):
+        from_hugging_face(folder)
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(EdgekitError, match=words):  # as a bundle builds it
+        build(FACTORY, {"config": config, "inputs": ["pixel_values"]})

@@ -73,3 +73,8 @@ def test_only_trusted_functions_are_run():
     trust(f"{HERE}:no_network")
     with pytest.raises(EdgekitError, match=r"gives a int; expected a torch.nn.Module"):
         build(f"{HERE}:no_network")
+
+
+def test_a_list_of_removed_parts_that_fills_the_memory_is_refused():
+    with pytest.raises(EdgekitError, match="more than 10,000,000 parts are removed at once"):
+        remove(perceptron(), [{"removed": "0-99999999999", "from": ["0.weight:0"]}])

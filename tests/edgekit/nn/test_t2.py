@@ -206,3 +206,32 @@ def test_prunable_groups_name_parameters_that_exist_with_the_sizes_they_say():
         assert {state[name].shape[0] for name in group.rows} == {group.size * group.width}
         assert {state[name].shape[1] for name in group.columns} == {group.size * group.width}
         assert model.get_submodule(group.consumer).in_features == group.size * group.width
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"layers": 10**9},
+        {"layers": 1001},
+        {"embed_dim": 10**6, "ff_dim": 10**6},
+        {"sequence": 10**12},
+        {"classes": 10**18},
+        {"context": 10**12},
+        {"heads": 10**9},
+    ],
+)
+def test_a_network_that_is_too_large_is_refused_before_it_is_built(arguments):
+    with pytest.raises(EdgekitError, match="edgekit builds up to 1,000 layers and 268,435,456 numbers"):
+        build(**{"bands": 2, **arguments})
+
+
+@pytest.mark.parametrize("value", [1.5, True, "2", None, [2], float("nan")])
+def test_a_count_that_is_no_whole_number_is_refused(value):
+    with pytest.raises(EdgekitError):
+        build(bands=2, layers=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, float("nan"), "0.1", True])
+def test_a_dropout_that_is_none_is_refused(value):
+    with pytest.raises(EdgekitError, match="dropout"):
+        build(bands=2, dropout=value)

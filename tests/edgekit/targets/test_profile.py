@@ -181,7 +181,7 @@ def test_a_p40_never_gets_half_and_a_nano_no_int8():
         ('int8 = "s8s8"', 'int8 = "s8u8"', r"unknown int8 's8u8'"),
         ('int8 = "s8s8"', 'int8 = "none"', r"a plan with int8 names its scheme"),
         ('name = "tesla-p40"', 'name = "tesla-p4"', r"name = 'tesla-p4'; expected the file's own name, 'tesla-p40'"),
-        ("[plan]", "[plan", r"not a TOML file"),
+        ("[plan]", "[plan", r"not valid TOML"),
     ],
 )
 def test_a_mistake_is_an_error_that_names_it(written, old, new, message):
@@ -239,3 +239,21 @@ def test_reading_targets_imports_neither_torch_nor_onnx():
         "assert not {'torch', 'onnx', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("line", ['title = "a\\nrm -rf x"', 'title = "a\\u001b[31m"', 'title = "a\\u202eb"'])
+def test_a_text_that_would_begin_a_new_line_of_a_script_is_refused(line, tmp_path):
+    key = line.partition(" ")[0]
+    text = (FOLDER / "tesla-p40.toml").read_text()
+    kept = [old for old in text.splitlines() if not old.startswith(f"{key} =")]
+    (tmp_path / "tesla-p40.toml").write_text("\n".join([line, *kept]))
+    with pytest.raises(EdgekitError, match="holds a control character; write each text on one line"):
+        profile.read(tmp_path / "tesla-p40.toml")
+
+
+@pytest.mark.parametrize("content", [b"a = " + b"[" * 100_000, b"a." * 100_000 + b"b = 1", b"\xff", b"a = 1_", b"\0"])
+def test_a_file_that_breaks_the_parser_is_one_line(content, tmp_path):
+    (tmp_path / "x.toml").write_bytes(content)
+    with pytest.raises(EdgekitError, match=r"x\.toml: ") as caught:
+        profile.read(tmp_path / "x.toml")
+    assert "\n" not in str(caught.value)

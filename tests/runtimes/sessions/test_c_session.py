@@ -1,5 +1,6 @@
 """Compiled C as a session: golden outputs, threads, its cache, and what `auto` makes of a machine."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from edgekit import plugins
 from edgekit.bundle.family import find_family
-from edgekit.bundle.format import GOLDEN, with_files
+from edgekit.bundle.format import GOLDEN, model_key, with_files
 from edgekit.bundle.store import write_bundle
 from edgekit.bundle.tensors import arrays_to_bytes, golden_inputs
 from edgekit.errors import EdgekitError
@@ -159,6 +160,56 @@ open_session(open_bundle(sys.argv[1]), "c", cache=sys.argv[2]).warmup(9)
     command = [sys.executable, "-c", program, tmp_path / "toy.edge", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+TRAP = """
+#include <stdio.h>
+__attribute__((constructor)) static void sprung(void) { fclose(fopen("%s", "w")); }
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("opened", "words"),
+    [("file", "the cached file has the mode 0666"), ("folder", "the cache folder has the mode 0777")],
+)
+def test_a_library_that_others_could_have_written_is_not_loaded(opened, words, tmp_path):
+    """The hash at the end of the file is right; it detects damage and proves nothing about the author."""
+    folder, sprung = tmp_path / "c", tmp_path / "sprung"
+    folder.mkdir(0o700)
+    (tmp_path / "trap.c").write_text(TRAP % sprung)
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "trap.c", "-o", tmp_path / "trap.so"], check=True)
+    content = (tmp_path / "trap.so").read_bytes()
+    evil = folder / f"{module._digest(model_key(MODELS['plain']), Compiler())}.so"
+    evil.write_bytes(content + hashlib.sha256(content).digest())
+    evil.chmod(0o666 if opened == "file" else 0o600)
+    folder.chmod(0o777 if opened == "folder" else 0o700)
+    with pytest.raises(EdgekitError, match=words):
+        CSession(MODELS["plain"], cache=folder)
+    assert not sprung.exists()
+    evil.chmod(0o600), folder.chmod(0o700)
+    with pytest.raises(EdgekitError, match="not a compiled model"):
+        CSession(MODELS["plain"], cache=folder)
+    assert sprung.exists(), "the twin: as the user's own file it is loaded"
+
+
+@pytest.mark.parametrize("command", ["/bin/true", "/bin/false", "/bin/echo"])
+def test_a_program_that_is_no_compiler_is_named(command, tmp_path):
+    with pytest.raises(EdgekitError, match=rf"{command} .*\$CC") as caught:
+        CSession(MODELS["plain"], compiler=command, cache=tmp_path / "c")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not shutil.which("cat"), reason="no cat here")
+def test_a_compiler_that_writes_nothing_is_named(tmp_path):
+    fake = tmp_path / "fakecc"
+    fake.write_text("#!/bin/sh\necho '#define __STDC__ 1'\n")
+    fake.chmod(0o755)
+    with pytest.raises(EdgekitError, match=r"wrote no file; name another compiler in \$CC"):
+        CSession(MODELS["plain"], compiler=str(fake), cache=tmp_path / "c")
+    fake.write_text("not a script")
+    with pytest.raises(EdgekitError, match=r"cannot be run|is no C compiler"):
+        CSession(MODELS["plain"], compiler=str(fake), cache=tmp_path / "c")
 
 
 @needs_compiler
