@@ -157,6 +157,9 @@ class Pipeline:
                         self._failure = error
                 self.source.close()
                 self.publisher.close()
+        if isinstance(self._failure, KafkaException):
+            reason = reason_of(self._failure)
+            raise EdgekitError(f"the Kafka client failed: {reason}; start again to continue") from self._failure
         if self._failure is not None:
             raise self._failure
 
@@ -429,11 +432,17 @@ def run(
     config: Config, stats: Stats, stop: Callable[[], bool], notify: Callable[[str], None] = lambda message: None
 ) -> None:
     """Wait for the broker, then consume until `stop` or, if so configured, the end."""
+    if pipeline := start(config, stats, notify, stop):
+        pipeline.run(stop)
+
+
+def start(
+    config: Config, stats: Stats, notify: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+) -> Pipeline | None:
+    """Wait for the broker, look for the topics and the rights on them, and make the pipeline; None if `stop` came
+    before the broker answered."""
     client = reach(config.kafka_settings(), stop)
     if client is None:
-        return
+        return None
     require_topics(client, config)
-    try:
-        Pipeline(config, stats, notify=notify).run(stop)
-    except KafkaException as error:
-        raise EdgekitError(f"the Kafka client failed: {reason_of(error)}; start again to continue") from error
+    return Pipeline(config, stats, notify=notify)
