@@ -397,3 +397,15 @@ def test_real_packets_cut_anywhere(name):
     rng = random.Random(name)
     for _ in range(40):
         assert only_bad(data[: rng.randrange(len(data))]).status == "error"
+
+
+def test_long_histories_close_a_batch_before_it_has_its_size(tmp_path, monkeypatch):
+    """A few packets may hold as many rows as thousands do: they are read a few at a time, and each is read once."""
+    write(tmp_path, simulate("ztf", 12, 3, cutouts=False), packets_per_file=1)
+    whole = [item for item in batches(read_blocks([tmp_path])) if not isinstance(item, BadPacket)]
+    monkeypatch.setattr("alert_broker.packets.MOST_ROWS", 30)
+    parts = [item for item in batches(read_blocks([tmp_path])) if not isinstance(item, BadPacket)]
+    assert (len(whole), len(parts) > 2) == (1, True)
+    ids = [name for item in parts for name in item.alerts["alert_id"].to_pylist()]
+    assert ids == whole[0].alerts["alert_id"].to_pylist()
+    np.testing.assert_array_equal(np.concatenate([item.curves.flux for item in parts]), whole[0].curves.flux)
