@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.kafka, pytest.mark.skipif(bool(missing()), reason=miss
 KILLS = int(os.environ.get("EDGEKIT_TEST_KILLS", "5"))
 EXACTLY = {"mode": "exactly-once", "transactional_id": "edgekit-test", "seconds": 30.0}
 MODES = {"at-least-once": {"seconds": 30.0}, "exactly-once": EXACTLY}
+START_SECONDS = 300.0  # for a process to join the group; the first one compiles kernels, on a busy machine for minutes
 STUCK_SECONDS = 150.0  # a minute for the watchdog, the transaction of a dead process, and a restart on a busy machine
 
 
@@ -56,7 +57,7 @@ class Supervised:
 
     def end(self) -> None:
         self.look()
-        assert self._running.assigned.wait(60)
+        assert self._running.assigned.wait(START_SECONDS)
         self._running.terminate()
         status, _, log = self._running.wait()
         assert status == 0, log[-2000:]
@@ -133,7 +134,7 @@ def test_an_order_to_stop_is_followed_in_time_whether_the_broker_is_there_or_not
             away = moment % 3 == 2
             source = {"until_eos": False, "drain_seconds": drain}
             running = rig.start(source=source, batch={"size": BATCH}, publish=MODES["at-least-once"])
-            assert running.assigned.wait(90), running.wait(1)
+            assert running.assigned.wait(START_SECONDS), running.wait(1)
             time.sleep(rng.uniform(0.0, 2.0))
             if away:
                 cluster.kill()
@@ -173,7 +174,7 @@ def test_members_come_and_go(apache_kafka, bundle, packets, tmp_path, mode, prot
     feed = Feed(rig, repeat(packets, 2500), 100.0)
     members = [Member(rig, name, mode) for name in ("one", "two", "three")]
     for member in members:
-        assert member.running.assigned.wait(90), member.running.wait(1)
+        assert member.running.assigned.wait(START_SECONDS), member.running.wait(1)
     feed.start()
     time.sleep(3.0)
     members[0].running.kill()
@@ -206,12 +207,12 @@ def test_a_member_that_slept_past_its_session_doubles_nothing(apache_kafka, bund
     rig = Rig(apache_kafka.address, PROTOCOLS[protocol], tmp_path, bundle, partitions=2)
     feed = Feed(rig, repeat(packets, 3000), 150.0)
     sleeper = Member(rig, "sleeper", "exactly-once")
-    assert sleeper.running.assigned.wait(90), sleeper.running.wait(1)
+    assert sleeper.running.assigned.wait(START_SECONDS), sleeper.running.wait(1)
     feed.start()
     time.sleep(2.0)
     sleeper.running.send_signal(signal.SIGSTOP)
     other = Member(rig, "other", "exactly-once")
-    assert other.running.assigned.wait(90), other.running.wait(1)
+    assert other.running.assigned.wait(START_SECONDS), other.running.wait(1)
     time.sleep(8.0)  # past the session of six seconds
     sleeper.running.send_signal(signal.SIGCONT)
     feed.join(180)
