@@ -31,9 +31,26 @@ SECONDS, MEMORY = 20, 5 << 30  # for one file
 BYTES = (0, 1, 0x7F, 0x80, 0xFF, 0x0A, 0x22, 0x2E, 0x5B, 0x7B)
 NUMBERS = (0, 1, -1, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, -(2**63))
 VALUES = (
-    b"0", b"-1", b"1e999", b"1099511627776", b"9" * 40, b"1.5", b"null", b"true", b'""', b'"\\u0000"', b'"\\ud800"',
-    b'"a\\nb"', b"[]", b"{}", b"[[[[[]]]]]", b"[" * 3000, b'"' + b"x" * 3000 + b'"', b'"../../etc/passwd"', b'"O"',
-)  # fmt: skip
+    b"0",
+    b"-1",
+    b"1e999",
+    b"1099511627776",
+    b"9" * 40,
+    b"1.5",
+    b"null",
+    b"true",
+    b'""',
+    b'"\\u0000"',
+    b'"\\ud800"',
+    b'"a\\nb"',
+    b"[]",
+    b"{}",
+    b"[[[[[]]]]]",
+    b"[" * 3000,
+    b'"' + b"x" * 3000 + b'"',
+    b'"../../etc/passwd"',
+    b'"O"',
+)
 MOST_CHANGES = 4
 PLACES = [os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 PLACES += ["/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", str(Path(__file__).resolve().parents[1])]

@@ -139,18 +139,25 @@ def graphs() -> list[Files]:
     stored = [numpy_helper.from_array(np.ones((3, 2), np.float32), "w")]
     product = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])],
-        "g", [value("x", ["batch", 3])], [value("y", ["batch", 2])], stored,
-    )  # fmt: skip
+        "g",
+        [value("x", ["batch", 3])],
+        [value("y", ["batch", 2])],
+        stored,
+    )
     body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["still"]), helper.make_node("Neg", ["a"], ["b"])], "body",
+        [helper.make_node("Identity", ["go"], ["still"]), helper.make_node("Neg", ["a"], ["b"])],
+        "body",
         [value("i", [], TensorProto.INT64), value("go", [], TensorProto.BOOL), value("a", ["batch", 3])],
         [value("still", [], TensorProto.BOOL), value("b", ["batch", 3])],
-    )  # fmt: skip
+    )
     counts = [numpy_helper.from_array(np.array(3), "trips"), numpy_helper.from_array(np.array(True), "yes")]
     loop = helper.make_graph(
         [helper.make_node("Loop", ["trips", "yes", "x"], ["y"], body=body)],
-        "g", [value("x", ["batch", 3])], [value("y", ["batch", 3])], counts,
-    )  # fmt: skip
+        "g",
+        [value("x", ["batch", 3])],
+        [value("y", ["batch", 3])],
+        counts,
+    )
     opsets = [helper.make_opsetid("", 17)]
     made = [helper.make_model(graph, opset_imports=opsets, ir_version=8) for graph in (product, loop)]
     return [{"x.onnx": model.SerializeToString()} for model in made]

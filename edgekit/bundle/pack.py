@@ -67,7 +67,17 @@ def unpack(content: bytes, source: str) -> Bundle:
         )
     try:
         return _parse(body, source)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, struct.error, zlib.error) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        SyntaxError,
+        OverflowError,
+        struct.error,
+        zlib.error,
+    ) as error:
         raise EdgekitError(f"{source}: not a packed bundle that edgekit wrote ({error}); pack it again") from None
 
 

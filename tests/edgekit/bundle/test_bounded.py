@@ -226,7 +226,9 @@ def test_a_packed_file_that_expands_a_thousand_times_is_refused(name, tmp_path):
     assert str(path) in in_little_memory(REFUSED, path)
 
 
-@pytest.mark.parametrize("entry", [["|O", 1], ["<f4", -1], ["<f4", True], ["<f4", 1.5], ["<f4", "3"], ["V9", 1]])
+@pytest.mark.parametrize(
+    "entry", [["|O", 1], ["<f4", -1], ["<f4", True], ["<f4", 1.5], ["<f4", "3"], ["V9", 1], ["f4,(", 1], ["f4,f4", 1]]
+)
 def test_a_packed_array_of_odd_type_or_shape_is_refused(entry):
     content = sealed(
         {"manifest": HEADER, "weights": {"w": entry}, "golden": {}}, stream_of(b"", b""), stream_of(b"", b"")
