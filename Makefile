@@ -70,11 +70,12 @@ bench-alerts: setup ## decoding, the whole path, and a real broker, beside the r
 soak: setup ## half an hour of alerts at twice Rubin's mean rate: memory and ledger
 	$(BIN)/python tools/soak_alerts.py --minutes 30 --json benchmarks/soak.json
 
-fuzz: setup ## ten million damaged packets, ten minutes guided by coverage, ten minutes of hostile messages
+fuzz: setup ## ten million damaged packets, ten minutes each of coverage, messages, and each file format
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python tools/fuzz_decode.py --json benchmarks/fuzz.json
 	$(BIN)/python tools/fuzz_coverage.py --json benchmarks/fuzz_coverage.json
 	$(BIN)/python tools/fuzz_messages.py --json benchmarks/fuzz_messages.json
+	$(BIN)/python tools/fuzz_files.py all
 
 train: setup ## train the models of the zoo again (an hour or two on two cores; resumable)
 	for model in t2-gr t2-ugrizy t2-ugrizy-z; do $(BIN)/python tools/train_t2.py $$model && $(BIN)/python tools/make_model_card.py $$model || exit 1; done

@@ -45,12 +45,12 @@ class Status(IntEnum):
     """The outcome of an object's fit. The mean is always finite; it is zero if nothing could be fitted."""
 
     OK = 0
-    NO_POINTS = 1  # none usable: mean zero
-    NO_FLUX = 2  # every flux is zero, which leaves no amplitude to fit: mean zero
-    NOT_CONVERGED = 3  # best parameters after `max_evaluations`
-    REGULARISED = 4  # errors too small for the covariance to be factored: fitted with `JITTER`
-    OVERFLOW = 5  # fluxes so different that their squares leave the range of doubles: mean zero
-    OVER_TIME = 6  # the fit took longer than its budget allows: mean zero
+    NO_POINTS = 1  # no point is usable: the mean is zero
+    NO_FLUX = 2  # every flux is zero, so that there is no amplitude to fit: the mean is zero
+    NOT_CONVERGED = 3  # the best parameters after `max_evaluations` are used
+    REGULARISED = 4  # the errors are too small for the covariance to be factored: `JITTER` was added
+    OVERFLOW = 5  # the squares of the fluxes leave the range of doubles: the mean is zero
+    OVER_TIME = 6  # the fit took longer than its budget allows: the mean is zero
 
 
 _OK, _NO_POINTS, _NO_FLUX, _NOT_CONVERGED, _REGULARISED, _OVERFLOW, _OVER_TIME = (int(status) for status in Status)
@@ -79,7 +79,8 @@ def _padded(count: int, multiple: int) -> int:
 
 @inlined
 def _layout(count: int) -> tuple[int, int, int, int, int, int]:
-    """Rows, strips, the size of a strip, and where the right, corner and target strips start."""
+    """Return the numbers of rows and strips, the size of a strip, and the starts of the right, corner and target
+    strips."""
     rows, strips = _padded(count, ROWS), _padded(count, LANES) // LANES
     size = rows * LANES
     return rows, strips, size, strips * size, 2 * strips * size, (2 * strips + 1) * size
@@ -127,7 +128,8 @@ def _substitute(matrix: Floats, tile: int, triangle: Floats, first: int, pivot: 
 
 @inlined
 def _factor_corner(matrix: Floats, corner: int, triangle: Floats, pivot: Floats, row: int) -> bool:
-    """Cholesky factor of a 4 x 4 block: U above its diagonal in `triangle`, 1 / its diagonal in `pivot`."""
+    """Factor a 4 x 4 block by Cholesky: U above its diagonal goes to `triangle`, 1 / its diagonal to `pivot`. Return
+    False if the block is not positive definite."""
     for i in range(ROWS):
         for j in range(i, ROWS):
             value = matrix[corner + i * LANES + j]
@@ -146,7 +148,8 @@ def _factor_corner(matrix: Floats, corner: int, triangle: Floats, pivot: Floats,
 def _covariance(
     matrix: Floats, tile: int, slope: int, row: int, column: int, points: Floats, amplitude: float, rate: float
 ) -> None:
-    """A tile of K and one of dK/dm: Rasmussen & Williams 2006, eq. 4.17 with nu = 3/2, coordinates times sqrt 3."""
+    """Write a tile of K and one of dK/dm: Rasmussen & Williams 2006, eq. 4.17 with nu = 3/2. The coordinates are
+    multiplied by sqrt 3."""
     times, colours = points[TIME], points[COLOUR]
     for i in range(ROWS):
         time = load(times, column) - spread(times, row + i)
@@ -160,9 +163,10 @@ def _covariance(
 
 @_compiled
 def _factor(matrix: Floats, points: Floats, count: int, a: float, m: float) -> float:
-    """Negative log-likelihood less n/2 ln 2 pi, infinite if K is singular; leaves U, dK/dm and z.
+    """Return the negative log-likelihood without n/2 ln 2 pi, or infinity if K is singular; write U, dK/dm and z.
 
-    Rasmussen & Williams 2006, algorithm 2.1, by rows of tiles: what the rows above contribute, then the tiles' own.
+    Rasmussen & Williams 2006, algorithm 2.1, by rows of tiles: each row first subtracts the contributions of the rows
+    above, and is then factored.
     """
     rows, strips, size, right, corner, target = _layout(count)
     amplitude, rate = math.exp(a), math.exp(-m)
@@ -195,12 +199,12 @@ def _factor(matrix: Floats, points: Floats, count: int, a: float, m: float) -> f
 
 @_compiled
 def _solve(matrix: Floats, points: Floats, count: int) -> None:
-    """alpha = K^-1 y, after `_factor`."""
+    """Compute alpha = K^-1 y, after `_factor`."""
     rows, strips, size, _, _, target = _layout(count)
     pivot, alpha = points[PIVOT], points[ALPHA]
     for s in range(strips):
         store(alpha, s * LANES, splat(0.0))
-    for row in range(rows - 1, -1, -1):  # U alpha = z from the last row up: what is still unknown counts as zero
+    for row in range(rows - 1, -1, -1):  # U alpha = z, from the last row up; unknown elements still are zero
         known = splat(0.0)
         for s in range(row // LANES, strips):
             known = known + load(matrix, s * size + row * LANES) * load(alpha, s * LANES)
@@ -209,7 +213,7 @@ def _solve(matrix: Floats, points: Floats, count: int) -> None:
 
 @_compiled
 def _invert(matrix: Floats, points: Floats, count: int) -> None:
-    """V = U^-T, then -K^-1 = -V^T V in place of U."""
+    """Compute V = U^-T, and then -K^-1 = -V^T V, which replaces U."""
     rows, strips, size, right, _, _ = _layout(count)
     for row in range(0, rows, ROWS):
         first, down, left = row // LANES, row * LANES, row // LANES * size + row % LANES
@@ -232,11 +236,13 @@ def _invert(matrix: Floats, points: Floats, count: int) -> None:
 
 @_compiled
 def _differentiate(matrix: Floats, points: Floats, count: int, m: float) -> tuple[float, ...]:
-    """Derivatives of the two terms of the negative log-likelihood, y^T K^-1 y / 2 and ln |K| / 2, after `_factor`.
+    """Return derivatives of the two terms of the negative log-likelihood, y^T K^-1 y / 2 and ln |K| / 2, after
+    `_factor`.
 
-    With v = dK alpha: (ya, ym) half of alpha^T v, by which the first term falls; (vaa, vam, vmm) of v^T K^-1 v, and
-    half of alpha^T d2K/dm2 alpha, which make up its Hessian; (la, lm, laa) of the second term, whose other second
-    derivatives would take products of matrices. Rasmussen & Williams 2006, eq. 5.9; dK/da is K less the noise.
+    With v = dK alpha, the result is (ya, ym, vaa, vam, vmm, ymm, la, lm, laa). ya and ym are half of alpha^T v; the
+    first term falls by them. vaa, vam and vmm are v^T K^-1 v, and ymm is half of alpha^T d2K/dm2 alpha; they make up
+    the first term's Hessian. la, lm and laa are derivatives of the second term; its other second derivatives would need
+    products of matrices. Rasmussen & Williams 2006, eq. 5.9; dK/da is K without the noise.
     """
     _solve(matrix, points, count)
     _invert(matrix, points, count)
@@ -263,7 +269,7 @@ def _differentiate(matrix: Floats, points: Floats, count: int, m: float) -> tupl
             bend = weighted * (square / (distance + distance) - splat(1.0)) * own
             inner = load(matrix, s * size + down) * slope
             along = along + weighted
-            if s > first:  # off the diagonal, a tile stands for its mirror image too
+            if s > first:  # a tile off the diagonal also counts for its mirror image
                 store(by_m, s * LANES, load(by_m, s * LANES) + slope * own)
                 bend = bend + bend
                 inner = inner + inner
@@ -299,7 +305,7 @@ def _differentiate(matrix: Floats, points: Floats, count: int, m: float) -> tupl
 def _box_step(
     da: float, dm: float, daa: float, dam: float, dmm: float, low_a: float, high_a: float, low_m: float, high_m: float
 ) -> tuple[float, float, float]:
-    """Minimum of a convex quadratic within a box around zero, and the decrease it promises."""
+    """Return the minimum of a convex quadratic within a box around zero, and the decrease that it promises."""
     daa += 1e-9  # a single epoch has no slope in m
     dmm += 1e-9
     determinant = daa * dmm - dam * dam
@@ -309,7 +315,7 @@ def _box_step(
         if low_a <= a <= high_a and low_m <= m <= high_m:
             return a, m, -0.5 * (da * a + dm * m)
     best_a, best_m, best = 0.0, 0.0, 0.0
-    for edge in range(4):  # flat, or lowest outside: the minimum is on an edge
+    for edge in range(4):  # the quadratic is flat or lowest outside the box: the minimum is on an edge
         if edge < 2:
             a = low_a if edge == 0 else high_a
             m = min(max(-(dm + dam * a) / dmm, low_m), high_m)
@@ -340,11 +346,11 @@ def _climb(
     m: float,
     shared: Shared,
 ) -> tuple[float, float, float, int, int]:
-    """The maximum above (a, m) by Newton steps in a trust region.
+    """Climb from (a, m) to a maximum of the likelihood by Newton steps in a trust region.
 
-    The two second derivatives of ln |K| that `_differentiate` leaves out come from how its gradient changed over the
-    last step; before there is one, and where the result is not convex, average information is used (Gilmour, Thompson
-    & Cullis 1995). `constant` is the part of the negative log-likelihood that `_factor` leaves out.
+    The two second derivatives of ln |K| that `_differentiate` leaves out are estimated from the change of its gradient
+    over the last step. Before the first step, and if the result is not convex, average information is used (Gilmour,
+    Thompson & Cullis 1995). `constant` is the part of the negative log-likelihood that `_factor` leaves out.
     """
     start_a, a_reach, _, low_m, high_m, tolerance = settings
     value = constant + _factor(matrix, points, count, a, m)
@@ -386,7 +392,7 @@ def _climb(
                 break
             la_before, lm_before, laa_before = la, lm, laa
             ya, ym, vaa, vam, vmm, ymm, la, lm, laa = _differentiate(matrix, points, count, m)
-            if abs(step_m) > 1e-3:  # below, rounding
+            if abs(step_m) > 1e-3:  # for a smaller step, rounding dominates the difference
                 lam = (la - la_before - 0.5 * (laa_before + laa) * step_a) / step_m
                 lmm = (lm - lm_before - lam * step_a) / step_m
         length = max(abs(step_a), abs(step_m))
@@ -404,11 +410,11 @@ def _climb(
 def _maximise(
     matrix: Floats, points: Floats, count: int, constant: float, settings: tuple[float, ...], most: int, shared: Shared
 ) -> tuple[float, float, float, int, int]:
-    """(a, m, negative log-likelihood, evaluations, status) of the best maximum found, factored.
+    """Return (a, m, negative log-likelihood, evaluations, status) of the best maximum found, and leave it factored.
 
-    A second maximum is common where points a night apart are nearly independent, and a corner of the bounds can be
-    higher still (contradicting points at one time). Climbs from there find both; L-BFGS-B does when its first trial
-    step happens to throw it there.
+    A second maximum is common if points a night apart are nearly independent, and a corner of the bounds can be higher
+    still (contradicting points at one time). This function also climbs from these two places. L-BFGS-B finds such a
+    maximum only if its first trial step happens to lead there.
     """
     start_a, a_reach, start_m, low_m = settings[0], settings[1], settings[2], settings[3]
     a, m, value, evaluations, status = _climb(matrix, points, count, constant, settings, most, start_a, start_m, shared)
@@ -436,7 +442,8 @@ def _maximise(
 def _predict(
     points: Floats, count: int, amplitude: float, rate: float, colours: Floats, span: float, mean: Floats
 ) -> None:
-    """Mean k(x*, X) alpha (Rasmussen & Williams 2006, eq. 2.25) at even times over the span, in every band."""
+    """Compute the mean k(x*, X) alpha (Rasmussen & Williams 2006, eq. 2.25) at even times over the span, in every
+    band."""
     times, places, alpha, scratch = points[TIME], points[COLOUR], points[ALPHA], points[SCRATCH]
     grid = len(mean)
     step = span / (grid - 1) if grid > 1 else 0.0
@@ -468,7 +475,8 @@ def _gather(
     flux_error: Floats,
     colours: Floats,
 ) -> tuple[int, float, float, float]:
-    """Copy an object's usable points; their number, the first and last time and the brightest significant |flux|."""
+    """Copy an object's usable points. Return their number, the first and last time, and the |flux| of the most
+    significant point."""
     count, peak, first, last = 0, -np.inf, np.inf, -np.inf
     for k in range(begin, end):
         finite = math.isfinite(time[k]) and math.isfinite(flux[k]) and math.isfinite(flux_error[k])
@@ -505,7 +513,7 @@ def _run(
     mean: Floats,
     shared: Shared,
 ) -> None:
-    """Every stride-th object: fit unless its parameters are `given`, predict if `mean` has a grid."""
+    """Process every stride-th object: fit it unless its parameters are `given`, and predict if `mean` has a grid."""
     size = _padded(largest, LANES)
     matrix = np.zeros(_padded(largest, ROWS) * (2 * size + 2 * LANES))
     points = np.zeros((VECTORS, max(size, ROWS * LANES)))
@@ -533,7 +541,9 @@ def _run(
             points[TIME, k] = (points[TIME, k] - first) * root
             points[FLUX, k] /= scale
             points[NOISE, k] = (points[NOISE, k] / scale) ** 2 + WHITE_NOISE / scale / scale
-        for k in range(count, _padded(count, LANES)):  # padding: of a colour so far from all that nothing correlates
+        for k in range(
+            count, _padded(count, LANES)
+        ):  # the padding has a colour so far away that it correlates with nothing
             points[TIME, k] = points[FLUX, k] = points[NOISE, k] = 0.0
             points[COLOUR, k] = 1e6 * (1 + k - count)
         constant = count * (0.5 * math.log(2.0 * math.pi) + math.log(scale))
@@ -593,8 +603,9 @@ class Interpolation:
 class GaussianProcess:
     """A Matern-3/2 process over time and wavelength for each light curve, as in the published t2 preprocessing.
 
-    Results do not depend on the number of threads nor on the batch that an object stands in. Threads, not numba's
-    prange: its pool aborts when two Python threads call it at once, as a server may, or after a fork.
+    Results do not depend on the number of threads, nor on the other objects of the batch. The work is done in Python
+    threads and not with numba's prange, whose pool aborts if two threads call it at once, as a server may, or after a
+    fork.
     """
 
     wavelengths: tuple[float, ...]  # angstrom, in the order of LightCurves.bands
@@ -617,7 +628,7 @@ class GaussianProcess:
                 raise EdgekitError(f"{name} is {getattr(self, name)}; expected 1 or more")
 
     def fit(self, curves: LightCurves, *, threads: int | None = None) -> Fit:
-        """The parameters of highest likelihood for each object. threads: None for as many as there are cores."""
+        """Return the parameters of highest likelihood for each object. threads: None for one thread per core."""
         return self._run(curves, threads, 0, None).fit
 
     def interpolate(
@@ -635,7 +646,7 @@ class GaussianProcess:
     def predict(
         self, curves: LightCurves, log_amplitude: Floats, log_metric: Floats, *, threads: int | None = None
     ) -> Interpolation:
-        """The mean and the likelihood at given parameters, (objects,) in the units of `Fit`."""
+        """Return the mean and the likelihood at given parameters, (objects,) in the units of `Fit`."""
         return self._run(curves, threads, self.grid_points, (log_amplitude, log_metric))
 
     def _run(
@@ -664,7 +675,9 @@ class GaussianProcess:
             2.0 * math.log(self.amplitude), self.log_amplitude_reach,
             2.0 * math.log(self.length_scale_days), 2.0 * math.log(low), 2.0 * math.log(high), self.tolerance,
         )  # fmt: skip
-        columns = [np.require(curves.offsets, np.int64, "CAW")]  # one layout: another would be compiled anew
+        columns = [
+            np.require(curves.offsets, np.int64, "CAW")
+        ]  # always one layout: numba would compile the kernel again for another
         columns += [np.require(curves.time, np.float64, "CAW"), np.require(curves.band, np.int8, "CAW")]
         columns += [np.require(values, np.float64, "CAW") for values in (curves.flux, curves.flux_error)]
         colours = np.array(self.wavelengths, dtype=np.float64) * (math.sqrt(3.0) / self.length_scale_angstrom)
@@ -701,7 +714,7 @@ def _cores() -> int:
 
 
 def is_compiled() -> bool:
-    """Whether this process has the kernel; the first call otherwise loads it from numba's cache or compiles it."""
+    """Return whether this process has the kernel. If not, the first call loads it from numba's cache or compiles it."""
     return bool(_run.signatures)
 
 

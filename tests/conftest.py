@@ -18,8 +18,8 @@ TINY = {"bands": 2, "classes": 3, "sequence": 12, "embed_dim": 16, "heads": 4, "
 
 def pytest_configure():
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; two threads only get into each other's way
-    # the same examples in every run; what a random run finds is kept as an @example
-    hypothesis.settings.register_profile("repeatable", derandomize=True)
+    # The same examples in every run; what a random run finds is kept as an @example. No deadline: machines are shared.
+    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

@@ -89,7 +89,7 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
-        from alert_broker.stream.pipeline import start
+        from alert_broker.stream.pipeline import client_errors, open_pipeline
         from alert_broker.stream.stats import Stats
         from alert_broker.stream.watchdog import MARGIN_SECONDS, WATCHDOG
 
@@ -106,9 +106,9 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
     failed = ""
     WATCHDOG.last_words = lambda reason: report(stats, as_json, reason)
     try:
-        with watching(config, stats, as_json=as_json):
-            pipeline = start(config, stats, note)  # before `stopping`: a signal ends the start at once
-            assert pipeline is not None  # nothing but a signal ends the wait for the broker
+        with watching(config, stats, as_json=as_json), client_errors():
+            pipeline = open_pipeline(config, stats, notify=note)  # a signal ends the process at once: see `stopping`
+            assert pipeline is not None
             with stopping() as stop, WATCHDOG.ending_within(config.source.stop_seconds + MARGIN_SECONDS):
                 pipeline.run(stop)
     except BaseException as error:

@@ -27,7 +27,7 @@ from alert_broker.stream.source import position_of
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-PREFIX = "edgekit."  # of the headers that edgekit adds
+PREFIX = "edgekit."  # of the names of the headers that edgekit adds
 REASON, STATUS, SCHEMA_ID, STACK = (PREFIX + name for name in ("reason", "status", "schema-id", "stack"))
 TOPIC, PARTITION, OFFSET = (PREFIX + name for name in ("topic", "partition", "offset"))
 WHEN, ATTEMPTS, OMITTED = PREFIX + "dead-lettered-at", PREFIX + "attempts", PREFIX + "omitted"
@@ -45,8 +45,8 @@ ALONE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """Why one message of a batch is a dead letter. index: of the message in the batch; stack: a digest of the stack
-    trace if the program failed, else empty."""
+    """The reason for which one message of a batch is a dead letter. index: the message's index in the batch; stack: a
+    digest of the stack trace if the program failed, else empty."""
 
     index: int
     reason: str
@@ -55,23 +55,24 @@ class DeadLetter:
 
 
 def stack_digest(error: BaseException) -> str:
-    """A digest that is equal for equal stack traces, whatever the alert, so that failures can be counted."""
+    """Return a digest that is equal for equal stack traces, whatever the alert, so that failures can be counted."""
     frames = [f"{frame.filename}:{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
     return hashlib.sha256("\n".join([type(error).__name__, *frames]).encode()).hexdigest()[:16]
 
 
 def category_of(reason: str) -> str:
-    """The reason without the numbers and details that differ from alert to alert, so that reasons can be counted."""
+    """Return the reason without the numbers and details that differ from alert to alert, so that reasons can be
+    counted."""
     return ALONE.sub("N", reason.split(":")[0])[:LONGEST_CATEGORY].encode(errors="replace").decode()
 
 
 def text_of(value: str | bytes | None) -> str:
-    """The value of a header as text."""
+    """Return the value of a header as text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
 
 
 def position_headers(message: Message) -> Headers:
-    """Headers that say where a message was read: topic, partition and offset."""
+    """Return headers that say where a message was read: topic, partition and offset."""
     (topic, partition), offset = position_of(message)
     return [(TOPIC, topic.encode()), (PARTITION, b"%d" % partition), (OFFSET, b"%d" % offset)]
 
@@ -81,7 +82,7 @@ class UnreadableHeadersError(Exception):
 
 
 def headers_of(message: Message) -> Headers:
-    """The headers of a message. Call it once for each message.
+    """Return the headers of a message. Call it once for each message.
 
     If the name of a header is not UTF-8, the binding returns a list that holds a null pointer, and leaves an error
     behind. The interpreter looks for such an error after a call through `methodcaller`. After a plain call of the
@@ -96,7 +97,8 @@ def headers_of(message: Message) -> Headers:
 
 
 def attempts(headers: Headers) -> int:
-    """How often the message was a dead letter before. Whoever sends a message may write anything into this header."""
+    """Return how often the message was a dead letter before. The header may hold anything, because any producer can
+    write it."""
     text = text_of(dict(headers).get(ATTEMPTS))
     return int(text) if COUNT.fullmatch(text) else 0
 
@@ -113,8 +115,8 @@ def _our_headers(dead_letter: DeadLetter, message: Message, attempt: int) -> Hea
 
 
 def outgoing(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
-    """The dead letter as a message. It has the key, the payload and the headers of the alert, and headers of edgekit.
-    If something in the message makes that fail, the dead letter has headers of edgekit only: they say where the
+    """Return the dead letter as a message. It has the key, the payload and the headers of the alert, and headers of
+    edgekit. If the message cannot be copied, the dead letter has only the headers of edgekit, which say where the
     message can be read again."""
     try:
         return _whole(dead_letter, message, topic)
@@ -145,8 +147,8 @@ def _whole(dead_letter: DeadLetter, message: Message, topic: str) -> Outgoing:
 
 
 def without_content(message: Outgoing, refusal: str) -> Outgoing:
-    """A dead letter that the broker refuses, without the payload, the key and the headers of the alert. The headers of
-    edgekit say where the alert can be read again."""
+    """Return a dead letter that the broker refuses, without the payload, the key and the headers of the alert. The
+    headers of edgekit say where the alert can be read again."""
     ours: Headers = [(name, content) for name, content in message.headers if name.startswith(PREFIX)]
     if message.value is None and len(ours) == len(message.headers):
         raise EdgekitError(

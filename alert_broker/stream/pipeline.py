@@ -14,7 +14,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Pipeline:
 
         self.config, self.stats = config, stats
         bundle = resolve(config.model.bundle) if config.model.bundle else None
-        self._cancelled = threading.Event()  # what is in flight is given up
+        self._cancelled = threading.Event()  # set when the batches in flight are given up
         budget = Budget(config.model.alert_seconds, self._cancelled.is_set)
         classifiers = open_classifiers(config, bundle, budget)
         load_kernels(notify)
@@ -93,7 +94,7 @@ class Pipeline:
         for item in classifiers.opened.values():
             item.session.warmup(config.batch.size)
             stats.models[item.bundle.manifest.name] = item.bundle.digest
-        self._stopping = threading.Event()  # nobody waits for the registry any more
+        self._stopping = threading.Event()  # set when no stage should wait for the registry any more
         registry = self._open_registry() if config.registry.url else None
         self._registry = registry
         self.stages = Stages(classifiers, registry.schema if registry else None, budget)
@@ -152,7 +153,7 @@ class Pipeline:
                 self._join(threads)
                 if self._failure is None and not self._cancelled.is_set():
                     try:
-                        self.stats.ledger.check()  # before partitions are given back, and with them what is in flight
+                        self.stats.ledger.check()  # before revoking takes alerts off the ledger
                     except EdgekitError as error:
                         self._failure = error
                 self.source.close()
@@ -164,7 +165,7 @@ class Pipeline:
             raise self._failure
 
     def _join(self, threads: Sequence[threading.Thread]) -> None:
-        """Wait for the stages. After a stop they have the configured time; then what is left is given up."""
+        """Wait for the stages. After a stop they have the configured time; then the rest is given up."""
         for thread in threads:
             while thread.is_alive():
                 self.source.serve()
@@ -175,7 +176,7 @@ class Pipeline:
             LOG.warning("stopped with %d alerts in flight: they were not committed and will be read again", left)
 
     def _give_up_when_late(self) -> None:
-        """Give up what is in flight after a failure, or if it has not finished in time after a stop."""
+        """Give up the batches in flight after a failure, or if they have not finished in time after a stop."""
         late = self._is_stopped() and time.monotonic() - (self._stopped_at or 0.0) > self.config.source.stop_seconds
         if late or self._failure is not None:
             self._stopping.set()
@@ -223,7 +224,7 @@ class Pipeline:
         return self._stopped_at is not None
 
     def _keep_moving(self) -> bool:
-        """While a partition is drained: hand on what waits; return whether the stages still work."""
+        """Hand on waiting batches while a partition is drained; return whether the stages still work."""
         self._hand_on()
         self._give_up_when_late()
         return not self._cancelled.is_set()
@@ -341,7 +342,7 @@ class Pipeline:
             self._account(work, owned, published & ~dead, dead, dead_letters)
 
     def _results(self, work: InFlight) -> list[Outgoing]:
-        """The messages of a batch's rows. If the program fails on a row, the row's alert becomes a dead letter."""
+        """Return the messages of a batch's rows. If the program fails on a row, its alert becomes a dead letter."""
         if self.router is None or len(work.index) == 0:
             return []
         try:
@@ -401,7 +402,7 @@ class Pipeline:
 
 
 def open_classifiers(config: Config, bundle: Bundle | None, budget: Budget | None = None) -> Classifiers:
-    """The models. If the configuration says so, each reuses its last classification of an object."""
+    """Open the models. If the configuration says so, each reuses its last classification of an object."""
     same = config.model.reuse
     threads = config.model.threads or None
     if same == "off":
@@ -411,7 +412,7 @@ def open_classifiers(config: Config, bundle: Bundle | None, budget: Budget | Non
 
 
 def positions_of(batch: MessageBatch, index: npt.NDArray[np.int64]) -> Positions:
-    """The positions of these messages of the batch."""
+    """Return the positions of these messages of the batch."""
     topics = [topic for topic, _ in batch.partitions]
     numbers = np.array([number for _, number in batch.partitions], np.int64)
     of = batch.partition[index]
@@ -420,7 +421,7 @@ def positions_of(batch: MessageBatch, index: npt.NDArray[np.int64]) -> Positions
 
 
 def with_positions(rows: pa.RecordBatch, batch: MessageBatch, index: npt.NDArray[np.int64]) -> pa.RecordBatch:
-    """The rows with their message's topic and partition in `file`, and its offset in `offset`."""
+    """Return the rows with their message's topic and partition in `file`, and its offset in `offset`."""
     texts = pa.array([f"{topic}[{number}]" for topic, number in batch.partitions], pa.string())
     files = pa.DictionaryArray.from_arrays(pa.array(batch.partition[index]), texts).cast(pa.string())
     columns: dict[str, Any] = {"file": files, "offset": pa.array(batch.offset[index])}
@@ -428,21 +429,34 @@ def with_positions(rows: pa.RecordBatch, batch: MessageBatch, index: npt.NDArray
     return pa.RecordBatch.from_arrays(arrays, schema=rows.schema)
 
 
-def run(
-    config: Config, stats: Stats, stop: Callable[[], bool], notify: Callable[[str], None] = lambda message: None
-) -> None:
-    """Wait for the broker, then consume until `stop` or, if so configured, the end."""
-    if pipeline := start(config, stats, notify, stop):
-        pipeline.run(stop)
-
-
-def start(
-    config: Config, stats: Stats, notify: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+def open_pipeline(
+    config: Config,
+    stats: Stats,
+    stop: Callable[[], bool] = lambda: False,
+    notify: Callable[[str], None] = lambda message: None,
 ) -> Pipeline | None:
-    """Wait for the broker, look for the topics and the rights on them, and make the pipeline; None if `stop` came
-    before the broker answered."""
+    """Wait for the broker, then open models, topics and clients; None if `stop` comes before the broker answers."""
     client = reach(config.kafka_settings(), stop)
     if client is None:
         return None
     require_topics(client, config)
     return Pipeline(config, stats, notify=notify)
+
+
+@contextmanager
+def client_errors() -> Iterator[None]:
+    """Turn an error of the Kafka client that nothing else has explained into one for the user."""
+    try:
+        yield
+    except KafkaException as error:
+        raise EdgekitError(f"the Kafka client failed: {reason_of(error)}; start again to continue") from error
+
+
+def run(
+    config: Config, stats: Stats, stop: Callable[[], bool], notify: Callable[[str], None] = lambda message: None
+) -> None:
+    """Wait for the broker, then consume until `stop` or, if so configured, the end."""
+    with client_errors():
+        pipeline = open_pipeline(config, stats, stop, notify)
+        if pipeline is not None:
+            pipeline.run(stop)

@@ -4,9 +4,9 @@ At least once: offsets are committed after the broker has acknowledged the whole
 that; a crash repeats one batch at most. Exactly once: results and offsets are one transaction; whoever reads only
 committed messages sees a batch once or not at all, and an earlier process of this member is fenced off.
 
-A broker can also refuse a producer that nobody has replaced: librdkafka's epoch may be old after the broker was killed.
-The group tells the two apart. While the partitions are ours, a new producer takes the place of the old one, at most
-`RENEWALS` times in `RENEWAL_SECONDS`; it sends the batch again only if the group has no offset of it.
+A broker can also refuse a producer that no other process has replaced, because librdkafka's epoch is old after the
+broker was killed. The group tells the two cases apart. While this member owns the partitions, it replaces its producer,
+at most `RENEWALS` times in `RENEWAL_SECONDS`, and sends the batch again only if the group has no offset of it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 ATTEMPTS = 5  # at a transaction that the broker asks to have aborted
-FLUSH_SECONDS = 0.2  # between looks whether the consumer stops, while the broker acknowledges
-RENEWALS, RENEWAL_SECONDS = 3, 600.0  # two members with one transactional id fence each other off without end
-CALL_SECONDS = 30.0  # that a call may take which names no limit of its own
+FLUSH_SECONDS = 0.2  # seconds between checks whether the consumer stops, while the broker acknowledges
+RENEWALS, RENEWAL_SECONDS = (
+    3,
+    600.0,
+)  # a limit, because two members with one transactional id would fence each other off for ever
+CALL_SECONDS = 30.0  # time limit of a call that has no limit of its own
 # Errors of one message, not of the broker: sending the message again would fail again
 UNSENDABLE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD}
 
@@ -60,9 +63,9 @@ class Publisher(Protocol):
     """Sends a batch and commits its offsets."""
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
-        """Returns when the brokers have all of it and the offsets; LostError where nothing of it is visible, as the
-        partitions are another's. instead: gives what is sent in the place of messages that no broker
-        would ever take."""
+        """Return when the brokers have all messages and the offsets. Raise LostError if another member owns the
+        partitions by now; then none of the messages is visible. instead: returns the messages to send in place of
+        messages that no broker would ever accept."""
         ...
 
     def close(self) -> None: ...
@@ -160,7 +163,7 @@ class AtLeastOnce:
             self._source.commit(dict(offsets))
 
     def close(self) -> None:
-        with contextlib.suppress(NotSentError):  # `publish` has waited for all that matters
+        with contextlib.suppress(NotSentError):  # `publish` has waited for all that it did not give up
             self._sender.flush(FLUSH_SECONDS)
 
 

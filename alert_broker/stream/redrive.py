@@ -59,7 +59,7 @@ class Originals:
         self._consumer: Consumer | None = None
 
     def read(self, topic: str, partition: int, offset: int) -> Message | None:
-        """The message, or None if it is no longer there."""
+        """Return the message, or None if it is no longer there."""
         if self._consumer is None:
             self._consumer = open_consumer({**self._settings, "group.id": "edgekit-none", "auto.offset.reset": "error"})
         self._consumer.assign([TopicPartition(topic, partition, offset)])
@@ -205,8 +205,8 @@ def commit(consumer: Consumer, after: dict[Partition, int]) -> None:
 
 
 def readable_headers(message: Message) -> Headers:
-    """The headers of a message; none if they cannot be read. `outgoing` sends no dead letter with such headers, but
-    another program may have written to the topic."""
+    """Return the headers of a message; none if they cannot be read. `outgoing` sends no dead letter with such headers,
+    but another program may have written to the topic."""
     try:
         return headers_of(message)
     except UnreadableHeadersError as error:
@@ -220,8 +220,8 @@ def readable_headers(message: Message) -> Headers:
 def restored(
     message: Message, headers: Headers, index: int, originals: Originals, to_topic: str, run: str
 ) -> Outgoing | None:
-    """The message to send for a dead letter: the alert with its original payload, and edgekit's headers, which count
-    its failures; None if the payload is nowhere any more."""
+    """Return the message to send for a dead letter: the alert with its original payload, and edgekit's headers, which
+    count its failures. Return None if the payload is no longer in its original topic."""
     named = {name: text_of(content) for name, content in headers}
     (own, partition), offset = position_of(message)
     topic = to_topic or named.get(TOPIC, "")

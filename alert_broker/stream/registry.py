@@ -1,4 +1,4 @@
-"""Schema registries: the schemas of messages by number, and a number for a schema of ours.
+"""Schema registries: they give the schemas of messages by number, and a number for a schema of ours.
 
 `http://`, `https://`: a Confluent-compatible service (REST, `/schemas/ids/ID` and `/subjects/SUBJECT/versions`).
 `file:FOLDER`: `ID.avsc` files in a folder, for one machine. `mock://NAME`: in this process's memory, for tests.
@@ -34,12 +34,8 @@ from edgekit.errors import EdgekitError
 
 CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
 TIMEOUT_SECONDS = 5.0  # of one request, from its start to the last byte of the answer
-LOOK_SECONDS = 0.05  # between looks whether the consumer stops, while a request is under way
-DELAYS = (
-    0.2,
-    0.5,
-    1.0,
-)  # seconds before each further try of a request; the caller decides how long to go on after that
+LOOK_SECONDS = 0.05  # seconds between checks whether the consumer stops, while a request is running
+DELAYS = (0.2, 0.5, 1.0)  # seconds before each repetition of a request; after the last one the caller decides
 CHUNK = 65_536  # bytes of an answer that are read at a time
 LARGEST_ANSWER = 16 << 20  # bytes; LSST's schema takes 0.2 MB
 FORGET_UNKNOWN_SECONDS = 60.0  # then an id without a schema is asked for again: it may have been registered since
@@ -55,8 +51,8 @@ ADVICE = {
 
 
 class RegistryError(EdgekitError):
-    """The registry did not answer, or not as a registry should. The caller should try again later. identifier: the
-    schema that was asked for."""
+    """The registry did not answer, or did not answer as a registry should. The caller should try again later.
+    identifier: the id of the schema that was asked for."""
 
     identifier: int | None = None
 
@@ -74,8 +70,8 @@ def open_registry(
     stopped: Callable[[], bool] = never,
     seconds: float = TIMEOUT_SECONDS,
 ) -> Registry:
-    """The registry at a URL. user, password: for basic authentication; they may also stand inside the URL, and are
-    never shown. stopped: once it returns true, a request under way is given up; seconds: for one request."""
+    """Return the registry at a URL. user, password: for basic authentication; they may also stand inside the URL, and
+    are never shown. stopped: once it returns true, a running request is given up; seconds: the limit for a request."""
     scheme, _, rest = url.partition(":")
     if scheme in ("http", "https"):
         return HttpRegistry.at(url, user, password, sleep, stopped, min(seconds, TIMEOUT_SECONDS))
@@ -236,8 +232,8 @@ class HttpRegistry:
         return text
 
     def blames(self, error: RegistryError) -> bool:
-        """Whether the schema that was asked for is at fault, and not the registry: the registry has failed on it
-        `FAILURES` times and answers another question each time. Its messages then become dead letters."""
+        """Return whether the schema that was asked for is at fault, and not the registry: the registry has failed on it
+        `FAILURES` times and answered another question each time. The schema's messages then become dead letters."""
         identifier = error.identifier
         if identifier is None:
             return False
@@ -270,7 +266,8 @@ class HttpRegistry:
         return self._numbers[subject, schema]
 
     def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any] | None:
-        """The answer; None if the registry does not have what was asked for. A failure that may pass is tried again."""
+        """Return the answer; None if the registry does not have what was asked for. A request that fails for a reason
+        that may pass is repeated."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, dict(self._headers), method=method)
         for delay in (*DELAYS, None):
@@ -302,8 +299,8 @@ class HttpRegistry:
         )
 
     def _exchange(self, request: urllib.request.Request) -> tuple[int, bytes]:
-        """The status and the content of the answer, in `_seconds` altogether. The request has a thread of its own,
-        because looking up a name, TLS and headers take as long as the other side likes, a byte at a time."""
+        """Return the status and the content of the answer, within `_seconds` altogether. The request runs in its own
+        thread, because a server can make name lookup, TLS and headers last for ever by sending single bytes."""
         future: Future[tuple[int, bytes]] = Future()
         deadline = time.monotonic() + self._seconds
 
@@ -323,7 +320,7 @@ class HttpRegistry:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the password to another host."""
+    """Follows no redirect, because it would send the password to another host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -333,7 +330,8 @@ _opener = urllib.request.build_opener(_NoRedirect)
 
 
 def _read(request: urllib.request.Request, seconds: float, deadline: float) -> tuple[int, bytes]:
-    """The status and the content of an answer. The deadline also ends the thread of a request that was given up."""
+    """Return the status and the content of an answer. The deadline also ends the thread of a request that was given
+    up."""
     try:
         response = _opener.open(request, timeout=seconds)
     except urllib.error.HTTPError as error:
@@ -348,7 +346,7 @@ def _read(request: urllib.request.Request, seconds: float, deadline: float) -> t
 
 
 def _json_object(content: bytes) -> dict[str, Any] | None:
-    """None for anything else, such as another server's page."""
+    """Return the JSON object; None for any other content, such as another server's page."""
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):
@@ -357,7 +355,7 @@ def _json_object(content: bytes) -> dict[str, Any] | None:
 
 
 def _same(first: str, second: str) -> bool:
-    """Whether two schemas are equal except for white space."""
+    """Return whether two schemas are equal except for white space."""
     try:
         return bool(json.loads(first) == json.loads(second))
     except ValueError:

@@ -1,12 +1,13 @@
-"""Batches of messages from Kafka, and whose they are: a partition can be taken away while its alerts are in flight.
+"""Read batches of messages from Kafka, and tell whether this member still owns them: a partition can be revoked while
+its alerts are in flight.
 
-Each assignment of a partition has a number, its generation. A batch remembers the generation under which its messages
-were read; what was read under one that has ended is neither published nor committed by us: the next owner reads it
-again.
+Each assignment of a partition has a number, its assignment generation. A batch remembers the generations in which its
+messages were read. If a generation has ended, this member neither publishes nor commits its messages: the next owner
+reads them again.
 
-librdkafka never chooses a position by itself (`auto.offset.reset` is "error"): it tells us that it has none, or that
-the one that it has is outside the log. So what retention deleted before it was read is counted exactly. The gaps that
-compaction and the markers of transactions leave are no losses and do not count.
+librdkafka never chooses a position by itself (`auto.offset.reset` is "error"). It reports that it has no position, or
+that its position is outside the log. So the messages that retention deleted before they were read are counted exactly.
+The gaps that compaction and the markers of transactions leave are no losses and do not count.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 DRAIN_STEP = 0.005
-POLL_SECONDS = 0.02  # between looks at what the publishing thread asks for
-USUAL_BYTES = 65_536  # of a message, before one has been seen
-CALL_SECONDS = 60.0  # that a call may take which names no limit of its own
+POLL_SECONDS = 0.02  # seconds between checks for requests of the publishing thread
+USUAL_BYTES = 65_536  # assumed size of a message before the first one was read
+CALL_SECONDS = 60.0  # time limit of a call that has no limit of its own
 COMMIT_SECONDS = 120.0  # librdkafka waits for the coordinator (a session) and for its answer (a minute)
 COMMITTED_RETRY = 0.1  # seconds between attempts to learn what the group has committed
 OFFSET_SECONDS = 3.0  # to wait for an answer about offsets of one partition, in the thread that polls
@@ -58,8 +59,9 @@ OFFSET_SECONDS = 3.0  # to wait for an answer about offsets of one partition, in
 
 @dataclass(frozen=True, slots=True)
 class MessageBatch:
-    """Messages in the order in which they came. partition: (messages,) index into `partitions`, each of which was ours
-    under its number in `epochs`; offset: (messages,); received: monotonic seconds."""
+    """Messages in the order in which they were read. partition: (messages,) index into `partitions`; generations: the
+    assignment generation in which each of these partitions was read; offset: (messages,); received: monotonic
+    seconds."""
 
     messages: Sequence[Message]
     partitions: tuple[Partition, ...]
@@ -72,7 +74,7 @@ class MessageBatch:
         return len(self.messages)
 
     def counts(self, chosen: npt.NDArray[np.bool_]) -> dict[Partition, int]:
-        """The number of these messages in each partition."""
+        """Return how many of these messages each partition has."""
         numbers = np.bincount(self.partition[chosen], minlength=len(self.partitions)).tolist()
         return {partition: number for partition, number in zip(self.partitions, numbers, strict=True) if number}
 
@@ -104,11 +106,11 @@ class LostError(Exception):
 
 
 class Source:
-    """The consumer. The thread that made it calls `poll`, `serve` and `close`; the one that publishes calls `owned` and
-    `commit`, while it holds `publishing`, so that no partition leaves between the look and the deed.
+    """The consumer. The thread that made it calls `poll`, `serve` and `close`. The thread that publishes calls `owned`
+    and `commit` while it holds the lock `publishing`, so that no partition is revoked between the two calls.
 
-    Only one thread may touch the consumer: the binding lets others wait until it is not polling, which may be never.
-    What the publishing thread needs of it is a request, served between polls.
+    Only one thread may use the consumer: the binding lets other threads wait until it is not polling, which may never
+    happen. The publishing thread therefore sends requests, which the polling thread carries out between polls.
     """
 
     def __init__(self, config: Config, stats: Stats) -> None:
@@ -118,16 +120,16 @@ class Source:
         self._at_end: set[Partition] = set()
         self._paused = self._closing = self._losing = False
         self._next: dict[Partition, int] = {}
-        self._without_position: dict[Partition, int | None] = {}  # with the offset that is not in their log
-        self._largest = USUAL_BYTES  # bytes of a message, so far
-        # keeps what is in flight moving; False if it has stopped
+        self._without_position: dict[Partition, int | None] = {}  # and the offset that is outside their log
+        self._largest = USUAL_BYTES  # bytes of the largest message so far
+        # moves batches in flight on; returns False if the stages have stopped
         self.while_draining: Callable[[], bool] = lambda: True
         self.stopping: Callable[[], bool] = lambda: False  # whether `poll` should return early
-        self.cancelled: Callable[[], bool] = lambda: False  # whether what is in flight was given up
+        self.cancelled: Callable[[], bool] = lambda: False  # whether the batches in flight were given up
         self._thread = get_ident()
         self._requests: SimpleQueue[Request] = SimpleQueue()
         settings = consumer_settings(config)
-        # of librdkafka, where [kafka] does not say
+        # the defaults of librdkafka, unless [kafka] sets others
         self.session_seconds = float(settings.get("session.timeout.ms", 45_000)) / 1000.0
         self._heartbeat_seconds = float(settings.get("heartbeat.interval.ms", 3_000)) / 1000.0
         self._polled, self._in_doubt_until = math.inf, 0.0
@@ -137,16 +139,17 @@ class Source:
         self._unreadable = UnreadableBatches(self.consumer, config.source)
         self._lag = Lag(config)
         for topic in config.source.topics:
-            partitions_of(self.consumer, topic)  # a broker or a topic that is not there shows now
+            partitions_of(self.consumer, topic)  # raises now if the broker or the topic is not there
         self.consumer.subscribe(
             list(config.source.topics), on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
         )
 
-    # --- one thread
+    # --- called by the thread that polls
 
     def poll(self, size: int, seconds: float) -> MessageBatch | None:
-        """Up to `size` messages within these seconds, or until they have `batch.bytes`: the last one may go over it,
-        and so may others that come with it if they are larger than any before. None where there were none."""
+        """Return up to `size` messages that come within these seconds, or None if none comes. The batch ends earlier
+        when it has `batch.bytes`. Its last message may exceed that limit, and so may messages that come with it if they
+        are larger than all messages before."""
         if self._unreadable.skipped:
             self.serve()
             return self._skipped(size)
@@ -164,7 +167,7 @@ class Source:
             sizes = [len(message) for message in found]
             self._largest, room = max(self._largest, *sizes, 0), room - sum(sizes)
             if self._generations != before:
-                # what was read earlier may be another's now, even if the partition is ours again
+                # another member may own the messages that were read earlier, even if we have the partition again
                 messages = [item for item in messages if self._counts(item, before)]
             messages += found
             if self._generations != before:
@@ -192,7 +195,8 @@ class Source:
         return self._batch(good, index, partition, offset)
 
     def _skipped(self, size: int) -> MessageBatch:
-        """Offsets of a batch that cannot be read, as messages. Nothing is fetched before all of them were given."""
+        """Return offsets of a record batch that cannot be read, as messages. Nothing is fetched before all of them were
+        returned."""
         skipped = self._unreadable.skipped
         chosen: list[Any] = [skipped.popleft() for _ in range(min(size, len(skipped)))]
         index: dict[Partition, int] = {}
@@ -203,7 +207,7 @@ class Source:
     def _batch(
         self, good: Sequence[Message], index: dict[Partition, int], partition: list[int], offset: list[int]
     ) -> MessageBatch:
-        """These messages, counted as consumed."""
+        """Count these messages as consumed, and return them as a batch."""
         batch = MessageBatch(
             good,
             tuple(index),
@@ -218,8 +222,8 @@ class Source:
         return batch
 
     def _counts(self, message: Message, before: Mapping[Partition, int]) -> bool:
-        """Whether a message, or an event of a partition, is of one that has been ours all the time since; an error is
-        heard in any case."""
+        """Return whether this member has owned the partition of a message, or of an event, all the time since `before`.
+        Other errors always count."""
         error = message.error()
         if error is not None and error.code() not in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET):
             return True
@@ -233,8 +237,8 @@ class Source:
 
     @property
     def caught_up(self) -> bool:
-        """Whether nothing waits in the partitions that are ours, as the broker has it; that we were at the end once
-        says nothing, as we may have been stuck since. It must do where the broker does not answer."""
+        """Whether no message waits in the assigned partitions, according to the broker. An end that was reached earlier
+        proves nothing, because the consumer may be stuck since; it is used only if the broker does not answer."""
         lag = self.stats.lag
         return all(not lag[where] if where in lag else where in self._at_end for where in self._generations)
 
@@ -247,7 +251,7 @@ class Source:
             self._paused = self.stats.paused = paused
 
     def serve(self) -> None:
-        """Do what the publishing thread has requested."""
+        """Carry out the requests of the publishing thread."""
         self._note_suspension()
         while True:
             try:
@@ -261,10 +265,10 @@ class Source:
         with WATCHDOG.limit("close", CALL_SECONDS):
             self.consumer.close()
 
-    # --- the thread that publishes
+    # --- called by the thread that publishes
 
     def owned(self, batch: MessageBatch) -> npt.NDArray[np.bool_]:
-        """(messages,) whether this member still owns each message's partition."""
+        """Return (messages,) whether this member still owns the partition of each message."""
         mine = [
             self._generations.get(where) == generation
             for where, generation in zip(batch.partitions, batch.generations, strict=True)
@@ -272,8 +276,8 @@ class Source:
         return np.array(mine, np.bool_)[batch.partition]
 
     def commit(self, offsets: dict[Partition, int]) -> None:
-        """Commit these next offsets and wait for the broker. If the group was rebalanced meanwhile, that is no error:
-        the new owner reads again what was published since the last commit."""
+        """Commit these next offsets and wait for the broker. It is no error if the group was rebalanced meanwhile: the
+        new owner reads the messages since the last commit again."""
         positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
         try:
             results = self._ask(lambda: self._commit(positions))
@@ -294,8 +298,8 @@ class Source:
             return self.consumer.commit(offsets=positions, asynchronous=False)
 
     def committed(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
-        """What the group has committed; -1001 for nothing. No transaction is open on it. KafkaException if the broker
-        does not answer."""
+        """Return the offsets that the group has committed; -1001 means none. No transaction is open on them. Raises
+        KafkaException if the broker does not answer."""
         found: dict[Partition, int] = self._ask(lambda: self._committed(partitions, ADMIN_SECONDS))
         return found
 
@@ -304,7 +308,7 @@ class Source:
         while True:
             try:
                 return self._committed_once(partitions, max(0.1, deadline - time.monotonic()))
-            except KafkaException as error:  # such as a coordinator that has just been started
+            except KafkaException as error:  # for example, the coordinator has just been started
                 if error.args[0].code() in HOPELESS or time.monotonic() > deadline:
                     raise
                 time.sleep(COMMITTED_RETRY)
@@ -317,11 +321,11 @@ class Source:
         return {(item.topic, item.partition): item.offset for item in found}
 
     def group_metadata(self) -> Any:
-        """What a transaction needs to commit our offsets. LostError if this member is out of the group: brokers accept
-        offsets in a transaction that names no member, whoever owns the partition now.
+        """Return the metadata with which a transaction commits offsets. Raises LostError if this member is out of the
+        group: brokers accept offsets in a transaction that names no member, whoever owns the partition now.
 
-        If this process was suspended for longer than its session, it may be out of the group without knowing it. Then
-        this waits until heartbeats have been answered, or refused.
+        If this process was suspended for longer than its session, it may be out of the group without knowing it. The
+        method then waits until heartbeats have been answered or refused.
         """
 
         def ask() -> Any:
@@ -336,7 +340,7 @@ class Source:
         return found
 
     def _note_suspension(self) -> None:
-        """Called by the thread that polls, every few milliseconds unless the whole process is suspended."""
+        """Notice that the process was suspended: the thread that polls calls this every few milliseconds otherwise."""
         now = time.monotonic()
         if now - self._polled > self.session_seconds:
             LOG.warning("this process was suspended for %.0f s: another member may have taken over", now - self._polled)
@@ -349,7 +353,7 @@ class Source:
         self._requests.put(request := Request(call))
         return request.wait()
 
-    # --- called back from poll and close
+    # --- callbacks of the client, called inside `poll` and `close`
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         for item in partitions:
@@ -361,7 +365,7 @@ class Source:
         LOG.info("assigned %s", names(partitions))
         self.stats.ready = True
         consumer.incremental_assign(partitions)
-        # librdkafka remembers what was paused when a partition left, and would never fetch it again
+        # librdkafka remembers that a revoked partition was paused, and would never fetch it again
         (consumer.pause if self._paused else consumer.resume)(partitions)
 
     def _note_committed(self, partitions: Sequence[Partition]) -> None:
@@ -374,7 +378,7 @@ class Source:
         self._next |= {where: offset for where, offset in found.items() if offset >= 0}
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Let batches in flight be published and committed; after `drain_seconds`, take them off the ledger."""
+        """Wait until batches in flight are published and committed; after `drain_seconds`, take them off the ledger."""
         with WATCHDOG.limit("on_revoke", math.inf):
             self._drain(partitions)
             self._give_up(partitions)
@@ -399,7 +403,7 @@ class Source:
             self._losing = False
 
     def _give_up(self, partitions: list[TopicPartition]) -> None:
-        while not self.publishing.acquire(timeout=DRAIN_STEP):  # its holder may be waiting for a commit
+        while not self.publishing.acquire(timeout=DRAIN_STEP):  # the thread that holds it may wait for a commit
             self.serve()
         try:
             for item in partitions:
@@ -423,7 +427,7 @@ class Source:
             where, position = position_of(message)
             if where in self._generations:
                 self._at_end.add(where)
-                self._next[where] = position  # behind the markers of transactions, too, which are no messages
+                self._next[where] = position  # also behind the markers of transactions, which are no messages
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:
             where = partition_of(message)
             if where in self._generations:
@@ -435,7 +439,7 @@ class Source:
             LOG.warning("%s", error.str())
 
     def _choose_positions(self) -> None:
-        """Start to read the partitions that have no position, or none within their log."""
+        """Choose a position for the partitions that have none within their log, and read them from there."""
         for where, position in list(self._without_position.items()):
             try:
                 with WATCHDOG.limit("get_watermark_offsets", OFFSET_SECONDS):
@@ -459,7 +463,7 @@ class Source:
                 self.consumer.pause([partition])
 
     def _count_expired(self, where: Partition, position: int, begin: int) -> None:
-        """Retention deleted what is between the position and the beginning of the log."""
+        """Count the messages that retention deleted between the position and the beginning of the log."""
         self.stats.ledger.add(where, expired=begin - position)
         text = (
             f"retention deleted {begin - position} offsets of {where[0]}[{where[1]}] before they were read: from "
@@ -470,7 +474,7 @@ class Source:
         LOG.error("%s", text)
 
     def _refusal(self, error: KafkaError, topic: str | None) -> str:
-        """What to say about an error that no waiting cures."""
+        """Return the message for an error that waiting does not cure."""
         who = principal(self.config.kafka)
         if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
             return missing_right(who, "Read", f"group {self.config.source.group!r}")
@@ -490,14 +494,14 @@ def partition_of(message: Message) -> Partition:
 
 
 def position_of(message: Message) -> tuple[Partition, int]:
-    """The partition and the offset of a message that was read."""
+    """Return the partition and the offset of a message."""
     offset = message.offset()
     assert offset is not None
     return partition_of(message), offset
 
 
 def next_offsets(batch: MessageBatch, chosen: npt.NDArray[np.bool_]) -> dict[Partition, int]:
-    """The offset after the last of these messages, for each partition that has one."""
+    """Return the offset after the last of these messages, for each partition that has one."""
     after = np.zeros(len(batch.partitions), np.int64)
     np.maximum.at(after, batch.partition[chosen], batch.offset[chosen] + 1)
     return {where: offset for where, offset in zip(batch.partitions, after.tolist(), strict=True) if offset}

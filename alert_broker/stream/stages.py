@@ -38,7 +38,8 @@ class Stages:
         self._buffer_pool: dict[ReadPlan, Columns] = {}
 
     def decode(self, values: Sequence[bytes | None]) -> tuple[list[AlertBatch], list[DeadLetter]]:
-        """The light curves, whose `offset` is the index of their message in the batch, and the messages that give none.
+        """Return the light curves, whose `offset` is the index of their message in the batch, and a dead letter for
+        each message that gives none.
 
         Many alerts are decoded at once. If decoding fails for several of them with one reason, or fails as a whole,
         each is decoded again alone, so that one bad alert does not take the others with it.
@@ -89,8 +90,8 @@ class Stages:
         return containers.message(value or b"", index, self.schema_text)
 
     def classify(self, alerts: Sequence[AlertBatch]) -> tuple[pa.RecordBatch, list[DeadLetter]]:
-        """The rows of all alerts that can be classified, in the order of their messages, and the alerts on which the
-        program fails."""
+        """Return the rows of all alerts that can be classified, in the order of their messages, and dead letters for
+        the alerts on which the program fails or which take too long."""
         parts: list[pa.RecordBatch] = []
         dead_letters: list[DeadLetter] = []
         for batch in alerts:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ Arrays = dict[str, Array]
 # the exceptions of numpy, zipfile and zlib for a damaged archive
 UNREADABLE = (
     ValueError, OSError, EOFError, LookupError, NotImplementedError, RuntimeError, SyntaxError, TypeError, MemoryError,
-    zipfile.BadZipFile, zlib.error,
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden
         raise EdgekitError(f"{folder}: transformers cannot load it: {reason}") from None
     if absent := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise EdgekitError(
-            f"{folder}: the safetensors do not hold {absent[0][:80]} as config.json describes it, and "
+            f"{folder}: the safetensors do not hold {absent[0][:80]!r} as config.json describes it, and "
             "transformers would use random numbers; save the model again"
         )
     state = {f"model.{name}": value.float().numpy() for name, value in model.state_dict().items()}
@@ -75,13 +75,13 @@ def described(bundle: Bundle, folder: Path, config: Mapping[str, Any]) -> Bundle
     """Return the bundle with the folder's classes and scaling of pixels."""
     labels = config.get("id2label") or {}
     if not isinstance(labels, Mapping) or not all(str(key).isascii() and str(key).isdigit() for key in labels):
-        raise EdgekitError(f"{folder}: id2label = {str(labels)[:60]}; expected class names by their numbers")
+        raise EdgekitError(f"{folder}: id2label = {repr(labels)[:60]}; expected class names by their numbers")
     pixels = folder / "preprocessor_config.json"
     scaling = _read_json(pixels) if pixels.is_file() else {}
     known = {"mean": scaling.get("image_mean"), "std": scaling.get("image_std")}
     for name, value in known.items():
         if value is not None and not (isinstance(value, list) and all(type(item) in (int, float) for item in value)):
-            raise EdgekitError(f"{pixels}: image_{name} = {str(value)[:60]}; expected a list of numbers")
+            raise EdgekitError(f"{pixels}: image_{name} = {repr(value)[:60]}; expected a list of numbers")
     manifest = replace(
         bundle.manifest,
         name=folder.name,
@@ -97,8 +97,8 @@ def _usual_inputs(config: Mapping[str, Any], name: str, folder: Path) -> tuple[T
         lengths = [config.get("num_channels", 3), *(size if isinstance(size, list) else (size, size))]
         if len(lengths) != 3 or not all(type(length) is int and 0 < length < 2**31 for length in lengths):
             raise EdgekitError(
-                f"{folder}/config.json: num_channels = {str(lengths[0])[:30]}, image_size = {str(size)[:30]}; expected "
-                "whole numbers"
+                f"{folder}/config.json: num_channels = {repr(lengths[0])[:30]}, image_size = {repr(size)[:30]}; "
+                "expected whole numbers"
             )
         return (TensorSpec(name, ("batch", *lengths)),)
     if name == "input_ids":

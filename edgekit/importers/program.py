@@ -75,7 +75,7 @@ def _plain_archive(content: bytes, source: str) -> bytes:
         with zipfile.ZipFile(copy, "w") as plain:
             for item, member in zip_members(content, source).items():
                 plain.writestr(item, _checked_member(item, member, source))
-    except (ValueError, AttributeError, NotImplementedError) as error:
+    except (ValueError, AttributeError, TypeError, NotImplementedError, RecursionError) as error:
         raise EdgekitError(f"{source}: not an archive of torch.export.save ({error}); write it again") from None
     return copy.getvalue()
 

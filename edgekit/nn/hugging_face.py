@@ -170,7 +170,7 @@ def _refuse_loaders(name: str, value: Any) -> None:
     """Raise if a key, or a key inside its value, makes transformers load code, kernels or another model."""
     if name in LOADERS and value not in LOADERS[name]:
         raise EdgekitError(
-            f"config.json: {name} = {str(value)[:60]!r} makes transformers load code or another model, "
+            f"config.json: {name} = {repr(value)[:60]} makes transformers load code or another model, "
             "which edgekit does not do; remove the key, or export the model to ONNX"
         )
     for inner, item in value.items() if isinstance(value, Mapping) else ():
@@ -189,6 +189,6 @@ def model_class(config: Mapping[str, Any]) -> Any:
     found = getattr(transformers, name, None) if name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise EdgekitError(
-            f"config.json: architectures = {str(names)[:60]}; expected one class of transformers {VERSION}"
+            f"config.json: architectures = {repr(names)[:60]}; expected one class of transformers {VERSION}"
         )
     return found

@@ -146,7 +146,7 @@ def ran(monkeypatch):
     configs, errors = [], []
 
     class Pipeline:
-        def __init__(self, config, stats, *, notify):
+        def __init__(self, config, stats, stop=None, *, notify):
             configs.append(config)
             self.stats = stats
 
@@ -158,7 +158,7 @@ def ran(monkeypatch):
             for error in errors:
                 raise error
 
-    monkeypatch.setattr(pipeline, "Pipeline", Pipeline)
+    monkeypatch.setattr(pipeline, "open_pipeline", Pipeline)
     return configs, errors
 
 

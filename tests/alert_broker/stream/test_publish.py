@@ -1,6 +1,7 @@
 """Publishing against librdkafka's mock cluster: what is asked of the broker, in which order; errors made to order."""
 
 import threading
+import time
 
 import pytest
 from confluent_kafka import KafkaError
@@ -10,6 +11,7 @@ from alert_broker.stream import publish
 from alert_broker.stream.publish import RENEWALS, AtLeastOnce, ExactlyOnce, Outgoing
 from alert_broker.stream.source import LostError, Source
 from alert_broker.stream.stats import Stats
+from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 from tests.brokers import MockCluster
 
@@ -285,3 +287,18 @@ def test_what_no_broker_takes_is_replaced_in_a_transaction_of_its_own(cluster, e
 def test_exactly_once_needs_a_name(cluster, source):
     with pytest.raises(EdgekitError, match=r"publish\.transactional_id"):
         ExactlyOnce(config_of(cluster), source)
+
+
+def test_who_stops_does_not_wait_for_a_broker_that_is_away(cluster, source):
+    """What was sent is not committed. Without the stop, the publisher waits for as long as it may."""
+    began = time.monotonic()
+    budget = Budget(cancelled=lambda: time.monotonic() > began + 0.3)
+    publisher = AtLeastOnce(config_of(cluster, publish={"seconds": 20.0}), source, budget)
+    cluster.set_up(False)
+    with cluster.requests() as kinds, pytest.raises(CancelledError):
+        publisher.publish(messages(3), {("source", 0): 3}, no_other)
+    assert time.monotonic() - began < 2.0
+    assert OFFSET_COMMIT not in kinds
+    publisher.close()
+    assert time.monotonic() - began < 3.0
+    cluster.set_up(True)
