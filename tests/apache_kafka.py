@@ -63,7 +63,7 @@ class ApacheKafka:
             raise EdgekitError(f"Apache Kafka cannot be started: {reason}")
         self.folder, self.users = folder, dict(users or {})
         self.authority = authority or (Authority(folder / "ca") if self.users else None)
-        self._cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        self._cluster = cluster_id()
         ports = free_ports(3 * nodes)
         self._ports = [tuple(ports[3 * k : 3 * k + 3]) for k in range(nodes)]  # clients, brokers, controllers
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * nodes
@@ -242,6 +242,13 @@ class ApacheKafka:
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def cluster_id() -> str:
+    """A random id, which must not look like an option of the command that gets it."""
+    while (text := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
+        pass
+    return text
 
 
 def free_ports(count: int) -> list[int]:

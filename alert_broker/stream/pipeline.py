@@ -158,9 +158,6 @@ class Pipeline:
                         self._failure = error
                 self.source.close()
                 self.publisher.close()
-        if isinstance(self._failure, KafkaException):
-            reason = reason_of(self._failure)
-            raise EdgekitError(f"the Kafka client failed: {reason}; start again to continue") from self._failure
         if self._failure is not None:
             raise self._failure
 

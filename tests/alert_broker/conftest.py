@@ -44,7 +44,7 @@ def spark_session(one_row_site):
     sql = pytest.importorskip("pyspark.sql")
     if shutil.which("java") is None:
         pytest.skip("no java on the path; Spark 4 needs version 17 or newer")
-    os.environ.update(PYSPARK_PYTHON=sys.executable, SPARK_LOCAL_IP="127.0.0.1")
+    os.environ.update(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, SPARK_LOCAL_IP="127.0.0.1")
     builder = sql.SparkSession.builder.master("local[2]").appName("edgekit")
     for name, value in {
         "spark.ui.enabled": "false",

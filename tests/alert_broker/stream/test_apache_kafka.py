@@ -1,6 +1,8 @@
 """What only a real Apache Kafka shows. The tests without a marker take less than a minute together and are part of
 `make test` if EDGEKIT_KAFKA_HOME names a Kafka; those marked `kafka` are part of `make test-kafka`."""
 
+from uuid import UUID
+
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AclOperation, ResourceType
@@ -8,7 +10,7 @@ from confluent_kafka.admin import AclOperation, ResourceType
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.conftest import REAL
 from tests.alert_broker.stream.rig import Rig, repeat
-from tests.apache_kafka import ApacheKafka, missing
+from tests.apache_kafka import ApacheKafka, cluster_id, missing
 from tests.brokers import create_topics
 
 needs_kafka = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
@@ -68,6 +70,13 @@ def test_a_secured_node_grants_what_was_allowed_and_no_more(tmp_path):
         assert produce(cluster.settings("alice"), "open") == []
         assert produce(cluster.settings("alice"), "closed") == ["TOPIC_AUTHORIZATION_FAILED"]
         assert produce(cluster.settings("alice") | {"sasl.password": "wrong"}, "open") == ["_MSG_TIMED_OUT"]
+
+
+def test_an_id_of_a_cluster_never_looks_like_an_option(monkeypatch):
+    values = iter([UUID(int=0xF8 << 120), UUID(int=1)])  # the first one begins with a dash
+    monkeypatch.setattr("tests.apache_kafka.uuid.uuid4", lambda: next(values))
+    assert cluster_id() == "AAAAAAAAAAAAAAAAAAAAAQ"
+    assert next(values, None) is None
 
 
 def test_a_folder_without_kafka_is_named(tmp_path, monkeypatch):
