@@ -100,7 +100,7 @@ def planted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("body", "words"), PLANTED.values(), ids=PLANTED)
 def test_a_planted_misbehaviour_is_noticed(body, words, planted, tool):
-    tally = tool.fuzz("planted", files=4, module=planted(body))
+    tally = tool.fuzz("planted", files=4, file_seconds=3, module=planted(body))
     assert tally.files == 4
     assert len(tally.failures) == 1, tally
     assert words in tally.failures[0]

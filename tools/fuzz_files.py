@@ -116,13 +116,20 @@ def _with_value(content: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(
-    name: str, *, seed: int = 0, files: int | None = None, seconds: float = 1e9, module: str = "fuzz_readers"
+    name: str,
+    *,
+    seed: int = 0,
+    files: int | None = None,
+    seconds: float = 1e9,
+    file_seconds: int = SECONDS,
+    module: str = "fuzz_readers",
 ) -> Tally:
-    """Give damaged files to a reader until there were so many, or for so long."""
+    """Give damaged files to a reader until it has read so many, or for so long. file_seconds: the limit of one file."""
     tally, started = Tally(name), time.monotonic()
     while time.monotonic() - started < seconds and (files is None or tally.files < files):
         left = min(seconds - (time.monotonic() - started), 1e9)
-        _run_worker(tally, [module, name, str(seed), str(tally.files), str(files or 10**12), str(left)])
+        numbers = (seed, tally.files, files or 10**12, left, file_seconds)
+        _run_worker(tally, [module, name, *map(str, numbers)])
     tally.seconds = time.monotonic() - started
     return tally
 
@@ -161,7 +168,9 @@ def _count(tally: Tally, event: dict[str, Any]) -> None:
         tally.failures.append(f"{tally.reader} {tally.files - 1}: {event['failure']}")
 
 
-def work(module: str, name: str, seed: str, first: str, last: str, seconds: str, scratch: str) -> None:
+def work(
+    module: str, name: str, seed: str, first: str, last: str, seconds: str, file_seconds: str, scratch: str
+) -> None:
     """The confined process: read one file after the other, and print what became of each as JSON."""
     import importlib
 
@@ -187,7 +196,7 @@ def work(module: str, name: str, seed: str, first: str, last: str, seconds: str,
         rng = random.Random(f"{seed} {number}")
         files = changed(rng.choice(seeds), rng)
         odd.clear()
-        signal.alarm(SECONDS)
+        signal.alarm(int(file_seconds))
         try:
             path = reader.write(files, folder)
             odd.clear()

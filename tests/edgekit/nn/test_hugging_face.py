@@ -152,12 +152,14 @@ def test_an_odd_value_is_one_line(changes, vit, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"num_hidden_layers": 10**6}, "more than 100,000 modules"), ({"intermediate_size": 1 << 29}, "which take")],
+    [({"num_hidden_layers": 10**6}, "more than 2,000 modules"), ({"intermediate_size": 1 << 29}, "which take")],
 )
-def test_a_network_that_is_too_large_is_refused_before_it_is_built(changes, words, vit, tmp_path):
+def test_a_network_that_is_too_large_is_refused_before_it_is_built(changes, words, vit, tmp_path, monkeypatch):
+    from edgekit.nn import hugging_face
     from edgekit.nn.hugging_face import FACTORY
     from edgekit.nn.module import build
 
+    monkeypatch.setattr(hugging_face, "MOST_MODULES", 2_000)  # 100,000 take ten seconds to count
     folder = edited(vit[0], tmp_path / "copy", **changes)
     with pytest.raises(EdgekitError, match=words):
         from_hugging_face(folder)
