@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
+unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: without bytecode, each compiles edgekit again
 
 .PHONY: help setup lint test mutation docs test-rtx test-faults test-kafka test-spark demo bench bench-compress bench-alerts soak fuzz train
 
