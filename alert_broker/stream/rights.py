@@ -25,6 +25,7 @@ UNAUTHORIZED = {
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
     KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
 }
+ABSENT = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +56,27 @@ def topics(client: AdminClient, config: Config) -> list[Finding]:
         try:
             allowed = future.result().authorized_operations
         except KafkaException as error:
-            findings.append(Finding(thing, right, _topic_problem(error, who, thing)))
+            findings.append(Finding(thing, right, _topic_problem(client, name, error, who)))
             continue
         denied = bool(allowed) and wanted[name] not in allowed  # brokers without access rules may tell nothing
         findings.append(Finding(thing, right, missing_right(who, right, thing) if denied else ""))
     return findings
 
 
-def _topic_problem(error: KafkaException, who: str, thing: str) -> str:
-    code = error.args[0].code()
+def _topic_problem(client: AdminClient, name: str, error: KafkaException, who: str) -> str:
+    """What is wrong with a topic that the broker does not describe. While a cluster chooses a controller, and at
+    brokers that cannot describe topics, we learn from the metadata that the topic is there, and nothing of rights."""
+    thing, code = f"topic {name!r}", error.args[0].code()
+    if code not in (*UNAUTHORIZED, *ABSENT):
+        try:
+            there = client.list_topics(timeout=ANSWER_SECONDS).topics  # to ask for one by its name may create it
+        except KafkaException as failure:
+            return f"the broker does not describe the {thing}: {reason_of(failure)}"
+        if name in there:
+            return ""
     if code in UNAUTHORIZED:
         return missing_right(who, "Describe", thing)
-    if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
-        return f"the {thing} is not there; create it or name another one"
-    return f"the broker does not describe the {thing}: {reason_of(error)}"
+    return f"the {thing} is not there; create it or name another one"
 
 
 def group(config: Config) -> Finding:

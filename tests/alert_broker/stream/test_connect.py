@@ -1,5 +1,6 @@
 """What is said about a broker that cannot be reached: one line for a fault that no waiting cures, else patience."""
 
+import dataclasses
 import logging
 import socket
 import ssl
@@ -8,8 +9,9 @@ import time
 
 import pytest
 
-from alert_broker.stream import connect
+from alert_broker.stream import connect, rights
 from alert_broker.stream.clients import KAFKA_LOG, OnceAMinute
+from alert_broker.stream.config import load
 from alert_broker.stream.connect import principal, reach
 from edgekit.errors import EdgekitError
 from tests.brokers import MockCluster, free_port
@@ -162,3 +164,19 @@ def test_librdkafkas_messages_pass_once_a_minute(monkeypatch):
     assert passes("Connection refused (after 1ms in state CONNECT)")
     assert all(passes(f"different {number}") for number in range(500))
     assert len(once._passed) <= 100
+
+
+def test_a_cluster_without_a_controller_can_be_read_and_an_absent_topic_is_named(monkeypatch):
+    """The mock cluster has no controller, like a real one that is choosing it, and so describes no topic."""
+    monkeypatch.setattr(rights, "ANSWER_SECONDS", 0.5)
+    with MockCluster() as cluster:
+        for name in ("ztf", "results", "dead"):
+            cluster.create_topic(name, 1)
+        changes = {"source": {"topics": ["ztf"]}, "dead_letters": {"topic": "dead"}}
+        changes |= {"kafka": {"bootstrap.servers": cluster.address}, "output": [{"topic": "results"}]}
+        config = load(None, changes)
+        client = reach(config.kafka_settings())
+        rights.require_topics(client, config)
+        absent = dataclasses.replace(config, output=(dataclasses.replace(config.output[0], topic="elsewhere"),))
+        with pytest.raises(EdgekitError, match="the topic 'elsewhere' is not there"):
+            rights.require_topics(client, absent)

@@ -591,7 +591,8 @@ def test_partitions_that_are_lost_amid_a_transaction(transactional, packets, mon
     assert (done.lost, done.duplicates, done.results) == (0, 0, sent)
     assert (total.consumed, total.published, total.in_flight) == (sent, sent, 0)
     assert total.revoked >= 2 * 25
-    assert 2 * 25 <= seen.duplicates <= 4 * 25  # sent and aborted; another batch may come before the loss is known
+    # sent and aborted; how many batches follow before the loss is known depends on the machine, but all are given back
+    assert 2 * 25 <= seen.duplicates <= total.revoked
 
 
 def test_positions_are_those_of_the_source(rig, packets):
