@@ -4,7 +4,9 @@ BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: without bytecode, each compiles edgekit again
 
-.PHONY: help setup lint test mutation docs test-rtx test-faults test-kafka test-spark demo bench bench-compress bench-alerts soak fuzz train
+MAKEFLAGS += --jobs=2
+
+.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-spark demo bench bench-compress bench-alerts soak fuzz train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -22,7 +24,11 @@ lint: setup ## style, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## lint and all tests; what CI runs
+kernels: setup # beside the type checker, which has one core: else each process of the tests compiles them at once
+	$(BIN)/python -c "from alert_broker.avro.columns import warm_up; warm_up()"
+	$(BIN)/python -c "from alert_broker.gaussian_process import warm_up; warm_up()"
+
+test: lint kernels ## lint and all tests; what CI runs
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal --durations=10 # three on two cores: tests of the stream mostly wait
 
 mutation: setup ## change the code and see whether a test fails; MUTANTS='edgekit.graph.index.*' is one module (all: hours)

@@ -74,5 +74,6 @@ def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bu
 
 
 def default_name(path: str | Path) -> str:
-    """Return the model's name that a path suggests: 'runs/t2-gr.edge' gives 't2-gr'."""
-    return Path(path).name.removesuffix(".edge")
+    """Return the model's name that a path suggests: 'runs/t2-gr.edge' gives 't2-gr'. Bytes that the locale cannot
+    decode are read as UTF-8, which a manifest is written in; any others become a replacement character."""
+    return Path(path).name.removesuffix(".edge").encode(errors="surrogateescape").decode(errors="replace")

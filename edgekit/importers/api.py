@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgekit.bundle.bounded import read_file
 from edgekit.bundle.format import Bundle, Manifest
+from edgekit.bundle.store import default_name
 from edgekit.bundle.tensors import Arrays, TensorSpec, parse_spec
 from edgekit.errors import EdgekitError
 from edgekit.importers.factory import from_factory
@@ -50,7 +51,7 @@ def import_onnx(
         path = Path(model)
         if not path.is_file():
             raise EdgekitError(f"{path}: no such file; expected an ONNX model")
-        return from_onnx(read_file(path), name or path.stem, str(path), golden=_arrays(golden))
+        return from_onnx(read_file(path), name or default_name(path.stem), str(path), golden=_arrays(golden))
     content = model if isinstance(model, bytes) else model.SerializeToString()
     return from_onnx(content, name or "model", name or "the ONNX model", golden=_arrays(golden))
 

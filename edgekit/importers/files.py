@@ -10,7 +10,7 @@ from pathlib import Path
 from edgekit.bundle import zoo
 from edgekit.bundle.bounded import read_file
 from edgekit.bundle.format import Bundle
-from edgekit.bundle.store import open_bundle
+from edgekit.bundle.store import default_name, open_bundle
 from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.base import PICKLES, unsafe
@@ -23,7 +23,7 @@ def from_file(path: Path, *, golden: Arrays | None = None) -> Bundle:
     if not path.is_file():
         raise EdgekitError(f"{path}: no such file; expected a model as .onnx or .pt2")
     if path.suffix == ".onnx":
-        return from_onnx(read_file(path), path.stem, str(path), golden=golden)
+        return from_onnx(read_file(path), default_name(path.stem), str(path), golden=golden)
     if path.suffix == ".pt2":
         return from_program(path, golden=golden)
     raise unsafe(path)

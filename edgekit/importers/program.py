@@ -13,6 +13,7 @@ from typing import Any
 
 from edgekit.bundle.bounded import read_file, zip_members
 from edgekit.bundle.format import Bundle
+from edgekit.bundle.store import default_name
 from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.importers import sandbox
@@ -26,7 +27,7 @@ def from_program(path: Path, *, golden: Arrays | None = None) -> Bundle:
         raise missing_extra("torch", "compress", "reading a .pt2 file")
     archive = _plain_archive(read_file(path), str(path))
     graph = sandbox.run("edgekit.importers.program:to_onnx", archive, str(path))
-    return from_onnx(graph, path.stem, str(path), golden=golden)
+    return from_onnx(graph, default_name(path.stem), str(path), golden=golden)
 
 
 def to_onnx(archive: bytes, source: str) -> bytes:

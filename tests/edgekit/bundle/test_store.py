@@ -41,3 +41,16 @@ def test_a_written_bundle_knows_its_path(tiny_bundle, tmp_path):
 )
 def test_the_name_that_a_path_suggests(path, name):
     assert default_name(path) == name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/t2-gr.edge", "t2-gr"),
+        ("größe.edge", "größe"),
+        (b"gr\xc3\xb6\xc3\x9fe".decode("ascii", "surrogateescape") + ".edge", "größe"),  # as the C locale reads it
+        (b"\xff.edge".decode(errors="surrogateescape"), "\ufffd"),
+    ],
+)
+def test_the_name_that_a_path_suggests_is_valid_text(path, name):
+    assert default_name(path) == name
