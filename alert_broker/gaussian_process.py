@@ -541,9 +541,8 @@ def _run(
             points[TIME, k] = (points[TIME, k] - first) * root
             points[FLUX, k] /= scale
             points[NOISE, k] = (points[NOISE, k] / scale) ** 2 + WHITE_NOISE / scale / scale
-        for k in range(
-            count, _padded(count, LANES)
-        ):  # the padding has a colour so far away that it correlates with nothing
+        # the padding has a colour so far away that it correlates with nothing
+        for k in range(count, _padded(count, LANES)):
             points[TIME, k] = points[FLUX, k] = points[NOISE, k] = 0.0
             points[COLOUR, k] = 1e6 * (1 + k - count)
         constant = count * (0.5 * math.log(2.0 * math.pi) + math.log(scale))
@@ -675,9 +674,8 @@ class GaussianProcess:
             2.0 * math.log(self.amplitude), self.log_amplitude_reach,
             2.0 * math.log(self.length_scale_days), 2.0 * math.log(low), 2.0 * math.log(high), self.tolerance,
         )  # fmt: skip
-        columns = [
-            np.require(curves.offsets, np.int64, "CAW")
-        ]  # always one layout: numba would compile the kernel again for another
+        # always one layout: numba would compile the kernel again for another
+        columns = [np.require(curves.offsets, np.int64, "CAW")]
         columns += [np.require(curves.time, np.float64, "CAW"), np.require(curves.band, np.int8, "CAW")]
         columns += [np.require(values, np.float64, "CAW") for values in (curves.flux, curves.flux_error)]
         colours = np.array(self.wavelengths, dtype=np.float64) * (math.sqrt(3.0) / self.length_scale_angstrom)

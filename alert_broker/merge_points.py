@@ -72,9 +72,8 @@ def _merged(one: LightCurves, most: int) -> LightCurves:
 def _group(time: Floats, band: Bands, flux: Floats, error: Floats, threshold: float, group: Integers) -> int:
     """Number the groups of points; return how many there are."""
     last = len(time) - 1
-    current = np.full(
-        BANDS, -1, np.int64
-    )  # of each band: its group, when that began, its mean flux and the error of it
+    # for each band: its group, the time at which that began, its mean flux and the error of the mean
+    current = np.full(BANDS, -1, np.int64)
     start, mean, spread = np.zeros(BANDS), np.zeros(BANDS), np.zeros(BANDS)
     count = 0
     for k in range(len(time)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,12 +43,12 @@ class Metric(Protocol):
     def value(self, outputs: Float, expected: Array) -> float: ...
 
 
-class PerSample:
+class PerSample(ABC):
     """A metric that is an average of one loss per sample, so that a bootstrap computes and checks the losses once."""
 
+    @abstractmethod
     def losses(self, outputs: Float, labels: Array) -> Array:
-        """(samples,) losses. Raises if these cannot be the outputs for these labels."""
-        raise NotImplementedError
+        """Return (samples,) losses. Raises if these cannot be the outputs for these labels."""
 
     def average(self, losses: Array, labels: Array) -> float:
         return float(losses.mean())
@@ -244,7 +245,7 @@ def measure_change(
 def _values(
     metric: Metric, outputs: Float, labels: Array, resampled: list[npt.NDArray[np.int64]]
 ) -> npt.NDArray[np.float64]:
-    """The metric of each resample."""
+    """Return the metric of each resample."""
     if isinstance(metric, PerSample):
         losses = metric.losses(outputs, labels)
         return np.array([metric.average(losses[rows], labels[rows]) for rows in resampled])

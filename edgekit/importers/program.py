@@ -61,8 +61,6 @@ MEMBERS = re.compile(
     r"|data/(weights/(weight_\d+|\w+_weights_config\.json)|constants/(tensor_\d+|\w+_constants_config\.json))"
     r"|data/sample_inputs/\w+\.pt"
 )
-
-
 PAYLOAD = re.compile(r"(weight|tensor)_\d+")
 
 

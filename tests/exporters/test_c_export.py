@@ -172,7 +172,7 @@ def real_model():
 
 @pytest.mark.parametrize("flags", [NATIVE, PLAIN, ("-O2", *SCALAR)], ids=["native", "plain", "scalar"])
 def test_queries_and_keys_are_summed_in_double(real_model, tmp_path, flags):
-    """Planted: the same in float32, like every other layer."""
+    """The planted failure sums in float32, like every other layer."""
     bundle, inputs, exact = real_model
     source = CExporter().source(bundle)
     text, count = re.subn(
