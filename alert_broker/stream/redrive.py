@@ -27,8 +27,8 @@ from alert_broker.stream.dead_letters import (
     text_of,
 )
 from alert_broker.stream.ledger import Partition
+from alert_broker.stream.message_batch import position_of
 from alert_broker.stream.publish import Headers, NotSentError, Outgoing, Sender
-from alert_broker.stream.source import position_of
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
