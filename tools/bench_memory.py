@@ -86,7 +86,7 @@ def one_core(packets: list[bytes], alerts: int) -> dict[str, Any]:
 
     def by_reference() -> None:
         nonlocal skipped
-        skipped = sum([one(value) is None for value in packets])
+        skipped = sum(one(value) is None for value in packets)
 
     def by_stages() -> tuple[float, ...]:
         nonlocal counts
@@ -144,10 +144,10 @@ def through_stages(batches: list[MessageBatch], stages: Stages, router: Router) 
         numbers = rows["offset"].to_numpy()
         rows = with_positions(rows, batch, numbers)
         moments.append(time.process_time())
-        deployment = numbers.tolist()
-        headers = [position_headers(batch.messages[k]) for k in deployment]
+        indices = numbers.tolist()
+        headers = [position_headers(batch.messages[k]) for k in indices]
         outgoing = [
-            Outgoing(message.topic, message.value, headers[message.row], deployment[message.row], message.key)
+            Outgoing(message.topic, message.value, headers[message.row], indices[message.row], message.key)
             for message in router(rows).messages
         ]
         moments.append(time.process_time())
