@@ -36,11 +36,10 @@ UNREADABLE = "unreadable"  # status of a dead letter whose message the broker's 
 SHOWN = 300  # characters of a reason in messages to people
 MOST_REASON = 4096  # characters of a reason in a header
 LONGEST_CATEGORY = 100  # characters
-_headers = methodcaller("headers")
 COUNT = re.compile("[0-9]{1,9}")
-ALONE = re.compile(
-    r"(?<![\w.])\d+(?![\w.])"
-)  # a number on its own, such as a byte or a size; not part of a schema's version
+# a number on its own, such as a byte or a size, which is not part of a schema's version
+ALONE = re.compile(r"(?<![\w.])\d+(?![\w.])")
+_headers = methodcaller("headers")
 
 
 @dataclass(frozen=True, slots=True)
