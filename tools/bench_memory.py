@@ -33,11 +33,12 @@ from alert_broker.classify import load_kernels
 from alert_broker.lightcurve import LightCurves
 from alert_broker.results import CLASSIFIED
 from alert_broker.stream import config as configuration
+from alert_broker.stream.classifiers import open_classifiers
 from alert_broker.stream.dead_letters import position_headers
-from alert_broker.stream.pipeline import open_classifiers, with_positions
+from alert_broker.stream.in_flight import with_positions
+from alert_broker.stream.message_batch import MessageBatch
 from alert_broker.stream.publish import Outgoing
 from alert_broker.stream.routing import Route, Router
-from alert_broker.stream.source import MessageBatch
 from alert_broker.stream.stages import Stages
 from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.importers.files import resolve
