@@ -66,7 +66,7 @@ def observe(root: Path = Path("/"), run: Run = run) -> System:
     with ThreadPoolExecutor(1) as pool:  # onnxruntime takes as long as all the rest
         asked = pool.submit(providers.observe, gpu=bool(gpus or on_bus or image)) if find_spec("onnxruntime") else None
         found = {i.metadata["Name"].lower().replace("_", "-"): i for i in distributions() if i.metadata["Name"]}
-        memory, available = memory_bytes(root)
+        memory, available = machine.memory_bytes(root)
         system, outside = system_libraries(root, run)
         trtexec = shutil.which("trtexec") or next(map(str, (root / "usr/src/tensorrt/bin").glob("trtexec")), "")
         nvcc = next(filter(None, (version(run(name, "--version"), r"release (\d[\d.]*)") for name in NVCC)), "")
@@ -117,20 +117,6 @@ def cpu(root: Path) -> Cpu:
     values = dict(re.findall(r"^(vendor_id|flags|Features)\s*: (.*)$", text(info), re.MULTILINE))
     flags = tuple(sorted((values.get("flags") or values.get("Features") or "").split()))
     return Cpu(machine.cpu_name(info), values.get("vendor_id", ""), int(machine.describe()["cores"]), flags)
-
-
-def memory_bytes(root: Path) -> tuple[int, int]:
-    """The total memory, and the memory that programs can use, within the limits of a container."""
-    values = {
-        name: 1024 * int(size)
-        for name, size in re.findall(r"^(MemTotal|MemAvailable): +(\d+) kB", text(root / "proc/meminfo"), re.MULTILINE)
-    }
-    total, free = values.get("MemTotal", 0), values.get("MemAvailable", 0)
-    limit = text(root / "sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit() and int(limit) < total:
-        used = text(root / "sys/fs/cgroup/memory.current").strip()
-        total, free = int(limit), min(free, max(int(limit) - int(used or 0), 0))
-    return total, free
 
 
 def device_tree(root: Path) -> tuple[str, ...]:
