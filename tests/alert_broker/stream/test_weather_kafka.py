@@ -211,7 +211,7 @@ def test_a_topic_is_deleted_and_made_again_with_fewer_partitions(apache_kafka, b
     assert len(rig.read(rig.results)) == first + second
 
 
-@pytest.mark.parametrize("more", [20], ids=["shorter"])
+@pytest.mark.parametrize("more", [20, 400], ids=["shorter", "longer"])
 def test_a_topic_is_made_again_before_the_consumer_notices(apache_kafka, bundle, packets, tmp_path, more):
     """The new topic ends before, or behind, the offset at which the consumer would go on."""
     rig = Rig(apache_kafka.address, REAL, tmp_path, bundle, partitions=1)
