@@ -8,7 +8,7 @@ The gaps that compaction and the markers of transactions leave are no losses and
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
@@ -41,6 +41,11 @@ class ConsumerPositions:
         the log, if it has one."""
         self._missing[where] = offset
 
+    def note_new_topic(self, topic: str, partitions: Iterable[Partition]) -> None:
+        """The topic was deleted and created again: no offset of the old one counts any more."""
+        LOG.error("the topic %s was deleted and created again: it is read from its beginning", topic)
+        self._missing |= {where: 0 for where in partitions if where[0] == topic}
+
     def choose(self) -> Iterator[Partition]:
         """Choose a position for the partitions that have none within their log, and yield each of them once the
         consumer reads it from there."""
@@ -55,7 +60,7 @@ class ConsumerPositions:
             start = end if offset is None and self.settings.start_at == "latest" else begin
             if offset is not None and offset < begin:
                 self._count_expired(where, offset, begin)
-            elif offset is not None:  # the log is shorter than it was
+            elif offset:  # the log is shorter than it was
                 text = "%s[%d] has no offset %d, as its log goes from %d to %d; reading begins at the first"
                 LOG.error(text, *where, offset, begin, end)
             self.next[where] = start
