@@ -33,8 +33,7 @@ def _quiet() -> Iterator[None]:
     if importlib.util.find_spec("transformers") is None:  # the import that needs it says what to install
         yield
         return
-    from transformers.utils import logging
-
+    logging: Any = importlib.import_module("transformers.utils.logging")  # its functions have no types
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
