@@ -157,7 +157,7 @@ def _run_worker(
             confined = _listen(worker, tally, progress_until)
         finally:
             worker.kill()
-            worker.wait()
+            worker.communicate()
         noise.seek(0)
         said = noise.read().decode(errors="replace").strip().splitlines()
         branches = [int(found[1]) for line in said if (found := re.search(r" cov: (\d+) ", line))]
