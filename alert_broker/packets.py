@@ -148,14 +148,10 @@ class _Waiting:
         self._offsets: list[int] = []
         self._columns: dict[str, tuple[Columns, list[int]]] = {}  # by layout, with the packets' indices in that order
         self._tables: list[tuple[pa.RecordBatch, list[int]]] = []
+        self.rows = 0  # of the longest history columns
 
     def __len__(self) -> int:
         return len(self._files)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the longest history columns."""
-        return max((columns.rows for columns, _ in self._columns.values()), default=0)
 
     def add(self, block: PacketSource) -> BadPacket | None:
         """Read a block into columns; return the part of it that could not be decoded."""
@@ -170,10 +166,14 @@ class _Waiting:
             self._columns[plan.layout] = (Columns(plan) if grown is None else self._buffer_pool.pop(grown), [])
         columns, indices = self._columns[plan.layout]
         ends, fault = columns.read(block.data, block.count, plan)
-        starts = [0, *ends.tolist()]
-        inside = [0] * len(starts) if block.compressed else starts
-        positions = [block.offset + start for start in inside] if block.index is None else [block.index] * len(starts)
+        if block.index is not None:
+            positions = [block.index] * (len(ends) + 1)
+        elif block.compressed:
+            positions = [block.offset] * (len(ends) + 1)
+        else:
+            positions = [block.offset, *(block.offset + ends).tolist()]
         indices += self._number(block.file, positions[: len(ends)])
+        self.rows = max(self.rows, columns.rows)
         if fault is None:
             return None
         name, lost = block.schema.name, block.count - len(ends)

@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -145,6 +146,8 @@ def main(supervised: Callable[[int | None], None] | None = supervise) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that a name has
             stream.reconfigure(errors="backslashreplace")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", UserWarning)  # libraries warn about the content of files, in several lines
     try:
         from edgekit.plugins import refuse_strangers
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +27,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing progress bars and printing warnings on standard error while the block runs."""
+    if importlib.util.find_spec("transformers") is None:  # the import that needs it says what to install
+        yield
+        return
+    logging: Any = importlib.import_module("transformers.utils.logging")  # its functions have no types
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@_quiet()
 def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden: Arrays | None = None) -> Bundle:
     """Make a bundle from a folder of transformers: config.json and safetensors. The bundle takes classes and the
     scaling of pixels from the folder. `inputs` are only needed for models that take neither images nor token ids."""

@@ -104,9 +104,20 @@ def compress(
     if output is not None:
         prepare(Path(output), force=force)
     job = job_of(
-        model, data=data, recipe=recipe, auto=auto, target=target, max_loss=max_loss, metric=metric,
-        objective=objective, runtime=runtime, batches=batches, agree=agree, seed=seed, notify=notify,
-    )  # fmt: skip
+        model,
+        data=data,
+        recipe=recipe,
+        auto=auto,
+        target=target,
+        max_loss=max_loss,
+        metric=metric,
+        objective=objective,
+        runtime=runtime,
+        batches=batches,
+        agree=agree,
+        seed=seed,
+        notify=notify,
+    )
     constraints = Constraints(max_loss, max_size, max_latency)
     result = carry_out(job, constraints, auto=auto, trials=trials, notify=notify, progress=progress)
     if output is not None:
