@@ -68,24 +68,29 @@ def decode(values: Sequence[bytes]) -> None:
 
 
 class DecodeCached:
-    """Reads the datum of each packet with one parsed schema. All packets must have the header of the first one."""
+    """Reads the datum of each packet with a schema that was parsed once for each distinct header."""
 
     def __init__(self) -> None:
-        self._header = b""
-        self._schema: Any = None
+        self._schemas: dict[bytes, Any] = {}  # by the container's header
 
     def __call__(self, values: Sequence[bytes]) -> None:
         for value in values:
-            if not self._header:
-                self._header = value[: header_end(value)]
-                self._schema = fastavro.reader(io.BytesIO(value)).writer_schema
-            assert value.startswith(self._header)
             stream = io.BytesIO(value)
-            stream.seek(len(self._header))
-            for _ in range(2):  # the packets of the block, and its bytes
+            schema = self._schema(value, stream)
+            for _ in range(2):  # the number of packets, and of their bytes
                 fastavro.schemaless_reader(stream, "long", None)
-            fastavro.schemaless_reader(stream, self._schema, None)
+            fastavro.schemaless_reader(stream, schema, None)
             assert stream.tell() == len(value) - SYNC_BYTES
+
+    def _schema(self, value: bytes, stream: io.BytesIO) -> Any:
+        """Return the packet's schema, and move the stream behind the header."""
+        for header, schema in self._schemas.items():
+            if value.startswith(header):
+                stream.seek(len(header) + SYNC_BYTES)
+                return schema
+        header = value[: header_end(value) - SYNC_BYTES]
+        self._schemas[header] = fastavro.schema.parse_schema(fastavro.reader(stream).writer_schema)
+        return self._schema(value, stream)
 
 
 class Classify:
