@@ -27,10 +27,9 @@ from confluent_kafka import Consumer, Producer
 
 from alert_broker.containers import SYNC_BYTES, header_end
 from alert_broker.stream.clients import consumer_defaults
-from alert_broker.stream.stages import Stages
+from alert_broker.stream.config import Batch
 
-BATCH = 512  # as edgekit's `batch.size`
-WAIT_SECONDS = 0.1  # as edgekit's `batch.seconds`
+BATCH = Batch()  # of the configuration: how many messages edgekit takes at once, and how long it waits for them
 PRODUCER = {"compression.type": "zstd", "linger.ms": 2, "enable.idempotence": True, "acks": "all"}  # as edgekit's
 
 Work = Callable[[Sequence[bytes]], None]
@@ -97,7 +96,6 @@ class Classify:
     """Gives messages to edgekit's stages, publishes the rows, and waits until the broker has them."""
 
     def __init__(self, broker: str, topic: str) -> None:
-        self._stages: Stages
         self._stages, self._router = open_stages(0)
         self._producer, self._topic = Producer({"bootstrap.servers": broker, **PRODUCER}), topic
 
@@ -125,7 +123,7 @@ def plain(work: Work, options: argparse.Namespace, rate: Rate) -> None:
     consumer.subscribe([options.source])
     done = False
     while not done:
-        messages = consumer.consume(BATCH, WAIT_SECONDS)
+        messages = consumer.consume(BATCH.size, BATCH.seconds)
         for message in messages:
             assert message.error() is None, message.error()
         if messages:
@@ -165,7 +163,7 @@ def quix(work: Work, options: argparse.Namespace, rate: Rate) -> None:
         consumer_group=uuid.uuid4().hex,
         auto_offset_reset="earliest",
         consumer_extra_config=consumer_defaults(),
-        commit_every=BATCH if in_batches else 0,
+        commit_every=BATCH.size if in_batches else 0,
         on_message_processed=note,
         auto_create_topics=False,
         use_changelog_topics=False,
