@@ -52,6 +52,7 @@ class Rate:
     def per_second(self) -> float:
         assert self._began is not None
         done, moment = self._began
+        assert self.done > done, f"the first batch had all {self.done} messages; take a larger --count"
         return (self.done - done) / (time.perf_counter() - moment)
 
 
