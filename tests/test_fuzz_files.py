@@ -83,6 +83,16 @@ def test_what_made_a_reader_fail_is_read_or_refused_now(path, tool):
     assert (tally.files, tally.failures) == (1, [])
 
 
+@pytest.mark.parametrize(("name", "lines"), [("image", 3), ("npz", 3), ("pack", 2)])
+def test_stored_inputs_make_a_reader_fail_that_prints_warnings(name, lines, tool, monkeypatch):
+    """Planted: the command line hides no warnings of libraries if Python is asked for them."""
+    skip_without(name)
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    (path,) = [path for path in FINDS if path.name.startswith(f"{name}-")]
+    (failure,) = tool.fuzz(name, replay=[path]).failures
+    assert f"with {lines} lines of error" in failure
+
+
 def test_every_reader_is_run_and_those_in_python_are_guided(tool, worker):
     for package in ("torch", "onnx", "confluent_kafka"):
         pytest.importorskip(package)

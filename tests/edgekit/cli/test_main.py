@@ -111,6 +111,25 @@ def test_errors_are_one_line_and_have_their_status(error, status, words, edgekit
         assert edgekit("boom").failed_with(status, words)
 
 
+@pytest.mark.parametrize("flags", [[], ["-W", "default"]], ids=["plain", "asked for"])
+def test_warnings_of_libraries_about_files_are_printed_only_if_python_is_asked_for_them(flags):
+    program = (
+        "import sys, warnings, click, numpy\n"
+        "from edgekit import cli\n"
+        "def boom(debug):\n"
+        "    warnings.warn('truncated')\n"
+        "    numpy.float32(3e38) * numpy.float32(9)\n"
+        "    warnings.warn('another runtime', RuntimeWarning)\n"
+        "cli.edgekit = click.Command('boom', params=[click.Option(['--debug'], is_flag=True)], callback=boom)\n"
+        "sys.argv = ['edgekit']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, *flags, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "another runtime" in done.stderr
+    assert ("truncated" in done.stderr) == ("overflow encountered" in done.stderr) == bool(flags)
+
+
 def test_a_status_that_a_command_returns_is_the_programs(edgekit, verb):
     verb(lambda: 3)
     assert edgekit("boom").status == 3
