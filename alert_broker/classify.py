@@ -322,6 +322,7 @@ def load_kernels(notify: Callable[[str], None]) -> None:
         timer.cancel()
         if child is not None:
             child.kill()
+            child.wait()
 
 
 def _counted(

@@ -314,30 +314,31 @@ def _unwrap_message(data: Buffer, file: str, schema_text: Callable[[int], str] |
 
 
 def _known_schema(schema_text: Callable[[int], str], identifier: int) -> Schema:
-    """The registry's schema with this id. A registry numbers schemas as it likes, so its answer wins over an installed
-    schema of LSST with the same id."""
+    """Return the registry's schema with this id. A registry numbers schemas as it likes, so its answer wins over an
+    installed schema of LSST with the same id."""
     try:
         found = _registered_schema(schema_text, identifier)
     except UnknownSchemaError:
         if identifier not in lsst.schema_versions():
             raise
         return _message_schema(identifier)
-    if isinstance(found, PacketError):
-        raise found
+    if isinstance(found, str):
+        raise PacketError(found)
     return found
 
 
 @functools.lru_cache(maxsize=64)
-def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema | PacketError:
+def _registered_schema(schema_text: Callable[[int], str], identifier: int) -> Schema | str:
     """Return a registered schema by its number, because a lookup by 0.2 MB of schema text would take longer than
-    reading a packet. A schema that cannot be used is an error that is kept as well: parsing it again for each of its
-    packets would take much longer."""
+    reading a packet. For a schema that cannot be used, return the reason, which is kept as well: parsing the schema
+    again for each of its packets would take much longer. The cache holds no exception, because an exception that is
+    raised again keeps the frames of every raise, and with them every packet."""
     try:
         return _container_schema(schema_text(identifier).encode(errors="surrogatepass"))
     except UnknownSchemaError:
         raise
     except PacketError as error:
-        return error
+        return str(error)
 
 
 @functools.cache

@@ -29,8 +29,8 @@ SPAN_DAYS, SIGNAL_TO_NOISE, TIME_SCALE_DAYS = 100.0, 10.0, 10.0
 @dataclass(frozen=True, slots=True)
 class Features:
     """light_curve: (objects, grid_points, bands) float32; context: (objects, numbers) float32, without columns if the
-    model takes none; status: (objects,) of `gaussian_process.Status`. If the status is NO_POINTS or NO_FLUX, the
-    object's light curve is zeros."""
+    model takes none; status: (objects,) of `gaussian_process.Status`. If nothing was fitted (NO_POINTS, NO_FLUX,
+    OVERFLOW, OVER_TIME), the object's light curve is zeros."""
 
     light_curve: npt.NDArray[np.float32]
     context: npt.NDArray[np.float32]

@@ -87,8 +87,9 @@ def _layout(count: int) -> tuple[int, int, int, int, int, int]:
 
 
 @inlined
-def _subtract_product(matrix: Floats, tile: int, left: int, above: int, depth: int, fresh: bool) -> None:
-    """Subtract left^T above, each of `depth` rows, from the tile; from zero if `fresh`. All the n^3 work is here."""
+def _subtract_product(matrix: Floats, tile: int, left: int, above: int, depth: int, overwrite: bool) -> None:
+    """Subtract left^T above, each of `depth` rows, from the tile, or from zero if `overwrite`. All the n^3
+    work is here."""
     s0 = s1 = s2 = s3 = splat(0.0)
     for _ in range(depth):
         row = load(matrix, above)
@@ -99,7 +100,7 @@ def _subtract_product(matrix: Floats, tile: int, left: int, above: int, depth: i
         left += LANES
         above += LANES
     t0 = t1 = t2 = t3 = splat(0.0)
-    if not fresh:
+    if not overwrite:
         t0 = load(matrix, tile)
         t1 = load(matrix, tile + LANES)
         t2 = load(matrix, tile + 2 * LANES)
@@ -444,7 +445,7 @@ def _predict(
 ) -> None:
     """Compute the mean k(x*, X) alpha (Rasmussen & Williams 2006, eq. 2.25) at even times over the span, in every
     band."""
-    times, places, alpha, scratch = points[TIME], points[COLOUR], points[ALPHA], points[SCRATCH]
+    times, positions, alpha, scratch = points[TIME], points[COLOUR], points[ALPHA], points[SCRATCH]
     grid = len(mean)
     step = span / (grid - 1) if grid > 1 else 0.0
     for first in range(0, grid, LANES):
@@ -455,7 +456,7 @@ def _predict(
             where, total = spread(colours, band), splat(0.0)
             for j in range(count):
                 time = when - spread(times, j)
-                colour = where - spread(places, j)
+                colour = where - spread(positions, j)
                 distance = sqrt(time * time * splat(rate) + colour * colour)
                 decay = exp(splat(0.0) - distance) * spread(alpha, j)
                 total = total + decay + distance * decay

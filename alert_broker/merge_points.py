@@ -1,4 +1,4 @@
-"""Long light curves with neighbouring points merged, so that the work on one alert is bounded.
+"""Merge neighbouring points of long light curves, so that the work on one alert is bounded.
 
 The cost of the Gaussian process grows with the cube of the number of points. An object with more points than the limit
 keeps its first and its last point. Of the others, consecutive points of one band become one point: the mean of their
@@ -36,8 +36,9 @@ _compiled: Callable[..., Any] = njit(cache=True, error_model="numpy", nogil=True
 
 
 def merge_points(curves: LightCurves, most: int) -> LightCurves:
-    """The same objects; each one with more than `most` points has at most `most` points left, or two more than it has
-    bands. Points that are not usable do not count and are left out of the objects that are merged."""
+    """Return the same objects. An object with more than `most` points is reduced to at most `most` points, or to its
+    number of bands plus two if that is more. Unusable points do not count, and a reduced object does not contain
+    them."""
     long = np.flatnonzero(curves.points > most)
     if len(long) == 0:
         return curves
@@ -50,7 +51,7 @@ def merge_points(curves: LightCurves, most: int) -> LightCurves:
 
 
 def _merged(one: LightCurves, most: int) -> LightCurves:
-    """One object with at most `most` usable points."""
+    """Return one object, reduced to at most `most` usable points."""
     usable = np.isfinite(one.time) & np.isfinite(one.flux) & np.isfinite(one.flux_error)
     one = one.where(usable & (one.flux_error > 0) & (one.band >= 0) & (one.band < len(one.bands)))
     if len(one.time) <= most:
@@ -72,7 +73,7 @@ def _merged(one: LightCurves, most: int) -> LightCurves:
 def _group(time: Floats, band: Bands, flux: Floats, error: Floats, threshold: float, group: Integers) -> int:
     """Number the groups of points; return how many there are."""
     last = len(time) - 1
-    # for each band: its group, the time at which that began, its mean flux and the error of the mean
+    # for each band: its current group, the time at which the group began, its mean flux and the error of the mean
     current = np.full(BANDS, -1, np.int64)
     start, mean, spread = np.zeros(BANDS), np.zeros(BANDS), np.zeros(BANDS)
     count = 0
@@ -84,7 +85,7 @@ def _group(time: Floats, band: Bands, flux: Floats, error: Floats, threshold: fl
             scale = math.hypot(spread[b], error[k])
             difference = (flux[k] - mean[b]) / scale
             cost = (1.0 - (1.0 + days) * math.exp(-days)) * (1.0 + difference * difference)
-            if not cost > threshold:  # what is not a number joins: the limit must hold whatever the numbers are
+            if not cost > threshold:  # a NaN joins as well: the limit must hold for all numbers
                 group[k] = current[b]
                 mean[b] += (spread[b] / scale) ** 2 * (flux[k] - mean[b])
                 spread[b] *= error[k] / scale
@@ -98,7 +99,7 @@ def _group(time: Floats, band: Bands, flux: Floats, error: Floats, threshold: fl
 
 @_compiled
 def _smallest_groups(time: Floats, band: Bands, flux: Floats, error: Floats, most: int, group: Integers) -> int:
-    """Number the groups for the smallest threshold that leaves at most `most`."""
+    """Number the groups for the smallest threshold that leaves at most `most` groups; return how many there are."""
     count = _group(time, band, flux, error, 0.0, group)
     if count <= most:
         return int(count)
@@ -116,8 +117,8 @@ def _smallest_groups(time: Floats, band: Bands, flux: Floats, error: Floats, mos
 def _average(
     time: Floats, band: Bands, flux: Floats, error: Floats, group: Integers, columns: Floats, bands: Bands
 ) -> None:
-    """Time, flux and error of each group into the first rows of `columns`, and its band. Weights are relative to the
-    smallest error of the group, so that their squares stay in the range of doubles."""
+    """Write the time, flux and error of each group to the first rows of `columns`, and its band to `bands`. Weights are
+    relative to the smallest error of the group, so that their squares stay in the range of doubles."""
     means, fluxes, errors, total = columns[0], columns[1], columns[2], columns[3]
     for k in range(len(time)):
         g = group[k]

@@ -71,12 +71,13 @@ class Reader(DataSourceStreamReader):
         named = {name.lower(): value for name, value in options.items()}
         self.topics = [topic.strip() for topic in named.pop("subscribe", "").split(",") if topic.strip()]
         self.begin = named.pop("startingoffsets", "latest")
-        self.most = int(named.pop("maxoffsetspertrigger", 0))
+        most = named.pop("maxoffsetspertrigger", "0")
+        if not most.isdecimal():
+            raise EdgekitError(f"maxOffsetsPerTrigger is {most!r}; expected a whole number, or 0 for no limit")
+        self.most = int(most)
         self.kafka = {name[6:]: named.pop(name) for name in list(named) if name.startswith("kafka.")}
         if named:
-            raise unknown(
-                "option", next(iter(named)), ["subscribe", "startingOffsets", "maxOffsetsPerTrigger", "kafka.*"]
-            )
+            raise unknown("option", next(iter(named)), OPTIONS)
         if not self.topics or "bootstrap.servers" not in self.kafka:
             raise EdgekitError(f"{NAME} needs the options subscribe and kafka.bootstrap.servers; set both")
         if self.begin not in ("earliest", "latest"):

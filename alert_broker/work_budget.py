@@ -1,4 +1,4 @@
-"""A bound on the time that compiled code spends on one object, and a way to stop it.
+"""Bound the time that compiled code spends on one object, and stop the work on request.
 
 Compiled code runs in worker threads and cannot be interrupted from outside. It therefore writes the number of its
 object into a row of memory that it shares with the calling thread, and reads a command from there every few
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-AT, COMMAND = range(2)  # columns of the shared memory: object being worked on, counted from 1; command for the worker
-STOP = -1  # command: work on no object any more; any other number: give this object up, counted from 1
-STEP_SECONDS = 0.02  # between looks of the calling thread
+# Columns of the shared memory: the object that the worker works on, counted from 1, and the command for the worker.
+AT, COMMAND = range(2)
+STOP = -1  # the command to end all work; any other command is the number of the object to give up, counted from 1
+STEP_SECONDS = 0.02  # between checks by the calling thread
 
 Shared = npt.NDArray[np.int64]
 
@@ -32,8 +33,8 @@ def never() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """seconds: after so long, an object is given up, and its status says so; cancelled: once it returns true, the
-    work stops within some milliseconds with a CancelledError."""
+    """seconds: the limit for an object; an object that takes longer is given up, and its status says so. cancelled:
+    once it returns true, the work stops within some milliseconds with a CancelledError."""
 
     seconds: float = math.inf
     cancelled: Callable[[], bool] = never
@@ -45,8 +46,8 @@ class Budget:
     def run(self, work: Callable[[int, Shared], None], workers: int) -> None:
         """Call work(number, shared row) for every worker, each in a thread of its own, and watch them.
 
-        Seconds are counted in looks of this thread, so that time during which the whole process was suspended is not
-        counted.
+        This thread counts its checks and not seconds, so that time during which the whole process was suspended does
+        not count.
         """
         self.check()
         shared = np.zeros((workers, 8), np.int64)  # a cache line for each worker
@@ -55,17 +56,17 @@ class Budget:
             try:
                 self._watch(futures, shared)
             finally:
-                shared[:, COMMAND] = STOP  # the pool waits for its threads: do not let it wait for their work
+                shared[:, COMMAND] = STOP  # the pool waits for its threads, which must not finish their work first
         for future in futures:
             future.result()
         self.check()
 
     def _watch(self, futures: Sequence[Future[None]], shared: Shared) -> None:
-        seen, looks = shared[:, AT].copy(), np.zeros(len(futures), np.int64)
+        seen, checks = shared[:, AT].copy(), np.zeros(len(futures), np.int64)
         while wait(futures, STEP_SECONDS).not_done:
             self.check()
             now = shared[:, AT].copy()
-            looks = np.where(now == seen, looks + 1, 0)
+            checks = np.where(now == seen, checks + 1, 0)
             seen = now
-            late = looks * STEP_SECONDS >= self.seconds
+            late = checks * STEP_SECONDS >= self.seconds
             shared[late, COMMAND] = now[late]

@@ -1,6 +1,5 @@
-"""The pages of the site that are generated: the command line from `--help`, the targets from their profiles, the Python
-API from the names that `edgekit` offers, the notebooks by running them; and a check that the finished site is whole
-without a network.
+"""Generate pages of the site: the command line from `--help`, the targets from their profiles, the Python API from the
+names that `edgekit` offers, and the notebooks by running them. Then check that the finished site needs no network.
 
 mkdocs loads this file as a hook. Nothing that it writes is stored in git.
 """
@@ -29,9 +28,9 @@ CONTRACTS = (
     "edgekit.exporter.Exporter",
     "edgekit.session.Session",
 )
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")  # by which a terminal is coloured and its cursor moved
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")  # they change the colours of a terminal and move its cursor
 WIDTH = 80  # characters of a line of help
-# attributes by which a browser fetches something for a page, by tag; a link that a person may click is not among them
+# The attribute of each tag whose address a browser fetches for a page. A link that a person may click is not in it.
 FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
 
 
@@ -60,7 +59,7 @@ def on_post_build(config: Any) -> None:
 
 
 def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command, click.Context]]:
-    """Every command below this one, itself included, as it is typed."""
+    """Yield this command and every command below it, each with its words as a user types them."""
     context = click.Context(command, info_name=path, max_content_width=WIDTH, terminal_width=WIDTH)
     yield path, command, context
     if isinstance(command, click.Group):
@@ -70,7 +69,7 @@ def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Com
 
 
 def cli_page() -> str:
-    """The help of every command, as the command prints it."""
+    """Return the page with the help of every command, as the command prints it."""
     from edgekit.cli import edgekit
 
     parts = ["# Command line", "", "This page is what `--help` prints for each command.", ""]
@@ -81,7 +80,7 @@ def cli_page() -> str:
 
 
 def targets_page() -> str:
-    """One row for each profile, and the sources of its figures below."""
+    """Return the page with one row for each profile, and the sources of its figures below."""
     from edgekit.targets.profile import find, names
 
     targets = [find(name) for name in names()]
@@ -124,7 +123,8 @@ def targets_page() -> str:
 
 
 def api_page() -> str:
-    """The docstring of every name in `edgekit.__all__`, functions first, and the contracts that a plug-in keeps."""
+    """Return the page with the docstring of every name in `edgekit.__all__`, functions first, and the contracts
+    that a plug-in keeps."""
     import edgekit
 
     public = {name: getattr(edgekit, name) for name in edgekit.__all__ if not name.startswith("__")}
@@ -144,19 +144,19 @@ def api_page() -> str:
 
 
 def _entry(path: str, heading: str) -> list[str]:
-    """The lines that make mkdocstrings write one object."""
+    """Return the lines that make mkdocstrings write one object."""
     label = heading.rpartition(".")[2]
     return [f"::: {path}", f"    options: {{heading_level: 3, heading: {heading}, toc_label: {label}}}", ""]
 
 
 def repository_page(name: str) -> str:
-    """A document that lies outside docs/, with its links to other files of the repository as plain text."""
+    """Return a document that is outside docs/, with its links to other files of the repository as plain text."""
     text = (ROOT / name).read_text()
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]+\)", r"`\1`", text)
 
 
 def notebook_page(path: Path) -> str:
-    """A notebook as Markdown, with the outputs of a run of this build; none if EDGEKIT_DOCS_EXECUTE is 0."""
+    """Return a notebook as Markdown. This build runs it for its outputs, unless EDGEKIT_DOCS_EXECUTE is 0."""
     import nbformat
 
     if os.environ.get("EDGEKIT_DOCS_EXECUTE") == "0":
@@ -175,7 +175,7 @@ def notebook_page(path: Path) -> str:
 
 
 def run_notebook(path: Path) -> Any:
-    """The notebook with its outputs, run in an empty folder. An error in a cell is raised."""
+    """Run the notebook in an empty folder and return it with its outputs. An error in a cell is raised."""
     import tempfile
 
     import nbformat
@@ -195,7 +195,7 @@ def run_notebook(path: Path) -> Any:
 
 
 def _joined(outputs: list[Any]) -> Iterator[Any]:
-    """The outputs of a cell, with the pieces of one stream put together again."""
+    """Yield the outputs of a cell, and join the pieces of one stream."""
     for name, pieces in itertools.groupby(outputs, lambda item: item.get("name")):
         first, *others = pieces
         if name is None:
@@ -206,7 +206,7 @@ def _joined(outputs: list[Any]) -> Iterator[Any]:
 
 
 def _rendered(output: Any) -> list[str]:
-    """An output of a cell as Markdown: a picture, or text."""
+    """Return an output of a cell as Markdown: a picture, or text."""
     if output.output_type == "stream":
         text = ESCAPES.sub("", output.text).rstrip()
         return [] if output.name == "stderr" else ["```text", text, "```"]
@@ -226,14 +226,14 @@ class _Fetches(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         if tag == "link" and values.get("rel") in ("canonical", "next", "prev"):
-            return  # names of pages: nothing is fetched
+            return  # these name pages, and the browser fetches none of them
         value = values.get(FETCHED.get(tag, ""))
         if value and re.match(r"(https?:)?//", value):
             self.found.append(value)
 
 
 def foreign(site: Path) -> Iterator[str]:
-    """Addresses on other hosts that the pages and style sheets of a site fetch."""
+    """Yield the addresses on other hosts that the pages and style sheets of a site fetch."""
     for path in sorted(site.rglob("*.html")):
         parser = _Fetches()
         parser.feed(path.read_text())

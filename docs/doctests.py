@@ -16,7 +16,7 @@ class Doctests(griffe.Extension):
 
 
 def fenced(text: str) -> str:
-    """The text with fences around its examples."""
+    """Return the text with fences around its examples."""
     lines: list[str] = []
     inside = False
     for line in text.splitlines():

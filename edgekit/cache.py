@@ -22,26 +22,23 @@ FILE_MODE = 0o600
 
 
 def root() -> Path:
-    """The cache's own folder, whether it exists or not."""
+    """Return the cache's own folder, whether it exists or not."""
     given = os.environ.get("EDGEKIT_CACHE")
     return Path(given) if given else platformdirs.user_cache_path("edgekit")
 
 
 def folder(name: str) -> Path:
-    """The cache's folder of this name, such as 'passes' or 'c'; it is created if it does not exist."""
+    """Return the cache's folder of this name, such as 'passes' or 'c'; create it if it does not exist."""
     return private_folder(private_folder(root()) / name)
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, which is created for this user alone if it does not exist; an error if another user owns it or
-    could write to it, or could put another folder in its place."""
+    """Return the folder; create it for this user alone if it does not exist. Raises if another user owns it or could
+    write to it, or could put another folder in its place."""
     try:
-        for folder in (
-            *reversed(path.parents),
-            path,
-        ):  # pathlib's own `parents` would be open to all that the umask allows
-            if not folder.exists():
-                folder.mkdir(mode=0o700, exist_ok=True)
+        for item in (*reversed(path.parents), path):  # mkdir(parents=True) would open the parents as the umask allows
+            if not item.exists():
+                item.mkdir(mode=0o700, exist_ok=True)
         found = path.stat()
     except OSError as error:
         raise _not_kept(path, error) from None
@@ -84,8 +81,8 @@ def keep(path: Path, content: bytes) -> None:
 
 
 def read(path: Path) -> bytes | None:
-    """The content of a file of the cache; None if there is no such file. Raises if another user owns it or could write
-    to it, and if it is a link: its target could be a file of anybody. The checks are of the open file."""
+    """Return the content of a file of the cache; None if there is no such file. Raises if another user owns it or could
+    write to it, and if it is a link: its target could be a file of anybody. The checks are of the open file."""
     try:
         stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except FileNotFoundError:
@@ -100,7 +97,7 @@ def read(path: Path) -> bytes | None:
 
 
 def check_tree(path: Path) -> Path:
-    """The folder of the cache, unless another user owns or could write to it or to anything inside it."""
+    """Return the folder of the cache. Raises if another user owns or could write to it or to anything inside it."""
     for item in (path, *path.rglob("*")) if path.exists() else ():
         found = item.lstat()
         problem = _problem(found) if not stat.S_ISLNK(found.st_mode) else "is a link"

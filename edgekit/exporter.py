@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from edgekit import plugins
-from edgekit.errors import unknown
+from edgekit.errors import EdgekitError, unknown
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -73,7 +73,9 @@ def export(
     from edgekit.importers.api import open_model
 
     exporter_class = load_exporter(to)
-    given = {**(options or {}), **({} if target is None else {"target": target})}
+    given = dict(options or {})
+    if target is not None and given.setdefault("target", target) != target:
+        raise EdgekitError(f"target = {target!r}, and the options say {given['target']!r}; give the target once")
     if strange := sorted(set(given) - option_names(exporter_class)):
         raise unknown("option", strange[0], sorted(option_names(exporter_class)), where=f"the format {to}")
     return exporter_class(**given).export(open_model(model), directory, force=force)

@@ -14,13 +14,13 @@ from typing import Any
 from edgekit import __version__
 from edgekit.errors import EdgekitError, unknown
 
-KINDS = {
+TITLES = {  # of what the entry points of a group name
     "edgekit.passes": "pass",
     "edgekit.exporters": "export format",
     "edgekit.sessions": "runtime",
     "edgekit.families": "model family",
     "edgekit.commands": "command",
-    "edgekit.datasets": "data set",
+    "edgekit.datasets": "provider of data sets",
 }
 # returns the fault of a plug-in of this name, as words after "cannot be used: "; "" if it keeps the contract
 Check = Callable[[Any, str], str]
@@ -38,19 +38,24 @@ def load(group: str, name: str, check: Check = lambda found, name: "") -> Any:
     """
     points = _points(group)
     if not points:
-        raise EdgekitError(f"no {KINDS[group]} is registered; edgekit is not installed, run: pip install -e '.[all]'")
+        raise EdgekitError(f"no {TITLES[group]} is registered; edgekit is not installed, run: pip install -e '.[all]'")
     if name not in points:
-        raise unknown(KINDS[group], name, sorted(points))
+        raise unknown(TITLES[group], name, sorted(points))
     point = points[name]
     try:
         found = point.load()
+    except EdgekitError:
+        raise
     except ModuleNotFoundError as error:
+        origin, _ = distribution(group, name)
+        install = "'edgekit[all]'" if origin in ("", "edgekit") else f"--force-reinstall {origin}"
         raise EdgekitError(
-            f"{KINDS[group]} {name!r} needs the package {error.name!r}, which is not installed; "
-            "run: pip install 'edgekit[all]'"
+            f"{TITLES[group]} {name!r} needs the package {error.name!r}, which is not installed; "
+            f"run: pip install {install}"
         ) from None
-    except AttributeError:
-        raise refused(group, name, f"{point.value} names nothing") from None
+    except Exception as error:  # a module of a third party may raise anything when it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise refused(group, name, f"{point.value} cannot be loaded: {reason}") from error
     if problem := check(found, name):
         raise refused(group, name, problem)
     return found
@@ -58,11 +63,17 @@ def load(group: str, name: str, check: Check = lambda found, name: "") -> Any:
 
 def refused(group: str, name: str, problem: str) -> EdgekitError:
     """Return the error for a plug-in that does not keep the contract of its group."""
-    point = _points(group).get(name)
-    origin = f" of {point.dist.name} {point.dist.version}" if point is not None and point.dist is not None else ""
+    origin = " ".join(distribution(group, name)).strip()
+    source = f" of {origin}" if origin else ""
     return EdgekitError(
-        f"the {KINDS[group]} {name!r}{origin} cannot be used: {problem}; correct or uninstall that package"
+        f"the {TITLES[group]} {name!r}{source} cannot be used: {problem}; correct or uninstall that package"
     )
+
+
+def distribution(group: str, name: str) -> tuple[str, str]:
+    """Return the name and the version of the distribution that registers a plug-in; two empty texts if none does."""
+    point = _points(group).get(name)
+    return ("", "") if point is None or point.dist is None else (point.dist.name, point.dist.version)
 
 
 def imported(text: str, what: str) -> Any:

@@ -14,6 +14,8 @@ from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import Arrays, TensorSpec
 from edgekit.errors import EdgekitError, unknown
 
+ATTRIBUTES, METHODS = ("inputs", "outputs", "device", "provider"), ("run", "warmup")  # of the protocol
+
 
 class Session(Protocol):
     """A model loaded on a device. The first axis of every array is the batch."""
@@ -71,9 +73,6 @@ def run_in_batches(
         parts.append(session.run({name: array[start : start + batch] for name, array in arrays.items()}))
         progress(min(start + batch, rows), rows)
     return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in session.outputs}
-
-
-ATTRIBUTES, METHODS = ("inputs", "outputs", "device", "provider"), ("run", "warmup")  # of the protocol
 
 
 def problem_with(opener: Any, name: str) -> str:

@@ -23,17 +23,17 @@ TOML_NAMES = {
 }
 
 
-LARGEST_TOML, MOST_POINTS = 1 << 20, 5000  # bytes of a file; points in it, which separate the parts of keys
+LARGEST_TOML, MOST_DOTS = 1 << 20, 5000  # bytes of a file; dots in it, which separate the parts of keys
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a file. A key of very many parts, and tables in tables in tables, would take the parser's memory in
-    the square of their number."""
+    """Return the tables of a file. A key of very many parts, and tables in tables in tables, would take the parser's
+    memory in the square of their number."""
     with path.open("rb") as stream:
         content = stream.read(LARGEST_TOML + 1)
-    if len(content) > LARGEST_TOML or content.count(b".") > MOST_POINTS:
+    if len(content) > LARGEST_TOML or content.count(b".") > MOST_DOTS:
         raise EdgekitError(
-            f"{path}: more than {LARGEST_TOML:,} bytes or {MOST_POINTS:,} points; edgekit reads no larger TOML files"
+            f"{path}: more than {LARGEST_TOML:,} bytes or {MOST_DOTS:,} dots; edgekit reads no larger TOML files"
         )
     try:
         return tomllib.loads(content.decode())

@@ -43,7 +43,7 @@ def build(
     what: str,
     pinned: Float32Pinned = NOTHING,
 ) -> bytes:
-    """Build the engine. `configure` sets the options that differ between versions; `exact`: layers of a weakly typed
+    """Build the engine. `configure` sets the options that differ between versions; `pinned`: layers of a weakly typed
     network that must stay in float32."""
     (builder, _parser), network, log = parse(trt, model, content, strong=strong, what=what)
     for number in range(network.num_layers if pinned.layers else 0):

@@ -114,6 +114,7 @@ def base(
         **graph.described(),
         "runtime": graph.deployment.stack.runtime,
         "operators": sorted({node.op_type for node in graph.model.graph.node}),
+        "least_batch": max(ranges["min"][0] for ranges in profile.values()),
         "largest_batch": min(ranges["max"][0] for ranges in profile.values()),
         "device_tolerance": max(DEVICE[graph.precision], 2 * checks[0].between_batches),
         "checks": [asdict(check) for check in checks],

@@ -128,82 +128,50 @@ class TensorRtExporter(Exporter):
     ) -> dict[str, Any]:
         """Build and verify the engine if TensorRT and the target's GPU are here. Return the outcome, and add the engine
         to the files."""
-        deployment, precision = graph.deployment, graph.precision
-        if importlib.util.find_spec("tensorrt") is None:
-            return {"built": False, "reason": "TensorRT is not installed here; build.sh builds it on the device"}
-        trt = importlib.import_module("tensorrt")
-        parser_version = deployment.parser_version
-        assert parser_version is not None
-        if not str(trt.__version__).startswith(f"{parser_version.name}."):
-            return {
-                "built": False,
-                "reason": f"TensorRT {trt.__version__} is here, the kit is for {parser_version.name}",
-            }
-        try:
-            capability = engine_check.Cuda(os.environ.get("EDGEKIT_CUDART", "")).compute_capability()
-        except engine_check.Failed as error:
-            return {"built": False, "reason": f"no GPU can be used here: {error}"}
-        if capability != deployment.target.sm:
-            return {
-                "built": False,
-                "reason": f"the GPU here is sm_{capability}, the target is sm_{deployment.target.sm}",
-            }
-        key = engine_key(
-            written[kit.MODEL],
-            profile,
-            precision,
-            workspace,
-            self.level,
-            str(trt.__version__),
-            capability,
-            graph.pinned,
-        )
+        if reason := _obstacle(graph.deployment):
+            return {"built": False, "reason": reason}
+        trt, capability = importlib.import_module("tensorrt"), _gpu()
+        model, version = written[kit.MODEL], str(trt.__version__)
+        key = engine_key(model, profile, graph.precision, workspace, self.level, version, capability, graph.pinned)
         stored = cache.folder("tensorrt") / f"{key}.plan"
-        found = cache.read(stored)
-        cached = found is not None
-        if found is not None:
-            engine = found
-        else:
-            flags = _builder_flags(deployment, precision)
-            flags += ["PREFER_PRECISION_CONSTRAINTS"] if graph.pinned.layers else []
-
-            def configure(config: Any) -> None:
-                _limit(trt, config, workspace)
-                if hasattr(config, "builder_optimization_level"):
-                    config.builder_optimization_level = self.level
-                for flag in flags:
-                    config.set_flag(getattr(trt.BuilderFlag, flag))
-                if precision == "float32" and (deployment.target.sm or 0) >= AMPERE:
-                    config.clear_flag(trt.BuilderFlag.TF32)
-
-            what = f"TensorRT {trt.__version__}"
-            content = kit.content_of(written)
-            engine = engines.build(
-                trt,
-                graph.model,
-                content,
-                profile,
-                configure,
-                strong=not deployment.weak,
-                what=what,
-                pinned=graph.pinned,
-            )
+        cached = cache.read(stored)
+        engine = self._engine(trt, graph, profile, workspace, kit.content_of(written)) if cached is None else cached
         try:
             report = self._verified({**written, ENGINE: engine}, manifest)
         except EdgekitError:
             stored.unlink(missing_ok=True)  # so that the next export builds it again
             raise
-        if not cached:
+        if cached is None:
             cache.keep(stored, engine)
         written[ENGINE] = engine
         return {
             "built": True,
             "sha256": hashlib.sha256(engine).hexdigest(),
-            "tensorrt": str(trt.__version__),
+            "tensorrt": version,
             "sm": capability,
-            "cached": cached,
+            "cached": cached is not None,
             "report": report,
         }
+
+    def _engine(self, trt: Any, graph: TargetGraph, profile: kit.Profile, workspace: int, content: bytes) -> bytes:
+        """Build the engine with this machine's TensorRT."""
+        deployment, precision = graph.deployment, graph.precision
+        flags = _builder_flags(deployment, precision)
+        flags += ["PREFER_PRECISION_CONSTRAINTS"] if graph.pinned.layers else []
+
+        def configure(config: Any) -> None:
+            _limit(trt, config, workspace)
+            if hasattr(config, "builder_optimization_level"):
+                config.builder_optimization_level = self.level
+            for flag in flags:
+                config.set_flag(getattr(trt.BuilderFlag, flag))
+            if precision == "float32" and (deployment.target.sm or 0) >= AMPERE:
+                config.clear_flag(trt.BuilderFlag.TF32)
+
+        what, strong = f"TensorRT {trt.__version__}", not deployment.weak
+        return engines.build(
+            trt, graph.model, content, profile, configure, strong=strong, what=what, pinned=graph.pinned
+        )
 
     def _verified(self, files: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, Any]:
         """Run the kit's own check on its engine and return its report. Raises with its output if it fails."""
@@ -218,6 +186,29 @@ class TensorRtExporter(Exporter):
                 raise EdgekitError(f"the engine that was built here does not pass its check: {said[-400:]}")
             report: dict[str, Any] = json.loads((folder / "report.json").read_text())
             return report
+
+
+def _obstacle(deployment: DeploymentTarget) -> str:
+    """Say why the engine cannot be built here; "" if it can."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return "TensorRT is not installed here; build.sh builds it on the device"
+    version = str(importlib.import_module("tensorrt").__version__)
+    parser_version = deployment.parser_version
+    assert parser_version is not None
+    if not version.startswith(f"{parser_version.name}."):
+        return f"TensorRT {version} is here, the kit is for {parser_version.name}"
+    try:
+        capability = _gpu()
+    except engine_check.Failed as error:
+        return f"no GPU can be used here: {error}"
+    if capability != deployment.target.sm:
+        return f"the GPU here is sm_{capability}, the target is sm_{deployment.target.sm}"
+    return ""
+
+
+def _gpu() -> int:
+    """Return the compute capability of this machine's GPU, such as 86. Raises `engine_check.Failed` without one."""
+    return engine_check.Cuda(os.environ.get("EDGEKIT_CUDART", "")).compute_capability()
 
 
 def engine_key(

@@ -23,10 +23,10 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from edgekit.bundle.format import GRAPH, Bundle
+from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs, multiple
 from edgekit.errors import EdgekitError
-from edgekit.graph.network import PROBABILITIES, Network
+from edgekit.graph.network import Network
 
 Array = npt.NDArray[Any]
 TOLERANCE = 1e-5  # of a probability, or relative to the largest value of any other output

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from tests.conftest import ROOT
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/*.md")]
 )
+# a module of ours, or a name in one
+NAME = re.compile(r"(?:edgekit|exporters|runtimes|alert_broker)(?:\.\w+){2,}")
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 CODE = re.compile(r"`([^`\n]+)`")
 # a path of the repository: it begins with one of our folders
@@ -53,6 +56,27 @@ def test_every_path_that_a_document_names_exists(path):
 
 def test_a_path_that_does_not_exist_is_found():
     assert missing_paths("see `edgekit/passes/no_such.py` and `tools/bench_*.py`") == ["edgekit/passes/no_such.py"]
+
+
+def missing_names(text: str) -> list[str]:
+    """Return the dotted names between backticks that cannot be imported."""
+    found = []
+    for code in CODE.findall(text):
+        if NAME.fullmatch(code):
+            try:
+                pkgutil.resolve_name(code)
+            except (ImportError, AttributeError):
+                found.append(code)
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_python_name_in_a_document_exists(path):
+    assert missing_names(path.read_text()) == []
+
+
+def test_a_python_name_that_does_not_exist_is_found():
+    assert missing_names("`edgekit.bundle.family.tied`, `edgekit.bundle.family.no`") == ["edgekit.bundle.family.no"]
 
 
 def dead_links(path: Path) -> list[str]:

@@ -202,7 +202,7 @@ def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any
         thread.join()
         process.terminate()
         report = json.loads(process.communicate(timeout=60)[0])
-        latency = np.array([arrived[deployment] - moment for deployment, moment in sent.items()])
+        latency = np.array([arrived[position] - moment for position, moment in sent.items()])
     return {
         "rate": rate,
         "seconds": wall,

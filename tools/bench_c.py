@@ -88,17 +88,17 @@ def differences(bundle: Bundle, session: Session, rows: Arrays) -> dict[str, Any
     count, name = len(next(iter(rows.values()))), bundle.manifest.outputs[0].name
     outputs = {C: session.run(rows)[name]}
     network = Network(bundle).eval()
-    for kind, dtype in ((TORCH, torch.float32), ("exact", torch.float64)):
+    for runtime, dtype in ((TORCH, torch.float32), ("exact", torch.float64)):
         parts = zip(*(torch.from_numpy(array).to(dtype).split(16) for array in rows.values()), strict=True)
         network.to(dtype)
         with torch.inference_mode():
-            outputs[kind] = torch.cat([network(*part)[0] for part in parts]).numpy()
+            outputs[runtime] = torch.cat([network(*part)[0] for part in parts]).numpy()
     exact = outputs.pop("exact")
     facts: dict[str, Any] = {"rows": count, "c_from_torch": float(np.abs(outputs[C] - outputs[TORCH]).max())}
     facts["classes_changed"] = int((outputs[C].argmax(-1) != exact.argmax(-1)).sum())
-    for kind, got in outputs.items():
+    for runtime, got in outputs.items():
         off = np.abs(got - exact)
-        facts[kind] = {"largest": float(off.max()), "rms": float(np.sqrt(np.square(off).mean()))}
+        facts[runtime] = {"largest": float(off.max()), "rms": float(np.sqrt(np.square(off).mean()))}
     return facts
 
 
@@ -207,16 +207,25 @@ def main() -> None:
                 flush=True,
             )
     inputs = {"random": random_rows(bundle, options.rows), "real": real_rows(bundle)}
-    apart = {kind: differences(bundle, ours, rows) for kind, rows in inputs.items() if rows}
-    for kind, facts in apart.items():
-        print(f"\nfrom float64 on {kind} rows: {facts}")
+    apart = {source: differences(bundle, ours, rows) for source, rows in inputs.items() if rows}
+    for source, facts in apart.items():
+        print(f"\nfrom float64 on {source} rows: {facts}")
     plans = {"small batches": str(ort.small_plan), "large batches": str(ort.plan)}
     print(f"{ours.provider}; onnxruntime's plans: {plans}")
     if options.json:
-        report = {"machine": described, "model": bundle.manifest.name, "digest": bundle.digest, "sizes": sizes,
-                  "megaflops_per_row": work, "peak_gigaflops": peak, "provider": ours.provider,
-                  "onnxruntime_plans": plans, "differences": apart}  # fmt: skip
-        options.json.write_text(json.dumps({**report, "batches": results}, indent=1) + "\n")
+        report = {
+            "machine": described,
+            "model": bundle.manifest.name,
+            "digest": bundle.digest,
+            "sizes": sizes,
+            "megaflops_per_row": work,
+            "peak_gigaflops": peak,
+            "provider": ours.provider,
+            "onnxruntime_plans": plans,
+            "differences": apart,
+            "batches": results,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ FLOAT = ("float32, TorchScript exporter", "float32, dynamo exporter")
 OPENVINO, OPENVINO_SESSION = "float32, OpenVINO", "openvino"
 
 
-def t2_job(work: Path) -> Job:
+def t2_job() -> Job:
     source = resolve("t2-gr")
     train, test = load(locate(source.manifest, None), source.manifest)
     return Job(source, [], train, test, limits("t2-gr"), "log-loss", runtime="c")
@@ -149,9 +149,13 @@ def measure(name: str, job: Job, constraints: Constraints, trials: int, work: Pa
     losses = {label: loss(job, bundle, original) for label, bundle in bundles.items()}
     inputs: Arrays = dict(job.test.inputs)
     result: dict[str, Any] = {
-        "model": name, "recipe": [to_table(step) for step in recipe],
-        "runtime": job.runtime, "metric": job.metric, "losses": losses, "batches": {},
-    }  # fmt: skip
+        "model": name,
+        "recipe": [to_table(step) for step in recipe],
+        "runtime": job.runtime,
+        "metric": job.metric,
+        "losses": losses,
+        "batches": {},
+    }
     print(f"\n{name}: {', '.join(step.name for step in recipe)} on {job.runtime}")
     for batch in BATCHES[name]:
         times = time_in_turns(list(sessions.values()), tiled(inputs, batch), batch, seconds=seconds)
@@ -189,7 +193,7 @@ def main() -> None:
     results = []
     for name in options.models:
         started = time.perf_counter()
-        job = t2_job(work) if name == "t2-gr" else deit_job(work)
+        job = t2_job() if name == "t2-gr" else deit_job(work)
         trials = options.trials or TRIALS[name]
         results.append(measure(name, job, Constraints(MAX_LOSS[name]), trials, work, options.seconds))
         results[-1]["seconds"] = round(time.perf_counter() - started)
@@ -208,12 +212,12 @@ def verdict(result: dict[str, Any]) -> list[str]:
     for batch, table in result["batches"].items():
         ours = table[OURS]
         rivals = {"best stock within the limit": within, "fastest stock": [label for label in table if label != OURS]}
-        for kind, labels in rivals.items():
+        for rival, labels in rivals.items():
             best = max(labels, key=lambda label: table[label]["ratio"])
             met = ours["high"] >= table[best]["low"] and ours["high"] >= 1.0
             lines.append(
                 f"{result['model']}, batch {batch}: ours {ours['ratio']:.2f} times as fast as float32 (loss "
-                f"{losses[OURS]:+.4f}), {kind} {table[best]['ratio']:.2f} ({best}, loss {losses[best]:+.4f}): "
+                f"{losses[OURS]:+.4f}), {rival} {table[best]['ratio']:.2f} ({best}, loss {losses[best]:+.4f}): "
                 f"{'met' if met else 'NOT MET'}"
             )
     return lines

@@ -21,7 +21,7 @@ from typing import Any
 from bench_alerts import Broker, cycle, fill, packets, settled_rate, simulated
 from bench_inference import describe_machine
 
-# The first is what edgekit sets by default; the others change a value of it
+# The first row has edgekit's defaults; each other row changes one value.
 SETTINGS: dict[str, dict[str, int]] = {
     "as edgekit sets it": {},
     "fetch.queue.backoff.ms = 1000": {"fetch.queue.backoff.ms": 1000},
@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, int]] = {
 
 
 def pipeline_rate(broker: Broker, count: int, settings: dict[str, int]) -> float:
-    """Alerts per second of `edgekit alerts consume`, as a new group with a topic for results of its own."""
+    """Return the alerts per second of `edgekit alerts consume`, as a new group with its own topic for results."""
     name = uuid.uuid4().hex[:8]
     broker.create_topic(name)
     flags = [part for key, value in settings.items() for part in ("--kafka", f"{key}={value}")]

@@ -13,19 +13,25 @@ scaling), and then makes one call for each object. Times are CPU time of this pr
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from check_gp_parity import Sample, describe_machine, fit_george, george_process, mean_george, plasticc, ztf
+from check_gp_parity import (
+    Sample,
+    command_line,
+    describe_machine,
+    fit_george,
+    george_process,
+    mean_george,
+    plasticc,
+    ztf,
+)
 from sklearn.preprocessing import RobustScaler
 from threadpoolctl import threadpool_limits
 
@@ -137,14 +143,7 @@ def summary(values: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=default, help="folder with alerts/ and train/")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    options = parser.parse_args()
-    if not (options.data / "train").is_dir():
-        sys.exit(f"{options.data} has no folder train; pass --data FOLDER")
-
+    options = command_line(__doc__).parse_args()
     machine = describe_machine()
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
     (compile_seconds,) = timed(warm_up, time.process_time)()

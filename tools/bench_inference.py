@@ -45,7 +45,7 @@ STOCK, EAGER = "onnxruntime defaults", "torch eager"
 
 
 class Stock:
-    """ONNX Runtime with the options it comes with, the whole batch in one call."""
+    """ONNX Runtime with its default options, which runs the whole batch in one call."""
 
     def __init__(self, bundle: Bundle) -> None:
         graph = lower(bundle, weights="float32").SerializeToString()
@@ -56,7 +56,7 @@ class Stock:
 
 
 def random_t2() -> Bundle:
-    """The published shape for two bands, weights drawn."""
+    """Return a t2 of the published shape for two bands, with random weights."""
     arguments = {"bands": 2}
     torch.manual_seed(0)
     model = build("t2", arguments)
@@ -71,7 +71,8 @@ def random_t2() -> Bundle:
 
 
 def measure(runners: dict[str, Any], rows: Arrays, batch: int) -> dict[str, Any]:
-    """Wall and CPU milliseconds of each runner, in turns, and the ratios of ONNX Runtime's defaults to the others."""
+    """Return the wall and CPU milliseconds of each runner, in turns, and the ratios of ONNX Runtime's defaults to the
+    others."""
 
     def paused(run: Timed) -> Timed:
         def call() -> tuple[float, ...]:
@@ -99,7 +100,7 @@ def measure(runners: dict[str, Any], rows: Arrays, batch: int) -> dict[str, Any]
 
 
 def describe_machine() -> dict[str, str]:
-    """What a number depends on."""
+    """Return the facts on which a number depends."""
     root = Path(__file__).resolve().parents[1]
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -33,11 +33,12 @@ from alert_broker.classify import load_kernels
 from alert_broker.lightcurve import LightCurves
 from alert_broker.results import CLASSIFIED
 from alert_broker.stream import config as configuration
+from alert_broker.stream.classifiers import open_classifiers
 from alert_broker.stream.dead_letters import position_headers
-from alert_broker.stream.pipeline import open_classifiers, with_positions
+from alert_broker.stream.in_flight import with_positions
+from alert_broker.stream.message_batch import MessageBatch
 from alert_broker.stream.publish import Outgoing
 from alert_broker.stream.routing import Route, Router
-from alert_broker.stream.source import MessageBatch
 from alert_broker.stream.stages import Stages
 from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.importers.files import resolve
@@ -85,7 +86,7 @@ def one_core(packets: list[bytes], alerts: int) -> dict[str, Any]:
 
     def by_reference() -> None:
         nonlocal skipped
-        skipped = sum([one(value) is None for value in packets])
+        skipped = sum(one(value) is None for value in packets)
 
     def by_stages() -> tuple[float, ...]:
         nonlocal counts
@@ -143,10 +144,10 @@ def through_stages(batches: list[MessageBatch], stages: Stages, router: Router) 
         numbers = rows["offset"].to_numpy()
         rows = with_positions(rows, batch, numbers)
         moments.append(time.process_time())
-        deployment = numbers.tolist()
-        headers = [position_headers(batch.messages[k]) for k in deployment]
+        indices = numbers.tolist()
+        headers = [position_headers(batch.messages[k]) for k in indices]
         outgoing = [
-            Outgoing(message.topic, message.value, headers[message.row], deployment[message.row], message.key)
+            Outgoing(message.topic, message.value, headers[message.row], indices[message.row], message.key)
             for message in router(rows).messages
         ]
         moments.append(time.process_time())

@@ -243,10 +243,15 @@ def main() -> None:
         )
     if options.json:
         content = {
-            "machine": facts, "versions": versions(), "quick": options.quick, "graphs": len(chosen),
-            "rates": {"flops": rates.flops, "bytes": rates.bytes}, "results": results, "rows": rows,
+            "machine": facts,
+            "versions": versions(),
+            "quick": options.quick,
+            "graphs": len(chosen),
+            "rates": {"flops": rates.flops, "bytes": rates.bytes},
+            "results": results,
+            "rows": rows,
             "table": {name: {"samples": table.samples[name], "error": table.error[name]} for name in table.weights},
-        }  # fmt: skip
+        }
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -11,16 +11,13 @@ points evenly instead of merging.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check_gp_parity import LSST, Sample, describe_machine, plasticc, ztf
+from check_gp_parity import LSST, Sample, command_line, describe_machine, plasticc, ztf
 
 from alert_broker.gaussian_process import MAX_POINTS, GaussianProcess, Interpolation, Status, warm_up
 from alert_broker.lightcurve import LightCurves
@@ -32,16 +29,16 @@ VISITS = 20  # of one field in a night of a deep-drilling survey
 SIZES = ((600, 12), (1000, 8), (1500, 4), (2000, 2))  # points, and objects of each class and cadence
 
 
-def simulated(kind: str, cadence: str, points: int, seed: int) -> LightCurves:
-    """One light curve of this many points in LSST's bands."""
-    rng = np.random.default_rng([CLASSES.index(kind), CADENCES.index(cadence), points, seed])
+def simulated(source: str, cadence: str, points: int, seed: int) -> LightCurves:
+    """Return one light curve of this many points in LSST's bands."""
+    rng = np.random.default_rng([CLASSES.index(source), CADENCES.index(cadence), points, seed])
     if cadence == "even":
         when = np.sort(rng.uniform(0.0, SPAN_DAYS, points))
     else:
         nights = np.sort(rng.choice(int(SPAN_DAYS), -(-points // VISITS), replace=False))
         when = np.sort(np.repeat(nights, VISITS)[:points] + rng.uniform(0.0, 0.3, points))
     band = rng.integers(0, len(LSST), points)
-    if kind == "supernova":
+    if source == "supernova":
         phase = when - rng.uniform(60.0, 250.0)
         shape = np.exp(-0.5 * (phase / np.where(phase < 0.0, 10.0, 25.0)) ** 2) * (1.0 + 0.1 * band)
     else:  # a damped random walk with a time scale of 30 days, the same in all bands but for its amplitude
@@ -68,7 +65,7 @@ def error_of(found: Interpolation, full: Interpolation) -> float:
 
 
 def measure(process: GaussianProcess, curves: list[LightCurves], most: Any, name: str) -> dict[str, Any]:
-    """most: the limit for a light curve of so many points."""
+    """Compare merged light curves with the full solution. most: gives the limit for a light curve of so many points."""
     errors, others, times, full_times = [], [], [], []
     for one in curves:
         points = len(one.time)
@@ -84,11 +81,15 @@ def measure(process: GaussianProcess, curves: list[LightCurves], most: Any, name
         errors.append(error_of(merged, full))
         others.append(error_of(replace(process, max_points=limit).interpolate(decimated(one, limit), threads=1), full))
     row = {
-        "sample": name, "objects": len(errors), "points": float(np.median([len(one.time) for one in curves])),
+        "sample": name,
+        "objects": len(errors),
+        "points": float(np.median([len(one.time) for one in curves])),
         "limit": float(np.median([most(len(one.time)) for one in curves])),
-        "error": percentiles(errors), "error_of_every_kth": percentiles(others),
-        "milliseconds": 1e3 * float(np.median(times)), "full_milliseconds": 1e3 * float(np.median(full_times)),
-    }  # fmt: skip
+        "error": percentiles(errors),
+        "error_of_every_kth": percentiles(others),
+        "milliseconds": 1e3 * float(np.median(times)),
+        "full_milliseconds": 1e3 * float(np.median(full_times)),
+    }
     print(
         f"{name:32s} {row['objects']:4d} objects {row['points']:5.0f} to {row['limit']:4.0f} points | error p50 "
         f"{row['error']['50']:.1e} p90 {row['error']['90']:.1e} max {row['error']['100']:.1e} | every k-th p50 "
@@ -104,20 +105,14 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def longest(sample: Sample, low: int, most: int) -> list[LightCurves]:
-    """Some of the objects with at least `low` points."""
+    """Choose up to `most` of the objects with at least `low` points."""
     chosen = np.flatnonzero(sample.curves.points >= low)
     chosen = np.random.default_rng(0).permutation(chosen)[:most]
     return [sample.curves.take([int(k)]) for k in chosen]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=default, help="folder with alerts/ and train/")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    options = parser.parse_args()
-    if not (options.data / "train").is_dir():
-        sys.exit(f"{options.data}: no folder train in it; pass --data")
+    options = command_line(__doc__).parse_args()
     machine = describe_machine()
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
     warm_up()
@@ -130,12 +125,12 @@ def main() -> None:
             process = GaussianProcess(sample.wavelengths)
             name = f"{sample.name}, to 1/{share} of the points"
             rows.append(measure(process, longest(sample, low, 60), lambda points, k=share: points // k, name))
-    for kind in CLASSES:
+    for source in CLASSES:
         for cadence in CADENCES:
             for points, objects in SIZES:
-                curves = [simulated(kind, cadence, points, seed) for seed in range(objects)]
-                rows.append(measure(lsst, curves, lambda _: MAX_POINTS, f"{kind}, {cadence}"))
-    hostile = [simulated(kind, "even", 10_000, 0) for kind in CLASSES]
+                curves = [simulated(source, cadence, points, seed) for seed in range(objects)]
+                rows.append(measure(lsst, curves, lambda _: MAX_POINTS, f"{source}, {cadence}"))
+    hostile = [simulated(source, "even", 10_000, 0) for source in CLASSES]
     began = time.process_time()
     for one in hostile:
         lsst.interpolate(one, threads=1)

@@ -14,7 +14,6 @@ import json
 import math
 import platform
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -294,10 +293,8 @@ def describe_machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
     packages = ("numba", "numpy", "scipy", "george", "pandas", "scikit-learn")
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
@@ -306,16 +303,25 @@ def describe_machine() -> dict[str, str]:
     } | {package: version(package) for package in packages}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all tools for the Gaussian process have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=default, help="folder with alerts/ and train/")
-    parser.add_argument("--objects", type=int, default=500, help="PLAsTiCC objects to fit with george too")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    options = parser.parse_args()
-    if not (options.data / "train").is_dir():
-        sys.exit(f"{options.data}: no folder train in it; pass --data")
+    parser.add_argument("--data", type=data_folder, default=str(default), help="folder with alerts/ and train/")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    return parser
 
+
+def data_folder(text: str) -> Path:
+    if not (Path(text) / "train").is_dir():
+        raise argparse.ArgumentTypeError(f"{text} has no folder train; pass --data FOLDER")
+    return Path(text)
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--objects", type=int, default=500, help="PLAsTiCC objects to fit with george too")
+    options = parser.parse_args()
     began = time.time()
     report: dict[str, Any] = {"machine": describe_machine()}
     print(*(f"{name} {value}" for name, value in report["machine"].items()), sep=", ")

@@ -1,7 +1,7 @@
 """Run the main job end to end: compress t2, export it, verify it, classify thousands of alerts, then a night as a
 stream.
 
-    make demo            # or: python tools/demo.py [--keep]
+    make demo            # or: python tools/demo.py --output FOLDER
 
 The tool writes everything to demo/. It downloads the training data from PyPI (82 MB, once) unless it finds a folder
 with it.

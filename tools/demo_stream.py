@@ -34,16 +34,17 @@ def stream(folders: Sequence[Path], out: Path, repeat: int) -> dict[str, Any]:
         create_topics(broker.address, {"night": PARTITIONS, "classified": 1, "edgekit-dead-letters": 1})
         (out / "broker.toml").write_text(configuration(broker.address, listen := f"127.0.0.1:{free_port()}"))
         consumer = subprocess.Popen(
-            [*EDGEKIT, "alerts", "consume", "--config", out / "broker.toml", "--json"], stdout=subprocess.PIPE,
-            stderr=(out / "consume.log").open("w"), text=True,
-        )  # fmt: skip
+            [*EDGEKIT, "alerts", "consume", "--config", out / "broker.toml", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=(out / "consume.log").open("w"),
+            text=True,
+        )
         try:
             wait_until_ready(f"http://{listen}/readyz", consumer)
-            replayed = subprocess.run(
-                [*EDGEKIT, "alerts", "replay", *folders, "--topic", "night", "--kafka",
-                 f"bootstrap.servers={broker.address}", "--rate", str(RATE), "--repeat", str(repeat), "--json"],
-                stdout=subprocess.PIPE, text=True, check=True,
-            )  # fmt: skip
+            kafka = ["--topic", "night", "--kafka", f"bootstrap.servers={broker.address}"]
+            speed = ["--rate", str(RATE), "--repeat", str(repeat), "--json"]
+            command = [*EDGEKIT, "alerts", "replay", *folders, *kafka, *speed]
+            replayed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             sent = json.loads(replayed.stdout)
             wait_for_the_last(broker.address, sent["messages"])
         finally:
@@ -106,7 +107,7 @@ def wait_for_the_last(address: str, count: int) -> None:
 
 def latencies(address: str) -> Any:
     """Return (results, 2) Unix seconds: when each alert was sent, and when its result was published."""
-    sent = {deployment: moment for deployment, moment, _ in read(address, [("night", k) for k in range(PARTITIONS)])}
+    sent = {position: moment for position, moment, _ in read(address, [("night", k) for k in range(PARTITIONS)])}
     published = [
         (sent[int(headers["edgekit.partition"]), int(headers["edgekit.offset"])], moment)
         for _, moment, headers in read(address, [("classified", 0)])
@@ -137,8 +138,8 @@ def read(address: str, partitions: list[tuple[str, int]]) -> list[tuple[tuple[in
             if error is not None:
                 left -= error.code() == KafkaError._PARTITION_EOF
                 continue
-            deployment = (message.partition(), message.offset())
-            found.append((deployment, message.timestamp()[1] / 1e3, dict(message.headers() or ())))
+            position = (message.partition(), message.offset())
+            found.append((position, message.timestamp()[1] / 1e3, dict(message.headers() or ())))
     reader.close()
     return found
 

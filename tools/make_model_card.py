@@ -68,23 +68,24 @@ PLAIN_RETRAINING = {("ugrizy", True): 0.655}  # the published architecture, trai
 CARD = """\
 # {{ name }}
 
-Classifies the light curve of a transient or variable object into {{ classes|length }} classes, from a first detection \
-on. {{ bands|length }} bands ({{ bands|join(", ") }}), {{ redshift }}, {{ "{:,}".format(parameters) }} parameters, \
-{{ "{:,}".format(packed) }} bytes packed.
+This model classifies the light curve of a transient or variable object into {{ classes|length }} classes, from a \
+first detection on. It reads {{ bands|length }} bands ({{ bands|join(", ") }}), {{ redshift }}. It has \
+{{ "{:,}".format(parameters) }} parameters and takes {{ "{:,}".format(packed) }} bytes packed.
 
 | log-loss, mean of {{ runs|length }} seed{{ "s" if runs|length > 1 }} | shipped weights (seed {{ seed }}) \
 | error rate (seed {{ seed }}) |
 |---|---|---|
 | **{{ mean }}** | {{ shipped.log_loss|measured }} | {{ shipped.error_rate|measured }} |
 
-Global class-averaged log-loss on {{ "{:,}".format(shipped.log_loss.samples) }} test objects, whole light curves; \
-lower is better, {{ "%.3f"|format(guess) }} is giving all classes the same probability.
+The log-loss is the global average over classes, on {{ "{:,}".format(shipped.log_loss.samples) }} test objects with \
+whole light curves. Lower is better; a model that gives all classes the same probability gets \
+{{ "%.3f"|format(guess) }}.
 
 ## Intended use
 
-Ranking and routing of {{ survey }} alerts: which few of a night's many deserve a spectrum, a person or a larger \
-model. The probabilities are inputs to a decision, not a spectroscopic classification. Not for a census: the \
-class shares of the training data are not those of the sky.
+Use the model to rank and route {{ survey }} alerts: it helps to choose the few alerts of a night that deserve a \
+spectrum, a person or a larger model. The probabilities are inputs to a decision, not a spectroscopic classification. \
+Do not use it for a census, because the class shares of the training data are not those of the sky.
 
     edgekit alerts classify alerts/ --model {{ name }} -o out.parquet
     edgekit inspect {{ name }}
@@ -96,7 +97,7 @@ grid points, then a fixed scale per band) is part of the bundle; training and se
 
 ## Data
 
-The training set of PLAsTiCC, the Photometric LSST Astronomical Time-Series Classification Challenge: \
+The data are the training set of PLAsTiCC, the Photometric LSST Astronomical Time-Series Classification Challenge: \
 {{ "{:,}".format(total) }} simulated LSST light curves in six bands{% if bands|length < 6 %}. The model sees \
 {{ bands|join(" and ") }}, interpolated from the points in every band that the survey has, as in the published \
 preprocessing; five in nine of the training copies have points in {{ bands|join(" and ") }} alone{% endif %}.
@@ -112,11 +113,11 @@ and noise varied.
 
 ## Metric
 
-The mean over classes of each class's mean -log p(true class), taken over the whole test set at once: the challenge's \
-weighted log-loss with equal weights (Malz et al. 2019, AJ 158, 171, eq. 4). Global on purpose: averaged \
-inside batches, as the reference's training code does, a class that a batch happens not to hold counts as a loss of 0, \
-and the published two-band t2 reads 0.612 instead of 0.968. Error rates \
-and shares below count objects as they come, not classes alike.
+The metric is the mean over classes of each class's mean -log p(true class), taken over the whole test set at once: \
+the challenge's weighted log-loss with equal weights (Malz et al. 2019, AJ 158, 171, eq. 4). It is global on purpose. \
+If it is averaged inside batches, as in the reference's training code, a class that a batch does not contain counts as \
+a loss of 0, and the published two-band t2 gets 0.612 instead of 0.968. The error rates and shares below give the same \
+weight to all objects, not to all classes.
 
 ## Results
 
@@ -138,9 +139,9 @@ folds of {{ folds.epochs }} epochs each: \
 **{{ folds.log_loss|measured }}**.
 {% endif %}
 
-### Beside other numbers
+### In comparison
 
-The columns are three populations; compare within a column.
+Each column is another population, so compare numbers within one column only.
 
 | model | this test set ({{ "{:,}".format(tested) }} objects) | published weights, measured by this project on all \
 {{ "{:,}".format(total) }} objects | authors' own log, 869,864 objects of the challenge's test set |
@@ -161,7 +162,8 @@ sample, so the middle column is a reproduction, not the authors' claim.
 ### With {{ bands|join(" and ") }} alone
 
 The numbers above give the Gaussian process all six bands, as the published ones do. A survey without the other four \
-alerts only on what it detects in {{ bands|join(" and ") }}, and sees nothing else. Test objects detected there:
+sends alerts only for objects that it detects in {{ bands|join(" and ") }}. The table has the test objects that are \
+detected there:
 
 | points | log-loss of the shipped weights [95 % interval] | objects |
 |---|---|---|
@@ -182,7 +184,7 @@ alerts only on what it detects in {{ bands|join(" and ") }}, and sees nothing el
 {{ "%.3f"|format(whole) }} |
 
 Each test light curve is cut off that long after its first detection; non-detections before it stay.\
-{{ " Points and detections in " ~ bands|join(" and ") ~ " alone." if bands|length < 6 }}
+{{ " Only points and detections in " ~ bands|join(" and ") ~ " are used." if bands|length < 6 }}
 
 ### Which classes
 
@@ -195,30 +197,32 @@ Each test light curve is cut off that long after its first detection; non-detect
 | {{ "%.0f %%"|format(100 * row.found) }} | {{ "%.0f %%"|format(100 * row.purity) if row.purity is not none }} |
 {% endfor %}
 
-Shipped weights. Found: share of the class's test objects for which it is the best class. Purity: share of the objects \
-given this class that are of it, at the test set's class shares.
+The table is for the shipped weights. Found is the share of the class's test objects for which it is the best class. \
+Purity is the share of the objects given this class that belong to it, at the test set's class shares.
 
 ### Calibration
 
 ![Reliability curve](calibration.svg)
 
-Expected calibration error of the best class's probability, ten bins: {{ "%.3f"|format(balanced.error) }} with classes \
-weighted alike, {{ "%.3f"|format(plainly.error) }} over objects as they come. The objective weighs classes alike, so \
-the probabilities hold for a population with equal shares; to use them on another, multiply by its class shares and \
-normalize. Bars are 95 % Wilson intervals; bins of fewer than ten objects are not drawn.
+The expected calibration error of the best class's probability, in ten bins, is {{ "%.3f"|format(balanced.error) }} if \
+all classes have the same weight, and {{ "%.3f"|format(plainly.error) }} if all objects have the same weight. The \
+training gives all classes the same weight, so the probabilities hold for a population with equal shares. To use them \
+on another population, multiply them by its class shares and normalize. Bars are 95 % Wilson intervals; bins of fewer \
+than ten objects are not drawn.
 
 ## Limitations
 
-- Simulated data. Cadence, noise and host galaxies are those of the PLAsTiCC simulation of LSST\
+- The data are simulated. Cadence, noise and host galaxies are those of the PLAsTiCC simulation of LSST\
 {{ "; ZTF has other filters, another depth and another cadence, and no result on real, labelled ZTF alerts is claimed" \
 if bands|length < 6 }}.
-- Batch size, learning rate and the choice of context numbers were made on exploratory runs that were measured on the \
-same test objects: the log-loss is optimistic by a little, how little was not measured.
-- The training set imitates a spectroscopic sample: brighter and nearer than what a survey finds.
+- We chose batch size, learning rate and context numbers on exploratory runs that were measured on the same test \
+objects. So the log-loss is slightly optimistic; we did not measure by how much.
+- The training set imitates a spectroscopic sample: its objects are brighter and nearer than those that a survey finds.
 - Rare classes: {% for row in rare %}{{ row.name }} ({{ row.train }} training, {{ row.test }} test objects)\
 {{ ", " if not loop.last }}{% endfor %}. Their rows above rest on few objects, and through equal weights they carry \
 much of the metric's interval.
-- Fourteen classes only: an object of any other kind is given one of them, with a confidence that means nothing.
+- The model knows fourteen classes only. It gives one of them to an object of any other type, with a confidence that \
+means nothing.
 - On the day of the first detection the log-loss is {{ "%.3f"|format(early[0]) }}, against {{ "%.3f"|format(guess) }} \
 for a guess: an early answer is a weak one.
 
@@ -317,7 +321,7 @@ def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, fo
     manifest, shipped = bundle.manifest, shipped_run(runs, bundle)
     preprocessing = manifest.preprocessing or {}
     bands, context = preprocessing["channels"] or preprocessing["bands"], preprocessing["context"]
-    kind = ("".join(bands), "redshift" in context)
+    seen = ("".join(bands), "redshift" in context)
     results = [run.result for run in runs]
     mean, half = mean_with_interval(np.array([result["log_loss"]["value"] for result in results]))
     days = sorted(map(int, shipped.result["log_loss_by_days_since_first_detection"]))
@@ -355,8 +359,8 @@ def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, fo
         inputs=manifest.inputs,
         preprocessing=preprocessing,
         seed=manifest.seed,
-        redshift="with the host's photometric redshift" if kind[1] else "no redshift",
-        survey="ZTF" if kind[0] == "gr" else "Rubin LSST",
+        redshift="with the host's photometric redshift" if seen[1] else "no redshift",
+        survey="ZTF" if seen[0] == "gr" else "Rubin LSST",
         parameters=sum(v.size for v in bundle.weights().values()),
         packed=len(pack(bundle)),
         runs=results,
@@ -367,8 +371,8 @@ def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, fo
         total=sum(OBJECTS.values()),
         tested=len(shipped.labels),
         folds=folds,
-        published=PUBLISHED.get(kind, []),
-        plain=PLAIN_RETRAINING.get(kind),
+        published=PUBLISHED.get(seen, []),
+        plain=PLAIN_RETRAINING.get(seen),
         days=days,
         early=early.mean(axis=0),
         whole=own,

@@ -129,8 +129,14 @@ def main() -> None:
         "the consumer ended well": process.returncode == 0,
     }
     row = {
-        "machine": machine, "minutes": options.minutes, "rate": options.rate, "messages": total, "mean_bytes": size,
-        "producer_late_s": late, "cpu_share_of_a_core": cpu, "ledger": ledger["total"],
+        "machine": machine,
+        "minutes": options.minutes,
+        "rate": options.rate,
+        "messages": total,
+        "mean_bytes": size,
+        "producer_late_s": late,
+        "cpu_share_of_a_core": cpu,
+        "ledger": ledger["total"],
         "consumer_mb": {"second_quarter": second, "last_quarter": last},
         "memory_mb": {
             "sample_seconds": SAMPLE_SECONDS,
@@ -138,7 +144,7 @@ def main() -> None:
             "broker_by_quarter": [spread(quarter[:, 2]) for quarter in samples],
         },
         "checks": checks,
-    }  # fmt: skip
+    }
     if options.json:
         options.json.write_text(json.dumps(row, indent=1) + "\n")
     print(

@@ -98,10 +98,17 @@ def trained(folder: Path, test: Dataset) -> tuple[Path, dict[str, object]]:
     network = fit(half.network, data.take(np.arange(LAST)), WHOLE, seed=SEED + 1, progress=tell)
     accuracy = float((probabilities(network, test, batch=64).argmax(axis=1) == test.labels).mean())
     facts: dict[str, object] = {
-        "task": "gratings, 10 classes", "train": TRAIN, "test": len(test), "seed": SEED, "accuracy": accuracy,
-        "epochs": [PART.epochs, WHOLE.epochs], "seconds": round(time.perf_counter() - started),
-        "cpu_seconds": round(time.process_time() - spent), "machine": machine.describe(), "versions": versions(),
-    }  # fmt: skip
+        "task": "gratings, 10 classes",
+        "train": TRAIN,
+        "test": len(test),
+        "seed": SEED,
+        "accuracy": accuracy,
+        "epochs": [PART.epochs, WHOLE.epochs],
+        "seconds": round(time.perf_counter() - started),
+        "cpu_seconds": round(time.process_time() - spent),
+        "machine": machine.describe(),
+        "versions": versions(),
+    }
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
     log.write_text(json.dumps(facts, indent=1))
     return weights, facts

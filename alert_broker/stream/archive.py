@@ -105,7 +105,9 @@ class Archive:
     def _merge(self, path: Path, rows: pa.Table) -> None:
         """Put rows into a file, in the order of offsets. They replace the file's rows with the same offsets."""
         with _writing(path):
-            path.parent.mkdir(exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(exist_ok=True)
+                _sync(self.folder)
             # pyarrow and other readers of Parquet folders skip names that begin with a dot
             partial = path.with_name(f".{path.name}.{os.getpid()}")
             with _locked(self.folder / f".{path.name.rpartition('-')[0]}.lock"):

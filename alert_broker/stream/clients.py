@@ -15,7 +15,8 @@ from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 ADMIN_SECONDS = 30.0  # for questions to the broker outside the flow of alerts: offsets, topics
-SAY_SECONDS, MOST_MESSAGES = 60.0, 100  # between two equal messages of librdkafka; how many are remembered
+SAY_SECONDS = 60.0  # between two equal messages of librdkafka
+MOST_MESSAGES = 100  # messages of librdkafka that are remembered
 # Waiting does not cure these errors of the consumer. librdkafka retries after all others by itself, and logs that.
 HOPELESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -23,6 +24,7 @@ HOPELESS = {
     KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
     KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
 }  # fmt: skip
+ABSENT = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
 REBALANCED = {
     KafkaError.ILLEGAL_GENERATION,
     KafkaError.UNKNOWN_MEMBER_ID,
@@ -57,11 +59,17 @@ def consumer_settings(config: Config) -> dict[str, Secret]:
         "isolation.level": "read_committed",
         "auto.offset.reset": "error",  # `Source` chooses the position, and counts what retention deleted
     }
-    if settings.get("group.protocol", "classic") == "classic":  # with "consumer", the broker assigns partitions
-        settings["partition.assignment.strategy"] = "cooperative-sticky"
     if source.instance:
         settings["group.instance.id"] = source.instance
-    return settings
+    return settings | assignment_strategy(settings)
+
+
+def assignment_strategy(settings: Mapping[str, Secret]) -> dict[str, Secret]:
+    """Return the setting by which the members of a group assign the partitions; none if `group.protocol` is "consumer",
+    because the broker then assigns them."""
+    if settings.get("group.protocol", "classic") == "classic":
+        return {"partition.assignment.strategy": "cooperative-sticky"}
+    return {}
 
 
 class OnceAMinute(logging.Filter):
@@ -93,7 +101,8 @@ def note_error(error: KafkaError) -> None:
 
 
 def open_consumer(settings: dict[str, Secret], hear: Callable[[KafkaError], None] = note_error) -> Consumer:
-    """hear: is called with the errors of the client as a whole, such as of a connection."""
+    """Return a consumer with these settings. hear: is called with the errors of the client as a whole, such as those of
+    a connection."""
     try:
         return Consumer(settings, logger=KAFKA_LOG, error_cb=hear)
     except (KafkaException, ValueError, TypeError) as error:
@@ -101,7 +110,7 @@ def open_consumer(settings: dict[str, Secret], hear: Callable[[KafkaError], None
 
 
 def open_admin(settings: Mapping[str, Secret], hear: Callable[[KafkaError], None] = note_error) -> AdminClient:
-    """hear: as in `open_consumer`."""
+    """Return a client for questions to the broker. hear: as in `open_consumer`."""
     try:
         return AdminClient(of_producer(settings), logger=KAFKA_LOG, error_cb=hear)
     except (KafkaException, ValueError, TypeError) as error:
@@ -117,8 +126,8 @@ def reason_of(error: Exception) -> str:
 
 
 def refusal_of(error: Exception, settings: Mapping[str, Secret]) -> str:
-    """Why librdkafka refuses the settings, without their values: it quotes those of some settings, such as
-    security.protocol, and a value that stands in the wrong line may be a password."""
+    """Return the reason why librdkafka refuses the settings, without their values. librdkafka quotes the values of some
+    settings, such as security.protocol, and a value on the wrong line of the file may be a password."""
     reason = reason_of(error)
     for value in sorted((str(item) for item in settings.values()), key=len, reverse=True):
         reason = reason.replace(f'"{value}"', "(not shown)")
@@ -157,6 +166,8 @@ def partitions_of(client: Any, topic: str) -> list[int]:
     except KafkaException as error:
         reason = reason_of(error)
         raise EdgekitError(f"the broker does not answer: {reason}; check bootstrap.servers and the broker") from None
-    if known is None or known.error is not None:
+    if known is None or (known.error is not None and known.error.code() in ABSENT):
         raise EdgekitError(f"the topic {topic!r} is not there; create it or name another one")
+    if known.error is not None:
+        raise EdgekitError(f"the topic {topic!r} cannot be read: {known.error.str()}; run `edgekit alerts check`")
     return sorted(known.partitions)

@@ -1,7 +1,7 @@
-"""What a consumer is told: `broker.toml`, one dataclass to a table. Unknown names are errors.
+"""The configuration of a consumer: `broker.toml`, with one dataclass for each table. Unknown names are errors.
 
-`[kafka]` goes to librdkafka as it is, SASL and TLS included. Its values are shown nowhere, and one that begins with
-`env:` is read from the environment, so that no secret need stand in the file.
+`[kafka]` is passed to librdkafka unchanged, including the settings of SASL and TLS. Its values are never shown. A value
+that begins with `env:` is read from the environment, so that the file need not contain a secret.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.settings import from_table
 
 Secret = str | int | float | bool
-OURS = {  # settings that decide whether anything is lost; a file that changes one would break the ledger's promise
+OURS = {  # settings that decide whether an alert is lost; a file must not change them
     "enable.auto.commit", "enable.auto.offset.store", "enable.idempotence", "enable.partition.eof", "transactional.id",
     "acks", "group.id", "group.instance.id", "partition.assignment.strategy", "auto.offset.reset", "isolation.level",
     "delivery.report.only.error",
@@ -27,30 +27,33 @@ ENVIRONMENT = "env:"
 
 
 def _option(default: Any, text: str, *, shown: bool = True) -> Any:
-    """A field of a table with the help of its flag. shown: whether it may be printed."""
+    """Return a field of a table, with the help text of its flag. shown: whether its value may be printed."""
     return field(default=default, metadata={"help": text}, repr=shown)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSettings:
-    """Where alerts come from."""
+    """The topics that the consumer reads, and how it reads them."""
 
     topics: tuple[str, ...] = _option((), "Topics to read.")
     group: str = _option("edgekit", "Consumer group; its members share the partitions.")
     instance: str = _option("", "Name of this member for static membership: a restart then moves no partition.")
     start_at: str = _option(
         "earliest",
-        "earliest, latest: where nothing was committed. A time, or 0=12,1=40: moves the group at each start.",
+        "Where to begin: earliest or latest, if the group has committed nothing; a time, or offsets such as 0=12,1=40, "
+        "to which every start moves the group.",
     )
     until_eos: bool = _option(False, "End when every partition has been read to its end.")
     on_gap: Literal["go-on", "stop"] = _option(
-        "go-on", "If retention deleted alerts before they were read: count them and go on, or stop."
+        "go-on", "What to do if retention deleted alerts before they were read: count them and go on, or stop."
     )
-    drain_seconds: float = _option(20.0, "How long a partition that is taken away may finish what is in flight.")
+    drain_seconds: float = _option(
+        20.0, "How long alerts in flight of a partition may finish when another consumer takes the partition over."
+    )
     unreadable: Literal["skip", "stop"] = _option(
         "skip", "What to do with a record batch that cannot be read: a dead letter for each of its offsets, or stop."
     )
-    unreadable_seconds: float = _option(10.0, "How long such a batch is tried before that.")
+    unreadable_seconds: float = _option(10.0, "How long the consumer tries to read such a record batch first.")
     stop_seconds: float = _option(
         0.5, "How long alerts in flight may finish after SIGTERM. The rest is not committed and will be read again."
     )
@@ -58,35 +61,37 @@ class SourceSettings:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """When a batch is closed, and how many may wait."""
+    """The size of a batch, and the number of batches that may wait."""
 
-    size: int = _option(512, "Alerts to a batch: fills the network's vectors, some MB of packets.")
+    size: int = _option(512, "Alerts in a batch, which are some MB of packets.")
     bytes: int = _option(
         67_108_864,
-        "Bytes of packets to a batch. 3 queue + 5 batches are held at most, beside kafka's queued.max.messages.kbytes.",
+        "Bytes of packets in a batch. Memory holds up to 3 queue + 5 batches, and kafka's queued.max.messages.kbytes.",
     )
     seconds: float = _option(0.1, "A batch that is not full is closed after this time.")
-    queue: int = _option(2, "Batches that may wait before each stage; more only hides a slow stage behind memory.")
+    queue: int = _option(2, "Batches that may wait before each stage. More batches use memory and gain no speed.")
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Which model, where."""
+    """The model and its runtime."""
 
-    bundle: str = _option("", "Bundle or model's name, for all surveys; by default each survey's own.")
-    runtime: str = _option("auto", "c, onnxruntime, torch; auto: c if it can be compiled here.")
-    threads: int = _option(0, "Threads of the Gaussian process; 0: all cores.")
+    bundle: str = _option("", "Bundle, or name of a model, for all surveys; by default each survey has its own model.")
+    runtime: str = _option("auto", "c, onnxruntime or torch; auto selects c if this machine can compile it.")
+    threads: int = _option(0, "Threads of the Gaussian process; 0 uses all cores.")
     alert_seconds: float = _option(
         10.0, "An alert whose light curve takes longer to interpolate becomes a dead letter."
     )
     reuse: Literal["off", "detections", "points"] = _option(
-        "points", "Alerts with the same detections, or points, as their object's last one take its classification."
+        "points",
+        "An alert with the same detections, or points, as its object's last alert gets its classification.",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A topic for results: those that `where` takes, all if it is empty; `attach` as `routing.Route` has it."""
+    """A topic for the results that the filter `where` accepts, or for all results if it is empty. attach: as in
+    `routing.Route`."""
 
     topic: str = ""
     where: str = ""
@@ -96,23 +101,27 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetters:
-    """What cannot be read goes to a topic of its own; too much of it stops the consumer: then it is not the alerts."""
+    """The topic for alerts that cannot be processed. Too many of them stop the consumer, because then the fault is not
+    in the alerts."""
 
-    topic: str = _option("edgekit-dead-letters", "Topic for alerts that cannot be read, as they came, with the reason.")
-    max_ratio: float = _option(0.5, "Stop when more than this share of the last `window` alerts were dead letters.")
-    window: int = _option(1000, "Alerts that the ratio is taken over; nothing is judged before there are as many.")
-    max_consecutive: int = _option(200, "Stop after so many dead letters in a row.")
+    topic: str = _option("edgekit-dead-letters", "Topic for alerts that cannot be read, unchanged, with the reason.")
+    max_ratio: float = _option(0.5, "Stop if more than this share of the last `window` alerts were dead letters.")
+    window: int = _option(1000, "Alerts over which the share is computed; the limit holds once there are this many.")
+    max_consecutive: int = _option(200, "Stop after this many dead letters in a row.")
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """How results are sent."""
+    """How the consumer sends results."""
 
     mode: Literal["at-least-once", "exactly-once"] = _option(
-        "at-least-once", "exactly-once: results and offsets in one transaction, for readers of committed ones."
+        "at-least-once",
+        "exactly-once sends results and offsets in one transaction, for consumers that read only committed messages.",
     )
-    transactional_id: str = _option("", "For exactly-once: a name of this member that outlives it [group-instance].")
-    seconds: float = _option(60.0, "How long a broker may take to acknowledge before the consumer stops.")
+    transactional_id: str = _option(
+        "", "For exactly-once: a name that this member keeps after a restart [GROUP-INSTANCE]."
+    )
+    seconds: float = _option(60.0, "How long the broker may take to acknowledge before the consumer stops.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +133,10 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """Where schemas of messages in Confluent wire format come from, beside those that are installed."""
+    """The registry that has the schemas of messages in Confluent wire format. LSST's schemas are installed."""
 
     url: str = _option(
-        "", "http://..., file:FOLDER or mock://; by default only Rubin's schemas, which are installed.", shown=False
+        "", "http://..., file:FOLDER or mock://...; by default only Rubin's installed schemas are known.", shown=False
     )
     seconds: float = _option(300.0, "How long to wait for a registry that does not answer before the consumer stops.")
 
@@ -141,7 +150,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole file."""
+    """All tables of the file."""
 
     source: SourceSettings = field(default_factory=SourceSettings)
     batch: Batch = field(default_factory=Batch)
@@ -155,7 +164,7 @@ class Config:
     kafka: Mapping[str, Secret] = field(default_factory=dict, repr=False)
 
     def check(self) -> Config:
-        """Raise for what cannot work; returns itself."""
+        """Return this configuration. Raises EdgekitError if it cannot work."""
         if not self.source.topics:
             raise EdgekitError("no topic to read; give one by source.topics or --source-topics")
         if not self.kafka.get("bootstrap.servers"):
@@ -163,7 +172,7 @@ class Config:
                 "no broker; give one by bootstrap.servers in [kafka] or --kafka bootstrap.servers=HOST:PORT"
             )
         if not self.output and not self.archive.folder:
-            raise EdgekitError("results go nowhere; give an [[output]] with a topic, or archive.folder")
+            raise EdgekitError("results go nowhere; give an [[output]] with a topic, or set archive.folder")
         written = [*(item.topic for item in self.output), self.dead_letters.topic]
         for topic in written:
             if not topic:
@@ -198,35 +207,35 @@ class Config:
         return self
 
     def transactional_id(self) -> str:
-        """The name of this member that outlives it; empty if it has none."""
+        """Return the name that this member keeps after a restart; empty if it has none."""
         if self.publish.transactional_id or not self.source.instance:
             return self.publish.transactional_id
         return f"{self.source.group}-{self.source.instance}"
 
     def registry_url(self) -> str:
-        """The registry's address, which may hold a password or come from the environment."""
+        """Return the registry's address, which may hold a password or come from the environment."""
         return str(secrets_from_environment({"registry.url": self.registry.url})["registry.url"])
 
     def kafka_settings(self) -> dict[str, Secret]:
-        """`[kafka]` with what stands in the environment. Never print it."""
+        """Return `[kafka]` with the values from the environment. Never print it."""
         return secrets_from_environment(self.kafka)
 
 
 def secrets_from_environment(table: Mapping[str, Secret]) -> dict[str, Secret]:
-    """Settings, with those that begin with env: from the environment."""
+    """Return the settings. A value that begins with env: is replaced by the value of that environment variable."""
     settings = {}
     for name, value in table.items():
         if isinstance(value, str) and value.startswith(ENVIRONMENT):
             variable = value.removeprefix(ENVIRONMENT)
             if variable not in os.environ:
-                raise EdgekitError(f"{name} is to come from the variable {variable}, which is not set")
+                raise EdgekitError(f"{name} is read from the environment variable {variable}, which is not set")
             value = os.environ[variable]
         settings[name] = value
     return settings
 
 
 def inline(text: str, where: str) -> dict[str, Any]:
-    """A TOML table as it stands between braces: topic = "x", format = "json"."""
+    """Return the TOML table whose content, without braces, is the text: topic = "x", format = "json"."""
     try:
         table: dict[str, Any] = tomllib.loads(f"table = {{ {text} }}")["table"]
     except tomllib.TOMLDecodeError as error:
@@ -235,7 +244,7 @@ def inline(text: str, where: str) -> dict[str, Any]:
 
 
 def load(path: Path | None, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
-    """The file, if there is one, with the changes that flags make: table to name to value."""
+    """Return the configuration in the file, if there is one, with the changes of the flags: table to name to value."""
     tables: dict[str, Any] = {}
     if path is not None:
         try:
@@ -257,7 +266,8 @@ def load(path: Path | None, changes: Mapping[str, Mapping[str, Any]] | None = No
 
 
 def parse(tables: Mapping[str, Any], where: str) -> Config:
-    """Tables as TOML gives them; names that do not exist and values of another type are errors."""
+    """Return the configuration in these tables. Raises EdgekitError for an unknown name and for a value of another
+    type."""
     classes = typing.get_type_hints(Config)
     values: dict[str, Any] = {}
     for name, table in tables.items():
@@ -284,6 +294,6 @@ def _kafka(table: Mapping[str, Any], where: str) -> dict[str, Secret]:
             )
         if not isinstance(value, str | int | float | bool):
             raise EdgekitError(
-                f"{where}: kafka has a {type(value).__name__} for {name}; expected text, a number or a truth"
+                f"{where}: kafka has a {type(value).__name__} for {name}; expected text, a number, true or false"
             )
     return dict(table)

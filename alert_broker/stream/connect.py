@@ -1,8 +1,10 @@
 """Reach the broker, and say in one line what is wrong if that fails.
 
-A broker that is away is waited for. A fault that no waiting cures is an error within seconds: a wrong user or password,
-a certificate that cannot be verified, TLS where the broker speaks plain text or the reverse. librdkafka tells of the
-first; for the others it says no more than that a connection failed, so we connect once ourselves and look.
+This module waits for a broker that is away. A fault that no waiting cures is an error within seconds: a wrong user or
+password, a certificate that cannot be verified, or TLS on one side only. librdkafka reports a wrong user or password.
+For the other faults it reports only that a connection failed, so this module connects to the broker itself. It reports
+such a fault only if the broker's answer shows it: a connection that is closed without an answer may come from a load
+balancer whose broker is still starting.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
@@ -21,15 +24,17 @@ from alert_broker.stream.config import Secret
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-TRY_SECONDS = 1.0  # for an answer, before we look for the reason
+TRY_SECONDS = 1.0  # for librdkafka to get an answer, before this module looks for the reason
 PAUSE_SECONDS = 0.2  # between attempts
-PROBE_SECONDS = 3.0  # for a connection of our own
+PROBE_SECONDS = 3.0  # for a connection of this module's own
 SAY_SECONDS = 60.0  # between lines about a broker that is away
 PORT = 9092
+# Kafka's request ApiVersions, version 0, number 7. Every broker answers it before a client has authenticated itself.
+API_VERSIONS = b"\0\0\0\x0a" + b"\0\x12\0\0" + b"\0\0\0\x07" + b"\xff\xff"
 
 
 def principal(settings: Mapping[str, Secret]) -> str:
-    """Who we are to the broker, for error messages."""
+    """Return this client as the broker sees it, for error messages."""
     if user := settings.get("sasl.username"):
         return f"the user {user!r}"
     if settings.get("ssl.certificate.location") or settings.get("ssl.keystore.location"):
@@ -38,10 +43,11 @@ def principal(settings: Mapping[str, Secret]) -> str:
 
 
 def reach(settings: Mapping[str, Secret], stop: Callable[[], bool] = lambda: False) -> AdminClient | None:
-    """Wait until the broker answers; None if `stop` came first; EdgekitError for a fault that no waiting cures."""
+    """Wait until the broker answers, and return a client for questions to it; None if `stop` returned true first.
+    Raises EdgekitError for a fault that no waiting cures."""
     heard: list[KafkaError] = []
     client = open_admin(settings, heard.append)
-    told = -SAY_SECONDS
+    said = -SAY_SECONDS
     while not stop():
         try:
             client.list_topics(timeout=TRY_SECONDS)
@@ -59,16 +65,17 @@ def reach(settings: Mapping[str, Secret], stop: Callable[[], bool] = lambda: Fal
         if problem := _transport_fault(settings):
             raise EdgekitError(problem)
         reason = next((fault.str() for fault in heard if fault.code() != KafkaError._ALL_BROKERS_DOWN), reason)
-        if time.monotonic() - told >= SAY_SECONDS:
+        if time.monotonic() - said >= SAY_SECONDS:
             LOG.warning("the broker does not answer (%s); waiting for it", reason)
-            told = time.monotonic()
+            said = time.monotonic()
         heard.clear()
         time.sleep(PAUSE_SECONDS)
     return None
 
 
 def _transport_fault(settings: Mapping[str, Secret]) -> str:
-    """What no waiting cures between us and the first broker that accepts a connection; empty if nothing is known."""
+    """Return the fault between this client and the first broker that accepts a connection, if no waiting cures it;
+    empty if no such fault is known."""
     protocol = str(settings.get("security.protocol", "plaintext")).upper()
     for server in str(settings.get("bootstrap.servers", "")).split(","):
         host, port = _address(server)
@@ -88,8 +95,19 @@ def _transport_fault(settings: Mapping[str, Secret]) -> str:
 
 
 def _address(server: str) -> tuple[str, int]:
-    host, _, port = server.strip().rpartition("://")[2].rpartition(":")
-    return (host.strip("[]"), int(port)) if host and port.isdigit() else (port, PORT)
+    address = server.strip().rpartition("://")[2]
+    host, _, port = address.rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdigit() else (address.strip("[]"), PORT)
+
+
+def _speaks_plain_text(host: str, port: int) -> bool:
+    """Whether the broker answers a request that is not encrypted."""
+    try:
+        with socket.create_connection((host, port), PROBE_SECONDS) as connection:
+            connection.sendall(API_VERSIONS)
+            return connection.recv(8)[4:] == API_VERSIONS[8:12]  # the answer begins with its size and this number
+    except OSError:
+        return False
 
 
 def _speaks_tls(host: str, port: int) -> bool:
@@ -106,17 +124,20 @@ def _speaks_tls(host: str, port: int) -> bool:
 
 
 def _certificate_fault(host: str, port: int, settings: Mapping[str, Secret]) -> str:
-    """Why the broker's certificate is not accepted; empty if it is, or if we cannot tell."""
+    """Return the reason why TLS with this broker fails; empty if it works, or if the reason is not known."""
     if not _speaks_tls(host, port):
+        if not _speaks_plain_text(host, port):
+            return ""
         return (
             f"the broker at {host}:{port} does not speak TLS, but security.protocol is "
             f"{str(settings['security.protocol']).upper()}; set it to PLAINTEXT or SASL_PLAINTEXT, or connect to the "
             "broker's TLS port"
         )
-    authority = settings.get("ssl.ca.location")
-    context = ssl.create_default_context(cafile=str(authority) if authority else None)
-    context.check_hostname = settings.get("ssl.endpoint.identification.algorithm", "https") != "none"
+    if str(settings.get("enable.ssl.certificate.verification", True)).lower() in ("false", "f", "0"):
+        return ""
+    authority = settings.get("ssl.ca.location") or ("from ssl.ca.pem" if settings.get("ssl.ca.pem") else "not set")
     try:
+        context = _trust(settings)
         with (
             socket.create_connection((host, port), PROBE_SECONDS) as connection,
             context.wrap_socket(connection, server_hostname=host),
@@ -125,7 +146,21 @@ def _certificate_fault(host: str, port: int, settings: Mapping[str, Secret]) -> 
     except ssl.SSLCertVerificationError as error:
         return (
             f"the certificate of the broker at {host}:{port} is not accepted: {error.verify_message}; check "
-            f"ssl.ca.location ({authority or 'not set'}), and the name and the dates of the certificate"
+            f"ssl.ca.location ({authority}), and the name and the dates of the certificate"
         )
     except OSError:
         return ""
+
+
+def _trust(settings: Mapping[str, Secret]) -> ssl.SSLContext:
+    """Return a context that trusts the authorities that librdkafka trusts: those of a file, of a folder, of PEM text,
+    or by default those of the system. Raises OSError if they cannot be read."""
+    location, text = (str(settings.get(name) or "") for name in ("ssl.ca.location", "ssl.ca.pem"))
+    location = "" if location == "probe" else location  # "probe" stands for the places where systems store authorities
+    folder = bool(location) and Path(location).is_dir()
+    context = ssl.create_default_context(
+        cafile=location if location and not folder else None, capath=location if folder else None, cadata=text or None
+    )
+    context.check_hostname = settings.get("ssl.endpoint.identification.algorithm", "https") != "none"
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13 refuses certificates that librdkafka accepts
+    return context

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from alert_broker.avro.columns import Columns
 from alert_broker.avro.plan import ReadPlan
-from alert_broker.containers import Block, split
+from alert_broker.containers import Block, message
 
 CUTOUTS = ("cutout_science", "cutout_template", "cutout_difference")
 
@@ -22,9 +22,8 @@ def cutouts(
     message does not hold exactly one packet."""
     groups: dict[ReadPlan, tuple[tuple[str, str, str], Columns, list[int]]] = {}
     for index, packet in enumerate(packets):
-        parts = list(split(bytes(packet), "", schema_text))
-        block = parts[0] if len(parts) == 1 else None
-        if not isinstance(block, Block) or block.count != 1 or not block.schema.survey or not block.schema.cutouts:
+        block = message(bytes(packet), index, schema_text)
+        if not isinstance(block, Block) or not block.schema.survey or not block.schema.cutouts:
             continue
         plan = block.schema.cutouts
         if plan not in groups:

@@ -223,9 +223,8 @@ def _counts(title: str, counts: Counter[str], rows: int, width: int = 44) -> Tab
     table = _table(title, "alerts", "")
     total = counts.total()
     for name, number in counts.most_common(rows):
-        clean = "".join(
-            character if character.isprintable() else "?" for character in name
-        )  # reasons quote damaged packets
+        # reasons quote damaged packets
+        clean = "".join(character if character.isprintable() else "?" for character in name)
         short = clean if len(clean) <= width else clean[: width - 1] + "…"
         table.add_row(Text(short), f"{number:,}", Text("█" * math.ceil(BAR * number / total), style="cyan"))
     if len(counts) > rows:

@@ -22,8 +22,8 @@ from confluent_kafka import Message
 
 from alert_broker.containers import WIRE_HEADER, WIRE_MAGIC
 from alert_broker.stream.config import DeadLetters
+from alert_broker.stream.message_batch import position_of
 from alert_broker.stream.publish import Headers, Outgoing
-from alert_broker.stream.source import position_of
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -36,11 +36,10 @@ UNREADABLE = "unreadable"  # status of a dead letter whose message the broker's 
 SHOWN = 300  # characters of a reason in messages to people
 MOST_REASON = 4096  # characters of a reason in a header
 LONGEST_CATEGORY = 100  # characters
-_headers = methodcaller("headers")
 COUNT = re.compile("[0-9]{1,9}")
-ALONE = re.compile(
-    r"(?<![\w.])\d+(?![\w.])"
-)  # a number on its own, such as a byte or a size; not part of a schema's version
+# a number on its own, such as a byte or a size, which is not part of a schema's version
+ALONE = re.compile(r"(?<![\w.])\d+(?![\w.])")
+_headers = methodcaller("headers")
 
 
 @dataclass(frozen=True, slots=True)

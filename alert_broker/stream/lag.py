@@ -31,7 +31,7 @@ Offsets = dict[Partition, int]
 
 
 class Lag:
-    """Called by the thread that polls, as often as it likes."""
+    """Computes the lag. The thread that polls may call it at any time, because no call waits for the broker."""
 
     def __init__(self, config: Config) -> None:
         self._admin = open_admin(config.kafka_settings())
@@ -43,10 +43,10 @@ class Lag:
         self._told = ""
 
     def look(self, ours: Collection[Partition], positions: Mapping[Partition, int]) -> dict[Partition, int]:
-        """Messages between the position and the end, for the partitions of which both are known.
+        """Return the number of messages between the position and the end, for the partitions of which both are known.
 
-        positions: the next offset of the partitions that we have read from or that the group has committed. Reading
-        the others will begin at an end of the log.
+        positions: the next offset of the partitions that the consumer has read from or that the group has committed.
+        Reading of the others will begin at the beginning or at the end of the log.
         """
         if all(future.done() for _, _, future in self._pending):
             for found, where, future in self._pending:
@@ -62,7 +62,7 @@ class Lag:
         return lag
 
     def forget(self, where: Partition) -> None:
-        """The partition was revoked or assigned; answers to earlier questions do not count."""
+        """Forget a partition that was revoked or assigned. Answers to earlier questions do not count."""
         self._pending.clear()
         for found in (self._ends, self._begins):
             found.pop(where, None)
@@ -77,7 +77,7 @@ class Lag:
             self._tell(error)
 
     def _ask_offsets(self, found: Offsets, of: Collection[Partition], spec: Any) -> None:
-        # As the consumer reads: what is in an open transaction cannot be read, so that we are not behind it
+        # The consumer does not read messages of an open transaction, so they do not count as lag.
         answers = self._admin.list_offsets(
             {TopicPartition(*at): spec for at in of},
             isolation_level=IsolationLevel.READ_COMMITTED,

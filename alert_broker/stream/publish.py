@@ -24,8 +24,8 @@ from alert_broker.stream.clients import KAFKA_LOG, REBALANCED, note_error, produ
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.connect import principal
 from alert_broker.stream.ledger import Partition
+from alert_broker.stream.membership import LostError, Membership
 from alert_broker.stream.rights import missing_right
-from alert_broker.stream.source import LostError, Source
 from alert_broker.stream.watchdog import WATCHDOG
 from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
@@ -71,12 +71,12 @@ class Publisher(Protocol):
     def close(self) -> None: ...
 
 
-def open_publisher(config: Config, source: Source, budget: Budget | None = None) -> Publisher:
+def open_publisher(config: Config, membership: Membership, budget: Budget | None = None) -> Publisher:
     """budget: `publish` raises its CancelledError if the broker has not acknowledged when the budget is cancelled. The
     batch is then not committed."""
     if config.publish.mode == "exactly-once":
-        return ExactlyOnce(config, source, budget)
-    return AtLeastOnce(config, source, budget)
+        return ExactlyOnce(config, membership, budget)
+    return AtLeastOnce(config, membership, budget)
 
 
 class Sender:
@@ -147,8 +147,8 @@ class Sender:
 class AtLeastOnce:
     """Send, wait for all delivery reports, commit."""
 
-    def __init__(self, config: Config, source: Source, budget: Budget | None = None) -> None:
-        self._source = source
+    def __init__(self, config: Config, membership: Membership, budget: Budget | None = None) -> None:
+        self._membership = membership
         self._sender = Sender(producer_settings(config), config.publish.seconds, budget)
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int], instead: Instead) -> None:
@@ -160,7 +160,7 @@ class AtLeastOnce:
                 f"results cannot be published: {error}; nothing of this batch was committed; start again to continue"
             ) from None
         if offsets:
-            self._source.commit(dict(offsets))
+            self._membership.commit(dict(offsets))
 
     def close(self) -> None:
         with contextlib.suppress(NotSentError):  # `publish` has waited for all that it did not give up
@@ -170,14 +170,14 @@ class AtLeastOnce:
 class ExactlyOnce:
     """One transaction per batch, with the offsets in it."""
 
-    def __init__(self, config: Config, source: Source, budget: Budget | None = None) -> None:
+    def __init__(self, config: Config, membership: Membership, budget: Budget | None = None) -> None:
         name = config.transactional_id()
         if not name:
             raise EdgekitError(
                 "exactly-once needs a name of this member that outlives it, so that a new one fences the old one off; "
                 "set publish.transactional_id or source.instance, another one for each member"
             )
-        self._source, self._seconds, self._budget = source, config.publish.seconds, budget
+        self._membership, self._seconds, self._budget = membership, config.publish.seconds, budget
         self._name, self._who = name, principal(config.kafka)
         self._settings = producer_settings(config)
         del self._settings["delivery.timeout.ms"]  # the transaction's time is the limit
@@ -242,17 +242,17 @@ class ExactlyOnce:
             self._guard(producer.begin_transaction)
         positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
         if positions:
-            metadata = self._source.group_metadata()
+            metadata = self._membership.group_metadata()
             since = time.monotonic()
             self._guard(producer.send_offsets_to_transaction, positions, metadata, self._seconds)
-            if time.monotonic() - since > self._source.session_seconds:
+            if time.monotonic() - since > self._membership.session_seconds:
                 # a broker should refuse the offsets of a member that is out of its group, but not every broker does
                 raise AbortedError("this process was suspended for longer than its session")
         self._guard(producer.commit_transaction, self._seconds)
 
     def _renew(self, reason: str, offsets: Mapping[Partition, int]) -> bool:
         """Replace the producer; return whether the transaction of the old one was committed nevertheless."""
-        self._source.group_metadata()  # LostError if our partitions are another's
+        self._membership.group_metadata()  # LostError if our partitions are another's
         now = time.monotonic()
         if len(self._renewals) == RENEWALS and now - self._renewals[0] < RENEWAL_SECONDS:
             raise fenced(reason)
@@ -265,7 +265,7 @@ class ExactlyOnce:
         except FencedError as error:
             raise fenced(str(error)) from None
         try:
-            committed = self._source.committed(list(offsets))
+            committed = self._membership.committed(list(offsets))
         except KafkaException as error:
             raise EdgekitError(
                 f"the group's offsets cannot be read: {reason_of(error)}; start again to continue"

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from alert_broker.stream.clients import HOPELESS, REBALANCED, consumer_defaults, of_producer, open_consumer, reason_of
+from alert_broker.stream.clients import (
+    HOPELESS,
+    REBALANCED,
+    assignment_strategy,
+    consumer_defaults,
+    of_producer,
+    open_consumer,
+    reason_of,
+)
 from alert_broker.stream.config import DeadLetters, Secret
 from alert_broker.stream.dead_letters import (
     OFFSET,
@@ -27,16 +35,16 @@ from alert_broker.stream.dead_letters import (
     text_of,
 )
 from alert_broker.stream.ledger import Partition
+from alert_broker.stream.message_batch import position_of
 from alert_broker.stream.publish import Headers, NotSentError, Outgoing, Sender
-from alert_broker.stream.source import position_of
+from alert_broker.stream.unreadable import UNREADABLE
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 BATCH = 256  # dead letters that are read and sent together: some MB
 SEND_SECONDS = 60.0
-JOIN_SECONDS = (
-    90.0  # to wait for a partition: a member that was killed holds its partitions for a session, 45 s by default
-)
+# to wait for a partition: a member that was killed holds its partitions for a session, 45 s by default
+JOIN_SECONDS = 90.0
 READ_SECONDS = 30.0  # to wait for a message at an offset
 NUMBER = re.compile("[0-9]{1,18}")  # a partition or an offset in a header
 
@@ -69,9 +77,8 @@ class Originals:
                 error = message.error()
                 if error is None:
                     return message if message.offset() == offset else None
-                if error.code() in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET):
-                    return None
-                if error.code() == KafkaError._BAD_COMPRESSION:  # why the dead letter has no payload
+                # a message that cannot be read is why the dead letter has no payload
+                if error.code() in {KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET, *UNREADABLE}:
                     return None
                 if error.code() in HOPELESS:
                     raise EdgekitError(f"{topic} cannot be read: {error.str()}")
@@ -83,6 +90,80 @@ class Originals:
     def close(self) -> None:
         if self._consumer is not None:
             self._consumer.close()
+
+
+class Backlog:
+    """The dead letters that one run of `redrive` handles. In each partition they end at the end of the topic, or at the
+    first dead letter that failed again since the run began."""
+
+    def __init__(self, settings: dict[str, Secret], topic: str, run: str, join_seconds: float) -> None:
+        self._topic, self._group, self._run, self._join_seconds = topic, settings["group.id"], run, join_seconds
+        self._assigned: set[Partition] = set()
+        self._at_end: set[Partition] = set()
+        self._again: set[Partition] = set()  # partitions with a dead letter that failed again
+        self._after: dict[Partition, int] = {}  # the next offset of each partition, which `commit` commits
+        self._deadline = time.monotonic() + join_seconds
+        self._consumer = open_consumer(settings)
+        self._consumer.subscribe([topic], on_assign=self._assign, on_revoke=self._revoke)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._assigned) and self._at_end | self._again >= self._assigned
+
+    def read(self) -> list[tuple[Message, Headers]]:
+        """Return the next dead letters, with their headers. Raises EdgekitError if the topic cannot be read."""
+        found: list[tuple[Message, Headers]] = []
+        for message in self._consumer.consume(BATCH, 0.2):
+            error = message.error()
+            if error is not None:
+                if error.code() == KafkaError._PARTITION_EOF:
+                    self._at_end.add(position_of(message)[0])
+                elif error.code() in HOPELESS:
+                    raise EdgekitError(f"{self._topic} cannot be read: {error.str()}")
+                continue
+            where, offset = position_of(message)
+            self._at_end.discard(where)
+            headers = readable_headers(message)
+            if text_of(dict(headers).get(REDRIVEN)) == self._run:
+                self._again.add(where)
+            if where not in self._again:
+                self._after[where] = offset + 1
+                found.append((message, headers))
+        if not self._assigned and time.monotonic() > self._deadline:
+            raise EdgekitError(
+                f"no partition of {self._topic} was assigned within {self._join_seconds:.0f} s, because other members "
+                f"of the group {self._group} hold them; wait until they have ended, or name another --group"
+            )
+        return found
+
+    def commit(self) -> None:
+        """Commit the offsets of all dead letters that were read. If another member owns the partitions by now, it sends
+        some dead letters again."""
+        after, self._after = self._after, {}
+        try:
+            self._consumer.commit(
+                offsets=[TopicPartition(name, number, offset) for (name, number), offset in after.items()],
+                asynchronous=False,
+            )
+        except KafkaException as error:
+            if error.args[0].code() not in REBALANCED:
+                raise EdgekitError(
+                    f"offsets cannot be committed: {reason_of(error)}; the last {BATCH} dead letters at most will be "
+                    "sent again"
+                ) from None
+            LOG.warning("the group was rebalanced: another member may send some dead letters again")
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def _assign(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._assigned.update((item.topic, item.partition) for item in partitions)
+
+    def _revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._assigned.difference_update((item.topic, item.partition) for item in partitions)
+        self._at_end &= self._assigned
+        self._again &= self._assigned
+        self._deadline = time.monotonic() + self._join_seconds
 
 
 def redrive(
@@ -98,7 +179,7 @@ def redrive(
     join_seconds: float = JOIN_SECONDS,
 ) -> Redriven:
     """Send dead letters to the topics where they were read (or to `to_topic`). In each partition of the dead-letter
-    topic it stops at the end, or at the first dead letter that failed again since this run began; the next run
+    topic, redrive stops at the end, or at the first dead letter that failed again since this run began; the next run
     starts there.
 
     reason: only dead letters whose reason contains this text are sent; the others are skipped and stay in the topic. A
@@ -108,100 +189,49 @@ def redrive(
     """
     reading: dict[str, Secret] = {
         **consumer_defaults(), **settings, "enable.auto.commit": False, "enable.auto.offset.store": False,
-        "enable.partition.eof": True, "partition.assignment.strategy": "cooperative-sticky",
+        "enable.partition.eof": True, **assignment_strategy(settings),
     }  # fmt: skip
-    consumer = open_consumer({**reading, "group.id": group, "auto.offset.reset": "earliest"})
-    originals = Originals(reading)
-    sender = Sender(
-        {
-            "message.max.bytes": 8_388_608,
-            **of_producer(settings),
-            "enable.idempotence": True,
-            "delivery.report.only.error": True,
-        },
-        SEND_SECONDS,
-    )
-    sent = passed = gone = 0
     run = uuid.uuid4().hex
-    again: set[Partition] = set()
-    at_end: set[Partition] = set()
-    assigned: set[Partition] = set()
-
-    def keep(_: Consumer, partitions: list[TopicPartition]) -> None:
-        assigned.update((item.topic, item.partition) for item in partitions)
-
-    def drop(_: Consumer, partitions: list[TopicPartition]) -> None:
-        assigned.difference_update((item.topic, item.partition) for item in partitions)
-        at_end.intersection_update(assigned)
-        again.intersection_update(assigned)
-
-    consumer.subscribe([config.topic], on_assign=keep, on_revoke=drop)
-    deadline = time.monotonic() + join_seconds
+    originals, sender = Originals(reading), _open_sender(settings)
+    backlog = Backlog({**reading, "group.id": group, "auto.offset.reset": "earliest"}, config.topic, run, join_seconds)
+    sent = passed = gone = 0
     try:
-        while not stop() and not (assigned and at_end | again >= assigned):
+        while not stop() and not backlog.finished:
             batch: list[Outgoing] = []
-            after: dict[Partition, int] = {}
-            for message in consumer.consume(BATCH, 0.2):
-                error = message.error()
-                if error is not None:
-                    if error.code() == KafkaError._PARTITION_EOF:
-                        at_end.add(position_of(message)[0])
-                    elif error.code() in HOPELESS:
-                        raise EdgekitError(f"{config.topic} cannot be read: {error.str()}")
-                    continue
-                where, offset = position_of(message)
-                at_end.discard(where)
-                headers = readable_headers(message)
-                if text_of(dict(headers).get(REDRIVEN)) == run:
-                    again.add(where)
-                if where in again:
-                    continue
-                after[where] = offset + 1
+            found = backlog.read()
+            for message, headers in found:
                 if reason not in text_of(dict(headers).get(REASON)) or attempts(headers) > max_attempts:
                     passed += 1
                 elif (dead_letter := restored(message, headers, len(batch), originals, to_topic, run)) is None:
                     gone += 1
                 else:
                     batch.append(dead_letter)
-            if assigned:
-                deadline = time.monotonic() + join_seconds
-            elif time.monotonic() > deadline:
-                raise EdgekitError(
-                    f"no partition of {config.topic} was assigned within {join_seconds:.0f} s, because other members "
-                    f"of the group {group} hold them; wait until they have ended, or name another --group"
-                )
-            try:
-                refused = sender.send(batch)
-            except NotSentError as error:
-                raise EdgekitError(
-                    f"dead letters cannot be sent: {error}; {sent} were sent, start again to send the rest"
-                ) from None
-            if refused:
-                raise EdgekitError(f"a dead letter cannot be sent: {refused[0][1]}")
+            _send(sender, batch, sent)
             sent += len(batch)
-            if after:
-                commit(consumer, after)
+            if found:
+                backlog.commit()
                 progress(sent + passed + gone)
     finally:
-        consumer.close()
+        backlog.close()
         originals.close()
     return Redriven(sent, passed, gone)
 
 
-def commit(consumer: Consumer, after: dict[Partition, int]) -> None:
-    """Commit the offsets. If another member owns the partitions by now, it sends some dead letters again."""
+def _open_sender(settings: dict[str, Secret]) -> Sender:
+    ours: dict[str, Secret] = {"enable.idempotence": True, "delivery.report.only.error": True}
+    return Sender({"message.max.bytes": 8_388_608, **of_producer(settings), **ours}, SEND_SECONDS)
+
+
+def _send(sender: Sender, batch: list[Outgoing], before: int) -> None:
+    """Send a batch. before: the number of dead letters that were sent before, for the error message."""
     try:
-        consumer.commit(
-            offsets=[TopicPartition(name, number, offset) for (name, number), offset in after.items()],
-            asynchronous=False,
-        )
-    except KafkaException as error:
-        if error.args[0].code() not in REBALANCED:
-            raise EdgekitError(
-                f"offsets cannot be committed: {reason_of(error)}; the last {BATCH} dead letters at most will be sent "
-                "again"
-            ) from None
-        LOG.warning("the group was rebalanced: another member may send some dead letters again")
+        refused = sender.send(batch)
+    except NotSentError as error:
+        raise EdgekitError(
+            f"dead letters cannot be sent: {error}; {before} were sent, start again to send the rest"
+        ) from None
+    if refused:
+        raise EdgekitError(f"a dead letter cannot be sent: {refused[0][1]}")
 
 
 def readable_headers(message: Message) -> Headers:

@@ -136,7 +136,7 @@ class FolderRegistry:
         return self._known[identifier]
 
     def register(self, subject: str, schema: str) -> int:
-        fresh = self.folder / f".{os.getpid()}.avsc"
+        partial = self.folder / f".{os.getpid()}.avsc"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             while True:
@@ -144,10 +144,10 @@ class FolderRegistry:
                 for identifier in numbers:
                     if _same(self.schema(identifier), schema):
                         return identifier
-                fresh.write_text(schema, encoding="utf-8")
+                partial.write_text(schema, encoding="utf-8")
                 identifier = max(numbers, default=0) + 1
                 try:
-                    (self.folder / f"{identifier}.avsc").hardlink_to(fresh)  # fails if another process was quicker
+                    (self.folder / f"{identifier}.avsc").hardlink_to(partial)  # fails if another process was quicker
                 except FileExistsError:
                     continue
                 return identifier
@@ -155,7 +155,7 @@ class FolderRegistry:
             raise RegistryError(f"the schema registry {self.folder} cannot be written: {error.strerror}") from error
         finally:
             with contextlib.suppress(OSError):
-                fresh.unlink()
+                partial.unlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,9 @@ class HttpRegistry:
     _stopped: Callable[[], bool] = field(default=never, repr=False)
     _seconds: float = TIMEOUT_SECONDS
     _known: dict[int, str] = field(default_factory=dict, repr=False)
-    _unknown: dict[int, tuple[float, PacketError]] = field(default_factory=dict, repr=False)  # when and why
+    # when the registry was asked, and the type and the text of the error; an error that is raised again and again would
+    # keep the frames of every raise, and with them every packet
+    _unknown: dict[int, tuple[float, type[PacketError], str]] = field(default_factory=dict, repr=False)
     _failed: dict[int, int] = field(default_factory=dict, repr=False)  # how often while the registry worked
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict, repr=False)
 
@@ -202,9 +204,10 @@ class HttpRegistry:
 
     def schema(self, identifier: int) -> str:
         if identifier not in self._known:
-            asked, reason = self._unknown.get(identifier, (-FORGET_UNKNOWN_SECONDS, None))
-            if reason is not None and time.monotonic() - asked < FORGET_UNKNOWN_SECONDS:
-                raise reason
+            if identifier in self._unknown:
+                asked, error_type, reason = self._unknown[identifier]
+                if time.monotonic() - asked < FORGET_UNKNOWN_SECONDS:
+                    raise error_type(reason)
             try:
                 self._known[identifier] = self._ask_schema(identifier)
             except PacketError as error:
@@ -253,7 +256,7 @@ class HttpRegistry:
     def _remember(self, identifier: int, error: PacketError) -> None:
         if len(self._unknown) >= MOST_UNKNOWN:
             self._unknown.clear()
-        self._unknown[identifier] = time.monotonic(), error
+        self._unknown[identifier] = time.monotonic(), type(error), str(error)
 
     def register(self, subject: str, schema: str) -> int:
         if (subject, schema) not in self._numbers:

@@ -19,9 +19,9 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from alert_broker import simulated_packets
 from alert_broker.avro.columns import Columns
 from alert_broker.containers import AVRO_MAGIC, WIRE_HEADER, Block, Schema, header_end, split
-from alert_broker.packets import PARQUET_MAGIC, find_files
+from alert_broker.packets import PARQUET_MAGIC, file_name, find_files
 from alert_broker.simulate import SimulatedAlert
-from alert_broker.stream.clients import refusal_of
+from alert_broker.stream.clients import reason_of, refusal_of
 from alert_broker.stream.config import Secret
 from alert_broker.stream.tables import container, table_packets
 from edgekit.errors import EdgekitError
@@ -44,21 +44,29 @@ def packets(paths: Iterable[str | Path], column: str = "") -> Iterator[bytes]:
     """Yield the packets in files, folders and tar archives, in order. column: the column of Parquet files that holds
     packets."""
     for path in find_files(paths):
-        if tarfile.is_tarfile(path):
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    content = archive.extractfile(member) if member.isfile() else None
-                    if content is not None:
-                        yield from single_packets(content.read(), f"{path}:{member.name}", column)
-        elif is_parquet(path):
-            yield from table_packets(path, str(path), column)
-        else:
-            yield from single_packets(path.read_bytes(), str(path), column)
+        try:
+            yield from _packets_of_file(path, column)
+        except (OSError, tarfile.TarError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise EdgekitError(f"{file_name(path)} cannot be read: {reason}; repair it, or leave it out") from None
 
 
-def is_parquet(path: Path) -> bool:
+def _packets_of_file(path: Path, column: str) -> Iterator[bytes]:
+    name = file_name(path)
+    if tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is not None:
+                    yield from single_packets(content.read(), f"{name}:{member.name}", column)
+        return
+    # pyarrow opens no file whose name is not UTF-8
     with path.open("rb") as stream:
-        return stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+        if stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC:
+            stream.seek(0)
+            yield from table_packets(stream, name, column)
+            return
+    yield from single_packets(path.read_bytes(), name, column)
 
 
 def single_packets(data: bytes, name: str, column: str = "") -> Iterator[bytes]:
@@ -115,19 +123,7 @@ def send(
     EdgekitError if the broker did not accept one. When `stop` returns true, the messages that were begun are
     finished."""
     failed: list[str] = []
-
-    def report(error: KafkaError | None, _: Message) -> None:
-        if error is not None:
-            failed.append(error.str())
-
-    try:
-        producer = Producer({
-            "linger.ms": 5, "message.max.bytes": 8_388_608, "queue.buffering.max.kbytes": 65_536,
-            "sticky.partitioning.linger.ms": 10, **settings, "enable.idempotence": True,
-            "delivery.report.only.error": True, "on_delivery": report,
-        })  # fmt: skip
-    except (KafkaException, ValueError, TypeError) as error:
-        raise EdgekitError(f"the producer cannot be configured: {refusal_of(error, settings)}") from None
+    producer = _open_producer(settings, failed)
     started = time.monotonic()
     count = size = 0
     late = 0.0
@@ -139,12 +135,9 @@ def send(
             while (wait := due - time.monotonic()) > TICK:
                 producer.poll(min(wait - TICK, 0.05))
             late = max(late, -wait)
-        while True:
-            try:
-                producer.produce(topic, message)
-                break
-            except BufferError:
-                producer.poll(0.05)
+        if refusal := _produce(producer, topic, message):
+            failed.append(f"packet {count + 1}, of {len(message)} bytes, cannot be sent: {refusal}")
+            break
         count, size = count + 1, size + len(message)
         producer.poll(0)
         progress(count, size)
@@ -152,6 +145,35 @@ def send(
     if failed or left:
         raise EdgekitError(f"{topic}: {failed[0] if failed else f'the broker did not acknowledge {left} messages'}")
     return Sent(count, size, time.monotonic() - started, late)
+
+
+def _open_producer(settings: dict[str, Secret], failed: list[str]) -> Producer:
+    """Return a producer that adds the errors of its messages to `failed`."""
+
+    def report(error: KafkaError | None, _: Message) -> None:
+        if error is not None:
+            failed.append(error.str())
+
+    try:
+        return Producer({
+            "linger.ms": 5, "message.max.bytes": 8_388_608, "queue.buffering.max.kbytes": 65_536,
+            "sticky.partitioning.linger.ms": 10, **settings, "enable.idempotence": True,
+            "delivery.report.only.error": True, "on_delivery": report,
+        })  # fmt: skip
+    except (KafkaException, ValueError, TypeError) as error:
+        raise EdgekitError(f"the producer cannot be configured: {refusal_of(error, settings)}") from None
+
+
+def _produce(producer: Producer, topic: str, message: bytes) -> str:
+    """Give a message to the producer, once its queue has room. Return the reason if it refuses the message, else ""."""
+    while True:
+        try:
+            producer.produce(topic, message)
+            return ""
+        except BufferError:
+            producer.poll(0.05)
+        except KafkaException as error:
+            return reason_of(error)
 
 
 def _null_codec(header: bytes) -> bytes:

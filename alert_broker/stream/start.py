@@ -57,6 +57,8 @@ def start_positions(text: str, partitions: list[TopicPartition], consumer: Consu
     asked = [TopicPartition(item.topic, item.partition, int(moment.timestamp() * 1000)) for item in partitions]
     found = consumer.offsets_for_times(asked, timeout=ADMIN_SECONDS)
     for item in found:
+        if item.error is not None:  # an unknown position must not be taken for the end, which would pass over alerts
+            raise KafkaException(item.error)
         # the partition has no message this late
         if item.offset in (OFFSET_END, OFFSET_INVALID, OFFSET_BEGINNING) or item.offset < 0:
             _, item.offset = consumer.get_watermark_offsets(TopicPartition(item.topic, item.partition), ADMIN_SECONDS)

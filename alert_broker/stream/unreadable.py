@@ -1,4 +1,4 @@
-"""Record batches that the client cannot read, such as one that inflates beyond `receive.message.max.bytes`.
+"""Skip record batches that the client cannot read, such as one that inflates beyond `receive.message.max.bytes`.
 
 librdkafka reports such a batch as an error at its first offset, and fetches it again for ever. If nothing else has come
 from the partition for `source.unreadable_seconds`, the consumer stops or skips the batch, as `source.unreadable` says.
@@ -26,17 +26,17 @@ from alert_broker.stream.watchdog import WATCHDOG
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-# Errors that are the content's fault: it cannot be decompressed or parsed, or its checksum is wrong
+# The content causes these errors: it cannot be decompressed or parsed, or its checksum is wrong.
 UNREADABLE = {
     KafkaError._BAD_COMPRESSION, KafkaError._BAD_MSG, KafkaError._NOT_IMPLEMENTED, KafkaError.INVALID_MSG,
     KafkaError.INVALID_MSG_SIZE, KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.UNSUPPORTED_COMPRESSION_TYPE,
 }  # fmt: skip
-COMMITTED_SECONDS = 1.0  # to wait for the broker; without its answer some dead letters may come a second time
+COMMITTED_SECONDS = 1.0  # to wait for the broker; without its answer, some dead letters may be sent a second time
 
 
 @dataclass(frozen=True, slots=True)
 class UnreadableMessage:
-    """Stands for a message that cannot be read, wherever a `confluent_kafka.Message` is expected."""
+    """Replaces a `confluent_kafka.Message` that cannot be read."""
 
     where: Partition
     at: int
@@ -86,7 +86,7 @@ class _Search:
 
 
 class UnreadableBatches:
-    """Used by the thread that polls. `skipped`: messages to be processed before anything else is read."""
+    """The thread that polls uses it. `skipped`: messages that must be processed before anything else is read."""
 
     def __init__(self, consumer: Any, settings: SourceSettings) -> None:
         self._consumer, self._settings = consumer, settings
@@ -94,12 +94,12 @@ class UnreadableBatches:
         self.skipped: deque[UnreadableMessage] = deque()
 
     def forget(self, where: Partition) -> None:
-        """The partition was revoked."""
+        """Forget a partition that was revoked."""
         self._searches.pop(where, None)
         self.skipped = deque(item for item in self.skipped if item.where != where)
 
     def take(self, found: Sequence[Message], positions: dict[Partition, int]) -> list[Message]:
-        """The messages, ends and errors of one call of `consume` without those that belong to an unreadable batch.
+        """Return the messages, ends and errors of one call of `consume` without those of an unreadable batch.
 
         positions: the next offset of each partition from which something was read.
         """
@@ -125,7 +125,7 @@ class UnreadableBatches:
                 self._seek_on(where, search)
                 moved.add(where)
             else:
-                self._searches.pop(where, None)  # it could be read after all
+                self._searches.pop(where, None)  # the batch could be read after all
                 kept.append(message)
         return kept
 
@@ -151,7 +151,7 @@ class UnreadableBatches:
         elif base == search.base:
             search.low = search.probe
         else:
-            search.high = base  # another batch that cannot be read; its turn comes
+            search.high = base  # the first offset of another batch that cannot be read, which is skipped later
         self._seek_on(where, search)
         return True
 
@@ -174,7 +174,7 @@ class UnreadableBatches:
         self._seek(where, search.probe)
 
     def _committed(self, where: Partition) -> int:
-        """Where reading began, if nothing was read yet: it may be in the midst of the batch."""
+        """Return the offset at which reading began, which may be in the middle of the batch; 0 if it is not known."""
         try:
             with WATCHDOG.limit("committed", COMMITTED_SECONDS):
                 (found,) = self._consumer.committed([TopicPartition(*where)], COMMITTED_SECONDS)

@@ -62,8 +62,8 @@ def to_arrays(weights: Mapping[str, Float], encodings: Mapping[str, Encoding]) -
 
 
 def from_arrays(arrays: Mapping[str, npt.NDArray[np.generic]], bits: Mapping[str, int]) -> dict[str, Float | Encoding]:
-    """The inverse of `to_arrays`; `bits` holds the code width of each encoded weight. Raises ValueError or LookupError
-    if the arrays do not fit one another."""
+    """Return the inverse of `to_arrays`; `bits` holds the code width of each encoded weight. Raises ValueError or
+    LookupError if the arrays do not fit one another."""
     stored: dict[str, Float | Encoding] = {}
     for name, array in arrays.items():
         if "#" in name:

@@ -49,7 +49,7 @@ class Family:
 
     @property
     def written_in_c(self) -> bool:
-        """Whether the C exporter supports its networks."""
+        """Return whether the C exporter supports its networks."""
         return "c" in self.runtimes
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def refuse_to_overwrite(path: Path, force: bool) -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a file name, or a path below a folder, stays in that folder whatever links the folder holds."""
+    """Return whether a file name, or a path below a folder, stays in that folder whatever links the folder holds."""
     parts = name.split("/")
     return not any(part in ("", ".", "..") for part in parts) and "\0" not in name and "\\" not in name
 
@@ -29,7 +30,7 @@ def is_plain(name: str) -> bool:
 def write_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Replace the file in one step. mode: its permissions, which the umask reduces."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new = _temporary(path, "")
     try:
         _create(new, content, mode)
         new.replace(path)
@@ -39,7 +40,7 @@ def write_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
 
 def write_directory(path: Path, files: Mapping[str, bytes], *, mode: int = 0o666) -> None:
     """Write a new directory next to `path` and rename it to `path`: a reader sees the old files or the new ones. If
-    several processes do so at the same time, the last one's files stay. mode: the files' permissions, as in
+    several processes or threads do so at the same time, the last one's files stay. mode: the files' permissions, as in
     `write_file`."""
     for name in files:
         if not is_plain(name):
@@ -47,8 +48,7 @@ def write_directory(path: Path, files: Mapping[str, bytes], *, mode: int = 0o666
                 f"{path}: a file named {name[:60]!r} would be written outside the folder; do not trust it"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    stale = path.with_name(f".{path.name}.{os.getpid()}.old")
+    new, stale = _temporary(path, ".new"), _temporary(path, ".old")
     shutil.rmtree(new, ignore_errors=True)  # left by a killed process with the same id
     try:
         folder_mode = mode | (mode & 0o444) >> 2  # those who may read the files may enter the folder
@@ -66,6 +66,11 @@ def write_directory(path: Path, files: Mapping[str, bytes], *, mode: int = 0o666
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _temporary(path: Path, ending: str) -> Path:
+    """Return a path in the same folder that no other process or thread uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{ending}")
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:

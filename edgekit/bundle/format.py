@@ -29,6 +29,7 @@ from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_to_bytes
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
     from torch import nn
 
 FORMAT = 1
@@ -68,7 +69,7 @@ class Manifest:
     def from_json(cls, text: bytes, source: str) -> Manifest:
         try:
             values = json.loads(text)
-            # Python reads NaN, Infinity and halves of letters, which JSON does not have
+            # Python reads NaN, Infinity and lone surrogates, which JSON and UTF-8 do not have
             json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise EdgekitError(f"{source}: not valid JSON ({error}); the bundle is damaged, write it again") from None
@@ -88,7 +89,10 @@ class Manifest:
         for key in ("inputs", "outputs"):
             if not values[key]:
                 raise EdgekitError(f"{source}: the model has no {key}; the bundle is damaged, write it again")
-            values[key] = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[key])
+            try:
+                values[key] = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[key])
+            except EdgekitError as error:
+                raise EdgekitError(f"{source}: {error}") from None
         for key in ("classes", "class_ids", "records"):
             values[key] = tuple(values.get(key, ()))
         _check_names(values, source)
@@ -108,26 +112,26 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, and through its hashes of all files: results name the bundle by it."""
+        """Return the SHA-256 of the manifest, and through its hashes of all files: results name the bundle by it."""
         return hashlib.sha256(self.manifest.to_json()).hexdigest()
 
     @property
     def size(self) -> int:
-        """Bytes of manifest and files together."""
+        """Return the bytes of manifest and files together."""
         return len(self.manifest.to_json()) + sum(len(content) for content in self.contents.values())
 
     @property
     def is_graph(self) -> bool:
-        """Whether the bundle holds an ONNX graph rather than a network that torch can build."""
+        """Return whether the bundle holds an ONNX graph rather than a network that torch can build."""
         return self.manifest.family == ONNX
 
     @property
     def parameters(self) -> int:
-        """How many learnt numbers the model has, in any encoding."""
+        """Return how many learnt numbers the model has, in any encoding."""
         if self.is_graph:
-            from edgekit.bundle.onnx_file import load, parameters
+            from edgekit.bundle.onnx_file import parameters
 
-            return parameters(load(self.contents[GRAPH], str(self.path or self.manifest.name)))
+            return parameters(self.graph())
         return sum(value.size for value in self.weights().values())
 
     def stored(self) -> dict[str, Float | Encoding]:
@@ -160,6 +164,12 @@ class Bundle:
         if self.is_graph:
             return {}
         return {name: value for name, value in self.stored().items() if not isinstance(value, np.ndarray)}
+
+    def graph(self) -> ModelProto:
+        """Return the ONNX graph that the bundle holds, parsed and checked."""
+        from edgekit.bundle.onnx_file import load
+
+        return load(self.contents[GRAPH], str(self.path or self.manifest.name))
 
     def model(self) -> nn.Module:
         """Return the network with its weights, in evaluation mode."""

@@ -162,7 +162,7 @@ def without_weights(content: bytes) -> tuple[bytes, dict[str, Array]]:
 
 
 def with_weights(skeleton: bytes, arrays: Mapping[str, Array]) -> bytes:
-    """The inverse of `without_weights`. Raises ValueError if the skeleton is not an ONNX graph."""
+    """Return the inverse of `without_weights`. Raises ValueError if the skeleton is not an ONNX graph."""
     try:
         model = onnx.load_from_string(skeleton)
     except Exception as error:  # onnx passes on protobuf's DecodeError without a public name

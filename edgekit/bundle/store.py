@@ -63,7 +63,7 @@ def write_bundle(bundle: Bundle, path: str | Path, *, force: bool = False) -> Bu
     """Write a new directory and rename it to `path`: after any failure, `path` holds the old bundle or the new one.
 
     Replacing takes two renames; if the process is killed between them, the old bundle stays next to `path`, as
-    .NAME.PID.old.
+    .NAME.PROCESS-THREAD.old.
     """
     path = Path(path)
     refuse_to_replace(path, force)

@@ -120,7 +120,7 @@ def edgekit(debug: bool, trust: tuple[str, ...], read_limit: str | None, time_li
 def main() -> None:
     """Run the console script. It prints one line for each error and exits with status 1, with 2 for wrong usage, or
     with 130 for Ctrl-C."""
-    debug = "--debug" in sys.argv[1:2]
+    debug = edgekit.make_context("edgekit", sys.argv[1:], resilient_parsing=True).params["debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that a name has
             stream.reconfigure(errors="backslashreplace")

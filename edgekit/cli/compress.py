@@ -154,8 +154,10 @@ def _check_usage(
     dry_run: bool,
 ) -> None:
     """Raise for options that contradict each other, or that would have no effect."""
-    if not 0 <= max_loss < math.inf or (max_size is not None and max_size <= 0):
-        raise click.UsageError(f"--max-loss {max_loss} and --max-size {max_size} must be positive and finite")
+    if not 0 <= max_loss < math.inf:
+        raise click.UsageError(f"--max-loss {max_loss:g}: expected a finite number from 0")
+    if max_size is not None and max_size <= 0:
+        raise click.UsageError(f"--max-size {max_size}: expected at least 1 byte")
     if replay is not None and (auto or recipe is not None or max_size is not None):
         raise click.UsageError("--replay runs a bundle's own passes; leave --auto, --recipe and --max-size out")
     if auto and (recipe is not None or dry_run):

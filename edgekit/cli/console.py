@@ -44,7 +44,7 @@ NUMBER = re.compile(r"[+\-<>~]?[\d,./]+ ?[%x]?")
 
 def progress(*, enabled: bool = True) -> Progress:
     """Return a progress bar on standard error; it draws nothing if standard error is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=status, transient=True, disable=not (enabled and status.is_terminal))
 
 

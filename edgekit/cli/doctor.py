@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edgekit.cli.console import output, print_json, status
+from edgekit.cli.console import output, print_json, printable, status
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -82,7 +82,7 @@ def doctor(bundle: str | None, target_name: str | None, recorded: Path | None, b
 
 
 def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
-    """What a bundle requires, and its graph. A network is lowered to a graph if torch is installed."""
+    """Return what a bundle requires, and its graph. A network is lowered to a graph if torch is installed."""
     from importlib.util import find_spec
 
     from edgekit.bundle.format import GRAPH
@@ -103,7 +103,7 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
 
 
 def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
-    """Whether each TensorRT parser of the target accepts the model as an export would write it: in the opset of the
+    """Say whether each TensorRT parser of the target accepts the model as an export would write it: in the opset of the
     parser and the precision of the plan."""
     from edgekit.doctor.finding import Finding
 
@@ -114,7 +114,7 @@ def _parsers(graph: ModelProto | None, target: Target) -> list[Finding]:
             Finding(
                 "operators",
                 "warning",
-                "TensorRT's parsers were not asked: the network cannot be exported without torch",
+                "TensorRT's parsers were not run: the network cannot be exported without torch",
                 "run this on a machine with torch, or: pip install 'edgekit[compress]'",
             )
         ]
@@ -146,7 +146,8 @@ def show(checks: list[Finding]) -> None:
     width = max(len(check.name) for check in checks)
     said: set[str] = set()
     for check in checks:
-        line = Text.assemble((f"{check.status:8}", STYLES[check.status]), f"{check.name:{width}}  {check.finding}")
+        finding = printable(f"{check.name:{width}}  {check.finding}")
+        line = Text.assemble((f"{check.status:8}", STYLES[check.status]), finding)
         output.print(line)
         if check.remedy:
             again = check.remedy in said and len(check.remedy) > LONG

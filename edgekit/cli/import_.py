@@ -70,7 +70,7 @@ def import_(
         source,
         via=via,
         inputs=inputs,
-        outputs=[name for name in outputs.split(",") if name] or ["output"],
+        outputs=[name.strip() for name in outputs.split(",") if name.strip()] or ["output"],
         arguments=_json(arguments, "--arguments"),
         weights=weights,
         golden=read_arrays(data) if data else None,

@@ -24,7 +24,7 @@ Examples:
     "--runtime",
     default="auto",
     show_default=True,
-    help="c, onnxruntime, torch; auto: c if this machine can compile it.",
+    help="c, onnxruntime, openvino, torch; auto: c if this machine can compile it.",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of a batch.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekit.bundle.format import GRAPH, Bundle
+from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import Arrays, golden_inputs
 from edgekit.compression.guard import tiled
 from edgekit.compression.job import ShowProgress
@@ -61,10 +61,11 @@ def compare(
     """Return a row for each batch size and model, in that order. The inputs, or else each model's golden inputs, are
     repeated as often as a batch needs."""
     sessions = [open_session(bundle, runtime, threads=threads) for bundle in bundles]
-    least = [_least_seconds(bundle, batches, threads) for bundle in bundles]
+    rows = [inputs or _golden(bundle) for bundle in bundles]
+    least = _least_seconds(bundles, rows, batches) if threads == 1 else [{} for _ in bundles]
     result = []
     for done, batch in enumerate(batches):
-        feeds = [tiled(inputs or _golden(bundle), batch) for bundle in bundles]
+        feeds = [tiled(arrays, batch) for arrays in rows]
         calls = [
             timed(functools.partial(session.run, feed), time.perf_counter, time.process_time)
             for session, feed in zip(sessions, feeds, strict=True)
@@ -202,30 +203,40 @@ def _opened(
 def float_graph(bundle: Bundle) -> ModelProto:
     """Return the bundle's graph. The graph of a network is the one that the ONNX exporter writes in float32."""
     if bundle.is_graph:
-        from edgekit.bundle.onnx_file import load
-
-        return load(bundle.contents[GRAPH], bundle.manifest.name)
+        return bundle.graph()
     from edgekit.graph.lower import float_graph as of_network
 
     return of_network(bundle)
 
 
-def _golden(bundle: Bundle) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+def _golden(bundle: Bundle) -> Arrays:
     inputs, _ = bundle.golden()
     rows = len(next(iter(inputs.values())))
     return inputs if rows else golden_inputs(bundle.manifest.inputs, 1)
 
 
-def _least_seconds(bundle: Bundle, batches: Sequence[int], threads: int) -> dict[int, float]:
-    """Return the roofline by batch size; empty if there is no graph, or more than one thread, because the rate that
-    several threads reach together depends on the other programs of the machine."""
-    if threads != 1:
-        return {}
+def _least_seconds(
+    bundles: Sequence[Bundle], inputs: Sequence[Arrays], batches: Sequence[int]
+) -> list[dict[int, float]]:
+    """Return the roofline of each model for one thread, by batch size, at the lengths of its inputs. The rate that
+    several threads reach together depends on the other programs of the machine. The result is empty for a model without
+    a graph, which a runtime may run, and for all models if the packages that count operators are not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ModuleNotFoundError:
+        return [{} for _ in bundles]
+    from edgekit.cost.layers import lengths_of
     from edgekit.cost.operators import graph_cost, least_seconds, measured_rates
 
-    try:
-        model = float_graph(bundle)
-    except EdgekitError:  # a runtime may run the network without a graph
-        return {}
     rates = measured_rates()
-    return {batch: least_seconds(graph_cost(model, batch), rates) for batch in batches}
+    found: list[dict[int, float]] = []
+    for bundle, arrays in zip(bundles, inputs, strict=True):
+        try:
+            model = float_graph(bundle)
+        except EdgekitError:
+            found.append({})
+            continue
+        lengths = lengths_of(model, arrays)
+        found.append({batch: least_seconds(graph_cost(model, batch, lengths), rates) for batch in batches})
+    return found

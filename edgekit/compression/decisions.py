@@ -43,10 +43,12 @@ def fitted(target: Target, steps: Sequence[Step]) -> tuple[Step, ...]:
 
 
 def allowed(target: Target | None, step: Step) -> bool:
-    """Return whether a pass may run for the target."""
+    """Return whether a pass may run for the target. Raises for a step that is wrong for every target."""
+    if target is None:
+        return True
+    built = with_defaults(target, step).build()
     try:
-        if target is not None:
-            refuse(target, with_defaults(target, step).build())
+        refuse(target, built)
     except EdgekitError:
         return False
     return True
@@ -74,9 +76,8 @@ def with_defaults(target: Target, step: Step) -> Step:
         values[pass_class.multiple_parameter] = target.plan.round_to
     if pass_class.scheme_parameter and target.plan.int8 != "none":
         values[pass_class.scheme_parameter] = target.plan.int8
-        if (
-            target.kind != "cpu" and pass_class.weight_bits_parameter
-        ):  # GPUs add in 32 bits; 7 is for CPUs that add in 16
+        # GPUs add in 32 bits; 7 is for CPUs that add in 16
+        if target.kind != "cpu" and pass_class.weight_bits_parameter:
             values[pass_class.weight_bits_parameter] = 8
     return replace(step, parameters={**values, **step.parameters})
 

@@ -67,9 +67,9 @@ def tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    from edgekit.bundle.onnx_file import learnt, load, to_array  # a bundle of weights needs no onnx
+    from edgekit.bundle.onnx_file import learnt, to_array  # a bundle of weights needs no onnx
 
-    arrays = [(tensor.name, to_array(tensor)) for tensor in learnt(load(bundle.contents[GRAPH], str(bundle.path)))]
+    arrays = [(tensor.name, to_array(tensor)) for tensor in learnt(bundle.graph())]
     return [
         {
             "name": name,

@@ -43,9 +43,8 @@ class Job:
         passes up to it."""
         data = hashlib.sha256()
         for part in (self.train, self.test):
-            data.update(part.labels.tobytes())
-            for array in part.inputs.values():
-                data.update(array.tobytes())
+            for array in (part.labels, *part.inputs.values()):
+                data.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
         settings = [self.source.digest, data.hexdigest(), asdict(self.limits), self.metric, self.runtime, self.seed]
         settings += [self.agree, self.replay, metrics.source(self.metric)]
         settings += [asdict(self.target)] if self.target else []

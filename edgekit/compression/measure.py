@@ -56,8 +56,10 @@ def best_float_form(job: Job, notify: Notify = lambda message: None) -> dict[str
         own = [item for item in forms if item.get("exporter") != "dynamo"]
         forms = tuple({name: value for name, value in item.items() if name != "exporter"} for item in own)
     known = (job.source.digest, job.runtime, job.limits.batches)
-    if len(forms) < 2 or known in _best_forms:
-        return dict(_best_forms.get(known, forms[0]))
+    if len(forms) < 2:
+        return dict(forms[0])
+    if known in _best_forms:
+        return dict(_best_forms[known])
     inputs = {name: array[:AGREEMENT_ROWS] for name, array in job.test.inputs.items()}
     sessions: list[tuple[dict[str, str], Session]] = []
     for form in forms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -161,19 +162,21 @@ def metric(name: str) -> Metric:
 
 
 def source(name: str) -> str:
-    """Return what a metric's values depend on besides its name: the source text of the user's function."""
+    """Return what a metric's values depend on besides its name: the source text of the module of the user's function,
+    or of the function alone if it was typed into an interpreter; "" if it is compiled."""
     if ":" not in name:
         return ""
-    try:
-        return inspect.getsource(imported(name, "metric"))
-    except (TypeError, OSError):  # it is compiled, or was made at run time
-        return ""
+    function = imported(name, "metric")
+    for item in filter(None, (inspect.getmodule(function), function)):
+        with contextlib.suppress(TypeError, OSError):
+            return inspect.getsource(item)
+    return ""
 
 
 def check_direction(metric: Metric, outputs: Float, expected: Array) -> None:
     """Raise if a metric rates right answers worse than wrong ones. An example is an accuracy: under it, a model that
     forgot everything would count as a gain. The check skips outputs for which labels define no right answer."""
-    if outputs.size == len(outputs) == len(expected):
+    if outputs.size == len(outputs) == expected.size:
         right = expected.reshape(outputs.shape).astype(np.float64)
         wrong = right.min() + right.max() - right
     elif outputs.ndim == 2 and expected.ndim == 1 and expected.dtype.kind in "iu" and expected.min() >= 0:

@@ -370,6 +370,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _note(axes: Axes, text: str, place: tuple[float, float], shift: tuple[float, float], **options: Any) -> None:
+def _note(axes: Axes, text: str, point: tuple[float, float], shift: tuple[float, float], **options: Any) -> None:
     """Write text `shift` points away from a point in data coordinates, or in those of `xycoords`."""
-    axes.annotate(text, place, shift, textcoords="offset points", **{"fontsize": 8, "color": MUTED, **options})
+    axes.annotate(text, point, shift, textcoords="offset points", **{"fontsize": 8, "color": MUTED, **options})

@@ -180,9 +180,8 @@ def _attempt(
 ) -> tuple[Standing | None, PassRecord]:
     """Apply one pass, measure its result, judge it and record it. The result is None if the pass is rolled back."""
     started = time.perf_counter()
-    session = measure.session(
-        job, before.bundle, reference.forms
-    )  # raises before the pass runs if a runtime is missing
+    # opened before the pass runs, so that a missing runtime is an error and not a pass that is rolled back
+    session = measure.session(job, before.bundle, reference.forms)
     built = step.build()
     context = context_of(job, reference.teacher, step.seed or 0, progress)
     changes: tuple[Change, ...] = ()

@@ -3,13 +3,11 @@ depend."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import edgekit
@@ -57,13 +55,12 @@ def pass_identity(name: str) -> list[str]:
     holds the versions of those that edgekit's own passes use. A pass without a file, such as one that was typed into an
     interpreter, has a new identity each time, so that its states are never taken from the cache.
     """
-    distribution = _distributions().get(name, ("", ""))
     digest = hashlib.sha256()
     module = plugins.load(PASSES, name).__module__
     own = () if module.partition(".")[0] == edgekit.__name__ else _sources(module)
     for label, content in (*_sources(edgekit.__name__), *own):
         digest.update(f"{label}\0".encode() + hashlib.sha256(content).digest())
-    return [*distribution, digest.hexdigest()]
+    return [*plugins.distribution(PASSES, name), digest.hexdigest()]
 
 
 def _sources(module: str) -> Iterator[tuple[str, bytes]]:
@@ -79,9 +76,3 @@ def _sources(module: str) -> Iterator[tuple[str, bytes]]:
         package = Path(top).parent
         for path in sorted(package.rglob("*.py")):
             yield str(path.relative_to(package)), path.read_bytes()
-
-
-@functools.cache
-def _distributions() -> dict[str, tuple[str, str]]:
-    """Return the name and the version of the distribution of each installed pass."""
-    return {point.name: (point.dist.name, point.dist.version) for point in entry_points(group=PASSES) if point.dist}

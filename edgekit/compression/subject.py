@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle, Manifest, assemble, assemble_graph
+from edgekit.bundle.format import PROBABILITIES, Bundle, Manifest, assemble, assemble_graph
 from edgekit.bundle.tensors import Arrays
 from edgekit.compression.job import Job, ShowProgress, versions
 from edgekit.compression.recipe import Step, to_tables
@@ -54,9 +54,7 @@ def lowered(candidate: AnyCandidate, job: Job) -> GraphCandidate:
 def candidate_of(bundle: Bundle) -> AnyCandidate:
     """Return the bundle's model as a candidate for passes."""
     if bundle.is_graph:
-        from edgekit.bundle.onnx_file import load
-
-        return GraphCandidate(load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name)))
+        return GraphCandidate(bundle.graph())
     return Candidate(bundle.manifest.family, bundle.manifest.arguments, bundle.model(), bundle.encodings())
 
 

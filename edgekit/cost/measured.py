@@ -245,8 +245,11 @@ def _own_cache(path: Path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size
 
 def _read(path: Path) -> OperatorTable | None:
     """Return a stored table; None if it is missing or damaged, so that it is measured again."""
+    content = cache.read(path)
+    if content is None:
+        return None
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(content)
         return OperatorTable(**{**values, "weights": {name: tuple(row) for name, row in values["weights"].items()}})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         return None

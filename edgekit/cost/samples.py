@@ -36,134 +36,84 @@ class Sample:
     model: ModelProto
 
 
+# The sizes of the calibration set, from small ones to some larger than a core's cache.
+# rows x inner x columns, of products with weights
+PRODUCTS = """
+    1x32x32 1x256x256 1x1024x1000 16x64x64 16x512x512 64x32x128 100x192x192 200x192x768 200x768x192 256x64x64
+    1000x32x32 1600x8x64 1600x64x128 3000x16x32 1x2048x2048 8x3000x1100 4000x64x256 200x32x3 200x64x10
+"""
+# matrices x rows x inner x columns, of products of activations
+BATCHED_PRODUCTS = """
+    4x16x16x16 3x180x64x180 3x180x180x64 16x110x2x110 16x110x110x2 64x50x8x50 64x50x50x8 256x20x16x20 32x100x16x100
+    32x100x100x16 1x256x256x256 8x64x32x64 512x8x8x8 300x110x2x110 300x110x110x2 96x180x64x180 96x180x180x64
+    200x90x4x90 200x90x90x4
+"""
+# channels in x channels out x side of the image x side of the kernel
+CONVOLUTIONS = """
+    3x16x32x3 3x64x64x7 16x16x16x3 32x64x32x3 64x64x16x3 64x128x14x1 128x128x14x3 32x64x56x1 256x256x7x1 256x64x28x1
+    8x16x64x5 1x8x28x3 20x3x40x3 48x4x24x3 24x20x32x3 32x32x96x3
+"""
+# channels x side of the image x side of the kernel
+DEPTHWISE = "16x32x3 32x56x3 64x28x3 128x14x3 96x28x5 256x7x3 8x8x3"
+# rows x tokens x width, of activations
+SHAPES = "1x16x32 1x100x64 4x100x64 16x100x64 64x110x32 8x180x192 64x256x64 64x240x256"
+# rows x width, of one row that is added to all rows
+ROWS_AND_WIDTHS = "16x8 100x192 200x768 1600x16 6000x32 1000x256"
+# channels x side, of images
+CHANNELS_AND_SIZES = "16x32 64x56 64x16 128x14 8x64 32x24"
+# rows x inner x columns, of products in int8
+INT8_PRODUCTS = "1x64x64 16x64x64 16x512x512 100x192x192 200x192x768 1000x32x32 200x768x192"
+WIDTHS = (2, 4, 16, 110, 180, 512)  # of sums along the last axis
+
+
 def samples() -> list[Sample]:
-    """Return the calibration set: graphs of one operator, from small sizes to sizes larger than a core's cache."""
+    """Return the calibration set: graphs of one operator at the sizes above."""
     found: list[Sample] = []
-    for rows, inner, columns in (
-        (1, 32, 32),
-        (1, 256, 256),
-        (1, 1024, 1000),
-        (16, 64, 64),
-        (16, 512, 512),
-        (64, 32, 128),
-        (100, 192, 192),
-        (200, 192, 768),
-        (200, 768, 192),
-        (256, 64, 64),
-        (1000, 32, 32),
-        (1600, 8, 64),
-        (1600, 64, 128),
-        (3000, 16, 32),
-        (1, 2048, 2048),
-        (8, 3000, 1100),
-        (4000, 64, 256),
-        (200, 32, 3),
-        (200, 64, 10),
-    ):
+    for rows, inner, columns in _sizes(PRODUCTS):
         found.append(_product("MatMul", (rows, inner), (inner, columns)))
         if columns <= 256 or rows <= 16:
             found.append(_product("Gemm", (rows, inner), (inner, columns)))
-    for matrices, rows, inner, columns in (
-        (4, 16, 16, 16),
-        (3, 180, 64, 180),
-        (3, 180, 180, 64),
-        (16, 110, 2, 110),
-        (16, 110, 110, 2),
-        (64, 50, 8, 50),
-        (64, 50, 50, 8),
-        (256, 20, 16, 20),
-        (32, 100, 16, 100),
-        (32, 100, 100, 16),
-        (1, 256, 256, 256),
-        (8, 64, 32, 64),
-        (512, 8, 8, 8),
-        (300, 110, 2, 110),
-        (300, 110, 110, 2),
-        (96, 180, 64, 180),
-        (96, 180, 180, 64),
-        (200, 90, 4, 90),
-        (200, 90, 90, 4),
-    ):
+    for matrices, rows, inner, columns in _sizes(BATCHED_PRODUCTS):
         found.append(_two("MatMul", (matrices, rows, inner), (matrices, inner, columns), "product of activations"))
-    for channels, out, size, kernel in (
-        (3, 16, 32, 3),
-        (3, 64, 64, 7),
-        (16, 16, 16, 3),
-        (32, 64, 32, 3),
-        (64, 64, 16, 3),
-        (64, 128, 14, 1),
-        (128, 128, 14, 3),
-        (32, 64, 56, 1),
-        (256, 256, 7, 1),
-        (256, 64, 28, 1),
-        (8, 16, 64, 5),
-        (1, 8, 28, 3),
-        (20, 3, 40, 3),
-        (48, 4, 24, 3),
-        (24, 20, 32, 3),
-        (32, 32, 96, 3),
-    ):
-        found.append(_convolution(channels, out, size, kernel, 1))
-    for channels, size, kernel in (
-        (16, 32, 3),
-        (32, 56, 3),
-        (64, 28, 3),
-        (128, 14, 3),
-        (96, 28, 5),
-        (256, 7, 3),
-        (8, 8, 3),
-    ):
-        found.append(_convolution(channels, channels, size, kernel, channels))
-    shapes = (
-        (1, 16, 32),
-        (1, 100, 64),
-        (4, 100, 64),
-        (16, 100, 64),
-        (64, 110, 32),
-        (8, 180, 192),
-        (64, 256, 64),
-        (64, 240, 256),
-    )
-    for shape in shapes:
-        found += [
-            _two("Add", shape, shape),
-            _two("Mul", shape, shape),
-            _weighted("Add", shape),
-            _weighted("Mul", shape),
-        ]
-        for op_type in ("Relu", "Erf", "Tanh", "Sigmoid", "Exp", "Sqrt"):
-            found.append(_one(op_type, shape))
-        found.append(_one("Gelu", shape, opset=20))
-        found.append(_one("Softmax", shape, axis=-1))
-        found.append(_one("ReduceMean", shape, axes=[-1], keepdims=1))
-        found.append(_transposed(shape, (0, 2, 1)))
-        found.append(_two("Concat", shape, shape, axis=1))
-        found += [_normalized(shape), _power(shape), _where(shape), _slice(shape), _gather(shape), _expand(shape)]
-        found += [_cast(shape), _reshape(shape), _quantized(shape)]
-        found.append(_transposed((*shape[:2], 4, shape[2] // 4), (0, 2, 1, 3)))
-        found.append(_transposed((*shape[:2], 4, shape[2] // 4), (0, 2, 3, 1)))
-    for rows, width in ((16, 8), (100, 192), (200, 768), (1600, 16), (6000, 32), (1000, 256)):
-        found += [_weighted(op_type, (rows, width)) for op_type in ROWS]
-    for width in (2, 4, 16, 110, 180, 512):
-        found.append(_one("Softmax", (8, 50, width), axis=-1))
-        found.append(_normalized((8, 50, width)))
-    for channels, size in ((16, 32), (64, 56), (64, 16), (128, 14), (8, 64), (32, 24)):
-        for op_type in ("MaxPool", "AveragePool"):
-            found.append(_one(op_type, (1, channels, size, size), kernel_shape=[2, 2], strides=[2, 2]))
-        found.append(_one("ReduceMean", (1, channels, size, size), axes=[2, 3], keepdims=0))
+    found += [_convolution(channels, out, size, side, 1) for channels, out, size, side in _sizes(CONVOLUTIONS)]
+    found += [_convolution(channels, channels, size, kernel, channels) for channels, size, kernel in _sizes(DEPTHWISE)]
+    for shape in _sizes(SHAPES):
+        found += _of_activations(shape)
+    found += [_weighted(op_type, shape) for shape in _sizes(ROWS_AND_WIDTHS) for op_type in ROWS]
+    for width in WIDTHS:
+        found += [_one("Softmax", (8, 50, width), axis=-1), _normalized((8, 50, width))]
+    for channels, size in _sizes(CHANNELS_AND_SIZES):
+        image = (1, channels, size, size)
+        found += [_one(name, image, kernel_shape=[2, 2], strides=[2, 2]) for name in ("MaxPool", "AveragePool")]
+        found.append(_one("ReduceMean", image, axes=[2, 3], keepdims=0))
         found.append(_transposed_convolution(channels, channels // 2, size // 2))
-    for rows, inner, columns in (
-        (1, 64, 64),
-        (16, 64, 64),
-        (16, 512, 512),
-        (100, 192, 192),
-        (200, 192, 768),
-        (1000, 32, 32),
-        (200, 768, 192),
-    ):
-        found.append(_dynamic(rows, inner, columns))
-        found.append(_static(rows, inner, columns))
+    found += [make(*sizes) for sizes in _sizes(INT8_PRODUCTS) for make in (_dynamic, _static)]
     return found
+
+
+def _sizes(table: str) -> list[tuple[int, ...]]:
+    """Return [(1, 32, 32), (16, 64, 64)] for "1x32x32 16x64x64"."""
+    return [tuple(map(int, item.split("x"))) for item in table.split()]
+
+
+def _of_activations(shape: tuple[int, ...]) -> list[Sample]:
+    """Return a sample of each operator that reads activations only."""
+    rows, tokens, width = shape
+    heads = (rows, tokens, 4, width // 4)
+    return [
+        *(_two(op_type, shape, shape) for op_type in ROWS),
+        *(_weighted(op_type, shape) for op_type in ROWS),
+        *(_one(op_type, shape) for op_type in ("Relu", "Erf", "Tanh", "Sigmoid", "Exp", "Sqrt")),
+        _one("Gelu", shape, opset=20),
+        _one("Softmax", shape, axis=-1),
+        _one("ReduceMean", shape, axes=[-1], keepdims=1),
+        _transposed(shape, (0, 2, 1)),
+        _two("Concat", shape, shape, axis=1),
+        *(make(shape) for make in (_normalized, _power, _where, _slice, _gather, _expand)),
+        *(make(shape) for make in (_cast, _reshape, _quantized)),
+        _transposed(heads, (0, 2, 1, 3)),
+        _transposed(heads, (0, 2, 3, 1)),
+    ]
 
 
 def composites() -> list[ModelProto]:
@@ -213,14 +163,14 @@ def _attention(rows: int, tokens: int, width: int, heads: int = 4) -> ModelProto
         nodes += [
             helper.make_node("MatMul", ["n", name], [f"{name}1"], f"product {name}"),
             helper.make_node("Reshape", [f"{name}1", "split"], [f"{name}2"], f"split {name}"),
-            helper.make_node("Transpose", [f"{name}2"], [f"{name}3"], f"turn {name}", perm=order),
+            helper.make_node("Transpose", [f"{name}2"], [f"{name}3"], f"transpose {name}", perm=order),
         ]
     nodes += [
         helper.make_node("MatMul", ["q3", "k3"], ["scores"], "scores"),
         helper.make_node("Softmax", ["scores"], ["shares"], "softmax", axis=-1),
         helper.make_node("MatMul", ["shares", "v3"], ["mixed"], "mix"),
-        helper.make_node("Transpose", ["mixed"], ["turned"], "turn back", perm=[0, 2, 1, 3]),
-        helper.make_node("Reshape", ["turned", "joined"], ["flat"], "join"),
+        helper.make_node("Transpose", ["mixed"], ["transposed"], "transpose back", perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["transposed", "joined"], ["flat"], "join"),
         helper.make_node("MatMul", ["flat", "o"], ["out"], "product o"),
         helper.make_node("Add", ["a", "out"], ["residual"], "residual"),
         helper.make_node("MatMul", ["residual", "up"], ["wide"], "product up"),

@@ -40,18 +40,18 @@ class Dataset:
 
 
 def is_labelled(data: Dataset) -> bool:
-    """Whether labels were given."""
+    """Return whether labels were given."""
     return data.labels.dtype.kind == "f" or bool((data.labels != UNKNOWN).any())
 
 
 def folder() -> Path:
-    """Where prepared data sets live: $EDGEKIT_DATA, or edgekit's folder in the user's data directory."""
+    """Return the folder of prepared data sets: $EDGEKIT_DATA, or edgekit's folder in the user's data directory."""
     given = os.environ.get("EDGEKIT_DATA")
     return Path(given) if given else platformdirs.user_data_path("edgekit")
 
 
 def locate(manifest: Manifest, given: str | None) -> str | Path:
-    """The data to use: what was given, else the prepared file that the bundle names."""
+    """Return the data to use: what was given, else the prepared file that the bundle names."""
     if given is not None:
         return given
     if manifest.data is None:
@@ -68,15 +68,16 @@ def locate(manifest: Manifest, given: str | None) -> str | Path:
 
 
 def load(path: str | Path, manifest: Manifest, *, labelled: bool = True) -> tuple[Dataset, Dataset]:
-    """Training and test part of a data source, checked against what the model takes. Labels may be missing if nobody
-    needs them (`labelled` is False)."""
+    """Return the training and test part of a data source, checked against what the model takes. Labels may be missing
+    if nobody needs them (`labelled` is False)."""
     return checked(read(path, manifest), manifest, path, labelled=labelled)
 
 
 def checked(
     rows: Arrays, manifest: Manifest, path: str | Path = "data", *, labelled: bool = True
 ) -> tuple[Dataset, Dataset]:
-    """Training and test part of named arrays, checked against what the model takes. path: where they come from."""
+    """Return the training and test part of named arrays, checked against what the model takes. path: where they come
+    from."""
     arrays = dict(rows)
     if "labels" not in arrays and not labelled and arrays:
         arrays["labels"] = np.full(len(next(iter(arrays.values()))), UNKNOWN)
@@ -123,4 +124,4 @@ def checked(
 
 def save(path: Path, inputs: Arrays, labels: npt.NDArray[np.integer], split: npt.NDArray[np.integer]) -> None:
     """Write a data file in one step."""
-    write_file(path, arrays_to_bytes({**inputs, "labels": labels.astype(np.int16), "split": split.astype(np.int8)}))
+    write_file(path, arrays_to_bytes({**inputs, "labels": labels.astype(np.int32), "split": split.astype(np.int8)}))

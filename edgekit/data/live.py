@@ -24,11 +24,11 @@ EXPECTED = (
 def named_arrays(
     data: Any, names: Sequence[str] = (), *, seed: int = 0, notify: Callable[[str], None] = lambda message: None
 ) -> Arrays:
-    """The inputs by name, `labels` if there are any, and `split` (0 = training, 1 = test).
+    """Return the inputs by name, `labels` if there are any, and `split` (0 = training, 1 = test).
 
     names: of the model's inputs, in its order; without them, the inputs are called `input`, or input_1, input_2, ...
-    Numbers of 64 bits become float32. If the data does not say which rows are test rows, a quarter of them is held out,
-    drawn with `seed`, and `notify` is told so. Raises EdgekitError for data of another form."""
+    float64 becomes float32. If the data does not say which rows are test rows, a quarter of them is held out, drawn
+    with `seed`, and `notify` is told so. Raises EdgekitError for data of another form."""
     if _is_pair_of_parts(data):
         parts = [_rows(part, names) for part in data]
         if set(parts[0]) != set(parts[1]):
@@ -47,12 +47,12 @@ def named_arrays(
 
 
 def _is_pair_of_parts(data: Any) -> bool:
-    """Whether these are training and test rows, and not the inputs and the labels of one part."""
+    """Return whether these are training and test rows, and not the inputs and the labels of one part."""
     return isinstance(data, (tuple, list)) and len(data) == 2 and not (data[1] is None or _is_array(data[1]))
 
 
 def _rows(data: Any, names: Sequence[str]) -> Arrays:
-    """The arrays of one part, by name."""
+    """Return the arrays of one part, by name."""
     if isinstance(data, Dataset):
         return {**data.inputs, "labels": data.labels}
     if isinstance(data, Mapping):
@@ -68,7 +68,7 @@ def _rows(data: Any, names: Sequence[str]) -> Arrays:
 
 
 def _inputs(given: Any, names: Sequence[str]) -> Arrays:
-    """One array, several in the model's order, or a mapping."""
+    """Return the inputs by name. given: one array, several in the model's order, or a mapping."""
     if isinstance(given, Mapping):
         return {str(name): _array(str(name), value) for name, value in given.items()}
     several = list(given) if isinstance(given, (tuple, list)) else [given]
@@ -79,8 +79,8 @@ def _inputs(given: Any, names: Sequence[str]) -> Arrays:
 
 
 def _torch_batches(data: Any) -> Iterable[Any] | None:
-    """The batches of a torch DataLoader or Dataset; None for anything else. Imports nothing: without torch in the
-    process, the data cannot be torch's."""
+    """Return the batches of a torch DataLoader or Dataset; None for anything else. It imports nothing: without torch in
+    the process, the data cannot be torch's."""
     torch = sys.modules.get("torch")
     if torch is None:
         return None
@@ -123,7 +123,10 @@ def _is_array(value: Any) -> bool:
 
 
 def _array(name: str, value: Any) -> npt.NDArray[Any]:
-    array = value if isinstance(value, np.ndarray) else np.asarray(value.detach().cpu() if _is_array(value) else value)
+    try:
+        array = np.asarray(value.detach().cpu() if _is_array(value) and not isinstance(value, np.ndarray) else value)
+    except (TypeError, ValueError) as error:  # rows of several lengths, or torch's bfloat16, which numpy lacks
+        raise EdgekitError(f"{name}: a {type(value).__name__} is not an array that numpy can hold: {error}") from None
     if array.dtype.kind not in "fiub" or array.ndim == 0:
         raise EdgekitError(f"{name}: a {type(value).__name__} of dtype {array.dtype}; expected an array of numbers")
     return array.astype(np.float32) if array.dtype == np.float64 else array
@@ -132,4 +135,7 @@ def _array(name: str, value: Any) -> npt.NDArray[Any]:
 def _count(arrays: Arrays) -> int:
     if not arrays:
         raise EdgekitError(f"the data holds no array; expected {EXPECTED}")
-    return len(next(iter(arrays.values())))
+    counts = {name: len(array) for name, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        raise EdgekitError(f"the arrays differ in their number of rows: {counts}")
+    return next(iter(counts.values()))

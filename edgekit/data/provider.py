@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from edgekit import plugins
 from edgekit.bundle import zoo
 from edgekit.bundle.store import open_bundle
 from edgekit.bundle.tensors import Arrays, read_arrays
@@ -38,11 +38,11 @@ class PreparedDataset:
 
     @property
     def path(self) -> Path:
-        """The prepared file, whether it exists or not."""
+        """Return the path of the prepared file, whether it exists or not."""
         return folder() / f"{self.name}.npz"
 
     def state(self) -> State:
-        """Whether the file exists, and was made with the preprocessing that the model has now."""
+        """Return whether the file exists, and was made with the preprocessing that the model has now."""
         if not self.path.is_file():
             return "not prepared"
         arrays = read_arrays(self.path)
@@ -66,7 +66,7 @@ class DatasetProvider(Protocol):
     accepts: str  # what `--from` may name instead of a download, as a noun phrase
 
     def datasets(self) -> Sequence[PreparedDataset]:
-        """The data sets that it can prepare for the models that are installed."""
+        """Return the data sets that it can prepare for the models that are installed."""
         ...
 
     def prepare(self, dataset: PreparedDataset, source: Path | None, notify: Callable[[str], None]) -> None:
@@ -75,33 +75,25 @@ class DatasetProvider(Protocol):
 
 
 def providers() -> dict[str, DatasetProvider]:
-    """The installed providers by name."""
-    found: dict[str, DatasetProvider] = {}
-    for point in entry_points(group=GROUP):
-        try:
-            provider = point.load()
-        except Exception as error:  # a module of a third party may raise anything when it is imported
-            raise EdgekitError(
-                f"the provider of data sets {point.name!r} cannot be loaded from {point.value}: "
-                f"{type(error).__name__}: {error}; repair, update or uninstall its package"
-            ) from error
-        for name in ("description", "accepts", "datasets", "prepare"):
-            if name not in dir(provider):
-                raise EdgekitError(
-                    f"the provider of data sets {point.name!r} ({point.value}) has no {name!r}; it must provide "
-                    "description, accepts, datasets and prepare, as edgekit.data.provider.DatasetProvider says"
-                )
-        found[point.name] = provider
-    return found
+    """Return the installed providers by name."""
+    return {name: plugins.load(GROUP, name, problem_with) for name in plugins.names(GROUP)}
+
+
+def problem_with(provider: Any, name: str) -> str:
+    """Return why an object is not a provider of data sets; "" if it is one."""
+    for part in ("description", "accepts", "datasets", "prepare"):
+        if part not in dir(provider):
+            return f"it has no {part!r}; edgekit.data.provider.DatasetProvider says what it must provide"
+    return ""
 
 
 def available() -> dict[str, tuple[PreparedDataset, DatasetProvider]]:
-    """Every data set that can be prepared here, by name, and its provider."""
+    """Return every data set that can be prepared here, by name, and its provider."""
     return {dataset.name: (dataset, provider) for provider in providers().values() for dataset in provider.datasets()}
 
 
 def find(name: str) -> tuple[PreparedDataset, DatasetProvider]:
-    """One data set and its provider; an error names those that there are."""
+    """Return one data set and its provider; an error names those that there are."""
     known = available()
     if not known:
         raise nothing_to_prepare()
@@ -111,7 +103,7 @@ def find(name: str) -> tuple[PreparedDataset, DatasetProvider]:
 
 
 def nothing_to_prepare() -> EdgekitError:
-    """Error for an installation in which no provider can prepare anything."""
+    """Return the error for an installation in which no provider can prepare anything."""
     return EdgekitError(
         "no installed model names a data set that an installed package can prepare; `edgekit models` lists the models, "
         "and `pip install --force-reinstall edgekit` brings those that come with edgekit"
@@ -119,7 +111,8 @@ def nothing_to_prepare() -> EdgekitError:
 
 
 def of_the_zoo() -> list[PreparedDataset]:
-    """The data sets that the models of the zoo name. Models may share one only if their preprocessing is the same."""
+    """Return the data sets that the models of the zoo name. Models may share one only if their preprocessing is the
+    same."""
     found: dict[str, PreparedDataset] = {}
     for model, path in zoo.folders().items():
         manifest = open_bundle(path).manifest

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
-from onnx.reference import ReferenceEvaluator
+from onnx import ModelProto, NodeProto, numpy_helper, shape_inference
+
+from edgekit.graph.shapes import evaluated
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
@@ -89,7 +90,7 @@ def _fold(
         if node.op_type == "Transpose" and origins.get(node.input[0]) in two_ways:
             nodes.append(node)  # folding it would store the parameter a second time
         elif all(not name or name in constants for name in node.input):
-            constants.update(zip(node.output, _evaluate(model, node, constants), strict=True))
+            constants.update(evaluated(model, node, constants))
             if node.output[0] in parameters:
                 origins[node.output[0]] = parameters[node.output[0]]
             elif node.op_type == "Transpose" and node.input[0] in origins:
@@ -135,18 +136,6 @@ def _does_nothing(node: NodeProto, known: Mapping[str, Shape]) -> bool:
         return True
     before, after = (known.get(name, (None,)) for name in (node.input[0], node.output[0]))
     return node.op_type == "Expand" and None not in before and before == after
-
-
-def _evaluate(model: ModelProto, node: NodeProto, constants: Mapping[str, Array]) -> list[Array]:
-    """Compute a node's outputs from constants by ONNX's reference implementation."""
-    feeds = {name: constants[name] for name in node.input if name}
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        for name, array in feeds.items()
-    ]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in node.output]
-    single = helper.make_model(helper.make_graph([node], "constant", inputs, outputs), opset_imports=model.opset_import)
-    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
 
 
 def _live(nodes: list[NodeProto], wanted: Iterable[str]) -> list[NodeProto]:

@@ -32,19 +32,24 @@ class Index:
         self.producers: dict[str, NodeProto] = {name: node for node in graph.node for name in node.output if name}
         self.outputs: frozenset[str] = frozenset(value.name for value in graph.output)
         self._consumptions: defaultdict[str, list[Consumption]] = defaultdict(list)
+        self._nested: set[str] = set()  # values that subgraphs define
         self._collect(graph.node, nested=False)
         for name in self.outputs:
             self._consumptions[name].append(Consumption(None, -1, nested=False))
         self.values: frozenset[str] = frozenset(
-            [*self.initializers, *self.producers, *self._consumptions, *(value.name for value in graph.input)]
-        ) - {""}
+            [*self.initializers, *self.producers, *self._consumptions, *self._nested]
+            + [value.name for value in graph.input]
+        )
 
     def _collect(self, nodes: Iterable[NodeProto], *, nested: bool) -> None:
         for node in nodes:
             for slot, name in enumerate(node.input):
-                self._consumptions[name].append(Consumption(node, slot, nested))
+                if name:  # an optional input that is left out has an empty name
+                    self._consumptions[name].append(Consumption(node, slot, nested))
             for item in node.attribute:
                 for graph in [item.g] if item.HasField("g") else item.graphs:
+                    self._nested.update(item.name for item in (*graph.input, *graph.initializer))
+                    self._nested.update(name for inner in graph.node for name in inner.output if name)
                     self._collect(graph.node, nested=True)
                     for value in graph.output:
                         self._consumptions[value.name].append(Consumption(node, -1, nested=True))

@@ -34,9 +34,8 @@ from edgekit.nn.exported import dynamic_shapes, example
 
 Exporter = Literal["torchscript", "dynamo"]  # one of torch's two; dynamo writes opset 18 or newer
 FAVOURED = 17  # every runtime since 2022 reads it; from this opset on LayerNormalization is one node
-TRACED_OPSETS = range(
-    16, 21
-)  # torch's TorchScript exporter writes these as requested; its successor silently raises 16 and 17 to 18
+# torch's TorchScript exporter writes these as requested; its successor silently raises 16 and 17 to 18
+TRACED_OPSETS = range(16, 21)
 OPSETS = range(OLDEST, TRACED_OPSETS.stop)  # older ones are rewritten from 17
 DYNAMO_OPSET = 18  # if an older one is requested, it silently writes 18
 # Operators that ONNX Runtime, TensorRT 8.6 (the last for Pascal cards), OpenVINO and the common converters all read.
@@ -101,7 +100,7 @@ def float_graph(
     helper.set_model_props(model, {KEY: model_key(bundle)})
     if wanted < TRACED_OPSETS.start:
         model = to_opset(model, wanted).model
-    _check(model, opset or FAVOURED, (*bundle.manifest.inputs, *bundle.manifest.outputs))
+    _check(model, wanted, (*bundle.manifest.inputs, *bundle.manifest.outputs))
     return model
 
 

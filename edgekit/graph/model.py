@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.format import GRAPH, KEY, Bundle, model_key
-from edgekit.bundle.onnx_file import PLAIN, load, to_array
+from edgekit.bundle.format import KEY, Bundle, model_key
+from edgekit.bundle.onnx_file import PLAIN, to_array
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError, missing_extra
 
@@ -35,7 +35,7 @@ NUMBERS = frozenset(
 
 def stored_graph(bundle: Bundle) -> ModelProto:
     """Return the graph that the bundle holds, with the bundle's model key in its metadata."""
-    model = load(bundle.contents[GRAPH], str(bundle.path or bundle.manifest.name))
+    model = bundle.graph()
     others = {item.key: item.value for item in model.metadata_props if item.key != KEY}
     helper.set_model_props(model, {**others, KEY: model_key(bundle)})
     return model
@@ -79,13 +79,7 @@ def normalized(model: ModelProto) -> ModelProto:
     same way. Metadata of exporters is dropped."""
     result = ModelProto()
     result.CopyFrom(model)
-    taken: set[str] = set()
-    for number, node in enumerate(result.graph.node):
-        name = node.name or f"{node.op_type}_{number}"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        node.name = name
+    name_nodes(result)
     for tensor in result.graph.initializer:
         if tensor.data_type in PLAIN and not tensor.raw_data:
             tensor.CopyFrom(numpy_helper.from_array(to_array(tensor), tensor.name))
@@ -105,7 +99,7 @@ class Use:
 
     @property
     def activation(self) -> str:
-        """The value that the product multiplies with the weight."""
+        """Return the value that the product multiplies with the weight."""
         name: str = self.node.input[0]
         return name
 
@@ -131,12 +125,12 @@ class Weight:
 
     @property
     def axes(self) -> frozenset[int]:
-        """The axes that products sum over: both, if a matrix is used plain and transposed."""
+        """Return the axes that products sum over: both, if a matrix is used plain and transposed."""
         return frozenset(use.axis for use in self.uses)
 
     @property
     def consumers(self) -> str:
-        """All consumers as text, for a plan or an error."""
+        """Return all consumers as text, for a plan or an error."""
         return ", ".join([use.node.name + " (transposed)" * use.transposed for use in self.uses] + list(self.others))
 
 
@@ -243,7 +237,8 @@ def replace_tensor(model: ModelProto, name: str, tensors: Sequence[TensorProto],
 
 
 def eliminate_dead_nodes(model: ModelProto) -> None:
-    """Remove stored tensors and nodes whose results have no consumer."""
+    """Remove stored tensors and nodes whose results have no consumer. Old graphs also list stored tensors among their
+    inputs; without its tensor, such an entry would be an input that callers must give."""
     graph = model.graph
     while True:
         index = Index(model)
@@ -251,7 +246,9 @@ def eliminate_dead_nodes(model: ModelProto) -> None:
         tensors = [tensor for tensor in graph.initializer if index.is_consumed(tensor.name)]
         if len(nodes) == len(graph.node) and len(tensors) == len(graph.initializer):
             return
-        for field, kept in (("node", nodes), ("initializer", tensors)):
+        dead = index.initializers.keys() - {tensor.name for tensor in tensors}
+        inputs = [value for value in graph.input if value.name not in dead]
+        for field, kept in (("node", nodes), ("initializer", tensors), ("input", inputs)):
             graph.ClearField(field)
             getattr(graph, field).extend(kept)
 
@@ -279,5 +276,5 @@ def chosen_weights(model: ModelProto, include: Sequence[str], *, convolutions: b
 def set_tensor(model: ModelProto, name: str, array: Array) -> None:
     """Give a stored tensor new values, for all its consumers."""
     tensor = next(item for item in model.graph.initializer if item.name == name)
-    kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.astype(kind)), name))
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.astype(dtype)), name))

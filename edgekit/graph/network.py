@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgekit.bundle.format import Bundle
+from edgekit.bundle.format import PROBABILITIES, Bundle
 from edgekit.errors import EdgekitError
-
-PROBABILITIES = "probabilities"  # an output of this name is the softmax of the result of the network's forward
 
 
 class Network(nn.Module):

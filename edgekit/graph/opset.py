@@ -27,17 +27,8 @@ from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, ops
 OLDEST = 13  # the first with a scale per channel in DequantizeLinear and with axes of Squeeze as an input
 # Their meaning changed while the signature stayed the same, so in the old opset they would compute something else.
 CHANGED = {"RoiAlign": 16, "GridSample": 20}
-REDUCTIONS = (
-    "L1",
-    "L2",
-    "LogSum",
-    "LogSumExp",
-    "Max",
-    "Mean",
-    "Min",
-    "Prod",
-    "SumSquare",
-)  # Sum: since 13
+# Their axes became an input in opset 18; those of ReduceSum became one in opset 13.
+REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 Array = npt.NDArray[Any]
 
 
@@ -60,10 +51,10 @@ class _Draft:
         self.nodes.append(helper.make_node(operator, list(inputs), [to or name], name, **attributes))
         return to or name
 
-    def constant(self, role: str, value: Any, kind: Any = np.float32) -> str:
+    def constant(self, role: str, value: Any, dtype: Any = np.float32) -> str:
         name = unique_name(f"{self.node.name}.{role}", self.taken)
         self.taken.add(name)
-        self.tensors[name] = np.asarray(value, kind)
+        self.tensors[name] = np.asarray(value, dtype)
         return name
 
     def mean(self, value: str, axes: list[int]) -> str:
@@ -104,7 +95,10 @@ def to_opset(model: ModelProto, version: int, known: Collection[str] | None = No
         raise EdgekitError(f"opset {version} cannot be written; expected {allowed}")
     name_nodes(result)
     _store_constants(result)
-    sums = _lower(result, result.graph, version, known)
+    try:
+        sums = _lower(result, result.graph, version, known)
+    except onnx.shape_inference.InferenceError as error:
+        raise EdgekitError(f"the graph contradicts itself: {_first_line(error)}; export it again") from error
     for entry in result.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = version
@@ -114,7 +108,7 @@ def to_opset(model: ModelProto, version: int, known: Collection[str] | None = No
     try:
         onnx.checker.check_model(result, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise EdgekitError(f"the graph cannot be written in opset {version}: {str(error).splitlines()[0]}") from error
+        raise EdgekitError(f"the graph cannot be written in opset {version}: {_first_line(error)}") from error
     return Lowered(result, tuple(sums))
 
 
@@ -165,6 +159,10 @@ def _lower(model: ModelProto, graph: GraphProto, version: int, known: Collection
     graph.ClearField("node")
     graph.node.extend(kept)
     return sums
+
+
+def _first_line(error: Exception) -> str:
+    return next(line for line in f"{error}\n{type(error).__name__}".splitlines() if line.strip())
 
 
 def _copy(node: NodeProto) -> NodeProto:

@@ -143,11 +143,16 @@ def _folded(model: ModelProto, values: Mapping[str, Value], known: Mapping[str, 
         elif all(not name or name in constants or name in new for name in node.input):
             sizes = [values[name].count for name in node.output if name in values]
             if node.op_type == "Constant" or (len(sizes) == len(node.output) and max(sizes, default=0) <= LARGEST):
-                new |= _evaluated(model, node, {**constants, **new})
+                try:
+                    new |= evaluated(model, node, {**constants, **new})
+                except Exception:  # a node that the reference cannot compute stays unknown and is reported as such
+                    continue
     return {name: value for name, value in new.items() if value.size <= LARGEST}
 
 
-def _evaluated(model: ModelProto, node: NodeProto, constants: Mapping[str, Array]) -> dict[str, Array]:
+def evaluated(model: ModelProto, node: NodeProto, constants: Mapping[str, Array]) -> dict[str, Array]:
+    """Compute the outputs of a node of the model, by name, from constants. ONNX's reference implementation does it, and
+    may raise any exception."""
     names = [name for name in node.output if name]
     graph = helper.make_graph(
         [node],
@@ -156,10 +161,7 @@ def _evaluated(model: ModelProto, node: NodeProto, constants: Mapping[str, Array
         [helper.make_value_info(name, helper.make_tensor_type_proto(0, None)) for name in names],
     )
     one = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    try:
-        results = ReferenceEvaluator(one).run(None, {name: constants[name] for name in set(node.input) if name})
-    except Exception:  # a node that it cannot compute stays unknown and is reported as such
-        return {}
+    results = ReferenceEvaluator(one).run(None, {name: constants[name] for name in set(node.input) if name})
     return {name: np.asarray(result) for name, result in zip(names, results, strict=True)}
 
 

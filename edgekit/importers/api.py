@@ -43,7 +43,7 @@ def open_model(model: str | Path | Bundle) -> Bundle:
 def import_onnx(
     model: str | Path | bytes | ModelProto, *, name: str | None = None, golden: Mapping[str, Any] | None = None
 ) -> Bundle:
-    """A bundle around an ONNX graph: a file, its bytes, or an onnx.ModelProto.
+    """Return a bundle around an ONNX graph: a file, its bytes, or an onnx.ModelProto.
 
     golden: real inputs by name, (rows, ...) each; they are kept with the outputs that onnxruntime gives for them, as
     the proof that travels with the model. Without them, inputs are made up."""
@@ -57,7 +57,7 @@ def import_onnx(
 
 
 def import_program(path: str | Path, *, golden: Mapping[str, Any] | None = None) -> Bundle:
-    """A bundle from a program that torch.export.save wrote (.pt2). golden: as for `import_onnx`."""
+    """Return a bundle from a program that torch.export.save wrote (.pt2). golden: as for `import_onnx`."""
     if Path(path).suffix != ".pt2":
         raise EdgekitError(f"{path}: expected an exported program, .pt2")
     return from_file(Path(path), golden=_arrays(golden))
@@ -72,8 +72,8 @@ def import_factory(
     weights: str | Path | Mapping[str, npt.NDArray[Any]] | None = None,
     golden: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """A bundle of the network that the Python function `package.module:function` builds from `arguments`. Naming the
-    function allows it to be run.
+    """Return a bundle of the network that the Python function `package.module:function` builds from `arguments`. Naming
+    the function allows it to be run.
 
     inputs: an example array for each input by name, or descriptions such as "image:float32:batch,3,224,224"; outputs:
     their names in order, where one named "probabilities" is the softmax of what the network gives; weights: a
@@ -97,7 +97,7 @@ def import_module(
     arguments: Mapping[str, Any] | None = None,
     golden: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """A bundle of a torch network, as it is now: training it later does not change the bundle.
+    """Return a bundle of a torch network, as it is now: training it later does not change the bundle.
 
     inputs: an example array for each input by name, in the order in which forward() takes them, (rows, ...) each, of
     which the first axis is the batch; or descriptions such as "image:float32:batch,3,224,224". outputs: as for
@@ -123,8 +123,8 @@ def import_module(
 
 
 def import_hugging_face(folder: str | Path, *, inputs: Inputs = (), golden: Mapping[str, Any] | None = None) -> Bundle:
-    """A bundle from a folder that transformers saved: config.json and safetensors. inputs: needed only for models that
-    take neither images nor token ids."""
+    """Return a bundle from a folder that transformers saved: config.json and safetensors. inputs: needed only for
+    models that take neither images nor token ids."""
     return from_hugging_face(Path(folder), inputs=_specs(inputs), golden=_arrays(golden) or _examples(inputs))
 
 
@@ -138,8 +138,8 @@ def import_any(
     weights: str | Path | None = None,
     golden: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """A bundle of whatever `source` names: a folder of transformers, package.module:function, an .onnx or a .pt2 file.
-    via: "optimum" makes a graph of a folder by optimum's ONNX exporter."""
+    """Return a bundle of the model that `source` names: a folder of transformers, package.module:function, an .onnx or
+    a .pt2 file. via: "optimum" makes a graph of a folder by optimum's ONNX exporter."""
     path = Path(source)
     if via is not None:
         from edgekit.importers.optimum import from_optimum
@@ -163,7 +163,8 @@ def described(
     state: Mapping[str, str] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Bundle:
-    """The bundle with what its file does not say. state: which output a caller hands back as which input."""
+    """Return the bundle with the facts that its file does not hold. state: which output a caller hands back as which
+    input."""
     manifest = bundle.manifest
     check_state(manifest, state or {})
     own = {
@@ -213,16 +214,16 @@ class Session:
         self.provider: str = self._session.provider
 
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """Outputs by name, in the order of the inputs' rows. arrays: each input by name, (rows, ...)."""
+        """Return outputs by name, in the order of the inputs' rows. arrays: each input by name, (rows, ...)."""
         return self._session.run(arrays)
 
     def warmup(self, batch: int) -> None:
-        """Run once with `batch` rows, so that the next run of that size pays for nothing but itself."""
+        """Run once with `batch` rows, so that the next run of that size includes no set-up."""
         self._session.warmup(batch)
 
 
 def is_network(model: object) -> bool:
-    """Whether this is a torch network. Imports nothing: without torch in the process, it cannot be one."""
+    """Return whether this is a torch network. It imports nothing: without torch in the process, it cannot be one."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(model, torch.nn.Module)
 

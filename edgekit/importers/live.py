@@ -30,7 +30,7 @@ def from_network(
     arguments: Mapping[str, Any] | None = None,
     golden: Arrays | None = None,
 ) -> Bundle:
-    """A bundle of a torch network. factory: package.module:function that builds the same network elsewhere from
+    """Return a bundle of a torch network. factory: package.module:function that builds the same network elsewhere from
     `arguments`; without it, only this process can build the bundle's network."""
     name = factory or live.register(network)
     state = {key: value.detach().cpu().numpy() for key, value in network.state_dict().items()}
@@ -40,8 +40,8 @@ def from_network(
 
 
 def portable(bundle: Bundle) -> Bundle:
-    """The bundle as it can be opened elsewhere: if its network lives in this process alone, its ONNX graph with the
-    codes that passes left; else the bundle itself. Raises if the graph does not give the golden outputs."""
+    """Return the bundle as it can be opened elsewhere: its ONNX graph, with the codes that passes left, if its network
+    exists in this process alone; else the bundle itself. Raises if the graph does not give the golden outputs."""
     manifest = bundle.manifest
     if not live.is_live(manifest.arguments.get("factory", "")):
         return bundle

@@ -41,9 +41,13 @@ def from_optimum(folder: Path, *, golden: Arrays | None = None) -> Bundle:
             missing = missing_extra("optimum-onnx", "optimum", "reading a folder through optimum")
             raise EdgekitError(f"{missing}, in an environment of its own: it takes transformers below 4.58") from None
         raise EdgekitError(f"optimum's ONNX exporter cannot be imported: {error}") from None
-    from edgekit.nn.hugging_face import model_class
+    from edgekit.nn.hugging_face import check_size, model_class
 
     network = model_class(config)
+    try:
+        check_size(config)  # it also refuses keys that make transformers load code or another model
+    except (EdgekitError, RecursionError) as error:
+        raise EdgekitError(f"{folder}: {error}") from None
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with warnings.catch_warnings():

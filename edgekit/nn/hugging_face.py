@@ -167,7 +167,7 @@ def configuration(config: Mapping[str, Any]) -> Any:
 
 
 def _refuse_loaders(name: str, value: Any) -> None:
-    """Raise if a key, or a key inside its value, makes transformers load code, kernels or another model."""
+    """Raise if a key, or a key anywhere inside its value, makes transformers load code, kernels or another model."""
     if name in LOADERS and value not in LOADERS[name]:
         raise EdgekitError(
             f"config.json: {name} = {repr(value)[:60]} makes transformers load code or another model, "
@@ -175,6 +175,8 @@ def _refuse_loaders(name: str, value: Any) -> None:
         )
     for inner, item in value.items() if isinstance(value, Mapping) else ():
         _refuse_loaders(str(inner), item)
+    for item in value if isinstance(value, list) else ():
+        _refuse_loaders("", item)
 
 
 def _reason(error: Exception) -> str:

@@ -284,6 +284,6 @@ def example_inputs(candidate: Candidate) -> list[Tensor]:
     """Return two synthetic rows of the network's inputs."""
     described = candidate.arguments.get("inputs")
     if not described:
-        raise EdgekitError("this bundle does not say stage its network is called with; import the model again")
+        raise EdgekitError("this bundle does not say what its network is called with; import the model again")
     specs = tuple(parse_spec(f"{name}:{text}") for name, text in described.items())
     return [torch.from_numpy(array) for array in golden_inputs(specs, 2).values()]

@@ -19,24 +19,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
-from onnx.reference import ReferenceEvaluator
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, shape_inference
 
 from edgekit.errors import EdgekitError
 from edgekit.graph.index import Index
 from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, unique_name, value_names
+from edgekit.graph.shapes import RANDOM, evaluated
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
 Array = npt.NDArray[Any]
-RANDOM = (
-    "RandomNormal",
-    "RandomUniform",
-    "RandomNormalLike",
-    "RandomUniformLike",
-    "Bernoulli",
-    "Multinomial",
-    "Dropout",
-)
+VARYING = RANDOM | {"Dropout"}  # in training mode, Dropout draws random numbers too
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,43 +154,31 @@ class _Graph:
 def _constant(graph: _Graph, node: NodeProto) -> Change | None:
     """Compute a node that reads stored tensors only, if its result takes no more bytes than the node and the tensors
     that it alone reads."""
-    if node.op_type == "Constant":
-        values = _evaluate(graph, node)
-    else:
-        reads = [name for name in node.input if name]
-        if node.op_type in RANDOM or node.domain not in ("", "ai.onnx") or not reads or node.name in graph.refused:
-            return None
-        if not all(name in graph.stored for name in reads):
-            return None
-        if node.op_type == "Transpose" and graph.count_consumptions(reads[0]) != 1:
-            return None  # the tensor stays for its other consumers, so the result would be a second copy
-        freed = sum(
-            graph.stored[name].ByteSize() for name in set(reads) if graph.count_consumptions(name) == reads.count(name)
-        )
-        values = _evaluate(graph, node)
-        if sum(value.nbytes for value in values) > freed + node.ByteSize():
-            graph.refused.add(node.name)
-            return None
+    reads = [name for name in node.input if name]
+    given = node.op_type == "Constant"  # the node holds its result
+    if not given and not _computable(graph, node, reads):
+        return None
     if graph.outputs & set(node.output):
         return None
-    graph.model.graph.node.remove(node)
-    graph.model.graph.initializer.extend(
-        numpy_helper.from_array(value, name) for value, name in zip(values, node.output, strict=True) if name
+    values = evaluated(graph.model, node, {name: numpy_helper.to_array(graph.stored[name]) for name in reads})
+    freed = sum(
+        graph.stored[name].ByteSize() for name in set(reads) if graph.count_consumptions(name) == reads.count(name)
     )
+    if not given and sum(value.nbytes for value in values.values()) > freed + node.ByteSize():
+        graph.refused.add(node.name)
+        return None
+    graph.model.graph.node.remove(node)
+    graph.model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
     return Change(node.name, node.op_type, "computed once")
 
 
-def _evaluate(graph: _Graph, node: NodeProto) -> list[Array]:
-    """Compute a node's outputs from stored tensors by ONNX's reference implementation."""
-    feeds = {name: numpy_helper.to_array(graph.stored[name]) for name in node.input if name}
-    inputs = [
-        helper.make_tensor_value_info(name, graph.stored[name].data_type, array.shape) for name, array in feeds.items()
-    ]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in node.output]
-    single = helper.make_model(
-        helper.make_graph([node], "constant", inputs, outputs), opset_imports=graph.model.opset_import
-    )
-    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
+def _computable(graph: _Graph, node: NodeProto, reads: list[str]) -> bool:
+    """Return whether a node computes the same from stored tensors in every call."""
+    if node.op_type in VARYING or node.domain not in ("", "ai.onnx") or not reads or node.name in graph.refused:
+        return False
+    if node.op_type == "Transpose" and graph.count_consumptions(reads[0]) != 1:
+        return False  # the tensor stays for its other consumers, so the result would be a second copy
+    return all(name in graph.stored for name in reads)
 
 
 def _common_subexpression(graph: _Graph, node: NodeProto) -> Change | None:

@@ -77,7 +77,7 @@ class Half(Pass[GraphCandidate]):
                 )
         op_types = Counter(node.op_type for node in model.graph.node if node.name in nodes)
         return changes + [
-            Change(f"{count} {dtype}", "float32", self.dtype) for dtype, count in sorted(op_types.items())
+            Change(f"{count} {op_type}", "float32", self.dtype) for op_type, count in sorted(op_types.items())
         ]
 
     def apply(self, candidate: GraphCandidate, context: Context) -> GraphCandidate:

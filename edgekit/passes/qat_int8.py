@@ -122,11 +122,12 @@ def _silence() -> Iterator[None]:
     """Suppress torch's deprecation warnings, and torchao's warnings about missing GPU libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.WARNING))
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
 
 
 def _captured(model: nn.Module, context: Context) -> GraphModule:

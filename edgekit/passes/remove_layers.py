@@ -120,8 +120,8 @@ def stacks(candidate: Candidate) -> dict[str, list[int]]:
     found = {}
     for path, stack in holders.items():
         able = [index for index, block in enumerate(stack) if calls.get(block) == [True] and list(block.parameters())]
-        kinds = Counter(type(stack[index]) for index in able)
-        found[path] = [index for index in able if type(stack[index]) is kinds.most_common(1)[0][0]]
+        classes = Counter(type(stack[index]) for index in able)
+        found[path] = [index for index in able if type(stack[index]) is classes.most_common(1)[0][0]]
     return found
 
 

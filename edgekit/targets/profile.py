@@ -157,16 +157,16 @@ class Target:
 
     @property
     def sm(self) -> int | None:
-        """61 for compute capability 6.1."""
+        """Return 61 for compute capability 6.1."""
         return int(self.compute_capability.replace(".", "")) if self.compute_capability else None
 
     @property
     def stack(self) -> Stack:
-        """The recommended one."""
+        """Return the recommended stack."""
         return self.stacks[0]
 
     def stack_for(self, runtime: str) -> Stack:
-        """The first stack with this runtime."""
+        """Return the first stack with this runtime."""
         found = next((stack for stack in self.stacks if stack.runtime == runtime), None)
         if found is None:
             raise unknown("runtime", runtime, dict.fromkeys(stack.runtime for stack in self.stacks), where=self.name)
@@ -180,12 +180,12 @@ class Target:
 
 
 def names() -> list[str]:
-    """All targets, sorted."""
+    """Return the names of all targets, sorted."""
     return sorted(_files())
 
 
 def list_targets() -> list[Target]:
-    """Every device that is known, in the order of the names: those that come with edgekit, and the user's own.
+    """Return every known device, in the order of the names: those that come with edgekit, and the user's own.
 
     >>> import edgekit
     >>> "jetson-nano" in [target.name for target in edgekit.list_targets()]
@@ -195,12 +195,12 @@ def list_targets() -> list[Target]:
 
 
 def find(text: str) -> Target:
-    """A target by name, or from a TOML file of the user."""
+    """Return a target by its name, or from a TOML file of the user."""
     return read(path_of(text))
 
 
 def path_of(text: str) -> Path:
-    """The file of a target; an unknown name is an error that lists what is there."""
+    """Return the file of a target; the error for an unknown name lists the known ones."""
     if text.endswith(".toml"):
         return Path(text)
     files = _files()
@@ -240,11 +240,11 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def user_folder() -> Path:
-    """The folder of the user's own targets."""
+    """Return the folder of the user's own targets."""
     return platformdirs.user_config_path("edgekit") / "targets"
 
 
 def _files() -> dict[str, Path]:
-    """The file of each target by name; a file of the user replaces a profile of edgekit."""
+    """Return the file of each target by name; a file of the user replaces a profile of edgekit."""
     folders = (Path(__file__).parent / "profiles", user_folder())
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}

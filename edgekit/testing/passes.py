@@ -13,53 +13,45 @@ def check_pass(compression: Pass[Any], candidate: AnyCandidate, context: Context
     """Run a pass on a candidate and check the contract of `edgekit.passes.base.Pass`; returns what the pass made.
 
     The candidate must be one that the pass changes: a network for a pass on networks, a graph for one on graphs."""
-    kind = type(compression)
-    problem = problem_with(kind, kind.name)
-    assert not problem, f"{kind.__name__} is no pass: {problem}"
+    pass_class, name = type(compression), compression.name
+    problem = problem_with(pass_class, name)
+    assert not problem, f"{pass_class.__name__} is no pass: {problem}"
     _check_parameters(compression)
-    wanted = GraphCandidate if kind.level == Level.GRAPH else Candidate
+    wanted = GraphCandidate if pass_class.level == Level.GRAPH else Candidate
     assert isinstance(candidate, wanted), (
-        f"{kind.name} works on a {wanted.__name__}, it was given a {type(candidate).__name__}"
+        f"{name} works on a {wanted.__name__}, it was given a {type(candidate).__name__}"
     )
     before = _content(candidate)
     teacher = None if context.teacher is None else _state(context.teacher)
     changes = compression.plan(candidate)
     assert changes, (
-        f"{kind.name}: its plan is empty, although it is applied; a plan lists what changes, or raises EdgekitError"
+        f"{name}: its plan is empty, although it is applied; a plan lists what changes, or raises EdgekitError"
     )
     strange = [item for item in changes if not isinstance(item, Change)]
-    assert not strange, f"{kind.name}: its plan holds a {type(strange[0]).__name__}; expected Change" if strange else ""
-    assert _content(candidate) == before, (
-        f"{kind.name}: plan has changed its candidate; only apply may, and only a copy"
-    )
+    assert not strange, f"{name}: its plan holds a {type(strange[0]).__name__}; expected Change" if strange else ""
+    assert _content(candidate) == before, f"{name}: plan has changed its candidate; only apply may, and only a copy"
     after, again = compression.apply(candidate, context), compression.apply(candidate, context)
-    assert _content(candidate) == before, (
-        f"{kind.name}: apply has changed its candidate; it must change a copy (copy_model)"
-    )
+    assert _content(candidate) == before, f"{name}: apply has changed its candidate; it must change a copy (copy_model)"
     if teacher is not None and context.teacher is not None:
-        assert _state(context.teacher) == teacher, f"{kind.name}: apply has changed the network that it learns from"
-    result = GraphCandidate if kind.lowers or kind.level == Level.GRAPH else Candidate
-    assert isinstance(after, result), f"{kind.name}: apply gave a {type(after).__name__}; expected a {result.__name__}"
-    assert _content(after) != before, (
-        f"{kind.name}: apply has changed nothing; give the check a candidate that it changes"
-    )
-    assert _content(after) == _content(again), (
-        f"{kind.name}: the same seed gave two results; draw from context.seed alone"
-    )
+        assert _state(context.teacher) == teacher, f"{name}: apply has changed the network that it learns from"
+    result = GraphCandidate if pass_class.lowers or pass_class.level == Level.GRAPH else Candidate
+    assert isinstance(after, result), f"{name}: apply gave a {type(after).__name__}; expected a {result.__name__}"
+    assert _content(after) != before, f"{name}: apply has changed nothing; give the check a candidate that it changes"
+    assert _content(after) == _content(again), f"{name}: the same seed gave two results; draw from context.seed alone"
     if isinstance(after, Candidate):
-        _check_network(kind.name, after)
+        _check_network(name, after)
     else:
-        _check_graph(kind.name, after)
+        _check_graph(name, after)
     return after
 
 
 def _check_parameters(compression: Pass[Any]) -> None:
-    """A recipe can hold it: what the dataclass says comes back from TOML's types."""
-    kind = type(compression)
+    """Check that a recipe can hold the pass: its parameters come back from TOML's types."""
+    pass_class, name = type(compression), compression.name
     values = {item.name: getattr(compression, item.name) for item in fields(compression)}  # type: ignore[arg-type]
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    rebuilt = Step(kind.name, plain).build_as(kind)
-    assert rebuilt == compression, f"{kind.name}: a recipe with its parameters gives {rebuilt}, expected {compression}"
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    rebuilt = Step(name, plain).build_as(pass_class)
+    assert rebuilt == compression, f"{name}: a recipe with its parameters gives {rebuilt}, expected {compression}"
 
 
 def _check_network(name: str, after: Candidate) -> None:

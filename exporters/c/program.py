@@ -12,10 +12,9 @@ from torch import nn
 
 from edgekit.bundle.encoding import Float
 from edgekit.bundle.family import find_family
-from edgekit.bundle.format import Bundle
+from edgekit.bundle.format import PROBABILITIES, Bundle
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
-from edgekit.graph.network import PROBABILITIES
 from edgekit.nn.t2 import T2, Block
 
 LANES = 16  # floats of the widest vector in kernels.c: the row length of a buffer is a multiple of it, on every machine

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +17,6 @@ from edgekit.errors import EdgekitError
 
 BANDS, WAVELENGTHS = ("u", "g", "r", "i", "z", "y"), (3685.0, 4802.0, 6231.0, 7542.0, 8690.0, 9736.0)
 PROCESS = GaussianProcess(WAVELENGTHS)
-DATA = Path(os.environ.get("EDGEKIT_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
-needs_data = pytest.mark.skipif(not (DATA / "train").is_dir(), reason=f"no real light curves in {DATA}")
 
 
 def curve(time, band, flux, error) -> LightCurves:
@@ -287,19 +283,19 @@ def test_grid_of_another_size():
 
 
 @pytest.fixture(scope="module")
-def plasticc() -> tuple[LightCurves, np.ndarray]:
+def plasticc(shared_data) -> tuple[LightCurves, np.ndarray]:
     """600 objects trimmed as published, and their published features in our order of bands."""
     pytest.importorskip("pyarrow")
     from alert_broker.plasticc import load
 
-    source = load(DATA / "train")
+    source = load(shared_data / "train")
     curves = source.curves
     owner, last = curves.object_of_point, np.full(len(curves), -np.inf)
     first = -last
     np.minimum.at(first, owner[curves.detected], curves.time[curves.detected])
     np.maximum.at(last, owner[curves.detected], curves.time[curves.detected])
     trimmed = curves.where((curves.time > first[owner] - 50.0) & (curves.time < last[owner] + 50.0))
-    published = np.load(DATA / "train" / "plasticc_train_gp100_original.npz")
+    published = np.load(shared_data / "train" / "plasticc_train_gp100_original.npz")
     chosen = np.random.default_rng(6).choice(len(curves), 600, replace=False)
     row_of = {int(name): row for row, name in enumerate(published["object_id"])}
     rows = [row_of[int(source.object_id[k])] for k in chosen]
@@ -309,7 +305,6 @@ def plasticc() -> tuple[LightCurves, np.ndarray]:
 
 
 @pytest.mark.realdata
-@needs_data
 def test_published_features_are_reproduced(plasticc):
     """Up to the few objects whose likelihood has two maxima: 2.75 % of all, of which ours is higher in 99 of 100."""
     curves, published = plasticc
@@ -325,11 +320,10 @@ def test_published_features_are_reproduced(plasticc):
 
 
 @pytest.mark.realdata
-@needs_data
-def test_george_agrees_on_real_alerts():
+def test_george_agrees_on_real_alerts(shared_data):
     fastavro = pytest.importorskip("fastavro")
     worse, seen = 0, 0
-    for path in sorted((DATA / "alerts" / "ztf").glob("*.avro")):
+    for path in sorted((shared_data / "alerts" / "ztf").glob("*.avro")):
         with path.open("rb") as stream:
             for alert in fastavro.reader(stream):
                 rows = [alert["candidate"], *(alert["prv_candidates"] or [])]

@@ -1,8 +1,6 @@
 """Reading packets: every type of file, every type of damage, and the account of all real packets."""
 
-import io
 import json
-import os
 import random
 import shutil
 import zlib
@@ -21,37 +19,7 @@ from alert_broker.packets import ALERT_COLUMNS, AlertBatch, ParquetRows, batches
 from alert_broker.simulate import simulate, write
 from alert_broker.surveys.base import survey_named
 from edgekit.errors import EdgekitError
-
-SHARED = Path(os.environ.get("EDGEKIT_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
-realdata = pytest.mark.realdata
-ROW = {"jd": "double", "fid": "int", "magpsf": "float", "sigmapsf": "float", "isdiffpos": "string"}
-SYNC = b"0123456789abcdef"
-
-
-def real(*names: str) -> Path:
-    path = SHARED.joinpath("alerts", *names)
-    if not path.exists():
-        pytest.skip(f"no real alerts at {path}; set EDGEKIT_SHARED_DATA")
-    return path
-
-
-def schema(name="ztf.alert", **extra):
-    """A ZTF alert with only the fields that are read."""
-    row = {"type": "record", "name": "row", "fields": [{"name": key, "type": kind} for key, kind in ROW.items()]}
-    fields = {"objectId": "string", "candid": "long", "candidate": row} | extra
-    fields["prv_candidates"] = {"type": "array", "items": "row"}
-    return {"type": "record", "name": name, "fields": [{"name": key, "type": kind} for key, kind in fields.items()]}
-
-
-def alert(candid=1, name="ZTF24aaaaaaa"):
-    row = {"jd": 2_460_000.5 + candid, "fid": 1, "magpsf": 20.0, "sigmapsf": 0.1, "isdiffpos": "t"}
-    return {"objectId": name, "candid": candid, "candidate": row, "prv_candidates": []}
-
-
-def container(packets, *, avro_schema=None, **options) -> bytes:
-    stream = io.BytesIO()
-    fastavro.writer(stream, avro_schema or schema(), packets, sync_marker=SYNC, **options)
-    return stream.getvalue()
+from tests.alert_broker.ztf_containers import SYNC, alert, container, schema
 
 
 def read(data: bytes) -> list[dict | BadPacket]:
@@ -357,11 +325,11 @@ REAL = {
 }
 
 
-@realdata
+@pytest.mark.realdata
 @pytest.mark.parametrize("folder", REAL)
-def test_every_real_packet_is_accounted_for(folder):
+def test_every_real_packet_is_accounted_for(folder, shared_data):
     count: Counter[str] = Counter()
-    for item in batches(read_blocks([real(folder)]), 64):
+    for item in batches(read_blocks([shared_data / "alerts" / folder]), 64):
         if isinstance(item, BadPacket):
             count[item.status] += 1
         else:
@@ -373,27 +341,28 @@ def test_every_real_packet_is_accounted_for(folder):
     assert count == REAL[folder]
 
 
-@realdata
-def test_poison_lost_one_byte_at_every_crlf():
+@pytest.mark.realdata
+def test_poison_lost_one_byte_at_every_crlf(shared_data):
     """The file is what a copy in text mode gives: it has no CR LF in 0.5 MB. Two packets even decode, with a damaged
     cutout."""
-    files = find_files([real("poison")])
+    poison = shared_data / "alerts" / "poison"
+    files = find_files([poison])
     assert all(path.read_bytes().count(b"\r\n") == 0 for path in files)
     reasons = [item.reason for item in read_blocks(files)]
     assert all("earlier than it says: bytes were lost" in reason for reason in reasons)
     lost = [int(reason.split(" ends ")[1].split()[0]) for reason in reasons]
     assert lost == [1, 1, 1, 1, 1, 8, 14, 1, 11]
     for name in ("516442330015015017.avro", "516476004815015005.avro"):
-        with real("poison", name).open("rb") as stream:
+        with (poison / name).open("rb") as stream:
             packet = next(fastavro.reader(stream))
         with pytest.raises(zlib.error, match="incorrect data check"):
             zlib.decompress(packet["cutoutDifference"]["stampData"], wbits=31)
 
 
-@realdata
+@pytest.mark.realdata
 @pytest.mark.parametrize("name", ["ztf_kowalski/2475433850315015009.avro", "lsst_wire/v10_0_deep_06.bin"])
-def test_real_packets_cut_anywhere(name):
-    data = real(*name.split("/")).read_bytes()
+def test_real_packets_cut_anywhere(name, shared_data):
+    data = (shared_data / "alerts" / name).read_bytes()
     rng = random.Random(name)
     for _ in range(40):
         assert only_bad(data[: rng.randrange(len(data))]).status == "error"

@@ -119,6 +119,7 @@ def test_messages_that_are_gone_are_an_error(broker):
         ({"subscribe": " , "}, "needs the options subscribe"),
         ({"kafka.bootstrap.servers": None}, "needs the options subscribe and kafka.bootstrap.servers"),
         ({"startingOffsets": "now"}, "unknown startingOffsets 'now'"),
+        ({"maxOffsetsPerTrigger": "many"}, "maxOffsetsPerTrigger is 'many'; expected a whole number"),
         ({"maxOffsetPerTrigger": "7"}, "unknown option 'maxoffsetpertrigger'.* did you mean 'maxOffsetsPerTrigger'"),
     ],
 )

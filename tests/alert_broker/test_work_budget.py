@@ -29,7 +29,7 @@ def worker(seconds, given_up):
 
 def test_the_object_that_takes_too_long_is_given_up():
     given_up = []
-    Budget(seconds=0.1).run(worker([0.01, 30.0, 0.01], given_up), 1)
+    Budget(seconds=0.1).run(worker([0.0, 30.0, 0.0], given_up), 1)
     assert given_up == [1]
 
 
@@ -56,7 +56,7 @@ def test_what_a_worker_raises_is_raised():
 
 
 def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch):
-    """The calling thread was not scheduled for a minute between two looks, as after SIGSTOP."""
+    """The calling thread was not scheduled for a minute between two checks, as after SIGSTOP."""
     real, now = work_budget.wait, [0.0]
 
     def wait(futures, seconds):

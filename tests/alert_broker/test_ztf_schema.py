@@ -2,8 +2,6 @@
 unchanged."""
 
 import io
-import os
-from pathlib import Path
 
 import fastavro
 import pytest
@@ -12,7 +10,6 @@ from fastavro.schema import parse_schema
 from alert_broker.surveys.base import survey_named
 from alert_broker.ztf_schema import DETECTION, FORCED, HISTORY, NULL_IN_HISTORY, TYPES, VERSION, ztf_schema
 
-SHARED = Path(os.environ.get("EDGEKIT_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 LARGEST = {"double": 1.7976931348623157e308, "float": 3.4028234663852886e38, "int": 2**31 - 1, "long": 2**63 - 1}
 
 
@@ -116,11 +113,9 @@ def test_a_detection_without_its_magnitude_is_refused_where_it_is_the_alert(sche
 
 
 @pytest.mark.realdata
-def test_our_ztf_schema_has_the_real_fields():
+def test_our_ztf_schema_has_the_real_fields(shared_data):
     """Names, order and types equal those that a real 4.02 packet carries, so that its data decodes with our schema."""
-    path = SHARED / "alerts" / "ztf" / "v402_2695378462115010012.avro"
-    if not path.exists():
-        pytest.skip(f"no real alert at {path}; set EDGEKIT_SHARED_DATA")
+    path = shared_data / "alerts" / "ztf" / "v402_2695378462115010012.avro"
     with path.open("rb") as stream:
         reader = fastavro.reader(stream)
         real = parse_schema(reader.writer_schema)

@@ -37,6 +37,16 @@ def test_options_and_target_reach_the_exporter(text, tiny_bundle):
     assert plain == {"title": "plain", "target": None, "model": "tiny", "force": False}
 
 
+def test_two_targets_contradict_each_other(text, tiny_bundle):
+    options = {"target": "jetson-nano"}
+    assert (
+        export(tiny_bundle, "out", to="text", options=options, target="jetson-nano").manifest["target"] == "jetson-nano"
+    )
+    with pytest.raises(EdgekitError, match=r"the options say .jetson-nano.; give the target once"):
+        export(tiny_bundle, "out", to="text", options=options, target="tesla-p40")
+    assert options == {"target": "jetson-nano"}
+
+
 def test_an_option_that_the_format_does_not_take_is_named(text, tiny_bundle):
     with pytest.raises(EdgekitError, match=r"option 'titel'.*the format text.*did you mean 'title'"):
         export(tiny_bundle, "out", to="text", options={"titel": "x"})
@@ -60,10 +70,10 @@ def test_an_unknown_format_names_the_known_ones(tiny_bundle):
 
 @pytest.mark.parametrize("name", plugins.names("edgekit.exporters"))
 def test_the_installed_formats_keep_the_contract(name):
-    kind = load_exporter(name)
-    assert problem_with(kind, name) == ""
-    assert issubclass(kind, Exporter)
-    assert option_names(kind) == set(kind.__dataclass_fields__)
+    exporter_class = load_exporter(name)
+    assert problem_with(exporter_class, name) == ""
+    assert issubclass(exporter_class, Exporter)
+    assert option_names(exporter_class) == set(exporter_class.__dataclass_fields__)
 
 
 def plain():

@@ -26,7 +26,7 @@ def test_a_plugin_that_breaks_its_contract_is_refused_in_one_line(monkeypatch):
 def test_a_plugin_that_is_not_there_is_named(monkeypatch):
     point = EntryPoint("x", "json:nothing", "edgekit.sessions")
     monkeypatch.setattr(plugins, "_points", lambda group: {"x": point})
-    with pytest.raises(EdgekitError, match=r"the runtime 'x' cannot be used: json:nothing names nothing"):
+    with pytest.raises(EdgekitError, match=r"'x' cannot be used: json:nothing cannot be loaded: AttributeError"):
         plugins.load("edgekit.sessions", "x")
 
 
@@ -35,7 +35,34 @@ def test_an_unknown_name_lists_what_there_is():
         plugins.load("edgekit.passes", "clustr")
 
 
-@pytest.mark.parametrize(("code", "words"), [("def (", "SyntaxError"), ("1 / 0", "ZeroDivisionError")])
+BROKEN_CODE = [("def (", "SyntaxError"), ("1 / 0", "ZeroDivisionError")]
+NAMES_NOTHING = [("import json\njson.nothing", "AttributeError"), ("from json import nothing", "ImportError")]
+
+
+@pytest.mark.parametrize(("code", "words"), [*BROKEN_CODE, *NAMES_NOTHING])
+def test_a_plugin_whose_module_raises_is_refused_in_one_line(code, words, tmp_path, monkeypatch):
+    (tmp_path / "their_broken_code.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("x", "their_broken_code:Thing", "edgekit.passes")
+    monkeypatch.setattr(plugins, "_points", lambda group: {"x": point})
+    with pytest.raises(EdgekitError) as refused:
+        plugins.load("edgekit.passes", "x")
+    start = f"the pass 'x' cannot be used: their_broken_code:Thing cannot be loaded: {words}: "
+    assert str(refused.value).startswith(start)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_error_of_edgekits_own_in_a_plugin_is_not_wrapped(tmp_path, monkeypatch):
+    """A module may say at import which extra it needs."""
+    code = "from edgekit.errors import missing_extra\nraise missing_extra('optuna', 'search', 'a search')"
+    (tmp_path / "their_extra.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "_points", lambda group: {"x": EntryPoint("x", "their_extra:Thing", group)})
+    with pytest.raises(EdgekitError, match=r"^a search needs optuna, .*edgekit\[search\]'$"):
+        plugins.load("edgekit.passes", "x")
+
+
+@pytest.mark.parametrize(("code", "words"), BROKEN_CODE)
 def test_code_of_the_users_that_cannot_be_imported_is_one_line(code, words, tmp_path, monkeypatch):
     (tmp_path / "my_broken_code.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -47,6 +74,9 @@ def test_a_missing_package_is_named_and_a_checkout_that_is_not_installed_too(mon
     point = EntryPoint("x", "no_such_package.module:Thing", "edgekit.sessions")
     monkeypatch.setattr(plugins, "_points", lambda group: {"x": point})
     with pytest.raises(EdgekitError, match=r"'no_such_package'.*pip install"):
+        plugins.load("edgekit.sessions", "x")
+    vars(point).update(dist=SimpleNamespace(name="their-package", version="1.2"))
+    with pytest.raises(EdgekitError, match=r"'no_such_package'.*run: pip install --force-reinstall their-package$"):
         plugins.load("edgekit.sessions", "x")
     monkeypatch.setattr(plugins, "_points", lambda group: {})
     with pytest.raises(EdgekitError, match=r"not installed.*pip install"):

@@ -120,6 +120,17 @@ def test_what_is_no_number_is_wrong():
     assert counted({"y": X}, by(np.nan)) == 2
 
 
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64])
+def test_codes_and_classes_are_compared_by_the_share_that_differs(dtype, capsys):
+    """A difference of booleans is an error in numpy, and one of uint8 wraps around."""
+    wanted = np.array([0, 1, 1, 0, 1]).astype(dtype)
+    assert counted({"y": wanted}, lambda names, feeds: [(feeds["x"][:, 0] % 4 == 2).astype(dtype)]) == 2
+    assert "y off by 6.0e-01" in capsys.readouterr().out
+    rows = {tuple(row): value for row, value in zip(X.tolist(), wanted, strict=True)}
+    same = lambda names, feeds: [np.array([rows[tuple(row)] for row in feeds["x"].tolist()], dtype)]  # noqa: E731
+    assert counted({"y": wanted}, same) == 0
+
+
 def test_every_output_is_counted():
     assert counted({"y": X, "z": X}, by(9)) == 4
 

@@ -24,7 +24,7 @@ from exporters.tensorrt_export import TensorRtExporter, build_script, engine_key
 
 FAKE = Path(__file__).parent / "fake"
 SHAPES = {"light_curve": {"min": [1, 12, 2], "opt": [16, 12, 2], "max": [64, 12, 2]}}
-# one target for each generation, and the stack where it is not the first
+# one target for each parser version, and the stack if it is not the first
 STACKS = {
     "8.2": ("jetson-nano", ""),
     "8.5": ("jetson-xavier-nx", ""),
@@ -34,14 +34,14 @@ STACKS = {
 }
 
 
-def all_places():
+def all_deployments():
     for name in targets.names():
         for stack in targets.find(name).stacks:
             if stack.runtime == "tensorrt":
                 yield deployment_target(name, "tensorrt", stack.name)
 
 
-PLACES = list(all_places())
+DEPLOYMENTS = list(all_deployments())
 
 
 def flags(text: str) -> list[str]:
@@ -50,11 +50,16 @@ def flags(text: str) -> list[str]:
     return re.findall(r"^\s+'?--(\w+)", command, re.MULTILINE)
 
 
-@pytest.mark.parametrize("where", PLACES, ids=lambda where: f"{where.target.name}, {where.stack.name}")
-@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
-def test_build_scripts_are_valid_and_use_only_their_generations_options(where, precision, tmp_path):
-    if precision in where.target.plan.never:
-        pytest.skip(f"{where.target.name} must not be given {precision}")
+@pytest.mark.parametrize(
+    ("where", "precision"),
+    [
+        pytest.param(where, precision, id=f"{where.target.name}, {where.stack.name}, {precision}")
+        for where in DEPLOYMENTS
+        for precision in ("float32", "float16", "int8")
+        if precision not in where.target.plan.never
+    ],
+)
+def test_build_scripts_are_valid_and_use_only_the_options_of_their_version(where, precision, tmp_path):
     text = build_script(where, precision, SHAPES, 512, 3, "0" * 64)
     (tmp_path / "build.sh").write_text(text)
     for shell in ("bash", "sh"):
@@ -104,7 +109,7 @@ def test_the_flag_table_has_teeth():
         ("11", "int8", ["--skipInference"], ["int8", "fp16"]),
     ],
 )
-def test_each_generation_is_spoken_to_in_its_dialect(parser_version, precision, there, absent):
+def test_each_parser_version_gets_its_own_options(parser_version, precision, there, absent):
     name, stack = STACKS[parser_version]
     where = deployment_target(name, "tensorrt", stack)
     assert where.parser_version.name == parser_version
@@ -178,7 +183,7 @@ def test_layers_that_must_stay_in_float32_are_named_to_trtexec_or_to_the_person(
     assert given["--precisionConstraints"] == "prefer"
     pairs = [pair.rpartition(":") for pair in given["--layerPrecisions"].split(",")]
     assert sorted(name for name, _, _ in pairs) == sorted(xavier["kept_in_float32"])
-    assert {kind for _, _, kind in pairs} == {"fp32"}
+    assert {precision for _, _, precision in pairs} == {"fp32"}
     orin = TensorRtExporter(target="jetson-orin-nano-8gb").export(toy(context=2), tmp_path / "orin").manifest
     assert (orin["notes"], orin["kept_in_float32"]) == ([], [])
     assert "Constraints" not in (tmp_path / "orin" / "build.sh").read_text()
@@ -195,7 +200,7 @@ def test_layers_whose_names_trtexec_cannot_read_are_named_to_the_person():
     assert unpinned_notes(TargetGraph(onnx.ModelProto(), where, "float16", 1e-2, Float32Pinned(("softmax",)))) == []
 
 
-def test_build_script_refuses_another_generation(nano, tmp_path):
+def test_build_script_refuses_another_release(nano, tmp_path):
     copy, done = build(nano, tmp_path, "100300")
     assert done.returncode == 1
     assert "this is TensorRT 100300; this kit is for 8.2" in done.stderr
@@ -334,6 +339,33 @@ def test_where_tensorrt_is_present_it_builds_caches_and_verifies(
     assert len(trt.LOG) == 1
 
 
+@pytest.mark.parametrize(("parser_version", "version", "capability"), [("8.2", "8.2.1.8", 53), ("10", "10.13.3.9", 86)])
+def test_a_kit_whose_least_batch_exceeds_the_stored_rows_is_checked_at_that_batch(
+    fake, toy, tmp_path, parser_version, version, capability
+):
+    fake(version, capability)
+    name, stack = STACKS[parser_version]
+    exporter = TensorRtExporter(target=name, stack=stack, axes=("batch=16:32:64",))
+    manifest = exporter.export(toy(context=2), tmp_path / "kit").manifest
+    assert (manifest["least_batch"], manifest["largest_batch"]) == (16, 64)
+    report = manifest["engine"]["report"]
+    assert [check["batch"] for check in report["checks"]] == [16]
+    assert report["passed"]
+
+
+def test_a_shape_that_the_engine_does_not_take_is_named(fake, toy, tmp_path):
+    """TensorRT only returns False for a shape outside the profile; a run would then use the shape before it."""
+    fake("10.13.3.9", 86)
+    name, stack = STACKS["10"]
+    TensorRtExporter(target=name, stack=stack, axes=("batch=2:4:8",)).export(toy(context=2), tmp_path / "kit")
+    manifest = json.loads((tmp_path / "kit" / "manifest.json").read_text())
+    (tmp_path / "kit" / "manifest.json").write_text(json.dumps({**manifest, "least_batch": 1}))
+    command = [sys.executable, tmp_path / "kit" / "verify.py", "--cudart", os.environ["EDGEKIT_CUDART"], "--runs", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "FAIL: the engine does not take input light_curve in shape (1, 12, 2)" in done.stdout
+
+
 def test_the_kit_itself_checks_its_engine_under_tensorrt(fake, toy, tmp_path):
     fake("8.2.1.8", 53)
     TensorRtExporter(target="jetson-nano").export(toy(context=2, output="logits"), tmp_path / "kit")
@@ -453,5 +485,5 @@ def test_the_stand_in_moves_real_memory(cudart):
         Cuda("/nowhere/libcudart.so")
 
 
-def test_rtx_is_no_generation_of_trtexec():
+def test_rtx_has_no_trtexec():
     assert parser_versions()[RTX].dialect == {}

@@ -23,7 +23,6 @@ from alert_broker.ztf_schema import ztf_schema
 from tests.alert_broker.avro.maker import Maker, zigzag
 
 ROOT = Path(__file__).resolve().parents[3]
-SHARED = Path(os.environ.get("EDGEKIT_SHARED_DATA", ROOT.parent / "shared" / "data"))
 LOGICAL = {"int": "date", "long": "timestamp-micros", "bytes": "decimal", "string": "uuid"}
 HOSTILE_NUMBERS = (0, 1, 3, 127, 128, 2**31, 2**62, 2**63 - 1, -1, -(2**63))
 
@@ -476,10 +475,8 @@ def test_the_loop_is_compiled_on_request():
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("every", [False, True], ids=["wanted", "every field"])
-def test_real_packets_agree_with_fastavro(every):
-    folder = SHARED / "alerts"
-    if not folder.exists():
-        pytest.skip(f"no real alerts at {folder}; set EDGEKIT_SHARED_DATA")
+def test_real_packets_agree_with_fastavro(every, shared_data):
+    folder = shared_data / "alerts"
     count = 0
     for path in [*folder.glob("ztf*/*.avro"), *folder.glob("other/*.avro"), *folder.glob("lsst_wire/*.bin")]:
         data = path.read_bytes()

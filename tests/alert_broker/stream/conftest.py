@@ -81,6 +81,29 @@ def rig(broker, bundle, tmp_path):
     return Rig(address, settings, tmp_path, bundle)
 
 
+@pytest.fixture
+def source(monkeypatch):
+    """A source whose consumer is a `FakeConsumer`, with the partitions 0 and 1 of the topic "t"."""
+    from alert_broker.stream import config as configuration
+    from alert_broker.stream import source as module
+    from alert_broker.stream.stats import Stats
+    from tests.alert_broker.stream.fake_consumer import FakeConsumer, FakeLag, assign
+
+    consumer = FakeConsumer()
+    monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
+    monkeypatch.setattr(module, "Lag", FakeLag)
+    monkeypatch.setattr(module, "partitions_of", lambda client, topic: [0, 1])
+    tables = {
+        "source": {"topics": ["t"], "drain_seconds": 0.05},
+        "output": [{"topic": "r"}],
+        "batch": {"bytes": 10_000},
+        "kafka": {"bootstrap.servers": "x:1"},
+    }
+    source = module.Source(configuration.parse(tables, "test").check(), Stats())
+    assign(consumer, 0, 1)
+    return source
+
+
 @pytest.fixture(scope="session")
 def long_packet() -> bytes:
     """A valid ZTF alert with 10,000 detections in its history, which deflate to some hundred kB."""

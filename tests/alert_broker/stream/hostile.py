@@ -17,9 +17,10 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from alert_broker.stream import pipeline as module
 from alert_broker.stream.config import Config
 from alert_broker.stream.dead_letters import ATTEMPTS, OFFSET, PARTITION, REDRIVEN, TOPIC
-from alert_broker.stream.pipeline import InFlight, Pipeline
+from alert_broker.stream.in_flight import InFlight
+from alert_broker.stream.message_batch import MessageBatch
+from alert_broker.stream.pipeline import Pipeline
 from alert_broker.stream.publish import Outgoing
-from alert_broker.stream.source import MessageBatch
 from alert_broker.stream.stats import Stats
 from tests.brokers import _librdkafka
 
@@ -135,7 +136,7 @@ class InMemory:
         self.sent: list[Outgoing] = []
         self._producer = Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
         monkeypatch.setattr(module, "Source", _FakeSource)
-        monkeypatch.setattr(module, "open_publisher", lambda config, source, budget: self)
+        monkeypatch.setattr(module, "open_publisher", lambda config, membership, budget: self)
         self.stats = Stats()
         self.pipeline = Pipeline(config, self.stats)
 
@@ -164,6 +165,11 @@ class InMemory:
 
 class _FakeSource:
     def __init__(self, config: Config, stats: Stats) -> None:
+        self.membership = _FakeMembership()
+
+
+class _FakeMembership:
+    def __init__(self) -> None:
         self.publishing = Lock()
 
     def owned(self, batch: MessageBatch) -> Any:

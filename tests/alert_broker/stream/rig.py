@@ -22,10 +22,10 @@ import tomli_w
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 
 from alert_broker.stream import config as configuration
-from alert_broker.stream import pipeline
 from alert_broker.stream.clients import partitions_of
 from alert_broker.stream.config import Config
 from alert_broker.stream.dead_letters import OFFSET, PARTITION, TOPIC, headers_of
+from alert_broker.stream.run import run
 from alert_broker.stream.stats import Stats
 from tests.brokers import create_topics
 
@@ -77,7 +77,7 @@ class Rig:
     def consume(self, stop=lambda: False, **changes) -> Stats:
         """Run the pipeline in this process, to the end by default."""
         stats = Stats()
-        pipeline.run(self.config(**changes), stats, stop)
+        run(self.config(**changes), stats, stop)
         return stats
 
     @contextmanager
@@ -87,7 +87,7 @@ class Rig:
 
         def work():
             try:
-                pipeline.run(self.config(source={"until_eos": False}, **changes), stats, ended.is_set)
+                run(self.config(source={"until_eos": False}, **changes), stats, ended.is_set)
             except BaseException as error:
                 failed.append(error)
 

@@ -241,6 +241,16 @@ def test_a_disk_that_is_full_for_real(tmp_path):
     assert full == after == "True ['alerts-0-000000000000.parquet']"
 
 
+def test_a_new_night_is_on_disk_with_its_folder(tmp_path, monkeypatch):
+    """The entry of a file is in its folder, and the entry of that folder is in the folder of the archive."""
+    store, synced = Archive(tmp_path, SCHEMA), []
+    monkeypatch.setattr(archive, "_sync", synced.append)
+    for _ in range(2):
+        store.write(rows_of([1]), positions_of([1]))
+    night = tmp_path / "night=2025-11-25"
+    assert synced == [tmp_path, night, night]
+
+
 @pytest.mark.parametrize("step", range(3))
 def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path, step):
     """SIGKILL comes before the rename, after it, or in the middle of a file; the next writer removes the leftover

@@ -193,6 +193,10 @@ def test_partitions_are_in_order():
         ({}, "the topic 'a' is not there; create it or name another one"),
         ({"a": topic(error=KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART))}, "the topic 'a' is not there"),
         (
+            {"a": topic(error=KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED, "not allowed"))},
+            "the topic 'a' cannot be read: not allowed; run `edgekit alerts check`",
+        ),
+        (
             KafkaException(KafkaError(KafkaError._TRANSPORT, "down")),
             "the broker does not answer: down; check bootstrap",
         ),

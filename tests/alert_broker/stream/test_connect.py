@@ -6,16 +6,21 @@ import socket
 import ssl
 import threading
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
+from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, TopicPartition
 
 from alert_broker.stream import connect, rights
-from alert_broker.stream.clients import KAFKA_LOG, OnceAMinute
+from alert_broker.stream.clients import KAFKA_LOG, OnceAMinute, open_consumer
 from alert_broker.stream.config import load
 from alert_broker.stream.connect import principal, reach
 from edgekit.errors import EdgekitError
 from tests.brokers import MockCluster, free_port
 from tests.certificates import Authority
+
+READ = {"source": {"topics": ["ztf"]}, "output": [{"topic": "results"}]}
 
 
 @pytest.fixture
@@ -72,11 +77,25 @@ def test_plain_text_against_tls(server, tmp_path):
                                          sasl_username="u", sasl_password="p")  # fmt: skip
 
 
-def test_tls_against_plain_text(server):
-    port = server()
-    assert f"the broker at 127.0.0.1:{port} does not speak TLS, but security.protocol is SSL" in fault(
-        port, security_protocol="ssl"
-    )
+def test_tls_against_plain_text():
+    with MockCluster() as cluster:
+        port = int(cluster.address.rpartition(":")[2])
+        assert f"the broker at 127.0.0.1:{port} does not speak TLS, but security.protocol is SSL" in fault(
+            port, security_protocol="ssl"
+        )
+
+
+def test_a_server_that_closes_connections_is_waited_for(server, monkeypatch):
+    """A load balancer does so while its broker starts. It does not show whether the broker speaks TLS."""
+    monkeypatch.setattr(connect, "TRY_SECONDS", 0.2)
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > 3
+
+    assert reach({"bootstrap.servers": f"127.0.0.1:{server()}", "security.protocol": "ssl"}, stop) is None
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(
@@ -98,10 +117,44 @@ def test_a_certificate_that_is_not_accepted(server, tmp_path, options, trusted, 
 
 
 def test_a_good_certificate_is_no_fault(server, tmp_path):
-    """The twin: with the same server and the right authority, we wait for a broker that speaks Kafka."""
+    """The twin: with the same server and the right authority, `reach` waits for a broker that speaks Kafka."""
+    authority, other = Authority(tmp_path), Authority(tmp_path / "other")
+    port = server(authority)
+
+    def certificate_fault(**settings):
+        dotted = {name.replace("_", "."): value for name, value in settings.items()}
+        return connect._certificate_fault("127.0.0.1", port, {"security.protocol": "ssl", **dotted})
+
+    assert certificate_fault(ssl_ca_location=str(authority.file)) == ""
+    assert certificate_fault(ssl_ca_pem=authority.file.read_text()) == ""
+    assert "ssl.ca.location (from ssl.ca.pem)" in certificate_fault(ssl_ca_pem=other.file.read_text())
+    # the client does not check the certificate
+    verify = {"enable.ssl.certificate.verification": False}
+    wrong = {"security.protocol": "ssl", "ssl.ca.location": str(other.file)}
+    assert connect._certificate_fault("127.0.0.1", port, wrong) != ""
+    assert connect._certificate_fault("127.0.0.1", port, wrong | verify) == ""
+
+
+def test_a_certificate_that_only_a_newer_python_refuses_is_no_fault(server, tmp_path, monkeypatch):
+    """By default Python 3.13 requires extensions that these certificates do not have."""
+    real = ssl.create_default_context
+
+    def strict(**options):
+        context = real(**options)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
     authority = Authority(tmp_path)
     settings = {"security.protocol": "ssl", "ssl.ca.location": str(authority.file)}
     assert connect._certificate_fault("127.0.0.1", server(authority), settings) == ""
+
+
+def test_authorities_in_a_folder_are_looked_up_there(server, tmp_path):
+    """OpenSSL finds a certificate in a folder by the hash of its subject, so it finds none under another name."""
+    authority = Authority(tmp_path)
+    settings = {"security.protocol": "ssl", "ssl.ca.location": str(tmp_path)}
+    assert f"ssl.ca.location ({tmp_path})" in connect._certificate_fault("127.0.0.1", server(authority), settings)
 
 
 def test_a_broker_that_is_away_is_waited_for_and_that_is_said_once_a_minute(caplog):
@@ -144,7 +197,13 @@ def test_who_we_are(settings, who):
 
 @pytest.mark.parametrize(
     ("text", "address"),
-    [("a:1", ("a", 1)), ("SSL://a:1", ("a", 1)), ("a", ("a", 9092)), (" [::1]:9093", ("::1", 9093))],
+    [
+        ("a:1", ("a", 1)),
+        ("SSL://a:1", ("a", 1)),
+        ("a", ("a", 9092)),
+        (" [::1]:9093", ("::1", 9093)),
+        ("[::1]", ("::1", 9092)),
+    ],
 )
 def test_addresses(text, address):
     assert connect._address(text) == address
@@ -166,15 +225,71 @@ def test_librdkafkas_messages_pass_once_a_minute(monkeypatch):
     assert len(once._passed) <= 100
 
 
+def errors(*codes):
+    return [KafkaError(code) for code in codes]
+
+
+@pytest.mark.parametrize(
+    ("heard", "answers", "said"),
+    [
+        ((), (), ""),
+        ((), (KafkaError.UNKNOWN_TOPIC_OR_PART,), ""),
+        ((), (KafkaError.UNKNOWN_MEMBER_ID,), ""),  # the group has members
+        ((), (KafkaError.FENCED_INSTANCE_ID,), ""),  # one of them has our group.instance.id
+        ((KafkaError._TRANSPORT,), (KafkaError.UNKNOWN_TOPIC_OR_PART,), ""),  # one of several nodes is away
+        ((KafkaError.GROUP_AUTHORIZATION_FAILED,), (), "alice has no right to Read on the group 'g'"),
+        ((), (KafkaError._WAIT_COORD,), "alice has no right to Read on the group 'g'"),
+        ((), (KafkaError._TIMED_OUT,), "the right on the group 'g' cannot be checked: "),
+        ((), (KafkaError.COORDINATOR_NOT_AVAILABLE,), "the right on the group 'g' cannot be checked: "),
+    ],
+)
+def test_a_right_on_the_group_that_cannot_be_checked_is_not_taken_for_good(heard, answers, said):
+    problem = rights._group_problem("group 'g'", "alice", errors(*heard), errors(*answers))
+    assert problem.startswith(said)
+    assert bool(problem) == bool(said)
+
+
+def test_a_group_is_checked_without_a_commit():
+    with MockCluster() as cluster:
+        config = load(None, {**READ, "kafka": {"bootstrap.servers": cluster.address}})
+        assert rights.group(config) == rights.Finding("group 'edgekit'", "Read")
+        consumer = open_consumer({"bootstrap.servers": cluster.address, "group.id": "edgekit"})
+        try:
+            (found,) = consumer.committed([TopicPartition("ztf", 0)], 10)
+        finally:
+            consumer.close()
+        assert found.offset == OFFSET_INVALID
+
+
+def test_a_transactional_producer_that_cannot_be_configured_is_one_line():
+    config = load(None, {**READ, "kafka": {"bootstrap.servers": "127.0.0.1:1", "batch.size": "soon"}})
+    with pytest.raises(EdgekitError, match=r"the producer cannot be configured: .*batch\.size"):
+        rights.transactional_id(config)
+
+
+def test_a_user_from_the_environment_is_named(monkeypatch):
+    monkeypatch.setenv("NIGHTLY", "alice")
+    config = load(None, {**READ, "kafka": {"bootstrap.servers": "x:1", "sasl.username": "env:NIGHTLY"}})
+    refused = KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+
+    def describe_topics(topics, **options):
+        futures = {name: Future() for name in ("ztf", "results", "edgekit-dead-letters")}
+        for future in futures.values():
+            future.set_exception(refused)
+        return futures
+
+    found = rights.topics(SimpleNamespace(describe_topics=describe_topics), config)
+    assert [finding.problem.split(" has")[0] for finding in found] == ["the user 'alice'"] * 3
+
+
 def test_a_cluster_without_a_controller_can_be_read_and_an_absent_topic_is_named(monkeypatch):
     """The mock cluster has no controller, like a real one that is choosing it, and so describes no topic."""
     monkeypatch.setattr(rights, "ANSWER_SECONDS", 0.5)
     with MockCluster() as cluster:
         for name in ("ztf", "results", "dead"):
             cluster.create_topic(name, 1)
-        changes = {"source": {"topics": ["ztf"]}, "dead_letters": {"topic": "dead"}}
-        changes |= {"kafka": {"bootstrap.servers": cluster.address}, "output": [{"topic": "results"}]}
-        config = load(None, changes)
+        changes = {"kafka": {"bootstrap.servers": cluster.address}, "dead_letters": {"topic": "dead"}}
+        config = load(None, READ | changes)
         client = reach(config.kafka_settings())
         rights.require_topics(client, config)
         absent = dataclasses.replace(config, output=(dataclasses.replace(config.output[0], topic="elsewhere"),))

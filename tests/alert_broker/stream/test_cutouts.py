@@ -7,11 +7,13 @@ import fastavro
 import numpy as np
 import pyarrow as pa
 import pytest
+from fastavro.schema import parse_schema
 
-from alert_broker import simulated_packets
+from alert_broker import containers, simulated_packets
 from alert_broker.containers import WIRE_HEADER
 from alert_broker.stream.cutouts import CUTOUTS, cutouts
 from alert_broker.surveys import lsst
+from alert_broker.ztf_schema import ztf_schema
 
 NOTHING = (None, None, None)
 
@@ -59,6 +61,16 @@ def test_any_mixture_keeps_its_order(packets_with_images, seed):
     choices = [*zip(messages, map(tuple, images), strict=True), (b"garbage", NOTHING), (b"", NOTHING)]
     chosen = [choices[k] for k in rng.integers(len(choices), size=20)]
     assert found([message for message, _ in chosen]) == [expected for _, expected in chosen]
+
+
+def test_a_message_that_inflates_beyond_the_limit_of_a_message_has_no_images(packets_with_images, monkeypatch):
+    messages, images = packets_with_images
+    stream = io.BytesIO()
+    (packet,) = fastavro.reader(io.BytesIO(messages[0]))
+    fastavro.writer(stream, parse_schema(ztf_schema()), [packet], codec="deflate")
+    assert found([stream.getvalue()]) == [tuple(images[0])]
+    monkeypatch.setattr(containers, "MESSAGE_BYTES", 1000)
+    assert found([stream.getvalue()]) == [NOTHING]
 
 
 def test_no_messages_have_no_images():

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ from alert_broker.stream import logs
 from alert_broker.stream.dashboard import View, dashboard, line, show
 from alert_broker.stream.stats import STAGES, Stats
 from tests.alert_broker.stream.sample import busy_stats
+from tests.alert_broker.stream.waiting import wait_for
 
 
 def screen(view: View, width: int = 100, height: int = 40) -> str:
@@ -127,7 +127,7 @@ def test_text_from_packets_is_no_markup():
 def test_lines_come_where_there_is_no_terminal():
     stats, console = busy_stats(), Console(file=io.StringIO(), width=40)
     with show(stats, console=console, every=0.02):
-        time.sleep(0.2)
+        wait_for(lambda: console.file.getvalue().count("\n") >= 2)
         stats.ledger.add(("ztf", 0), consumed=1)
     lines = console.file.getvalue().splitlines()
     assert len(lines) >= 3

@@ -115,7 +115,7 @@ def test_committing_before_publishing_would_lose(rig, packets, monkeypatch):
     def publish(self, messages, offsets, instead):
         nonlocal batches
         batches += 1
-        self._source.commit(dict(offsets))
+        self._membership.commit(dict(offsets))
         if batches == 2:
             raise CrashError
         assert isinstance(self._sender, Sender)
@@ -472,23 +472,23 @@ def test_exactly_once_with_sigkills(transactional, packets):
 
 def test_at_least_once_repeats_what_exactly_once_does_not(transactional, packets, monkeypatch):
     """Planted: the same crashes without transactions."""
-    from alert_broker.stream.source import Source
+    from alert_broker.stream.membership import Membership
 
     rig, crashes = transactional, 0
     sent = rig.send(repeat(packets, 200))
-    real = Source.commit
+    real = Membership.commit
 
     class CrashError(Exception):
         pass
 
     def commit(self, offsets):
         nonlocal crashes
-        if crashes < 3 and random.Random(crashes).random() < 2:
+        if crashes < 3:
             crashes += 1
             raise CrashError
         real(self, offsets)
 
-    monkeypatch.setattr(Source, "commit", commit)
+    monkeypatch.setattr(Membership, "commit", commit)
     while True:
         try:
             rig.consume(batch={"size": 25})
@@ -502,16 +502,17 @@ def test_at_least_once_repeats_what_exactly_once_does_not(transactional, packets
 
 def test_an_old_member_is_fenced_off(transactional, packets, monkeypatch):
     """A second member with the same name takes over; the first one, which is out of the group, publishes nothing."""
+    from alert_broker.stream.membership import LostError
     from alert_broker.stream.publish import ExactlyOnce, Outgoing
-    from alert_broker.stream.source import LostError, Source
+    from alert_broker.stream.source import Source
 
     rig = transactional
     config = rig.config(publish=EXACTLY)
     source, gone = Source(config, Stats()), Source(config, Stats())
-    monkeypatch.setattr(gone, "_losing", True)
+    monkeypatch.setattr(gone.membership, "_losing", True)
     try:
-        old = ExactlyOnce(config, gone)
-        new = ExactlyOnce(config, source)
+        old = ExactlyOnce(config, gone.membership)
+        new = ExactlyOnce(config, source.membership)
 
         def no_other(refused):
             raise AssertionError(refused)
@@ -540,7 +541,7 @@ def test_two_members_with_one_transactional_id_do_not_fence_each_other_off_for_e
                 for item in sources:
                     item.poll(1, 0.1)
                 assert time.monotonic() < deadline
-        publishers = [ExactlyOnce(config, source) for source in sources]
+        publishers = [ExactlyOnce(config, source.membership) for source in sources]
         sent: list[bytes] = []
 
         def take_turns():
@@ -561,27 +562,30 @@ def test_two_members_with_one_transactional_id_do_not_fence_each_other_off_for_e
 def test_partitions_that_are_lost_amid_a_transaction(transactional, packets, monkeypatch):
     """Twice the group goes on without us after a batch was sent and before its offsets are; we join again, and read
     it again. Nobody sees what was aborted, and the ledger says what was given back."""
-    from alert_broker.stream.source import LostError, Request, Source
+    from alert_broker.stream.membership import LostError, Membership
+    from alert_broker.stream.polling_thread import Request
 
     rig, calls = transactional, 0
     sent = rig.send(repeat(packets, 200))
-    real = Source.group_metadata
+    real = Membership.group_metadata
 
-    def lose(source):
-        partitions = source.consumer.assignment()
-        source._lost(source.consumer, partitions)
-        source.consumer.incremental_unassign(partitions)
-        source._assigned(source.consumer, [TopicPartition(item.topic, item.partition) for item in partitions])
+    def lose(membership):
+        consumer = membership._consumer
+        partitions = consumer.assignment()
+        membership._lost(consumer, partitions)
+        consumer.incremental_unassign(partitions)
+        membership._assigned(consumer, [TopicPartition(item.topic, item.partition) for item in partitions])
 
     def group_metadata(self):
         nonlocal calls
         calls += 1
         if calls in (2, 5):
-            self._requests.put(Request(lambda: lose(self)))  # what the polling thread would come to know
+            # the polling thread would come to know of the loss
+            self._polling_thread._requests.put(Request(lambda: lose(self)))
             raise LostError("of the test")
         return real(self)
 
-    monkeypatch.setattr(Source, "group_metadata", group_metadata)
+    monkeypatch.setattr(Membership, "group_metadata", group_metadata)
     total = rig.consume(publish=EXACTLY, batch={"size": 25}).ledger.total()
     done, seen = rig.outcome(sent), rig.outcome(sent, "read_uncommitted")
     print(

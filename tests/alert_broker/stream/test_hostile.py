@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 
 from alert_broker.stream import config as configuration
-from alert_broker.stream import dead_letters, pipeline
+from alert_broker.stream import dead_letters, outcome
 from alert_broker.stream.dead_letters import ATTEMPTS, OMITTED, REASON, UnreadableHeadersError, headers_of
 from alert_broker.stream.redrive import restored
 from edgekit.errors import EdgekitError
@@ -71,14 +71,14 @@ def test_a_header_whose_name_is_not_utf_8_leaves_a_dead_letter_with_the_position
 
 
 def test_planted_without_the_catch_all_it_ends_the_consumer(stages, monkeypatch):
-    monkeypatch.setattr(pipeline, "outgoing", dead_letters._whole)
+    monkeypatch.setattr(outcome, "outgoing", dead_letters._whole)
     with pytest.raises(UnreadableHeadersError):
         stages.run([Hostile(BROKEN, headers=((NOT_UTF_8, b"x"),))])
     stages.stats.ledger.revoke(("source", 0))
 
 
 def test_a_row_that_cannot_be_written_takes_no_other_along(stages, packets, monkeypatch):
-    real, broken = stages.pipeline.router, []
+    real, broken = stages.pipeline._writer._router, []
 
     def router(rows, *arguments):
         if (broken or rows["alert_id"].to_pylist())[0] in rows["alert_id"].to_pylist():
@@ -86,7 +86,7 @@ def test_a_row_that_cannot_be_written_takes_no_other_along(stages, packets, monk
             raise ZeroDivisionError("of the test")
         return real(rows, *arguments)
 
-    monkeypatch.setattr(stages.pipeline, "router", router)
+    monkeypatch.setattr(stages.pipeline._writer, "_router", router)
     assert outcomes(stages, [Hostile(packet) for packet in packets[:5]]) == (4, 1)
     assert b"cannot be written (ZeroDivisionError: of the test)" in dict(stages.sent[-1].headers)[REASON]
 

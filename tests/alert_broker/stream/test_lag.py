@@ -1,6 +1,5 @@
 """The lag against librdkafka's mock cluster, whose log ends are exact: a number for every partition that is ours."""
 
-import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from alert_broker.stream import lag as module
 from alert_broker.stream.lag import Lag
 from alert_broker.stream.source import Source
 from alert_broker.stream.stats import Stats
+from tests.alert_broker.stream.waiting import wait_for
 from tests.brokers import MockCluster
 
 
@@ -53,13 +53,6 @@ OURS = [("source", number) for number in range(3)]
 
 def numbers(lag):
     return [lag.get(at) for at in OURS]
-
-
-def wait_for(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class Never:

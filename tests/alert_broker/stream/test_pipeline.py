@@ -13,12 +13,12 @@ from confluent_kafka import TopicPartition
 from alert_broker import containers, work_budget
 from alert_broker.classify import classify_files
 from alert_broker.containers import WIRE_HEADER
-from alert_broker.stream import pipeline
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.dead_letters import ATTEMPTS, REASON, SCHEMA_ID, STACK, headers_of
 from alert_broker.stream.health import health, readiness
 from alert_broker.stream.ledger import Ledger
 from alert_broker.stream.redrive import redrive
+from alert_broker.stream.run import run
 from alert_broker.stream.source import Source
 from alert_broker.stream.stages import Stages
 from alert_broker.stream.stats import Stats
@@ -257,14 +257,14 @@ def test_who_is_stuck_after_having_been_at_the_end_is_found_out(rig, packets, mo
         time.sleep(2.5)  # it is idle, for longer than it may be stuck
         assert health(stats.snapshot(), 2.0)[0]
         consumer = sources[0].consumer
-        sources[0]._ask(lambda: consumer.pause(consumer.assignment()))
+        sources[0].membership.ask(lambda: consumer.pause(consumer.assignment()))
         rig.send(packets[6:36], spread=1)
         wait_for(lambda: not health(stats.snapshot(), 2.0)[0])
         assert not readiness(stats.snapshot(), 2.0)[0]
         answer = health(stats.snapshot(), 2.0)[1]
         assert (answer["status"], answer["in_flight"]) == ("stuck", 0)
         assert answer["lag"] > 0
-        sources[0]._ask(lambda: consumer.resume(consumer.assignment()))
+        sources[0].membership.ask(lambda: consumer.resume(consumer.assignment()))
         wait_for(lambda: stats.ledger.total().published == 36)
         wait_for(lambda: health(stats.snapshot(), 2.0)[0])
 
@@ -348,7 +348,7 @@ def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monk
     monkeypatch.setattr("alert_broker.stream.source.USUAL_BYTES", largest)
     limit = {"size": 10} if full == "size" else {"bytes": 10 * largest}
     config = rig.config(batch={"queue": 1, **limit}, archive={"folder": str(rig.folder / "archive")})
-    pipeline.run(config, stats, lambda: False)
+    run(config, stats, lambda: False)
     assert paused
     most_batches = 3 + 3 + 2  # one in each stage and queue, one that waits, one that came while pausing
     if full == "size":

@@ -8,8 +8,9 @@ from confluent_kafka import KafkaError
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import publish
+from alert_broker.stream.membership import LostError
 from alert_broker.stream.publish import RENEWALS, AtLeastOnce, ExactlyOnce, Outgoing
-from alert_broker.stream.source import LostError, Source
+from alert_broker.stream.source import Source
 from alert_broker.stream.stats import Stats
 from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
@@ -57,7 +58,7 @@ def no_other(refused):
 
 
 def test_offsets_are_committed_after_all_is_acknowledged(cluster, source):
-    publisher = AtLeastOnce(config_of(cluster), source)
+    publisher = AtLeastOnce(config_of(cluster), source.membership)
     with cluster.requests() as kinds:
         publisher.publish(messages(20), {("source", 0): 7}, no_other)
     assert kinds.count(OFFSET_COMMIT) == 1
@@ -67,22 +68,22 @@ def test_offsets_are_committed_after_all_is_acknowledged(cluster, source):
 
 def test_the_order_is_seen_if_it_is_wrong(cluster, source):
     """Planted: commit first."""
-    publisher = AtLeastOnce(config_of(cluster), source)
+    publisher = AtLeastOnce(config_of(cluster), source.membership)
     with cluster.requests() as kinds:
-        source.commit({("source", 0): 7})
+        source.membership.commit({("source", 0): 7})
         publisher.publish(messages(20), {}, no_other)
     assert PRODUCE in kinds[kinds.index(OFFSET_COMMIT) :]
 
 
 def test_passing_errors_are_survived(cluster, source):
-    publisher = AtLeastOnce(config_of(cluster, publish={"seconds": 20.0}), source)
+    publisher = AtLeastOnce(config_of(cluster, publish={"seconds": 20.0}), source.membership)
     cluster.fail(PRODUCE, [KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.REQUEST_TIMED_OUT])
     publisher.publish(messages(5), {("source", 0): 5}, no_other)
     assert source.consumer.committed(source.consumer.assignment(), 5)[0].offset == 5
 
 
 def test_a_broker_that_is_away_for_a_moment(cluster, source):
-    publisher = AtLeastOnce(config_of(cluster, publish={"seconds": 20.0}), source)
+    publisher = AtLeastOnce(config_of(cluster, publish={"seconds": 20.0}), source.membership)
     publisher.publish(messages(1), {("source", 0): 1}, no_other)
     cluster.set_up(False)
     timer = threading.Timer(1.0, cluster.set_up, (True,))
@@ -93,7 +94,7 @@ def test_a_broker_that_is_away_for_a_moment(cluster, source):
 
 
 def test_what_is_not_acknowledged_is_not_committed(cluster, source):
-    publisher = AtLeastOnce(config_of(cluster), source)
+    publisher = AtLeastOnce(config_of(cluster), source.membership)
     publisher.publish(messages(2), {("source", 0): 2}, no_other)
     cluster.fail(PRODUCE, [KafkaError.TOPIC_AUTHORIZATION_FAILED])
     with cluster.requests() as kinds, pytest.raises(EdgekitError, match="results cannot be published"):
@@ -104,18 +105,18 @@ def test_what_is_not_acknowledged_is_not_committed(cluster, source):
 @pytest.mark.parametrize("error", [KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID])
 def test_a_commit_of_a_generation_that_is_over_is_no_failure(cluster, source, error, caplog):
     cluster.fail(OFFSET_COMMIT, [error])
-    AtLeastOnce(config_of(cluster), source).publish(messages(2), {("source", 0): 2}, no_other)
+    AtLeastOnce(config_of(cluster), source.membership).publish(messages(2), {("source", 0): 2}, no_other)
     assert "new generation" in caplog.text
 
 
 def test_a_commit_that_is_refused_is_a_failure(cluster, source):
     cluster.fail(OFFSET_COMMIT, [KafkaError.GROUP_AUTHORIZATION_FAILED])
     with pytest.raises(EdgekitError, match="offsets cannot be committed"):
-        AtLeastOnce(config_of(cluster), source).publish(messages(2), {("source", 0): 2}, no_other)
+        AtLeastOnce(config_of(cluster), source.membership).publish(messages(2), {("source", 0): 2}, no_other)
 
 
 def test_what_no_broker_takes_is_replaced_and_the_rest_is_not_sent_twice(cluster, source):
-    publisher = AtLeastOnce(config_of(cluster), source)
+    publisher = AtLeastOnce(config_of(cluster), source.membership)
     large = Outgoing("results", b"x" * 9_000_000, [], 1)
     replaced = []
 
@@ -133,7 +134,7 @@ EXACTLY = {"mode": "exactly-once", "transactional_id": "t", "seconds": 5.0}
 
 @pytest.fixture
 def exactly(cluster, source):
-    return ExactlyOnce(config_of(cluster, publish=EXACTLY), source)
+    return ExactlyOnce(config_of(cluster, publish=EXACTLY), source.membership)
 
 
 def test_a_transaction_takes_the_offsets_along(cluster, exactly):
@@ -147,13 +148,13 @@ def test_a_transaction_takes_the_offsets_along(cluster, exactly):
 
 def test_who_has_lost_its_partitions_aborts(cluster, source, exactly):
     """What was sent is aborted, no offset is committed, and the next transaction is a new one."""
-    source._losing = True
+    source.membership._losing = True
     with cluster.requests() as kinds, pytest.raises(LostError):
         exactly.publish(messages(3), {("source", 0): 3}, no_other)
     assert PRODUCE in kinds
     assert kinds.count(END_TXN) == 1
     assert TXN_OFFSET_COMMIT not in kinds
-    source._losing = False
+    source.membership._losing = False
     with cluster.requests() as kinds:
         exactly.publish(messages(2), {("source", 0): 5}, no_other)
     assert (kinds.count(TXN_OFFSET_COMMIT), kinds.count(END_TXN)) == (1, 1)
@@ -161,12 +162,12 @@ def test_who_has_lost_its_partitions_aborts(cluster, source, exactly):
 
 def test_who_is_suspended_before_the_commit_aborts_and_sends_again(cluster, source, exactly, monkeypatch):
     """The session was over between the offsets and the end of the transaction: another member may own the partition."""
-    real, session = exactly._guard, source.session_seconds
+    real, session = exactly._guard, source.membership.session_seconds
 
     def guard(call, *arguments):
         real(call, *arguments)
         if call.__name__ == "send_offsets_to_transaction":
-            source.session_seconds = session if call.__name__ in calls else -1.0
+            source.membership.session_seconds = session if call.__name__ in calls else -1.0
         calls.append(call.__name__)
 
     calls = []
@@ -186,11 +187,11 @@ def test_an_abort_that_is_left_out_is_seen(cluster, source, exactly, monkeypatch
             real(call, *arguments)
 
     monkeypatch.setattr(exactly, "_guard", guard)
-    source._losing = True
+    source.membership._losing = True
     with cluster.requests() as kinds, pytest.raises(LostError):
         exactly.publish(messages(3), {("source", 0): 3}, no_other)
     assert END_TXN not in kinds
-    source._losing = False
+    source.membership._losing = False
     with pytest.raises(EdgekitError, match="transactions do not work"):
         exactly.publish(messages(2), {("source", 0): 5}, no_other)
 
@@ -238,7 +239,7 @@ def test_old_epochs_that_are_long_past_do_not_count(cluster, exactly, monkeypatc
 
 def test_who_is_fenced_off_and_has_lost_its_partitions_makes_no_new_producer(cluster, source, exactly):
     cluster.fail(TXN_OFFSET_COMMIT, [KafkaError.PRODUCER_FENCED])
-    real, calls = source.group_metadata, []
+    real, calls = source.membership.group_metadata, []
 
     def group_metadata():
         calls.append(1)
@@ -246,7 +247,7 @@ def test_who_is_fenced_off_and_has_lost_its_partitions_makes_no_new_producer(clu
             raise LostError("of the test")
         return real()
 
-    source.group_metadata = group_metadata
+    source.membership.group_metadata = group_metadata
     with cluster.requests() as kinds, pytest.raises(LostError):
         exactly.publish(messages(3), {("source", 0): 3}, no_other)
     assert INIT_PRODUCER_ID not in kinds
@@ -257,7 +258,7 @@ def test_a_transaction_whose_commit_is_in_doubt_is_not_repeated_if_it_was_commit
     cluster, source, exactly, monkeypatch, committed, sent
 ):
     """The offsets are part of the transaction, so they tell whether it was committed."""
-    monkeypatch.setattr(source, "committed", lambda partitions: dict.fromkeys(partitions, committed))
+    monkeypatch.setattr(source.membership, "committed", lambda partitions: dict.fromkeys(partitions, committed))
     cluster.fail(END_TXN, [KafkaError.INVALID_PRODUCER_EPOCH])
     with cluster.requests() as kinds:
         exactly.publish(messages(3), {("source", 0): 3}, no_other)
@@ -286,14 +287,14 @@ def test_what_no_broker_takes_is_replaced_in_a_transaction_of_its_own(cluster, e
 
 def test_exactly_once_needs_a_name(cluster, source):
     with pytest.raises(EdgekitError, match=r"publish\.transactional_id"):
-        ExactlyOnce(config_of(cluster), source)
+        ExactlyOnce(config_of(cluster), source.membership)
 
 
 def test_who_stops_does_not_wait_for_a_broker_that_is_away(cluster, source):
     """What was sent is not committed. Without the stop, the publisher waits for as long as it may."""
     began = time.monotonic()
     budget = Budget(cancelled=lambda: time.monotonic() > began + 0.3)
-    publisher = AtLeastOnce(config_of(cluster, publish={"seconds": 20.0}), source, budget)
+    publisher = AtLeastOnce(config_of(cluster, publish={"seconds": 20.0}), source.membership, budget)
     cluster.set_up(False)
     with cluster.requests() as kinds, pytest.raises(CancelledError):
         publisher.publish(messages(3), {("source", 0): 3}, no_other)

@@ -2,9 +2,10 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import KafkaError, Producer, TopicPartition
 
 from alert_broker.stream import redrive as module
 from alert_broker.stream.clients import open_consumer
@@ -155,6 +156,43 @@ def test_a_letter_whose_alert_is_gone_is_told(large, caplog, monkeypatch):
     assert done == Redriven(gone=3)
     assert {topic for topic, _, _ in asked} == {large.source}
     assert caplog.text.count("has no payload, and its alert is gone from") == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        (KafkaError._BAD_COMPRESSION, None),
+        (KafkaError._BAD_MSG, None),
+        (KafkaError.INVALID_MSG, None),
+        (KafkaError._TRANSPORT, EdgekitError),  # the twin: this error says nothing about the message
+    ],
+)
+def test_an_original_that_cannot_be_read_is_gone(monkeypatch, code, found):
+    """The consumer skipped it for the same error, and redrive must not stop at its dead letter for ever."""
+    monkeypatch.setattr(module, "READ_SECONDS", 0.05)
+    event = SimpleNamespace(error=lambda: KafkaError(code))
+    consumer = SimpleNamespace(assign=lambda partitions: None, consume=lambda count, seconds: [event])
+    monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
+    if found is None:
+        assert Originals({}).read("t", 0, 7) is None
+    else:
+        with pytest.raises(EdgekitError, match="did not send the message at offset 7"):
+            Originals({}).read("t", 0, 7)
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_both_protocols_of_groups_are_accepted(monkeypatch, protocol):
+    """With `group.protocol` "consumer", librdkafka refuses a strategy for the assignment."""
+    consumers = []
+
+    def open_and_remember(settings):
+        consumers.append(open_consumer({**settings, "log_level": 0}))
+        return consumers[-1]
+
+    monkeypatch.setattr(module, "open_consumer", open_and_remember)
+    settings = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0, "group.protocol": protocol}
+    assert redrive(settings, DeadLetters(topic="dead"), group="g", stop=lambda: True) == Redriven()
+    assert len(consumers) == 1
 
 
 def test_originals_beyond_the_end_of_the_log_are_none():

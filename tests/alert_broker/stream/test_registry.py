@@ -23,6 +23,7 @@ from alert_broker.stream.registry import FolderRegistry, RegistryError, open_reg
 from alert_broker.surveys import lsst
 from alert_broker.surveys.base import PacketError
 from edgekit.errors import EdgekitError
+from tests.alert_broker.test_containers import held
 
 SCHEMA = json.dumps({"type": "record", "name": "one", "fields": [{"name": "x", "type": "int"}]})
 OTHER = json.dumps({"type": "record", "name": "two", "fields": [{"name": "x", "type": "int"}]})
@@ -130,6 +131,14 @@ def test_an_unknown_id_is_the_packets_fault_and_remembered_for_a_while(service, 
     with pytest.raises(PacketError):
         client.schema(2**32 - 1)  # more than a registry has: not asked for
     assert waits == []
+
+
+@pytest.mark.parametrize("answer", [{}, {"schemaType": "PROTOBUF"}], ids=["unknown id", "another format"])
+def test_packets_of_an_id_without_a_schema_do_not_stay_in_memory(service, waits, answer):
+    if answer:
+        service.schemas[4711], service.extra = SCHEMA, answer
+    assert held(opened(service, waits).schema) == [False] * 3
+    assert service.asked == ["/schemas/ids/4711"]
 
 
 def test_ids_that_are_unknown_do_not_fill_the_memory(service, waits, monkeypatch):

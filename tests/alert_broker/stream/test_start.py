@@ -1,9 +1,10 @@
 """The position at which a group starts to read: offsets, times, and errors for wrong positions."""
 
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
-from confluent_kafka import OFFSET_END, TopicPartition
+from confluent_kafka import OFFSET_END, KafkaError, KafkaException, TopicPartition
 
 from alert_broker.stream.start import start_positions
 from edgekit.errors import EdgekitError
@@ -45,6 +46,16 @@ def test_a_time_without_a_zone_is_utc_and_partitions_without_a_later_message_sta
     broker = Broker()
     assert offsets(start_positions(text, PARTITIONS, broker)) == {0: 50, 1: 71, 2: 72}
     assert broker.asked == [datetime(2026, 8, 1, 4, tzinfo=UTC).timestamp() * 1000] * 3
+
+
+def test_a_partition_whose_position_is_not_known_is_not_started_at_its_end():
+    refused = SimpleNamespace(
+        topic="alerts", partition=1, offset=-1, error=KafkaError(KafkaError.NOT_LEADER_FOR_PARTITION)
+    )
+    broker = Broker()
+    broker.offsets_for_times = lambda asked, timeout: [TopicPartition("alerts", 0, 50), refused]
+    with pytest.raises(KafkaException, match="NOT_LEADER_FOR_PARTITION"):
+        start_positions("2026-08-01T04:00:00Z", PARTITIONS[:2], broker)
 
 
 @pytest.mark.parametrize("text", ["yesterday", "0=x", "0:1200", "-1=5"])

@@ -11,6 +11,7 @@ import pytest
 
 from alert_broker.stream import watchdog as module
 from alert_broker.stream.watchdog import TRY_AGAIN, Watchdog
+from tests.alert_broker.stream.waiting import wait_for
 
 
 @pytest.fixture
@@ -25,13 +26,6 @@ def watchdog(ended):
     watchdog = Watchdog(ended.append)
     yield watchdog
     watchdog.close()
-
-
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_call_that_does_not_return_ends_the_process_and_is_named(watchdog, ended, caplog):

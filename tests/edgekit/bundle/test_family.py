@@ -24,7 +24,7 @@ def test_weights_arrive_and_the_network_is_in_evaluation_mode(tiny_bundle, tiny)
     ("family", "arguments", "words"),
     [
         ("t3", {}, "model family 't3'; expected one of: module, onnx, t2"),
-        ("t2", {"bands": 3}, "weights do not fit t2"),
+        ("t2", {"bands": 3}, r"^weights do not fit t2 \{'bands': 3\}: size mismatch for .*"),
         ("t2", {"bnads": 2}, "bnads"),
     ],
 )
@@ -36,24 +36,31 @@ def test_what_cannot_be_built(family, arguments, words, tiny_bundle):
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(EdgekitError, match=r"torch.*edgekit\[compress\]"):
+    with pytest.raises(EdgekitError, match=r"^building a t2 network needs torch, .*edgekit\[compress\]'$"):
         build("t2", {"bands": 2})
 
 
 def test_a_family_without_prunable_units_says_so(register):
     register("edgekit.families", "solid", Family("solid", "edgekit.nn.module:build"))
-    with pytest.raises(EdgekitError, match="solid"):
+    words = "^a solid names no units that can be removed; leave structured_prune out of the recipe$"
+    with pytest.raises(EdgekitError, match=words):
         prunable_groups("solid", None)
     assert countable_units("solid", None) == {}
 
 
 def test_a_graph_has_no_network_to_build():
-    with pytest.raises(EdgekitError, match="'onnx' holds a graph"):
+    with pytest.raises(
+        EdgekitError, match=r"^a bundle of the family 'onnx' holds a graph; there is no network to build$"
+    ):
         build("onnx", {})
 
 
 @pytest.mark.parametrize(
-    ("family", "words"), [(object(), "it is a object; expected"), (Family("other"), "its name is 'other'")]
+    ("family", "words"),
+    [
+        (object(), "it is a object; expected an edgekit.bundle.family.Family;"),
+        (Family("other"), "its name is 'other', and it is registered as 'solid';"),
+    ],
 )
 def test_a_family_that_is_none_is_refused(family, words, register):
     register("edgekit.families", "solid", family)

@@ -1,6 +1,8 @@
 """Files are replaced whole or not at all."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,22 @@ def test_by_default_only_the_umask_restricts_who_may_read_and_write(umask, tmp_p
     write_directory(tmp_path / "x", {"a": b"1"})
     assert modes(tmp_path / "file") == {"file": 0o666}
     assert modes(tmp_path / "x") == {"x": 0o777, "x/a": 0o666}
+
+
+@pytest.mark.parametrize("write", [write_file, lambda path, content: write_directory(path, {"a": content})])
+def test_threads_that_write_one_path_at_the_same_time_leave_one_of_their_contents(write, tmp_path):
+    path, contents = tmp_path / "x", [bytes([letter]) * 50_000 for letter in b"abcd"]
+    start = threading.Barrier(len(contents))
+
+    def write_often(content):
+        start.wait()
+        for _ in range(60):
+            write(path, content)
+
+    with ThreadPoolExecutor(len(contents)) as pool:
+        list(pool.map(write_often, contents))
+    assert (path if path.is_file() else path / "a").read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("old", [True, False])

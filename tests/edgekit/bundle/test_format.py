@@ -303,10 +303,13 @@ def test_a_crash_while_writing_leaves_the_old_bundle(moment, tiny_bundle, tiny_f
 
 
 def test_what_a_killed_process_left_is_not_mixed_in(tiny_bundle, tmp_path, monkeypatch):
+    left = tmp_path / ".x.edge.42-7.new"
     monkeypatch.setattr(files.os, "getpid", lambda: 42)
-    (tmp_path / ".x.edge.42.new").mkdir()
-    (tmp_path / ".x.edge.42.new" / "stranger").write_text("")
+    monkeypatch.setattr(files.threading, "get_ident", lambda: 7)
+    left.mkdir()
+    (left / "stranger").write_text("")
     write_bundle(tiny_bundle, tmp_path / "x.edge")
+    assert not left.exists()
     assert set(contents(tmp_path / "x.edge")) == {MANIFEST, WEIGHTS, GOLDEN}
 
 
@@ -353,6 +356,7 @@ def test_names_and_sizes_that_break_what_uses_them_are_refused_in_one_line(chang
     with pytest.raises(EdgekitError) as caught:
         open_bundle(tiny_file)
     assert one_line(caught.value)
+    assert str(caught.value).startswith(f"{tiny_file}/{MANIFEST}: "), "the error names the file"
 
 
 @pytest.mark.parametrize("name", ["a/../b", "./a", "a//b", "/a", "a\\b", "a/..", "", "a\0b"])

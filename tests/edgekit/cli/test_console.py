@@ -40,6 +40,13 @@ def test_steps_start_again_for_work_of_the_same_name():
         show("epochs", 1, 5)
 
 
+def test_a_path_in_brackets_is_shown_in_a_progress_bar():
+    """As markup, `[/x]` would close a tag that nobody opened, which is an error."""
+    with console.progress() as bar:
+        bar.add_task("t2[/x].edge: rows", total=2)
+        assert bar.columns[0].render(bar.tasks[0]).plain == "t2[/x].edge: rows"
+
+
 HOSTILE = "a\x1b[31mred\x07\x9b1m\x7f\x00\r\u202eltr\ud800\u2028z"
 
 
@@ -64,7 +71,7 @@ def test_a_plain_console_of_rich_would_pass_it_on(capsys):
 
 
 def test_every_command_prints_through_these_functions():
-    """The places: nothing in the commands prints by other means."""
+    """The test lists all calls in the commands that print, and expects only these functions."""
     import ast
     from pathlib import Path
 

@@ -122,7 +122,7 @@ def test_what_a_targets_parser_makes_of_a_network(edgekit, tiny_file, monkeypatc
         for check in json.loads(edgekit("doctor", tiny_file, "--target", "tesla-p40", "--json").out)["checks"]
         if check["name"] == "operators"
     ]
-    assert unseen["finding"] == "TensorRT's parsers were not asked: the network cannot be exported without torch"
+    assert unseen["finding"] == "TensorRT's parsers were not run: the network cannot be exported without torch"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,17 @@ def test_what_a_targets_parser_makes_of_a_network(edgekit, tiny_file, monkeypatc
 )
 def test_mistakes_are_one_line(edgekit, arguments, words):
     assert edgekit("doctor", *arguments).failed_with(1, *words)
+
+
+def test_a_name_that_moves_the_cursor_is_escaped(capsys):
+    from edgekit.cli.doctor import show
+    from edgekit.doctor.finding import Finding
+
+    show([Finding("model", "ok", "a\x1b[2Jb\u202e: onnx", "use c\x1b[2Jd")])
+    printed = capsys.readouterr().out
+    assert r"a\x1b[2Jb\u202e: onnx" in printed
+    assert r"use c\x1b[2Jd" in printed
+    assert "\x1b" not in printed
 
 
 def test_it_starts_without_torch_and_onnx():

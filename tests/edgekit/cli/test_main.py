@@ -125,11 +125,13 @@ def test_a_bug_is_not_hidden(verb, monkeypatch):
         main()
 
 
-def test_debug_shows_the_traceback(verb, monkeypatch):
+@pytest.mark.parametrize("flags", [["--debug"], ["--time-limit", "60", "--debug"]], ids=["first", "later"])
+def test_debug_shows_the_traceback(flags, verb, monkeypatch):
     from edgekit.cli import main
 
     verb(raising(EdgekitError("broken")))
-    monkeypatch.setattr(sys, "argv", ["edgekit", "--debug", "boom"])
+    monkeypatch.setenv("EDGEKIT_TIME_LIMIT", "60")
+    monkeypatch.setattr(sys, "argv", ["edgekit", *flags, "boom"])
     with pytest.raises(EdgekitError, match="broken"):
         main()
 

@@ -57,6 +57,11 @@ def test_a_pass_that_is_for_the_target_is_not(target, step):
     assert allowed(target, step)
 
 
+def test_a_step_that_is_wrong_is_an_error_and_not_a_pass_that_the_target_forbids():
+    with pytest.raises(EdgekitError, match=r"unknown parameter 'bist'"):
+        allowed(RTX, Step("cluster", {"bist": 4}))
+
+
 def test_the_number_of_the_pass_is_said():
     with pytest.raises(EdgekitError, match=r"pass 2 \('half'\)"):
         fitted(P40, [Step(*CLUSTER), Step("half", {})])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from edgekit.compression import measure
+from edgekit.targets import profile
 
 CODES, NUMBERS = np.array([1, 2, 3, 4]), np.array([1.0, 2.0], np.float32)
 
@@ -40,6 +41,8 @@ def test_the_fastest_form_is_chosen_or_else_the_first(slow, chosen, tiny_job, re
     monkeypatch.setitem(measure.FLOAT_FORMS, "formed", ({"form": "a"}, {"form": "b"}))
     monkeypatch.setattr(measure, "_best_forms", {})
     assert measure.best_float_form(tiny_job([], runtime="formed")) == {"form": chosen}
+    elsewhere = tiny_job([], runtime="formed", target=profile.find("jetson-nano"))
+    assert measure.best_float_form(elsewhere) == {"form": "a"}, "the fastest form here may not be the fastest there"
 
 
 def test_the_quality_of_rows_does_not_depend_on_how_many_there_are(tiny_job, tiny_bundle):

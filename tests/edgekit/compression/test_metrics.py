@@ -172,6 +172,15 @@ def test_a_metric_of_the_users(my_metrics):
         metrics.metric("my_metrics:nothing")
 
 
+def test_the_source_of_a_metric_holds_the_functions_that_it_calls(my_metrics, tmp_path):
+    """A state that was judged with another helper must not be taken from the cache."""
+    before = metrics.source("my_metrics:worst")
+    text = METRIC.replace('ZeroDivisionError("no labels")', 'ValueError("a longer text")')
+    (tmp_path / "my_metrics.py").write_text(text)
+    assert metrics.source("my_metrics:worst") == text != before
+    assert metrics.source("math:fsum") == metrics.source("error-rate") == ""
+
+
 @pytest.mark.parametrize("name", ["log-loss", "error-rate"])
 def test_a_metric_under_which_more_is_better_is_refused(name):
     """If the guard took an accuracy for a loss, a model that forgot everything would pass."""
@@ -194,6 +203,7 @@ def test_the_direction_of_a_metric_of_numbers():
         metrics.Custom("mse", lambda found, wanted: ((found[:, 0] - wanted) ** 2).mean()), outputs, labels
     )
     # nothing is said where labels do not spell out an answer, or the metric takes no such answers
+    metrics.check_direction(r2, outputs, np.stack([labels, labels], axis=1))
     metrics.check_direction(r2, np.zeros((3, 2, 5)), np.array([0, 1, 1]))
     metrics.check_direction(metrics.Custom("picky", lambda found, wanted: found.no_such_thing), outputs, labels)
 

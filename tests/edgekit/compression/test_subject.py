@@ -24,11 +24,8 @@ def test_a_bundle_comes_back_from_its_candidate(tiny_job):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, atol=1e-6)
     manifest = again.manifest
-    assert (manifest.name, manifest.classes, manifest.arguments) == (
-        "tiny",
-        job.source.manifest.classes,
-        manifest.arguments,
-    )
+    source = job.source.manifest
+    assert (manifest.name, manifest.classes, manifest.arguments) == ("tiny", source.classes, source.arguments)
     assert (manifest.parent, manifest.seed, manifest.metrics) == (job.source.digest, job.seed, {})
     assert manifest.versions["numpy"] == np.__version__
 

@@ -22,19 +22,19 @@ def random_graph(seed, nodes=40):
     sizes = {"x0": 60, "x1": 360}
     made = []
     for number in range(nodes):
-        kind = rng.choice(["Relu", "Mul", "Reshape", "Concat", "Slice"])
+        operator = rng.choice(["Relu", "Mul", "Reshape", "Concat", "Slice"])
         name, to = str(rng.choice(list(sizes))), f"v{number}"
-        if kind == "Relu":
+        if operator == "Relu":
             made.append(helper.make_node("Relu", [name], [to], f"n{number}"))
             sizes[to] = sizes[name]
-        elif kind == "Mul":
+        elif operator == "Mul":
             others = [item for item in sizes if sizes[item] == sizes[name]]
             made.append(helper.make_node("Mul", [name, str(rng.choice(others))], [to], f"n{number}"))
             sizes[to] = sizes[name]
-        elif kind == "Reshape":
+        elif operator == "Reshape":
             made.append(helper.make_node("Reshape", [name, "flat"], [to], f"n{number}"))
             sizes[to] = sizes[name]
-        elif kind == "Concat":
+        elif operator == "Concat":
             made.append(helper.make_node("Concat", [name, name], [to], f"n{number}", axis=0))
             sizes[to] = 2 * sizes[name]
         else:

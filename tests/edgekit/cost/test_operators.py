@@ -14,7 +14,7 @@ from edgekit.graph.shapes import sized
 FLOAT, INT8, UINT8, HALF = TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8, TensorProto.FLOAT16
 
 
-def model(nodes, inputs, outputs, weights=None, opset=17, kind=FLOAT):
+def model(nodes, inputs, outputs, weights=None, opset=17, dtype_of_inputs=FLOAT):
     """nodes: (operator, "inputs", "outputs", attributes)."""
     made = [
         helper.make_node(op, reads.split(), writes.split(), f"{op}{number}", **attributes)
@@ -23,8 +23,11 @@ def model(nodes, inputs, outputs, weights=None, opset=17, kind=FLOAT):
     graph = helper.make_graph(
         made,
         "test",
-        [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(name, HALF if kind == HALF else FLOAT, None) for name in outputs.split()],
+        [helper.make_tensor_value_info(name, dtype_of_inputs, shape) for name, shape in inputs.items()],
+        [
+            helper.make_tensor_value_info(name, HALF if dtype_of_inputs == HALF else FLOAT, None)
+            for name in outputs.split()
+        ],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
@@ -137,14 +140,14 @@ def test_attention_in_one_operator_costs_the_same(flat):
     assert found["Attention"].operations == 2 * 2 * rows * heads * tokens * tokens * width
 
 
-def quantized(extra_reader=False):
+def quantized(other_consumer=False):
     nodes = [
         ("QuantizeLinear", "x s z", "q", {}),
         ("DequantizeLinear", "q s z", "d", {}),
         ("DequantizeLinear", "w ws wz", "dw", {}),
         ("MatMul", "d dw", "m", {}),
     ]
-    nodes.append(("Add", "m d", "y", {}) if extra_reader else ("Relu", "m", "y", {}))
+    nodes.append(("Add", "m d", "y", {}) if other_consumer else ("Relu", "m", "y", {}))
     return model(
         nodes,
         {"x": (8, 16)},
@@ -164,7 +167,7 @@ def test_a_product_between_codes_is_int8_and_reads_codes():
 
 
 def test_codes_that_something_else_reads_are_decoded():
-    found, _ = costs(quantized(extra_reader=True))
+    found, _ = costs(quantized(other_consumer=True))
     assert found["MatMul"].precision == "float32"
     assert not found["DequantizeLinear"].view
     assert dict(found["DequantizeLinear"].written) == {"float32": 4 * 8 * 16}
@@ -181,14 +184,14 @@ def test_what_stored_tensors_alone_decide_is_stored():
 
 def test_a_table_is_read_where_it_is_looked_up():
     weights = {"table": zeros(1000, 16)}
-    built = model([("Gather", "table ids", "y", {})], {"ids": (2, 5)}, "y", weights, kind=TensorProto.INT64)
+    built = model([("Gather", "table ids", "y", {})], {"ids": (2, 5)}, "y", weights, dtype_of_inputs=TensorProto.INT64)
     found, _ = costs(built)
     assert found["Gather"].bytes < 4 * 1000 * 16
     assert dict(found["Gather"].written) == {"float32": 4 * 2 * 5 * 16}
 
 
 def test_half_precision_has_half_the_bytes():
-    found, _ = costs(model([("MatMul", "a b", "y", {})], {"a": (4, 4), "b": (4, 4)}, "y", kind=HALF))
+    found, _ = costs(model([("MatMul", "a b", "y", {})], {"a": (4, 4), "b": (4, 4)}, "y", dtype_of_inputs=HALF))
     assert found["MatMul"].precision == "float16"
     assert found["MatMul"].bytes == 2 * 3 * 16
 

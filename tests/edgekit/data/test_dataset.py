@@ -29,6 +29,12 @@ def test_inputs_come_in_the_order_in_which_the_network_takes_them(tmp_path, tiny
     assert train.inputs["z"].tolist() == [[2.0]]
 
 
+def test_labels_of_many_classes_come_back(tmp_path):
+    labels = np.array([0, 40_000, 2**31 - 1])
+    save(tmp_path / "x.npz", {"a": np.ones((3, 1), np.float32)}, labels, np.array([0, 1, 1]))
+    assert np.load(tmp_path / "x.npz")["labels"].tolist() == labels.tolist()
+
+
 def test_take_keeps_rows_together(tiny_data):
     part = tiny_data[0].take(np.array([5, 2, 5]))
     assert len(part) == 3

@@ -43,6 +43,10 @@ def test_a_loader_of_mappings_and_of_several_inputs():
         (((X, Y), {"a": X}), "training rows hold a, labels, test rows a"),
         (((X, Y), (np.zeros((2, 4)), Y[:2])), "a: rows differ in shape"),
         ({}, "holds no array"),
+        ((X, Y[:7]), r"the arrays differ in their number of rows: \{'a': 8, 'labels': 7\}"),
+        (((X, Y[:7]), (X, np.arange(9) % 2)), r"number of rows: \{'a': 8, 'labels': 7\}"),
+        ({"a": [[1.0], [1.0, 2.0]]}, "a: a list is not an array that numpy can hold"),
+        (torch.zeros(2, 3, dtype=torch.bfloat16), "a: a Tensor is not an array that numpy can hold"),
         (DataLoader([torch.zeros(3)] * 2), "gives a Tensor; expected batches of"),
     ],
 )

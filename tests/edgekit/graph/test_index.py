@@ -1,4 +1,4 @@
-"""One index of a graph: producers, consumers, stored tensors; subgraphs count as readers."""
+"""One index of a graph: producers, consumers, stored tensors; subgraphs count as consumers."""
 
 import numpy as np
 import pytest
@@ -68,6 +68,14 @@ def test_an_output_of_a_branch_is_read_by_the_node_that_holds_the_branch(model):
 def test_a_value_has_one_consumer_only_if_nothing_else_reads_it(name, only, model):
     found = Index(model).only_consumer(name)
     assert (found and found.name) == only
+
+
+def test_values_of_subgraphs_without_a_consumer_are_values_too(model):
+    """A new value of the graph must not have the name of one, which ONNX forbids."""
+    branch = model.graph.node[1].attribute[0].g
+    branch.node.append(helper.make_node("Relu", ["h"], ["inner.unread"], "dead"))
+    branch.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "inner.stored"))
+    assert {"inner.unread", "inner.stored"} <= Index(model).values
 
 
 def test_an_index_describes_the_graph_as_it_was(model):

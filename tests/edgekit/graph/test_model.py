@@ -73,7 +73,7 @@ def test_a_normalized_graph_has_unique_names_one_form_of_numbers_and_no_metadata
     before = model.SerializeToString()
     result = graphs.normalized(model)
     assert model.SerializeToString() == before
-    assert [node.name for node in result.graph.node] == ["a", "Add_1", "a_", "Add_1_"]
+    assert [node.name for node in result.graph.node] == ["a", "Add_1", "a_2", "Add_1_3"]
     for item in (result, result.graph, *result.graph.node, *result.graph.initializer):
         assert (item.doc_string, list(item.metadata_props)) == ("", [])
     tensors = {item.name: item for item in result.graph.initializer}
@@ -275,6 +275,30 @@ def test_dead_nodes_and_tensors_go_until_none_is_left():
         "down",
         "down.bias",
     }
+
+
+def test_a_dead_tensor_that_an_old_graph_lists_among_its_inputs_leaves_no_input_behind():
+    candidate, x = mlp(), normal(9, 5, 32)
+    for name, shape in (("up", (32, 48)), ("spare", (3,))):
+        candidate.model.graph.input.append(helper.make_tensor_value_info(name, FLOAT, shape))
+    candidate.model.graph.initializer.append(numpy_helper.from_array(normal(1, 3), "spare"))
+    eliminate_dead_nodes(candidate.model)
+    assert [item.name for item in candidate.model.graph.input] == ["x", "up"]
+    np.testing.assert_array_equal(run(candidate, x), run(mlp(), x))
+
+
+def test_an_input_that_is_left_out_keeps_no_node_alive():
+    """A node with an unnamed output is dead although another node has an unnamed input."""
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "w"], ["dead", "", "deviation"], "unread"),
+        helper.make_node("Clip", ["x", "", "top"], ["y"], "clip"),
+    ]
+    stored = [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in (("w", 4), ("top", ()))]
+    made = helper.make_graph(nodes, "g", [], [helper.make_tensor_value_info("y", FLOAT, None)], stored)
+    model = helper.make_model(made)
+    eliminate_dead_nodes(model)
+    assert [node.name for node in model.graph.node] == ["clip"]
+    assert [item.name for item in model.graph.initializer] == ["top"]
 
 
 def test_a_node_of_which_one_output_is_read_stays():

@@ -116,10 +116,10 @@ def test_a_wrong_rewriting_would_be_seen(monkeypatch, rule, case, wrong):
 def test_operators_that_a_parser_lacks_are_written_out_in_the_same_opset():
     model = single("LayerNormalization", 17, (3, 4, 6), stored=[SCALE, BIAS])
     lowered = to_opset(model, 17, {"ReduceMean", "Sub", "Mul", "Add", "Sqrt", "Div"})
-    kinds = [node.op_type for node in lowered.model.graph.node]
-    assert kinds == ["ReduceMean", "Sub", "Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Add"]
+    op_types = [node.op_type for node in lowered.model.graph.node]
+    assert op_types == ["ReduceMean", "Sub", "Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Add"]
     assert lowered.sums == tuple(node.name for node in lowered.model.graph.node)
-    assert len(set(lowered.sums)) == len(kinds)
+    assert len(set(lowered.sums)) == len(op_types)
     assert all(name.startswith("layer.LayerNormalization.") for name in lowered.sums)
     assert "LayerNormalization" in [node.op_type for node in to_opset(model, 17).model.graph.node]
     assert [node.op_type for node in to_opset(single("Reciprocal", 17, (3, 4)), 13, {"Div"}).model.graph.node] == [
@@ -170,6 +170,19 @@ def test_constant_nodes_become_stored_tensors():
 def test_what_cannot_be_written_is_named(model, opset, message):
     with pytest.raises(EdgekitError, match=message.replace(".", r"\.")):
         to_opset(model, opset)
+
+
+def test_a_graph_whose_declared_shapes_are_wrong_is_refused_in_one_line():
+    """Runtimes only warn about such a graph, so that a bundle may hold it."""
+    model = single("Relu", 17, (3, 5))
+    axes = [helper.make_tensor_value_info("y0", TensorProto.FLOAT, ["batch", length]) for length in (5, 6)]
+    model.graph.output[0].CopyFrom(axes[0])
+    assert to_opset(model, 17).model.graph.output[0] == axes[0]
+    model.graph.output[0].CopyFrom(axes[1])
+    assert in_onnxruntime(model, np.ones((3, 5), np.float32))[0].shape == (3, 5)
+    with pytest.raises(EdgekitError, match=r"the graph contradicts itself: .*; export it again") as caught:
+        to_opset(model, 17)
+    assert "\n" not in str(caught.value)
 
 
 def test_ir_version_fits_the_opset():

@@ -133,6 +133,11 @@ def test_code_and_pickles_are_refused_before_optimum_sees_them(vit, exporter, tm
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
     with pytest.raises(EdgekitError, match="code of its author"):
         from_optimum(tmp_path)
+    for changes in ({"_attn_implementation": "evil/kernel"}, {"id2label": {"0": {"backbone": "evil/model"}}}):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        with pytest.raises(EdgekitError, match=f"{tmp_path}: .*makes transformers load code or another model"):
+            from_optimum(tmp_path)
 
 
 def test_without_optimum_or_beside_transformers_5_the_way_out_is_named(vit, monkeypatch, edgekit, tmp_path):

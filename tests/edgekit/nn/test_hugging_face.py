@@ -90,6 +90,7 @@ LOADING = {
     "the same under its public name": {"attn_implementation": "evil/kernel"},
     "experts of the hub": {"_experts_implementation": "evil/kernel"},
     "inside another value": {"id2label": {"_attn_implementation": "evil/kernel"}},
+    "inside a list": {"id2label": [[{"backbone": "evil/model"}]]},
     "a quantizer": {"quantization_config": {"quant_method": "bitsandbytes"}},
     "another model": {"backbone": "evil/model"},
     "pretrained parts": {"use_pretrained_backbone": True},

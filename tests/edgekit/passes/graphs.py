@@ -18,8 +18,8 @@ def tensor(name, array):
 def graph(nodes, tensors, inputs, outputs, opset=OPSET):
     """A checked candidate. nodes: (operator, inputs, output, attributes); inputs, outputs: {name: shape}."""
     made = [
-        helper.make_node(kind, reads.split(), [to], name=f"{to}.{kind}", **attributes)
-        for kind, reads, to, attributes in nodes
+        helper.make_node(operator, reads.split(), [to], name=f"{to}.{operator}", **attributes)
+        for operator, reads, to, attributes in nodes
     ]
     values = [
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in part.items()]

@@ -160,7 +160,7 @@ def test_synthetic_rows_of_the_inputs_that_a_network_describes():
     described = {"inputs": {"x": "float32:batch,4", "mask": "int64:batch,2"}}
     x, mask = base.example_inputs(Candidate("module", described, Block()))
     assert (tuple(x.shape), x.dtype, tuple(mask.shape), mask.dtype) == ((2, 4), torch.float32, (2, 2), torch.int64)
-    with pytest.raises(EdgekitError, match="import the model again"):
+    with pytest.raises(EdgekitError, match="does not say what its network is called with; import the model again"):
         base.example_inputs(Candidate("module", {}, Block()))
 
 

@@ -151,7 +151,7 @@ def test_activations_that_are_not_finite_are_an_error(compute):
         compute(candidate.model, ["a"], context(8).train)
 
 
-def test_tied_weights_are_one_weight_with_several_readers():
+def test_tied_weights_are_one_weight_with_several_consumers():
     found = {weight.name: weight for weight in weights(dictionary().model)}
     assert sorted(found) == ["D", "out"]
     assert [(use.node.name, use.axis, use.transposed) for use in found["D"].uses] == [

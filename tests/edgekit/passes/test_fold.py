@@ -133,7 +133,7 @@ def test_a_tied_dictionary_stays_one_tensor_behind_its_transpose():
         [("Mul", "x v", "a", {}), ("MatMul", "a w", "b", {}), ("MatMul", "b w", "y", {})],
     ],
 )
-def test_a_weight_with_two_readers_is_not_scaled_for_one(nodes):
+def test_a_weight_with_two_consumers_is_not_scaled_for_one(nodes):
     with pytest.raises(EdgekitError, match="nothing to fold"):
         Fold().plan(graph(nodes, {"w": W, "v": VECTOR}, IN, OUT))
 

@@ -76,17 +76,17 @@ def test_compute_in_half(make, shape):
     got, expected = run(after, x), run(candidate, x)
     assert got.dtype == np.float32
     assert 1e-6 < relative(got, expected) < 3e-3
-    kinds = types(after)
+    element_types = types(after)
     products = [node for node in after.model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
-    assert {kinds[name] for node in products for name in node.input} == {TensorProto.FLOAT16}
+    assert {element_types[name] for node in products for name in node.input} == {TensorProto.FLOAT16}
 
 
 def test_sensitive_operators_stay_in_float32_and_the_list_decides():
     def normalized(compression):
         after = compression.apply(block(), context(6, 32))
-        kinds = types(after)
+        element_types = types(after)
         node = next(node for node in after.model.graph.node if node.op_type == "LayerNormalization")
-        return {kinds[name] for name in node.input}
+        return {element_types[name] for name in node.input}
 
     assert normalized(Half()) == {TensorProto.FLOAT}
     assert normalized(Half(keep=("Softmax",))) == {TensorProto.FLOAT16}
@@ -144,7 +144,7 @@ def test_a_constant_that_float16_rounds_to_zero_stays():
     assert stored(after)["tiny"] == np.float32(1e-9)
 
 
-def test_a_tensor_with_readers_of_both_kinds_is_one_tensor_in_float32():
+def test_a_tensor_with_consumers_of_both_dtypes_is_one_tensor_in_float32():
     candidate = graph(
         [
             ("LayerNormalization", "x w b", "a", {}),
@@ -260,8 +260,8 @@ def test_only_a_transpose_of_a_weight_is_in_half():
         {"y": ("batch", 1, 16)},
     )
     after = Half().apply(candidate, context(1, 16))
-    kinds = types(after)
-    transposed = [kinds[node.input[0]] for node in after.model.graph.node if node.op_type == "Transpose"]
+    element_types = types(after)
+    transposed = [element_types[node.input[0]] for node in after.model.graph.node if node.op_type == "Transpose"]
     assert sorted(transposed) == sorted([TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.FLOAT])
     x = normal(2, 5, 1, 16)
     assert relative(run(after, x), run(candidate, x)) < 3e-3

@@ -146,7 +146,7 @@ def test_products_of_two_activations_stay_in_float32():
     )
     after = StaticInt8().apply(candidate, context(8, 8))
     first, last = [node for node in after.model.graph.node if node.op_type == "MatMul"]
-    assert list(last.input) == ["a", "x"], "an activation was rounded for a reader in float32"
+    assert list(last.input) == ["a", "x"], "an activation was rounded for a consumer in float32"
     assert list(first.input) == ["x.rounded", "w"]
 
 
@@ -306,9 +306,9 @@ def test_onnxruntime_finds_an_integer_kernel_for_every_product(tmp_path):
         (block, (6, 32), "MatMulIntegerToFloat"),
         (convolutional, (3, 8, 8), "QLinearConv"),
     ):
-        kinds = fused(StaticInt8().apply(make(), context(*shape)), tmp_path)
-        assert kernel in kinds
-        assert not {"MatMul", "Gemm", "Conv"} & set(kinds)
+        op_types = fused(StaticInt8().apply(make(), context(*shape)), tmp_path)
+        assert kernel in op_types
+        assert not {"MatMul", "Gemm", "Conv"} & set(op_types)
     after = StaticInt8().apply(mlp(), context(32))
     for node in after.model.graph.node:  # the twin: weights without zero points
         if node.op_type == "DequantizeLinear" and node.input[0].endswith(".codes"):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.util
+import logging
 import sys
 
 import numpy as np
@@ -22,6 +23,7 @@ from edgekit.compression.subject import applied, candidate_of, context_of
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nn.training import tensors
+from edgekit.passes import qat_int8
 from edgekit.passes.base import Candidate
 from edgekit.passes.qat_int8 import QatInt8
 from tests.edgekit.passes import graphs
@@ -47,6 +49,18 @@ def only_convolutions_in_use():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qat_utils, "_fold_conv_bn_qat_helper", fold_conv2d)
         yield
+
+
+def test_the_callers_setting_of_logging_comes_back():
+    before = logging.root.manager.disable
+    try:
+        for level in (logging.NOTSET, logging.ERROR):
+            logging.disable(level)
+            with qat_int8._silence():
+                assert logging.root.manager.disable == max(level, logging.WARNING)
+            assert logging.root.manager.disable == level
+    finally:
+        logging.disable(before)
 
 
 @pytest.fixture(scope="module")

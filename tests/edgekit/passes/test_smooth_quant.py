@@ -133,7 +133,7 @@ def test_a_tied_weight_is_left_and_named():
         SmoothQuant().plan(candidate)
 
 
-def test_a_weight_that_two_readers_of_one_activation_share_is_scaled_once():
+def test_a_weight_that_two_consumers_of_one_activation_share_is_scaled_once():
     candidate = graph(
         [
             ("LayerNormalization", "x g", "n", {}),

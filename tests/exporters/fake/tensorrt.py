@@ -165,15 +165,17 @@ class Runtime:
 
     def deserialize_cuda_engine(self, content):
         head, _, graph = content.partition(b"\n")
-        if not head.startswith(MAGIC) or json.loads(head[len(MAGIC) :])["version"] != __version__:
+        made = json.loads(head[len(MAGIC) :]) if head.startswith(MAGIC) else {"version": ""}
+        if made["version"] != __version__:
             return None
-        return (Engine if (MAJOR, MINOR) >= (8, 5) else OldEngine)(graph)
+        return (Engine if (MAJOR, MINOR) >= (8, 5) else OldEngine)(graph, made["profiles"][0])
 
 
 class Base:
     """A stand-in with the inputs first, then the outputs."""
 
-    def __init__(self, graph):
+    def __init__(self, graph, profile):
+        self.profile = profile
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self.inputs, self.outputs = self.session.get_inputs(), self.session.get_outputs()
         self.names = [value.name for value in (*self.inputs, *self.outputs)]
@@ -234,10 +236,14 @@ class BaseContext:
         return self.shapes[name]
 
     def set_shape(self, name, shape):
+        least, _, largest = self.engine.profile[name]
+        if not all(low <= axis <= high for low, axis, high in zip(least, shape, largest, strict=True)):
+            return False
         self.shapes = {key: value for key, value in self.shapes.items() if key != name}
         for value in self.engine.outputs:
             self.shapes.pop(value.name, None)
         self.shapes[name] = shape
+        return True
 
     def execute_v2(self, addresses):
         engine = self.engine
@@ -260,7 +266,7 @@ class BaseContext:
 
 class Context(BaseContext):
     def set_input_shape(self, name, shape):
-        self.set_shape(name, shape)
+        return self.set_shape(name, shape)
 
     def get_tensor_shape(self, name):
         return self.shape(name)
@@ -268,7 +274,7 @@ class Context(BaseContext):
 
 class OldContext(BaseContext):
     def set_binding_shape(self, number, shape):
-        self.set_shape(self.engine.names[number], shape)
+        return self.set_shape(self.engine.names[number], shape)
 
     def get_binding_shape(self, number):
         return self.shape(self.engine.names[number])

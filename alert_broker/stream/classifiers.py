@@ -1,0 +1,37 @@
+"""Open the models of a consumer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from alert_broker.classify import Classifiers, load_kernels
+from alert_broker.stream.config import Config
+from alert_broker.stream.reuse import COLUMNS, Reuse
+from alert_broker.work_budget import Budget
+from edgekit.bundle.format import Bundle
+
+
+def open_classifiers(config: Config, bundle: Bundle | None, budget: Budget | None = None) -> Classifiers:
+    """Return the classifiers, whose models are opened when they are needed. If the configuration says so, each reuses
+    its last classification of an object."""
+    same = config.model.reuse
+    threads = config.model.threads or None
+    if same == "off":
+        return Classifiers(bundle, config.model.runtime, threads=threads, budget=budget)
+    wrap = functools.partial(Reuse, same=same)
+    return Classifiers(bundle, config.model.runtime, threads=threads, wrap=wrap, columns=COLUMNS, budget=budget)
+
+
+def open_all_classifiers(config: Config, budget: Budget, notify: Callable[[str], None]) -> Classifiers:
+    """Open the models of all surveys now, and run each of them once, so that the first alert need not wait. notify: is
+    called with a line for the user if kernels must be compiled."""
+    from edgekit.importers.files import resolve
+
+    bundle = resolve(config.model.bundle) if config.model.bundle else None
+    classifiers = open_classifiers(config, bundle, budget)
+    load_kernels(notify)
+    classifiers.open_all()
+    for item in classifiers.opened.values():
+        item.session.warmup(config.batch.size)
+    return classifiers
