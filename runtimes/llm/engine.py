@@ -136,6 +136,14 @@ class Engine(ABC):
         self.blocks.reserve([(item.sequence, len(item.inputs)) for item in items])
         return Step(self, items, self._batch(items))
 
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the engine has. It cannot be used any more."""
+
+    def bytes_read(self, context: int) -> int | None:
+        """Return the bytes of memory that a step with one token behind `context` others reads; None if unknown."""
+        return None
+
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence has; 0 for one that has not begun."""
         return self.blocks.length(sequence)

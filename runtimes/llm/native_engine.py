@@ -22,9 +22,10 @@ from edgekit import cache
 from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.gguf import Tensor
 from edgekit.importers.gguf_formats import encode_q8_0
+from edgekit.machine import available_memory
 from exporters.c.library import Compiler, is_complete, keep_library
 from runtimes.llm.architecture import Architecture, Model
-from runtimes.llm.blocks import BLOCK
+from runtimes.llm.blocks import BLOCK, blocks_for
 from runtimes.llm.engine import Batch, Engine, Floats
 
 FOLDER = Path(__file__).parent / "native"
@@ -84,13 +85,16 @@ class NativeEngine(Engine):
             of.rope.pairs == "adjacent", of.epsilon, CACHES[kv], blocks, rows, blocks * BLOCK, self.threads,
             sum(self._matrix_bytes(tensor) for tensor in _matrices(model)),
         )  # fmt: skip
+        self._weights = shape.weight_bytes - self._embedding_only(model)
+        self.bytes = shape.weight_bytes + blocks * _block_bytes(of, kv)  # of weights and cache
+        _check_memory(self.bytes, shape.weight_bytes, blocks)
         self._engine: int | None = self._library.engine_new(ctypes.byref(shape))
         if not self._engine:
             raise EdgekitError(
                 f"no memory for {blocks} blocks of {BLOCK} tokens, or for a thread; ask for fewer blocks"
             )
         self._load(model)
-        self._block_bytes = self._library.engine_block_bytes(self._engine)
+        self._block_bytes: int = self._library.engine_block_bytes(self._engine)
 
     def close(self) -> None:
         """Free the engine's memory and end its threads."""
@@ -98,11 +102,9 @@ class NativeEngine(Engine):
             self._library.engine_end(self._engine)
             self._engine = None
 
-    def __enter__(self) -> NativeEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def bytes_read(self, context: int) -> int:
+        cache: int = blocks_for(context + 1) * self._block_bytes
+        return self._weights + cache
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None):
@@ -126,6 +128,10 @@ class NativeEngine(Engine):
         form = FORMATS.get(tensor.format.name, FORMATS["Q8_0"])
         size: int = self._library.engine_matrix_bytes(form, *tensor.shape)
         return size
+
+    def _embedding_only(self, model: Model) -> int:
+        """Return the bytes of the embedding if it is not the head, too: a token reads one row of it."""
+        return 0 if model.head is model.embedding else self._matrix_bytes(model.embedding)
 
     def _matrix(self, layer: int, role: int, tensor: Tensor) -> None:
         rows, inputs = tensor.shape
@@ -193,6 +199,22 @@ class NativeEngine(Engine):
     def import_blocks(self, blocks: npt.NDArray[np.int32], content: npt.NDArray[Any]) -> None:
         for block, row in zip(blocks.tolist(), np.ascontiguousarray(content), strict=True):
             self._library.engine_move_block(self._engine, block, row.ctypes.data, 0)
+
+
+def _block_bytes(of: Architecture, kv: str) -> int:
+    """Return the bytes of a block of the cache in all layers."""
+    values = 2 * BLOCK * of.head_size
+    head = 2 * values if kv == "f16" else values + 2 * BLOCK * 4
+    return of.layers * of.kv_heads * head
+
+
+def _check_memory(needed: int, weights: int, blocks: int) -> None:
+    free = available_memory()
+    if free is not None and needed > free:
+        raise EdgekitError(
+            f"{needed:,} bytes are needed, {weights:,} for weights and {needed - weights:,} for a cache of "
+            f"{blocks * BLOCK:,} tokens, and {free:,} are free; take a shorter context or a smaller model"
+        )
 
 
 def _check_sizes(of: Architecture, threads: int, rows: int) -> None:

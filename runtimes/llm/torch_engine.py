@@ -50,6 +50,10 @@ class TorchEngine(Engine):
     def _load(self, tensor: Tensor) -> torch.Tensor:
         return torch.from_numpy(tensor.values()).to(self._device, self._dtype)
 
+    def close(self) -> None:
+        self._layers.clear()
+        del self._cache, self._embedding, self._head
+
     @torch.inference_mode()
     def begin(self, batch: Batch) -> State:
         ids = torch.from_numpy(np.maximum(batch.ids, 0)).to(self._device)
