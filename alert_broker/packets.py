@@ -7,6 +7,7 @@ reads, and the columns become light curves, many packets at a time.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from alert_broker.avro.columns import Columns
 from alert_broker.avro.plan import ReadPlan
 from alert_broker.containers import BadPacket, Block, Buffer, split
 from alert_broker.lightcurve import LightCurves, concatenate
 from alert_broker.surveys.base import Extracted, PacketError, Survey, surveys
+from edgekit.bundle.bounded import claim
+from edgekit.data.parquet import declared_bytes, open_bounded, text_bytes, without_dictionaries
 from edgekit.errors import EdgekitError
 
 PARQUET_MAGIC = b"PAR1"
@@ -146,14 +148,10 @@ class _Waiting:
         self._offsets: list[int] = []
         self._columns: dict[str, tuple[Columns, list[int]]] = {}  # by layout, with the packets' indices in that order
         self._tables: list[tuple[pa.RecordBatch, list[int]]] = []
+        self.rows = 0  # of the longest history columns
 
     def __len__(self) -> int:
         return len(self._files)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the longest history columns."""
-        return max((columns.rows for columns, _ in self._columns.values()), default=0)
 
     def add(self, block: PacketSource) -> BadPacket | None:
         """Read a block into columns; return the part of it that could not be decoded."""
@@ -168,10 +166,14 @@ class _Waiting:
             self._columns[plan.layout] = (Columns(plan) if grown is None else self._buffer_pool.pop(grown), [])
         columns, indices = self._columns[plan.layout]
         ends, fault = columns.read(block.data, block.count, plan)
-        starts = [0, *ends.tolist()]
-        inside = [0] * len(starts) if block.compressed else starts
-        positions = [block.offset + start for start in inside] if block.index is None else [block.index] * len(starts)
+        if block.index is not None:
+            positions = [block.index] * (len(ends) + 1)
+        elif block.compressed:
+            positions = [block.offset] * (len(ends) + 1)
+        else:
+            positions = [block.offset, *(block.offset + ends).tolist()]
         indices += self._number(block.file, positions[: len(ends)])
+        self.rows = max(self.rows, columns.rows)
         if fault is None:
             return None
         name, lost = block.schema.name, block.count - len(ends)
@@ -278,7 +280,7 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
     rows = 1
     try:
         # pyarrow opens no file whose name is not UTF-8
-        with path.open("rb") as stream, pq.ParquetFile(stream) as parquet:
+        with path.open("rb") as stream, open_bounded(stream) as parquet:
             if TRUTH_KEY in (parquet.schema_arrow.metadata or {}):
                 return
             rows = parquet.metadata.num_rows
@@ -292,10 +294,16 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
                 return
             wanted = set(survey.paths)
             chosen = [parquet.schema.column(index).path for index, name in enumerate(columns) if name in wanted]
-            for batch in parquet.iter_batches(PARQUET_ROWS, columns=chosen):
-                yield ParquetRows(survey, file_name(path), row, batch)
+            size = os.fstat(stream.fileno()).st_size
+            claim(max(declared_bytes(parquet.metadata, set(chosen)), default=0), size, "a group of its rows")
+            # one group at a time, because pyarrow reads no list of texts with two dictionaries
+            groups = range(parquet.metadata.num_row_groups)
+            each = (parquet.iter_batches(PARQUET_ROWS, [group], columns=chosen) for group in groups)
+            for batch in itertools.chain.from_iterable(each):
+                claim(sum(map(text_bytes, batch.columns)), size, f"rows {row} to {row + batch.num_rows}")
+                yield ParquetRows(survey, file_name(path), row, without_dictionaries(batch))
                 row += batch.num_rows
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, EdgekitError) as error:
         reason = f"the file cannot be read as Parquet from row {row} on: {error}"
         yield BadPacket(file_name(path), row, reason, packets=max(rows - row, 1))
 

@@ -6,7 +6,7 @@
 Every input row gives one output row, in the same order, with the columns of `edgekit alerts classify` except file and
 offset. For a row that cannot be read, `status` holds the reason. The model travels with the task as a packed bundle.
 Each Python worker opens it once, with one thread, because Spark runs one worker for each core. edgekit must be
-installed on the machines of the executors.
+installed on the machines of the executors, in the environment whose interpreter PYSPARK_PYTHON names.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Kafka as a streaming source for Spark, for installations without Spark's own connector: PySpark's wheel does not
-contain its jar.
+"""Kafka as a streaming source for Spark, for installations that cannot add Spark's own Kafka connector.
+
+Prefer Spark's own connector, `format("kafka")`. It fetches messages in the JVM and is faster: docs/jobs/stream.md says
+how to use it. This source fetches them in Python and needs no jar. It needs Spark 4.
 
     spark.dataSource.register(KafkaPackets)
     stream = spark.readStream.format("edgekit-kafka").option("subscribe", "ztf").option("kafka.bootstrap.servers", ...)
@@ -7,8 +9,7 @@ contain its jar.
 
 The options are those of Spark's connector: `subscribe` (topics, separated by commas), `startingOffsets` (earliest,
 latest), `maxOffsetsPerTrigger`, and `kafka.*`, which are passed to librdkafka. Spark's checkpoint stores the positions;
-nothing is committed to Kafka. The source needs Spark 4. It fetches messages in Python, so Spark's connector is faster
-if it is installed.
+nothing is committed to Kafka.
 """
 
 from __future__ import annotations

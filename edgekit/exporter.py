@@ -70,7 +70,7 @@ def export(
 
     Raises EdgekitError, and writes nothing, if the exported model differs, if the directory exists and `force` is not
     given, and for an option that the format does not take."""
-    from edgekit.importers.api import open_model
+    from edgekit.importers.api import open_to_run
 
     exporter_class = load_exporter(to)
     given = dict(options or {})
@@ -78,7 +78,7 @@ def export(
         raise EdgekitError(f"target = {target!r}, and the options say {given['target']!r}; give the target once")
     if strange := sorted(set(given) - option_names(exporter_class)):
         raise unknown("option", strange[0], sorted(option_names(exporter_class)), where=f"the format {to}")
-    return exporter_class(**given).export(open_model(model), directory, force=force)
+    return exporter_class(**given).export(open_to_run(model), directory, force=force)
 
 
 def load_exporter(name: str) -> type[Exporter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 
@@ -41,3 +42,24 @@ def int8_products(info: Path = Path("/proc/cpuinfo")) -> str:
     except (OSError, StopIteration):
         return "unknown"
     return "vnni" if {"avx512_vnni", "avx_vnni", "asimddp"} & set(flags.split()) else "saturating"
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
+    """Return the total memory, and the memory that programs can use, within the limits of a container; zeros if the
+    system reports neither. What a container has read from files counts as free, because the system can drop it."""
+    total, free = (_number(root / "proc/meminfo", name, 1024) for name in ("MemTotal:", "MemAvailable:"))
+    group = root / "sys/fs/cgroup"
+    limit = _number(group / "memory.max")
+    if 0 < limit < total:
+        used = _number(group / "memory.current") - _number(group / "memory.stat", "file ")
+        total, free = limit, min(free, max(limit - used, 0))
+    return total, free
+
+
+def _number(path: Path, name: str = "", unit: int = 1) -> int:
+    """Return the number after a name at the start of a line; 0 if there is none."""
+    try:
+        found = re.search(rf"^{name} *(\d+)", path.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return unit * int(found[1]) if found else 0

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import ModelProto
 
 from edgekit import __version__
 from edgekit.bundle.format import GOLDEN, Bundle
@@ -66,16 +67,7 @@ class OnnxExporter(Exporter):
         directory = Path(directory)
         check_destination(directory, force=force)
         lowered = self.lower_for_target(bundle) if self.target else None
-        model = lowered.model if lowered else lower(bundle, weights="float32", opset=self.opset, exporter=self.exporter)
-        models = {FLOAT: model}
-        plain = lowered is None or (
-            lowered.precision == "float32" and lowered.deployment.stack.runtime == "onnxruntime"
-        )
-        if plain and not bundle.is_graph and self.weights == "encoded" and (encodings := bundle.encodings()):
-            quantized = quantized_graph(model, encodings)
-            # a few codes save fewer bytes than the nodes that decode them take
-            if quantized.ByteSize() < model.ByteSize():
-                models[QUANTISED] = quantized
+        models = self._models(bundle, lowered)
         graphs: dict[str, bytes] = {}
         for name, graph in models.items():
             graphs |= files(graph, name, self.largest)
@@ -99,7 +91,7 @@ class OnnxExporter(Exporter):
             "format": "edgekit-onnx-1",
             **described(bundle),
             **(lowered.described() if lowered else {}),
-            "opset": opset_of(model),
+            "opset": opset_of(models[FLOAT]),
             "models": {
                 name: {
                     "bytes": len(graphs[name]) + len(graphs.get(f"{name}.data", b"")),
@@ -121,6 +113,20 @@ class OnnxExporter(Exporter):
         written[MANIFEST] = manifest_bytes(manifest)
         publish(written, directory, force=force)
         return Export(directory, {name: len(content) for name, content in written.items()}, manifest, records)
+
+    def _models(self, bundle: Bundle, lowered: TargetGraph | None) -> dict[str, ModelProto]:
+        """Return the graphs to write by file name: the model, and its encoded form if that is smaller."""
+        model = lowered.model if lowered else lower(bundle, weights="float32", opset=self.opset, exporter=self.exporter)
+        models = {FLOAT: model}
+        plain = lowered is None or (
+            lowered.precision == "float32" and lowered.deployment.stack.runtime == "onnxruntime"
+        )
+        if plain and not bundle.is_graph and self.weights == "encoded" and (encodings := bundle.encodings()):
+            quantized = quantized_graph(model, encodings)
+            # a few codes save fewer bytes than the nodes that decode them take
+            if quantized.ByteSize() < model.ByteSize():
+                models[QUANTISED] = quantized
+        return models
 
     def lower_for_target(self, bundle: Bundle, runtime: str = "") -> TargetGraph:
         """Convert the bundle's graph for the target's stack; `runtime` selects the first stack with that runtime."""

@@ -67,8 +67,8 @@ class DeploymentTarget:
 
 @dataclass(frozen=True, slots=True)
 class TargetGraph:
-    """A graph for one deployment target. `tolerance`: the largest difference that its verification allows. `exact`: the
-    layers that must stay in float32 under weak typing."""
+    """A graph for one deployment target. `tolerance`: the largest difference that its verification allows. `pinned`:
+    the layers that must stay in float32 under weak typing."""
 
     model: ModelProto
     deployment: DeploymentTarget
@@ -184,8 +184,8 @@ def requirements(where: DeploymentTarget, *pins: str) -> bytes:
 
 def refuse(graph: ModelProto, where: DeploymentTarget) -> None:
     """Raise if the graph contains something that the target forbids or that its parser does not read."""
-    for chosen_precision in sorted(arithmetic(graph)):
-        where.target.refuse(chosen_precision)
+    for precision in sorted(arithmetic(graph)):
+        where.target.refuse(precision)
     if where.parser_version:
         where.parser_version.refuse(graph)
     elif opset(graph) > where.opset:

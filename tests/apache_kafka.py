@@ -54,14 +54,21 @@ def missing() -> str:
 
 class ApacheKafka:
     """nodes: 1 or 3, each a broker and a controller. users: names and passwords; with any, clients come by SASL_SSL
-    with SCRAM-SHA-512, and may do only what `allow` has granted them. authority: signs the nodes' certificates."""
+    with SCRAM-SHA-512, and may do only what `allow` has granted them. authority: signs the nodes' certificates.
+    environment: of the nodes' processes, beside ours."""
 
     def __init__(
-        self, folder: Path, nodes: int = 1, users: Mapping[str, str] | None = None, authority: Authority | None = None
+        self,
+        folder: Path,
+        nodes: int = 1,
+        users: Mapping[str, str] | None = None,
+        authority: Authority | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         if reason := missing():
             raise EdgekitError(f"Apache Kafka cannot be started: {reason}")
         self.folder, self.users = folder, dict(users or {})
+        self._environment = {**os.environ, **(environment or {})}
         self.authority = authority or (Authority(folder / "ca") if self.users else None)
         self._cluster = cluster_id()
         ports = free_ports(3 * nodes)
@@ -119,7 +126,7 @@ class ApacheKafka:
     def start_node(self, number: int, *, wait: bool = True) -> None:
         """Start a node, or start it again with the data that it had."""
         node = self._nodes[number]
-        if not (node / "data" / "meta.properties").exists():
+        if not (self.data(number) / "meta.properties").exists():
             scram = [
                 part
                 for name, password in self.users.items()
@@ -137,7 +144,7 @@ class ApacheKafka:
         with (node / "log").open("ab") as log:
             self._processes[number] = subprocess.Popen(
                 [*self._java("512m"), "kafka.Kafka", str(node / "node.properties")],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         if wait:
             self.wait()
@@ -169,6 +176,14 @@ class ApacheKafka:
     def stop(self, number: int | None = None) -> None:
         """In order: clients are told that the node goes."""
         self._end(signal.SIGTERM, number)
+
+    def data(self, number: int) -> Path:
+        """The folder in which a node keeps its messages."""
+        return self._nodes[number] / "data"
+
+    def running(self, number: int) -> bool:
+        process = self._processes[number]
+        return process is not None and process.poll() is None
 
     def leader(self, topic: str, partition: int = 0) -> int:
         """The index of the node that leads a partition."""
@@ -204,7 +219,8 @@ class ApacheKafka:
             "inter.broker.listener.name": "INTERNAL",
             "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,INTERNAL:PLAINTEXT,CLIENTS:"
             + ("SASL_SSL" if self.users else "PLAINTEXT"),
-            "log.dirs": node / "data",
+            "log.dirs": self.data(number),
+            "log.cleaner.backoff.ms": 500,
             "log.retention.check.interval.ms": 1000,
             "offsets.topic.replication.factor": copies,
             "offsets.topic.num.partitions": 6,

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from confluent_kafka import KafkaException, Producer
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.cimpl import NewTopic
 
 from edgekit.errors import EdgekitError, missing_extra
@@ -245,6 +245,18 @@ def create_topics(
         except KafkaException as error:
             if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
                 raise EdgekitError(f"the topic {name} cannot be created: {error.args[0].str()}") from None
+
+
+def configure_topic(address: str, topic: str, settings: Mapping[str, str]) -> None:
+    """Change these settings of a topic, and leave its others as they are."""
+    entries = [
+        ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
+    ]
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+    admin = AdminClient({"bootstrap.servers": address})
+    for future in admin.incremental_alter_configs([resource]).values():
+        future.result(READY_SECONDS)
+    time.sleep(2.0)  # the answer comes before the settings count
 
 
 def free_port() -> int:

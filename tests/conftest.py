@@ -218,7 +218,7 @@ def edgekit(monkeypatch, capsys, tmp_path_factory):
         monkeypatch.setattr(sys, "argv", ["edgekit", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            main()
+            main(supervised=None)
         printed = capsys.readouterr()
         return Finished(stopped.value.code or 0, printed.out, printed.err)
 

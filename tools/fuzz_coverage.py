@@ -54,6 +54,7 @@ def seeds() -> list[bytes]:
     """Return valid inputs for both targets."""
     import fastavro
     from fastavro.schema import parse_schema
+    from fuzz_stream import PACKET, SCHEMA
 
     row = {"time": 1.5, "flag": True}
     values: list[list[Any]] = [
@@ -69,34 +70,9 @@ def seeds() -> list[bytes]:
         container = io.BytesIO()
         fastavro.writer(container, schema | {"name": "ztf.alert"}, [packet] * 2, sync_marker=b"0123456789abcdef")
         found.append(bytes([MESSAGE]) + container.getvalue())
-    small = {
-        "type": "record",
-        "name": "ztf.alert",
-        "fields": [
-            {"name": "objectId", "type": "string"},
-            {"name": "candid", "type": "long"},
-            {
-                "name": "candidate",
-                "type": {
-                    "type": "record",
-                    "name": "row",
-                    "fields": [
-                        {"name": "jd", "type": "double"},
-                        {"name": "fid", "type": "int"},
-                        {"name": "magpsf", "type": "float"},
-                        {"name": "sigmapsf", "type": "float"},
-                        {"name": "isdiffpos", "type": "string"},
-                    ],
-                },
-            },
-            {"name": "prv_candidates", "type": ["null", {"type": "array", "items": "row"}]},
-        ],
-    }
-    one = {"jd": 2_460_000.5, "fid": 1, "magpsf": 20.0, "sigmapsf": 0.1, "isdiffpos": "t"}
-    packet = {"objectId": "ZTF24aaaaaaa", "candid": 1, "candidate": one, "prv_candidates": [one]}
     for codec in ("null", "deflate"):
         container = io.BytesIO()
-        fastavro.writer(container, small, [packet, packet], codec=codec, sync_interval=1, sync_marker=b"0" * 16)
+        fastavro.writer(container, SCHEMA, [PACKET, PACKET], codec=codec, sync_interval=1, sync_marker=b"0" * 16)
         found.append(bytes([MESSAGE]) + container.getvalue())
     found += [bytes([MESSAGE]) + b"\0\0\0\4\x4cdatum", bytes([MESSAGE]) + b"PAR1"]
     return found

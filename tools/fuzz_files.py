@@ -1,118 +1,101 @@
-"""Fuzz the readers of files that may come from strangers: damaged and hostile files by the thousand.
+"""Fuzz all that reads what strangers send, in a confined process: damaged and hostile files and messages by the
+thousand.
 
     python tools/fuzz_files.py npz pack --seconds 600
-    python tools/fuzz_files.py all --seconds 600 --json benchmarks/fuzz_files.json
+    python tools/fuzz_files.py all --jobs 2 --json benchmarks/fuzz_files.json
+    python tools/fuzz_files.py bundle --replay runs/fuzz/finds/bundle-0a1b2c3d
 
-`fuzz_readers.py` lists the readers, each with a few valid files. The engine changes bytes, numbers and values of these
-files, always in the same way for the same seed, and gives each result to the reader in a confined process. Three things
-are failures: an exception that is not an EdgekitError of one line; more than SECONDS or MEMORY for one file; and an
-attempt to start a program, open a connection, or open a file that the reader was not given. For readers whose work runs
-in the sandbox, the sandbox ends a file that takes too much, so that is counted as stopped and is no failure.
+`fuzz_readers.py` lists the readers, each with a few valid files. `fuzz_changes.py` changes them, and `fuzz_worker.py`
+gives each result to the reader. These are failures: an exit status other than 0, 1 and 2; more than one line of error;
+a control character in what is printed; more than SECONDS or MEMORY for one file; a file left behind; and an attempt to
+start a program, to open a connection, to write outside the folder of the file, or to open a file that the reader was
+not given. For readers whose work runs in the sandbox, the sandbox ends a file that takes too much, so that is counted
+as stopped and is no failure.
+
+If the reader is written in Python, the branches that it takes guide the changes (libFuzzer, from `pip install
+atheris`); what libFuzzer found goes on in the next run from --folder. Ctrl-C ends the run with a report of what was
+done, and --resume leaves out the readers that --json already has with as many seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
+import importlib.util
 import json
 import os
-import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SECONDS, MEMORY = 20, 5 << 30  # for one file
-BYTES = (0, 1, 0x7F, 0x80, 0xFF, 0x0A, 0x22, 0x2E, 0x5B, 0x7B)
-NUMBERS = (0, 1, -1, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, -(2**63))
-VALUES = (
-    b"0",
-    b"-1",
-    b"1e999",
-    b"1099511627776",
-    b"9" * 40,
-    b"1.5",
-    b"null",
-    b"true",
-    b'""',
-    b'"\\u0000"',
-    b'"\\ud800"',
-    b'"a\\nb"',
-    b"[]",
-    b"{}",
-    b"[[[[[]]]]]",
-    b"[" * 3000,
-    b'"' + b"x" * 3000 + b'"',
-    b'"../../etc/passwd"',
-    b'"O"',
-)
-MOST_CHANGES = 4
-PLACES = [os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-PLACES += ["/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", str(Path(__file__).resolve().parents[1])]
-PLACES += [os.path.realpath(place) for place in (sys.prefix, *filter(None, sys.path))]
+TOOLS = Path(__file__).resolve().parent
+SECONDS = 20  # for one file
+PROGRESS_SECONDS = 30.0  # between two lines of progress
+MOST_FAILURES = 1000  # then a reader is repaired first
+MOST_FINDS = 20  # inputs of failures that are stored for each reader
+MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # on a disk, most of the time is spent on the files
+SHOWN = 10  # kinds of failures that are printed and reported
 
 
 @dataclass(slots=True)
 class Tally:
     """What became of the files. stopped: by a limit of the sandbox; failures: the number of the file, and what
-    happened."""
+    happened; finds: the inputs of the first failures; branches: those that libFuzzer saw, if it guided."""
 
     reader: str
+    guided: bool = False
     files: int = 0
     accepted: int = 0
     refused: int = 0
     stopped: int = 0
     failures: list[str] = field(default_factory=list)
+    finds: dict[str, bytes] = field(default_factory=dict, repr=False)
+    restarts: int = -1
+    branches: int = 0
     seconds: float = 0.0
 
+    def count(self, event: dict[str, Any]) -> None:
+        self.files += 1
+        self.accepted += event.get("accepted", 0)
+        self.refused += event.get("refused", 0)
+        self.stopped += event.get("stopped", 0)
+        if "failure" in event:
+            self.failures.append(f"{self.reader} {self.files - 1}: {event['failure']}")
+            if event["failure"] not in self.finds and len(self.finds) < MOST_FINDS:
+                self.finds[event["failure"]] = base64.b64decode(event.get("input", ""))
 
-def changed(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
-    """The files with one to four changes."""
-    result = dict(files)
-    for _ in range(rng.randint(1, MOST_CHANGES)):
-        name = rng.choice(sorted(result))
-        result[name] = _changed(result[name], rng, [content for content in files.values() if content])
-    return result
-
-
-def _changed(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
-    at = rng.randrange(len(content) + 1)
-    end = min(len(content), at + rng.choice((1, 1, 2, 4, 16, 256)))
-    other = rng.choice(others)
-    start = rng.randrange(len(other))
-    piece = other[start : start + rng.choice((1, 8, 64))]
-    width = rng.choice((1, 2, 4, 8))
-    number = (rng.choice(NUMBERS) % (1 << 8 * width)).to_bytes(width, rng.choice(("little", "big")))
-    match rng.randrange(9):
-        case 0:
-            return content[:at] + bytes([rng.choice(BYTES)]) + content[at + 1 :]
-        case 1 if at < len(content):
-            return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
-        case 2:
-            return content[:at] + number + content[at + width :]
-        case 3:
-            return content[:at]
-        case 4:
-            return content[:at] + content[end:]
-        case 5:
-            return content[:end] + content[at:]
-        case 6:
-            return content[:at] + piece + content[end:]
-        case _:
-            return _with_value(content, rng)
+    def to_json(self) -> dict[str, Any]:
+        kinds = Counter(failure.partition(": ")[2] for failure in self.failures)
+        shown = {name: value for name, value in asdict(self).items() if name not in ("failures", "finds")}
+        return shown | {"failures": len(self.failures), "kinds": dict(kinds.most_common(SHOWN))}
 
 
-def _with_value(content: bytes, rng: random.Random) -> bytes:
-    """JSON or TOML with one value replaced; other content with the value put somewhere."""
-    marks = [at for at, byte in enumerate(content) if byte in b":=,[" and at + 1 < len(content)]
-    at = rng.choice(marks) + 1 if marks else rng.randrange(len(content) + 1)
-    end = next((n for n in range(at, len(content)) if content[n] in b",]}\n"), len(content))
-    return content[:at] + b" " + rng.choice(VALUES) + content[end:]
+class Stop:
+    """Ends all workers at Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.asked, self._running = threading.Event(), set[subprocess.Popen[str]]()
+
+    def add(self, worker: subprocess.Popen[str]) -> None:
+        self._running.add(worker)
+        if self.asked.is_set():
+            worker.kill()
+
+    def ask(self) -> None:
+        self.asked.set()
+        for worker in list(self._running):
+            worker.kill()
 
 
 def fuzz(
@@ -123,135 +106,189 @@ def fuzz(
     seconds: float = 1e9,
     file_seconds: int = SECONDS,
     module: str = "fuzz_readers",
+    guided: bool = False,
+    corpus: Path | None = None,
+    replay: list[Path] | None = None,
+    stop: Stop | None = None,
+    progress: bool = False,
 ) -> Tally:
-    """Give damaged files to a reader until it has read so many, or for so long. file_seconds: the limit of one file."""
-    tally, started = Tally(name), time.monotonic()
-    while time.monotonic() - started < seconds and (files is None or tally.files < files):
-        left = min(seconds - (time.monotonic() - started), 1e9)
-        numbers = (seed, tally.files, files or 10**12, left, file_seconds)
-        _run_worker(tally, [module, name, *map(str, numbers)])
-    tally.seconds = time.monotonic() - started
+    """Give damaged files to a reader until it has read so many, or for so long. file_seconds: the limit of one file;
+    corpus: where libFuzzer's inputs stay; replay: stored inputs to read instead."""
+    tally, started, stop = Tally(name, guided), time.monotonic(), stop or Stop()
+    files = len(replay) if replay is not None else files
+    options: dict[str, Any] = {
+        "module": module,
+        "name": name,
+        "seed": seed,
+        "last": 10**12 if files is None else files,
+        "file_seconds": file_seconds,
+        "way": "replay" if replay is not None else "guided" if guided else "random",
+        "replay": [str(path.resolve()) for path in replay or ()],
+    }
+    while not stop.asked.is_set() and len(tally.failures) < MOST_FAILURES:
+        left = seconds - (time.monotonic() - started)
+        if left <= 0 or (files is not None and tally.files >= files):
+            break
+        tally.restarts += 1
+        end = started + seconds if progress else None
+        ended = _run_worker(tally, options | {"first": tally.files, "seconds": left}, corpus, stop, end)
+        tally.seconds = time.monotonic() - started
+        if ended:
+            break
     return tally
 
 
-def _run_worker(tally: Tally, arguments: list[str]) -> None:
-    """Read files in one confined process, until it ends by itself or must be ended because of a file."""
-    command = [sys.executable, __file__, "--worker", *arguments]
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as noise:
-        own = {"TMPDIR": scratch, "HOME": scratch, "EDGEKIT_CACHE": scratch, "OMP_NUM_THREADS": "1"}
+def _run_worker(
+    tally: Tally, options: dict[str, Any], corpus: Path | None, stop: Stop, progress_until: float | None
+) -> bool:
+    """Read files in one confined process. Return whether it ended by itself; otherwise a file ended it."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY_DISK) as scratch, tempfile.TemporaryFile() as noise:
+        kept = Path(scratch) / "corpus"
+        if corpus is not None and corpus.is_dir():
+            shutil.copytree(corpus, kept)
+        kept.mkdir(exist_ok=True)
+        own = {"HOME": scratch, "EDGEKIT_CACHE": f"{scratch}/cache", "TMPDIR": f"{scratch}/tmp", "OMP_NUM_THREADS": "1"}
         worker = subprocess.Popen(
-            [*command, scratch], stdout=subprocess.PIPE, stderr=noise, text=True, env=os.environ | own, cwd=scratch
-        )
-        assert worker.stdout is not None
-        confined = False
-        with worker:
-            for line in worker.stdout:
-                event = json.loads(line)
-                confined = event.pop("confined", confined)
-                _count(tally, event)
-        if worker.returncode:
-            noise.seek(0)
-            said = noise.read().decode(errors="replace").strip().splitlines()[-1:]
-            if not tally.files and worker.returncode > 0:
-                raise RuntimeError(f"the reader {tally.reader} cannot be started: {said}")
-            limits = (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL)
-            what = "it takes too long" if worker.returncode in limits else f"it ended with {worker.returncode} {said}"
-            _count(tally, {"stopped": 1} if confined else {"failure": what})
-
-
-def _count(tally: Tally, event: dict[str, Any]) -> None:
-    tally.files += bool(event)
-    tally.accepted += event.get("accepted", 0)
-    tally.refused += event.get("refused", 0)
-    tally.stopped += event.get("stopped", 0)
-    if "failure" in event:
-        tally.failures.append(f"{tally.reader} {tally.files - 1}: {event['failure']}")
-
-
-def work(
-    module: str, name: str, seed: str, first: str, last: str, seconds: str, file_seconds: str, scratch: str
-) -> None:
-    """The confined process: read one file after the other, and print what became of each as JSON."""
-    import importlib
-
-    from edgekit.errors import EdgekitError
-    from edgekit.importers import sandbox
-    from edgekit.importers.confine import confine
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    reader = importlib.import_module(module).READERS[name]
-    seeds = reader.seeds()
-    folder = Path(scratch)
-    reader.read(reader.write(seeds[0], folder))  # a valid file: what is imported later is imported now
-    odd: list[str] = []
-    sys.addaudithook(lambda event, arguments: _watch(event, arguments, folder, odd))
-    sandbox._layers.extend(confine(folder, memory=MEMORY, seconds=10**6, file_size=1 << 30))
-    print(json.dumps({"confined": reader.confined}), file=out, flush=True)
-    started = time.monotonic()
-    for number in range(int(first), int(last)):
-        if time.monotonic() - started > float(seconds):
-            break
-        rng = random.Random(f"{seed} {number}")
-        files = changed(rng.choice(seeds), rng)
-        odd.clear()
-        signal.alarm(int(file_seconds))
+            [sys.executable, str(TOOLS / "fuzz_worker.py"), json.dumps(options | {"folder": scratch})],
+            stdout=subprocess.PIPE, stderr=noise, text=True, env=os.environ | own, cwd=scratch, start_new_session=True,
+        )  # fmt: skip
+        stop.add(worker)
         try:
-            path = reader.write(files, folder)
-            odd.clear()
-            reader.read(path)
-            event: dict[str, Any] = {"accepted": 1}
-        except EdgekitError as error:
-            event = (
-                {"refused": 1} if len(str(error).splitlines()) == 1 else {"failure": f"not one line: {str(error)!r}"}
+            confined = _listen(worker, tally, progress_until)
+        finally:
+            worker.kill()
+            worker.wait()
+        noise.seek(0)
+        said = noise.read().decode(errors="replace").strip().splitlines()
+        branches = [int(found[1]) for line in said if (found := re.search(r" cov: (\d+) ", line))]
+        tally.branches = max(tally.branches, *branches, 0)
+        if corpus is not None and kept.is_dir():
+            shutil.copytree(kept, corpus, dirs_exist_ok=True)
+        if worker.returncode and not stop.asked.is_set():
+            current = Path(scratch) / "current"
+            _count_death(
+                tally, worker.returncode, said[-1:], confined, current.read_bytes() if current.is_file() else b""
             )
-        except MemoryError:
-            event = {"stopped": 1} if reader.confined else {"failure": "it takes too much memory"}
-        except Exception as error:
-            event = {"failure": f"{type(error).__name__}: {error}"[:300]}
-        signal.alarm(0)
-        print(json.dumps({"failure": odd[0]} if odd else event), file=out, flush=True)
 
 
-def _watch(event: str, arguments: tuple[Any, ...], folder: Path, odd: list[str]) -> None:
-    """Note what a reader was not asked to do. The sandbox refuses most of it; a reader could hide the refusal."""
-    from edgekit.importers.confine import NEVER
+def _listen(worker: subprocess.Popen[str], tally: Tally, progress_until: float | None) -> bool | None:
+    """Count what the worker reports. Return whether the reader's work runs in the sandbox; None if the worker never
+    began."""
+    confined, shown = None, time.monotonic()
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        event = json.loads(line)
+        if "confined" in event:
+            confined = event["confined"]
+            continue
+        tally.count(event)
+        if len(tally.failures) >= MOST_FAILURES:
+            worker.kill()
+        if progress_until is not None and time.monotonic() - shown > PROGRESS_SECONDS:
+            shown = time.monotonic()
+            left = max(0, progress_until - shown)
+            text = f"{tally.files:,} files, {len(tally.failures):,} failures, {left:,.0f} s left"
+            print(f"{tally.reader}: {text}", file=sys.stderr, flush=True)
+    worker.wait()
+    return confined
 
-    if event.startswith(NEVER):
-        odd.append(f"it tried this: {event} {arguments!r}"[:300])
-    elif event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        real = os.path.realpath(os.fsdecode(arguments[0]))
-        if not any(real == place or real.startswith(f"{place}/") for place in (*PLACES, os.path.realpath(folder))):
-            odd.append(f"it opened {real}"[:300])
+
+def _count_death(tally: Tally, status: int, said: list[str], confined: bool | None, current: bytes) -> None:
+    if confined is None:
+        raise RuntimeError(f"the reader {tally.reader} cannot be started: {said}")
+    if len(tally.failures) >= MOST_FAILURES:
+        return
+    limits = (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL)
+    what = "it takes too long" if status in limits else f"it ended with {status} {said}"
+    tally.count({"stopped": 1} if confined else {"failure": what, "input": base64.b64encode(current).decode()})
+
+
+def store_finds(tally: Tally, folder: Path) -> None:
+    """Write the inputs of failures to files, read each again alone, and print what then happens."""
+    for what, data in tally.finds.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{tally.reader}-{hashlib.sha256(data).hexdigest()[:8]}"
+        path.write_bytes(data)
+        again = fuzz(tally.reader, replay=[path]).failures
+        print(f"    {path}: {what}\n        alone: {again[0] if again else 'it does not fail'}")
+
+
+def table(tallies: list[Tally]) -> str:
+    rows = [("reader", "guided", "files", "accepted", "refused", "stopped", "failures", "minutes")]
+    for item in tallies:
+        numbers = (item.files, item.accepted, item.refused, item.stopped, len(item.failures))
+        guided = f"{item.branches:,} branches" if item.guided else "no"
+        rows.append((item.reader, guided, *(f"{number:,}" for number in numbers), f"{item.seconds / 60:.1f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def write_json(path: Path, machine: dict[str, str], done: dict[str, dict[str, Any]]) -> None:
+    path.write_text(json.dumps({"machine": machine, "readers": done}, indent=1) + "\n")
+
+
+def parsed(readers: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("readers", nargs="+", choices=["all", *readers])
+    parser.add_argument("--seconds", type=float, default=600, help="for each reader [default: 600]")
+    parser.add_argument("--jobs", type=int, default=1, help="readers that are fuzzed at the same time [default: 1]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--random", action="store_true", help="do without libFuzzer")
+    parser.add_argument("--folder", type=Path, default=Path("runs/fuzz"), help="inputs of libFuzzer and of failures")
+    parser.add_argument("--json", type=Path, help="write the counts to this file after each reader")
+    parser.add_argument("--resume", action="store_true", help="leave out what --json already has")
+    parser.add_argument("--replay", type=Path, nargs="+", help="read these stored inputs of one reader again")
+    return parser.parse_args()
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:])
-        return
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(TOOLS))
     from fuzz_readers import READERS
+    from fuzz_worker import GUIDED
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("readers", nargs="+", choices=["all", *READERS])
-    parser.add_argument("--seconds", type=float, default=600, help="for each reader [default: 600]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the counts to this file")
-    options = parser.parse_args()
-    tallies = []
-    for name in READERS if "all" in options.readers else options.readers:
-        tally = fuzz(name, seed=options.seed, seconds=options.seconds)
-        tallies.append(tally)
-        kinds = Counter(failure.partition(": ")[2] for failure in tally.failures)
-        print(
-            f"{name}: {tally.files:,} files in {tally.seconds:.0f} s, {tally.accepted:,} accepted, {tally.refused:,} "
-            f"refused, {tally.stopped:,} stopped, {len(tally.failures):,} failures"
+    options = parsed(list(READERS))
+    names = list(READERS) if "all" in options.readers else options.readers
+    if options.replay:
+        tally = fuzz(names[0], replay=options.replay)
+        sys.exit("\n".join(tally.failures) or None)
+    if not options.random and set(names) & set(GUIDED) and importlib.util.find_spec("atheris") is None:
+        sys.exit("fuzz_files: needs atheris, which is not installed; run: pip install atheris, or pass --random")
+    from bench_inference import describe_machine
+
+    machine = describe_machine()  # with the commit at the start of the run
+    done: dict[str, dict[str, Any]] = {}
+    if options.json and options.json.is_file():
+        done = json.loads(options.json.read_text())["readers"]
+    if options.resume:
+        names = [name for name in names if done.get(name, {}).get("seconds", 0) < options.seconds]
+    stop, tallies, lock = Stop(), list[Tally](), threading.Lock()
+
+    def run(name: str) -> None:
+        if stop.asked.is_set():
+            return
+        guided = name in GUIDED and not options.random
+        corpus = options.folder / "corpus" / name
+        tally = fuzz(
+            name, seed=options.seed, seconds=options.seconds, guided=guided, corpus=corpus, stop=stop, progress=True
         )
-        for failure, count in kinds.most_common(10):
-            print(f"    {count} times: {failure}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(tally) for tally in tallies], indent=1) + "\n")
+        with lock:
+            tallies.append(tally)
+            print(f"{name}: {len(tally.failures):,} failures", flush=True)
+            if not stop.asked.is_set():
+                store_finds(tally, options.folder / "finds")
+                done[name] = {"commit": machine["commit"]} | tally.to_json()
+                if options.json:
+                    write_json(options.json, machine, done)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        try:
+            for future in [pool.submit(run, name) for name in names]:
+                future.result()
+        except KeyboardInterrupt:
+            stop.ask()
+    print(table(sorted(tallies, key=lambda item: list(READERS).index(item.reader))))
+    if stop.asked.is_set():
+        sys.exit("fuzz_files: stopped; the table shows what was done, and --resume goes on with the other readers")
     sys.exit(any(tally.failures for tally in tallies))
 
 

@@ -1,42 +1,64 @@
-"""The readers of files of strangers, for `fuzz_files.py`: valid files, how changed ones are put together, and the call.
+"""The readers of what strangers send, for `fuzz_files.py`: valid files, how changed ones are put together, and the
+call.
 
-Where a format has a checksum or a compressed stream, the harness changes what is inside and seals it again, as an
-attacker would."""
+If a format has a checksum, a compressed stream or a length, the harness changes the content inside and seals it again,
+as an attacker would. If edgekit has a command that reads the file and does nothing else, the call runs this command;
+otherwise it is the function that the commands call."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import random
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fuzz_stream
 import numpy as np
+from fuzz_changes import NUMBERS, TEXTS, Files, changed
 
+from edgekit import cli
 from edgekit.bundle.bounded import arrays_from_safetensors, read_file
 from edgekit.bundle.encoding import Affine, Palette
-from edgekit.bundle.format import GOLDEN, MANIFEST, Bundle, Manifest, assemble
+from edgekit.bundle.format import GOLDEN, MANIFEST, Bundle, Manifest, assemble, assemble_graph
 from edgekit.bundle.pack import MAGIC, VERSION, pack
 from edgekit.bundle.store import open_bundle
 from edgekit.bundle.tensors import TensorSpec, read_arrays
 
-Files = dict[str, bytes]
+GROUP = cli.edgekit  # the command line; the worker puts its own call in its place
+FLOATS = (0.0, -1.0, float("nan"), float("inf"), 1e38, 5e-324)
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
     """seeds: valid files by name, several sets; write: put a set into a folder and return the path to read; read: the
-    call. confined: most of the work runs in the sandbox, which has its own limits."""
+    call. confined: most of the work runs in the sandbox, which has its own limits; change: another way to change a set
+    than `fuzz_changes.changed`; allowed: audit events that the reader is asked for. The first set is accepted, and the
+    others may be files that are refused."""
 
     seeds: Callable[[], list[Files]]
     write: Callable[[Files, Path], Path]
     read: Callable[[Path], Any]
     confined: bool = False
+    change: Callable[[Files, random.Random], Files] = changed
+    allowed: tuple[str, ...] = ()
+
+
+def command(*arguments: str) -> Callable[[Path], Any]:
+    """Return the call of a command of edgekit. FILE and OUTPUT among the arguments stand for paths."""
+
+    def read(path: Path) -> None:
+        paths = {"FILE": str(path), "OUTPUT": str(path.parent / "output.edge")}
+        GROUP.main([paths.get(item, item) for item in arguments], prog_name="edgekit", standalone_mode=False)
+
+    return read
 
 
 def bundle() -> Bundle:
@@ -75,6 +97,16 @@ def archive(name: str) -> Callable[[Files, Path], Path]:
     return write
 
 
+def arrays() -> list[Files]:
+    """The arrays, which are then stored as an archive; and an archive as it is."""
+    content = bundle().contents[GOLDEN]
+    return [members(content), {"x.npz": content}]
+
+
+def write_arrays(files: Files, folder: Path) -> Path:
+    return (one_file if "x.npz" in files else archive)("x.npz")(files, folder)
+
+
 def members(content: bytes) -> Files:
     with zipfile.ZipFile(io.BytesIO(content)) as source:
         return {name: source.read(name) for name in source.namelist()}
@@ -97,33 +129,40 @@ def write_bundle(files: Files, folder: Path) -> Path:
     return path
 
 
+def graph_bundle() -> Bundle:
+    """A small bundle of an ONNX graph, whose product has weights that a packed file stores without the graph."""
+    rows = {"x": np.zeros((2, 3), np.float32)}, {"y": np.zeros((2, 4), np.float32)}
+    specs = (TensorSpec("x", ("batch", 3)),), (TensorSpec("y", ("batch", 4)),)
+    return assemble_graph(Manifest("graph", "onnx", {}, *specs), graphs()[0]["x.onnx"], rows)
+
+
 def bundle_files() -> list[Files]:
-    made = bundle()
-    return [{**made.contents, MANIFEST: made.manifest.to_json()}]
+    return [{**made.contents, MANIFEST: made.manifest.to_json()} for made in (bundle(), graph_bundle())]
 
 
 def read_bundle(path: Path) -> None:
-    """As `edgekit inspect` reads it."""
-    from edgekit.compression.describe import describe, tensor_rows
-
-    opened = open_bundle(path)
-    opened.golden()
-    describe(opened)
-    tensor_rows(opened)
+    """`edgekit inspect` in one of its forms, and the golden rows, which it does not read."""
+    forms = (["--weights"], ["--weights", "--json"], ["--lineage"])
+    content = (path / MANIFEST if path.is_dir() else path).read_bytes()
+    command("inspect", *forms[zlib.crc32(content) % len(forms)], "FILE")(path)
+    open_bundle(path).golden()
 
 
 def packed_parts() -> list[Files]:
-    """The streams of a packed file, without their compression where they are one stream."""
-    content, at, parts = pack(bundle())[:-32], len(MAGIC) + 1, []
-    while at < len(content):
-        (size,) = struct.unpack_from("<I", content, at)
-        parts.append(content[at + 4 : at + 4 + size])
-        at += 4 + size
-    return [{"0": zlib.decompress(parts[0]), "1": parts[1], "2": parts[2]}]
+    """The streams of packed files, without their compression if they are one stream: the manifest and the graph."""
+    made = []
+    for source in (bundle(), graph_bundle()):
+        content, at, parts = pack(source)[:-32], len(MAGIC) + 1, []
+        while at < len(content):
+            (size,) = struct.unpack_from("<I", content, at)
+            parts.append(content[at + 4 : at + 4 + size])
+            at += 4 + size
+        made.append({str(k): zlib.decompress(part) if k in (0, 3) else part for k, part in enumerate(parts)})
+    return made
 
 
 def write_packed(files: Files, folder: Path) -> Path:
-    streams = [zlib.compress(files["0"]), files["1"], files["2"]]
+    streams = [zlib.compress(content) if name in "03" else content for name, content in sorted(files.items())]
     body = MAGIC + bytes([VERSION]) + b"".join(struct.pack("<I", len(item)) + item for item in streams)
     (folder / "x.edgepack").write_bytes(body + hashlib.sha256(body).digest())
     return folder / "x.edgepack"
@@ -136,12 +175,12 @@ def graphs() -> list[Files]:
     def value(name: str, shape: Any, dtype: int = TensorProto.FLOAT) -> Any:
         return helper.make_tensor_value_info(name, dtype, shape)
 
-    stored = [numpy_helper.from_array(np.ones((3, 2), np.float32), "w")]
+    stored = [numpy_helper.from_array(np.ones((3, 4), np.float32), "w")]
     product = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])],
         "g",
         [value("x", ["batch", 3])],
-        [value("y", ["batch", 2])],
+        [value("y", ["batch", 4])],
         stored,
     )
     body = helper.make_graph(
@@ -163,10 +202,55 @@ def graphs() -> list[Files]:
     return [{"x.onnx": model.SerializeToString()} for model in made]
 
 
-def read_onnx(path: Path) -> None:
-    from edgekit.importers.onnx import from_onnx
+def changed_graph(files: Files, rng: random.Random) -> Files:
+    """The file with some fields of its messages changed, so that it is still protobuf; one in four with changed
+    bytes."""
+    import onnx
 
-    from_onnx(path.read_bytes(), "x", str(path))
+    if rng.random() < 0.25:
+        return changed(files, rng)
+    model = onnx.load_from_string(files["x.onnx"])
+    for _ in range(rng.randint(1, 4)):
+        message = rng.choice(list(_messages(model)))
+        field = rng.choice(message.DESCRIPTOR.fields)
+        with contextlib.suppress(ValueError, TypeError):  # the field's type does not have the value
+            _change_field(message, field.name, rng, model)
+    return {"x.onnx": model.SerializeToString()}
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    yield message
+    for _, value in message.ListFields():
+        for item in value if hasattr(value, "extend") else [value]:
+            if hasattr(item, "ListFields"):
+                yield from _messages(item)
+
+
+def _change_field(message: Any, name: str, rng: random.Random, model: Any) -> None:
+    """Remove a value, copy one from elsewhere in the graph, or set a hostile one."""
+    value = getattr(message, name)
+    if hasattr(value, "extend"):
+        if len(value) and rng.random() < 0.4:
+            del value[rng.randrange(len(value))]
+        elif hasattr(value, "add"):
+            made = value.add()
+            donors = [item for item in _messages(model) if item.DESCRIPTOR is made.DESCRIPTOR]
+            made.CopyFrom(rng.choice(donors))
+        elif len(value) and rng.random() < 0.7:
+            value[rng.randrange(len(value))] = _hostile(value[0], rng)
+        else:
+            value.append(rng.choice((*NUMBERS, *FLOATS, *TEXTS, b"\xff" * 9)))
+    elif hasattr(value, "ListFields"):
+        donors = [item for item in _messages(model) if item.DESCRIPTOR is value.DESCRIPTOR]
+        message.ClearField(name) if rng.random() < 0.4 or not donors else value.CopyFrom(rng.choice(donors))
+    else:
+        setattr(message, name, _hostile(value, rng))
+
+
+def _hostile(value: Any, rng: random.Random) -> Any:
+    if isinstance(value, bytes):
+        return changed({"": value}, rng)[""]
+    return rng.choice(TEXTS if isinstance(value, str) else FLOATS if isinstance(value, float) else NUMBERS)
 
 
 def programs() -> list[Files]:
@@ -176,12 +260,6 @@ def programs() -> list[Files]:
     rows = {"input": {0: torch.export.Dim("rows")}}
     torch.export.save(torch.export.export(torch.nn.Linear(3, 2), (torch.zeros(2, 3),), dynamic_shapes=rows), target)
     return [members(target.getvalue())]
-
-
-def read_program(path: Path) -> None:
-    from edgekit.importers.program import from_program
-
-    from_program(path)
 
 
 def folders() -> list[Files]:
@@ -208,12 +286,6 @@ def write_folder(files: Files, folder: Path) -> Path:
     return path
 
 
-def read_folder(path: Path) -> None:
-    from edgekit.importers.hugging_face import from_hugging_face
-
-    from_hugging_face(path)
-
-
 def pictures() -> list[Files]:
     from PIL import Image
 
@@ -226,11 +298,25 @@ def pictures() -> list[Files]:
     return made
 
 
+def with_checksums(content: bytes) -> bytes:
+    """A PNG whose chunks have the right checksums; other images unchanged."""
+    if not content.startswith(b"\x89PNG"):
+        return content
+    made, at = bytearray(content), 8
+    while at + 12 <= len(made):
+        (size,) = struct.unpack_from(">I", made, at)
+        if at + 12 + size > len(made):
+            break
+        struct.pack_into(">I", made, at + 8 + size, zlib.crc32(made[at + 4 : at + 8 + size]))
+        at += 12 + size
+    return bytes(made)
+
+
 def write_picture(files: Files, folder: Path) -> Path:
     path = folder / "pictures"
     for part in ("train", "test"):
         (path / part / "a").mkdir(parents=True, exist_ok=True)
-        (path / part / "a" / "x.png").write_bytes(files["x.png"])
+        (path / part / "a" / "x.png").write_bytes(with_checksums(files["x.png"]))
     return path
 
 
@@ -243,8 +329,11 @@ def read_pictures(path: Path) -> None:
 
 
 def recipes() -> list[Files]:
-    text = '[[pass]]\nname = "magnitude_prune"\nsparsity = 0.5\n\n[[pass]]\nname = "quantize"\nbits = 8\nseed = 3\n'
-    return [{"x.toml": text.encode()}]
+    short = '[[pass]]\nname = "magnitude_prune"\nsparsity = 0.5\n\n[[pass]]\nname = "quantize"\nbits = 8\nseed = 3\n'
+    names = ("half", "fold", "dynamic_int8", "static_int8", "weight_only", "smooth_quant", "low_rank", "qat")
+    tables = "".join(f"# the pass {name}\n[[pass]]\nname = '{name}'\n" for name in names)
+    keep = "[[pass]]\nname = 'structured_prune'\nkeep = { heads = 8, ff_dim = 64 }\n"
+    return [{"x.toml": text.encode()} for text in (short, keep + tables)]
 
 
 def read_recipe(path: Path) -> None:
@@ -263,23 +352,42 @@ def targets() -> list[Files]:
 def read_target(path: Path) -> None:
     from edgekit.targets import profile
 
-    profile.read.__wrapped__(path)
+    profile.read.cache_clear()  # every file has the same path
+    command("targets", "FILE")(path)
 
 
+def safetensors_parts() -> list[Files]:
+    """The header and the numbers apart, so that the length before the header stays right; and the file as it is."""
+    content = bundle().contents["weights.safetensors"]
+    (size,) = struct.unpack_from("<Q", content)
+    return [{"header": content[8 : 8 + size], "numbers": content[8 + size :]}, {"file": content}]
+
+
+def write_safetensors(files: Files, folder: Path) -> Path:
+    whole = files.get("file")
+    if whole is None:
+        whole = struct.pack("<Q", len(files["header"])) + files["header"] + files["numbers"]
+    (folder / "x.safetensors").write_bytes(whole)
+    return folder / "x.safetensors"
+
+
+IMPORT = command("import", "FILE", "-o", "OUTPUT", "--force")
 READERS = {
-    "npz": Reader(lambda: [members(bundle().contents[GOLDEN])], archive("x.npz"), read_arrays),
-    "npz-archive": Reader(lambda: [{"x.npz": bundle().contents[GOLDEN]}], one_file("x.npz"), read_arrays),
+    "npz": Reader(arrays, write_arrays, read_arrays),
     "safetensors": Reader(
-        lambda: [{"w": bundle().contents["weights.safetensors"]}],
-        one_file("x.safetensors"),
-        lambda path: arrays_from_safetensors(read_file(path), str(path)),
+        safetensors_parts, write_safetensors, lambda path: arrays_from_safetensors(read_file(path), str(path))
     ),
     "bundle": Reader(bundle_files, write_bundle, read_bundle),
     "pack": Reader(packed_parts, write_packed, read_bundle),
     "recipe": Reader(recipes, one_file("x.toml"), read_recipe),
     "target": Reader(targets, one_file("tesla-p40.toml"), read_target),
     "image": Reader(pictures, write_picture, read_pictures),
-    "onnx": Reader(graphs, one_file("x.onnx"), read_onnx, confined=True),
-    "hugging-face": Reader(folders, write_folder, read_folder),
-    "pt2": Reader(programs, archive("x.pt2"), read_program, confined=True),
+    "onnx": Reader(graphs, one_file("x.onnx"), IMPORT, confined=True, change=changed_graph),
+    "hugging-face": Reader(folders, write_folder, IMPORT),
+    "pt2": Reader(programs, archive("x.pt2"), IMPORT, confined=True),
+    "message": Reader(
+        lambda: [{"seed": b"0"}], one_file("seed"), fuzz_stream.read_messages, change=fuzz_stream.drawn_seed
+    ),
+    "registry": Reader(fuzz_stream.answers, one_file("answer"), fuzz_stream.read_answer, allowed=("urllib.",)),
+    "broker": Reader(fuzz_stream.configurations, one_file("broker.toml"), fuzz_stream.read_configuration),
 }

@@ -64,9 +64,9 @@ def classify(
     """
     with alert_packages():
         from alert_broker.classify import classify_files
-    from edgekit.importers.files import resolve
+    from edgekit.importers.api import open_to_run
 
-    bundle = resolve(model) if model is not None else None
+    bundle = open_to_run(model) if model is not None else None
     errors = errors or target.with_suffix(".errors.parquet")
     with progress() as bar, stopping() as stop:
         task = bar.add_task("MB of packets", total=None)

@@ -84,8 +84,9 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
 
     Every alert is published, filtered out, or stored as a dead letter with its reason; its offset is committed after
     that. After Ctrl-C or SIGTERM the alerts in flight have source.stop_seconds to finish; the next run reads the rest
-    again. The exit status is not 0 if the ledger does not add up. It is 75 if a call into the Kafka client did not
-    return: start the process again then.
+    again. A signal while it starts ends it at once, with status 143 for SIGTERM and 130 for Ctrl-C; nothing was read.
+    The exit status is not 0 if the ledger does not add up. It is 75 if a call into the Kafka client did not return:
+    start the process again then.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
@@ -106,10 +107,14 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
     failed = ""
     WATCHDOG.last_words = lambda reason: report(stats, as_json, reason)
     try:
-        with watching(config, stats, as_json=as_json), client_errors():
-            pipeline = open_pipeline(config, stats, notify=note)  # a signal ends the process at once: see `stopping`
+        with (
+            watching(config, stats, as_json=as_json),
+            client_errors(),
+            WATCHDOG.ending_within(config.source.stop_seconds + MARGIN_SECONDS),
+        ):
+            pipeline = open_pipeline(config, stats, notify=note)  # a signal raises an exception here: see `main`
             assert pipeline is not None
-            with stopping() as stop, WATCHDOG.ending_within(config.source.stop_seconds + MARGIN_SECONDS):
+            with stopping() as stop:
                 pipeline.run(stop)
     except BaseException as error:
         failed = str(error) or type(error).__name__

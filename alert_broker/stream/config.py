@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.settings import from_table
+from edgekit.settings import from_table, read_toml
 
 Secret = str | int | float | bool
 OURS = {  # settings that decide whether an alert is lost; a file must not change them
@@ -248,11 +248,9 @@ def load(path: Path | None, changes: Mapping[str, Mapping[str, Any]] | None = No
     tables: dict[str, Any] = {}
     if path is not None:
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+            tables = read_toml(path)
         except OSError as error:
             raise EdgekitError(f"{path} cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise EdgekitError(f"{path} is no TOML: {error}") from None
     config = parse(tables, str(path))
     for name, values in (changes or {}).items():
         if name == "output":

@@ -1,4 +1,4 @@
-"""Where the consumer reads next in each partition, and what retention deleted before it was read.
+"""Track where the consumer reads next in each partition, and count what retention deleted before it was read.
 
 librdkafka never chooses a position by itself (`auto.offset.reset` is "error"). It reports that it has no position, or
 that its position is outside the log. So the messages that retention deleted before they were read are counted exactly.
@@ -8,7 +8,7 @@ The gaps that compaction and the markers of transactions leave are no losses and
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
@@ -23,22 +23,28 @@ OFFSET_SECONDS = 3.0  # to wait for the ends of a log, in the thread that polls
 
 
 class ConsumerPositions:
-    """Used by the thread that polls. next: the offset that is read next, of the partitions where it is known."""
+    """The thread that polls uses it. next: the next offset of each partition, where it is known."""
 
     def __init__(self, consumer: Consumer, settings: SourceSettings, ledger: Ledger) -> None:
         self.settings = settings
         self.next: dict[Partition, int] = {}
         self._consumer, self._ledger = consumer, ledger
-        self._missing: dict[Partition, int | None] = {}  # and the offset that is outside their log
+        self._missing: dict[Partition, int | None] = {}  # the group's offset outside the log, if it has one
 
     def forget(self, where: Partition) -> None:
-        """The partition was revoked."""
+        """Forget a partition that was revoked."""
         self.next.pop(where, None)
         self._missing.pop(where, None)
 
     def note_missing(self, where: Partition, offset: int | None) -> None:
-        """The client has no position within the log of this partition. offset: its position, if the group has one."""
+        """Note that the client has no position within the log of this partition. offset: the group's position outside
+        the log, if it has one."""
         self._missing[where] = offset
+
+    def note_new_topic(self, topic: str, partitions: Iterable[Partition]) -> None:
+        """The topic was deleted and created again: no offset of the old one counts any more."""
+        LOG.error("the topic %s was deleted and created again: it is read from its beginning", topic)
+        self._missing |= {where: 0 for where in partitions if where[0] == topic}
 
     def choose(self) -> Iterator[Partition]:
         """Choose a position for the partitions that have none within their log, and yield each of them once the
@@ -54,7 +60,7 @@ class ConsumerPositions:
             start = end if offset is None and self.settings.start_at == "latest" else begin
             if offset is not None and offset < begin:
                 self._count_expired(where, offset, begin)
-            elif offset is not None:  # the log is shorter than it was
+            elif offset:  # the log is shorter than it was
                 text = "%s[%d] has no offset %d, as its log goes from %d to %d; reading begins at the first"
                 LOG.error(text, *where, offset, begin, end)
             self.next[where] = start

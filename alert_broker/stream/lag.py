@@ -34,7 +34,7 @@ class Lag:
     """Computes the lag. The thread that polls may call it at any time, because no call waits for the broker."""
 
     def __init__(self, config: Config) -> None:
-        self._admin = open_admin(config.kafka_settings())
+        self.admin = open_admin(config.kafka_settings())
         self._begin = LATEST if config.source.start_at == "latest" else EARLIEST
         self._pending: list[tuple[Offsets, Partition, Future[Any]]] = []
         self._ends: Offsets = {}
@@ -78,7 +78,7 @@ class Lag:
 
     def _ask_offsets(self, found: Offsets, of: Collection[Partition], spec: Any) -> None:
         # The consumer does not read messages of an open transaction, so they do not count as lag.
-        answers = self._admin.list_offsets(
+        answers = self.admin.list_offsets(
             {TopicPartition(*at): spec for at in of},
             isolation_level=IsolationLevel.READ_COMMITTED,
             request_timeout=ANSWER_SECONDS,

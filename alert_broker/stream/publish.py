@@ -39,7 +39,13 @@ RENEWALS, RENEWAL_SECONDS = (
 )  # a limit, because two members with one transactional id would fence each other off for ever
 CALL_SECONDS = 30.0  # time limit of a call that has no limit of its own
 # Errors of one message, not of the broker: sending the message again would fail again
-UNSENDABLE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD}
+UNSENDABLE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG}
+# The broker refuses every message with these errors, so no message is at fault
+REFUSED_TO_ALL = {KafkaError.INVALID_RECORD, KafkaError.INVALID_TIMESTAMP, KafkaError._INVALID_DIFFERENT_RECORD}
+CAUSES_FOR_ALL = (
+    "the clock of this machine is ahead of the broker's by more than message.timestamp.after.max.ms, or the topic is "
+    "compacted and takes no message without a key"
+)
 
 
 Headers = list[tuple[str, str | bytes | None]]
@@ -301,7 +307,8 @@ class NotSentError(Exception):
     """Messages that the broker did not acknowledge, for a reason that is not in the messages."""
 
     def __init__(self, error: KafkaError, topic: str = "") -> None:
-        super().__init__(f"{topic}: {error.str()}" if topic else error.str())
+        text = f"{topic}: {error.str()}" if topic else error.str()
+        super().__init__(f"{text} ({CAUSES_FOR_ALL})" if error.code() in REFUSED_TO_ALL else text)
         self.text, self.fatal = error.str(), error.fatal() or error.code() in FENCED
 
 

@@ -42,6 +42,7 @@ FORGET_UNKNOWN_SECONDS = 60.0  # then an id without a schema is asked for again:
 MOST_UNKNOWN = 10_000  # ids without a schema that are remembered
 FAILURES = 2  # on one schema, while the registry answers other questions, after which the schema is at fault
 LARGEST_ID = 2**31 - 1
+SHOWN = 200  # characters of another program's error in ours
 ADVICE = {
     401: "check user and password",
     403: "check user and password",
@@ -277,7 +278,8 @@ class HttpRegistry:
             try:
                 status, content = self._exchange(request)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = str(getattr(error, "reason", "") or error or type(error).__name__)
+                text = str(getattr(error, "reason", "") or error or type(error).__name__)
+                reason = repr(" ".join(text.split())[:SHOWN])[1:-1]  # a server's status line may be in it
             else:
                 answer = _json_object(content)
                 if status < 300:

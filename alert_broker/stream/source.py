@@ -21,6 +21,7 @@ from alert_broker.stream.message_batch import MessageBatch, partition_of, positi
 from alert_broker.stream.rights import missing_right
 from alert_broker.stream.start import reset_group
 from alert_broker.stream.stats import Stats
+from alert_broker.stream.topic_ids import TopicIds
 from alert_broker.stream.unreadable import UnreadableBatches
 from alert_broker.stream.watchdog import WATCHDOG
 from edgekit.errors import EdgekitError
@@ -48,6 +49,7 @@ class Source:
         self.positions = ConsumerPositions(self.consumer, config.source, stats.ledger)
         self._unreadable = UnreadableBatches(self.consumer, config.source)
         self._lag = Lag(config)
+        self._topic_ids = TopicIds(self._lag.admin, config.source.topics)
         for topic in config.source.topics:
             partitions_of(self.consumer, topic)  # raises now if the broker or the topic is not there
         self.membership.subscribe(config.source.topics)
@@ -84,6 +86,8 @@ class Source:
         messages: list[Message] = []
         generations, room = self.membership.generations, self.config.batch.bytes
         before = dict(generations)
+        for topic in self._topic_ids.changed():
+            self.positions.note_new_topic(topic, generations)
         self._choose_positions()
         while True:
             self.serve()

@@ -43,11 +43,11 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as '20GB' or '512 MiB'."""
+def parse_size(text: str, name: str = "read limit") -> int:
+    """Return the bytes of a size such as '20GB' or '512 MiB'. name: what the size is of, for the error."""
     found = re.fullmatch(r"([0-9]{1,18}) ?([KMG]I?B)?", text.strip().upper(), re.ASCII)
     if found is None or not int(found[1]):
-        raise EdgekitError(f"read limit {text!r}: expected a size such as 20GB or 512MiB")
+        raise EdgekitError(f"{name} {text!r}: expected a size such as 20GB or 512MiB")
     return int(found[1]) * UNITS[found[2] or ""]
 
 

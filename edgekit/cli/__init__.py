@@ -5,19 +5,25 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import click
 
 from edgekit import __version__
+from edgekit.cli.supervise import STOPPED, Terminated, supervise, terminating
 from edgekit.errors import EdgekitError
 
 GROUP = "edgekit.commands"
 # The order in which a newcomer needs them. The other commands follow by name.
 FIRST = ("models", "inspect", "compress", "doctor", "bench", "targets", "pack", "export", "run", "data", "import")
+
+RAISE_MEMORY = "to allow more than what was free at the start: edgekit --memory-limit SIZE COMMAND"
+RUN_MODELS = ("bench", "compress", "export", "import", "run")  # in a child process that can be ended at any moment
 
 
 class LazyGroup(click.Group):
@@ -102,55 +108,83 @@ def _package(point: EntryPoint) -> str:
 @click.option("--trust", multiple=True, help="package.module:function that a bundle may run to build its network.")
 @click.option("--read-limit", help="Memory that a file may take, such as 20GB [default: 32 times its size].")
 @click.option("--time-limit", help="CPU seconds in which a model is opened and tried out [default: 120].")
-def edgekit(debug: bool, trust: tuple[str, ...], read_limit: str | None, time_limit: str | None) -> None:
+@click.option("--memory-limit", help="Memory that a command that runs models may take [default: what is free].")
+@click.pass_context
+def edgekit(
+    context: click.Context,
+    debug: bool,
+    trust: tuple[str, ...],
+    read_limit: str | None,
+    time_limit: str | None,
+    memory_limit: str | None,
+) -> None:
     """Compress, export, verify and run trained networks on hardware people already own.
 
     Start with: edgekit models
     """
     if trust:
         os.environ["EDGEKIT_TRUST"] = ",".join([*trust, *filter(None, [os.environ.get("EDGEKIT_TRUST")])])
-    if read_limit is not None:
+    allowed = None
+    if read_limit is not None or memory_limit is not None:
         from edgekit.bundle.bounded import VARIABLE, parse_size
 
-        os.environ[VARIABLE] = str(parse_size(read_limit))
+        if read_limit is not None:
+            os.environ[VARIABLE] = str(parse_size(read_limit))
+        allowed = None if memory_limit is None else parse_size(memory_limit, "memory limit")
     if time_limit is not None:
         os.environ["EDGEKIT_TIME_LIMIT"] = time_limit
+    if context.obj is not None and context.invoked_subcommand in RUN_MODELS:
+        context.obj(allowed)
 
 
-def main() -> None:
-    """Run the console script. It prints one line for each error and exits with status 1, with 2 for wrong usage, or
-    with 130 for Ctrl-C."""
+def main(supervised: Callable[[int | None], None] | None = supervise) -> None:
+    """Run the console script. It prints one line for each error and exits with status 1, with 2 for wrong usage, with
+    130 for Ctrl-C, or with 143 for SIGTERM.
+
+    supervised: is called before a command that runs models; None in a process that must not fork."""
     debug = edgekit.make_context("edgekit", sys.argv[1:], resilient_parsing=True).params["debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that a name has
             stream.reconfigure(errors="backslashreplace")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", UserWarning)  # libraries warn about the content of files, in several lines
     try:
         from edgekit.plugins import refuse_strangers
 
-        refuse_strangers()
-        status = edgekit.main(prog_name="edgekit", standalone_mode=False)
+        with terminating():
+            refuse_strangers()
+            status = edgekit.main(prog_name="edgekit", standalone_mode=False, obj=supervised)
         sys.exit(status if isinstance(status, int) else 0)
-    except EdgekitError as error:
-        if debug:
-            raise
-        sys.exit(_fail(str(error), 1))
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(2)
-    except click.UsageError as error:
-        hint = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
-        sys.exit(_fail(error.format_message().rstrip(".") + hint, 2))
-    except click.ClickException as error:
-        sys.exit(_fail(error.format_message(), 1))
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(_fail("stopped", 130))
     except BrokenPipeError:  # the program that reads the pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # no permission, disk full, a file where a folder should be
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except (click.ClickException, click.Abort, KeyboardInterrupt, Terminated) as error:
+        sys.exit(_fail(*_explained(error)))
+    except (EdgekitError, MemoryError, OSError) as error:
         if debug:
             raise
-        sys.exit(_fail(f"{error.filename or 'file system'}: {error.strerror or error}", 1))
+        sys.exit(_fail(*_explained(error)))
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """Return the line and the exit status for an error."""
+    if isinstance(error, Terminated):
+        return "stopped", 128 + signal.SIGTERM
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return "stopped", STOPPED
+    if isinstance(error, click.UsageError):
+        hint = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
+        return error.format_message().rstrip(".") + hint, 2
+    if isinstance(error, click.ClickException):
+        return error.format_message(), 1
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error or 'no detail given'}); {RAISE_MEMORY}", 1
+    if isinstance(error, OSError):  # no permission, disk full, a file where a folder should be
+        return f"{error.filename or 'file system'}: {error.strerror or error}", 1
+    return str(error), 1
 
 
 def _fail(message: str, status: int) -> int:

@@ -193,11 +193,11 @@ def _opened(
     models: str | Path | Bundle | Sequence[str | Path | Bundle],
 ) -> tuple[list[str], list[Bundle]]:
     """Return the names and the bundles of one model, or of several."""
-    from edgekit.importers.api import open_model
+    from edgekit.importers.api import open_to_run
 
     several = [models] if isinstance(models, (str, Path, Bundle)) else list(models)
     names = [model.manifest.name if isinstance(model, Bundle) else str(model) for model in several]
-    return names, [open_model(model) for model in several]
+    return names, [open_to_run(model) for model in several]
 
 
 def float_graph(bundle: Bundle) -> ModelProto:

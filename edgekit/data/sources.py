@@ -3,12 +3,13 @@ named arrays: the model's inputs, `labels` and `split` (0 = training, 1 = test).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgekit.bundle.bounded import claim
 from edgekit.bundle.format import Manifest
 from edgekit.bundle.tensors import Arrays, TensorSpec, read_arrays
 from edgekit.errors import EdgekitError, missing_extra
@@ -43,21 +44,27 @@ def from_parquet(path: Path, manifest: Manifest) -> Arrays:
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
         raise missing_extra("pyarrow", "data", "reading a Parquet table") from None
+    from edgekit.data.parquet import declared_bytes
+
+    specs = {spec.name: spec for spec in manifest.inputs}
+    wanted = {*specs, "labels", "split"}
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as stream, pq.ParquetFile(stream) as parquet:
+            leaves = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
+            read = {leaf for leaf in leaves if leaf in wanted or leaf.partition(".")[0] in wanted}
+            claim(sum(declared_bytes(parquet.metadata, read)), path.stat().st_size, str(path))
+            _check_columns(parquet.schema_arrow, wanted, path)
+            table = parquet.read([name for name in parquet.schema_arrow.names if name in wanted])
     except (pa.ArrowException, OSError) as error:
         raise EdgekitError(f"{path}: cannot be read as Parquet: {error}") from None
-    specs = {spec.name: spec for spec in manifest.inputs}
     arrays: Arrays = {}
     for name in table.column_names:
-        if name not in specs and name not in ("labels", "split"):
-            continue
         column = table.column(name).combine_chunks()
         while isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
             if column.null_count or len(column.value_lengths().unique()) > 1:
                 raise EdgekitError(f"{path}: the lists of column {name!r} differ in length, or some are missing")
             column = column.flatten()
-        if column.null_count or not (pa.types.is_primitive(column.type) and not pa.types.is_temporal(column.type)):
+        if column.null_count:
             raise EdgekitError(
                 f"{path}: column {name!r} holds {column.type} with {column.null_count} missing; expected numbers, or "
                 "lists of them, in every row"
@@ -65,6 +72,21 @@ def from_parquet(path: Path, manifest: Manifest) -> Arrays:
         values = column.to_numpy(zero_copy_only=False)
         arrays[name] = _shaped(values, specs[name], table.num_rows, path) if name in specs else values
     return arrays
+
+
+def _check_columns(schema: Any, wanted: Collection[str], path: Path) -> None:
+    """Raise unless the columns hold numbers, or lists of them: a column of texts would take memory before it is
+    refused."""
+    import pyarrow as pa
+
+    for field in schema:
+        kind = field.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if field.name in wanted and not (pa.types.is_primitive(kind) and not pa.types.is_temporal(kind)):
+            raise EdgekitError(
+                f"{path}: column {field.name!r} holds {kind}; expected numbers, or lists of them, in every row"
+            )
 
 
 def _shaped(values: np.ndarray[Any, Any], spec: TensorSpec, rows: int, path: Path) -> np.ndarray[Any, Any]:

@@ -75,7 +75,7 @@ def _stranger(system: System, target: Target) -> str:
 
 
 def gpu_of(system: System, target: Target | None) -> Gpu | None:
-    """The GPU that the checks are about: the one that matches the target, otherwise the first."""
+    """Return the GPU that the checks are about: the one that matches the target, otherwise the first."""
     if target and target.kind == "cpu":
         return None
     same = [gpu for gpu in system.gpus if target and gpu.compute_capability == target.compute_capability]
@@ -83,7 +83,7 @@ def gpu_of(system: System, target: Target | None) -> Gpu | None:
 
 
 def sm_of(system: System, target: Target | None) -> int | None:
-    """The compute capability of this machine's GPU, 61 for 6.1. For a Jetson, the board determines it."""
+    """Return the compute capability of this machine's GPU, 61 for 6.1. For a Jetson, the board determines it."""
     gpu = gpu_of(system, target)
     if gpu and gpu.sm:
         return gpu.sm
@@ -153,14 +153,14 @@ def _driver(system: System, target: Target | None) -> Iterator[Finding]:
     pip = next((install(stack.requirements) for stack in possible if stack.requirements), "")
     other = f", or install what fits it: {pip}" if pip else ""
     checks = []
-    for parser_version, users in sorted(_generations(system).items()):
-        least = DRIVERS.get(parser_version, 0)
+    for cuda, users in sorted(_cuda_versions(system).items()):
+        least = DRIVERS.get(cuda, 0)
         if found < least:
             checks.append(
                 Finding(
                     "driver",
                     "error",
-                    f"{system.driver} is too old for CUDA {parser_version}, which {', '.join(sorted(users))} needs",
+                    f"{system.driver} is too old for CUDA {cuda}, which {', '.join(sorted(users))} needs",
                     f"update the driver to {least} or later{other}",
                 )
             )
@@ -186,8 +186,8 @@ def _driver(system: System, target: Target | None) -> Iterator[Finding]:
     yield from checks or [Finding("driver", "ok", finding)]
 
 
-def _generations(system: System) -> dict[int, set[str]]:
-    """The CUDA versions that installed libraries are linked to, and the packages that these libraries belong to."""
+def _cuda_versions(system: System) -> dict[int, set[str]]:
+    """Return the CUDA versions that installed libraries are linked to, each with the packages of these libraries."""
     found: dict[int, set[str]] = {}
     for library in system.libraries:
         for name in library.needed:
@@ -298,13 +298,13 @@ def _getting(system: System, target: Target | None, provider: str) -> str:
 
 
 def _cuda(system: System, target: Target | None) -> Iterator[Finding]:
-    """The installed CUDA and cuDNN, whether they came with pip or with the system."""
+    """Report the installed CUDA and cuDNN, whether they came with pip or with the system."""
     if target and target.kind == "cpu":
         return
-    parser_versions = [f"CUDA {number} ({', '.join(sorted(users))})" for number, users in _generations(system).items()]
+    versions = [f"CUDA {number} ({', '.join(sorted(users))})" for number, users in _cuda_versions(system).items()]
     compiler = [f"nvcc {system.nvcc}"] if system.nvcc else []
-    if parser_versions or compiler:
-        yield Finding("CUDA", "ok", ", ".join([*parser_versions, *compiler]))
+    if versions or compiler:
+        yield Finding("CUDA", "ok", ", ".join([*versions, *compiler]))
     known = {f"{name} {version}" for name, version in system.packages.items() if name.startswith("nvidia-cudnn")}
     known |= {f"{version} of the system" for name, version in system.system_libraries.items() if name == "libcudnn"}
     if known:
@@ -312,7 +312,7 @@ def _cuda(system: System, target: Target | None) -> Iterator[Finding]:
 
 
 def _code(system: System, target: Target | None) -> Iterator[Finding]:
-    """Which GPUs the installed libraries have code for, package by package."""
+    """Say for which GPUs the installed libraries have code, package by package."""
     if target and target.kind == "cpu":
         return
     sm = sm_of(system, target)
@@ -339,14 +339,14 @@ def _code(system: System, target: Target | None) -> Iterator[Finding]:
 
 
 def _missing(system: System, target: Target | None) -> Iterator[Finding]:
-    """Libraries that installed ones are linked to and that the loader does not find."""
+    """Report libraries that installed libraries need and that the loader does not find."""
     sm = sm_of(system, target)
     banned = {name for name, _, _ in forbidden(target, names(system))} if target else set()
     for library in system.libraries:
         if not library.missing or (target and target.kind == "cpu"):
             continue
         if library.package in banned or (sm and library.code and not library.code.runs_on(sm)):
-            continue  # it has to go anyway
+            continue  # another finding already says that this library must be replaced
         finding = f"{library.name} needs {', '.join(library.missing)}, which the loader does not find"
         if any(name.startswith(("libnvinfer", "libnvonnx")) for name in library.missing):
             yield Finding(
@@ -356,10 +356,10 @@ def _missing(system: System, target: Target | None) -> Iterator[Finding]:
                 f"only if you want it: install the TensorRT that brings {library.missing[0]}",
             )
             continue
-        parser_version = max(_generations(system), default=12)
+        cuda = max(_cuda_versions(system), default=12)
         wanted = [
-            PACKAGE_OF[stem] % parser_version
-            for stem in PACKAGE_OF
+            package % cuda
+            for stem, package in PACKAGE_OF.items()
             if any(name.startswith(stem) for name in library.missing)
         ]
         yield Finding("libraries", "error", finding, pins(system, target, wanted) or install(wanted or library.missing))

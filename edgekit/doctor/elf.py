@@ -1,7 +1,7 @@
 """Read from an ELF file what the doctor needs: the table of sections, and the libraries that the file needs.
 
-Format: System V gABI 4.1, chapters 4 and 5. Every offset and size in a file may lie, so each is held against the file's
-length before it is used; nothing is allocated by a number that a file gives.
+Format: System V gABI 4.1, chapters 4 and 5. Any offset and size in a file may be wrong, so each is compared with the
+file's length before it is used, and no number of the file decides how much memory is allocated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from edgekit.errors import EdgekitError
 
 HEADER, SECTION = 64, 64  # bytes of the file's header and of one entry in the table, 64-bit
-DYNAMIC, NOBITS = 6, 8  # kinds of sections; the latter takes no room in the file
+DYNAMIC, NOBITS = 6, 8  # types of sections; the latter takes no space in the file
 NEEDED = 1  # tag in the dynamic section
 
 
@@ -40,7 +40,7 @@ class Elf:
     sections: tuple[Section, ...]
 
     def needed(self) -> tuple[str, ...]:
-        """The names of the shared libraries that the loader must find."""
+        """Return the names of the shared libraries that the loader must find."""
         names = []
         for section in self.sections:
             if section.section_type != DYNAMIC:
@@ -57,7 +57,7 @@ class Elf:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Elf]:
-    """The file, mapped into memory. Raises EdgekitError for what is not a whole, 64-bit, little-endian ELF file."""
+    """Map the file into memory. Raises EdgekitError for a file that is not a complete 64-bit little-endian ELF file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield Elf(path, content, _sections(path, content))
@@ -66,7 +66,7 @@ def opened(path: Path) -> Iterator[Elf]:
 
 
 def damaged(path: Path, what: str) -> EdgekitError:
-    """The error for a file whose parts contradict one another."""
+    """Return the error for a file whose parts contradict one another."""
     return EdgekitError(f"{path}: damaged or cut short: {what}; reinstall the package that it belongs to")
 
 

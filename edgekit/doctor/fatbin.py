@@ -1,7 +1,7 @@
 """Read from a library for which GPUs it contains code. No GPU, driver or CUDA tool is needed.
 
 nvcc puts device code into the sections .nv_fatbin and __nv_relfatbin: containers (magic 0xBA55ED50, a header of 16
-bytes, their length), each with entries: kind (1 PTX, 2 machine code), length of header and of payload, and at byte 28
+bytes, their length), each with entries: type (1 PTX, 2 machine code), length of header and of payload, and at byte 28
 the compute capability as a number such as 61. Payloads, compressed or not, are stepped over. Libraries that link their
 kernels at run time (cuFFT) hold the same containers as data, in sections of other names.
 
@@ -22,8 +22,8 @@ SECTIONS = (".nv_fatbin", "__nv_relfatbin")
 DATA = (".data", ".rodata", ".ldata", ".lrodata")
 PTX, MACHINE_CODE = 1, 2
 CONTAINER, ENTRY = 16, 32  # bytes of their headers that are read; entries' are longer
-# what nvcc of CUDA 11 and 12 compiles for if not told: PTX of it alone, beside machine code for others, is of some
-# small kernel that nobody chose an architecture for (cuBLASLt, TensorRT 11)
+# nvcc of CUDA 11 and 12 compiles for it by default. If a library has only PTX for it, and machine code for others, the
+# PTX belongs to a small kernel for which nobody chose an architecture (cuBLASLt, TensorRT 11).
 DEFAULT = 52
 TEGRA = (53, 62, 72, 87, 101, 110)  # Jetson's
 
@@ -41,7 +41,7 @@ class Code:
         return bool(self.sms or self.ptx)
 
     def runs_on(self, sm: int) -> bool:
-        """Whether a GPU of this compute capability finds code in it.
+        """Return whether a GPU of this compute capability finds code in it.
 
         Machine code runs on its own major version from its minor upwards, PTX on everything newer; across Jetsons, and
         between them and other GPUs, machine code is not compatible (CUDA programming guide, binary compatibility).
@@ -58,7 +58,7 @@ class Code:
 
 
 def read(path: Path) -> Code:
-    """The GPU code in a shared library. Raises EdgekitError for a file that is damaged or none."""
+    """Return the GPU code in a shared library. Raises EdgekitError for a damaged file and for another type of file."""
     with opened(path) as elf:
         found: set[tuple[int, int]] = set()
         for section in elf.sections:
@@ -67,14 +67,14 @@ def read(path: Path) -> Code:
             elif section.name in DATA:
                 found |= _embedded(elf, section)
         return Code(
-            tuple(sorted(sm for kind, sm in found if kind == MACHINE_CODE)),
-            tuple(sorted(sm for kind, sm in found if kind == PTX)),
+            tuple(sorted(sm for code_type, sm in found if code_type == MACHINE_CODE)),
+            tuple(sorted(sm for code_type, sm in found if code_type == PTX)),
             elf.needed(),
         )
 
 
 def _containers(elf: Elf, section: Section) -> set[tuple[int, int]]:
-    """(kind, sm) of all entries."""
+    """Return (type, sm) of all entries."""
     found: set[tuple[int, int]] = set()
     at, end = section.offset, section.offset + section.size
     magic = struct.pack("<I", MAGIC)
@@ -91,7 +91,7 @@ def _containers(elf: Elf, section: Section) -> set[tuple[int, int]]:
 
 
 def _embedded(elf: Elf, section: Section) -> set[tuple[int, int]]:
-    """(kind, sm) of the entries of containers among other data; what only looks like one is passed over."""
+    """Return (type, sm) of the entries of containers among other data; bytes that only look like one are skipped."""
     found: set[tuple[int, int]] = set()
     at, end = section.offset, section.offset + section.size
     magic = struct.pack("<I", MAGIC)
@@ -112,9 +112,9 @@ def _entries(elf: Elf, at: int, stop: int) -> set[tuple[int, int]]:
     while at < stop:
         if stop - at < ENTRY:
             raise damaged(elf.path, f"its GPU code ends within an entry's header at {at}")
-        kind, _, header, size, _, _, _, _, sm = struct.unpack_from("<HHIQIIHHI", elf.content, at)
+        code_type, _, header, size, _, _, _, _, sm = struct.unpack_from("<HHIQIIHHI", elf.content, at)
         if header < ENTRY or at + header + size > stop:
             raise damaged(elf.path, f"an entry at {at} ends at {at + header + size}, its container at {stop}")
-        found.add((kind, sm))
+        found.add((code_type, sm))
         at += header + size
     return found

@@ -69,7 +69,7 @@ def precisions(model: ModelProto) -> tuple[str, ...]:
     found |= {
         item.i for node in model.graph.node if node.op_type == "Cast" for item in node.attribute if item.name == "to"
     }
-    return tuple(sorted({PRECISION[kind] for kind in found if kind in PRECISION}))
+    return tuple(sorted({PRECISION[dtype] for dtype in found if dtype in PRECISION}))
 
 
 def bytes_needed(model: ModelProto, batch: int) -> tuple[float, float | None]:
@@ -99,8 +99,10 @@ def _asymmetric(model: ModelProto) -> bool:
 def judge(needs: Needs, target: Target | None, system: System | None) -> list[Finding]:
     """Check the model against a target, or, if a system is given, against this machine."""
     opset = f", opset {needs.opset}" if needs.opset else ""
-    kinds = ", ".join(needs.precisions)
-    found = [Finding("model", "ok", f"{needs.name}: {needs.family}, {needs.parameters:,} parameters, {kinds}{opset}")]
+    precisions = ", ".join(needs.precisions)
+    found = [
+        Finding("model", "ok", f"{needs.name}: {needs.family}, {needs.parameters:,} parameters, {precisions}{opset}")
+    ]
     if target:
         found += [*_precision(needs, target), *_graph(needs, target)]
     return [*found, *_memory(needs, target, system), *(_runtime(needs, system) if system else ())]
@@ -126,12 +128,12 @@ def _precision(needs: Needs, target: Target) -> Iterator[Finding]:
 
 
 def _graph(needs: Needs, target: Target) -> Iterator[Finding]:
-    readers = [stack for stack in target.stacks if stack.opset]
-    if needs.opset and readers:
-        fitting = [stack for stack in readers if stack.opset is not None and stack.opset >= needs.opset]
-        newest = max(stack.opset or 0 for stack in readers)
+    stacks = [stack for stack in target.stacks if stack.opset]
+    if needs.opset and stacks:
+        fitting = [stack for stack in stacks if stack.opset is not None and stack.opset >= needs.opset]
+        newest = max(stack.opset or 0 for stack in stacks)
         if not fitting:
-            parsers = any(stack.runtime.startswith("tensorrt") for stack in readers)  # the command asks them, too
+            parsers = any(stack.runtime.startswith("tensorrt") for stack in stacks)  # the command runs them, too
             yield Finding(
                 "opset",
                 "warning" if parsers else "error",
@@ -139,12 +141,12 @@ def _graph(needs: Needs, target: Target) -> Iterator[Finding]:
                 f"edgekit export --target {target.name} writes it in an older one, where its operators allow "
                 f"it; or export the model again from its source with opset {newest}",
             )
-        elif fitting[0] is not readers[0]:
+        elif fitting[0] is not stacks[0]:
             yield Finding(
                 "opset",
                 "warning",
-                f"opset {needs.opset}: {readers[0].name} reads up to {readers[0].opset}",
-                f"use {fitting[0].name}, or export the model again with opset {readers[0].opset}",
+                f"opset {needs.opset}: {stacks[0].name} reads up to {stacks[0].opset}",
+                f"use {fitting[0].name}, or export the model again with opset {stacks[0].opset}",
             )
         else:
             yield Finding("opset", "ok", f"{needs.opset}; {fitting[0].name} reads up to {fitting[0].opset}")
@@ -173,7 +175,7 @@ def _memory(needs: Needs, target: Target | None, system: System | None) -> Itera
         gpu = gpu_of(system, target)
         where, room = ("the GPU", float(gpu.free)) if gpu and gpu.free else ("this machine", float(system.available))
     elif target:
-        where, room = f"{target.name} beside what is not the model's", target.memory.value - RESERVE[target.kind]
+        where, room = f"{target.name} after the reserve for the system", target.memory.value - RESERVE[target.kind]
     if not room:
         return
     told = f"activations at batch {needs.batch}" if needs.activations is not None else "activations not known"

@@ -42,7 +42,7 @@ VENDOR = "0x10de"  # NVIDIA's on the PCI bus
 
 
 def run(*command: str) -> tuple[int, str]:
-    """The exit status of a program and what it printed to both streams; 127 if the program does not exist."""
+    """Return the exit status of a program and what it printed to both streams; 127 if the program does not exist."""
     try:
         done = subprocess.run(
             command,
@@ -66,7 +66,7 @@ def observe(root: Path = Path("/"), run: Run = run) -> System:
     with ThreadPoolExecutor(1) as pool:  # onnxruntime takes as long as all the rest
         asked = pool.submit(providers.observe, gpu=bool(gpus or on_bus or image)) if find_spec("onnxruntime") else None
         found = {i.metadata["Name"].lower().replace("_", "-"): i for i in distributions() if i.metadata["Name"]}
-        memory, available = memory_bytes(root)
+        memory, available = machine.memory_bytes(root)
         system, outside = system_libraries(root, run)
         trtexec = shutil.which("trtexec") or next(map(str, (root / "usr/src/tensorrt/bin").glob("trtexec")), "")
         nvcc = next(filter(None, (version(run(name, "--version"), r"release (\d[\d.]*)") for name in NVCC)), "")
@@ -99,13 +99,13 @@ def observe(root: Path = Path("/"), run: Run = run) -> System:
 
 
 def version(answer: tuple[int, str], pattern: str = r"(\d+\.\d[\d.]*)") -> str:
-    """The first version number in the output of a program; "" if the program failed."""
+    """Return the first version number in the output of a program; "" if the program failed."""
     found = re.search(pattern, answer[1]) if answer[0] == 0 else None
     return found[1] if found else ""
 
 
 def text(path: Path) -> str:
-    """The text of a small file of the kernel or the system; "" if it does not exist."""
+    """Return the text of a small file of the kernel or the system; "" if it does not exist."""
     try:
         return path.read_bytes().decode("utf-8", "replace")
     except OSError:
@@ -119,29 +119,15 @@ def cpu(root: Path) -> Cpu:
     return Cpu(machine.cpu_name(info), values.get("vendor_id", ""), int(machine.describe()["cores"]), flags)
 
 
-def memory_bytes(root: Path) -> tuple[int, int]:
-    """The total memory, and the memory that programs can use, within the limits of a container."""
-    values = {
-        name: 1024 * int(size)
-        for name, size in re.findall(r"^(MemTotal|MemAvailable): +(\d+) kB", text(root / "proc/meminfo"), re.MULTILINE)
-    }
-    total, free = values.get("MemTotal", 0), values.get("MemAvailable", 0)
-    limit = text(root / "sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit() and int(limit) < total:
-        used = text(root / "sys/fs/cgroup/memory.current").strip()
-        total, free = int(limit), min(free, max(int(limit) - int(used or 0), 0))
-    return total, free
-
-
 def device_tree(root: Path) -> tuple[str, ...]:
-    """The model and the compatible strings of an ARM board."""
+    """Return the model and the compatible strings of an ARM board."""
     folder = root / "proc/device-tree"
     strings = [part for name in ("model", "compatible") for part in text(folder / name).split("\0")]
     return tuple(part for part in strings if part)
 
 
 def jetson(root: Path, run: Run) -> Jetson | None:
-    """The versions and settings of NVIDIA's system image on a Jetson; None on other machines."""
+    """Return the versions and settings of NVIDIA's system image on a Jetson; None on other machines."""
     release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text(root / "etc/nv_tegra_release"))
     if release is None:
         return None
@@ -153,13 +139,13 @@ def jetson(root: Path, run: Run) -> Jetson | None:
 
 
 def pci_gpus(root: Path) -> int:
-    """NVIDIA's display controllers and accelerators (class 0x03....), whether a driver has them or not."""
+    """Count NVIDIA's display controllers and accelerators (class 0x03....), with or without a driver."""
     devices = (root / "sys/bus/pci/devices").glob("*")
     return sum(text(d / "vendor").strip() == VENDOR and text(d / "class").startswith("0x03") for d in devices)
 
 
 def nvidia(run: Run) -> tuple[tuple[Gpu, ...], str, str, str]:
-    """GPUs, the driver's version, the newest CUDA it knows, and what went wrong; by NVML, else by nvidia-smi."""
+    """Return the GPUs, the driver's version, the newest CUDA that it knows, and the error, from NVML or nvidia-smi."""
     try:
         return (*_nvml(), "")
     except Exception:  # no nvidia-ml-py, no driver, or one of another version: nvidia-smi says which
@@ -204,7 +190,7 @@ def _word(value: Any) -> str:
 
 
 def system_libraries(root: Path, run: Run) -> tuple[dict[str, str], tuple[Library, ...]]:
-    """cuDNN, cuBLAS and TensorRT outside of Python: versions by name, and what they have code for."""
+    """Return the versions of cuDNN, cuBLAS and TensorRT outside of Python by name, and the libraries themselves."""
     folders = [root / name for name in FOLDERS]
     folders += [Path(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]
     files = {
@@ -223,7 +209,7 @@ def system_libraries(root: Path, run: Run) -> tuple[dict[str, str], tuple[Librar
 
 
 def packaged_libraries(found: Mapping[str, Distribution], run: Run) -> Iterator[Library]:
-    """The GPU libraries that pip installed."""
+    """Yield the GPU libraries that pip installed."""
     files: dict[Path, str] = {}
     for name, item in sorted(found.items()):
         if not PACKAGES.fullmatch(name):
@@ -253,7 +239,7 @@ def _library(path: Path, package: str, number: str, known: set[str] | None) -> L
 
 
 def _loadable(run: Run) -> set[str] | None:
-    """The library names that the loader knows; None if it does not list them."""
+    """Return the library names that the loader knows; None if it does not list them."""
     status, printed = run("ldconfig", "-p")
     if status == 127:
         status, printed = run("/sbin/ldconfig", "-p")
@@ -264,7 +250,7 @@ def _loadable(run: Run) -> set[str] | None:
 
 
 def blas() -> tuple[Blas, ...]:
-    """The linear algebra libraries that NumPy loaded, with their kernels; empty if threadpoolctl is not installed."""
+    """Return the linear algebra libraries that NumPy loaded, and their kernels; empty without threadpoolctl."""
     try:
         import numpy as np
         import threadpoolctl
@@ -280,7 +266,7 @@ def blas() -> tuple[Blas, ...]:
 
 
 def compiler(run: Run) -> str:
-    """The first line of the version text of the C compiler: $CC, otherwise cc, gcc or clang."""
+    """Return the first line of the version text of the C compiler: $CC, otherwise cc, gcc or clang."""
     for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
         status, printed = run(name, "--version")
         if status == 0 and printed:

@@ -1,8 +1,8 @@
-"""What onnxruntime really runs on: a network of two nodes, a convolution (cuDNN) and a product (cuBLAS), is run on one
-provider, and the runtime's own profile says where each node ran.
+"""Find out on which providers onnxruntime really runs. It runs a network of two nodes, a convolution (cuDNN) and a
+product (cuBLAS), on one provider, and the runtime's own profile says where each node ran.
 
-Run as a program, once per provider: a provider without its driver prints to stderr from C++, and may take the process
-with it.
+This file runs as a program, once per provider, because a provider without its driver prints to stderr from C++ and may
+end the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgekit.doctor.system import Provider
 CPU = "CPUExecutionProvider"
 REMOTE = ("AzureExecutionProvider",)  # it sends requests to a service and is no device of this machine
 NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
-AGAIN = "second attempt, with the libraries that pip installed"  # what was printed before it is settled
+AGAIN = "second attempt, with the libraries that pip installed"  # messages before this line belong to the first attempt
 SECONDS = 120  # long enough for TensorRT, which builds an engine first
 # y = c @ c with c = conv(x), whose kernel is the identity; opset 13, (1, 1, 4, 4); the test builds it with onnx
 NETWORK = bytes.fromhex(
@@ -33,8 +33,8 @@ NETWORK = bytes.fromhex(
 
 
 def observe(*, gpu: bool) -> tuple[tuple[Provider, ...], str]:
-    """Every provider that is available, and why onnxruntime could not be asked, if so. gpu: whether there is one of
-    NVIDIA's; without it, its providers are not tried."""
+    """Return every available provider, and the reason if onnxruntime did not answer. gpu: whether there is an NVIDIA
+    GPU; without one, NVIDIA's providers are not tried."""
     first = _ask(CPU)
     if "available" not in first:
         return (), str(first.get("problem", ""))
@@ -67,8 +67,8 @@ def _ask(name: str) -> dict[str, Any]:
 
 
 def complaint(log: str) -> str:
-    """The most telling part of what onnxruntime said: the library that could not be loaded, or CUDA's own error, else
-    the last line."""
+    """Return the most useful part of the messages of onnxruntime: the library that could not be loaded, CUDA's own
+    error, or otherwise the last line."""
     log = re.sub(r"\x1b\[[0-9;]*m", "", log.rpartition(AGAIN)[2])
     for telling in (r"[\w.+-]+: cannot open shared object file", r"(?:CUDA|CUDNN|CUBLAS) (?:failure|error) [^;\n]+"):
         if found := re.search(telling, log):
@@ -78,7 +78,7 @@ def complaint(log: str) -> str:
 
 
 def _run(name: str) -> list[str]:
-    """The providers on which the nodes ran when this provider was requested."""
+    """Return the providers on which the nodes ran when this provider was requested."""
     import numpy as np
     import onnxruntime
 
@@ -108,7 +108,7 @@ def main(name: str) -> dict[str, Any]:
             onnxruntime.preload_dlls()
         try:
             answer |= {"ran": _run(name), "problem": ""}
-        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        except Exception as error:  # the exceptions of onnxruntime share no base class
             answer |= {"ran": [], "problem": complaint(str(error)) or type(error).__name__}
         if answer["ran"] == [name]:
             answer["preloaded"] = preloaded

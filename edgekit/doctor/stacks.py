@@ -20,7 +20,7 @@ RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
 def guess(system: System, targets: Iterable[Target]) -> Target | None:
-    """The target that this machine is, judged by names; None if no profile describes the machine.
+    """Return the target that this machine is, judged by names; None if no profile describes the machine.
 
     A Jetson and a board by their device tree, a GPU by name and compute capability, each with the nearest memory; a CPU
     by its instructions, the most demanding target that it fulfils.
@@ -56,7 +56,7 @@ def guess(system: System, targets: Iterable[Target]) -> Target | None:
 
 
 def names(system: System) -> dict[str, str]:
-    """The installed packages by pip's names, including the TensorRT of the system."""
+    """Return the installed packages by pip's names, including the TensorRT of the system."""
     found = dict(system.packages)
     if system.tensorrt:
         found.setdefault("tensorrt", system.tensorrt)
@@ -64,7 +64,7 @@ def names(system: System) -> dict[str, str]:
 
 
 def within(version: str, specifier: str) -> bool:
-    """Whether a version satisfies a specifier; '3.6' stands for 3.6 and all its patch releases."""
+    """Return whether a version satisfies a specifier; '3.6' stands for 3.6 and all its patch releases."""
     text = specifier if not specifier[:1].isdigit() else f"=={specifier}.*"
     try:
         return Version(version) in SpecifierSet(text, prereleases=True)
@@ -73,7 +73,7 @@ def within(version: str, specifier: str) -> bool:
 
 
 def forbidden(target: Target, installed: Mapping[str, str]) -> list[tuple[str, str, Never]]:
-    """The installed packages that must never be used on the target: name, version, and the profile's rule."""
+    """Return the installed packages that must never be used on the target: name, version, and the profile's rule."""
     versions = {canonicalize_name(name): version for name, version in installed.items()}
     found: list[tuple[str, str, Never]] = []
     for rule in target.never:
@@ -86,13 +86,13 @@ def forbidden(target: Target, installed: Mapping[str, str]) -> list[tuple[str, s
 
 
 def fitting(system: System, target: Target | None) -> tuple[Stack, ...]:
-    """The stacks of the target that the driver, Python and JetPack of this machine allow; all if they allow none."""
+    """Return the target's stacks that the driver, Python and JetPack of this machine allow; all if they allow none."""
     stacks = target.stacks if target else ()
     return tuple(stack for stack in stacks if target and not unfit(system, target, stack)) or stacks
 
 
 def pins(system: System, target: Target | None, packages: Iterable[str]) -> str:
-    """The command that installs these packages in the versions that a stack of the target pins; "" if no stack does."""
+    """Return the command that installs these packages as a stack of the target pins them; "" if no stack does."""
     wanted = {canonicalize_name(name) for name in packages}
     for stack in fitting(system, target):
         lines = [line for line in stack.requirements if canonicalize_name(Requirement(line).name) in wanted]
@@ -106,25 +106,25 @@ def install(requirements: Iterable[str]) -> str:
 
 
 def jetpack(system: System) -> str:
-    """The version of JetPack, or only its major version if the meta-package is not installed."""
+    """Return the version of JetPack, or only its major version if the meta-package is not installed."""
     if system.jetson is None:
         return ""
     return system.jetson.jetpack or JETPACKS.get(system.jetson.l4t.partition(".")[0], "")
 
 
 def branch(driver: str) -> int:
-    """580 for driver 580.65.06."""
+    """Return 580 for driver 580.65.06."""
     head = driver.partition(".")[0]
     return int(head) if head.isdigit() else 0
 
 
 def python_of(system: System, target: Target) -> str:
-    """The Python version that a stack's bindings must support; on a Jetson, that of the system."""
+    """Return the Python version that a stack's bindings must support; on a Jetson, that of the system."""
     return system.system_python if target.kind == "jetson" else system.python
 
 
 def unfit(system: System, target: Target, stack: Stack) -> list[str]:
-    """What prevents a stack and cannot be changed by installing packages."""
+    """Return what prevents a stack and cannot be changed by installing packages."""
     found = []
     python = python_of(system, target)
     if stack.python and python and not within(python, stack.python):
@@ -138,7 +138,7 @@ def unfit(system: System, target: Target, stack: Stack) -> list[str]:
 
 
 def lacking(system: System, target: Target, stack: Stack) -> list[str]:
-    """What a stack lacks to work on this machine."""
+    """Return what a stack lacks to work on this machine."""
     installed = names(system)
     bad = {name for name, _, _ in forbidden(target, installed)}
     wanted = packages_of(stack)
@@ -149,7 +149,7 @@ def lacking(system: System, target: Target, stack: Stack) -> list[str]:
         have = system.tensorrt
         if not have:
             found.append("TensorRT is not installed")
-        elif _generation(have) != _generation(stack.tensorrt) or "tensorrt" in bad:
+        elif _release(have) != _release(stack.tensorrt) or "tensorrt" in bad:
             found.append(f"TensorRT {have} is installed")
     if stack.provider and any(name.startswith("onnxruntime") for name in installed):
         provider = next((item for item in system.providers if item.name == stack.provider), None)
@@ -162,19 +162,19 @@ def lacking(system: System, target: Target, stack: Stack) -> list[str]:
     return found
 
 
-def _generation(tensorrt: str) -> list[str]:
-    """What a kit is built for: up to 8 each minor release reads other operators and other options."""
+def _release(tensorrt: str) -> list[str]:
+    """Return the part of a version that decides about operators and options: up to 8, it includes the minor release."""
     parts = tensorrt.split(".")
     return parts[: 2 if parts[0] == "8" else 1]
 
 
 def packages_of(stack: Stack) -> tuple[str, ...]:
-    """The names of the packages in a stack."""
+    """Return the names of the packages in a stack."""
     return tuple(canonicalize_name(Requirement(line).name) for line in stack.requirements)
 
 
 def differing(system: System, stack: Stack) -> list[str]:
-    """The packages of a stack that are installed in another version than the stack pins."""
+    """Return the packages of a stack that are installed in another version than the stack pins."""
     installed = names(system)
     pinned = [Requirement(line) for line in stack.requirements]
     return [

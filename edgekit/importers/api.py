@@ -19,7 +19,7 @@ from edgekit.errors import EdgekitError
 from edgekit.importers.factory import from_factory
 from edgekit.importers.files import from_file, resolve
 from edgekit.importers.hugging_face import from_hugging_face
-from edgekit.importers.onnx import from_onnx
+from edgekit.importers.onnx import from_onnx, try_out
 from edgekit.session import open_session
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ def open_model(model: str | Path | Bundle) -> Bundle:
 
     Raises EdgekitError if there is no such model, or if it was changed after it was written."""
     return model if isinstance(model, Bundle) else resolve(str(model))
+
+
+def open_to_run(model: str | Path | Bundle) -> Bundle:
+    """Open a model as `open_model` does, and try out its graph in a confined process before it runs in this one."""
+    return try_out(open_model(model))
 
 
 def import_onnx(
@@ -207,7 +212,7 @@ class Session:
     Raises EdgekitError if the runtime is not installed or cannot run the model; it never falls back to another."""
 
     def __init__(self, model: str | Path | Bundle, runtime: str = "auto", *, threads: int | None = None) -> None:
-        self._session = open_session(open_model(model), runtime, **({} if threads is None else {"threads": threads}))
+        self._session = open_session(open_to_run(model), runtime, **({} if threads is None else {"threads": threads}))
         self.inputs: Sequence[TensorSpec] = self._session.inputs
         self.outputs: Sequence[TensorSpec] = self._session.outputs
         self.device: str = self._session.device

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from safetensors.numpy import save_file as save_safetensors
 
 from edgekit.bundle.bounded import LARGEST_TEXT, read_file
+from edgekit.bundle.files import is_plain
 from edgekit.bundle.format import Bundle
 from edgekit.bundle.tensors import SPEC_HELP, Arrays, TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.importers.base import PICKLES, unsafe
 from edgekit.importers.factory import from_factory
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing progress bars and printing warnings on standard error while the block runs."""
+    if importlib.util.find_spec("transformers") is None:  # the import that needs it says what to install
+        yield
+        return
+    logging: Any = importlib.import_module("transformers.utils.logging")  # its functions have no types
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@_quiet()
 def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden: Arrays | None = None) -> Bundle:
     """Make a bundle from a folder of transformers: config.json and safetensors. The bundle takes classes and the
     scaling of pixels from the folder. `inputs` are only needed for models that take neither images nor token ids."""
@@ -27,13 +53,29 @@ def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden
     from edgekit.nn import hugging_face
 
     specs = tuple(inputs) or _usual_inputs(config, hugging_face.model_class(config).main_input_name, folder)
+    network = load_network(folder, config)
+    state = {f"model.{name}": value.numpy() for name, value in network.state_dict().items()}
+    arguments = {"config": config, "inputs": [spec.name for spec in specs]}
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / "model.safetensors"
+        save_safetensors({name: np.ascontiguousarray(value) for name, value in state.items()}, weights)
+        bundle = from_factory(
+            hugging_face.FACTORY, arguments=arguments, weights=weights, inputs=specs, outputs=["logits"], golden=golden
+        )
+    return described(bundle, folder, config)
+
+
+def load_network(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
+    """Return transformers' network with the folder's weights as float32. transformers is given the keys of config.json
+    that were checked, and tensors. It sees no file, so it loads no adapter, no generation settings, no other model."""
+    from edgekit.nn import hugging_face
+
     try:
         hugging_face.check_size(config)
-        model, report = hugging_face.model_class(config).from_pretrained(
-            folder,
+        network, report = hugging_face.model_class(config).from_pretrained(
+            None,
             config=hugging_face.configuration(config),
-            use_safetensors=True,
-            local_files_only=True,
+            state_dict=_tensors(folder),
             output_loading_info=True,
         )
     except EdgekitError as error:
@@ -46,15 +88,24 @@ def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden
             f"{folder}: the safetensors do not hold {absent[0][:80]!r} as config.json describes it, and "
             "transformers would use random numbers; save the model again"
         )
-    state = {f"model.{name}": value.float().numpy() for name, value in model.state_dict().items()}
-    arguments = {"config": config, "inputs": [spec.name for spec in specs]}
-    with tempfile.TemporaryDirectory() as scratch:
-        weights = Path(scratch) / "model.safetensors"
-        save_safetensors({name: np.ascontiguousarray(value) for name, value in state.items()}, weights)
-        bundle = from_factory(
-            hugging_face.FACTORY, arguments=arguments, weights=weights, inputs=specs, outputs=["logits"], golden=golden
-        )
-    return described(bundle, folder, config)
+    return cast("PreTrainedModel", network.float())
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of model.safetensors, or of the files that model.safetensors.index.json names."""
+    from safetensors.torch import load_file
+
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not (folder / names[0]).is_file() and index.is_file():
+        files = _read_json(index).get("weight_map")
+        names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if not name.endswith(".safetensors") or not is_plain(name) or not (folder / name).is_file():
+            raise EdgekitError(f"its weights are in {name[:80]!r}, which is no safetensors file of the folder")
+        tensors |= load_file(folder / name)
+    return tensors
 
 
 def safe_config(folder: Path) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 
 import numpy as np
 
+from edgekit import cache
+from edgekit.bundle import zoo
 from edgekit.bundle.bounded import arrays_from_npz
-from edgekit.bundle.format import ONNX, Bundle, Manifest, assemble_graph
+from edgekit.bundle.format import GRAPH, ONNX, Bundle, Manifest, assemble_graph
 from edgekit.bundle.tensors import Arrays, arrays_to_bytes
 from edgekit.errors import EdgekitError
 from edgekit.importers import sandbox
-from edgekit.importers.base import golden_rows
+from edgekit.importers.base import GOLDEN_ROWS, golden_rows
 from edgekit.session import open_session
 
 
@@ -25,9 +28,8 @@ def from_onnx(content: bytes, name: str, source: str, *, golden: Arrays | None =
     inputs, outputs = specs(model, source)
     given = golden_rows(inputs, golden)
     graph = serialized(normalized(model))
-    framed = struct.pack("<Q", len(graph)) + graph + arrays_to_bytes(given)
     try:
-        found = arrays_from_npz(sandbox.run("edgekit.importers.onnx:golden_outputs", framed, source), source)
+        found = _run_confined(graph, given, source)
     except EdgekitError as error:
         remedy = "" if golden else "; these inputs are made up, real ones may do: edgekit import --data FILE.npz"
         raise EdgekitError(f"{error}{remedy}") from None
@@ -35,6 +37,35 @@ def from_onnx(content: bytes, name: str, source: str, *, golden: Arrays | None =
         raise EdgekitError(f"{source}: the graph gave no output {min(missing)!r}; export the model again")
     manifest = Manifest(name=name, family=ONNX, arguments={}, inputs=inputs, outputs=outputs)
     return assemble_graph(manifest, graph, (given, {spec.name: found[spec.name] for spec in outputs}))
+
+
+def try_out(bundle: Bundle) -> Bundle:
+    """Return the bundle. If it holds a graph from a file, the graph has run once on its golden inputs in a confined
+    process, because running it here could take all memory or never end. The cache remembers the graphs that have run;
+    without a cache each call runs the graph. Models that come with edgekit are not tried."""
+    if not bundle.is_graph or bundle.path is None or bundle.path.resolve() in zoo.folders().values():
+        return bundle
+    from edgekit.bundle.onnx_file import load
+
+    source, graph = str(bundle.path), bundle.contents[GRAPH]
+    try:
+        mark = cache.folder("tried") / hashlib.sha256(graph).hexdigest()
+        if cache.read(mark) is not None:
+            return bundle
+    except EdgekitError:
+        mark = None
+    load(graph, source)
+    inputs, _ = bundle.golden()
+    _run_confined(graph, {name: rows[:GOLDEN_ROWS] for name, rows in inputs.items()}, source)
+    if mark is not None:
+        cache.keep(mark, b"")
+    return bundle
+
+
+def _run_confined(graph: bytes, inputs: Arrays, source: str) -> Arrays:
+    """Return the outputs of a graph, which a confined process computes."""
+    framed = struct.pack("<Q", len(graph)) + graph + arrays_to_bytes(inputs)
+    return arrays_from_npz(sandbox.run("edgekit.importers.onnx:golden_outputs", framed, source), source)
 
 
 def golden_outputs(framed: bytes, source: str) -> bytes:

@@ -30,11 +30,11 @@ def register(network: nn.Module) -> str:
 
 
 def is_live(factory: object) -> bool:
-    """Whether a factory's name stands for a network of one process."""
+    """Return whether a factory's name stands for a network of one process."""
     return str(factory).startswith(PREFIX)
 
 
 def __getattr__(name: str) -> Callable[[], nn.Module]:
     if name not in _networks:
-        raise AttributeError(f"{name!r} is a network that only the process which registered it can build")
+        raise AttributeError(f"{name!r} is a network that only the process that registered it can build")
     return lambda: copy.deepcopy(_networks[name])

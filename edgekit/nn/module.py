@@ -68,8 +68,8 @@ def remove(model: nn.Module, steps: Iterable[Mapping[str, Any]]) -> nn.Module:
                 blocks: Any = model.get_submodule(step["blocks"])
                 for index in sorted(positions(step["removed"]), reverse=True):
                     del blocks[index]
-            for place in step.get("from", ()):
-                name, _, axis = place.rpartition(":")
+            for tensor_axis in step.get("from", ()):
+                name, _, axis = tensor_axis.rpartition(":")
                 _cut(model, name, int(axis), positions(step["removed"]))
             for name, value in step.get("attributes", {}).items():
                 path, _, attribute = name.rpartition(".")

@@ -54,7 +54,7 @@ class T2Config:
 
     @property
     def numbers(self) -> int:
-        """How many weights the largest parts of the network have, and its positional encoding."""
+        """The number of weights in the largest parts of the network, and of numbers in its positional encoding."""
         attention, feed_forward = 4 * self.embed_dim * self.heads * self.head_dim, 2 * self.embed_dim * self.ff_dim
         rows = self.bands + self.classes + self.sequence + self.context
         return self.layers * (attention + feed_forward) + rows * self.embed_dim
@@ -163,7 +163,7 @@ def prunable_groups(model: T2) -> list[PrunableGroup]:
     for number in range(model.config.layers):
         block = f"blocks.{number}."
         attention = [f"{block}attention.{part}" for part in ("query", "key", "value")]
-        heads = tuple(f"{part}.{kind}" for part in attention for kind in ("weight", "bias"))
+        heads = tuple(f"{part}.{name}" for part in attention for name in ("weight", "bias"))
         combine, contract = f"{block}attention.combine", f"{block}contract"
         config = model.config
         groups += [

@@ -190,10 +190,10 @@ def _save(path: Path | None, parts: dict[str, object], schedule: Schedule, seed:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     states = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
-    torch.save({**states, "epoch": epoch, "schedule": asdict(schedule), "seed": seed}, fresh)
-    fresh.replace(path)
+    torch.save({**states, "epoch": epoch, "schedule": asdict(schedule), "seed": seed}, unfinished)
+    unfinished.replace(path)
 
 
 def _resume(path: Path | None, parts: dict[str, object], schedule: Schedule, seed: int) -> int:

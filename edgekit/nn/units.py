@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.nn.module import ranges, remove
 
-# What attention modules call their parts. One with other names loses no heads, and the plan says so.
+# Names of the parts of attention modules. A module with other names loses no heads, and the plan says so.
 HEADS = ("num_heads", "n_heads", "heads", "n_head", "num_attention_heads")
 GROUPS = ("num_kv_heads", "n_kv_heads", "kv_heads", "num_key_value_heads")
 WIDTHS = ("attn_dim", "inner_dim", "all_head_size")
@@ -53,7 +53,7 @@ class Group:
 
 
 def find_groups(model: nn.Module, example: list[Tensor], round_to: int) -> tuple[list[Group], dict[str, str]]:
-    """Groups of the network, and what has none, why."""
+    """Return the groups of the network, and for each layer without a group the reason."""
     try:
         import torch_pruning as tp
     except ModuleNotFoundError:
@@ -62,16 +62,18 @@ def find_groups(model: nn.Module, example: list[Tensor], round_to: int) -> tuple
     known: dict[TensorAxis, set[int]] = defaultdict(set)  # positions that belong to a group
     for group in groups:
         _claim(known, group)
-    for name, module in model.named_modules():  # an attention that was not understood keeps its width too
+    for name, module in model.named_modules():  # an attention of unknown structure also keeps its width
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
             known[f"{name}.weight", 0] |= set(range(module.out_features))
     names = {module: name for name, module in model.named_modules()}
     model.eval()
     with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about parameters outside layers, whose groups are tried like all others
+        warnings.simplefilter(
+            "ignore"
+        )  # warnings about parameters outside layers; their groups are tried like all others
         try:
             graph = tp.DependencyGraph().build_dependency(model, example_inputs=tuple(example))
-        except Exception as error:  # whatever tracing somebody's network raises
+        except Exception as error:  # tracing another person's network may raise anything
             raise EdgekitError(
                 f"torch-pruning cannot trace this network ({type(error).__name__}: {str(error)[:200]}); "
                 "leave dependency_prune out of the recipe"
@@ -89,7 +91,7 @@ def find_groups(model: nn.Module, example: list[Tensor], round_to: int) -> tuple
                 known.get(tensor_axis, set()) & {at for taken in units for at in taken}
                 for tensor_axis, units in found.axes.items()
             ):
-                alone[name] = "some of its channels are another layer's too"
+                alone[name] = "some of its channels also belong to another layer"
             else:
                 _claim(known, found)
                 groups.append(found)
@@ -110,12 +112,12 @@ class _Traced:
     parameters: Mapping[int, str]
 
     def channels(self, root: nn.Module, round_to: int) -> Group | str:
-        """The group of a layer's output channels, or why it has none."""
+        """Return the group of a layer's output channels, or the reason why it has none."""
         prune = self.graph.get_pruner_of_module(root).prune_out_channels
         size = self.graph.get_out_channels(root)
         whole = self.graph.get_pruning_group(root, prune, [0])
         if len(self._touched(whole).get(self.outputs(root), ())) > 1:
-            # halves of a gated unit, for one: each channel brings others, so ask for one at a time
+            # Each channel brings others, as in the halves of a gated unit, so the loop asks for one at a time.
             units: list[dict[TensorAxis, list[int]]] = []
             known: set[int] = set()
             for channel in range(size):
@@ -135,7 +137,8 @@ class _Traced:
         for item in whole.items:
             module, found = item.dep.target.module, self._axes(item.dep)
             if not found and module in self.names and list(module.parameters(recurse=False)):
-                return f"its channels go through {self.names[module]}, a {type(module).__name__}, which is not cut"
+                kept = f"{self.names[module]}, a {type(module).__name__}"
+                return f"its channels go through {kept}, which edgekit does not cut"
             if not self.graph.is_out_channel_pruning_fn(item.dep.handler):
                 consumers += [
                     tensor_axis
@@ -148,11 +151,11 @@ class _Traced:
         return Group(self.names[root], "channels", size, dict(axes), tuple(consumers), step=step, shares=shares)
 
     def outputs(self, module: nn.Module) -> TensorAxis:
-        """Where the output channels of a Linear or convolution are."""
+        """Return the tensor and the axis that hold the output channels of a Linear or convolution."""
         return self._name(module, "weight"), 1 if isinstance(module, _ConvTransposeNd) else 0
 
     def _touched(self, group: Any) -> dict[TensorAxis, list[int]]:
-        """All positions of a group of torch-pruning's, by tensor_axis."""
+        """Return all positions of a group of torch-pruning, by tensor and axis."""
         touched: dict[TensorAxis, set[int]] = defaultdict(set)
         for item in group.items:
             for tensor_axis in self._axes(item.dep):
@@ -160,7 +163,7 @@ class _Traced:
         return {tensor_axis: sorted(taken) for tensor_axis, taken in touched.items()}
 
     def _axes(self, dependency: Any) -> list[TensorAxis]:
-        """Where the output channels, or input channels, that a dependency speaks of are stored."""
+        """Return the tensors and axes that hold the output or input channels of a dependency."""
         module: Any = dependency.target.module
         if isinstance(module, nn.Parameter):
             name = self.parameters.get(id(module))
@@ -169,7 +172,7 @@ class _Traced:
         axes: dict[str, int] = {}
         if isinstance(module, _ConvNd):
             out = 1 if isinstance(module, _ConvTransposeNd) else 0
-            if module.groups == module.out_channels > 1:  # depthwise: what goes in comes out
+            if module.groups == module.out_channels > 1:  # depthwise: each input channel is an output channel
                 axes = {"weight": 0, "bias": 0}
             elif module.groups == 1:
                 axes = {"weight": out, "bias": 0} if outward else {"weight": 1 - out}
@@ -184,16 +187,18 @@ class _Traced:
         return [(self._name(module, key), axis) for key, axis in axes.items() if getattr(module, key, None) is not None]
 
     def _name(self, module: nn.Module, key: str) -> str:
-        """The first of a tensor's names: a tied one is cut once."""
+        """Return the first of a tensor's names, so that a tied tensor is cut once."""
         return self.parameters.get(id(getattr(module, key)), f"{self.names[module]}.{key}")
 
 
 def _attention_heads(model: nn.Module, example: list[Tensor]) -> tuple[list[Group], dict[str, str]]:
-    """A group for each attention module whose parts have known names, proved by cutting a head."""
+    """Return a group for each attention module whose parts have known names; a trial cut of one head proves it."""
     groups, alone = [], {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            alone[name] = "torch's MultiheadAttention takes as many numbers out as in, so none of its heads can go"
+            alone[name] = (
+                "torch's MultiheadAttention has as many outputs as inputs, so none of its heads can be removed"
+            )
             continue
         counts = [key for key in HEADS if isinstance(getattr(module, key, None), int)]
         if not counts:
@@ -245,7 +250,7 @@ def _heads(name: str, module: nn.Module, heads: int) -> Group | None:
 
 
 def _same_without(model: nn.Module, example: list[Tensor], group: Group) -> bool:
-    """Whether the network without a head is, but for rounding, the network in which nobody reads that head."""
+    """Return whether cutting a head gives the same outputs, apart from rounding, as weights of 0 for that head."""
     unit = [group.size // 2]
     consumer, _ = group.consumers[0]
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)):  # some code insists on float32
@@ -265,7 +270,7 @@ def _same_without(model: nn.Module, example: list[Tensor], group: Group) -> bool
 
 
 def removal(model: nn.Module, chosen: Sequence[tuple[Group, Sequence[int]]]) -> list[dict[str, Any]]:
-    """What edgekit.nn.module.remove takes; axes that lose the same positions share a step."""
+    """Return the steps for edgekit.nn.module.remove; axes that lose the same positions share a step."""
     lost: dict[TensorAxis, set[int]] = defaultdict(set)
     attributes = {}
     for group, units in chosen:
@@ -283,6 +288,6 @@ def removal(model: nn.Module, chosen: Sequence[tuple[Group, Sequence[int]]]) -> 
 
 
 def results(model: nn.Module, example: list[Tensor]) -> list[Tensor]:
-    """The network's outputs as a list."""
+    """Return the network's outputs as a list."""
     raw = model(*example)
     return list(raw) if isinstance(raw, (tuple, list)) else [raw]

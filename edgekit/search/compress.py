@@ -27,7 +27,7 @@ from edgekit.compression.trials import Constraints
 from edgekit.data.dataset import checked, load, locate
 from edgekit.data.live import named_arrays
 from edgekit.errors import EdgekitError
-from edgekit.importers.api import is_network, open_model
+from edgekit.importers.api import is_network, open_model, open_to_run
 from edgekit.nn import live
 from edgekit.search.ladder import narrowed
 from edgekit.targets import profile
@@ -104,9 +104,20 @@ def compress(
     if output is not None:
         prepare(Path(output), force=force)
     job = job_of(
-        model, data=data, recipe=recipe, auto=auto, target=target, max_loss=max_loss, metric=metric,
-        objective=objective, runtime=runtime, batches=batches, agree=agree, seed=seed, notify=notify,
-    )  # fmt: skip
+        model,
+        data=data,
+        recipe=recipe,
+        auto=auto,
+        target=target,
+        max_loss=max_loss,
+        metric=metric,
+        objective=objective,
+        runtime=runtime,
+        batches=batches,
+        agree=agree,
+        seed=seed,
+        notify=notify,
+    )
     constraints = Constraints(max_loss, max_size, max_latency)
     result = carry_out(job, constraints, auto=auto, trials=trials, notify=notify, progress=progress)
     if output is not None:
@@ -228,7 +239,7 @@ def _source(model: Any, data: Any, seed: int, notify: Notify) -> tuple[Bundle, A
         specs = [TensorSpec(name, ("batch", *array.shape[1:]), str(array.dtype)) for name, array in inputs.items()]
         golden = {name: array[:8] for name, array in inputs.items()}
         return from_network(model, inputs=specs, outputs=["output"], golden=golden), arrays
-    source = open_model(model)
+    source = open_to_run(model)
     if data is None or isinstance(data, (str, Path)):
         return source, data
     names = [spec.name for spec in source.manifest.inputs]

@@ -51,9 +51,12 @@ def write_source(program: Program, encodings: Mapping[str, Encoding], name: str,
     calls = [f"{call.kernel}({', '.join(map(_argument, call.arguments))});" for call in program.calls]
     body = [
         f"float *const {MEMORY} = workspace + (0 - (uintptr_t)workspace / sizeof(float)) % {LANES};",
-        *buffers, *decoders,
-        f"for (size_t row = 0; row < rows; {advance}) {{", *(f"    {call}" for call in calls), "}",
-    ]  # fmt: skip
+        *buffers,
+        *decoders,
+        f"for (size_t row = 0; row < rows; {advance}) {{",
+        *(f"    {call}" for call in calls),
+        "}",
+    ]
     workspace = size + LANES
     model = [
         f"/* {in_c_comment(name)}, written by edgekit {__version__}. model.h says how to use it. */",

@@ -98,16 +98,7 @@ class OnnxRuntimeSession:
                 raise EdgekitError(
                     f"onnxruntime: {name} = {value}; expected at least 1, or nothing to have it measured"
                 )
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
-            extras.check("onnxruntime-gpu")  # the usual reason is a CPU build that was installed over it
-            remedy = "choose one of these, or install the onnxruntime build for your device"
-            if provider in GPU:
-                remedy += " (pip uninstall -y onnxruntime; pip install 'edgekit[gpu]')"
-            raise EdgekitError(
-                f"onnxruntime {onnxruntime.__version__} has no {provider!r} here; it has {', '.join(available)}; "
-                f"{remedy}"
-            )
+        _check_available(provider)
         if provider in GPU and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA and cuDNN from pip are not on the loader's path
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
@@ -298,6 +289,18 @@ class OnnxRuntimeSession:
         middle = dict(zip(candidates, np.median(times, axis=0).tolist(), strict=True))
         chosen = next(plan for plan in candidates if middle[plan] <= (1 + MARGIN) * min(middle.values()))
         return replace(chosen, rows_per_second=rows / max(middle[chosen], 1e-6), origin="measured")
+
+
+def _check_available(provider: str) -> None:
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        extras.check("onnxruntime-gpu")  # the usual reason is a CPU build that was installed over it
+        remedy = "choose one of these, or install the onnxruntime build for your device"
+        if provider in GPU:
+            remedy += " (pip uninstall -y onnxruntime; pip install 'edgekit[gpu]')"
+        raise EdgekitError(
+            f"onnxruntime {onnxruntime.__version__} has no {provider!r} here; it has {', '.join(available)}; {remedy}"
+        )
 
 
 def _graph(bundle: Bundle, source: str | Path | None, exporter: Literal["torchscript", "dynamo"]) -> bytes:

@@ -3,8 +3,11 @@
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
+
+CONNECTOR = "EDGEKIT_SPARK_KAFKA_JARS"  # names a folder with the jar of Spark's own Kafka connector and those it needs
 
 ONE_ROW = """
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -39,6 +42,13 @@ def one_row(one_row_site):
         yield "one_row"
 
 
+def connector_jars() -> list[Path]:
+    """The jars of Spark's own Kafka connector; empty if there are none here."""
+    folder = os.environ.get(CONNECTOR, "")
+    jars = sorted(Path(folder).glob("*.jar")) if folder else []
+    return jars if any(path.name.startswith("spark-sql-kafka-0-10_") for path in jars) else []
+
+
 @pytest.fixture(scope="session")
 def spark_session(one_row_site):
     sql = pytest.importorskip("pyspark.sql")
@@ -52,6 +62,7 @@ def spark_session(one_row_site):
         "spark.driver.bindAddress": "127.0.0.1",
         "spark.sql.shuffle.partitions": "2",
         "spark.executorEnv.PYTHONPATH": str(one_row_site),
+        "spark.jars": ",".join(map(str, connector_jars())),
     }.items():
         builder = builder.config(name, value)
     found = builder.getOrCreate()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import zlib
 from collections import Counter
@@ -246,6 +247,40 @@ def test_parquet_that_is_damaged_or_foreign(tmp_path):
     assert "its first columns are ra, dec" in bad.reason
     pq.write_table(pa.Table.from_pylist([history]).slice(0, 0), path)
     assert next(read_blocks([path])).reason == "the table has no rows"
+
+
+@pytest.mark.parametrize(
+    ("bomb", "words"),
+    [
+        ({"objectId": "x" * 200_000}, "rows 0 to 256: .* bytes declare 51,"),
+        ({"prv_candidates": [alert()["candidate"] | {"isdiffpos": "x" * 200_000}]}, "rows 0 to 256: .* declare 51,"),
+        ({"prv_candidates": [alert()["candidate"]] * 10_000}, "a group of its rows: .* bytes declare 92,"),
+    ],
+    ids=["a long name", "a long text in a history", "a long history"],
+)
+def test_parquet_that_expands_is_one_bad_packet(bomb, words, tmp_path, monkeypatch):
+    """Equal values are one value and a count: some kB stand for many MB."""
+    rows = pa.Table.from_pylist([alert() | {"prv_candidates": [alert()["candidate"]]} | bomb])
+    rows = pa.concat_tables([rows] * 256)
+    pq.write_table(rows, tmp_path / "x", compression="zstd")
+    assert (tmp_path / "x").stat().st_size < 50_000
+    monkeypatch.setenv("EDGEKIT_READ_LIMIT", "20MB")
+    (bad,) = read_blocks([tmp_path / "x"])
+    assert re.search(words, bad.reason)
+    assert "--read-limit" in bad.reason
+    assert (bad.status, bad.packets) == ("error", 256)
+    monkeypatch.setenv("EDGEKIT_READ_LIMIT", "200MB")
+    assert sum(block.count for block in read_blocks([tmp_path / "x"])) == 256
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"dictionary_pagesize_limit": 100}], ids=str)
+def test_texts_of_parquet_are_read_however_they_are_stored(options, tmp_path):
+    texts = [f"ZTF24{number:07}" for number in range(600)]
+    rows = [alert(name=name) | {"prv_candidates": [alert()["candidate"] | {"jd": 2_459_000.5}]} for name in texts]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x", row_group_size=300, **options)
+    (batch,) = batches(read_blocks([tmp_path / "x"]))
+    assert batch.alerts["object_id"].to_pylist() == texts
+    assert batch.curves.points.tolist() == [2] * 600
 
 
 def test_batches_keep_surveys_apart_and_bad_packets_in_line(simulated):

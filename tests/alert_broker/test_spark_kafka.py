@@ -1,5 +1,5 @@
-"""The source for Spark with librdkafka's mock broker, in this process; tests with the mark `spark` run it inside
-Spark."""
+"""The source for Spark with librdkafka's mock broker, in this process. Tests with the mark `spark` run it inside Spark,
+and so they do with Spark's own connector on a real Apache Kafka."""
 
 import pytest
 
@@ -16,16 +16,19 @@ from alert_broker.classify import classify_files  # noqa: E402
 from alert_broker.simulate import simulate, write  # noqa: E402
 from alert_broker.spark_kafka import MESSAGES, KafkaPackets, Reader  # noqa: E402
 from edgekit.errors import EdgekitError  # noqa: E402
+from tests.alert_broker.conftest import CONNECTOR, connector_jars  # noqa: E402
 from tests.alert_broker.small import small_bundle  # noqa: E402
+from tests.brokers import create_topics  # noqa: E402
 
 PARTITIONS = 4  # the mock creates topics with this number of partitions
 
 
 class Broker:
-    """A mock cluster, which exists as long as its producer."""
+    """The cluster at this address; without one, a mock cluster, which exists as long as its producer."""
 
-    def __init__(self):
-        self.producer = confluent_kafka.Producer({"test.mock.num.brokers": 1, "log_level": 0})
+    def __init__(self, address: str = ""):
+        cluster = {"bootstrap.servers": address} if address else {"test.mock.num.brokers": 1}
+        self.producer = confluent_kafka.Producer(cluster | {"log_level": 0})
         told = self.producer.list_topics(timeout=10)
         self.address = ",".join(f"{broker.host}:{broker.port}" for broker in told.brokers.values())
         assert self.address.startswith("127.0.0.1:")
@@ -129,8 +132,21 @@ def test_options_are_checked(options, words):
         Reader({name: value for name, value in settings.items() if value is not None})
 
 
+@pytest.fixture(params=[spark_kafka.NAME, "kafka"])
+def connector(request):
+    """(name of a source for Spark, its broker): ours on the mock cluster, and Spark's own on a real Apache Kafka."""
+    if request.param == spark_kafka.NAME:
+        return request.param, request.getfixturevalue("broker")
+    if not connector_jars():
+        pytest.skip(f"{CONNECTOR} names no folder with spark-sql-kafka-0-10_*.jar and the jars that it needs")
+    cluster = request.getfixturevalue("apache_kafka")
+    create_topics(cluster.address, {"alerts": PARTITIONS})
+    return request.param, Broker(cluster.address)
+
+
 @pytest.mark.spark
-def test_spark_classifies_a_topic(spark_session, broker, tmp_path):
+def test_spark_classifies_a_topic(spark_session, connector, tmp_path):
+    name, broker = connector
     bundle, packets = small_bundle(), tmp_path / "packets"
     files = write(packets, simulate("ztf", 30, 5, cutouts=False), packets_per_file=1)
     classify_files(files, tmp_path / "expected.parquet", bundle=bundle)
@@ -140,7 +156,7 @@ def test_spark_classifies_a_topic(spark_session, broker, tmp_path):
 
     def classify_what_is_there() -> list[dict]:
         stream = (
-            spark_session.readStream.format(spark_kafka.NAME)
+            spark_session.readStream.format(name)
             .option("subscribe", "alerts")
             .option("startingOffsets", "earliest")
             .option("kafka.bootstrap.servers", broker.address)

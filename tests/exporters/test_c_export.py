@@ -88,10 +88,10 @@ def test_any_shape_gives_the_networks_outputs_without_a_warning(toy, tmp_path, a
         assert np.array_equal(got, run(library, bundle, inputs, batch=1))
 
 
-@pytest.mark.parametrize("kind", ["affine rows", "affine", "palette"])
+@pytest.mark.parametrize("encoding", ["affine rows", "affine", "palette"])
 @pytest.mark.parametrize("arguments", [{"layers": 2}, ODD], ids=["two layers", "all odd"])
-def test_encoded_weights_are_stored_as_codes(toy, tmp_path, arguments, kind):
-    bundle = toy(kind, **arguments)
+def test_encoded_weights_are_stored_as_codes(toy, tmp_path, arguments, encoding):
+    bundle = toy(encoding, **arguments)
     source = CExporter(weights="encoded").source(bundle)
     inputs, expected = bundle.golden()
     library = compiled(source, tmp_path)
@@ -230,9 +230,9 @@ def test_fast_math_is_refused(toy):
         Compiler().shared_library(source.model, source.header, ("-std=c99", "-O2", "-ffast-math"))
 
 
-@pytest.mark.parametrize("kind", ["affine rows", "palette"])
-def test_nothing_is_touched_outside_arrays_and_nothing_is_undefined(toy, tmp_path, kind):
-    bundle = toy(kind, **ODD)
+@pytest.mark.parametrize("encoding", ["affine rows", "palette"])
+def test_nothing_is_touched_outside_arrays_and_nothing_is_undefined(toy, tmp_path, encoding):
+    bundle = toy(encoding, **ODD)
     source = CExporter(weights="encoded").source(bundle)
     (tmp_path / "model.c").write_text(source.model)
     (tmp_path / "model.h").write_text(source.header)
@@ -263,7 +263,7 @@ def test_nothing_is_touched_outside_arrays_and_nothing_is_undefined(toy, tmp_pat
 @pytest.mark.parametrize("arguments", [{}, ODD, {"layers": 3}], ids=["plain", "all odd", "three layers"])
 def test_buffers_in_use_do_not_overlap(toy, arguments):
     calls = program(toy(**arguments))
-    places, size = source_module._offsets(calls)
+    offsets, size = source_module._offsets(calls)
     last = {
         item.name: time for time, call in enumerate(calls.calls) for item in call.arguments if isinstance(item, Buffer)
     }
@@ -271,7 +271,7 @@ def test_buffers_in_use_do_not_overlap(toy, arguments):
     for time, call in enumerate(calls.calls):
         for item in call.arguments:
             if isinstance(item, Buffer):
-                live[item.name] = range(places[item.name], places[item.name] + item.features * calls.stride)
+                live[item.name] = range(offsets[item.name], offsets[item.name] + item.features * calls.stride)
         spans = sorted((span.start, span.stop) for span in live.values())
         assert all(one[1] <= other[0] for one, other in pairwise(spans)), (call.kernel, live)
         assert all(end <= size for _, end in spans)

@@ -33,18 +33,18 @@ from tests.exporters.test_tensorrt_export import flags
 
 ZOO = ("t2-gr", "t2-ugrizy", "t2-ugrizy-z")
 CONFORMANCE = tuple(name for name in INPUTS if name not in ("leaky_hourglass", "deit_tiny"))
-PLACES = {}
+STACKS = {}
 for _name in profile.names():
     for _stack in profile.find(_name).stacks:
         if _stack.runtime in ("onnxruntime", "tensorrt", "tensorrt-rtx"):
             _where = deployment_target(_name, _stack.runtime, _stack.name)
-            PLACES[f"{_name}, {_stack.name}"] = _where
+            STACKS[f"{_name}, {_stack.name}"] = _where
 # what is refused, and the reason
 REFUSED = {}
 
 
 def alike(where):
-    """What of a place decides which graph it gets: those with the same share one."""
+    """Return what decides which graph a stack gets: stacks with the same value share a graph."""
     plan = where.target.plan
     return (
         where.opset,
@@ -74,22 +74,22 @@ def source(name):
     return bundle, float_graph(bundle)
 
 
-def test_places_that_read_alike_get_the_same_graph(toy):
+def test_stacks_that_read_alike_get_the_same_graph(toy):
     """The matrix relies on this, so that it need not write a network 42 times."""
     model = float_graph(toy())
     graphs = {}
-    for where in PLACES.values():
+    for where in STACKS.values():
         content = target_graph(model, where).model.SerializeToString(deterministic=True)
         graphs.setdefault(alike(where), set()).add(content)
     assert {len(contents) for contents in graphs.values()} == {1}
-    assert 1 < len(set.union(*graphs.values())) < len(graphs) < len(PLACES)
+    assert 1 < len(set.union(*graphs.values())) < len(graphs) < len(STACKS)
 
 
 def test_the_matrix_has_teeth(toy, tmp_path, monkeypatch):
-    """A table that lacks an operator refuses its place; weights that are another network's are no export of this."""
+    """A table that lacks an operator refuses the graph for its stack, and weights of another network are refused."""
     bundle = toy()
     model = float_graph(bundle)
-    nano = {key: where for key, where in PLACES.items() if where.target.name == "jetson-nano"}
+    nano = {key: where for key, where in STACKS.items() if where.target.name == "jetson-nano"}
     assert hold("toy", bundle, model, nano, tmp_path, (1, 16)) == {}
     poor = {
         key: replace(
@@ -114,7 +114,7 @@ def test_every_target_holds_it(name, monkeypatch, tmp_path):
     if name == "deit-tiny":  # 2.5 GFLOP a row, in float64 too
         monkeypatch.setattr("exporters.verify.DISTINCT", 3)
     bundle, model = source(name)
-    refused = hold(name, bundle, model, PLACES, tmp_path, batches=(1, 3) if name == "deit-tiny" else (1, 16))
+    refused = hold(name, bundle, model, STACKS, tmp_path, batches=(1, 3) if name == "deit-tiny" else (1, 16))
     assert set(refused) == REFUSED.get(name, set()), refused
 
 
@@ -132,19 +132,19 @@ def test_every_target_that_is_given_int8_holds_it(name, tmp_path):
     golden = on_onnxruntime(quantized.SerializeToString()).run(None, inputs)
     names = [spec.name for spec in manifest.outputs]
     itself = assemble_graph(manifest, quantized.SerializeToString(), (inputs, dict(zip(names, golden, strict=True))))
-    places = {key: where for key, where in PLACES.items() if "int8" in where.target.plan.order and where.parser_version}
-    assert {where.parser_version.name for where in places.values()} == {"8.5", "8.6", "10", "11", "rtx"}
-    assert hold(name, itself, quantized, places, tmp_path, batches=(1, 16)) == {}
+    stacks = {key: where for key, where in STACKS.items() if "int8" in where.target.plan.order and where.parser_version}
+    assert {where.parser_version.name for where in stacks.values()} == {"8.5", "8.6", "10", "11", "rtx"}
+    assert hold(name, itself, quantized, stacks, tmp_path, batches=(1, 16)) == {}
 
 
-def hold(name, bundle, model, places, folder, batches):
-    """Try each place; what refuses it, and why. Numbers are compared at the end, for all graphs of a tolerance at once:
-    the network is computed in float64 once for all of them."""
-    write = functools.cache(lambda key: target_graph(model, next(w for w in places.values() if alike(w) == key)))
+def hold(name, bundle, model, stacks, folder, batches):
+    """Try each stack, and return what refuses it and why. Numbers are compared at the end, for all graphs of one
+    tolerance: the network is computed in float64 once for all of them."""
+    write = functools.cache(lambda key: target_graph(model, next(w for w in stacks.values() if alike(w) == key)))
     computed = functools.cache(lambda key: arithmetic(write(key).model))
     shapes = kit.profile_of(bundle, ())
     refused, graphs, engines, parsed, scripts = {}, {}, {}, set(), 0
-    for key, where in places.items():
+    for key, where in stacks.items():
         try:
             got = write(alike(where))
             assert got.model.opset_import[0].version <= where.opset
@@ -167,7 +167,7 @@ def hold(name, bundle, model, places, folder, batches):
     for tolerance, contents in graphs.items():
         files = {f"model.onnx for {key}": content for content, key in contents.items()}
         verify(files, bundle, tolerance=tolerance, batches=batches)
-    print(f"\n{name}: {len(places) - len(refused)} of {len(places)} places, {sum(map(len, graphs.values()))} graphs")
+    print(f"\n{name}: {len(stacks) - len(refused)} of {len(stacks)} stacks, {sum(map(len, graphs.values()))} graphs")
     print(
         f"  {len(engines)} engines of {sum(engines.values()):,} bytes; {scripts} build scripts; graphs parsed for "
         f"TensorRT 10 and 11: {len(parsed)}"
@@ -178,7 +178,7 @@ def hold(name, bundle, model, places, folder, batches):
 
 
 def script(path, where, got, shapes):
-    """The kit's build.sh: a shell reads it, and it uses its generation's options only."""
+    """The kit's build.sh: a shell reads it, and it uses only the options of its TensorRT version."""
     text = build_script(where, got.precision, shapes, 512, 3, "0" * 64, got.pinned)
     path.write_text(text)
     done = subprocess.run(["sh", "-n", path], capture_output=True, text=True, check=False)

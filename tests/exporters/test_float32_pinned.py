@@ -42,13 +42,13 @@ def written():
 def test_what_computes_in_float32_is_what_is_named(written):
     got, inputs = written
     assert got.precision == "float16"
-    kinds = types(got.model, inputs)
+    dtypes = types(got.model, inputs)
     alone = {
         item.name
         for item in got.model.graph.node
         if item.op_type not in MOVING | TYPED
-        and kinds[item.output[0]] == np.float32
-        and any(kinds[name] == np.float32 for name in item.input if name)
+        and dtypes[item.output[0]] == np.float32
+        and any(dtypes[name] == np.float32 for name in item.input if name)
     }
     operators = {item.name: item.op_type for item in got.model.graph.node}
     named = {name for name in got.pinned.layers if operators[name] not in MOVING}

@@ -32,10 +32,10 @@ def outputs(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray
     return session.run(None, inputs)[0]
 
 
-@pytest.mark.parametrize("kind", [None, "affine rows", "affine", "palette"])
+@pytest.mark.parametrize("encoding", [None, "affine rows", "affine", "palette"])
 @pytest.mark.parametrize("arguments", MODELS.values(), ids=MODELS)
-def test_graph_gives_the_golden_outputs(toy, arguments, kind):
-    bundle = toy(kind, **arguments)
+def test_graph_gives_the_golden_outputs(toy, arguments, encoding):
+    bundle = toy(encoding, **arguments)
     inputs, expected = bundle.golden()
     got = outputs(lower(bundle), inputs)
     np.testing.assert_allclose(got, expected["probabilities"], atol=1e-6)

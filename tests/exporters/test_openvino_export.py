@@ -39,10 +39,10 @@ def check_device(out, *options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, out / "verify.py", *options], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("kind", [None, "affine rows", "palette"])
+@pytest.mark.parametrize("encoding", [None, "affine rows", "palette"])
 @pytest.mark.parametrize("arguments", [{"context": 2}, {"layers": 2, "heads": 3}], ids=["context", "two layers"])
-def test_an_export_is_within_tolerance_at_every_batch_size(toy, tmp_path, kind, arguments):
-    bundle = toy(kind, **arguments)
+def test_an_export_is_within_tolerance_at_every_batch_size(toy, tmp_path, encoding, arguments):
+    bundle = toy(encoding, **arguments)
     export = Exporter().export(bundle, tmp_path / "out")
     assert set(export.files) == {path.name for path in (tmp_path / "out").iterdir()}
     assert [(check["batch"], check["changed"]) for check in export.checks] == [(1, 0), (16, 0), (1000, 0)]

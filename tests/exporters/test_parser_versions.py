@@ -28,7 +28,7 @@ def node(operator, inputs, outputs=("y",), **attributes):
     return helper.make_node(operator, list(inputs), list(outputs), name, **attributes)
 
 
-def test_generations_are_in_order_and_say_how_they_are_called():
+def test_parser_versions_are_in_order_and_have_titles():
     assert tuple(parser_versions()) == NAMES
     opsets = [item.opset for item in parser_versions().values()]
     assert opsets == [13, 17, 17, 21, 24, 24]
@@ -39,7 +39,7 @@ def test_generations_are_in_order_and_say_how_they_are_called():
         assert set(item.dialect.values()) <= item.flags
 
 
-def test_every_target_with_tensorrt_has_a_generation():
+def test_every_target_with_tensorrt_has_a_parser_version():
     found = {}
     for name in profile.names():
         for stack in profile.find(name).stacks:
@@ -54,13 +54,13 @@ def test_every_target_with_tensorrt_has_a_generation():
     assert parser_version(profile.find("x86-avx2").stack) is None
 
 
-def test_an_unknown_generation_lists_those_that_are_known():
+def test_an_unknown_parser_version_lists_those_that_are_known():
     stack = profile.Stack("TensorRT 9", "tensorrt", "a test", tensorrt="9.3.0")
     with pytest.raises(EdgekitError, match=r"unknown TensorRT parser version '9\.3\.0'.*8\.2, 8\.5, 8\.6, 10, 11"):
         parser_version(stack)
 
 
-def test_what_the_generations_brought():
+def test_what_the_parser_versions_brought():
     """Exporting depends on these facts, which come from the documents of the releases."""
     has = {name: item.operators for name, item in parser_versions().items()}
     assert [name for name in NAMES if "LayerNormalization" in has[name]] == ["8.6", "10", "11", RTX]
@@ -153,7 +153,7 @@ def test_an_operator_inside_a_branch_is_seen():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layer_normalization_reaches_every_generation(name):
+def test_layer_normalization_reaches_every_parser_version(name):
     item = parser_versions()[name]
     model = graph(node("LayerNormalization", ("x", "scale", "bias")), scale=SCALES, bias=SCALES)
     lowered = to_opset(model, min(17, item.opset), item.operators)

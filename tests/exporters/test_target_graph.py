@@ -85,15 +85,15 @@ def test_every_target_gets_what_it_reads(name, model, bundle):
 def test_half_leaves_normalizations_in_float32(model):
     """A parser without LayerNormalization gets it as sums, which must also not run in half precision."""
     got = target_graph(model, deployment_target("jetson-nano")).model
-    kinds = {
+    dtypes = {
         value.name: value.type.tensor_type.elem_type
         for value in onnx.shape_inference.infer_shapes(got).graph.value_info
     }
     sums = [node for node in got.graph.node if ".LayerNormalization." in node.name and node.op_type != "Cast"]
     assert len(sums) >= 2 * 9
-    assert {kinds[name] for node in sums for name in node.output} == {TensorProto.FLOAT}
+    assert {dtypes[name] for node in sums for name in node.output} == {TensorProto.FLOAT}
     products = [node for node in got.graph.node if node.op_type == "MatMul"]
-    assert {kinds[name] for node in products for name in node.output if name in kinds} == {TensorProto.FLOAT16}
+    assert {dtypes[name] for node in products for name in node.output if name in dtypes} == {TensorProto.FLOAT16}
 
 
 def test_a_wrong_half_weight_is_noticed(model, bundle):

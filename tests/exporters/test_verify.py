@@ -61,7 +61,7 @@ def test_empty_golden_data_is_refused(toy):
         check(graph(toy()), toy(rows=0))
 
 
-def worse_in_company(model: onnx.ModelProto, error: float = 1e-6) -> None:
+def worse_in_a_batch(model: onnx.ModelProto, error: float = 1e-6) -> None:
     """Adds the batch size times `error` to the logits of one class: right when alone, and wrong in a crowd."""
     nodes = list(model.graph.node)
     softmax = nodes.pop()
@@ -81,7 +81,7 @@ def worse_in_company(model: onnx.ModelProto, error: float = 1e-6) -> None:
 def test_a_graph_that_depends_on_the_batch_is_caught_at_the_batch_that_shows_it(toy):
     bundle = toy()
     model = graph(bundle)
-    worse_in_company(model)
+    worse_in_a_batch(model)
     with pytest.raises(EdgekitError, match=r"at batch 1: the same row differs from one batch size to another"):
         verify({FLOAT: model.SerializeToString()}, bundle, batches=(1, 16, 1000))
 
@@ -101,13 +101,13 @@ def dynamic(bundle: Bundle) -> onnx.ModelProto:
     return DynamicInt8().apply(GraphCandidate(graph(bundle)), Context(data, None, seed=0)).model
 
 
-def by_company(bundle: Bundle) -> onnx.ModelProto:
+def by_batch_size(bundle: Bundle) -> onnx.ModelProto:
     model = graph(bundle)
-    worse_in_company(model, 1e-5)
+    worse_in_a_batch(model, 1e-5)
     return model
 
 
-@pytest.mark.parametrize("source", [dynamic, by_company])
+@pytest.mark.parametrize("source", [dynamic, by_batch_size])
 def test_a_copy_of_a_graph_differs_by_nothing_where_rows_depend_on_their_batch(toy, source):
     bundle = toy()
     model = source(bundle)
@@ -119,10 +119,10 @@ def test_a_copy_of_a_graph_differs_by_nothing_where_rows_depend_on_their_batch(t
 
 def test_a_graph_that_moves_by_more_than_its_batches_do_is_caught(toy):
     bundle = toy()
-    itself = as_graph(bundle, by_company(bundle))
+    itself = as_graph(bundle, by_batch_size(bundle))
     noise = module.reference(itself, BATCHES).noise
     for size, refused in ((0.5, False), (1.5, True)):
-        model = by_company(bundle)
+        model = by_batch_size(bundle)
         shift_output(model, size * noise)
         if refused:  # by less than twice the noise, which two different batches may differ by
             with pytest.raises(EdgekitError, match=r"at batch 1: its outputs differ from the source network's by"):

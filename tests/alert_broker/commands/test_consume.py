@@ -141,7 +141,7 @@ topic = "results"
 @pytest.fixture
 def ran(monkeypatch):
     """The configurations that the pipeline was run with; it consumes three alerts, or raises what is put there."""
-    from alert_broker.stream import pipeline
+    from alert_broker.stream import run
 
     configs, errors = [], []
 
@@ -158,7 +158,7 @@ def ran(monkeypatch):
             for error in errors:
                 raise error
 
-    monkeypatch.setattr(pipeline, "open_pipeline", Pipeline)
+    monkeypatch.setattr(run, "open_pipeline", Pipeline)
     return configs, errors
 
 

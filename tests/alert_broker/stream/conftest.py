@@ -87,11 +87,12 @@ def source(monkeypatch):
     from alert_broker.stream import config as configuration
     from alert_broker.stream import source as module
     from alert_broker.stream.stats import Stats
-    from tests.alert_broker.stream.fake_consumer import FakeConsumer, FakeLag, assign
+    from tests.alert_broker.stream.fake_consumer import FakeConsumer, FakeLag, FakeTopicIds, assign
 
     consumer = FakeConsumer()
     monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
     monkeypatch.setattr(module, "Lag", FakeLag)
+    monkeypatch.setattr(module, "TopicIds", FakeTopicIds)
     monkeypatch.setattr(module, "partitions_of", lambda client, topic: [0, 1])
     tables = {
         "source": {"topics": ["t"], "drain_seconds": 0.05},

@@ -85,6 +85,8 @@ class FakeConsumer:
 class FakeLag:
     """ends: what the broker would tell."""
 
+    admin = None
+
     def __init__(self, config):
         self.ends = {}
 
@@ -93,6 +95,17 @@ class FakeLag:
 
     def forget(self, where):
         pass
+
+
+class FakeTopicIds:
+    """new: topics that were created again."""
+
+    def __init__(self, admin, topics):
+        self.new = []
+
+    def changed(self):
+        found, self.new = self.new, []
+        return found
 
 
 def assign(consumer, *numbers):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 
 from alert_broker.stream import pipeline as module
 from alert_broker.stream.config import Config
@@ -22,7 +20,7 @@ from alert_broker.stream.message_batch import MessageBatch
 from alert_broker.stream.pipeline import Pipeline
 from alert_broker.stream.publish import Outgoing
 from alert_broker.stream.stats import Stats
-from tests.brokers import _librdkafka
+from tests.brokers import _librdkafka, configure_topic
 
 HOSTILE_COUNTS = ("²", "9" * 5000, "-1", "٣", "1e9", "", "nan", "0x10", " 1")
 NOT_UTF_8 = b"\xff\xfe"  # the name of a header; the binding cannot read it
@@ -180,14 +178,7 @@ def keep_all(address: str, topic: str) -> None:
     """Have the broker keep messages of any timestamp. Apache Kafka refuses those of tomorrow, and deletes those of last
     week at once."""
     settings = {"retention.ms": "-1", "retention.bytes": "-1", "message.timestamp.after.max.ms": str(LARGEST)}
-    entries = [
-        ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
-    ]
-    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
-    admin = AdminClient({"bootstrap.servers": address})
-    for future in admin.incremental_alter_configs([resource]).values():
-        future.result(30)
-    time.sleep(2.0)  # the answer comes before the settings count
+    configure_topic(address, topic, settings)
 
 
 class RawProducer:

@@ -218,6 +218,20 @@ class Running:
     def running(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def log(self) -> list[str]:
+        """The lines so far."""
+        return list(self._log)
+
+    @property
+    def memory(self) -> int:
+        """The bytes that are resident; 0 if the process has ended."""
+        try:
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        except OSError:
+            return 0
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     def wait(self, seconds: float = 120.0) -> tuple[int, dict, str]:
         """Exit status, the report and the log."""
         try:

@@ -74,6 +74,22 @@ def test_what_cannot_work_is_said(path, changes, said):
         configuration.load(path, changes)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"x = " + 3000 * b"[", "not valid TOML: .*recursion"),
+        (b"x = \xff", "not valid TOML: .*utf-8"),
+        (b"x = " + 6000 * b"a.", "edgekit reads no larger TOML files"),
+        (b"#" * (1 << 20) + b"#", "edgekit reads no larger TOML files"),
+    ],
+)
+def test_a_file_that_is_damaged_or_takes_too_much_is_refused_in_one_line(path, content, said):
+    path.write_bytes(content)
+    with pytest.raises(EdgekitError, match=said) as refused:
+        configuration.load(path)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_secrets_are_shown_nowhere(path, monkeypatch):
     config = configuration.load(path)
     assert "hunter2" not in repr(config)

@@ -78,3 +78,26 @@ def test_a_log_that_is_unknown_for_now_is_asked_for_again(source):
     source.poll(1, 0.0)
     assert source.consumer.starts[0] == 600
     assert expired(source) == {0: 200}
+
+
+@pytest.mark.parametrize(("begin", "gone"), [(0, 0), (7, 7)])
+def test_a_topic_that_was_created_again_is_read_from_its_beginning(source, caplog, begin, gone):
+    """Also where reading begins at the end without a position, and where the old offset exists in the new topic."""
+    source.positions.settings = replace(source.positions.settings, start_at="latest")
+    source.consumer.logs = {0: (begin, 900), 1: (begin, 900)}
+    source.consumer.script = [messages(0, 400)]
+    assert indices(source.poll(1, 1.0)) == [(0, 400)]
+    source._topic_ids.new = ["t"]
+    source.consumer.script = [messages(0, begin)]
+    assert indices(source.poll(1, 1.0)) == [(0, begin)]
+    assert source.consumer.starts == {0: begin, 1: begin}
+    assert source.stats.ledger.total().expired == 2 * gone
+    assert "the topic t was deleted and created again" in caplog.text
+
+
+def test_another_topic_that_was_created_again_changes_nothing(source):
+    source.consumer.logs = {0: (0, 900)}
+    source._topic_ids.new = ["other"]
+    source.consumer.script = [messages(0, 400)]
+    assert indices(source.poll(1, 1.0)) == [(0, 400)]
+    assert all(start < 0 for start in source.consumer.starts.values())  # where the group goes on

@@ -132,7 +132,7 @@ def test_committing_before_publishing_would_lose(rig, packets, monkeypatch):
 def left_in_order(member) -> bool:
     """Whether a member that was asked to leave had begun; then it has drained."""
     status, report, log = member.wait(60)
-    if status == -signal.SIGTERM and not log:  # on a busy machine Python may still have been importing
+    if status == 143 or (status == -signal.SIGTERM and not log):  # the latter while Python itself starts
         return False
     assert status == 0, log[-2000:]
     assert report["ledger"]["in_flight"] == 0
@@ -680,7 +680,7 @@ def test_a_hostile_stream_is_conserved_and_stops_at_any_moment(rig, packets, lon
         running.terminate()
         status, report, log = running.wait(60)
         served.append(time.monotonic() - told)
-        assert status in (0, -signal.SIGTERM), log[-3000:]  # the latter only while it starts
+        assert status in (0, 143, -signal.SIGTERM), log[-3000:]  # the last two only while it starts
         if report:
             ledger.update(report["ledger"]["total"])
             assert report["ledger"]["in_flight"] == 0

@@ -129,6 +129,19 @@ def test_what_no_broker_takes_is_replaced_and_the_rest_is_not_sent_twice(cluster
     assert "too large" in replaced[0][1].lower()
 
 
+@pytest.mark.parametrize("code", [KafkaError.INVALID_RECORD, KafkaError.INVALID_TIMESTAMP])
+def test_what_the_broker_refuses_of_everybody_is_no_fault_of_the_alert(cluster, source, code):
+    """It would make a dead letter of every result. The twin is the test before this one."""
+    publisher = AtLeastOnce(config_of(cluster), source.membership)
+    cluster.fail(PRODUCE, [code])
+    said = (
+        r"results: Broker: .*\(the clock of this machine .* message\.timestamp\.after\.max\.ms, or .* without a key\)"
+    )
+    with cluster.requests() as kinds, pytest.raises(EdgekitError, match=said):
+        publisher.publish(messages(2), {("source", 0): 2}, no_other)
+    assert OFFSET_COMMIT not in kinds
+
+
 EXACTLY = {"mode": "exactly-once", "transactional_id": "t", "seconds": 5.0}
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from edgekit.bundle import onnx_file
 from edgekit.bundle.encoding import Affine, Palette
 from edgekit.bundle.format import GRAPH, Manifest, assemble, assemble_graph, model_key
 from edgekit.bundle.pack import GOLDEN_ROWS, MAGIC, _pack_arrays, _shapes, _unpack_arrays, pack, unpack
@@ -200,3 +201,43 @@ def test_what_is_not_a_packed_bundle():
     for content, words in ((b"", "begin"), (b"hello", "begin"), (MAGIC, "damaged"), (MAGIC + b"\x07", "format 7")):
         with pytest.raises(EdgekitError, match=words):
             unpack(content, "x")
+
+
+@pytest.fixture(scope="module")
+def packed_graph():
+    """The bytes of a packed graph up to its last stream, and that stream's content: the graph without its weights."""
+    specs = (TensorSpec("x", ("batch", 32)),), (TensorSpec("out", ("batch", 1)),)
+    golden = ({"x": np.ones((2, 32), np.float32)}, {"out": np.zeros((2, 1), np.float32)})
+    content = pack(assemble_graph(Manifest("g", "onnx", {}, *specs), mlp().model.SerializeToString(), golden))
+    at = len(MAGIC) + 1
+    for _ in range(3):
+        at += 4 + struct.unpack_from("<I", content, at)[0]
+    return content[:at], zlib.decompress(content[at + 4 : -32])
+
+
+def with_skeleton(packed_graph, skeleton):
+    stream = zlib.compress(skeleton)
+    return resealed(packed_graph[0] + struct.pack("<I", len(stream)) + stream)
+
+
+def test_a_damaged_graph_skeleton_under_a_good_seal_is_refused_in_one_line(packed_graph):
+    skeleton = packed_graph[1]
+    assert unpack(with_skeleton(packed_graph, skeleton), "x").is_graph
+    said = []
+    for place in range(0, len(skeleton), 3):
+        for damaged in (skeleton[:place], skeleton[:place] + b"\xff" + skeleton[place + 1 :]):
+            try:
+                unpack(with_skeleton(packed_graph, damaged), "x")
+            except EdgekitError as error:
+                said.append(str(error))
+    assert len(said) > len(skeleton) / 6
+    assert [text for text in said if not text.startswith("x: ") or "\n" in text] == []
+    with pytest.raises(EdgekitError, match=r"x: not a packed bundle that edgekit wrote \(the graph is damaged"):
+        unpack(with_skeleton(packed_graph, b"\xff" * 9), "x")
+
+
+def test_planted_without_its_guard_a_damaged_skeleton_ends_in_the_error_of_protobuf(packed_graph, monkeypatch):
+    monkeypatch.setattr(onnx_file, "with_weights", lambda skeleton, arrays: onnx_file.onnx.load_from_string(skeleton))
+    with pytest.raises(Exception, match=r"(?i)pars") as caught:
+        unpack(with_skeleton(packed_graph, b"\xff" * 9), "x")
+    assert not isinstance(caught.value, EdgekitError)

@@ -460,7 +460,7 @@ def test_two_onnxruntimes_on_a_machine_that_no_profile_describes():
     assert found.remedy == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime==1.32.0"
 
 
-def test_two_cards_of_two_generations():
+def test_two_cards_of_different_compute_capability():
     system = recorded("p40-good")
     other = Gpu("NVIDIA GeForce RTX 3060", "8.6", 12_880_000_000, 12_000_000_000)
     found = judge(replace(system, gpus=(other, *system.gpus)), find("tesla-p40"), asked=True)

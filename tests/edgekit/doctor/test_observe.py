@@ -12,7 +12,6 @@ from edgekit.doctor.observe import (
     cpu,
     device_tree,
     jetson,
-    memory_bytes,
     nvidia,
     observe,
     packaged_libraries,
@@ -162,17 +161,6 @@ def test_gpus_on_the_bus(tmp_path):
         (folder / "vendor").write_text(vendor + "\n")
         (folder / "class").write_text(kind + "\n")
     assert pci_gpus(tmp_path) == 1  # not its sound, not another vendor's
-
-
-def test_memory_within_a_container(tree):
-    root = tree(proc__meminfo="MemTotal:       1000 kB\nMemFree: 1 kB\nMemAvailable:    800 kB\n")
-    assert memory_bytes(root) == (1024_000, 819_200)
-    tree(sys__fs__cgroup__memory="")
-    (root / "sys/fs/cgroup/memory.max").write_text("500000\n")
-    (root / "sys/fs/cgroup/memory.current").write_text("100000\n")
-    assert memory_bytes(root) == (500_000, 400_000)
-    (root / "sys/fs/cgroup/memory.max").write_text("max\n")
-    assert memory_bytes(root) == (1024_000, 819_200)
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,14 @@ def finished(out="", err="", status=0):
 @pytest.mark.parametrize(
     ("process", "expected"),
     [
-        (finished(err="Traceback\nModuleNotFoundError: No module named 'onnxruntime'"),
-         "ModuleNotFoundError: No module named 'onnxruntime'"),
+        (
+            finished(err="Traceback\nModuleNotFoundError: No module named 'onnxruntime'"),
+            "ModuleNotFoundError: No module named 'onnxruntime'",
+        ),
         (finished(status=-11), "the process ended with status -11"),
         (finished(out="no JSON", err=""), "the process ended with status 0"),
     ],
-)  # fmt: skip
+)
 def test_a_process_that_dies(process, expected, monkeypatch):
     monkeypatch.setattr(subprocess, "run", process)
     assert observe(gpu=True) == ((), expected)

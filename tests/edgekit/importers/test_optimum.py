@@ -140,6 +140,37 @@ def test_code_and_pickles_are_refused_before_optimum_sees_them(vit, exporter, tm
             from_optimum(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["_attn_implementation", "backbone", "kernel_config", "quantization_config", "colour"])
+def test_a_key_that_edgekit_does_not_know_is_refused_before_optimum_sees_it(name, vit, exporter, tmp_path):
+    exporter(lambda model: pytest.fail("exported"))
+    for file in vit[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((vit[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: "evil/kernel"}))
+    with pytest.raises(EdgekitError, match=name):
+        from_optimum(tmp_path)
+
+
+def test_optimum_reads_a_copy_of_what_edgekit_has_read(vit, exporter, tmp_path):
+    for file in vit[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name in ("adapter_config.json", "adapter_model.bin", "generation_config.json", "modeling.py"):
+        (tmp_path / name).write_bytes(b"evil")
+    config = json.loads((vit[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_name_or_path": "evil/model"}))
+    exporter()
+    export = sys.modules["optimum.exporters.onnx"].main_export
+    seen = []
+
+    def main_export(path, **options):
+        seen.extend((file.name, b"evil" in file.read_bytes()) for file in Path(path).iterdir())
+        export(path, **options)
+
+    sys.modules["optimum.exporters.onnx"].main_export = main_export
+    from_optimum(tmp_path)
+    assert sorted(seen) == [("config.json", False), ("model.safetensors", False)]
+
+
 def test_without_optimum_or_beside_transformers_5_the_way_out_is_named(vit, monkeypatch, edgekit, tmp_path):
     monkeypatch.setitem(sys.modules, "optimum", None)
     command = ("import", vit[0], "--via", "optimum", "-o", tmp_path / "vit.edge")

@@ -1,6 +1,8 @@
 """Hugging Face folders: the import reads all that transformers saved, and runs none of the folder's code."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +105,63 @@ def test_a_key_that_makes_transformers_load_something_is_refused(changes, vit, t
     with pytest.raises(EdgekitError, match="which edgekit does not do") as caught:
         from_hugging_face(edited(vit[0], tmp_path / "copy", **changes))
     assert "\n" not in str(caught.value)
+
+
+opened: list[str] = []  # files that Python opens while `watching` is set
+watching = False
+
+
+def watch(event, arguments):
+    if watching and event == "open":
+        opened.append(str(arguments[0]))
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A small model that can generate, in a folder with files of a stranger."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/model"}')
+    (tmp_path / "gpt2" / "custom_generate").mkdir()
+    (tmp_path / "gpt2" / "custom_generate" / "generate.py").write_text("raise SystemExit")
+    return tmp_path / "gpt2"
+
+
+def test_transformers_opens_no_file_of_the_folder(gpt2, monkeypatch):
+    sys.addaudithook(watch)
+    for load, names in (
+        (from_hugging_face, {"config.json"}),
+        (transformers.GPT2LMHeadModel.from_pretrained, {"config.json", "generation_config.json"}),
+    ):
+        opened.clear()
+        monkeypatch.setitem(globals(), "watching", True)
+        load(gpt2)
+        monkeypatch.setitem(globals(), "watching", False)
+        found = {Path(path).name for path in opened if str(gpt2) in path}
+        assert found - {"model.safetensors"} == names
+
+
+def shards(folder, **files):
+    """Write the index of a model in several files."""
+    index = {"metadata": {}, "weight_map": dict.fromkeys(("a", "b"), "part.safetensors") | files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_model_in_several_files(vit, tmp_path):
+    folder, model = vit
+    copy = edited(folder, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="4KB")
+    assert len(list(copy.glob("*.safetensors"))) > 1
+    assert from_hugging_face(copy).parameters == sum(value.numel() for value in model.parameters())
+    for name in ("../small-vit/model.safetensors", "absent.safetensors", "config.json", "/etc/passwd"):
+        shards(copy, c=name)
+        with pytest.raises(EdgekitError, match="is no safetensors file of the folder"):
+            from_hugging_face(copy)
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(EdgekitError, match="do not hold"):
+        from_hugging_face(copy)
 
 
 def test_a_key_that_the_class_does_not_declare_is_refused(vit, tmp_path):

@@ -52,7 +52,7 @@ def test_a_name_from_another_process_builds_nothing():
     from edgekit.nn.module import trust
 
     trust(f"{live.PREFIX}network_2")
-    with pytest.raises(EdgekitError, match="only the process which registered it can build"):
+    with pytest.raises(EdgekitError, match="only the process that registered it can build"):
         build(f"{live.PREFIX}network_2")
 
 

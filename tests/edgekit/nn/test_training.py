@@ -17,7 +17,7 @@ from edgekit.nn.training import Schedule, _moving_average, balanced_class_weight
 SCHEDULE = Schedule(epochs=4, batch=48, learning_rate=5e-3)
 
 
-def fresh(tiny, **arguments):
+def untrained(tiny, **arguments):
     torch.manual_seed(0)
     return build("t2", {**tiny.arguments, **arguments})
 
@@ -39,14 +39,14 @@ class StoppedError(Exception):
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_resumed_run_gives_the_same_bits(stop, tiny, tiny_data, tmp_path):
     options = {"seed": 3, "augment": noisy}
-    straight = fit(fresh(tiny), tiny_data[0], SCHEDULE, **options)
+    straight = fit(untrained(tiny), tiny_data[0], SCHEDULE, **options)
 
     def interrupt(done, total, loss):
         if done == stop:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        fit(fresh(tiny), tiny_data[0], SCHEDULE, **options, checkpoint=tmp_path / "c", progress=interrupt)
+        fit(untrained(tiny), tiny_data[0], SCHEDULE, **options, checkpoint=tmp_path / "c", progress=interrupt)
     torch.manual_seed(99)  # another process would have another state
     resumed_epochs = []
     resumed = fit(
@@ -61,14 +61,14 @@ def test_a_resumed_run_gives_the_same_bits(stop, tiny, tiny_data, tmp_path):
     assert snapshot(resumed) == snapshot(straight)
     assert not resumed.training
     # the planted failure: another seed does not
-    assert snapshot(fit(fresh(tiny), tiny_data[0], SCHEDULE, **{**options, "seed": 4})) != snapshot(straight)
+    assert snapshot(fit(untrained(tiny), tiny_data[0], SCHEDULE, **{**options, "seed": 4})) != snapshot(straight)
 
 
 def test_a_finished_run_is_not_run_again(tiny, tiny_data, tmp_path):
-    first = fit(fresh(tiny), tiny_data[0], SCHEDULE, seed=0, checkpoint=tmp_path / "c")
+    first = fit(untrained(tiny), tiny_data[0], SCHEDULE, seed=0, checkpoint=tmp_path / "c")
     epochs = []
     again = fit(
-        fresh(tiny), tiny_data[0], SCHEDULE, seed=0, checkpoint=tmp_path / "c", progress=lambda *x: epochs.append(x)
+        untrained(tiny), tiny_data[0], SCHEDULE, seed=0, checkpoint=tmp_path / "c", progress=lambda *x: epochs.append(x)
     )
     assert epochs == []
     assert snapshot(again) == snapshot(first)
@@ -83,35 +83,35 @@ def test_a_finished_run_is_not_run_again(tiny, tiny_data, tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(schedule, seed, arguments, words, tiny, tiny_data, tmp_path):
-    fit(fresh(tiny), tiny_data[0], SCHEDULE, seed=0, checkpoint=tmp_path / "c")
+    fit(untrained(tiny), tiny_data[0], SCHEDULE, seed=0, checkpoint=tmp_path / "c")
     with pytest.raises(EdgekitError, match=words):
-        fit(fresh(tiny, **arguments), tiny_data[0], schedule, seed=seed, checkpoint=tmp_path / "c")
+        fit(untrained(tiny, **arguments), tiny_data[0], schedule, seed=seed, checkpoint=tmp_path / "c")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
 def test_a_damaged_checkpoint_is_refused(content, tiny, tiny_data, tmp_path):
     (tmp_path / "c").write_bytes(content)
     with pytest.raises(EdgekitError, match="delete it to start over"):
-        fit(fresh(tiny), tiny_data[0], SCHEDULE, seed=0, checkpoint=tmp_path / "c")
+        fit(untrained(tiny), tiny_data[0], SCHEDULE, seed=0, checkpoint=tmp_path / "c")
 
 
 def test_training_learns(tiny, tiny_data):
     train, test = tiny_data
     loss = metric("log-loss").value
-    untrained = loss(probabilities(fresh(tiny), test), test.labels)
+    before = loss(probabilities(untrained(tiny), test), test.labels)
     losses = []
     model = fit(
-        fresh(tiny), train, replace(SCHEDULE, epochs=8), seed=0, progress=lambda d, t, loss: losses.append(loss)
+        untrained(tiny), train, replace(SCHEDULE, epochs=8), seed=0, progress=lambda d, t, loss: losses.append(loss)
     )
-    assert loss(probabilities(model, test), test.labels) < 0.5 * untrained
+    assert loss(probabilities(model, test), test.labels) < 0.5 * before
     assert losses[-1] < 0.6 * losses[0]
-    assert abs(untrained - math.log(3)) < 0.5
+    assert abs(before - math.log(3)) < 0.5
 
 
 def test_divergence_is_an_error_that_says_what_to_do(tiny, tiny_data):
     data = Dataset({"light_curve": tiny_data[0].inputs["light_curve"] * np.float32(1e38)}, tiny_data[0].labels)
     with pytest.raises(EdgekitError, match=r"diverged in epoch 1.*learning rate"):
-        fit(fresh(tiny), data, SCHEDULE, seed=0)
+        fit(untrained(tiny), data, SCHEDULE, seed=0)
 
 
 def test_balanced_weights_make_every_class_count_alike():
@@ -126,7 +126,7 @@ def test_the_objective_is_the_metric(tiny):
     labels = np.array([0] * 60 + [1] * 30 + [2] * 6)
     data = Dataset({"light_curve": np.zeros((96, 12, 2), np.float32)}, labels)
     model = fit(
-        fresh(tiny, dropout=0.0), data, Schedule(epochs=30, batch=96, learning_rate=3e-2, averaging=0.0), seed=0
+        untrained(tiny, dropout=0.0), data, Schedule(epochs=30, batch=96, learning_rate=3e-2, averaging=0.0), seed=0
     )
     assert probabilities(model, data)[0] == pytest.approx([1 / 3] * 3, abs=0.02)
 
@@ -134,10 +134,10 @@ def test_the_objective_is_the_metric(tiny):
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_a_class_without_samples_is_no_obstacle(missing, tiny, tiny_data):
     part = tiny_data[0].take(np.flatnonzero(tiny_data[0].labels != missing))
-    teacher = fresh(tiny)
+    teacher = untrained(tiny)
     for options in ({}, {"teacher": teacher}):
         schedule = replace(SCHEDULE, epochs=1, distillation=0.5 if options else 0.0)
-        model = fit(fresh(tiny), part, schedule, seed=0, **options)
+        model = fit(untrained(tiny), part, schedule, seed=0, **options)
         assert np.isfinite(probabilities(model, part)).all()
 
 
@@ -145,14 +145,14 @@ def test_a_class_without_samples_is_no_obstacle(missing, tiny, tiny_data):
 def test_any_number_of_steps(steps, tiny, tiny_data):
     """torch's one-cycle schedule divides by zero when its rise takes exactly one step of ten."""
     data = tiny_data[0].take(np.arange(16))
-    model = fit(fresh(tiny), data, Schedule(epochs=steps, batch=16), seed=0)
+    model = fit(untrained(tiny), data, Schedule(epochs=steps, batch=16), seed=0)
     assert np.isfinite(probabilities(model, data)).all()
 
 
 def test_a_teacher_and_its_weight_go_together(tiny, tiny_data):
-    for teacher, distillation in ((None, 0.5), (fresh(tiny), 0.0)):
+    for teacher, distillation in ((None, 0.5), (untrained(tiny), 0.0)):
         with pytest.raises(EdgekitError, match="go together"):
-            fit(fresh(tiny), tiny_data[0], replace(SCHEDULE, distillation=distillation), seed=0, teacher=teacher)
+            fit(untrained(tiny), tiny_data[0], replace(SCHEDULE, distillation=distillation), seed=0, teacher=teacher)
 
 
 def test_the_teacher_is_learned_from_and_not_changed(tiny, tiny_bundle, tiny_data):
@@ -160,7 +160,11 @@ def test_the_teacher_is_learned_from_and_not_changed(tiny, tiny_bundle, tiny_dat
     before = snapshot(teacher)
     wrong = Dataset(tiny_data[0].inputs, (tiny_data[0].labels + 1) % 3)  # labels that contradict the teacher
     student = fit(
-        fresh(tiny), wrong, Schedule(epochs=10, batch=32, learning_rate=1e-2, distillation=1.0), seed=0, teacher=teacher
+        untrained(tiny),
+        wrong,
+        Schedule(epochs=10, batch=32, learning_rate=1e-2, distillation=1.0),
+        seed=0,
+        teacher=teacher,
     )
     agreement = probabilities(student, tiny_data[1]).argmax(1) == probabilities(teacher, tiny_data[1]).argmax(1)
     assert agreement.mean() > 0.9
@@ -178,7 +182,7 @@ def test_the_teacher_is_asked_once_where_rows_stay_the_same(tiny, tiny_bundle, t
     def learnt(**options):
         asked.clear()
         torch.manual_seed(0)
-        model = fit(fresh(tiny), tiny_data[0], schedule, seed=0, teacher=teacher, **options)
+        model = fit(untrained(tiny), tiny_data[0], schedule, seed=0, teacher=teacher, **options)
         return model.state_dict(), sum(asked)
 
     kept, once = learnt()

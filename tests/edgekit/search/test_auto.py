@@ -262,10 +262,25 @@ def test_a_killed_search_loses_at_most_its_trial(tiny_file, data_file, tmp_path,
     record_property("seed", seed)
     rng = np.random.default_rng(seed)
     command = [
-        sys.executable, "-c", COMMAND, "compress", str(tiny_file),
-        "--auto", "--trials", str(trials), "--max-loss", "0.5",
-        "--batch", "1", "--data", str(data_file), "--runtime", "torch", "-o", str(tmp_path / "out.edge"),
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        COMMAND,
+        "compress",
+        str(tiny_file),
+        "--auto",
+        "--trials",
+        str(trials),
+        "--max-loss",
+        "0.5",
+        "--batch",
+        "1",
+        "--data",
+        str(data_file),
+        "--runtime",
+        "torch",
+        "-o",
+        str(tmp_path / "out.edge"),
+    ]
     environment = {**os.environ, "EDGEKIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     told = resumed = 0
     for kill in range(2):

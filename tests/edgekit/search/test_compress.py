@@ -140,7 +140,7 @@ def test_a_live_network_of_another_process_is_an_error_that_says_so(network, row
 
     bundle = edgekit.import_module(network, inputs={"input": rows[0][:2]})
     monkeypatch.setattr(live, "_networks", {})
-    with pytest.raises(EdgekitError, match="only the process which registered it"):
+    with pytest.raises(EdgekitError, match="only the process that registered it"):
         bundle.model()
 
 

@@ -1,0 +1,74 @@
+"""Compare what a Parquet file declares with the memory that it may take, before the columns are read.
+
+A few kilobytes can stand for gigabytes: a million equal numbers are one number and a count, and a million equal texts
+are one text and a count. The footer declares how many values each column has. It cannot say how long texts are, so
+texts are read as a dictionary of different texts and their numbers, and are measured before each takes memory of its
+own. A page may still contradict the footer, and expand to two gigabytes before anything can be compared; only a limit
+on the process stops that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12, "BYTE_ARRAY": 4}  # bytes
+
+
+def declared_bytes(metadata: Any, columns: Collection[str]) -> list[int]:
+    """Return the bytes that these columns take in memory, for each row group of pyarrow's FileMetaData. columns: paths
+    such as "a.list.element". A text counts with what the file stores of it, and four bytes each time that it occurs."""
+    found = []
+    for number in range(metadata.num_row_groups):
+        group, total = metadata.row_group(number), 0
+        for index in range(group.num_columns):
+            chunk = group.column(index)
+            if chunk.path_in_schema in columns:
+                width = WIDTHS.get(chunk.physical_type) or max(metadata.schema.column(index).length, 1)
+                values = max(chunk.num_values, group.num_rows)
+                total += max(chunk.total_uncompressed_size, values * width)
+        found.append(total)
+    return found
+
+
+def open_bounded(stream: Any) -> pq.ParquetFile:
+    """Open a Parquet file whose columns of texts and bytes are read as dictionaries."""
+    metadata = pq.read_metadata(stream)
+    columns = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    return pq.ParquetFile(stream, metadata=metadata, read_dictionary=texts)
+
+
+def text_bytes(array: pa.Array) -> int:
+    """Return the bytes that the texts of a column, read as a dictionary, take when each occurrence has its own."""
+    if isinstance(array, pa.DictionaryArray):
+        texts = array.dictionary
+        is_text = pa.types.is_string(texts.type) or pa.types.is_binary(texts.type)
+        return len(array) * (pc.max(pc.binary_length(texts)).as_py() or 0) if is_text else 0
+    if isinstance(array, pa.StructArray):
+        return sum(text_bytes(array.field(index)) for index in range(array.type.num_fields))
+    if isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        return text_bytes(array.values)
+    return 0
+
+
+def without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the batch with each text in its own memory."""
+    fields = [field.with_type(_plain(field.type)) for field in batch.schema]
+    return batch.cast(pa.schema(fields, batch.schema.metadata))
+
+
+def _plain(dtype: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(dtype):
+        return dtype.value_type
+    if pa.types.is_struct(dtype):
+        return pa.struct([field.with_type(_plain(field.type)) for field in dtype])
+    if pa.types.is_list(dtype):
+        return pa.list_(dtype.value_field.with_type(_plain(dtype.value_type)))
+    if pa.types.is_large_list(dtype):
+        return pa.large_list(dtype.value_field.with_type(_plain(dtype.value_type)))
+    return dtype

@@ -1,0 +1,91 @@
+"""A consumer that is told to stop while it starts ends at once, with a line and the status that its help names."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tomli_w
+
+from tests.alert_broker.stream.rig import Running
+from tests.brokers import free_port
+
+SERVED_SECONDS = 2.0  # from the signal to the end of the process
+BEGUN = "import sys; print('begun', flush=True); from edgekit.cli import main; main()"
+
+
+def ended(process, number) -> float:
+    """Send the signal; return the seconds until the end."""
+    told = time.monotonic()
+    process.send_signal(number)
+    process.wait(60)
+    return time.monotonic() - told
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0, 2.0, 6.0], ids=str)
+def test_while_it_imports_and_while_it_waits_for_its_broker(seconds, sent, rig_tables, tmp_path):
+    """seconds: after the interpreter has started; the broker never answers."""
+    path = tmp_path / "broker.toml"
+    path.write_text(tomli_w.dumps(rig_tables))
+    command = [sys.executable, "-c", BEGUN, "alerts", "consume", "--config", str(path), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(seconds)
+        took = ended(process, sent)
+        out, err = process.stdout.read(), process.stderr.read()
+    assert took < SERVED_SECONDS, err
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], err
+    assert err.strip().splitlines()[-1] == "edgekit: stopped"
+    assert "Traceback" not in err
+    if seconds == 6.0:
+        report = json.loads(out)
+        assert report["ledger"]["total"]["consumed"] == 0
+        assert report["failed"]
+
+
+@pytest.fixture
+def rig_tables(bundle):
+    """The configuration of a consumer whose broker is away."""
+    return {
+        "source": {"topics": ["x"], "group": "x"},
+        "model": {"bundle": str(bundle)},
+        "output": [{"topic": "y"}],
+        "kafka": {"bootstrap.servers": f"127.0.0.1:{free_port()}"},
+    }
+
+
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.65, 0.8, 0.95])
+def test_while_it_opens_models_and_joins_the_group(share, rig, seconds_to_start):
+    """share: of the time that it takes to start."""
+    running: Running = rig.start(source={"until_eos": False})
+    time.sleep(share * seconds_to_start)
+    assert running.running, running.wait()
+    told = time.monotonic()
+    running.terminate()
+    status, report, log = running.wait(60)
+    assert time.monotonic() - told < SERVED_SECONDS, log
+    assert status in (0, 143), log
+    assert (status == 0) == ("edgekit: stopped" not in log), log
+    assert report["ledger"]["total"]["consumed"] == 0
+
+
+@pytest.fixture(scope="module")
+def seconds_to_start(broker, bundle, tmp_path_factory):
+    """Until a consumer has partitions."""
+    from tests.alert_broker.stream.rig import Rig
+
+    address, settings = broker
+    began = time.monotonic()
+    running = Rig(address, settings, tmp_path_factory.mktemp("start"), bundle).start(source={"until_eos": False})
+    assert running.assigned.wait(60), running.wait(1)
+    found = time.monotonic() - began
+    running.terminate()
+    assert running.wait(60)[0] == 0
+    return found
