@@ -97,7 +97,11 @@ class Blocks:
         for key in keys_of(table.inputs[done * BLOCK :], table.keys[-1] if done else b""):
             block = table.blocks[len(table.keys)]
             table.keys.append(key)
-            if key not in self._found:
+            other = self._found.get(key)
+            if other is not None and not self._users[other]:  # it will be taken before this one is free
+                self._forget(other)
+                other = None
+            if other is None:
                 self._found[key], self._keys[block] = block, key
 
     def adopt(self, sequence: int, inputs: Sequence[bytes]) -> int:

@@ -12,7 +12,6 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 64")
 #define PREFETCH(address) __builtin_prefetch(address)
 
 #if defined(PLAIN_C)
@@ -36,6 +35,13 @@
 #else
 #define PLAIN_C
 #define LANES_NAME "plain C"
+#endif
+
+/* Loops over registers must be unrolled so that arrays become registers; in plain C that would only be long. */
+#ifdef PLAIN_C
+#define UNROLL
+#else
+#define UNROLL _Pragma("GCC unroll 64")
 #endif
 
 /* --- one half-precision number, for the code that is not hot */

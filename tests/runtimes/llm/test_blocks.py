@@ -74,6 +74,17 @@ def test_content_is_forgotten_when_its_block_is_needed():
     assert memory.blocks.adopt(2, tokens(*range(33))) == 0
 
 
+def test_of_two_blocks_with_the_same_content_the_one_in_use_is_found():
+    memory = Memory(4)
+    memory.append(0, tokens(*range(16)))
+    memory.blocks.remove(0)
+    memory.append(1, tokens(*range(16)))
+    memory.append(2, tokens(*range(100, 132)))  # takes the block of sequence 0
+    memory.append(2, tokens(*range(132, 140)))
+    assert memory.blocks.adopt(3, tokens(*range(17))) == 16
+    assert memory.read(3) == tokens(*range(16))
+
+
 def test_room_is_made_for_all_or_for_none():
     memory = Memory(3)
     with pytest.raises(NoBlocksError, match="4 blocks are needed, and 3 of 3 are free"):
