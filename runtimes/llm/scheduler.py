@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -128,6 +128,11 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self._running or self._waiting)
 
+    def __iter__(self) -> Iterator[Produced]:
+        """Yield what the requests get, until none is left."""
+        while self.busy:
+            yield from self.step()
+
     def step(self, between: Callable[[int], None] | None = None) -> list[Produced]:
         """Run one step of the engine; return what it gave. between: see `Engine.step`."""
         chosen = self._choose(max(1, self._budget()))
@@ -169,34 +174,43 @@ class Scheduler:
 
     def _choose(self, budget: int) -> list[tuple[Running, int]]:
         """Return requests and how many of their tokens to compute, with room for all of them in the cache."""
-        answering = [item for item in self._running if item.answering]
-        prompts = sorted((item for item in self._running if not item.answering), key=self._rank)
-        starving = self._starved >= PATIENCE and bool(prompts or self._waiting)
-        for_answers = budget - min(LEAST_CHUNK, budget) if starving else budget
         chosen: list[tuple[Running, int]] = []
-        for item in answering[:for_answers]:
+        prompts = sorted((item for item in self._running if not item.answering), key=self._rank)
+        starving = self._starved >= PATIENCE
+        if starving:
+            self._take_prompts(min(LEAST_CHUNK, budget), prompts, chosen)
+        served = bool(chosen)
+        self._take_answers(budget - sum(tokens for _, tokens in chosen), chosen)
+        if not starving:
+            answers = len(chosen)
+            self._take_prompts(budget - answers, prompts, chosen)
+            served = len(chosen) > answers
+        self._starved = 0 if served or not (prompts or self._waiting) else self._starved + 1
+        return chosen
+
+    def _take_answers(self, left: int, chosen: list[tuple[Running, int]]) -> None:
+        """Choose a token each of up to `left` answers; those that are chosen go behind those that are not."""
+        taken = {item.number for item, _ in chosen}
+        for item in [item for item in self._running if item.answering and item.number not in taken][:left]:
             if item in self._running and self._make_room(item, 1, chosen):
                 chosen.append((item, 1))
-        for item, _ in chosen:  # those that were served go behind those that were not
-            self._running.remove(item)
-            self._running.append(item)
-        left = budget - len(chosen)
-        served = False
+                self._running.remove(item)
+                self._running.append(item)
+
+    def _take_prompts(self, left: int, prompts: Sequence[Running], chosen: list[tuple[Running, int]]) -> None:
+        """Choose up to `left` tokens of prompts: first of those that have begun."""
         for item in prompts:
             if left and item in self._running:
                 tokens = self._fitting(item, min(left, len(item.tokens) - item.computed), chosen)
                 if tokens:
                     chosen.append((item, tokens))
-                    left, served = left - tokens, True
+                    left -= tokens
         for item in sorted(self._waiting, key=self._rank):
             if not left or not self._admit(item, chosen):
                 break
             tokens = min(left, len(item.tokens) - item.computed)
             chosen.append((item, tokens))
-            left, served = left - tokens, True
-        waits = any(item not in [other for other, _ in chosen] for item in (*prompts, *self._waiting))
-        self._starved = 0 if served or not waits else self._starved + 1
-        return chosen
+            left -= tokens
 
     def _rank(self, item: Running) -> float:
         """Return where a prompt stands: the shortest rest first, less for what it has waited."""
