@@ -85,7 +85,7 @@ class NativeEngine(Engine):
             of.rope.pairs == "adjacent", of.epsilon, CACHES[kv], blocks, rows, blocks * BLOCK, self.threads,
             sum(self._matrix_bytes(tensor) for tensor in _matrices(model)),
         )  # fmt: skip
-        self._weights = shape.weight_bytes - self._embedding_only(model)
+        self._weights: int = shape.weight_bytes - self._embedding_only(model)
         self.bytes = shape.weight_bytes + blocks * _block_bytes(of, kv)  # of weights and cache
         _check_memory(self.bytes, shape.weight_bytes, blocks)
         self._engine: int | None = self._library.engine_new(ctypes.byref(shape))
@@ -103,8 +103,7 @@ class NativeEngine(Engine):
             self._engine = None
 
     def bytes_read(self, context: int) -> int:
-        cache: int = blocks_for(context + 1) * self._block_bytes
-        return self._weights + cache
+        return self._weights + blocks_for(context + 1) * self._block_bytes
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None):

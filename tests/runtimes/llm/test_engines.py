@@ -107,6 +107,7 @@ def test_the_native_engine_is_near_the_reference(toy, family, form, kv):
     assert np.abs(found[1:] - expected[:-1]).max() / np.abs(expected).max() > 5 * AWAY  # another token's are far
 
 
+@pytest.mark.machines
 @compiler
 @pytest.mark.parametrize(
     "sizes",
@@ -215,6 +216,7 @@ def step_on(engine):
         return run(engine), engine.lanes
 
 
+@pytest.mark.machines
 @compiler
 @pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16"])
 @pytest.mark.parametrize("kv", ["f16", "int8"])
@@ -323,6 +325,7 @@ def check_program(toy, tmp_path, command, flags, run_with=()):
     return lanes, digest
 
 
+@pytest.mark.machines
 @compiler
 def test_kernels_hash_alike_in_plain_c_and_with_vectors(toy, tmp_path):
     plain, vectors = (check_program(toy, tmp_path, "cc", [flag])[1] for flag in ("-DPLAIN_C", "-march=native"))
@@ -331,6 +334,7 @@ def test_kernels_hash_alike_in_plain_c_and_with_vectors(toy, tmp_path):
     assert check_program(toy, tmp_path, "cc", ["-march=native", "-ffast-math", "-U__FAST_MATH__"])[1] != plain
 
 
+@pytest.mark.machines
 @pytest.mark.skipif(
     not all(map(shutil.which, ("aarch64-linux-gnu-gcc", "qemu-aarch64"))),
     reason="no compiler and emulator of 64-bit ARM here: apt-get install gcc-aarch64-linux-gnu qemu-user",
@@ -344,6 +348,7 @@ def test_neon_hashes_like_plain_c(toy, tmp_path, flags, name):
     assert found == expected
 
 
+@pytest.mark.machines
 @compiler
 def test_the_sanitizers_find_nothing(toy, tmp_path):
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-march=native"]
