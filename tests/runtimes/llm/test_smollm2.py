@@ -14,8 +14,8 @@ from tests.runtimes.llm.conftest import compiler
 
 pytestmark = [pytest.mark.models, compiler]
 TEXT = (
-    "A transient is an object in the sky whose brightness changes within hours or weeks. Surveys compare each image of a "
-    "field with a reference image, and send an alert for every source that has changed. "
+    "A transient is an object in the sky whose brightness changes within hours or weeks. Surveys compare each image of "
+    "a field with a reference image, and send an alert for every source that has changed. "
 )
 
 
