@@ -85,8 +85,8 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
     Every alert is published, filtered out, or stored as a dead letter with its reason; its offset is committed after
     that. After Ctrl-C or SIGTERM the alerts in flight have source.stop_seconds to finish; the next run reads the rest
     again. A signal while it starts ends it at once, with status 143 for SIGTERM and 130 for Ctrl-C; nothing was read.
-    The exit status is not 0 if the ledger does not add up. It is 75 if a call into the Kafka client did not return:
-    start the process again then.
+    The exit status is not 0 if the ledger does not add up. It is 75 if only a new process can continue, for example
+    because a call into the Kafka client did not return: start the process again then.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration

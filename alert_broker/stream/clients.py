@@ -21,11 +21,14 @@ MOST_MESSAGES = 100  # messages of librdkafka that are remembered
 HOPELESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED,
-    KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED,
+    KafkaError._FATAL, KafkaError._FENCED,
     KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.INVALID_SESSION_TIMEOUT,
 }  # fmt: skip
 ABSENT = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
+# The group refuses a request of an earlier membership. FENCED_INSTANCE_ID may be such an answer. The client is of no
+# use after it, which the consumer reports as a fatal error; see `Source`.
 REBALANCED = {
+    KafkaError.FENCED_INSTANCE_ID,
     KafkaError.ILLEGAL_GENERATION,
     KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.REBALANCE_IN_PROGRESS,

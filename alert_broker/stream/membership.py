@@ -70,7 +70,7 @@ class Membership:
         self._drain_seconds = config.source.drain_seconds
         self._stats, self._consumer, self._reading = stats, consumer, reading
         self._generation = 0
-        self._losing = False
+        self._losing, self._lost_at = False, -math.inf  # monotonic seconds
         self._polled, self._in_doubt_until = math.inf, 0.0
         self._polling_thread = PollingThread()
 
@@ -88,6 +88,10 @@ class Membership:
         """Leave the group. Batches that are still in flight are never published."""
         self._drain_seconds = 0.0
         self._consumer.close()
+
+    def was_lost_within(self, seconds: float) -> bool:
+        """Return whether this member's session ended in these last seconds."""
+        return time.monotonic() - self._lost_at < seconds
 
     def _note_suspension(self) -> None:
         """Notice that the process was suspended: the thread that polls calls this every few milliseconds otherwise."""
@@ -211,7 +215,7 @@ class Membership:
 
     def _lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         LOG.warning("lost %s: others own them already", names(partitions))
-        self._losing = True
+        self._losing, self._lost_at = True, time.monotonic()
         try:
             with WATCHDOG.limit("on_lost", math.inf):
                 self._give_up(partitions)

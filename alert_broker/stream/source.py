@@ -30,6 +30,8 @@ LOG = logging.getLogger("edgekit.stream")
 POLL_SECONDS = 0.02  # seconds between checks for requests of the publishing thread
 USUAL_BYTES = 65_536  # assumed size of a message before the first one was read
 CALL_SECONDS = 60.0  # time limit of a call that has no limit of its own
+STALE_SECONDS = 120.0  # after the end of a session, for which a request of that session may come to the broker again
+FENCED = KafkaError(KafkaError.FENCED_INSTANCE_ID).str()
 
 
 class Source:
@@ -202,10 +204,27 @@ class Source:
             if where in self.membership.generations:
                 self.positions.note_missing(where, message.offset())
                 self._choose_positions()
+        elif FENCED in error.str():
+            self._end_as_fenced()
         elif error.code() in HOPELESS or error.fatal():
             raise EdgekitError(self._refusal(error, message.topic()))
         else:
             LOG.warning("%s", error.str())
+
+    def _end_as_fenced(self) -> None:
+        """The client can do nothing more. Either another process has joined as the same instance, or our session ended
+        while the broker was away. librdkafka then forgets its member id, and the broker takes a commit or a heartbeat
+        that is sent nevertheless for one of another process."""
+        instance = self.config.source.instance
+        if self.membership.was_lost_within(STALE_SECONDS):
+            WATCHDOG.end(
+                f"the broker refuses this member, as if another process had the instance {instance!r}; our own session "
+                "ended shortly before, so it may have refused an old request of ours"
+            )
+        raise EdgekitError(
+            f"another process has joined the group {self.config.source.group!r} with the instance {instance!r}; stop "
+            "it, or set source.instance to another name for each member"
+        )
 
     def _choose_positions(self) -> None:
         for where in self.positions.choose():

@@ -209,7 +209,9 @@ def test_an_abort_that_is_left_out_is_seen(cluster, source, exactly, monkeypatch
         exactly.publish(messages(2), {("source", 0): 5}, no_other)
 
 
-@pytest.mark.parametrize("error", [KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID])
+@pytest.mark.parametrize(
+    "error", [KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.FENCED_INSTANCE_ID]
+)
 def test_a_generation_that_is_over_aborts_and_is_asked_again(cluster, exactly, error):
     cluster.fail(TXN_OFFSET_COMMIT, [error])
     with cluster.requests() as kinds:
