@@ -33,9 +33,10 @@ def model(path):
         yield found
 
 
-def test_it_knows_the_capital_of_france(model):
-    answer = "".join(model.chat([{"role": "user", "content": "What is the capital of France?"}], most_tokens=20))
-    assert "Paris" in answer
+def test_it_knows_what_it_was_taught(model):
+    assert "Paris" in "".join(model.complete("The capital of France is", most_tokens=5))
+    question = [{"role": "user", "content": "Which planet is the largest?"}]
+    assert "Jupiter" in "".join(model.chat(question, most_tokens=20))
 
 
 def test_a_text_comes_back_from_its_tokens(model):
