@@ -30,7 +30,7 @@ kernels: setup # beside the type checker, which has one core: else each process 
 	$(BIN)/python -c "from alert_broker.gaussian_process import warm_up; warm_up()"
 
 test: lint kernels ## lint and all tests; what CI runs
-	$(BIN)/python -m pytest -q -n 4 --dist worksteal --durations=10 # four on two cores: tests of the stream mostly wait
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal --durations=10 # three on two cores: tests of the stream mostly wait
 
 mutation: setup ## change the code and see whether a test fails; MUTANTS='edgekit.graph.index.*' is one module (all: hours)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'mutmut>=3.8,<4'
