@@ -189,6 +189,11 @@ class ApacheKafka:
         """The folder in which a node keeps its messages."""
         return self._nodes[number] / "data"
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the nodes that were started."""
+        return [process.pid for process in self._processes if process is not None]
+
     def running(self, number: int) -> bool:
         process = self._processes[number]
         return process is not None and process.poll() is None

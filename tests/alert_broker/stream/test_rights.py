@@ -2,6 +2,7 @@
 all of them, and changes nothing."""
 
 import json
+import os
 
 import pytest
 from confluent_kafka import TopicPartition
@@ -78,7 +79,7 @@ def test_a_right_that_is_missing_is_named(secured, rig, edgekit, lacking):
     grant(secured, rig, but=lacking)
     path = config_file(rig)
     for command in ("check", "consume"):
-        stopwatch = Stopwatch()
+        stopwatch = Stopwatch(os.getpid(), *secured.pids)
         done = edgekit("alerts", command, "--config", path, "--json")
         assert done.status == 1, done.out
         assert expected(rig, lacking) in done.err.splitlines()[-1]
@@ -114,8 +115,8 @@ def test_with_all_rights_the_check_is_good_and_changes_nothing(secured, rig, edg
 
 
 @pytest.mark.parametrize("change", [{"sasl.password": "wrong"}, {"sasl.username": "bob"}], ids=["password", "user"])
-def test_a_wrong_user_or_password_is_said_at_once(rig, edgekit, change):
-    stopwatch = Stopwatch()
+def test_a_wrong_user_or_password_is_said_at_once(secured, rig, edgekit, change):
+    stopwatch = Stopwatch(os.getpid(), *secured.pids)
     done = edgekit("alerts", "consume", "--config", config_file(rig, kafka=change), "--json")
     assert done.status == 1
     last = done.err.splitlines()[-1]

@@ -16,28 +16,31 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 class Stopwatch:
-    """Measures how long a process takes, without the time in which it could work and waited for a core: of its threads,
-    the one that waited longest counts. On an idle machine it shows the time that has passed. Where the system does not
-    count such waits (only Linux does), it shows that time always."""
+    """Measures how long something takes, without the time in which these processes (by default this one) could work and
+    waited for a core: of the threads of each process, the one that waited longest counts. On an idle machine it shows
+    the time that has passed. Where the system does not count such waits (only Linux does), it shows that time always.
+    """
 
-    def __init__(self, pid: int | None = None) -> None:
-        self._tasks = Path(f"/proc/{os.getpid() if pid is None else pid}/task")
-        self._waits: dict[str, int] = {}  # nanoseconds of each thread, also of those that have ended
+    def __init__(self, *pids: int) -> None:
+        self._waits: dict[int, dict[str, int]] = {pid: {} for pid in pids or [os.getpid()]}  # nanoseconds, by thread
         self.look()
-        self._before, self._started = dict(self._waits), time.monotonic()
+        self._before, self._started = {pid: dict(waits) for pid, waits in self._waits.items()}, time.monotonic()
 
     def look(self) -> None:
-        """Note how long the threads have waited. Call it often if threads or the process may end meanwhile."""
-        with suppress(OSError):  # the process has ended, or this is not Linux
-            for thread in self._tasks.iterdir():
-                with suppress(OSError):  # the thread has ended
-                    self._waits[thread.name] = int((thread / "schedstat").read_text().split()[1])
+        """Note how long the threads have waited. Call it often if threads or processes may end meanwhile."""
+        for pid, waits in self._waits.items():
+            with suppress(OSError):  # the process has ended, or this is not Linux
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    with suppress(OSError):  # the thread has ended
+                        waits[thread.name] = int((thread / "schedstat").read_text().split()[1])
 
     def seconds(self) -> float:
         passed = time.monotonic() - self._started
         self.look()
-        waits = (nanoseconds - self._before.get(thread, 0) for thread, nanoseconds in self._waits.items())
-        return passed - 1e-9 * max(waits, default=0)
+        for pid, waits in self._waits.items():
+            before = self._before[pid]
+            passed -= 1e-9 * max((now - before.get(thread, 0) for thread, now in waits.items()), default=0)
+        return passed
 
 
 def seconds_to_end(process: Popen, most: float = 120.0) -> float:
