@@ -62,9 +62,9 @@ def models() -> list[Files]:
 
 def changed_model(files: Files, rng: random.Random) -> Files:
     """A model with another template, or with any other change."""
-    if "metadata" in files and rng.random() < 0.3:
-        metadata = json.loads(files["metadata"])
-        template = rng.choice((metadata[TEMPLATE], *TEMPLATES))
+    metadata = _parsed(files.get("metadata", b""), dict)
+    if isinstance(metadata, dict) and rng.random() < 0.3:
+        template = rng.choice(TEMPLATES)
         if rng.random() < 0.4:
             template = changed({"": template.encode()}, rng)[""].decode(errors="replace")
         return files | {"metadata": json.dumps(metadata | {TEMPLATE: template}).encode()}

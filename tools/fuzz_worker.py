@@ -19,6 +19,7 @@ import signal
 import sys
 import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -319,4 +320,9 @@ def _guide(report: Callable[[Files], None], change: Any, seeds: list[Files], opt
 
 
 if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))
+    try:
+        work(json.loads(sys.argv[1]))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # libraries may wait for ever when the interpreter ends inside libFuzzer
