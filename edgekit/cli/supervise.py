@@ -40,6 +40,10 @@ def terminating() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, receive)
     try:
         yield
+    except SystemError as error:  # Python's C code replaces what a signal handler raises at some of its points
+        if isinstance(error.__cause__, (Terminated, KeyboardInterrupt)):
+            raise error.__cause__ from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
