@@ -43,6 +43,7 @@ def terminating() -> Iterator[None]:
     def receive(number: int, frame: Any) -> None:
         told.append(Terminated("stopped by SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt())
         if hasattr(signal, "setitimer"):
+            before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, remind))
             signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
         raise told[-1]
 
@@ -53,8 +54,6 @@ def terminating() -> Iterator[None]:
     handlers = {signal.SIGTERM: receive}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         handlers[signal.SIGINT] = receive
-    if hasattr(signal, "setitimer"):
-        handlers[signal.SIGALRM] = remind
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -63,7 +62,7 @@ def terminating() -> Iterator[None]:
             raise told[-1] from None
         raise
     finally:
-        if hasattr(signal, "setitimer"):
+        if told and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
