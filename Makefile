@@ -37,7 +37,8 @@ mutation: setup ## change the code and see whether a test fails; MUTANTS='edgeki
 	$(BIN)/python -m mutmut run --max-children 1 $(MUTANTS)
 	$(BIN)/python -m mutmut results
 
-docs: setup ## the documentation, in site/; a warning is an error, and so is anything fetched from another host
+docs: setup ## run the examples, then write the documentation to site/; a warning is an error, as is a fetch from elsewhere
+	$(BIN)/python -m pytest -q -m examples tests
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test-rtx: setup ## every model for every target, TensorRT-RTX's compiler included (proprietary, 95 MB; minutes)

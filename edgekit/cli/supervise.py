@@ -39,11 +39,10 @@ def terminating() -> Iterator[None]:
     package. The exception is therefore raised again and again until one is being handled on its way out of the block.
     """
     told: list[BaseException] = []
-    before: dict[int, Any] = {}
 
     def receive(number: int, frame: Any) -> None:
         told.append(Terminated("stopped by SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt())
-        if hasattr(signal, "setitimer"):  # until now the timer belongs to the caller
+        if hasattr(signal, "setitimer"):
             before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, remind))
             signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
         raise told[-1]
@@ -55,7 +54,7 @@ def terminating() -> Iterator[None]:
     handlers = {signal.SIGTERM: receive}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         handlers[signal.SIGINT] = receive
-    before |= {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     except SystemError as error:  # Python's C code replaces what a signal handler raises at some of its points
