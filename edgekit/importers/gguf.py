@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 OBJECT_BYTES = 80  # what a string of Python takes beside its characters, about
+HEADER_BYTES = 800  # what a key with its value, or a tensor, takes in Python, about
 LEAST_STRING = 8  # bytes of an empty string in the file: its length
 MOST_AXES = 4
+Header = tuple[str, tuple[int, ...], int, int]  # of a tensor: name, shape, format number, offset in the data
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class _Reader:
             raise EdgekitError(f"{self.path}: {text}; convert the model again")
         tensors, pairs = self.number("Q"), self.number("Q")
         self.declares(pairs, LEAST_STRING + 4, "keys")
+        claim(pairs * HEADER_BYTES, len(self.content), f"{self.path}: the metadata")
         metadata = {}
         for _ in range(pairs):
             key = self.string()
@@ -103,6 +106,7 @@ class _Reader:
                 raise self.damaged(f"holds the key {key!r} twice")
             metadata[key] = self.value(self.number("I"), key)
         self.declares(tensors, LEAST_STRING + 4 + 4 + 8, "tensors")
+        claim(tensors * HEADER_BYTES, len(self.content), f"{self.path}: the list of tensors")
         headers = [self.header() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
@@ -113,9 +117,10 @@ class _Reader:
             if name in found:
                 raise self.damaged(f"holds the tensor {name!r} twice")
             found[name] = self.tensor(name, shape, code, start + offset)
+        self.check_overlaps(headers, found)
         return GgufFile(self.path, metadata, found)
 
-    def header(self) -> tuple[str, tuple[int, ...], int, int]:
+    def header(self) -> Header:
         """Return a tensor's name, shape, format number and offset in the data."""
         name, axes = self.string(), self.number("I")
         if not 1 <= axes <= MOST_AXES:
@@ -137,6 +142,14 @@ class _Reader:
         if start + size > len(self.content):
             raise self.damaged(f"ends before tensor {name!r}, which needs bytes {start} to {start + size}")
         return Tensor(name, form, shape, np.frombuffer(self.content, np.uint8, size, start))
+
+    def check_overlaps(self, headers: Sequence[Header], found: Mapping[str, Tensor]) -> None:
+        """Raise if two tensors share bytes: a small file could then stand for weights that fill the memory."""
+        end, last = 0, ""
+        for offset, name in sorted((offset, name) for name, _, _, offset in headers):
+            if offset < end:
+                raise self.damaged(f"stores tensor {name!r} in the bytes of {last!r}")
+            end, last = offset + found[name].content.size, name
 
     def value(self, code: int, key: str) -> Any:
         if code in SCALARS:

@@ -90,6 +90,13 @@ def test_a_damaged_file_is_refused_in_one_line_that_says_why(tmp_path, content, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("tensors", "pairs", "problem"), [(10**6, 0, "list of tensors"), (0, 10**6, "metadata")])
+def test_a_header_that_would_take_too_much_memory_is_refused(tmp_path, tensors, pairs, problem):
+    content = b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + bytes(24_000_000)
+    with pytest.raises(EdgekitError, match=f"{problem}.*800,000,000 bytes in memory"):
+        read_gguf(written(tmp_path, content))
+
+
 def header_of_tensor(name=b"t", axes=(32,), code=0, offset=0):
     start = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
     return start + text(name) + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, code, offset) + bytes(256)
@@ -110,6 +117,20 @@ def header_of_tensor(name=b"t", axes=(32,), code=0, offset=0):
 def test_a_tensor_that_the_file_cannot_hold_is_refused(tmp_path, content, problem):
     with pytest.raises(EdgekitError, match=problem):
         read_gguf(written(tmp_path, content))
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    """Each would take its own memory in an engine."""
+    start = b"GGUF" + struct.pack("<IQQ", 3, 2, 0)
+    for offset, problem in ((0, "'b' in the bytes of 'a'"), (124, "'b' in the bytes of 'a'"), (128, None)):
+        table = [text(name) + struct.pack("<IQIQ", 1, 32, 0, at) for name, at in ((b"a", 0), (b"b", offset))]
+        header = start + b"".join(table)
+        path = written(tmp_path, header + bytes(-len(header) % 32) + bytes(256))
+        if problem is None:
+            assert list(read_gguf(path).tensors) == ["a", "b"]
+        else:
+            with pytest.raises(EdgekitError, match=problem):
+                read_gguf(path)
 
 
 def test_a_value_of_another_type_is_refused(tmp_path):
