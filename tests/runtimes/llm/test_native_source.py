@@ -103,7 +103,7 @@ def test_the_sanitizers_find_nothing(toy, tmp_path, sanitizer, sizes):
     ("sanitizer", "defect", "problem"),
     [
         ("address", ("(size_t)of->most_length + 2 * BLOCK)", "0)"), "AddressSanitizer"),
-        ("thread", ("    wait_for_all(barrier);\n    place_rows", "    place_rows"), "ThreadSanitizer"),
+        ("thread", ("    wait_for_all(barrier);\n    store_rows", "    store_rows"), "ThreadSanitizer"),
     ],
 )
 def test_the_sanitizers_find_a_planted_defect(toy, tmp_path, sanitizer, defect, problem):
