@@ -149,7 +149,7 @@ def random_sizes(rng):
                 "width": 32 * int(rng.integers(1, 7)),
                 "hidden": 32 * int(rng.integers(1, 9)),
                 "vocabulary": int(rng.integers(301, 400)),
-                "layers": int(rng.integers(1, 4)),
+                "layers": int(rng.integers(2, 4)),
                 "rope_size": 2 * int(rng.integers(1, head_size // 2 + 1)),
             }
 
