@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from alert_broker.stream.clients import ADMIN_SECONDS, HOPELESS, REBALANCED, names, reason_of
 from alert_broker.stream.config import Config, Secret
@@ -32,6 +32,7 @@ LOG = logging.getLogger("edgekit.stream")
 DRAIN_STEP = 0.005
 DOUBT_STEP = 0.02  # seconds between checks whether this member is still in the group
 COMMIT_SECONDS = 120.0  # librdkafka waits for the coordinator (a session) and for its answer (a minute)
+COMMIT_RETRY = 0.5  # seconds between attempts to commit
 COMMITTED_RETRY = 0.1  # seconds between attempts to learn what the group has committed
 OFFSET_SECONDS = 3.0  # to wait for the committed offsets, in the thread that polls
 
@@ -67,7 +68,7 @@ class Membership:
         # the defaults of librdkafka, unless [kafka] sets others
         self.session_seconds = float(settings.get("session.timeout.ms", 45_000)) / 1000.0
         self._heartbeat_seconds = float(settings.get("heartbeat.interval.ms", 3_000)) / 1000.0
-        self._drain_seconds = config.source.drain_seconds
+        self._drain_seconds, self._commit_seconds = config.source.drain_seconds, config.publish.seconds
         self._stats, self._consumer, self._reading = stats, consumer, reading
         self._generation = 0
         self._losing, self._lost_at = False, -math.inf  # monotonic seconds
@@ -112,26 +113,35 @@ class Membership:
         return np.array(mine, np.bool_)[batch.partition]
 
     def commit(self, offsets: dict[Partition, int]) -> None:
-        """Commit these next offsets and wait for the broker. It is no error if the group was rebalanced meanwhile: the
-        new owner reads the messages since the last commit again."""
+        """Commit these next offsets and wait for the broker. A commit that fails is sent again for `publish.seconds`,
+        for example while a coordinator that has just been started loads the group. It is no error if the group was
+        rebalanced meanwhile: the new owner reads the messages since the last commit again."""
         positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
-        try:
-            results = self.ask(lambda: self._commit(positions))
-            errors = [item.error for item in results or () if item.error is not None]
-        except KafkaException as error:
-            errors = [error.args[0]]
-        for fault in errors:
+        deadline = time.monotonic() + self._commit_seconds
+        while (fault := self.ask(lambda: self._commit(positions))) is not None:
             if fault.code() in REBALANCED:
                 LOG.warning("offsets were not committed, as the group has a new generation: %s", fault.str())
-            else:
+                return
+            if fault.code() in HOPELESS or fault.fatal() or time.monotonic() > deadline:
                 raise EdgekitError(
                     f"offsets cannot be committed: {fault.str()}; what was published since the last commit will be "
                     "published again after a restart"
                 )
+            if self.cancelled():
+                raise CancelledError
+            LOG.warning("offsets were not committed: %s; they are committed again", fault.str())
+            time.sleep(COMMIT_RETRY)
 
-    def _commit(self, positions: list[TopicPartition]) -> list[TopicPartition] | None:
-        with WATCHDOG.limit("commit", COMMIT_SECONDS):
-            return self._consumer.commit(offsets=positions, asynchronous=False)
+    def _commit(self, positions: list[TopicPartition]) -> KafkaError | None:
+        """Return the error of a commit; that of a rebalance only if there is no other."""
+        try:
+            with WATCHDOG.limit("commit", COMMIT_SECONDS):
+                answers = self._consumer.commit(offsets=positions, asynchronous=False)
+        except KafkaException as error:
+            fault: KafkaError = error.args[0]
+            return fault
+        errors = [item.error for item in answers or () if item.error is not None]
+        return min(errors, key=lambda error: error.code() in REBALANCED, default=None)
 
     def committed(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Return the offsets that the group has committed; -1001 means none. No transaction is open on them. Raises

@@ -268,7 +268,7 @@ class Pipeline:
             owned = membership.owned(batch)
             if not owned.any():
                 return
-            self._limits.check(outcome.dead_letters, len(batch))
+            self._limits.check(outcome.dead_letters, owned)
             if self.archive is not None:
                 keep = owned[work.index]
                 assert work.rows is not None

@@ -24,7 +24,7 @@ from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests import brokers
 from tests.alert_broker.stream.hostile import Hostile, RawProducer, hostile, keep_all
-from tests.alert_broker.stream.rig import Rig, position, repeat
+from tests.alert_broker.stream.rig import Rig, datum_of, position, repeat
 
 pytestmark = pytest.mark.faults
 
@@ -331,17 +331,11 @@ def test_a_full_disk_at_the_archive(rig, packets, monkeypatch):
 
 def test_a_registry_that_is_down_is_waited_for(rig, packets):
     """Messages of schema 4711, which only the registry knows, come while it does not answer."""
-    from alert_broker.containers import _container_metadata, header_end
+    from alert_broker.containers import _container_metadata
     from alert_broker.stream.pipeline import Pipeline
 
     schema = _container_metadata(packets[0])[0]["avro.schema"].decode()
-    datums = [packet[header_end(packet) :] for packet in packets]
-    values = []
-    for rest in datums:
-        at = 1  # the count of 1 is one byte
-        while rest[at] & 0x80:
-            at += 1
-        values.append(b"\x00" + (4711).to_bytes(4, "big") + rest[at + 1 : -16])
+    values = [b"\x00" + (4711).to_bytes(4, "big") + datum_of(packet) for packet in packets]
     up = threading.Event()
 
     class Registry(BaseHTTPRequestHandler):

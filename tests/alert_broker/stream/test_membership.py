@@ -4,10 +4,13 @@ import threading
 import time
 
 import pytest
+from confluent_kafka import KafkaError
 
+from alert_broker.stream import membership as module
 from alert_broker.stream.membership import LostError
 from alert_broker.stream.message_batch import next_offsets
 from alert_broker.work_budget import CancelledError
+from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.fake_consumer import assign, messages, revoke
 
 
@@ -54,6 +57,36 @@ def test_a_commit_of_another_thread_is_done_between_polls(source):
     while thread.is_alive():
         source.poll(1, 0.0)
     assert source.consumer.commits == [[("t", 0, 7)]]
+
+
+LOADING = KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
+
+
+@pytest.mark.parametrize("error", [LOADING, KafkaError(KafkaError._TRANSPORT)], ids=["loading", "transport"])
+def test_a_commit_waits_for_a_coordinator_that_loads(source, monkeypatch, error):
+    """As a broker that has just been started again does. Before, the consumer ended."""
+    monkeypatch.setattr(module, "COMMIT_RETRY", 0.001)
+    source.consumer.commit_errors = [error, error]
+    source.membership.commit({("t", 0): 7})
+    assert source.consumer.commits == [[("t", 0, 7)]]
+
+
+def test_a_commit_is_not_tried_for_ever(source, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    source.consumer.commit_errors = [LOADING] * 1000
+    with pytest.raises(EdgekitError, match="offsets cannot be committed: Broker: Coordinator load in progress"):
+        source.membership.commit({("t", 0): 7})
+    assert 60.0 <= now[0] < 62.0  # publish.seconds
+    source.consumer.commit_errors = [KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED)]
+    with pytest.raises(EdgekitError, match="offsets cannot be committed"):  # the twin: no wait cures this
+        source.membership.commit({("t", 0): 7})
+    assert now[0] < 62.0
+    source.consumer.commit_errors = [LOADING]
+    source.membership.cancelled = lambda: True
+    with pytest.raises(CancelledError):
+        source.membership.commit({("t", 0): 7})
 
 
 def test_who_was_suspended_waits_until_heartbeats_were_answered(source, monkeypatch):
