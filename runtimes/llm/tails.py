@@ -33,7 +33,7 @@ class Tails:
         tails = self._of.setdefault(sequence, {})
         for number in range(length // self._block, (length + tokens - 1) // self._block + 1):
             if number not in tails:
-                tails[number] = self._unused.pop() if self._unused else np.empty(self._size, np.uint8)
+                tails[number] = self._take()
 
     def settle(self, sequence: int, length: int) -> None:
         """Give back the tails that a sequence of this length does not need."""
@@ -48,7 +48,10 @@ class Tails:
         return length if number in self._of.get(sequence, {}) else number * self._block
 
     def fork(self, sequence: int, new: int) -> None:
-        self._of[new] = {number: tail.copy() for number, tail in self._of.get(sequence, {}).items()}
+        self._of[new] = {}
+        for number, tail in self._of.get(sequence, {}).items():
+            self._of[new][number] = self._take()
+            self._of[new][number][:] = tail
 
     def remove(self, sequence: int) -> None:
         self._unused += self._of.pop(sequence, {}).values()
@@ -70,3 +73,6 @@ class Tails:
             if number < blocks:
                 found[number] = tail.ctypes.data
         return found
+
+    def _take(self) -> Memory:
+        return self._unused.pop() if self._unused else np.empty(self._size, np.uint8)
