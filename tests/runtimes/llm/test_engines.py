@@ -130,7 +130,7 @@ def test_the_native_engine_is_near_the_reference(toy, family, form, kv):
 def test_other_head_sizes_and_numbers_of_queries_to_a_key(toy, sizes, kv):
     model = toy("qwen2", "F32", **sizes)
     expected = run(REFERENCE[kv](model, blocks=8, dtype="float64"))
-    with closing(NativeEngine(model, blocks=40, kv=kv, threads=1, flags=("-march=native", "-O1"))) as engine:
+    with closing(NativeEngine(model, blocks=80, kv=kv, threads=1, flags=("-march=native", "-O1"))) as engine:
         assert np.abs(run(engine) - expected).max() / np.abs(expected).max() < AWAY
         engine.remove(0)
         check_schedules(engine, np.array_equal)
@@ -165,7 +165,7 @@ def test_random_architectures(toy, seed):
     for kv, threads in (("f16", 3), ("int8", 2), ("int4", 2)):
         options = {"kv": kv, "threads": threads, "flags": ("-march=native", "-O1")}
         expected = references[REFERENCE[kv]]
-        with closing(NativeEngine(model, blocks=40, **options)) as engine:
+        with closing(NativeEngine(model, blocks=80, **options)) as engine:
             assert np.abs(run(engine) - expected).max() / np.abs(expected).max() < 2 * AWAY
             engine.remove(0)
             check_schedules(engine, np.array_equal)
@@ -177,7 +177,7 @@ def test_random_architectures(toy, seed):
 def test_logits_are_the_same_bits_under_every_schedule_and_number_of_threads(toy, form, kv):
     model, found = toy("llama", form), []
     for threads in (1, 2, 3):
-        with closing(NativeEngine(model, blocks=40, kv=kv, threads=threads)) as engine:
+        with closing(NativeEngine(model, blocks=80, kv=kv, threads=threads)) as engine:
             found.append(check_schedules(engine, np.array_equal))
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[0], found[2])
