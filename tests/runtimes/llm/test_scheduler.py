@@ -318,4 +318,4 @@ def test_a_real_network_gives_the_same_bits_under_random_schedules(toy, kv):
                 if p.token is not None:
                     found.setdefault(p.request, []).append((p.token, p.logits.tobytes()))
             assert found == expected
-            assert engine.blocks.free == blocks
+            assert engine.blocks.free == engine.blocks.number
