@@ -23,7 +23,7 @@ from confluent_kafka import Message
 from alert_broker.containers import WIRE_HEADER, WIRE_MAGIC
 from alert_broker.stream.config import DeadLetters
 from alert_broker.stream.message_batch import position_of
-from alert_broker.stream.publish import Headers, Outgoing
+from alert_broker.stream.sender import Headers, Outgoing
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")

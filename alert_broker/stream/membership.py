@@ -18,20 +18,19 @@ import numpy as np
 import numpy.typing as npt
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from alert_broker.stream.clients import ADMIN_SECONDS, HOPELESS, REBALANCED, names, reason_of
+from alert_broker.stream.clients import ADMIN_SECONDS, HOPELESS, names, reason_of
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.message_batch import MessageBatch
+from alert_broker.stream.offset_commits import OffsetCommits
 from alert_broker.stream.polling_thread import PollingThread
 from alert_broker.stream.stats import Stats
 from alert_broker.stream.watchdog import WATCHDOG
 from alert_broker.work_budget import CancelledError
-from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 DRAIN_STEP = 0.005
 DOUBT_STEP = 0.02  # seconds between checks whether this member is still in the group
-COMMIT_SECONDS = 120.0  # librdkafka waits for the coordinator (a session) and for its answer (a minute)
 COMMITTED_RETRY = 0.1  # seconds between attempts to learn what the group has committed
 OFFSET_SECONDS = 3.0  # to wait for the committed offsets, in the thread that polls
 
@@ -54,12 +53,14 @@ class Reading(Protocol):
 
 class Membership:
     """The thread that made it subscribes, and calls `serve` and `leave`. The thread that publishes calls `owned` and
-    `commit` while it holds the lock `publishing`, so that no partition is revoked between the two calls."""
+    `commits.acknowledge` while it holds the lock `publishing`, so that no partition is revoked between the two calls.
+    draining: whether partitions are being revoked, so that batches in flight should be published soon."""
 
     def __init__(
         self, config: Config, stats: Stats, consumer: Consumer, settings: Mapping[str, Secret], reading: Reading
     ) -> None:
-        self.publishing = Lock()
+        self.publishing, self.draining = Lock(), False
+        self.commits = OffsetCommits(consumer, config.publish.commit_seconds)
         self.generations: dict[Partition, int] = {}  # of the partitions that this member owns
         # moves batches in flight on; returns False if the stages have stopped
         self.while_draining: Callable[[], bool] = lambda: True
@@ -70,7 +71,8 @@ class Membership:
         self._drain_seconds = config.source.drain_seconds
         self._stats, self._consumer, self._reading = stats, consumer, reading
         self._generation = 0
-        self._losing, self._lost_at = False, -math.inf  # monotonic seconds
+        self._losing = self._leaving = False
+        self._lost_at = -math.inf  # monotonic seconds
         self._polled, self._in_doubt_until = math.inf, 0.0
         self._polling_thread = PollingThread()
 
@@ -80,13 +82,20 @@ class Membership:
         self._consumer.subscribe(list(topics), on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def serve(self) -> None:
-        """Carry out the requests of the publishing thread."""
+        """Between two polls: carry out the requests of the publishing thread, and commit what it has published."""
         self._note_suspension()
         self._polling_thread.serve()
+        self.commits.serve()
+
+    def serve_idle(self) -> None:
+        """As `serve`, while there is nothing to poll for."""
+        self._note_suspension()
+        self._polling_thread.serve()
+        self.commits.serve_idle()
 
     def leave(self) -> None:
         """Leave the group. Batches that are still in flight are never published."""
-        self._drain_seconds = 0.0
+        self._leaving = True
         self._consumer.close()
 
     def was_lost_within(self, seconds: float) -> bool:
@@ -110,28 +119,6 @@ class Membership:
             for where, generation in zip(batch.partitions, batch.generations, strict=True)
         ]
         return np.array(mine, np.bool_)[batch.partition]
-
-    def commit(self, offsets: dict[Partition, int]) -> None:
-        """Commit these next offsets and wait for the broker. It is no error if the group was rebalanced meanwhile: the
-        new owner reads the messages since the last commit again."""
-        positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
-        try:
-            results = self.ask(lambda: self._commit(positions))
-            errors = [item.error for item in results or () if item.error is not None]
-        except KafkaException as error:
-            errors = [error.args[0]]
-        for fault in errors:
-            if fault.code() in REBALANCED:
-                LOG.warning("offsets were not committed, as the group has a new generation: %s", fault.str())
-            else:
-                raise EdgekitError(
-                    f"offsets cannot be committed: {fault.str()}; what was published since the last commit will be "
-                    "published again after a restart"
-                )
-
-    def _commit(self, positions: list[TopicPartition]) -> list[TopicPartition] | None:
-        with WATCHDOG.limit("commit", COMMIT_SECONDS):
-            return self._consumer.commit(offsets=positions, asynchronous=False)
 
     def committed(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Return the offsets that the group has committed; -1001 means none. No transaction is open on them. Raises
@@ -201,33 +188,40 @@ class Membership:
     def _revoked(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         """Wait until batches in flight are published and committed; after `drain_seconds`, take them off the ledger."""
         with WATCHDOG.limit("on_revoke", math.inf):
-            self._drain(_partitions(partitions))
-            self._give_up(partitions)
+            if not self._leaving:
+                self._drain(_partitions(partitions))
+            self._give_up(partitions, commit=not self._leaving)
 
     def _drain(self, ours: Sequence[Partition]) -> None:
         deadline = time.monotonic() + self._drain_seconds
         entries = self._stats.ledger.entries
+        self.draining = True
         while time.monotonic() < deadline and any(entries[where].in_flight for where in ours if where in entries):
-            self.serve()
+            self._polling_thread.serve()
+            self.commits.commit_now()
             if not self.while_draining():
                 break
             time.sleep(DRAIN_STEP)
+        self.draining = False
 
     def _lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         LOG.warning("lost %s: others own them already", names(partitions))
         self._losing, self._lost_at = True, time.monotonic()
         try:
             with WATCHDOG.limit("on_lost", math.inf):
-                self._give_up(partitions)
+                self._give_up(partitions, commit=False)
         finally:
             self._losing = False
 
-    def _give_up(self, partitions: list[TopicPartition]) -> None:
-        while not self.publishing.acquire(timeout=DRAIN_STEP):  # the thread that holds it may wait for a commit
-            self.serve()
+    def _give_up(self, partitions: list[TopicPartition], *, commit: bool) -> None:
+        while not self.publishing.acquire(timeout=DRAIN_STEP):  # the thread that holds it may ask something
+            self._polling_thread.serve()
         try:
+            if commit:
+                self.commits.commit_now()
             for where in _partitions(partitions):
                 self.generations.pop(where, None)
+                self.commits.forget(where)
                 self._reading.end(where)
                 if number := self._stats.ledger.revoke(where):
                     LOG.warning("%d alerts of %s[%d] were in flight and go to its next owner", number, *where)

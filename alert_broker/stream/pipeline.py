@@ -8,6 +8,7 @@ so it is safe to commit the offset after the last message of a batch.
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -24,10 +25,10 @@ from alert_broker.stream.classifiers import open_all_classifiers
 from alert_broker.stream.config import Config
 from alert_broker.stream.dead_letters import UNREADABLE, DeadLetter, DeadLetterLimits
 from alert_broker.stream.in_flight import InFlight, positions_of, with_positions
-from alert_broker.stream.membership import LostError
-from alert_broker.stream.message_batch import next_offsets
+from alert_broker.stream.offset_commits import COMMIT_SECONDS
 from alert_broker.stream.outcome import Outcome, ResultWriter
 from alert_broker.stream.outputs import Registry
+from alert_broker.stream.publication import Owned, Publication
 from alert_broker.stream.publish import open_publisher
 from alert_broker.stream.registry import HttpRegistry, RegistryError, open_registry
 from alert_broker.stream.routing import Route, Router
@@ -43,6 +44,7 @@ PAUSE_AFTER = (
     1.0  # seconds of full queues before fetching is paused; a pause drops the messages that librdkafka has read ahead
 )
 IDLE_POLL = 0.01  # seconds between checks for requests of the publishing thread
+ANSWER_STEP = 0.005  # seconds between looks for the brokers' answers to what was published
 REGISTRY_RETRY = 1.0  # seconds between attempts to reach a registry that does not answer
 
 
@@ -97,11 +99,11 @@ class Pipeline:
     def run(self, stop: Callable[[], bool]) -> None:
         self._stop = self.source.stopping = stop
         threads = [
-            threading.Thread(target=self._serve, args=arguments, name=f"edgekit-{arguments[0]}", daemon=True)
-            for arguments in (
-                ("decode", self._decode, "classify"),
-                ("classify", self._classify, "publish"),
-                ("publish", self._publish, None),
+            threading.Thread(target=serve, args=arguments, name=f"edgekit-{name}", daemon=True)
+            for name, serve, arguments in (
+                ("decode", self._serve, ("decode", self._decode, "classify")),
+                ("classify", self._serve, ("classify", self._classify, "publish")),
+                ("publish", self._serve_publisher, ()),
             )
         ]
         for thread in threads:
@@ -121,8 +123,8 @@ class Pipeline:
                         self.stats.ledger.check()  # before revoking takes alerts off the ledger
                     except EdgekitError as error:
                         self._failure = error
+                self._commit_rest()
                 self.source.close()
-                self.publisher.close()
         if self._failure is not None:
             raise self._failure
 
@@ -136,6 +138,20 @@ class Pipeline:
         if self._cancelled.is_set() and self._failure is None:
             left = self.stats.ledger.total().in_flight
             LOG.warning("stopped with %d alerts in flight: they were not committed and will be read again", left)
+
+    def _commit_rest(self) -> None:
+        """Commit what was published, before this member leaves the group."""
+        hurried = self._failure is not None or self._is_stopped()
+        seconds = self.config.source.stop_seconds if hurried else COMMIT_SECONDS
+        try:
+            if self.source.membership.commits.finish(seconds):
+                return
+            text = f"the broker has not answered to the last commit within {seconds:g} s"
+            if not hurried:
+                raise EdgekitError(f"{text}; what was published since the commit before will be published again")
+            LOG.warning("%s: what was published since the commit before will be published again", text)
+        except EdgekitError as error:
+            self._failure = self._failure or error
 
     def _give_up_when_late(self) -> None:
         """Give up the batches in flight after a failure, or if they have not finished in time after a stop."""
@@ -202,26 +218,49 @@ class Pipeline:
 
     # --- stages
 
-    def _serve(self, name: str, stage: Callable[[InFlight], InFlight | None], following: str | None) -> None:
-        """Process batches from this stage's queue and pass them on, until None arrives. After a failure, or once the
-        work in flight is given up, drop them: every later batch is dropped, too, so that none is committed."""
+    def _serve(self, name: str, stage: Callable[[InFlight], None], following: str) -> None:
+        """Process batches from this stage's queue and pass them on, until None arrives."""
         source = self._queues[name]
         while (work := source.get()) is not None:
             self.stats.queue_depths[name] = source.qsize()
-            if self._failure is not None or self._cancelled.is_set():
-                continue
-            try:
-                stage(work)
-            except CancelledError:
-                continue
-            except BaseException as error:
-                LOG.debug("the stage %s failed", name, exc_info=True)
-                self._failure = self._failure or error
-                continue
-            if following:
+            if self._attempt(name, stage, work):
                 self._put(following, work)
-        if following:
-            self._put(following, None)
+        self._put(following, None)
+
+    def _serve_publisher(self) -> None:
+        """Publish batches until None arrives, and act on the brokers' answers meanwhile."""
+        source, publisher = self._queues["publish"], self.publisher
+        while True:
+            try:
+                work = source.get(timeout=ANSWER_STEP if publisher.busy else None)
+            except queue.Empty:
+                self._attempt("publish", publisher.serve)
+                continue
+            if work is None:
+                break
+            self.stats.queue_depths["publish"] = source.qsize()
+            self._attempt("publish", self._publish, work)
+        self._attempt("publish", publisher.finish)
+        if self._failure is not None or self._cancelled.is_set():
+            try:
+                publisher.give_up()
+            except EdgekitError as error:
+                self._failure = self._failure or error
+
+    def _attempt(self, name: str, call: Callable[..., None], *arguments: InFlight) -> bool:
+        """Return whether the call succeeded. After a failure, or once the work in flight is given up, nothing is called
+        any more: every later batch is dropped, so that none is committed."""
+        if self._failure is not None or self._cancelled.is_set():
+            return False
+        try:
+            call(*arguments)
+        except CancelledError:
+            return False
+        except BaseException as error:
+            LOG.debug("the stage %s failed", name, exc_info=True)
+            self._failure = self._failure or error
+            return False
+        return True
 
     def _put(self, name: str, work: InFlight | None) -> None:
         self._queues[name].put(work)
@@ -264,6 +303,7 @@ class Pipeline:
         with self.stats.stage("route"):
             results = self._writer.results(work)
             outcome = Outcome(work, results, self.config, archived=self.archive is not None)
+        self.publisher.make_room()
         with membership.publishing:
             owned = membership.owned(batch)
             if not owned.any():
@@ -273,11 +313,10 @@ class Pipeline:
                 keep = owned[work.index]
                 assert work.rows is not None
                 self.archive.write(work.rows.filter(pa.array(keep)), positions_of(batch, work.index[keep]))
-            messages = outcome.messages(owned)
-            try:
-                with self.stats.stage("publish"):
-                    self.publisher.publish(messages, next_offsets(batch, owned), outcome.instead)
-            except LostError as error:  # the ledger is updated when the partitions are revoked
-                LOG.warning("another member will process a batch of %d alerts again: %s", len(batch), error)
-                return
-            outcome.account(self.stats, owned)
+        messages = outcome.messages(owned)
+        account = functools.partial(self._account, outcome, time.monotonic())
+        self.publisher.publish(Publication(batch, messages, outcome.instead, account))
+
+    def _account(self, outcome: Outcome, started: float, owned: Owned) -> None:
+        self.stats.observe("publish", time.monotonic() - started)
+        outcome.account(self.stats, owned)

@@ -25,7 +25,7 @@ from tests.alert_broker.stream.supervised import (
     check,
     wait_until_committed,
 )
-from tests.alert_broker.stream.test_faults import BATCH, Feed, committed
+from tests.alert_broker.stream.test_faults import BATCH, REPEATED, Feed, committed
 from tests.apache_kafka import ApacheKafka, missing
 from tests.brokers import configure_topic
 
@@ -112,7 +112,7 @@ def test_an_order_to_stop_is_followed_in_time_whether_the_broker_is_there_or_not
         done = rig.outcome(sent)
         print(f"{STOPS} stops, {sent} alerts: {done.lost} lost, {done.duplicates} twice")
         assert done.lost == 0
-        assert done.duplicates <= STOPS * BATCH
+        assert done.duplicates <= STOPS * REPEATED
 
 
 PROTOCOLS = {"classic": REAL, "consumer": {"group.protocol": "consumer"}}  # the latter is Kafka 4's own, of KIP-848
@@ -155,7 +155,7 @@ def test_members_come_and_go(apache_kafka, bundle, packets, tmp_path, mode, prot
     done = rig.outcome(feed.sent)
     print(f"{protocol}, {mode}, {feed.sent} alerts: {done.lost} lost, {done.duplicates} twice")
     assert done.lost == 0
-    assert done.duplicates <= (0 if mode == "exactly-once" else 4 * BATCH)
+    assert done.duplicates <= (0 if mode == "exactly-once" else 4 * REPEATED)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

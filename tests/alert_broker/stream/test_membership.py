@@ -48,12 +48,40 @@ def test_what_is_in_flight_of_a_revoked_partition_is_off_the_books(source):
     assert source.stats.ledger.to_json()["revoked"] == 2
 
 
-def test_a_commit_of_another_thread_is_done_between_polls(source):
-    thread = threading.Thread(target=source.membership.commit, args=({("t", 0): 7},))
-    thread.start()
-    while thread.is_alive():
-        source.poll(1, 0.0)
+def test_what_is_acknowledged_is_committed_between_polls(source):
+    source.membership.commits.acknowledge({("t", 0): 7})
+    source.poll(1, 0.0)
     assert source.consumer.commits == [[("t", 0, 7)]]
+
+
+def test_what_is_acknowledged_is_committed_before_its_partition_is_revoked(source):
+    source.membership.commits.acknowledge({("t", 0): 7, ("t", 1): 9})
+    revoke(source.consumer, 0)
+    assert source.consumer.commits == [[("t", 0, 7), ("t", 1, 9)]]
+    source.membership.commits.acknowledge({("t", 1): 12})
+    source.consumer.callbacks["on_lost"](source.consumer, source.consumer.assignment())
+    source.poll(1, 0.0)
+    assert len(source.consumer.commits) == 1  # another member owns what was lost
+
+
+def test_batches_in_flight_of_a_revoked_partition_have_time_to_finish(source):
+    """The publishing thread sees that they are waited for."""
+    source.consumer.script = [messages(0, 5, 6)]
+    source.poll(2, 1.0)
+    seen = []
+
+    def keep_moving():
+        seen.append(source.membership.draining)
+        source.stats.ledger.add(("t", 0), published=2)
+        source.membership.commits.acknowledge({("t", 0): 7})
+        return True
+
+    source.membership.while_draining = keep_moving
+    revoke(source.consumer, 0)
+    assert seen == [True]
+    assert not source.membership.draining
+    assert source.consumer.commits == [[("t", 0, 7)]]
+    assert source.stats.ledger.revoked == 0
 
 
 def test_who_was_suspended_waits_until_heartbeats_were_answered(source, monkeypatch):
