@@ -150,7 +150,7 @@ class Pipeline:
             if not hurried:
                 raise EdgekitError(f"{text}; what was published since the commit before will be published again")
             LOG.warning("%s: what was published since the commit before will be published again", text)
-        except EdgekitError as error:
+        except Exception as error:
             self._failure = self._failure or error
 
     def _give_up_when_late(self) -> None:
@@ -244,7 +244,7 @@ class Pipeline:
         if self._failure is not None or self._cancelled.is_set():
             try:
                 publisher.give_up()
-            except EdgekitError as error:
+            except Exception as error:
                 self._failure = self._failure or error
 
     def _attempt(self, name: str, call: Callable[..., None], *arguments: InFlight) -> bool:

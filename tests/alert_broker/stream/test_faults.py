@@ -607,7 +607,7 @@ def test_partitions_that_are_lost_amid_a_transaction(transactional, packets, mon
         return real(self)
 
     monkeypatch.setattr(Membership, "group_metadata", group_metadata)
-    total = rig.consume(publish=EXACTLY, batch={"size": 25}).ledger.total()
+    total = rig.consume(publish={**EXACTLY, "uncommitted": 1}, batch={"size": 25}).ledger.total()
     done, seen = rig.outcome(sent), rig.outcome(sent, "read_uncommitted")
     print(
         f"2 losses, {sent} alerts: {total.revoked} given back, {done.lost} lost, {done.duplicates} twice; "
