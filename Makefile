@@ -48,7 +48,7 @@ test-rtx: setup ## every model for every target, TensorRT-RTX's compiler include
 test-faults: setup ## kill, break and fill what the stream runs on, and count (ten minutes)
 	$(BIN)/python -m pytest -q -m faults tests
 
-test-kafka: setup ## the stream's tests and the faults on the Apache Kafka in EDGEKIT_KAFKA_HOME (Java 17; half an hour)
+test-kafka: setup ## the stream's tests and the faults on the Apache Kafka in EDGEKIT_KAFKA_HOME (Java 17; three quarters of an hour)
 	EDGEKIT_TEST_BROKER=apache $(BIN)/python -m pytest -q -m 'not spark' tests/alert_broker/stream tests/alert_broker/commands/test_consume.py
 
 test-spark: setup ## the same stages inside Spark (Java 17, 490 MB; five minutes)

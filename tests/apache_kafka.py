@@ -221,6 +221,7 @@ class ApacheKafka:
             + ("SASL_SSL" if self.users else "PLAINTEXT"),
             "log.dirs": self.data(number),
             "log.cleaner.backoff.ms": 500,
+            "message.max.bytes": 8_388_608,  # an alert with ten thousand detections has 1.4 MB
             "log.retention.check.interval.ms": 1000,
             "offsets.topic.replication.factor": copies,
             "offsets.topic.num.partitions": 6,

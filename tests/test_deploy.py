@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from alert_broker.stream.config import Publish
 from alert_broker.stream.health import STUCK_AFTER, serve
 from alert_broker.stream.logs import _is_secret
 from alert_broker.stream.metrics import page
@@ -221,6 +222,17 @@ def test_the_unit_is_hardened_and_stops_in_time():
     assert service | wanted == service
     assert "MemoryMax" in service
     assert int(service["TimeoutStopSec"]) >= 80
+
+
+def too_few_restarts(unit, seconds: float) -> bool:
+    """Whether systemd gives up a member that ends with an error after so many seconds, each time."""
+    interval = 60.0 * float(unit["Unit"]["StartLimitIntervalSec"].removesuffix("min"))
+    return interval / (seconds + float(unit["Service"]["RestartSec"])) > float(unit["Unit"]["StartLimitBurst"])
+
+
+def test_a_broker_that_acknowledges_nothing_does_not_end_a_member_for_good():
+    assert not too_few_restarts(unit(), Publish().seconds)
+    assert too_few_restarts(unit(), 1.0)  # the twin: a member that cannot even start
     assert "password" not in UNIT.read_text().lower()
 
 

@@ -44,7 +44,7 @@ from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.importers.files import resolve
 from edgekit.session import open_session
 
-BATCH = 512
+BATCH = configuration.Batch().size
 ROUNDS = 15
 ROUNDS_OF_THREADS = 5
 STAGES = ("decode", "classify", "route")

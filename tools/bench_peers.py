@@ -26,6 +26,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def main() -> None:
     options = parser.parse_args()
     if reason := missing():
         parser.error(reason)
+    if find_spec("quixstreams") is None:
+        parser.error("quixstreams is not installed; the description above says how to install it")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the broker ends with this process
     real = (options.data / "alerts").is_dir()
     values = packets(options.data, "ztf*/*.avro") if real else simulated("ztf", 100)

@@ -3,10 +3,12 @@
     python tools/check_gp_merging.py --json benchmarks/gp_long.json
 
 Simulated light curves (supernovae and damped random walks, at an even cadence and in nights of many visits) have 600
-to 2,000 points in six bands and are merged to the shipped limit. Real and PLAsTiCC light curves are shorter than that
-limit: they are merged to a half and to a quarter of their points. The error is the largest difference of the means on
-the grid, relative to the largest mean of the full solution. "every k-th" is the error of a reduction that takes as many
-points evenly instead of merging.
+to 2,000 points in six bands and are merged to the shipped limit, and so are real alerts that have more points than it.
+Shorter light curves, of real alerts and of PLAsTiCC, are merged to a half and to a quarter of their points. Real alerts
+are read as the broker reads them.
+
+The error is the largest difference of the means on the grid, relative to the largest mean of the full solution. "every
+k-th" is the error of a reduction that takes as many points evenly instead of merging.
 """
 
 from __future__ import annotations
@@ -14,14 +16,20 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check_gp_parity import LSST, Sample, command_line, describe_machine, plasticc, ztf
+from check_gp_parity import LSST, Sample, command_line, describe_machine, plasticc
 
+from alert_broker.containers import BadPacket
 from alert_broker.gaussian_process import MAX_POINTS, GaussianProcess, Interpolation, Status, warm_up
 from alert_broker.lightcurve import LightCurves
+from alert_broker.packets import batches, read_blocks
+from alert_broker.surveys.base import Survey
 
+REAL = ("ztf", "ztf_kowalski", "lsst_wire", "parquet", "other")  # folders of real alerts
+FEWEST, MOST_OBJECTS = 64, 60  # points of a real light curve; objects of a sample
 SPAN_DAYS = 365.0  # of a simulated light curve: the history that an LSST alert holds
 CLASSES = ("supernova", "random walk")
 CADENCES = ("even", "nights")
@@ -104,6 +112,24 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {str(q): float(np.percentile(values, q)) for q in (50, 90, 100)}
 
 
+def real_alerts(data: Path, low: int) -> dict[Survey, list[LightCurves]]:
+    """Light curves of real alerts with at least `low` points, as the broker reads them: the longest of each object, at
+    most `MOST_OBJECTS` of a survey."""
+    longest: dict[tuple[str, str], tuple[int, Survey, LightCurves]] = {}
+    for batch in batches(read_blocks(data / "alerts" / name for name in REAL)):
+        if isinstance(batch, BadPacket):
+            continue
+        for k, name in enumerate(batch.alerts["object_id"].to_pylist()):
+            key, points = (batch.survey.name, name), int(batch.curves.points[k])
+            if points >= low and points > longest.get(key, (0,))[0]:
+                longest[key] = points, batch.survey, batch.curves.take([k])
+    found: dict[Survey, list[LightCurves]] = {}
+    for _, survey, one in sorted(longest.values(), key=lambda item: item[0], reverse=True):
+        if len(found.setdefault(survey, [])) < MOST_OBJECTS:
+            found[survey].append(one)
+    return found
+
+
 def longest(sample: Sample, low: int, most: int) -> list[LightCurves]:
     """Choose up to `most` of the objects with at least `low` points."""
     chosen = np.flatnonzero(sample.curves.points >= low)
@@ -118,13 +144,18 @@ def main() -> None:
     warm_up()
     rows = []
     lsst = GaussianProcess(tuple(LSST.values()))
-    real = ztf(options.data, bands="gr", parquet=True)
     rubin = plasticc(options.data)
+    samples = [("PLAsTiCC", rubin.wavelengths, longest(rubin, 251, MOST_OBJECTS))]
+    for survey, curves in real_alerts(options.data, FEWEST).items():
+        samples.append((f"{survey.name} alerts", survey.wavelengths, curves))
+        if over := [one for one in curves if len(one.time) > MAX_POINTS]:
+            name = f"{survey.name} alerts, to {MAX_POINTS} points"
+            rows.append(measure(GaussianProcess(survey.wavelengths), over, lambda _: MAX_POINTS, name))
     for share in (2, 4):
-        for sample, low in ((real, 24), (rubin, 251)):
-            process = GaussianProcess(sample.wavelengths)
-            name = f"{sample.name}, to 1/{share} of the points"
-            rows.append(measure(process, longest(sample, low, 60), lambda points, k=share: points // k, name))
+        for name, wavelengths, curves in samples:
+            process = GaussianProcess(wavelengths)
+            text = f"{name}, to 1/{share} of the points"
+            rows.append(measure(process, curves, lambda points, k=share: points // k, text))
     for source in CLASSES:
         for cadence in CADENCES:
             for points, objects in SIZES:

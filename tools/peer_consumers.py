@@ -27,10 +27,9 @@ from confluent_kafka import Consumer, Producer
 
 from alert_broker.containers import SYNC_BYTES, header_end
 from alert_broker.stream.clients import consumer_defaults
-from alert_broker.stream.stages import Stages
+from alert_broker.stream.config import Batch
 
-BATCH = 512  # as edgekit's `batch.size`
-WAIT_SECONDS = 0.1  # as edgekit's `batch.seconds`
+BATCH = Batch()  # of the configuration: how many messages edgekit takes at once, and how long it waits for them
 PRODUCER = {"compression.type": "zstd", "linger.ms": 2, "enable.idempotence": True, "acks": "all"}  # as edgekit's
 
 Work = Callable[[Sequence[bytes]], None]
@@ -53,6 +52,7 @@ class Rate:
     def per_second(self) -> float:
         assert self._began is not None
         done, moment = self._began
+        assert self.done > done, f"the first batch had all {self.done} messages; take a larger --count"
         return (self.done - done) / (time.perf_counter() - moment)
 
 
@@ -68,31 +68,35 @@ def decode(values: Sequence[bytes]) -> None:
 
 
 class DecodeCached:
-    """Reads the datum of each packet with one parsed schema. All packets must have the header of the first one."""
+    """Reads the datum of each packet with a schema that was parsed once for each distinct header."""
 
     def __init__(self) -> None:
-        self._header = b""
-        self._schema: Any = None
+        self._schemas: dict[bytes, Any] = {}  # by the container's header
 
     def __call__(self, values: Sequence[bytes]) -> None:
         for value in values:
-            if not self._header:
-                self._header = value[: header_end(value)]
-                self._schema = fastavro.reader(io.BytesIO(value)).writer_schema
-            assert value.startswith(self._header)
             stream = io.BytesIO(value)
-            stream.seek(len(self._header))
-            for _ in range(2):  # the packets of the block, and its bytes
+            schema = self._schema(value, stream)
+            for _ in range(2):  # the number of packets, and of their bytes
                 fastavro.schemaless_reader(stream, "long", None)
-            fastavro.schemaless_reader(stream, self._schema, None)
+            fastavro.schemaless_reader(stream, schema, None)
             assert stream.tell() == len(value) - SYNC_BYTES
+
+    def _schema(self, value: bytes, stream: io.BytesIO) -> Any:
+        """Return the packet's schema, and move the stream behind the header."""
+        for header, schema in self._schemas.items():
+            if value.startswith(header):
+                stream.seek(len(header) + SYNC_BYTES)
+                return schema
+        header = value[: header_end(value) - SYNC_BYTES]
+        self._schemas[header] = fastavro.schema.parse_schema(fastavro.reader(stream).writer_schema)
+        return self._schema(value, stream)
 
 
 class Classify:
     """Gives messages to edgekit's stages, publishes the rows, and waits until the broker has them."""
 
     def __init__(self, broker: str, topic: str) -> None:
-        self._stages: Stages
         self._stages, self._router = open_stages(0)
         self._producer, self._topic = Producer({"bootstrap.servers": broker, **PRODUCER}), topic
 
@@ -120,7 +124,7 @@ def plain(work: Work, options: argparse.Namespace, rate: Rate) -> None:
     consumer.subscribe([options.source])
     done = False
     while not done:
-        messages = consumer.consume(BATCH, WAIT_SECONDS)
+        messages = consumer.consume(BATCH.size, BATCH.seconds)
         for message in messages:
             assert message.error() is None, message.error()
         if messages:
@@ -160,7 +164,7 @@ def quix(work: Work, options: argparse.Namespace, rate: Rate) -> None:
         consumer_group=uuid.uuid4().hex,
         auto_offset_reset="earliest",
         consumer_extra_config=consumer_defaults(),
-        commit_every=BATCH if in_batches else 0,
+        commit_every=BATCH.size if in_batches else 0,
         on_message_processed=note,
         auto_create_topics=False,
         use_changelog_topics=False,

@@ -176,11 +176,17 @@ class JsonEncoder:
     def encode(self, rows: pa.RecordBatch) -> list[bytes]:
         _check(rows, self.schema)
         parts: list[Any] = []
+        text = ""  # between the last column that has values and the next one
         for prefix, column in zip(self._prefixes, rows.columns, strict=True):
-            parts += [prefix, _json(column)]
+            text += prefix
+            if column.null_count == rows.num_rows:  # as the classes of another survey's model
+                text += "null"
+                continue
+            parts += [text, _json(column)]
+            text = ""
         if not parts:
-            return [b"{}"] * rows.num_rows
-        return [text.encode() for text in pc.binary_join_element_wise(*parts, "}", "").to_pylist()]
+            return [f"{text or '{'}}}".encode()] * rows.num_rows
+        return [line.encode() for line in pc.binary_join_element_wise(*parts, text + "}", "").to_pylist()]
 
 
 def _type(item: pa.Field) -> tuple[str, int]:
@@ -231,22 +237,25 @@ def _content(column: pa.Array) -> tuple[Integers, Bytes]:
 
 
 def _json(column: pa.Array) -> pa.Array:
-    """Return (rows,) the JSON of each value, as a string."""
+    """Return (rows,) the JSON of each value, as a string. Each call into Arrow costs as much as the values of a hundred
+    rows, so that calls which would change nothing are left out."""
     dtype = column.type
     if pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
-        column = column.cast(pa.string())
-        plain = pc.binary_join_element_wise('"', column, '"', "")
-        special = pc.fill_null(pc.match_substring_regex(column, NEEDS_ESCAPE), False)
-        if pc.any(special).as_py():
-            escaped = [json.dumps(text, ensure_ascii=False) for text in column.filter(special).to_pylist()]
-            plain = pc.replace_with_mask(plain, special, pa.array(escaped, pa.string()))
-        return pc.fill_null(plain, "null")
-    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
+        column = column if pa.types.is_string(dtype) else column.cast(pa.string())
+        text = pc.binary_join_element_wise('"', column, '"', "")
+        special = pc.match_substring_regex(column, NEEDS_ESCAPE)
+        if special.true_count:
+            special = pc.fill_null(special, False)
+            escaped = [json.dumps(value, ensure_ascii=False) for value in column.filter(special).to_pylist()]
+            text = pc.replace_with_mask(text, special, pa.array(escaped, pa.string()))
+    elif pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
         data = (None if item is None else f'"{base64.b64encode(item).decode()}"' for item in column.to_pylist())
-        return pc.fill_null(pa.array(data, pa.string()), "null")
-    if pa.types.is_floating(dtype):
-        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, dtype))
-    return pc.fill_null(column.cast(pa.string()), "null")
+        text = pa.array(data, pa.string())
+    else:
+        if pa.types.is_floating(dtype) and not np.isfinite(column.to_numpy(zero_copy_only=False)).all():
+            column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, dtype))
+        text = column.cast(pa.string())
+    return pc.fill_null(text, "null") if text.null_count else text
 
 
 def _compiled(function: Function) -> Function:

@@ -91,10 +91,10 @@ class Watchdog:
         LOG.critical("%s; the process ends with status %d; %s", reason, TRY_AGAIN, ADVICE)
         try:
             self.last_words(reason)
-        except Exception:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        except Exception:  # such as a pipe whose reader has gone
             LOG.exception("the report could not be written")
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
         self._end(TRY_AGAIN)
 
     @contextmanager

@@ -46,6 +46,21 @@ def test_a_report_that_fails_keeps_nobody_alive(watchdog, ended):
         wait_for(lambda: ended)
 
 
+def test_an_output_that_nobody_reads_keeps_nobody_alive(watchdog, ended, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        broken.write("the report")
+        monkeypatch.setattr(module.sys, "stdout", broken)
+        with watchdog.limit("flush", 0.0):
+            wait_for(lambda: ended)
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):  # the twin: this is what writing the report met
+            broken.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # so that closing it does not fail
+    assert ended == [TRY_AGAIN]
+
+
 def test_calls_that_return_in_time_end_nothing(watchdog, ended):
     for _ in range(20):
         with watchdog.limit("flush", 60.0):

@@ -77,12 +77,16 @@ def test_a_broker_that_is_away_at_the_start_is_waited_for(bundle, packets, tmp_p
 
 def test_a_log_that_repeats_itself_every_second_is_noticed():
     """Planted, for the test above."""
-    log = [json.dumps({"message": f"Connection refused (after {number} ms)"}) for number in range(10)]
-    check_said_once_a_minute(log[:2], 60.0)
+
+    def lines(text: str, number: int, level: str = "warning") -> list[str]:
+        return [json.dumps({"level": level, "message": text.format(k)}) for k in range(number)]
+
+    check_said_once_a_minute(lines("Connection refused (after {} ms)", 2), 60.0)
+    check_said_once_a_minute(lines("10 s, 300 alerts/s", 60, "info"), 60.0)
     with pytest.raises(AssertionError, match="Connection refused"):
-        check_said_once_a_minute(log, 60.0)
-    with pytest.raises(AssertionError, match="number 29"):
-        check_said_once_a_minute([json.dumps({"message": f"number {number}"}) for number in range(30)], 60.0)
+        check_said_once_a_minute(lines("Connection refused (after {} ms)", 60), 60.0)
+    with pytest.raises(AssertionError, match="number 59"):
+        check_said_once_a_minute(lines("number {}", 60), 60.0)
 
 
 @pytest.mark.parametrize("mode", MODES)
