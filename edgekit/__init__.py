@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,9 +86,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name in _MODULE_OF:
+        found = getattr(importlib.import_module(_MODULE_OF[name]), _OWN_NAMES.get(name, name))
+    elif points := entry_points(group="edgekit.namespaces", name=name):  # of the other packages, such as edgekit.llm
+        found = next(iter(points)).load()
+    else:
         raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
-    found = getattr(importlib.import_module(_MODULE_OF[name]), _OWN_NAMES.get(name, name))
     globals()[name] = found
     return found
 

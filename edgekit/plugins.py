@@ -21,6 +21,7 @@ TITLES = {  # of what the entry points of a group name
     "edgekit.families": "model family",
     "edgekit.commands": "command",
     "edgekit.datasets": "provider of data sets",
+    "edgekit.engines": "engine of language models",
 }
 # returns the fault of a plug-in of this name, as words after "cannot be used: "; "" if it keeps the contract
 Check = Callable[[Any, str], str]

@@ -78,6 +78,7 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         kinds = Counter(failure.partition(": ")[2] for failure in self.failures)
         shown = {name: value for name, value in asdict(self).items() if name not in ("failures", "finds")}
+        shown["seconds"] = round(self.seconds, 1)
         return shown | {"failures": len(self.failures), "kinds": dict(kinds.most_common(SHOWN))}
 
 
@@ -157,7 +158,7 @@ def _run_worker(
             confined = _listen(worker, tally, progress_until)
         finally:
             worker.kill()
-            worker.wait()
+            worker.communicate()
         noise.seek(0)
         said = noise.read().decode(errors="replace").strip().splitlines()
         branches = [int(found[1]) for line in said if (found := re.search(r" cov: (\d+) ", line))]

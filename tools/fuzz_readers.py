@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import struct
 import zipfile
 import zlib
@@ -113,9 +114,15 @@ def members(content: bytes) -> Files:
 
 
 def write_bundle(files: Files, folder: Path) -> Path:
-    """The files, with a manifest that has their hashes, unless the change made it unreadable."""
+    """The files, with a manifest that has their hashes, unless the change made it unreadable. Members of the golden
+    rows become an archive."""
     path = folder / "x.edge"
-    path.mkdir(exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    golden = {name.partition("/")[2]: content for name, content in files.items() if "/" in name}
+    files = {name: content for name, content in files.items() if "/" not in name}
+    if golden:
+        files[GOLDEN] = archive(GOLDEN)(golden, folder).read_bytes()
     manifest = files[MANIFEST]
     try:
         values = json.loads(manifest)
@@ -137,7 +144,13 @@ def graph_bundle() -> Bundle:
 
 
 def bundle_files() -> list[Files]:
-    return [{**made.contents, MANIFEST: made.manifest.to_json()} for made in (bundle(), graph_bundle())]
+    """Bundles whose golden rows are apart, and one as it is."""
+    made: list[Files] = []
+    for source in (bundle(), graph_bundle()):
+        files = {**source.contents, MANIFEST: source.manifest.to_json()}
+        apart = {f"{GOLDEN}/{name}": content for name, content in members(files[GOLDEN]).items()}
+        made.append({name: content for name, content in files.items() if name != GOLDEN} | apart)
+    return [*made, files]
 
 
 def read_bundle(path: Path) -> None:
@@ -149,20 +162,35 @@ def read_bundle(path: Path) -> None:
 
 
 def packed_parts() -> list[Files]:
-    """The streams of packed files, without their compression if they are one stream: the manifest and the graph."""
-    made = []
+    """The parts of packed files before they were compressed: the manifest, codes and planes of the weights, those of
+    the golden rows, and the graph. And the streams of one as they are."""
+    made: list[Files] = []
     for source in (bundle(), graph_bundle()):
-        content, at, parts = pack(source)[:-32], len(MAGIC) + 1, []
+        content, at, streams = pack(source)[:-32], len(MAGIC) + 1, []
         while at < len(content):
             (size,) = struct.unpack_from("<I", content, at)
-            parts.append(content[at + 4 : at + 4 + size])
+            streams.append(content[at + 4 : at + 4 + size])
             at += 4 + size
-        made.append({str(k): zlib.decompress(part) if k in (0, 3) else part for k, part in enumerate(parts)})
-    return made
+        parts = {"0": zlib.decompress(streams[0])} | {f"raw{k}": stream for k, stream in enumerate(streams)}
+        for number in (1, 2):
+            (size,) = struct.unpack_from("<I", streams[number])
+            parts[f"{number}codes"] = zlib.decompress(streams[number][4 : 4 + size], -15)
+            parts[f"{number}planes"] = zlib.decompress(streams[number][4 + size :])
+        if len(streams) == 4:
+            parts["3"] = zlib.decompress(streams[3])
+        made.append({name: part for name, part in parts.items() if "raw" not in name})
+    return [*made, {name: part for name, part in parts.items() if "raw" in name}]
 
 
 def write_packed(files: Files, folder: Path) -> Path:
-    streams = [zlib.compress(content) if name in "03" else content for name, content in sorted(files.items())]
+    streams = [content for name, content in sorted(files.items()) if "raw" in name]
+    if not streams:
+        streams.append(zlib.compress(files["0"]))
+        for number in "12":
+            flat = zlib.compressobj(9, zlib.DEFLATED, -15)
+            codes = flat.compress(files[f"{number}codes"]) + flat.flush()
+            streams.append(struct.pack("<I", len(codes)) + codes + zlib.compress(files[f"{number}planes"]))
+        streams += [zlib.compress(files["3"])] if "3" in files else []
     body = MAGIC + bytes([VERSION]) + b"".join(struct.pack("<I", len(item)) + item for item in streams)
     (folder / "x.edgepack").write_bytes(body + hashlib.sha256(body).digest())
     return folder / "x.edgepack"
@@ -256,6 +284,7 @@ def _hostile(value: Any, rng: random.Random) -> Any:
 def programs() -> list[Files]:
     import torch
 
+    torch.manual_seed(0)
     target = io.BytesIO()
     rows = {"input": {0: torch.export.Dim("rows")}}
     torch.export.save(torch.export.export(torch.nn.Linear(3, 2), (torch.zeros(2, 3),), dynamic_shapes=rows), target)

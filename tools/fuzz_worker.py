@@ -170,7 +170,7 @@ def work(options: dict[str, Any]) -> None:
             check.usual |= check.left
         events = [check(files) for files in seeds]
     if "accepted" not in events[0] or any("failure" in event for event in events):
-        raise RuntimeError(f"a valid file is not read: {events}")
+        raise RuntimeError(f"a valid file is not read: {[event.get('failure', event) for event in events]}")
     check.seconds = options["file_seconds"]
     sys.addaudithook(check.watch)
     confine.NEVER = tuple(event for event in confine.NEVER if event not in reader.allowed)
@@ -229,14 +229,20 @@ def _guide(report: Callable[[Files], None], change: Any, seeds: list[Files], opt
     """Let libFuzzer choose the changes until the time is over; this never returns."""
     import atheris
 
-    def one(data: bytes) -> None:
+    def known(data: bytes) -> Files | None:
+        """The files; None for libFuzzer's empty input, and for sets that another version of this tool has stored."""
         files = decode(data)
-        if files is not None:  # libFuzzer begins with an empty input
+        return files if files is not None and any(files.keys() == item.keys() for item in seeds) else None
+
+    def one(data: bytes) -> None:
+        files = known(data)
+        if files is not None:
             report(files)
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         rng = random.Random(seed)
-        files = decode(data) or rng.choice(seeds)
+        # most of what libFuzzer keeps is refused, so some changes begin with a valid file
+        files = (known(data) if rng.random() < 0.6 else None) or rng.choice(seeds)
         if rng.random() < 0.5:
             made = change(files, rng)
         else:

@@ -188,7 +188,9 @@ class Config:
             if topic in self.source.topics:
                 raise EdgekitError(f"the topic {topic!r} is both read and written; name another one")
         if len(set(written)) < len(written):
-            raise EdgekitError(f"two outputs share a topic: {', '.join(written)}; give each a topic of its own")
+            raise EdgekitError(
+                f"two outputs share a topic: {', '.join(map(repr, written))}; give each a topic of its own"
+            )
         for name, value, low in (
             ("batch.size", self.batch.size, 1),
             ("batch.bytes", self.batch.bytes, 1),
@@ -238,7 +240,7 @@ def secrets_from_environment(table: Mapping[str, Secret]) -> dict[str, Secret]:
         if isinstance(value, str) and value.startswith(ENVIRONMENT):
             variable = value.removeprefix(ENVIRONMENT)
             if variable not in os.environ:
-                raise EdgekitError(f"{name} is read from the environment variable {variable}, which is not set")
+                raise EdgekitError(f"{name!r} is read from the environment variable {variable!r}, which is not set")
             value = os.environ[variable]
         settings[name] = value
     return settings
@@ -302,6 +304,6 @@ def _kafka(table: Mapping[str, Any], where: str) -> dict[str, Secret]:
             )
         if not isinstance(value, str | int | float | bool):
             raise EdgekitError(
-                f"{where}: kafka has a {type(value).__name__} for {name}; expected text, a number, true or false"
+                f"{where}: kafka has a {type(value).__name__} for {name!r}; expected text, a number, true or false"
             )
     return dict(table)

@@ -148,6 +148,7 @@ def main(supervised: Callable[[int | None], None] | None = supervise) -> None:
             stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore", UserWarning)  # libraries warn about the content of files, in several lines
+        warnings.filterwarnings("ignore", r".* encountered in ", RuntimeWarning)  # numpy, about the numbers in them
     try:
         from edgekit.plugins import refuse_strangers
 

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import click
 
-from edgekit.cli.console import output, print_json, print_table
+from edgekit.cli.console import note, output, print_json, print_table
+
+EXAMPLE = """\b
+Examples:
+  edgekit models --json
+  edgekit models get smollm2
+"""
 
 
-@click.command(epilog="Example: edgekit models --json")
+@click.group(invoke_without_command=True, epilog=EXAMPLE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def models(as_json: bool) -> None:
-    """List the models that come with edgekit."""
+@click.pass_context
+def models(context: click.Context, as_json: bool) -> None:
+    """List the models that come with edgekit, or get another one."""
+    if context.invoked_subcommand is None:
+        _list(as_json)
+
+
+@models.command(epilog="Example: edgekit models get smollm2")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def get(name: str, as_json: bool) -> None:
+    """Download the language model NAME and install it for `edgekit llm`."""
+    from edgekit.importers.downloads import get as install
+
+    path = install(name, note)
+    if as_json:
+        print_json({"name": name, "path": str(path)})
+
+
+def _list(as_json: bool) -> None:
     from edgekit.bundle.store import open_bundle
     from edgekit.bundle.zoo import folders
 

@@ -3,7 +3,10 @@ named arrays: the model's inputs, `labels` and `split` (0 = training, 1 = test).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import contextlib
+import logging
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,19 @@ def _shaped(values: np.ndarray[Any, Any], spec: TensorSpec, rows: int, path: Pat
     return values.reshape(rows, *axes).astype(spec.dtype)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Pillow from printing lines of its own about a file: its size is checked here, and an error has one line."""
+    log = logging.getLogger("PIL")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        log.setLevel(level)
+
+
 def from_images(folder: Path, manifest: Manifest) -> Arrays:
     """Images as the manifest's preprocessing says: {"id": "image/1", "mean": [...], "std": [...]}, per channel, of
     pixels from 0 to 1. Each is scaled so that its shorter side fits, then cut at the centre."""
@@ -133,7 +149,7 @@ def from_images(folder: Path, manifest: Manifest) -> Arrays:
     pixels = np.empty((len(found), channels, height, width), np.float32)
     for row, (path, _, _) in enumerate(found):
         try:
-            with Image.open(path, formats=DECODERS) as image:
+            with _quiet(), Image.open(path, formats=DECODERS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels; edgekit reads up to {MOST_PIXELS:,}")
                 fitted = ImageOps.fit(

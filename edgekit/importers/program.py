@@ -43,8 +43,9 @@ def to_onnx(archive: bytes, source: str) -> bytes:
             program = torch.export.load(io.BytesIO(archive))
             exported = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
     except Exception as error:  # torch and its exporter raise many types
+        reason = " ".join(str(error).split())  # torch's messages have several lines
         raise EdgekitError(
-            f"{source}: torch cannot read it and write it as ONNX: {type(error).__name__}: {error}"
+            f"{source}: torch cannot read it and write it as ONNX: {type(error).__name__}: {reason}"
         ) from None
     assert exported is not None
     graph: bytes = exported.model_proto.SerializeToString()

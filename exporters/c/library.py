@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edgekit import cache
 from edgekit.errors import EdgekitError
 
 Array = npt.NDArray[np.float32]
@@ -79,6 +81,20 @@ class Compiler:
             reason = next((line for line in lines if "error" in line), lines[0])
             raise EdgekitError(f"{self.path} cannot {purpose}: {reason}; name another compiler in $CC")
         return done.stdout
+
+
+def keep_library(path: Path, content: bytes) -> None:
+    """Keep a shared library in edgekit's cache with its hash behind it: loaders ignore bytes after the library."""
+    cache.keep(path, content + hashlib.sha256(content).digest())
+    if not is_complete(path):
+        raise EdgekitError(f"{path}: the compiled library was changed while it was written; run the command again")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a library is in the cache and complete: loading a truncated one can end the process. Nobody but the user
+    can exchange the file between the check and the loading, because the cache belongs to the user alone."""
+    content = cache.read(path)
+    return content is not None and hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 class Library:

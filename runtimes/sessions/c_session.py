@@ -26,7 +26,7 @@ from edgekit.bundle.format import Bundle, model_key
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
 from edgekit.errors import EdgekitError
 from edgekit.session import Session, check_inputs, open_session
-from exporters.c.library import NATIVE, Compiler, Library
+from exporters.c.library import NATIVE, Compiler, Library, is_complete, keep_library
 from runtimes.sessions.rows import cut, share_out
 
 CHUNK = 16  # rows that a thread takes at a time: they take some milliseconds, so the cost of handing them out is small
@@ -152,26 +152,11 @@ def _folder(given: str | Path | None) -> Path:
 def _library(bundle: Bundle, compiler: Compiler, kept: Path) -> Library:
     """Return the bundle's compiled model from the cache, or compile it now."""
     path = kept / f"{_digest(model_key(bundle), compiler)}.so"
-    if (library := _stored(path)) is not None:
-        return library
-    from exporters.c_export import CExporter  # this imports torch, which a compiled model does not need
+    if not is_complete(path):
+        from exporters.c_export import CExporter  # this imports torch, which a compiled model does not need
 
-    source = CExporter().source(bundle)
-    content = compiler.shared_library(source.model, source.header, NATIVE)
-    cache.keep(path, content + hashlib.sha256(content).digest())  # loaders ignore bytes after the library
-    written = _stored(path)
-    if written is None:
-        raise EdgekitError(f"{path}: the compiled model was changed while it was written; run the command again")
-    return written
-
-
-def _stored(path: Path) -> Library | None:
-    """Return the library in a file of the cache; None if there is none, or if it is not complete: loading a truncated
-    library can end the process. Nobody but the user can exchange the file between the check and the loading, because
-    the cache and its files belong to the user alone."""
-    content = cache.read(path)
-    if content is None or hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        return None
+        source = CExporter().source(bundle)
+        keep_library(path, compiler.shared_library(source.model, source.header, NATIVE))
     return Library(path)
 
 

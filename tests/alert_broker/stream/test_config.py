@@ -90,6 +90,25 @@ def test_a_file_that_is_damaged_or_takes_too_much_is_refused_in_one_line(path, c
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"hunter2"', '"env:a\\nb"', r"variable 'a\\nb', which is not set"),
+        ('"sasl.password" = "hunter2"', '"a\\nb" = ["hunter2"]', r"kafka has a list for 'a\\nb'"),
+        (
+            '"everything"',
+            '"a\\nb"\n[dead_letters]\ntopic = "a\\nb"',
+            r"two outputs share a topic: 'kilonovae', 'a\\nb'",
+        ),
+    ],
+)
+def test_a_line_end_in_a_name_does_not_end_the_line_of_the_error(path, old, new, said):
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(EdgekitError, match=said) as refused:
+        configuration.load(path).kafka_settings()
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_secrets_are_shown_nowhere(path, monkeypatch):
     config = configuration.load(path)
     assert "hunter2" not in repr(config)
@@ -97,7 +116,7 @@ def test_secrets_are_shown_nowhere(path, monkeypatch):
         configuration.parse({"kafka": {"sasl.password": ["hunter2"]}}, "broker.toml")
     assert "hunter2" not in str(wrong.value)
     config = configuration.load(path, {"kafka": {"sasl.password": "env:EDGEKIT_TEST_PASSWORD"}})
-    with pytest.raises(EdgekitError, match="EDGEKIT_TEST_PASSWORD, which is not set"):
+    with pytest.raises(EdgekitError, match="'EDGEKIT_TEST_PASSWORD', which is not set"):
         config.kafka_settings()
     monkeypatch.setenv("EDGEKIT_TEST_PASSWORD", "swordfish")
     assert config.kafka_settings()["sasl.password"] == "swordfish"

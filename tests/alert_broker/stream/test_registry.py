@@ -386,6 +386,25 @@ def test_an_answer_that_drips_has_a_deadline(waits, monkeypatch, pieces):
     drip.stop()
 
 
+@pytest.mark.parametrize(
+    ("status_line", "shown"),
+    [
+        (b"HTTP\x1b[2J\r\n", r"HTTP\\x1b\[2J"),
+        (b"two\x0blines\r\n", "two lines"),
+        (b"x" * 9000 + b"\r\n", r"x{200} \(tried"),
+    ],
+)
+def test_a_status_line_of_a_stranger_stays_in_one_short_line(waits, monkeypatch, status_line, shown):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(registry, "DELAYS", ())
+    drip = Drip([status_line])
+    with pytest.raises(RegistryError, match=shown) as refused:
+        open_registry(drip.url, sleep=waits.append).schema(5)
+    assert len(str(refused.value).splitlines()) == 1
+    assert str(refused.value).isprintable()
+    drip.stop()
+
+
 def test_who_stops_does_not_wait_for_an_answer_that_drips(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     drip, began = Drip([HEAD, *[b" "] * 600]), time.monotonic()

@@ -111,6 +111,25 @@ def test_errors_are_one_line_and_have_their_status(error, status, words, edgekit
         assert edgekit("boom").failed_with(status, words)
 
 
+@pytest.mark.parametrize("flags", [[], ["-W", "default"]], ids=["plain", "asked for"])
+def test_warnings_of_libraries_about_files_are_printed_only_if_python_is_asked_for_them(flags):
+    program = (
+        "import sys, warnings, click, numpy\n"
+        "from edgekit import cli\n"
+        "def boom(debug):\n"
+        "    warnings.warn('truncated')\n"
+        "    numpy.float32(3e38) * numpy.float32(9)\n"
+        "    warnings.warn('another runtime', RuntimeWarning)\n"
+        "cli.edgekit = click.Command('boom', params=[click.Option(['--debug'], is_flag=True)], callback=boom)\n"
+        "sys.argv = ['edgekit']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, *flags, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "another runtime" in done.stderr
+    assert ("truncated" in done.stderr) == ("overflow encountered" in done.stderr) == bool(flags)
+
+
 def test_a_status_that_a_command_returns_is_the_programs(edgekit, verb):
     verb(lambda: 3)
     assert edgekit("boom").status == 3
@@ -168,14 +187,17 @@ def listed(text: str) -> dict[str, str]:
 
 def test_the_help_lists_the_core_first_and_each_commands_own_sentence(edgekit):
     found = listed(edgekit("--help").out)
-    assert list(found) == [*FIRST, "alerts", "import-t2"]
+    assert list(found) == [*FIRST, "alerts", "import-t2", "llm"]
     for name, sentence in found.items():
         assert " ".join(COMMANDS[name].load().help.split()).startswith(sentence.rstrip(".")), name
 
 
 def test_the_core_names_no_command_of_another_package():
     assert {COMMANDS[name].value.split(".")[0] for name in FIRST} == {"edgekit"}
-    assert {point.value.split(".")[0] for name, point in COMMANDS.items() if name not in FIRST} == {"alert_broker"}
+    assert {point.value.split(".")[0] for name, point in COMMANDS.items() if name not in FIRST} == {
+        "alert_broker",
+        "runtimes",
+    }
 
 
 def test_a_command_of_another_package_is_found(edgekit, broken):
@@ -201,7 +223,7 @@ def test_a_command_that_cannot_be_loaded_says_why_and_breaks_no_other(text, reas
     found = listed(done.out)
     assert reason in found["star"]
     assert "cannot be loaded" in found["star"]
-    assert list(found) == [*FIRST, "alerts", "import-t2", "star"]
+    assert list(found) == [*FIRST, "alerts", "import-t2", "llm", "star"]
     for arguments in ([], ["--help"], ["--option", "value", "more"]):
         assert edgekit("star", *arguments).failed_with(
             1, "'star' of starkit 1.2", reason, "star_package:star", "update"

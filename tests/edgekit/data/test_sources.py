@@ -1,5 +1,6 @@
 """Rows from tables, folders of images and the user's own iterables: the same arrays as from an .npz."""
 
+import contextlib
 import struct
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from edgekit.bundle.tensors import TensorSpec
+from edgekit.data import sources
 from edgekit.data.dataset import UNKNOWN, is_labelled, load
 from edgekit.errors import EdgekitError
 
@@ -216,3 +218,22 @@ def test_without_the_list_of_decoders_ghostscript_would_be_asked(tmp_path, monke
     (tmp_path / "x.png").write_bytes(BAD_PICTURES["a program for a printer"])
     with pytest.raises(pytest.fail.Exception, match="Ghostscript"), Image.open(tmp_path / "x.png") as image:
         image.load()
+
+
+SAMPLES = struct.pack("<4sIH", b"II*\0", 8, 6) + b"".join(  # a TIFF of 99 samples to a pixel
+    struct.pack("<HHII", tag, 3, 1, value)
+    for tag, value in ((256, 9), (257, 9), (258, 8), (259, 1), (262, 2), (277, 99))
+)
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["as it is", "planted"])
+def test_pillow_prints_nothing_of_its_own_about_an_image(planted, pictures, monkeypatch, caplog, recwarn):
+    folder, manifest = pictures
+    if planted:
+        monkeypatch.setattr(sources, "_quiet", contextlib.nullcontext)
+    for content in (SAMPLES, png_of(9600, 9600, (b"IDAT", b""))):
+        (folder / "test" / "red" / "x.png").write_bytes(content)
+        with pytest.raises(EdgekitError, match=r"x\.png: not a readable image"):
+            load(folder, manifest)
+    assert ("More samples per pixel" in caplog.text) == planted
+    assert any("decompression bomb" in str(item.message) for item in recwarn) == planted

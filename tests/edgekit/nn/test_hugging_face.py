@@ -52,6 +52,15 @@ def test_a_folder_computes_what_it_did(vit, tmp_path):
     assert bundle.parameters == sum(value.numel() for value in model.parameters())
 
 
+def test_transformers_draws_no_bar_on_standard_error(vit, capsys):
+    before = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
+    from_hugging_face(vit[0])
+    assert capsys.readouterr().err == ""
+    assert before == (transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled())
+    from_hugging_face.__wrapped__(vit[0])  # planted: as transformers is
+    assert "Loading weights" in capsys.readouterr().err
+
+
 def edited(folder, target, **changes):
     target.mkdir()
     for file in folder.iterdir():

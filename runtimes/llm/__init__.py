@@ -1,0 +1,1 @@
+"""Language models: engines behind one step protocol, paged key-value caches, schedules that change no token."""

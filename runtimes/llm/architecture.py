@@ -1,0 +1,239 @@
+"""What a decoder-only transformer looks like, as data: its sizes, its rotary embedding, its weights by role.
+
+The families differ in few things: which halves of a head the rotary embedding turns together, whether the projections
+have biases, whether queries and keys are normalised. An engine reads these from here and nothing else from the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.errors import EdgekitError, unknown
+from edgekit.importers.gguf import GgufFile, Tensor
+
+Pairs = Literal["adjacent", "halves"]
+# how the file of each family stores the dimensions that the rotary embedding turns together
+PAIRS: dict[str, Pairs] = {"llama": "adjacent", "qwen2": "halves", "qwen3": "halves"}
+SCALINGS = ("none", "linear")
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864, section 3.2).
+
+    size: the dimensions of a head that are turned, the first ones; base: of the frequencies; pairs: whether dimensions
+    2i and 2i + 1, or i and i + size / 2 are turned together; factors: (size / 2,) by which frequencies are divided.
+    """
+
+    size: int
+    base: float
+    pairs: Pairs
+    factors: npt.NDArray[np.float64]
+
+    def angles(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return (positions, size / 2) the angle of each pair of dimensions."""
+        exponents = np.arange(0, self.size, 2) / self.size
+        return positions[:, None] / (self.base**exponents * self.factors)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """width: of the residual stream; hidden: of the gated feed-forward; context: the longest sequence that the model
+    was made for; epsilon: of the root-mean-square norms."""
+
+    family: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden: int
+    vocabulary: int
+    context: int
+    epsilon: float
+    rope: Rope
+
+    @property
+    def queries_per_key(self) -> int:
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of a layer. Matrices have shape (outputs, inputs). None: this family has no such weight."""
+
+    attention_norm: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_bias: Tensor | None
+    key_bias: Tensor | None
+    value_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    attention_output: Tensor
+    mlp_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model in a file: its architecture and its weights. head: the embedding, if the two are tied."""
+
+    architecture: Architecture
+    embedding: Tensor
+    layers: Sequence[Layer]
+    norm: Tensor
+    head: Tensor
+
+
+def from_gguf(file: GgufFile) -> Model:
+    """Return the model in a GGUF file. Raises EdgekitError if its family is unknown or its weights do not fit."""
+    found = _Weights(file)
+    architecture = _architecture(file)
+    sizes = _shapes(architecture)
+    layers = [
+        Layer(**{role: found.layer(number, role, shape) for role, shape in sizes.items()})  # type: ignore[arg-type]
+        for number in range(architecture.layers)
+    ]
+    embedding = found.take("token_embd.weight", (architecture.vocabulary, architecture.width))
+    head = found.take("output.weight", (architecture.vocabulary, architecture.width), default=embedding)
+    model = Model(architecture, embedding, layers, found.take("output_norm.weight", (architecture.width,)), head)
+    if found.left:
+        raise EdgekitError(
+            f"{file.path}: {len(found.left)} tensors belong to no known role of {architecture.family}, such as "
+            f"{min(found.left)!r}; edgekit does not run this variant of the family"
+        )
+    return model
+
+
+def _architecture(file: GgufFile) -> Architecture:
+    family = file.get("general.architecture", str)
+    if family not in PAIRS:
+        raise unknown("family of language models", family, PAIRS, where=str(file.path))
+
+    def size(key: str, default: int | None = None) -> int:
+        value: int = file.get(f"{family}.{key}", int, default)
+        if not 1 <= value < 1 << 31:
+            raise EdgekitError(f"{file.path}: {family}.{key} = {value}; expected 1 or more")
+        return value
+
+    def number(key: str, default: float | None = None) -> float:
+        value = float(file.get(f"{family}.{key}", (int, float), default))
+        if not (math.isfinite(value) and value > 0):
+            raise EdgekitError(f"{file.path}: {family}.{key} = {value}; expected a positive number")
+        return value
+
+    width, heads = size("embedding_length"), size("attention.head_count")
+    kv_heads = size("attention.head_count_kv", heads)
+    head_size = size("attention.key_length", width // heads)
+    if heads % kv_heads or head_size % 2:
+        text = f"{heads} heads, {kv_heads} heads of keys and {head_size} dimensions to a head do not fit together"
+        raise EdgekitError(f"{file.path}: {text}; convert the model again")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise EdgekitError(f"{file.path}: holds no tensor 'token_embd.weight', so it is no language model")
+    layers = size("block_count")
+    if layers > len(file.tensors):
+        raise EdgekitError(f"{file.path}: declares {layers} layers and holds {len(file.tensors)} tensors")
+    return Architecture(
+        family=family,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        hidden=size("feed_forward_length"),
+        vocabulary=embedding.shape[0],
+        context=size("context_length"),
+        epsilon=number("attention.layer_norm_rms_epsilon"),
+        rope=_rope(file, family, size("rope.dimension_count", head_size), number("rope.freq_base", 10_000.0)),
+    )
+
+
+def _rope(file: GgufFile, family: str, size: int, base: float) -> Rope:
+    scaling = file.get(f"{family}.rope.scaling.type", str, "none")
+    if scaling not in SCALINGS:
+        raise unknown("scaling of the rotary embedding", scaling, SCALINGS, where=str(file.path))
+    factors = np.ones(size // 2)
+    if scaling == "linear":
+        factors *= float(file.get(f"{family}.rope.scaling.factor", (int, float)))
+    if (given := file.tensors.get("rope_freqs.weight")) is not None:  # Llama 3 divides each frequency by its own factor
+        if given.shape != factors.shape:
+            raise EdgekitError(f"{file.path}: 'rope_freqs.weight' has shape {given.shape}; expected {factors.shape}")
+        factors *= given.values().astype(np.float64)
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise EdgekitError(f"{file.path}: the rotary embedding has factors that are not positive numbers")
+    return Rope(size, base, PAIRS[family], factors)
+
+
+def _shapes(of: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight of a layer."""
+    queries, keys = of.heads * of.head_size, of.kv_heads * of.head_size
+    return {
+        "attention_norm": (of.width,),
+        "query": (queries, of.width),
+        "key": (keys, of.width),
+        "value": (keys, of.width),
+        "query_bias": (queries,),
+        "key_bias": (keys,),
+        "value_bias": (keys,),
+        "query_norm": (of.head_size,),
+        "key_norm": (of.head_size,),
+        "attention_output": (of.width, queries),
+        "mlp_norm": (of.width,),
+        "gate": (of.hidden, of.width),
+        "up": (of.hidden, of.width),
+        "down": (of.width, of.hidden),
+    }
+
+
+# the name of each weight in the file, behind "blk.N."
+NAMES = {
+    "attention_norm": "attn_norm.weight",
+    "query": "attn_q.weight",
+    "key": "attn_k.weight",
+    "value": "attn_v.weight",
+    "query_bias": "attn_q.bias",
+    "key_bias": "attn_k.bias",
+    "value_bias": "attn_v.bias",
+    "query_norm": "attn_q_norm.weight",
+    "key_norm": "attn_k_norm.weight",
+    "attention_output": "attn_output.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+}
+OPTIONAL = ("query_bias", "key_bias", "value_bias", "query_norm", "key_norm")
+
+
+class _Weights:
+    """The tensors of a file, each taken at most once; what is left belongs to no role."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        self.left = set(file.tensors) - {"rope_freqs.weight"}
+
+    def layer(self, number: int, role: str, shape: tuple[int, ...]) -> Tensor | None:
+        name = f"blk.{number}.{NAMES[role]}"
+        if role in OPTIONAL and name not in self._file.tensors:
+            return None
+        return self.take(name, shape)
+
+    def take(self, name: str, shape: tuple[int, ...], default: Tensor | None = None) -> Tensor:
+        tensor = self._file.tensors.get(name, default)
+        if tensor is None:
+            raise EdgekitError(f"{self._file.path}: holds no tensor {name!r}; the file is incomplete")
+        if tensor.shape != shape:
+            raise EdgekitError(f"{self._file.path}: {name!r} has shape {tensor.shape}; expected {shape}")
+        self.left.discard(name)
+        return tensor

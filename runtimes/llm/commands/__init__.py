@@ -1,0 +1,14 @@
+"""edgekit llm: run language models. Each verb is a module of this package."""
+
+from __future__ import annotations
+
+import click
+
+from edgekit.cli import LazyGroup
+
+VERBS = {verb: f"runtimes.llm.commands.{verb}:{verb}" for verb in ("complete", "chat", "perplexity", "bench")}
+
+
+@click.group(cls=LazyGroup, lazy=VERBS)
+def llm() -> None:
+    """Run language models from GGUF files on this machine."""

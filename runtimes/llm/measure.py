@@ -1,0 +1,58 @@
+"""Measure an engine's speed, and what the machine's memory allows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from edgekit.cost.timing import in_turns, timed
+from runtimes.llm.engine import Engine, Ids, Item
+
+CHUNK = 256  # tokens of a step of a prompt
+STREAM = 1 << 28  # bytes that are read to measure the memory, more than caches hold
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """context: tokens before; prompt_rate: tokens per second up to there; seconds: of a step with one token, median;
+    bound_share: of the tokens per second that reading the weights and the cache once would allow, None if the engine
+    does not know its bytes."""
+
+    context: int
+    prompt_rate: float
+    seconds: float
+    bound_share: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(engine: Engine, context: int, rounds: int, seed: int = 0) -> Speed:
+    """Time a prompt of `context` random tokens, and the token behind it."""
+    ids: Ids = np.random.default_rng(seed).integers(0, engine.architecture.vocabulary, context + 1)
+    sequence = -2
+    started = time.perf_counter()
+    try:
+        for start in range(0, context, CHUNK):
+            engine.step([Item(sequence, ids[start : min(start + CHUNK, context)], logits="none")])
+        prompt_rate = context / (time.perf_counter() - started)
+
+        def one() -> None:
+            engine.step([Item(sequence, ids[context:])])
+            engine.truncate(sequence, context)
+
+        taken = in_turns([timed(one, time.perf_counter)], least=rounds, most=rounds)
+    finally:
+        engine.remove(sequence)
+    seconds = float(np.median(taken))
+    read = engine.bytes_read(context)
+    return Speed(context, prompt_rate, seconds, None if read is None else read / memory_rate() / seconds)
+
+
+def memory_rate() -> float:
+    """Return how many bytes per second one thread reads from memory, at best."""
+    block = np.ones(STREAM // 8, np.int64)
+    return STREAM / float(in_turns([timed(block.max, time.perf_counter)], least=5, most=5).min())

@@ -1,0 +1,212 @@
+"""A language model as a user has it: text in, text out.
+
+import edgekit
+
+model = edgekit.llm.load("smollm2")
+for text in model.chat([{"role": "user", "content": "Which star is nearest to us?"}]):
+    print(text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit import plugins
+from edgekit.errors import EdgekitError
+from edgekit.importers import downloads
+from edgekit.importers.gguf import GgufFile, read_gguf
+from runtimes.llm.architecture import Model, from_gguf
+from runtimes.llm.blocks import blocks_for
+from runtimes.llm.chat import Message, conversation
+from runtimes.llm.engine import Engine, Ids, Item
+from runtimes.llm.sampling import Sampling
+from runtimes.llm.scheduler import Request, Scheduler
+from runtimes.llm.tokenizer import TextStream, Tokenizer
+
+CONTEXT = 4096  # tokens of the cache, unless the model's own context is shorter
+CHUNK = 256  # tokens of a step
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """value: e to the mean of -log p of each token but the first of each window; tokens: how many these are."""
+
+    value: float
+    tokens: int
+
+
+class LanguageModel:
+    """A model, its tokenizer and an engine with a cache of `context` tokens. One thread may use it at a time."""
+
+    def __init__(self, file: GgufFile, engine: Engine, context: int) -> None:
+        self.file, self.engine, self.context = file, engine, context
+        self.tokenizer = Tokenizer(file)
+        if len(self.tokenizer) > engine.architecture.vocabulary:
+            raise EdgekitError(
+                f"{file.path}: the tokenizer has {len(self.tokenizer)} tokens and the embedding "
+                f"{engine.architecture.vocabulary}; the file is damaged"
+            )
+
+    @property
+    def name(self) -> str:
+        name = self.file.metadata.get("general.name")
+        return name if isinstance(name, str) else self.file.path.stem
+
+    def complete(
+        self, prompt: str, *, most_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """Yield the text that follows the prompt, piece by piece. stop: texts that end it; they are not part of it."""
+        yield from self._answer(self.tokenizer.encode(prompt), most_tokens, sampling, stop)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        most_tokens: int = 512,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yield the assistant's next message, piece by piece. messages: each with role and content."""
+        text = conversation(self._template(), messages, str(self.file.path), **self._names())
+        prompt = self.tokenizer.encode(text, special=True, begin=False)
+        yield from self._answer(prompt, most_tokens, sampling, stop)
+
+    def close(self) -> None:
+        """Free the engine's memory. The model cannot be used any more."""
+        self.engine.close()
+
+    def __enter__(self) -> LanguageModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def perplexity(
+        self, text: str, window: int = 1024, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Perplexity:
+        """Return how well the model predicts a text. window: tokens that are read without the ones before, at most the
+        cache's; progress: is told the tokens that are done, and all."""
+        if not 2 <= window <= self.context:
+            raise EdgekitError(f"window = {window}; expected 2 to {self.context}, the tokens of the cache")
+        ids = self.tokenizer.encode(text, begin=False)
+        total, number = 0.0, 0
+        for start in range(0, len(ids), window):
+            part = ids[start : start + window]
+            if len(part) > 1:
+                chances = self._log_probabilities(part)
+                total -= float(chances.sum())
+                number += len(chances)
+            progress(min(start + window, len(ids)), len(ids))
+        if not number:
+            raise EdgekitError(f"a text of {len(ids)} tokens; perplexity needs at least 2")
+        return Perplexity(float(np.exp(total / number)), number)
+
+    def _log_probabilities(self, ids: Ids) -> Any:
+        """Return (tokens - 1,) log p of each token after those before it."""
+        found, sequence = [], -1
+        try:
+            for start in range(0, len(ids) - 1, CHUNK):
+                part = ids[start : min(start + CHUNK, len(ids) - 1)]
+                logits = self.engine.step([Item(sequence, part, logits="all")])[0].astype(np.float64)
+                logits -= logits.max(axis=-1, keepdims=True)
+                logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+                found.append(logits[np.arange(len(part)), ids[start + 1 : start + 1 + len(part)]])
+        finally:
+            if sequence in self.engine.blocks.tables:
+                self.engine.remove(sequence)
+        return np.concatenate(found)
+
+    def _answer(self, prompt: Ids, most_tokens: int, sampling: Sampling | None, stop: Sequence[str]) -> Iterator[str]:
+        scheduler = Scheduler(self.engine, budget=CHUNK)
+        request = Request(prompt, most_tokens, sampling or Sampling(), self.tokenizer.ends)
+        number = scheduler.submit(request)
+        text = StoppingText(self.tokenizer, stop)
+        try:
+            while scheduler.busy:
+                for item in scheduler.step():
+                    if item.token is not None and (piece := text.add(item.token)):
+                        yield piece
+                if text.stopped:
+                    break
+            if piece := text.end():
+                yield piece
+        finally:
+            scheduler.cancel(number)
+
+    def _template(self) -> str:
+        template: str = self.file.get("tokenizer.chat_template", str, "")
+        if not template:
+            raise EdgekitError(f"{self.file.path}: the model has no chat template; use `edgekit llm complete`")
+        return template
+
+    def _names(self) -> dict[str, str]:
+        tokens = self.file.metadata["tokenizer.ggml.tokens"]
+        named = {"bos_token": self.tokenizer.bos, "eos_token": self.tokenizer.eos}
+        return {name: "" if number is None else tokens[number] for name, number in named.items()}
+
+
+class StoppingText:
+    """The text of tokens that come one by one, until a text that ends it. What may be the beginning of such a text is
+    held back until the next token."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        if not all(stop):
+            raise EdgekitError("a stop text is empty; expected at least one character")
+        self._stream, self._stop = TextStream(tokenizer), stop
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Return the text that is certain by now."""
+        self._held += self._stream.add(token)
+        if ends := [at for text in self._stop if (at := self._held.find(text)) >= 0]:
+            self.stopped = True
+            found, self._held = self._held[: min(ends)], ""
+            return found
+        begun = max((_begun(self._held, text) for text in self._stop), default=0)
+        found = self._held[: len(self._held) - begun]
+        self._held = self._held[len(found) :]
+        return found
+
+    def end(self) -> str:
+        """Return what was held back, if nothing has ended the text."""
+        return "" if self.stopped else self._held + self._stream.end()
+
+
+def _begun(text: str, stop: str) -> int:
+    """Return how many of the last characters are the beginning of `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def load(name: str | Path, *, engine: str = "native", context: int | None = None, **options: Any) -> LanguageModel:
+    """Load a model. name: a .gguf file, or a model that `edgekit models get` has installed; engine: "native" or "torch"
+    or one that another package adds; context: tokens of the cache, at most the model's own; options: of the engine,
+    such as kv="int8" or threads=2."""
+    file = read_gguf(downloads.find(name))
+    model = from_gguf(file)
+    longest = model.architecture.context
+    tokens = min(CONTEXT, longest) if context is None else context
+    if not 1 <= tokens <= longest:
+        raise EdgekitError(f"context = {tokens}; expected 1 to {longest}, the model's own")
+    opened = open_engine(engine, model, {"blocks": blocks_for(tokens), **options})
+    return LanguageModel(file, opened, tokens)
+
+
+def open_engine(name: str, model: Model, options: Mapping[str, Any]) -> Engine:
+    opener = plugins.load("edgekit.engines", name, _problem_with)
+    try:
+        opened: Engine = opener(model, **options)
+    except TypeError as error:
+        raise EdgekitError(f"the engine {name!r} does not take these options: {error}") from None
+    return opened
+
+
+def _problem_with(opener: Any, name: str) -> str:
+    if not (isinstance(opener, type) and issubclass(opener, Engine)):
+        return "it is no class that inherits runtimes.llm.engine.Engine"
+    return ""

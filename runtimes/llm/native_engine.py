@@ -1,0 +1,276 @@
+"""The engine in C for CPUs: weights in 4, 8, 16 or 32 bits as the file has them, activations in 8 bits.
+
+The source is compiled for the model's head size and for this machine, and kept in edgekit's cache. Logits are the same
+bits for every schedule: for every way of cutting sequences into steps, for every batch, for every number of threads,
+and on every machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit import cache
+from edgekit.errors import EdgekitError, unknown
+from edgekit.importers.gguf import Tensor
+from edgekit.importers.gguf_formats import encode_q8_0
+from edgekit.machine import available_memory
+from exporters.c.library import Compiler, is_complete, keep_library
+from runtimes.llm.architecture import Architecture, Model
+from runtimes.llm.blocks import BLOCK, blocks_for
+from runtimes.llm.engine import Batch, Engine, Floats
+
+FOLDER = Path(__file__).parent / "native"
+FILES = ("lanes.h", "matrix.c", "attention.c", "engine.c")
+# contraction would round differently from compiler to compiler; results are the same bits everywhere without it
+FLAGS = ("-std=gnu99", "-O3", "-ffp-contract=off", "-pthread")
+FORMATS = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2, "F16": 3, "BF16": 4, "F32": 5}  # as the C source numbers them
+CACHES = {"f16": 0, "int8": 1}
+MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")  # in the order of the C source
+VECTORS = ("attention_norm", "mlp_norm", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm")
+MOST_QUERIES = 16  # to a head of keys
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("layers", "width", "heads", "kv_heads", "hidden", "vocabulary")),
+        *((name, ctypes.c_int32) for name in ("rope_size", "adjacent")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("cache", "blocks", "most_rows", "most_length", "threads")),
+        ("weight_bytes", ctypes.c_size_t),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("ids", "embeddings", "cosines", "sines", "index", "tables", "follows")),
+    ]
+
+
+class NativeEngine(Engine):
+    """A model in C. blocks: of 16 tokens, of the cache; kv: how the cache stores keys and values, "f16" or "int8";
+    threads: by default one for each core; rows: the most tokens of a step; compiler: its command, by default $CC or the
+    first of cc, gcc, clang; flags: by default for this machine."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        blocks: int = 512,
+        kv: str = "f16",
+        threads: int | None = None,
+        rows: int = 512,
+        compiler: str | None = None,
+        flags: Sequence[str] = ("-march=native",),
+    ) -> None:
+        if kv not in CACHES:
+            raise unknown("format of the key-value cache", kv, CACHES)
+        super().__init__(model.architecture, blocks)
+        of, self.rows = model.architecture, rows
+        self.threads = threads or len(os.sched_getaffinity(0))
+        _check_sizes(of, self.threads, rows)
+        self._library = _library(of, Compiler(compiler), flags)
+        self.lanes = self._library.engine_lanes().decode()
+        shape = _Shape(
+            of.layers, of.width, of.heads, of.kv_heads, of.hidden, of.vocabulary, of.rope.size,
+            of.rope.pairs == "adjacent", of.epsilon, CACHES[kv], blocks, rows, blocks * BLOCK, self.threads,
+            sum(self._matrix_bytes(tensor) for tensor in _matrices(model)),
+        )  # fmt: skip
+        self._weights: int = shape.weight_bytes - self._embedding_only(model)
+        self.bytes = shape.weight_bytes + blocks * _block_bytes(of, kv)  # of weights and cache
+        _check_memory(self.bytes, shape.weight_bytes, blocks)
+        self._engine: int | None = self._library.engine_new(ctypes.byref(shape))
+        if not self._engine:
+            raise EdgekitError(
+                f"no memory for {blocks} blocks of {BLOCK} tokens, or for a thread; ask for fewer blocks"
+            )
+        self._load(model)
+        self._block_bytes: int = self._library.engine_block_bytes(self._engine)
+
+    def close(self) -> None:
+        """Free the engine's memory and end its threads."""
+        if self._engine:
+            self._library.engine_end(self._engine)
+            self._engine = None
+
+    def bytes_read(self, context: int) -> int:
+        return self._weights + blocks_for(context + 1) * self._block_bytes
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None):
+            self.close()
+
+    def _load(self, model: Model) -> None:
+        self._matrix(-1, 0, model.embedding)
+        if model.head is model.embedding:
+            self._library.engine_matrix(self._engine, -1, 1, 0, 0, 0, None, 0)
+        else:
+            self._matrix(-1, 1, model.head)
+        self._vector(-1, 0, model.norm)
+        for number, layer in enumerate(model.layers):
+            for role, name in enumerate(MATRICES):
+                self._matrix(number, role, getattr(layer, name))
+            for role, name in enumerate(VECTORS):
+                if (tensor := getattr(layer, name)) is not None:
+                    self._vector(number, role, tensor)
+
+    def _matrix_bytes(self, tensor: Tensor) -> int:
+        form = FORMATS.get(tensor.format.name, FORMATS["Q8_0"])
+        size: int = self._library.engine_matrix_bytes(form, *tensor.shape)
+        return size
+
+    def _embedding_only(self, model: Model) -> int:
+        """Return the bytes of the embedding if it is not the head, too: a token reads one row of it."""
+        return 0 if model.head is model.embedding else self._matrix_bytes(model.embedding)
+
+    def _matrix(self, layer: int, role: int, tensor: Tensor) -> None:
+        rows, inputs = tensor.shape
+        form = tensor.format.name
+        content = np.ascontiguousarray(tensor.rows())
+        if form not in FORMATS:  # of more bits than 4: nothing is lost that 8 bits do not lose
+            form, content = "Q8_0", encode_q8_0(tensor.values())
+        done = self._library.engine_matrix(
+            self._engine, layer, role, FORMATS[form], rows, inputs, content.ctypes.data, content.shape[1]
+        )
+        assert done
+
+    def _vector(self, layer: int, role: int, tensor: Tensor) -> None:
+        values = np.ascontiguousarray(tensor.values())
+        if not self._library.engine_vector(self._engine, layer, role, values.ctypes.data, values.size):
+            raise EdgekitError(f"no memory for {tensor.name!r}")
+
+    # --- the engine's part of the step protocol
+
+    def begin(self, batch: Batch) -> Any:
+        """Return the arrays of a step, as C takes them, and what keeps them in memory."""
+        if len(batch.ids) > self.rows:
+            raise EdgekitError(
+                f"a step of {len(batch.ids)} tokens; this engine takes up to {self.rows}, set with rows="
+            )
+        angles = self.architecture.rope.angles(batch.positions)
+        follows = np.zeros(len(batch.ids), np.uint8)
+        tables = np.zeros(len(batch.ids), np.uintp)
+        for span, table in zip(batch.spans, batch.tables, strict=True):
+            follows[span] = 1
+            follows[span.start] = 0
+            tables[span] = table.ctypes.data
+        arrays = {
+            "ids": batch.ids.astype(np.int32),
+            "embeddings": batch.embeddings,
+            "cosines": np.cos(angles).astype(np.float32),
+            "sines": np.sin(angles).astype(np.float32),
+            "index": batch.index.astype(np.int32),
+            "tables": tables,
+            "follows": follows,
+        }
+        pointers = {name: None if array is None else array.ctypes.data for name, array in arrays.items()}
+        return _Batch(rows=len(batch.ids), **pointers), arrays
+
+    def run_layers(self, state: Any, batch: Batch, first: int, end: int) -> None:
+        self._library.engine_layers(self._engine, ctypes.byref(state[0]), first, end)
+
+    def finish(self, state: Any, batch: Batch) -> Floats:
+        vocabulary = self.architecture.vocabulary
+        logits = np.empty((len(batch.wanted), -(-vocabulary // 16) * 16), np.float32)
+        wanted = batch.wanted.astype(np.int32)
+        if len(wanted):
+            self._library.engine_logits(self._engine, wanted.ctypes.data, len(wanted), logits.ctypes.data)
+        return logits[:, :vocabulary]
+
+    def copy_block(self, source: int, target: int) -> None:
+        self._library.engine_copy_block(self._engine, source, target)
+
+    def export_blocks(self, blocks: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+        content = np.empty((len(blocks), self._block_bytes), np.uint8)
+        for block, row in zip(blocks.tolist(), content, strict=True):
+            self._library.engine_move_block(self._engine, block, row.ctypes.data, 1)
+        return content
+
+    def import_blocks(self, blocks: npt.NDArray[np.int32], content: npt.NDArray[Any]) -> None:
+        for block, row in zip(blocks.tolist(), np.ascontiguousarray(content), strict=True):
+            self._library.engine_move_block(self._engine, block, row.ctypes.data, 0)
+
+
+def _block_bytes(of: Architecture, kv: str) -> int:
+    """Return the bytes of a block of the cache in all layers."""
+    values = 2 * BLOCK * of.head_size
+    head = 2 * values if kv == "f16" else values + 2 * BLOCK * 4
+    return of.layers * of.kv_heads * head
+
+
+def _check_memory(needed: int, weights: int, blocks: int) -> None:
+    free = available_memory()
+    if free is not None and needed > free:
+        raise EdgekitError(
+            f"{needed:,} bytes are needed, {weights:,} for weights and {needed - weights:,} for a cache of "
+            f"{blocks * BLOCK:,} tokens, and {free:,} are free; take a shorter context or a smaller model"
+        )
+
+
+def _check_sizes(of: Architecture, threads: int, rows: int) -> None:
+    limits = [
+        (
+            of.head_size % 16 == 0 and of.head_size <= 256,
+            f"head size {of.head_size}",
+            "a multiple of 16 to 256",
+        ),
+        (of.queries_per_key <= MOST_QUERIES, f"{of.queries_per_key} queries to a key", f"at most {MOST_QUERIES}"),
+        (of.width % 32 == 0 and of.hidden % 32 == 0, f"width {of.width}, hidden {of.hidden}", "multiples of 32"),
+        (1 <= threads <= 256, f"threads = {threads}", "1 to 256"),
+        (1 <= rows <= 1 << 16, f"rows = {rows}", "1 to 65536"),
+    ]
+    for good, got, expected in limits:
+        if not good:
+            raise EdgekitError(f"the native engine cannot run this: {got}; expected {expected}; the torch engine can")
+
+
+def _matrices(model: Model) -> Iterator[Tensor]:
+    yield model.embedding
+    if model.head is not model.embedding:
+        yield model.head
+    for layer in model.layers:
+        yield from (getattr(layer, name) for name in MATRICES)
+
+
+def source_of(of: Architecture) -> str:
+    """Return the C source of an engine for this architecture, in one file."""
+    parts = [f"#define HEAD_SIZE {of.head_size}\n#define QUERIES {of.queries_per_key}\n"]
+    parts += [re.sub(r'^#include "[^"]*"\n', "", (FOLDER / name).read_text(), flags=re.M) for name in FILES]
+    return "".join(parts)
+
+
+def _library(of: Architecture, compiler: Compiler, flags: Sequence[str]) -> ctypes.CDLL:
+    """Return the compiled engine from the cache, or compile it now."""
+    every = (*FLAGS, *flags)
+    source = source_of(of)
+    key = hashlib.sha256(f"{source}\0{' '.join(every)}\0{compiler.macros(every)}".encode()).hexdigest()[:32]
+    path = cache.folder("llm") / f"{key}.so"
+    if not is_complete(path):
+        keep_library(path, compiler.shared_library(source, "", every))
+    library = ctypes.CDLL(str(path))
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+    for name, result, arguments in (
+        ("engine_lanes", ctypes.c_char_p, []),
+        ("engine_new", pointer, [pointer]),
+        ("engine_end", None, [pointer]),
+        ("engine_vector", number, [pointer, number, number, pointer, number]),
+        ("engine_matrix_bytes", size, [number, number, number]),
+        ("engine_matrix", number, [pointer, number, number, number, number, number, pointer, size]),
+        ("engine_layers", None, [pointer, pointer, number, number]),
+        ("engine_logits", None, [pointer, pointer, number, pointer]),
+        ("engine_block_bytes", size, [pointer]),
+        ("engine_move_block", None, [pointer, number, pointer, number]),
+        ("engine_copy_block", None, [pointer, number, number]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library

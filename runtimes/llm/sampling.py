@@ -1,0 +1,77 @@
+"""Choose the next token from logits.
+
+A request's choices depend on its seed and on nothing else: the number for its n-th token is drawn from a counter-based
+generator (Philox, Salmon et al. 2011) at n, so batches and schedules cannot change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.errors import EdgekitError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose. temperature: 0 takes the most probable token; top_k: of how many of the most probable, 0 for all;
+    top_p: of the fewest that together have this probability (Holtzman et al., arXiv 1904.09751); min_p: of those with
+    at least this share of the largest probability; repetition: by which the logits of tokens that came before are
+    divided (multiplied where they are negative; Keskar et al., arXiv 1909.05858); seed: of the random numbers."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits = [
+            ("temperature", 0 <= self.temperature <= 100, "0 to 100"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, and at most 1"),
+            ("min_p", 0 <= self.min_p < 1, "0 to below 1"),
+            ("repetition", 0 < self.repetition <= 100, "more than 0, and at most 100"),
+            ("seed", 0 <= self.seed < 1 << 64, "a whole number below 2**64"),
+        ]
+        for name, good, expected in limits:
+            if not good:
+                raise EdgekitError(f"sampling: {name} = {getattr(self, name)}; expected {expected}")
+
+
+def choose(logits: npt.NDArray[np.float32], sampling: Sampling, before: Sequence[int], number: int) -> int:
+    """Return the id of the next token. logits: (vocabulary,); before: the tokens of the sequence; number: of this
+    choice in its request."""
+    scores = logits.astype(np.float64)
+    if sampling.repetition != 1.0 and len(before):
+        seen = np.unique(np.asarray(before, np.int64))
+        scores[seen] = np.where(
+            scores[seen] > 0, scores[seen] / sampling.repetition, scores[seen] * sampling.repetition
+        )
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    weights = probabilities(scores, sampling)
+    generator = np.random.Generator(np.random.Philox(key=sampling.seed, counter=number))
+    ends = weights.cumsum()
+    return int(min(np.searchsorted(ends, generator.random() * ends[-1], side="right"), np.flatnonzero(weights)[-1]))
+
+
+def probabilities(scores: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDArray[np.float64]:
+    """Return (vocabulary,) the weights of the tokens that may be chosen, and 0 for the others."""
+    scaled = (scores - scores.max()) / sampling.temperature
+    weights: npt.NDArray[np.float64] = np.exp(scaled)
+    order = np.argsort(-weights, kind="stable")
+    kept = len(order)
+    if sampling.top_k:
+        kept = min(kept, sampling.top_k)
+    if sampling.top_p < 1:
+        ends = weights[order].cumsum()
+        kept = min(kept, int(np.searchsorted(ends, sampling.top_p * ends[-1])) + 1)
+    if sampling.min_p:
+        kept = min(kept, int((weights[order] >= sampling.min_p).sum()))  # the largest weight is 1
+    weights[order[kept:]] = 0.0
+    return weights

@@ -1,0 +1,82 @@
+"""A real model: SmolLM2 135M Instruct from PyPI (98 MB, Apache-2.0)."""
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from edgekit.errors import EdgekitError
+from edgekit.importers import downloads
+from runtimes.llm.engine import Item
+from runtimes.llm.model import load
+from runtimes.llm.native_engine import NativeEngine
+from tests.runtimes.llm.conftest import compiler
+
+pytestmark = [pytest.mark.models, compiler]
+TEXT = (
+    "A transient is an object in the sky whose brightness changes within hours or weeks. Surveys compare each image of "
+    "a field with a reference image, and send an alert for every source that has changed. "
+)
+
+
+@pytest.fixture(scope="module")
+def path():
+    try:
+        return downloads.get("smollm2")
+    except EdgekitError as error:
+        pytest.skip(f"the model cannot be downloaded: {error}")
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    with load(path, context=1024) as found:
+        yield found
+
+
+def test_it_knows_what_it_was_taught(model):
+    assert "Paris" in "".join(model.complete("The capital of France is", most_tokens=5))
+    question = [{"role": "user", "content": "Which planet is the largest?"}]
+    assert "Jupiter" in "".join(model.chat(question, most_tokens=20))
+
+
+def test_a_text_comes_back_from_its_tokens(model):
+    for text in (TEXT, "12,345.67 été 日本語 🌌\n\n\tend"):
+        assert model.tokenizer.decode(model.tokenizer.encode(text).tolist()) == text
+
+
+def test_the_tokenizer_is_the_one_that_transformers_builds_from_the_same_file(model, path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'edgekit[transformers]'")
+    pytest.importorskip("gguf", reason="pip install gguf")
+    other = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in (TEXT * 5, "12,345.67 été 日本語 🌌\n\n\tend", "def f(x):\n    return x**2  # <|im_end|>"[:24]):
+        assert model.tokenizer.encode(text).tolist() == other(text)["input_ids"]
+
+
+def log_probabilities(logits):
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize(("kv", "most"), [("f16", 0.006), ("int8", 0.008)])
+def test_8_bit_activations_move_it_little_from_float32(model, path, kv, most):
+    ids = model.tokenizer.encode(TEXT * 3)
+    with load(path, engine="torch", context=512) as reference:
+        expected = log_probabilities(reference.engine.step([Item(0, ids, logits="all")])[0])
+    with load(path, kv=kv, context=512) as found:
+        logits = found.engine.step([Item(0, ids, logits="all")])[0]
+    divergence = (np.exp(expected) * (expected - log_probabilities(logits))).sum(-1).mean()
+    assert 0 <= divergence < most
+    assert (expected.argmax(-1) == logits.argmax(-1)).mean() > 0.95
+
+
+@pytest.mark.parametrize("kv", ["f16", "int8"])
+def test_its_logits_are_the_same_bits_in_chunks_and_with_other_threads(model, kv):
+    from edgekit.importers.gguf import read_gguf
+    from runtimes.llm.architecture import from_gguf
+
+    ids, found = model.tokenizer.encode(TEXT * 3), []
+    for threads, chunk in ((1, 512), (1, 1), (2, 17), (2, 64)):
+        with closing(NativeEngine(from_gguf(read_gguf(model.file.path)), blocks=32, kv=kv, threads=threads)) as engine:
+            parts = [engine.step([Item(0, ids[at : at + chunk], logits="all")])[0] for at in range(0, len(ids), chunk)]
+            found.append(np.concatenate(parts))
+    assert all(np.array_equal(other, found[0]) for other in found[1:])

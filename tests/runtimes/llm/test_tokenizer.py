@@ -1,0 +1,80 @@
+"""Text to tokens and back."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgekit.errors import EdgekitError
+from edgekit.importers.gguf import read_gguf
+from runtimes.llm.tokenizer import TextStream, Tokenizer
+from tests.gguf_files import gguf, toy_metadata
+
+
+def tokenizer_of(tmp_path, **metadata):
+    given = toy_metadata("llama") | {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    path = tmp_path / "tokenizer.gguf"
+    path.write_bytes(gguf({key: value for key, value in given.items() if value is not None}, {}))
+    return Tokenizer(read_gguf(path))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tokenizer_of(tmp_path_factory.mktemp("tokenizer"))
+
+
+@given(st.text(max_size=60))
+def test_a_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
+def test_merges_are_applied_in_their_order(tokenizer):
+    pieces = [tokenizer.bytes_of(number) for number in tokenizer.encode("then an in").tolist()]
+    assert pieces == [b"the", b"n", b" ", b"an", b" ", b"in"]
+
+
+def test_a_control_token_is_one_only_where_it_is_asked_for(tokenizer):
+    assert len(tokenizer.encode("<|0|>")) > 1
+    assert tokenizer.encode("<|0|>", special=True).tolist() == [261]
+    assert tokenizer.decode([261, *tokenizer.encode("a").tolist()]) == "a"
+
+
+def test_a_character_that_spans_tokens_waits_for_its_last_byte(tokenizer):
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode("é").tolist()
+    assert len(ids) == 2
+    assert [stream.add(number) for number in ids] == ["", "é"]
+    stream.add(ids[0])
+    assert stream.end() == "�"
+
+
+def test_a_beginning_is_added_once_where_the_model_wants_one(tmp_path):
+    tokenizer = tokenizer_of(tmp_path, bos_token_id=261, add_bos_token=True)
+    assert tokenizer.encode("a").tolist()[0] == 261
+    assert tokenizer.encode("<|0|>a", special=True).tolist().count(261) == 1
+    assert tokenizer.encode("a", begin=False).tolist()[0] != 261
+
+
+@pytest.mark.parametrize(("rule", "text", "words"), [
+    ("smollm", "in 123", 6), ("llama-bpe", "123", 3), ("qwen2", "123", 3), ("gpt-2", "an", 1),
+])  # fmt: skip
+def test_each_rule_builds_a_tokenizer(tmp_path, rule, text, words):
+    tokenizer = tokenizer_of(tmp_path, pre=rule)
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+    assert len(tokenizer.encode(text)) == words - (rule == "smollm")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ({"model": "llama"}, "unknown tokenizer 'llama'"),
+        ({"pre": "strange"}, "unknown rule"),
+        ({"tokens": None}, "has no 'tokenizer.ggml.tokens'"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "damaged"),
+        ({"token_type": [1]}, "damaged"),
+        ({"eos_token_id": 5000}, "not in the vocabulary"),
+        ({"merges": ["x y z w"]}, "cannot be built"),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(tmp_path, metadata, problem):
+    with pytest.raises(EdgekitError, match=problem):
+        tokenizer_of(tmp_path, **metadata)
