@@ -198,7 +198,8 @@ class Membership:
         self.draining = True
         while time.monotonic() < deadline and any(entries[where].in_flight for where in ours if where in entries):
             self._polling_thread.serve()
-            self.commits.commit_now()
+            if self.commits.may_commit:
+                self.commits.commit_now()
             if not self.while_draining():
                 break
             time.sleep(DRAIN_STEP)

@@ -55,16 +55,21 @@ class OffsetCommits:
 
     # --- called by the thread that polls
 
+    @property
+    def may_commit(self) -> bool:
+        """Whether a commit may be sent now: one that failed is sent again after `RETRY_SECONDS`, not at once."""
+        return self._failing_since is None or time.monotonic() >= self._due
+
     def serve_idle(self) -> None:
         """Between polls that are far apart, no answer is heard. So wait for it, if the publishing thread waits, too."""
-        if self._hurry and (self._failing_since is None or time.monotonic() >= self._due):
+        if self._hurry and self.may_commit:
             self._hurry = False
             self.commit_now()
 
     def serve(self) -> None:
         """Send a commit if it is due."""
         now = time.monotonic()
-        if self._sent is not None or (now < self._due and not (self._hurry and self._failing_since is None)):
+        if self._sent is not None or not (now >= self._due or (self._hurry and self.may_commit)):
             return
         with self._lock:
             if self.batches == self._acknowledged_batches:

@@ -8,44 +8,28 @@ so it is safe to commit the offset after the last message of a batch.
 
 from __future__ import annotations
 
-import functools
 import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-
-from alert_broker.stream.archive import Archive
-from alert_broker.stream.classifiers import open_all_classifiers
+from alert_broker.stream.batch_stages import BatchStages
 from alert_broker.stream.config import Config
-from alert_broker.stream.dead_letters import UNREADABLE, DeadLetter, DeadLetterLimits
-from alert_broker.stream.in_flight import InFlight, positions_of, with_positions
+from alert_broker.stream.in_flight import InFlight
 from alert_broker.stream.offset_commits import COMMIT_SECONDS
-from alert_broker.stream.outcome import Outcome, ResultWriter
-from alert_broker.stream.outputs import Registry
-from alert_broker.stream.publication import Owned, Publication
 from alert_broker.stream.publish import open_publisher
-from alert_broker.stream.registry import HttpRegistry, RegistryError, open_registry
-from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import Source
-from alert_broker.stream.stages import Stages
 from alert_broker.stream.stats import Stats
-from alert_broker.stream.unreadable import UnreadableMessage
 from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-PAUSE_AFTER = (
-    1.0  # seconds of full queues before fetching is paused; a pause drops the messages that librdkafka has read ahead
-)
+# Seconds of full queues before fetching is paused. A pause drops the messages that librdkafka has read ahead.
+PAUSE_AFTER = 1.0
 IDLE_POLL = 0.01  # seconds between checks for requests of the publishing thread
 ANSWER_STEP = 0.005  # seconds between looks for the brokers' answers to what was published
-REGISTRY_RETRY = 1.0  # seconds between attempts to reach a registry that does not answer
 
 
 class Pipeline:
@@ -57,27 +41,15 @@ class Pipeline:
     def __init__(self, config: Config, stats: Stats, *, notify: Callable[[str], None] = lambda message: None) -> None:
         self.config, self.stats = config, stats
         self._cancelled = threading.Event()  # set when the batches in flight are given up
-        budget = Budget(config.model.alert_seconds, self._cancelled.is_set)
-        classifiers = open_all_classifiers(config, budget, notify)
-        for item in classifiers.opened.values():
-            stats.models[item.bundle.manifest.name] = item.bundle.digest
         self._stopping = threading.Event()  # set when no stage should wait for the registry any more
-        registry = self._open_registry() if config.registry.url else None
-        self._registry = registry
-        self.stages = Stages(classifiers, registry.schema if registry else None, budget)
-        routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
-        router = Router(routes, classifiers.schema, registry=registry) if routes else None
-        if router is not None:
-            router.warm_up()
-        self._writer = ResultWriter(config, router, self.stages.schema_text)
-        self.archive = Archive(Path(config.archive.folder), classifiers.schema) if config.archive.folder else None
+        budget = Budget(config.model.alert_seconds, self._cancelled.is_set)
+        self.stages = BatchStages(config, stats, budget, self._stopping, notify)
         self.source = Source(config, stats)
         try:
             self.publisher = open_publisher(config, self.source.membership, budget)
         except BaseException:
             self.source.close()
             raise
-        self._limits = DeadLetterLimits(config.dead_letters)
         self._failure: BaseException | None = None
         self._queues = {
             name: queue.Queue[InFlight | None](config.batch.queue) for name in ("decode", "classify", "publish")
@@ -88,21 +60,13 @@ class Pipeline:
         self.source.membership.while_draining = self._keep_moving
         self.source.membership.cancelled = self._cancelled.is_set
 
-    def _open_registry(self) -> Registry:
-        return open_registry(
-            self.config.registry_url(),
-            sleep=self._stopping.wait,
-            stopped=self._stopping.is_set,
-            seconds=self.config.registry.seconds,
-        )
-
     def run(self, stop: Callable[[], bool]) -> None:
         self._stop = self.source.stopping = stop
         threads = [
             threading.Thread(target=serve, args=arguments, name=f"edgekit-{name}", daemon=True)
             for name, serve, arguments in (
-                ("decode", self._serve, ("decode", self._decode, "classify")),
-                ("classify", self._serve, ("classify", self._classify, "publish")),
+                ("decode", self._serve, ("decode", self.stages.decode, "classify")),
+                ("classify", self._serve, ("classify", self.stages.classify, "publish")),
                 ("publish", self._serve_publisher, ()),
             )
         ]
@@ -265,58 +229,5 @@ class Pipeline:
     def _put(self, name: str, work: InFlight | None) -> None:
         self._queues[name].put(work)
 
-    def _decode(self, work: InFlight) -> None:
-        values = [message.value() for message in work.batch.messages]
-        deadline = time.monotonic() + self.config.registry.seconds
-        while True:
-            try:
-                with self.stats.stage("decode"):
-                    work.alerts, work.dead_letters = self.stages.decode(values)
-                for number, dead_letter in enumerate(work.dead_letters):
-                    message: Any = work.batch.messages[dead_letter.index]
-                    if isinstance(message, UnreadableMessage):
-                        work.dead_letters[number] = DeadLetter(dead_letter.index, message.reason, UNREADABLE)
-                return
-            except RegistryError as error:  # no alert is at fault: wait; fetching is paused meanwhile
-                if self._stopping.is_set():
-                    raise
-                if isinstance(self._registry, HttpRegistry) and self._registry.blames(error):
-                    LOG.warning("messages with schema %d become dead letters: %s", error.identifier, error)
-                    continue
-                if time.monotonic() > deadline:
-                    raise
-                LOG.warning("%s; trying again", error)
-                self._stopping.wait(REGISTRY_RETRY)
-
-    def _classify(self, work: InFlight) -> None:
-        before = self.stages.classifiers.seconds
-        rows, dead_letters = self.stages.classify(work.alerts)
-        for stage, seconds in self.stages.classifiers.seconds.items():
-            self.stats.observe(stage, seconds - before[stage])
-        work.dead_letters += dead_letters
-        work.index = rows["offset"].to_numpy()
-        work.rows = with_positions(rows, work.batch, work.index)
-        work.alerts = []
-
     def _publish(self, work: InFlight) -> None:
-        batch, membership = work.batch, self.source.membership
-        with self.stats.stage("route"):
-            results = self._writer.results(work)
-            outcome = Outcome(work, results, self.config, archived=self.archive is not None)
-        self.publisher.make_room()
-        with membership.publishing:
-            owned = membership.owned(batch)
-            if not owned.any():
-                return
-            self._limits.check(outcome.dead_letters, len(batch))
-            if self.archive is not None:
-                keep = owned[work.index]
-                assert work.rows is not None
-                self.archive.write(work.rows.filter(pa.array(keep)), positions_of(batch, work.index[keep]))
-        messages = outcome.messages(owned)
-        account = functools.partial(self._account, outcome, time.monotonic())
-        self.publisher.publish(Publication(batch, messages, outcome.instead, account))
-
-    def _account(self, outcome: Outcome, started: float, owned: Owned) -> None:
-        self.stats.observe("publish", time.monotonic() - started)
-        outcome.account(self.stats, owned)
+        self.stages.publish(work, self.source.membership, self.publisher)

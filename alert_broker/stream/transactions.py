@@ -74,6 +74,7 @@ class ExactlyOnce:
         return bool(self._window)
 
     def make_room(self) -> None:
+        self.serve()
         if len(self._window) >= self._most:
             self._close_window()
 

@@ -159,8 +159,8 @@ class InMemory:
         batch = MessageBatch(messages, where, (1,), np.zeros(len(hostiles), np.int64), offsets, 0.0)  # type: ignore[arg-type]
         self.stats.ledger.add(where[0], consumed=len(batch))
         work = InFlight(batch)
-        self.pipeline._decode(work)
-        self.pipeline._classify(work)
+        self.pipeline.stages.decode(work)
+        self.pipeline.stages.classify(work)
         self.pipeline._publish(work)
         self.stats.ledger.check()
         return [(message.topic, int(str(dict(message.headers)[OFFSET], "ascii"))) for message in self.sent]  # type: ignore[arg-type]

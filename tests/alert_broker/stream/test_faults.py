@@ -162,12 +162,14 @@ def test_rebalances_under_load(rig, packets):
             members.append(rig.start(**changes))
             continue
         member = members.pop(rng.randrange(len(members)))
-        if rng.random() < 0.5:
+        if leaves <= kills:
+            assert member.assigned.wait(60), member.wait(1)  # one that starts would end without a word
+            member.terminate()
+            assert left_in_order(member)
+            leaves += 1
+        else:
             member.kill()
             kills += 1
-        else:
-            member.terminate()
-            leaves += left_in_order(member)
     for member in members:
         member.terminate()
     for member in members:

@@ -77,7 +77,7 @@ def test_planted_without_the_catch_all_it_ends_the_consumer(stages, monkeypatch)
 
 
 def test_a_row_that_cannot_be_written_takes_no_other_along(stages, packets, monkeypatch):
-    real, broken = stages.pipeline._writer._router, []
+    real, broken = stages.pipeline.stages._writer._router, []
 
     def router(rows, *arguments):
         if (broken or rows["alert_id"].to_pylist())[0] in rows["alert_id"].to_pylist():
@@ -85,7 +85,7 @@ def test_a_row_that_cannot_be_written_takes_no_other_along(stages, packets, monk
             raise ZeroDivisionError("of the test")
         return real(rows, *arguments)
 
-    monkeypatch.setattr(stages.pipeline._writer, "_router", router)
+    monkeypatch.setattr(stages.pipeline.stages._writer, "_router", router)
     assert outcomes(stages, [Hostile(packet) for packet in packets[:5]]) == (4, 1)
     assert b"cannot be written (ZeroDivisionError: of the test)" in dict(stages.sent[-1].headers)[REASON]
 

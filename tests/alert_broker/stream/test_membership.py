@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 
 from alert_broker.stream.membership import LostError
 from alert_broker.stream.message_batch import next_offsets
@@ -82,6 +83,23 @@ def test_batches_in_flight_of_a_revoked_partition_have_time_to_finish(source):
     assert not source.membership.draining
     assert source.consumer.commits == [[("t", 0, 7)]]
     assert source.stats.ledger.revoked == 0
+
+
+def test_a_commit_that_fails_while_a_partition_is_revoked_is_not_sent_again_at_once(source, monkeypatch):
+    source.consumer.script = [messages(0, 5, 6)]
+    source.poll(2, 1.0)
+    source.membership.commits.acknowledge({("t", 0): 6})
+    tried = []
+
+    def commit(offsets, asynchronous):
+        tried.append(asynchronous)
+        raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+
+    monkeypatch.setattr(source.consumer, "commit", commit)
+    source.membership._drain_seconds = 0.35
+    revoke(source.consumer, 0)
+    assert 2 <= len(tried) <= 6  # ten times a second at most, and once at the end
+    assert not any(tried)
 
 
 def test_who_was_suspended_waits_until_heartbeats_were_answered(source, monkeypatch):

@@ -430,7 +430,7 @@ def test_one_bad_schema_id_makes_dead_letters_of_its_messages_only(rig, packets,
     rig.send([WIRE_HEADER.pack(0, number) + datum for datum in datums[:9] for number in (7, 8, 900)])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("alert_broker.stream.registry.DELAYS", (0.0,))
-    monkeypatch.setattr("alert_broker.stream.pipeline.REGISTRY_RETRY", 0.1)
+    monkeypatch.setattr("alert_broker.stream.batch_stages.REGISTRY_RETRY", 0.1)
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self):

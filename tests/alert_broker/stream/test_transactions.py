@@ -243,6 +243,14 @@ def test_a_window_ends_after_its_time(cluster, cluster_source, exactly, monkeypa
         assert not exactly.busy
 
 
+def test_a_window_ends_in_time_although_batches_keep_coming(cluster, cluster_source, exactly, offsets):
+    for number in range(1, 4):
+        exactly.make_room()
+        exactly.publish(publication(cluster_source, messages(2), 2 * number))
+        exactly._opened -= 0.06
+    assert offsets == [[4]]
+
+
 def test_a_window_ends_when_it_has_as_many_batches_as_may_be_uncommitted(cluster, cluster_source, offsets):
     settings = {**EXACTLY, "uncommitted": 3, "commit_seconds": 60.0}
     exactly = ExactlyOnce(config_of(cluster, publish=settings), cluster_source.membership)
