@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, Protocol
 
@@ -93,6 +94,20 @@ class Membership:
         self._polling_thread.serve()
         self.commits.serve_idle()
 
+    def begin_again(self, topic: str) -> None:
+        """The topic was deleted and created again. Publish what is in flight of the old one, and then commit the
+        beginning of the new one. Otherwise an offset of the old topic would be committed in the new one, and a crash
+        would pass over the messages before it."""
+        ours = [where for where in self.generations if where[0] == topic]
+        self._drain(ours)
+        with self._no_publishing():
+            for where in ours:
+                self._start_generation(where)
+                self.commits.forget(where)
+                if number := self._stats.ledger.revoke(where):
+                    LOG.error("%d alerts of the old %s[%d] were not published in time and are lost", number, *where)
+            self.commits.commit_now(dict.fromkeys(ours, 0))
+
     def leave(self) -> None:
         """Leave the group. Batches that are still in flight are never published."""
         self._leaving = True
@@ -170,11 +185,14 @@ class Membership:
 
     def _assigned(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         for where in (ours := _partitions(partitions)):
-            self._generation += 1
-            self.generations[where] = self._generation
+            self._start_generation(where)
         LOG.info("assigned %s", names(partitions))
         self._stats.ready = True
         self._reading.begin(partitions, self._committed_if_known(ours))
+
+    def _start_generation(self, where: Partition) -> None:
+        self._generation += 1
+        self.generations[where] = self._generation
 
     def _committed_if_known(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Return where reading will begin, for the lag of partitions that are not read yet."""
@@ -215,9 +233,7 @@ class Membership:
             self._losing = False
 
     def _give_up(self, partitions: list[TopicPartition], *, commit: bool) -> None:
-        while not self.publishing.acquire(timeout=DRAIN_STEP):  # the thread that holds it may ask something
-            self._polling_thread.serve()
-        try:
+        with self._no_publishing():
             if commit:
                 self.commits.commit_now()
             for where in _partitions(partitions):
@@ -226,10 +242,18 @@ class Membership:
                 self._reading.end(where)
                 if number := self._stats.ledger.revoke(where):
                     LOG.warning("%d alerts of %s[%d] were in flight and go to its next owner", number, *where)
-        finally:
-            self.publishing.release()
         LOG.info("revoked %s", names(partitions))
         self._stats.ready = bool(self.generations)
+
+    @contextmanager
+    def _no_publishing(self) -> Iterator[None]:
+        """Hold the lock of the thread that publishes, which may ask something while it holds it."""
+        while not self.publishing.acquire(timeout=DRAIN_STEP):
+            self._polling_thread.serve()
+        try:
+            yield
+        finally:
+            self.publishing.release()
 
 
 def _partitions(partitions: Sequence[TopicPartition]) -> list[Partition]:

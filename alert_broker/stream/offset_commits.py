@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from threading import Lock
+from types import MappingProxyType
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -113,11 +114,11 @@ class OffsetCommits:
             self._acknowledged = {**offsets, **self._acknowledged}
         self._due = now + max(RETRY_SECONDS, self._seconds)
 
-    def commit_now(self) -> None:
+    def commit_now(self, more: Mapping[Partition, int] = MappingProxyType({})) -> None:
         """Commit all that is acknowledged, and wait for the answer: inside a callback of the client, no answer to an
-        earlier commit is heard."""
+        earlier commit is heard. more: next offsets that are committed, too."""
         with self._lock:
-            offsets, self._acknowledged = {**(self._sent or {}), **self._acknowledged}, {}
+            offsets, self._acknowledged = {**(self._sent or {}), **self._acknowledged, **more}, {}
             batches = self._acknowledged_batches
         if self._sent is not None:
             self._superseded, self._sent = self._superseded + 1, None

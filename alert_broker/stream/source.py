@@ -89,10 +89,11 @@ class Source:
         """Return up to `size` messages, ends of partitions and errors that come until then; see `poll`."""
         messages: list[Message] = []
         generations, room = self.membership.generations, self.config.batch.bytes
-        before = dict(generations)
         for topic in self._topic_ids.changed():
             self.positions.note_new_topic(topic, generations)
+            self.membership.begin_again(topic)
         self._choose_positions()
+        before = dict(generations)
         while True:
             self.membership.serve()
             slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))

@@ -31,6 +31,7 @@ from tests.brokers import create_topics
 
 EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
 READ_SECONDS = 60.0
+START_SECONDS = 300.0  # for a process to join the group; the first one compiles kernels, on a busy machine for minutes
 
 Position = tuple[str, int, int]
 

@@ -9,14 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from tests.alert_broker.stream.rig import Rig
+from tests.alert_broker.stream.rig import START_SECONDS, Rig
 from tests.alert_broker.stream.test_faults import PUBLISH, REPEATED, committed
 
 # The default sizes take half an hour together. EDGEKIT_TEST_LONG runs the sizes that a release is judged by.
 LONG = bool(os.environ.get("EDGEKIT_TEST_LONG"))
 EXACTLY = {"mode": "exactly-once", "transactional_id": "edgekit-test", "seconds": 30.0}
 MODES = {"at-least-once": {"seconds": 30.0, **PUBLISH}, "exactly-once": EXACTLY}
-START_SECONDS = 300.0  # for a process to join the group; the first one compiles kernels, on a busy machine for minutes
 STUCK_SECONDS = 150.0  # a minute for the watchdog, the transaction of a dead process, and a restart on a busy machine
 
 

@@ -26,7 +26,7 @@ from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests import brokers
 from tests.alert_broker.stream.hostile import Hostile, RawProducer, hostile, keep_all
-from tests.alert_broker.stream.rig import Rig, position, repeat
+from tests.alert_broker.stream.rig import START_SECONDS, Rig, position, repeat
 
 pytestmark = pytest.mark.faults
 
@@ -89,7 +89,7 @@ def test_sigkill_of_the_consumer_at_random_moments(rig, packets):
     for kill in range(KILLS):
         running = rig.start(source={"until_eos": False}, batch={"size": BATCH}, publish=PUBLISH)
         if kill % 5:  # at work; else while it starts or joins
-            assert running.assigned.wait(60), running.wait(1)
+            assert running.assigned.wait(START_SECONDS), running.wait(1)
         deadline = time.monotonic() + rng.uniform(0.0, 2.0)
         while time.monotonic() < deadline:
             assert running.running, running.wait()
@@ -150,9 +150,10 @@ def test_rebalances_under_load(rig, packets):
     """Three members join, leave and are killed while alerts flow."""
     rng = random.Random(12)
     feed = Feed(rig, repeat(packets, 5000), 100.0)
-    feed.start()
     changes = {"source": {"until_eos": False}, "batch": {"size": BATCH}, "publish": PUBLISH}
     members = [rig.start(**changes)]
+    assert members[0].assigned.wait(START_SECONDS), members[0].wait(1)
+    feed.start()
     kills = leaves = 0
     while feed.is_alive():
         time.sleep(rng.uniform(2.0, 5.0))
@@ -163,7 +164,7 @@ def test_rebalances_under_load(rig, packets):
             continue
         member = members.pop(rng.randrange(len(members)))
         if leaves <= kills:
-            assert member.assigned.wait(60), member.wait(1)  # one that starts would end without a word
+            assert member.assigned.wait(START_SECONDS), member.wait(1)  # one that starts would end without a word
             member.terminate()
             assert left_in_order(member)
             leaves += 1
@@ -463,7 +464,7 @@ def test_exactly_once_with_sigkills(transactional, packets):
     kills = 10
     for _ in range(kills):
         running = rig.start(source={"until_eos": False, "instance": "one"}, **changes)
-        assert running.assigned.wait(60), running.wait(1)
+        assert running.assigned.wait(START_SECONDS), running.wait(1)
         deadline = time.monotonic() + rng.uniform(0.0, 1.5)
         while time.monotonic() < deadline:
             assert running.running, running.wait()
@@ -642,12 +643,12 @@ def test_a_zombie_in_exactly_once(rig, packets, seed):
     feed = Feed(rig, repeat(packets, sent), 50.0)
     changes = {"source": {"until_eos": False}, "batch": {"size": 10, "seconds": 0.05}}
     first = rig.start(**changes, publish={**EXACTLY, "transactional_id": f"{rig.name}-1"})
-    assert first.assigned.wait(60), first.wait(1)
+    assert first.assigned.wait(START_SECONDS), first.wait(1)
     feed.start()
     time.sleep(rng.uniform(2.0, 4.0))
     first.suspend()
     second = rig.start(**changes, publish={**EXACTLY, "transactional_id": f"{rig.name}-2"})
-    assert second.assigned.wait(60), second.wait(1)
+    assert second.assigned.wait(START_SECONDS), second.wait(1)
     time.sleep(rng.uniform(0.0, 2.0))
     first.resume()
     feed.join(120)
@@ -696,7 +697,7 @@ def test_a_hostile_stream_is_conserved_and_stops_at_any_moment(rig, packets, lon
         source = {"group": f"{rig.name}-{stop}", "start_at": start}
         running = rig.start(source={**source, "until_eos": False}, **changes)
         if stop % 4:
-            assert running.assigned.wait(60), running.wait(1)
+            assert running.assigned.wait(START_SECONDS), running.wait(1)
         # a thousand messages take a tenth of a second
         time.sleep(rng.uniform(0.0, 0.05 if stop % 4 else 6.0))
         assert running.running, running.wait()

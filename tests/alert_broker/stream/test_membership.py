@@ -102,6 +102,31 @@ def test_a_commit_that_fails_while_a_partition_is_revoked_is_not_sent_again_at_o
     assert not any(tried)
 
 
+@pytest.mark.parametrize("in_time", [True, False])
+def test_what_is_in_flight_of_a_topic_that_was_created_again_is_published_before_its_beginning_is_committed(
+    source, caplog, in_time
+):
+    """Else the old topic's offset would be committed in the new one. What is not published in time is off the books."""
+    source.consumer.logs = {0: (0, 9), 1: (0, 9)}
+    source.consumer.script = [messages(0, 5, 6)]
+    old = source.poll(2, 1.0)
+
+    def keep_moving():
+        source.stats.ledger.add(("t", 0), published=2 * in_time)
+        source.membership.commits.acknowledge(next_offsets(old, source.membership.owned(old)) if in_time else {})
+        return in_time
+
+    source.membership.while_draining = keep_moving
+    source._topic_ids.new = ["t"]
+    source.consumer.script = [messages(0, 0)]
+    new = source.poll(1, 1.0)
+    assert source.consumer.commits == [[("t", 0, 0), ("t", 1, 0)]]
+    assert not source.membership.owned(old).any()
+    assert source.membership.owned(new).all()
+    assert source.stats.ledger.revoked == (0 if in_time else 2)
+    assert ("2 alerts of the old t[0] were not published in time" in caplog.text) == (not in_time)
+
+
 def test_who_was_suspended_waits_until_heartbeats_were_answered(source, monkeypatch):
     """SIGSTOP for longer than the session: the group may go on without this member, which does not know it yet."""
     now = [0.0]
