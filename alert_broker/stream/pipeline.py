@@ -96,7 +96,10 @@ class Pipeline:
         """Wait for the stages. After a stop they have the configured time; then the rest is given up."""
         for thread in threads:
             while thread.is_alive():
-                self.source.serve()
+                try:
+                    self.source.serve()
+                except Exception as error:  # such as a commit that is refused: the source must still be closed
+                    self._failure = self._failure or error
                 self._give_up_when_late()
                 thread.join(IDLE_POLL)
         if self._cancelled.is_set() and self._failure is None:

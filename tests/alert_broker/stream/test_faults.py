@@ -512,6 +512,40 @@ def test_at_least_once_repeats_what_exactly_once_does_not(transactional, packets
     assert 0 < done.duplicates <= 3 * PUBLISH["uncommitted"] * 25
 
 
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_crash_repeats_at_most_what_may_be_uncommitted(rig, packets, monkeypatch, limited):
+    """The coordinator of the group does not answer, and the process ends once it may publish no more. Planted: without
+    the limit, it publishes and repeats more."""
+    from alert_broker.stream.offset_commits import OffsetCommits
+    from alert_broker.stream.publish import AtLeastOnce
+
+    size, sent = 25, rig.send(repeat(packets, 400))
+    promise = PUBLISH["uncommitted"] * size
+
+    class CrashError(Exception):
+        pass
+
+    def crash(self):
+        acknowledged = sum(self._acknowledged.values())
+        if acknowledged > 2 * promise or (limited and self._acknowledged_batches == PUBLISH["uncommitted"]):
+            raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OffsetCommits, "serve", crash)
+        patch.setattr(OffsetCommits, "serve_idle", crash)
+        patch.setattr(OffsetCommits, "finish", lambda self, seconds: True)
+        if not limited:
+            patch.setattr(AtLeastOnce, "make_room", AtLeastOnce.serve)
+        with pytest.raises(CrashError):
+            rig.consume(batch={"size": size}, publish=PUBLISH)
+    rig.consume()
+    done = rig.outcome(sent)
+    print(f"{done.lost} lost, {done.duplicates} twice; the promise: {promise}")
+    assert done.lost == 0
+    assert done.duplicates > 0
+    assert (done.duplicates <= promise) == limited
+
+
 def joined(config) -> list:
     """Two sources, each with a partition."""
     from alert_broker.stream.source import Source
