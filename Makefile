@@ -37,7 +37,8 @@ mutation: setup ## change the code and see whether a test fails; MUTANTS='edgeki
 	$(BIN)/python -m mutmut run --max-children 1 $(MUTANTS)
 	$(BIN)/python -m mutmut results
 
-docs: setup ## the documentation, in site/; a warning is an error, and so is anything fetched from another host
+docs: setup ## run the examples, then write the documentation to site/; a warning is an error, as is a fetch from elsewhere
+	$(BIN)/python -m pytest -q -m examples tests
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test-rtx: setup ## every model for every target, TensorRT-RTX's compiler included (proprietary, 95 MB; minutes)
@@ -81,7 +82,7 @@ bench-alerts: setup ## decoding, the whole path, and a real broker, beside the r
 soak: setup ## half an hour of alerts at twice Rubin's mean rate: memory and ledger
 	$(BIN)/python tools/soak_alerts.py --minutes 30 --json benchmarks/soak.json
 
-fuzz: setup ## damaged files and messages for 13 readers, ten minutes each (an hour); FUZZ='npz pack --seconds 60' is part of it
+fuzz: setup ## damaged files and messages for 14 readers, ten minutes each (70 minutes); FUZZ='npz pack --seconds 60' is part of it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python tools/fuzz_files.py $(FUZZ) --jobs 2 --json benchmarks/fuzz_files.json
 

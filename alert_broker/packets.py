@@ -295,7 +295,7 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
             wanted = set(survey.paths)
             chosen = [parquet.schema.column(index).path for index, name in enumerate(columns) if name in wanted]
             size = os.fstat(stream.fileno()).st_size
-            claim(max(declared_bytes(parquet.metadata, set(chosen)), default=0), size, "a group of its rows")
+            claim(max(declared_bytes(stream, parquet.metadata, set(chosen)), default=0), size, "a group of its rows")
             # one group at a time, because pyarrow reads no list of texts with two dictionaries
             groups = range(parquet.metadata.num_row_groups)
             each = (parquet.iter_batches(PARQUET_ROWS, [group], columns=chosen) for group in groups)

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from edgekit.targets.profile import Target, list_targets
 
 __version__ = "0.1.0"
+
+# From version 1.29 on, onnxruntime reports the names of models and their use to its maker, unless this variable is set
+# before it is imported. A user who wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULES = {
     "edgekit.bundle.format": ("Bundle",),

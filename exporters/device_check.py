@@ -10,6 +10,7 @@ Exit status: 0 if every model gives its golden outputs, at batch 1 and at all st
 import argparse
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -61,6 +62,7 @@ def sha256(path: Path) -> "str | None":
 def load_onnxruntime(path: Path, provider: str, inputs: dict, manifest: dict):  # type: ignore[type-arg,no-untyped-def]
     """Return the name of the provider, and run(names, inputs). A model that silently ran on the CPU would prove
     nothing, so the function reads from onnxruntime's own profile where each operator ran."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.29 and later report their use to their maker
     import onnxruntime
 
     available = onnxruntime.get_available_providers()

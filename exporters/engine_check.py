@@ -15,6 +15,7 @@ import datetime
 import hashlib
 import importlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -237,6 +238,7 @@ def opened(
     folder: Path, manifest: "Dict[str, Any]", runtime: str, cudart: str, device: "Dict[str, Any]"
 ) -> "Tuple[Any, Any]":
     """Return the runtime's module, and the model that it runs. Add the compute capability of the GPU to `device`."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.29 and later report their use to their maker
     try:
         module = importlib.import_module(RUNTIMES[runtime])
     except ImportError as error:

@@ -184,6 +184,7 @@ def test_the_pass_of_the_documentation_works(tiny_bundle, tiny_data):
         assert np.allclose(value % 0.25, 0) if name in changed else np.array_equal(value, before[name])
 
 
+@pytest.mark.examples
 def test_the_python_example_of_the_readme(tmp_path):
     text = (ROOT / "README.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
@@ -225,6 +226,7 @@ def test_the_target_of_the_documentation_is_valid(tmp_path):
         read(tmp_path / "wrong" / "my-card.toml")
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_is_stored_without_outputs(build, path):
     pytest.importorskip("nbclient")

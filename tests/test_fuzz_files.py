@@ -21,19 +21,21 @@ FINDS = sorted((ROOT / "tests" / "fuzz_finds").iterdir())  # inputs that made a 
 FILES = {
     "npz": 800,
     "safetensors": 600,
-    "bundle": 100,
-    "pack": 80,
-    "recipe": 150,
-    "target": 100,
+    "bundle": 50,
+    "pack": 50,
+    "recipe": 80,
+    "target": 60,
     "image": 300,
-    "onnx": 100,
-    "hugging-face": 40,
+    "onnx": 50,
+    "hugging-face": 15,
     "pt2": 12,
-    "message": 6,
-    "registry": 200,
-    "broker": 200,
+    "message": 3,
+    "registry": 120,
+    "broker": 150,
+    "gguf": 120,
 }
 NEEDED = {"onnx": "onnxruntime", "hugging-face": "transformers", "pt2": "torch", "image": "PIL", "recipe": "torch"}
+NEEDED["gguf"] = "tokenizers"
 NEEDED |= dict.fromkeys(("bundle", "pack"), "onnx") | dict.fromkeys(
     ("message", "registry", "broker"), "confluent_kafka"
 )
@@ -124,6 +126,8 @@ PLANTED = {
     "a written file": ("open('/usr/evil', 'w')", "it changed /usr/evil"),
     "a removed file": ("hidden(lambda: os.remove('/usr/evil'))", "it changed /usr/evil"),
     "memory": ("return bytearray(6 << 30)", "it takes too much memory"),
+    "memory beyond the limit": ("return b'x' * (600 << 20)", " MiB for "),
+    "output of native code": ("os.write(2, b'odd')", "native code prints 'odd'"),
     "a crash": ("ctypes.string_at(0)", "it ended with -11"),
     "time": ("while True: pass", "it takes too long"),
 }
@@ -137,6 +141,8 @@ def planted(tmp_path, monkeypatch):
         (tmp_path / "planted_readers.py").write_text(
             "import ctypes, os, socket, subprocess, sys, tempfile\nfrom edgekit.errors import EdgekitError\n"
             "from fuzz_readers import Reader, one_file\ncalls = []\n"
+            "from edgekit.importers import sandbox\ndef crash(*ignored):\n    ctypes.string_at(0)\n"
+            "def nothing(*ignored):\n    return b''\n"
             "def hidden(deed):\n    try:\n        deed()\n    except Exception:\n        pass\n"
             f"def read(path):\n    calls.append(1)\n    content = path.read_bytes()\n    if {at}:\n"
             f"{textwrap.indent(body, 20 * ' ')}\n"
@@ -155,6 +161,17 @@ def test_a_planted_misbehaviour_is_noticed(body, words, planted, tool):
     assert len(tally.failures) == 1, tally
     assert words in tally.failures[0]
     assert tally.failures[0].startswith("planted 2: ")
+
+
+def test_a_crash_in_the_sandbox_is_counted_as_stopped(planted, tool):
+    tally = tool.fuzz("planted", files=4, module=planted("sandbox.run('planted_readers:crash', b'', 'x')"))
+    assert (tally.files, tally.stopped, tally.failures) == (4, 1, [])
+
+
+def test_a_crash_after_work_in_the_sandbox_is_a_failure(planted, tool):
+    tally = tool.fuzz("planted", files=4, module=planted("sandbox.run('planted_readers:nothing', b'', 'x')\ncrash()"))
+    assert (tally.files, tally.stopped, len(tally.failures)) == (4, 0, 1), tally
+    assert "it ended with -11" in tally.failures[0]
 
 
 def test_a_reader_that_behaves_is_not_blamed(planted, tool):
@@ -203,7 +220,7 @@ def test_the_same_seed_gives_the_same_files(changes):
 
 
 def test_ctrl_c_reports_what_was_done_and_resume_goes_on(tmp_path):
-    command = [sys.executable, TOOLS / "fuzz_files.py", "npz", "target", "--random", "--folder", tmp_path]
+    command = [sys.executable, TOOLS / "fuzz_files.py", "npz", "safetensors", "--random", "--folder", tmp_path]
     report = tmp_path / "report.json"
     command += ["--json", report, "--seconds", "1.5"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -215,11 +232,12 @@ def test_ctrl_c_reports_what_was_done_and_resume_goes_on(tmp_path):
         printed, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert error.startswith("fuzz_files: stopped; ")
-    assert [line.split()[0] for line in printed.splitlines()] == ["npz:", "target:", "reader", "npz", "target"]
+    words = [line.split()[0] for line in printed.splitlines()]
+    assert words == ["npz:", "safetensors:", "reader", "npz", "safetensors"]
     assert list(json.loads(report.read_text())["readers"]) == ["npz"]
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert [line.split()[0] for line in again.stdout.splitlines()] == ["target:", "reader", "target"]
+    assert [line.split()[0] for line in again.stdout.splitlines()] == ["safetensors:", "reader", "safetensors"]
     done = json.loads(report.read_text())["readers"]
-    assert {name: item["failures"] for name, item in done.items()} == {"npz": 0, "target": 0}
+    assert {name: item["failures"] for name, item in done.items()} == {"npz": 0, "safetensors": 0}
     assert all(item["files"] > 0 and item["seconds"] >= 1.5 for item in done.values())

@@ -7,10 +7,10 @@ thousand.
 
 `fuzz_readers.py` lists the readers, each with a few valid files. `fuzz_changes.py` changes them, and `fuzz_worker.py`
 gives each result to the reader. These are failures: an exit status other than 0, 1 and 2; more than one line of error;
-a control character in what is printed; more than SECONDS or MEMORY for one file; a file left behind; and an attempt to
-start a program, to open a connection, to write outside the folder of the file, or to open a file that the reader was
-not given. For readers whose work runs in the sandbox, the sandbox ends a file that takes too much, so that is counted
-as stopped and is no failure.
+a control character in what is printed; output of native code; more than SECONDS for one file, or more memory than the
+read limit; a file left behind; and an attempt to start a program, to open a connection, to write outside the folder of
+the file, or to open a file that the reader was not given. While a reader's work runs in the sandbox, the sandbox ends a
+file that takes too much, so that is counted as stopped and is no failure.
 
 If the reader is written in Python, the branches that it takes guide the changes (libFuzzer, from `pip install
 atheris`); what libFuzzer found goes on in the next run from --folder. Ctrl-C ends the run with a report of what was
@@ -155,7 +155,7 @@ def _run_worker(
         )  # fmt: skip
         stop.add(worker)
         try:
-            confined = _listen(worker, tally, progress_until)
+            started = _listen(worker, tally, progress_until)
         finally:
             worker.kill()
             worker.communicate()
@@ -166,21 +166,22 @@ def _run_worker(
         if corpus is not None and kept.is_dir():
             shutil.copytree(kept, corpus, dirs_exist_ok=True)
         if worker.returncode and not stop.asked.is_set():
-            current = Path(scratch) / "current"
-            _count_death(
-                tally, worker.returncode, said[-1:], confined, current.read_bytes() if current.is_file() else b""
-            )
+            if not started:
+                raise RuntimeError(f"the reader {tally.reader} cannot be started: {said[-1:]}")
+            current = (Path(scratch) / "current").read_bytes()
+            in_sandbox = (Path(scratch) / "sandboxed").exists()
+            _count_death(tally, worker.returncode, said[-1:], current, in_sandbox=in_sandbox)
+    return worker.returncode == 0
 
 
-def _listen(worker: subprocess.Popen[str], tally: Tally, progress_until: float | None) -> bool | None:
-    """Count what the worker reports. Return whether the reader's work runs in the sandbox; None if the worker never
-    began."""
-    confined, shown = None, time.monotonic()
+def _listen(worker: subprocess.Popen[str], tally: Tally, progress_until: float | None) -> bool:
+    """Count what the worker reports. Return whether it has read the valid files and begun."""
+    started, shown = False, time.monotonic()
     assert worker.stdout is not None
     for line in worker.stdout:
         event = json.loads(line)
-        if "confined" in event:
-            confined = event["confined"]
+        if "started" in event:
+            started = True
             continue
         tally.count(event)
         if len(tally.failures) >= MOST_FAILURES:
@@ -191,17 +192,15 @@ def _listen(worker: subprocess.Popen[str], tally: Tally, progress_until: float |
             text = f"{tally.files:,} files, {len(tally.failures):,} failures, {left:,.0f} s left"
             print(f"{tally.reader}: {text}", file=sys.stderr, flush=True)
     worker.wait()
-    return confined
+    return started
 
 
-def _count_death(tally: Tally, status: int, said: list[str], confined: bool | None, current: bytes) -> None:
-    if confined is None:
-        raise RuntimeError(f"the reader {tally.reader} cannot be started: {said}")
+def _count_death(tally: Tally, status: int, said: list[str], current: bytes, *, in_sandbox: bool) -> None:
     if len(tally.failures) >= MOST_FAILURES:
         return
     limits = (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL)
     what = "it takes too long" if status in limits else f"it ended with {status} {said}"
-    tally.count({"stopped": 1} if confined else {"failure": what, "input": base64.b64encode(current).decode()})
+    tally.count({"stopped": 1} if in_sandbox else {"failure": what, "input": base64.b64encode(current).decode()})
 
 
 def store_finds(tally: Tally, folder: Path) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fuzz_gguf
 import fuzz_stream
 import numpy as np
 from fuzz_changes import NUMBERS, TEXTS, Files, changed
@@ -40,16 +41,16 @@ FLOATS = (0.0, -1.0, float("nan"), float("inf"), 1e38, 5e-324)
 @dataclass(frozen=True, slots=True)
 class Reader:
     """seeds: valid files by name, several sets; write: put a set into a folder and return the path to read; read: the
-    call. confined: most of the work runs in the sandbox, which has its own limits; change: another way to change a set
-    than `fuzz_changes.changed`; allowed: audit events that the reader is asked for. The first set is accepted, and the
+    call. change: another way to change a set than `fuzz_changes.changed`; allowed: audit events that the reader is
+    asked for; memory: bytes that it may take beyond the read limit of the file. The first set is accepted, and the
     others may be files that are refused."""
 
     seeds: Callable[[], list[Files]]
     write: Callable[[Files, Path], Path]
     read: Callable[[Path], Any]
-    confined: bool = False
     change: Callable[[Files, random.Random], Files] = changed
     allowed: tuple[str, ...] = ()
+    memory: int = 64 << 20
 
 
 def command(*arguments: str) -> Callable[[Path], Any]:
@@ -411,12 +412,13 @@ READERS = {
     "recipe": Reader(recipes, one_file("x.toml"), read_recipe),
     "target": Reader(targets, one_file("tesla-p40.toml"), read_target),
     "image": Reader(pictures, write_picture, read_pictures),
-    "onnx": Reader(graphs, one_file("x.onnx"), IMPORT, confined=True, change=changed_graph),
+    "onnx": Reader(graphs, one_file("x.onnx"), IMPORT, change=changed_graph),
     "hugging-face": Reader(folders, write_folder, IMPORT),
-    "pt2": Reader(programs, archive("x.pt2"), IMPORT, confined=True),
+    "pt2": Reader(programs, archive("x.pt2"), IMPORT),
     "message": Reader(
         lambda: [{"seed": b"0"}], one_file("seed"), fuzz_stream.read_messages, change=fuzz_stream.drawn_seed
     ),
     "registry": Reader(fuzz_stream.answers, one_file("answer"), fuzz_stream.read_answer, allowed=("urllib.",)),
     "broker": Reader(fuzz_stream.configurations, one_file("broker.toml"), fuzz_stream.read_configuration),
+    "gguf": Reader(fuzz_gguf.models, fuzz_gguf.write_model, fuzz_gguf.read_model, change=fuzz_gguf.changed_model),
 }

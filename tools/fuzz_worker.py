@@ -19,6 +19,7 @@ import signal
 import sys
 import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ GUIDED = {
     "pt2": ("edgekit.importers",),
     "registry": ("alert_broker.stream.registry", "alert_broker.containers", "alert_broker.avro.plan", "http.client"),
     "broker": ("alert_broker.stream.config", "alert_broker.stream.filters", "edgekit.settings", "tomllib"),
+    "gguf": ("edgekit.importers.gguf", "runtimes.llm.architecture", "runtimes.llm.tokenizer", "runtimes.llm.chat"),
 }
 # what a reader may open beside its file: Python, its packages, and the system's own files
 READABLE = [os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -51,7 +53,11 @@ READABLE += [os.path.realpath(path) for path in (sys.prefix, *filter(None, sys.p
 
 class Check:
     """Give files to a reader and return what became of them. Its calls go through `edgekit.cli.main`, as a command's
-    do, so an error becomes an exit status and what the command prints."""
+    do, so an error becomes an exit status and what the command prints.
+
+    A command gives some work to the sandbox, which has its own limits and whose output nobody sees. Here this process
+    is the sandbox. The file `sandboxed` exists while it does such work, and stays if a limit ends the work: then the
+    file counts as stopped. All other work must keep the limits that SECURITY.md promises."""
 
     def __init__(self, reader: Any, folder: Path, seconds: int) -> None:
         import click
@@ -61,6 +67,9 @@ class Check:
         self.reader, self.folder, self.seconds, self.path = reader, folder, seconds, folder
         self.odd: list[str] = []
         self.out_of_memory = False
+        self.mark = folder / "sandboxed"
+        self.peak = self.noise = 0  # bytes of memory, and of output of native code, outside the sandbox
+        self._reset = os.open("/proc/self/clear_refs", os.O_WRONLY) if Path("/proc/self/clear_refs").exists() else None
         self.left: set[str] = set()  # in the temporary folder, by the last file
         self.usual: set[str] = set()  # what libraries leave there for a valid file, too
         # the same two streams for every file: loggers keep the one that they saw first
@@ -78,8 +87,14 @@ class Check:
         self.path = self.reader.write(files, self.folder / "given")
         self.odd.clear()
         self.out_of_memory = False
+        self.mark.unlink(missing_ok=True)
+        self.peak = self.noise = 0
+        self._begin()
+        before = memory_of("VmRSS")
         found = self._outcome()
+        self._end()
         signal.alarm(0)
+        self._check_promises(self.peak - before, sum(map(len, files.values())))
         self.left = {path.name for path in (self.folder / "tmp").iterdir()} - self.usual
         if self.odd or self.left:
             found = self.odd[0] if self.odd else f"it left {min(self.left)} in the temporary folder"
@@ -88,6 +103,46 @@ class Check:
         if isinstance(found, str):
             return {"failure": found[:300], "input": base64.b64encode(encode(files)).decode()}
         return found
+
+    def _begin(self) -> None:
+        """Forget the largest memory so far, and note how much native code has printed."""
+        if self._reset is not None:
+            os.write(self._reset, b"5")
+        self._printed_before = os.fstat(2).st_size
+
+    def _end(self) -> None:
+        self.peak = max(self.peak, memory_of("VmHWM"))
+        self.noise += os.fstat(2).st_size - self._printed_before
+
+    def _check_promises(self, taken: int, size: int) -> None:
+        from edgekit.bundle.bounded import limit
+
+        if taken > limit(size) + self.reader.memory:
+            self.odd.append(f"it takes {taken >> 20} MiB for {size:,} bytes")
+        if self.noise:
+            printed = os.pread(2, 200, os.fstat(2).st_size - self.noise).decode(errors="replace")
+            self.odd.append(f"native code prints {printed!r}")
+
+    def sandboxed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the sandbox's `run` for this process, which is confined already."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._end()
+            self.mark.touch()
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    found = function(*arguments, **options)
+            except MemoryError:
+                raise
+            except BaseException:
+                self.mark.unlink(missing_ok=True)
+                raise
+            finally:
+                self._begin()
+            self.mark.unlink(missing_ok=True)
+            return found
+
+        return call
 
     def _read(self) -> None:
         from edgekit.errors import EdgekitError
@@ -116,7 +171,7 @@ class Check:
             if not self.out_of_memory:
                 return f"{type(error).__name__}: {error}"
         if self.out_of_memory:
-            return {"stopped": 1} if self.reader.confined else "it takes too much memory"
+            return {"stopped": 1} if self.mark.exists() else "it takes too much memory"
         return self._judged(status, *(item.getvalue().decode(errors="replace") for item in self._printed))
 
     def _judged(self, status: Any, printed: str, error: str) -> dict[str, int] | str:
@@ -161,10 +216,10 @@ def work(options: dict[str, Any]) -> None:
         from edgekit.importers import confine, sandbox
 
         sandbox._layers.append("fuzzer")  # this process is the sandbox: it starts no other
-        sandbox.run = _silenced(sandbox.run)  # as the sandbox's process is, whose output nobody sees
         reader = importlib.import_module(options["module"]).READERS[options["name"]]
         seeds = reader.seeds()
         check = Check(reader, folder, START_SECONDS)
+        sandbox.run = check.sandboxed(sandbox.run)
         for files in seeds:  # what is imported later is imported now, and libraries do what they do once
             check(files)
             check.usual |= check.left
@@ -179,7 +234,7 @@ def work(options: dict[str, Any]) -> None:
     def report(files: Files) -> None:
         print(json.dumps(check(files)), file=out, flush=True)
 
-    print(json.dumps({"confined": reader.confined}), file=out, flush=True)
+    print(json.dumps({"started": True}), file=out, flush=True)
     change = getattr(reader, "change", None) or changed
     if guided:
         _guide(report, change, seeds, options)
@@ -187,12 +242,13 @@ def work(options: dict[str, Any]) -> None:
         report(files)
 
 
-def _silenced(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **options: Any) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return function(*arguments, **options)
-
-    return call
+def memory_of(name: str) -> int:
+    """Return a line of the kernel's account of this process in bytes; 0 on systems without it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def _drawn(change: Callable[..., Files], seeds: list[Files], options: dict[str, Any]) -> Iterator[Files]:
@@ -264,4 +320,9 @@ def _guide(report: Callable[[Files], None], change: Any, seeds: list[Files], opt
 
 
 if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))
+    try:
+        work(json.loads(sys.argv[1]))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # libraries may wait for ever when the interpreter ends inside libFuzzer

@@ -27,8 +27,9 @@ def open_all_classifiers(config: Config, budget: Budget, notify: Callable[[str],
     """Open the models of all surveys now, and run each of them once, so that the first alert need not wait. notify: is
     called with a line for the user if kernels must be compiled."""
     from edgekit.importers.files import resolve
+    from edgekit.importers.onnx import try_out
 
-    bundle = resolve(config.model.bundle) if config.model.bundle else None
+    bundle = try_out(resolve(config.model.bundle)) if config.model.bundle else None
     classifiers = open_classifiers(config, bundle, budget)
     load_kernels(notify)
     classifiers.open_all()

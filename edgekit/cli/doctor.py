@@ -88,8 +88,9 @@ def _needs(bundle: str, batch: int) -> tuple[Needs, ModelProto | None]:
     from edgekit.bundle.format import GRAPH
     from edgekit.doctor.needs import of
     from edgekit.importers.files import resolve
+    from edgekit.importers.onnx import try_out
 
-    opened, graph = resolve(bundle), None
+    opened, graph = try_out(resolve(bundle)), None  # sizes are found by computing parts of the graph in this process
     if opened.is_graph:
         from edgekit.bundle.onnx_file import load
 

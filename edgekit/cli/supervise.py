@@ -21,6 +21,7 @@ from edgekit import machine
 from edgekit.errors import EdgekitError
 
 GRACE_SECONDS = 1.0  # from a signal until the child is killed
+AGAIN_SECONDS = 0.5  # from a signal until its exception is raised again
 STOPPED = 130  # exit status after Ctrl-C; SIGTERM has 143, as shells number them
 DIE_WITH_PARENT = 1  # of prctl
 
@@ -32,16 +33,46 @@ class Terminated(BaseException):
 @contextmanager
 def terminating() -> Iterator[None]:
     """In this block SIGTERM raises `Terminated`, as Ctrl-C raises KeyboardInterrupt. So files that are being written
-    are removed, and the command prints a line."""
+    are removed, and the command prints a line.
+
+    Some libraries drop every exception that is raised at some points, for example while they look for an optional
+    package. The exception is therefore raised again and again until one is being handled on its way out of the block.
+    """
+    told: list[BaseException] = []
 
     def receive(number: int, frame: Any) -> None:
-        raise Terminated("stopped by SIGTERM")
+        told.append(Terminated("stopped by SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt())
+        if hasattr(signal, "setitimer"):
+            before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, remind))
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
+        raise told[-1]
 
-    before = signal.signal(signal.SIGTERM, receive)
+    def remind(number: int, frame: Any) -> None:
+        if not _stops(sys.exc_info()[1]):
+            raise told[-1]
+
+    handlers = {signal.SIGTERM: receive}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        handlers[signal.SIGINT] = receive
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
+    except SystemError as error:  # Python's C code replaces what a signal handler raises at some of its points
+        if told and _stops(error):
+            raise told[-1] from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if told and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stops(error: BaseException | None) -> bool:
+    """Return whether the error is one that a signal raised, or came while one was being handled."""
+    while error is not None and not isinstance(error, (Terminated, KeyboardInterrupt)):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def supervise(memory: int | None = None) -> None:

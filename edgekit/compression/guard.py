@@ -186,7 +186,7 @@ def compare_batches(
     where, alone = elsewhere or (runtime, rows_together(session, inputs, 1))
     found: list[Agreement] = []
     for batch in limits.batches:
-        together = rows_together(session, inputs, batch)
+        together = alone if elsewhere is None and batch == 1 else rows_together(session, inputs, batch)
         rows = np.arange(-(-count // batch) * batch) % count
         expected = {name: value[rows] for name, value in alone.items()}
         found.append(_agreement(expected, together, rows, batch, limits, change, runtime, where))

@@ -1,14 +1,14 @@
 """Compare what a Parquet file declares with the memory that it may take, before the columns are read.
 
 A few kilobytes can stand for gigabytes: a million equal numbers are one number and a count, and a million equal texts
-are one text and a count. The footer declares how many values each column has. It cannot say how long texts are, so
-texts are read as a dictionary of different texts and their numbers, and are measured before each takes memory of its
-own. A page may still contradict the footer, and expand to two gigabytes before anything can be compared; only a limit
-on the process stops that.
+are one text and a count. The footer declares how many values each column has, and so do the headers of the pages, which
+may contradict it: the larger number counts. They cannot say how long texts are, so texts are read as a dictionary of
+different texts and their numbers, and are measured before each takes memory of its own.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection
 from typing import Any
 
@@ -16,23 +16,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from edgekit.data.parquet_pages import page_sizes
+
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12, "BYTE_ARRAY": 4}  # bytes
 
 
-def declared_bytes(metadata: Any, columns: Collection[str]) -> list[int]:
-    """Return the bytes that these columns take in memory, for each row group of pyarrow's FileMetaData. columns: paths
-    such as "a.list.element". A text counts with what the file stores of it, and four bytes each time that it occurs."""
-    found = []
-    for number in range(metadata.num_row_groups):
-        group, total = metadata.row_group(number), 0
-        for index in range(group.num_columns):
-            chunk = group.column(index)
-            if chunk.path_in_schema in columns:
-                width = WIDTHS.get(chunk.physical_type) or max(metadata.schema.column(index).length, 1)
-                values = max(chunk.num_values, group.num_rows)
-                total += max(chunk.total_uncompressed_size, values * width)
-        found.append(total)
-    return found
+def declared_bytes(stream: Any, metadata: Any, columns: Collection[str]) -> list[int]:
+    """Return the bytes that these columns take in memory, for each row group of an open file. metadata: pyarrow's, of
+    the file; columns: paths such as "a.list.element". A text counts with what the file stores of it, and four bytes
+    each time that it occurs."""
+    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [_group_bytes(content, metadata, number, columns) for number in range(metadata.num_row_groups)]
+
+
+def _group_bytes(content: mmap.mmap, metadata: Any, number: int, columns: Collection[str]) -> int:
+    group, total = metadata.row_group(number), 0
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        if chunk.path_in_schema in columns:
+            width = WIDTHS.get(chunk.physical_type) or max(metadata.schema.column(index).length, 1)
+            values, size = page_sizes(content, chunk, chunk.path_in_schema)
+            values = max(values, chunk.num_values, group.num_rows)
+            total += max(size, chunk.total_uncompressed_size, values * width)
+    return total
 
 
 def open_bounded(stream: Any) -> pq.ParquetFile:

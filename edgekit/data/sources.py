@@ -55,10 +55,10 @@ def from_parquet(path: Path, manifest: Manifest) -> Arrays:
         with path.open("rb") as stream, pq.ParquetFile(stream) as parquet:
             leaves = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
             read = {leaf for leaf in leaves if leaf in wanted or leaf.partition(".")[0] in wanted}
-            claim(sum(declared_bytes(parquet.metadata, read)), path.stat().st_size, str(path))
+            claim(sum(declared_bytes(stream, parquet.metadata, read)), path.stat().st_size, str(path))
             _check_columns(parquet.schema_arrow, wanted, path)
             table = parquet.read([name for name in parquet.schema_arrow.names if name in wanted])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise EdgekitError(f"{path}: cannot be read as Parquet: {error}") from None
     arrays: Arrays = {}
     for name in table.column_names:

@@ -3,8 +3,8 @@
 Four layers, each of which the process cannot undo:
 
 limits     memory, CPU seconds, open files, size of a written file (setrlimit, on every Unix)
-seccomp    no sockets, no new processes or programs, no signals to other processes, no access to their memory
-           (Linux on x86-64 and ARM64)
+seccomp    no sockets, no new processes or programs, no signals to other processes, no access to their memory and
+           limits, no memory outside the limits, nothing that only root may do (Linux on x86-64 and ARM64)
 Landlock   files are written, made and deleted in one folder only, and no TCP (Linux 5.13; TCP from 6.7 on)
 audit      Python's own operations are refused first, with a message; native code does not pass through this layer
 
@@ -19,13 +19,13 @@ import os
 import platform
 import struct
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # system calls to refuse: x86-64, ARM64 (-1: there is none)
 REFUSED = {
     "socket": (41, 198),
+    "socketpair": (53, 199),
     "fork": (57, -1),
     "vfork": (58, -1),
     "execve": (59, 221),
@@ -34,6 +34,8 @@ REFUSED = {
     "tkill": (200, 130),
     "tgkill": (234, 131),
     "pidfd_send_signal": (424, 424),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -52,8 +54,11 @@ REFUSED = {
     "chroot": (161, 51),
     "init_module": (175, 105),
     "finit_module": (313, 273),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     "shmget": (29, 194),
     "msgget": (68, 186),
+    "truncate": (76, 45),
     "chmod": (90, -1),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -72,10 +77,30 @@ REFUSED = {
     "utimes": (235, -1),
     "utimensat": (280, 88),
     "futimesat": (261, -1),
+    # what only root may do
+    "open_by_handle_at": (304, 265),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "adjtimex": (159, 171),
+    "clock_adjtime": (305, 266),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "pivot_root": (155, 41),
+    "umount2": (166, 39),
+    "delete_module": (176, 106),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
 }
+OPEN, OPENAT, OPENAT2, FCNTL, PRLIMIT = (2, -1), (257, 56), (437, 437), (72, 25), (302, 261)
+F_SETOWN, F_SETSIG, F_SETOWN_EX = 8, 10, 15  # commands of fcntl
 CLONE, CLONE3 = (56, 220), (435, 435)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, number for the kernel
 CLONE_THREAD, X32 = 0x10000, 0x40000000
+Instruction = tuple[int, int, int, int]
 ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
 LOAD, JUMP_EQUAL, JUMP_ABOVE, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # instructions of BPF
 NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER, DIE_WITH_PARENT, SIGKILL = 38, 22, 2, 1, 9
@@ -151,14 +176,14 @@ def _seccomp(libc: Any) -> bool:
     if platform.machine() not in ARCHITECTURES:
         return False
     column, architecture = ARCHITECTURES[platform.machine()]
-    program = _filter([numbers[column] for numbers in REFUSED.values()], CLONE[column], CLONE3[column], architecture)
+    program = _filter(column, architecture)
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
     return bool(libc.prctl(SET_SECCOMP, FILTER, ctypes.create_string_buffer(header, len(header)), 0, 0) == 0)
 
 
-def _filter(numbers: Sequence[int], clone: int, clone3: int, architecture: int) -> list[tuple[int, int, int, int]]:
+def _filter(column: int, architecture: int) -> list[Instruction]:
     """Return the filter as instructions (code, jump if true, jump if false, operand)."""
     program = [
         (LOAD, 0, 0, 4),
@@ -167,20 +192,30 @@ def _filter(numbers: Sequence[int], clone: int, clone3: int, architecture: int) 
         (LOAD, 0, 0, 0),
         (JUMP_ABOVE, 0, 1, X32),
         (RETURN, 0, 0, EPERM),
-        (JUMP_EQUAL, 0, 1, clone3),
-        (RETURN, 0, 0, ENOSYS),  # its flags cannot be seen; libc then calls clone
+        (JUMP_EQUAL, 1, 0, CLONE3[column]),
+        (JUMP_EQUAL, 0, 1, OPENAT2[column]),
+        (RETURN, 0, 0, ENOSYS),  # their flags cannot be seen; libc then calls clone, and others openat
     ]
-    for number in numbers:
-        if number >= 0:
-            program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, EPERM)]
-    program += [
-        (JUMP_EQUAL, 0, 3, clone),
-        (LOAD, 0, 0, 16),
-        (JUMP_ANY_BIT, 1, 0, CLONE_THREAD),
-        (RETURN, 0, 0, EPERM),
-        (RETURN, 0, 0, ALLOW),
-    ]
-    return program
+    for numbers in REFUSED.values():
+        if numbers[column] >= 0:
+            program += [(JUMP_EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, EPERM)]
+    program += _checked(CLONE[column], 0, [(JUMP_ANY_BIT, 1, 0, CLONE_THREAD)])  # threads, and no processes
+    program += _checked(PRLIMIT[column], 0, [(JUMP_EQUAL, 1, 0, 0)])  # the limits of this process, and of no other
+    # a file can send signals to its owner, which may be another process
+    owners = [(JUMP_EQUAL, 2, 0, F_SETOWN), (JUMP_EQUAL, 1, 0, F_SETSIG), (JUMP_EQUAL, 0, 1, F_SETOWN_EX)]
+    program += _checked(FCNTL[column], 1, owners)
+    # Landlock before its third version lets O_TRUNC empty a file that is opened for reading
+    truncates = [(JUMP_ANY_BIT, 0, 2, os.O_TRUNC), (JUMP_ANY_BIT, 1, 0, os.O_WRONLY | os.O_RDWR)]
+    program += _checked(OPEN[column], 1, truncates) + _checked(OPENAT[column], 2, truncates)
+    return [*program, (RETURN, 0, 0, ALLOW)]
+
+
+def _checked(number: int, argument: int, tests: list[Instruction]) -> list[Instruction]:
+    """Return instructions that refuse a system call unless the tests of one of its arguments jump over the refusal."""
+    if number < 0:
+        return []
+    load = (LOAD, 0, 0, 16 + 8 * argument)
+    return [(JUMP_EQUAL, 0, len(tests) + 3, number), load, *tests, (RETURN, 0, 0, EPERM), (RETURN, 0, 0, ALLOW)]
 
 
 def _landlock(libc: Any, folder: Path) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ STRING, ARRAY = 8, 9
 OBJECT_BYTES = 80  # what a string of Python takes beside its characters, about
 LEAST_STRING = 8  # bytes of an empty string in the file: its length
 MOST_AXES = 4
+Header = tuple[str, tuple[int, ...], int, int]  # of a tensor: name, shape, format number, offset in the data
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,10 @@ class _Reader:
             if name in found:
                 raise self.damaged(f"holds the tensor {name!r} twice")
             found[name] = self.tensor(name, shape, code, start + offset)
+        self.check_overlaps(headers, found)
         return GgufFile(self.path, metadata, found)
 
-    def header(self) -> tuple[str, tuple[int, ...], int, int]:
+    def header(self) -> Header:
         """Return a tensor's name, shape, format number and offset in the data."""
         name, axes = self.string(), self.number("I")
         if not 1 <= axes <= MOST_AXES:
@@ -137,6 +139,14 @@ class _Reader:
         if start + size > len(self.content):
             raise self.damaged(f"ends before tensor {name!r}, which needs bytes {start} to {start + size}")
         return Tensor(name, form, shape, np.frombuffer(self.content, np.uint8, size, start))
+
+    def check_overlaps(self, headers: Sequence[Header], found: Mapping[str, Tensor]) -> None:
+        """Raise if two tensors share bytes: a small file could then stand for weights that fill the memory."""
+        end, last = 0, ""
+        for offset, name in sorted((offset, name) for name, _, _, offset in headers):
+            if offset < end:
+                raise self.damaged(f"stores tensor {name!r} in the bytes of {last!r}")
+            end, last = offset + found[name].content.size, name
 
     def value(self, code: int, key: str) -> Any:
         if code in SCALARS:

@@ -144,6 +144,10 @@ def _architecture(file: GgufFile) -> Architecture:
     layers = size("block_count")
     if layers > len(file.tensors):
         raise EdgekitError(f"{file.path}: declares {layers} layers and holds {len(file.tensors)} tensors")
+    turned = size("rope.dimension_count", head_size)
+    if turned % 2 or turned > head_size:  # an engine would write behind the last head
+        text = f"{family}.rope.dimension_count = {turned}; expected an even number up to {head_size}, the head size"
+        raise EdgekitError(f"{file.path}: {text}")
     return Architecture(
         family=family,
         layers=layers,
@@ -155,7 +159,7 @@ def _architecture(file: GgufFile) -> Architecture:
         vocabulary=embedding.shape[0],
         context=size("context_length"),
         epsilon=number("attention.layer_norm_rms_epsilon"),
-        rope=_rope(file, family, size("rope.dimension_count", head_size), number("rope.freq_base", 10_000.0)),
+        rope=_rope(file, family, turned, number("rope.freq_base", 10_000.0)),
     )
 
 

@@ -23,26 +23,28 @@ def conversation(template: str, messages: Sequence[Message], source: str, **valu
         if set(message) != {"role", "content"} or message["role"] not in ROLES:
             raise EdgekitError(f"message {dict(message)!r}; expected a role ({', '.join(ROLES)}) and a content")
     given = json.dumps({"template": template, "messages": [dict(item) for item in messages], "values": values})
-    return sandbox.run("runtimes.llm.chat:render", given.encode(), source, seconds=SECONDS).decode()
+    return sandbox.run("runtimes.llm.chat:render", given.encode(), source, seconds=SECONDS).decode(errors="replace")
 
 
 def render(given: bytes, source: str) -> bytes:
     """Run a template, in the confined process."""
     try:
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise missing_extra("jinja2", "llm", "a chat template") from None
 
     def refuse(reason: str) -> None:
-        raise EdgekitError(f"{source}: the chat template refuses these messages: {reason}")
+        raise EdgekitError(f"{source}: the chat template refuses these messages: {' '.join(str(reason).split())}")
 
     wanted = json.loads(given)
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     try:
         template = environment.from_string(wanted["template"])
-        text = template.render(messages=wanted["messages"], add_generation_prompt=True, **wanted["values"])
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise EdgekitError(f"{source}: the chat template failed ({type(error).__name__}: {error})") from None
-    return text.encode()
+        text = template.render(messages=wanted["messages"], add_generation_prompt=True, **wanted["values"]).encode()
+    except (EdgekitError, MemoryError):
+        raise
+    except Exception as error:  # a template is a program, and may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EdgekitError(f"{source}: the chat template failed ({reason})") from None
+    return bytes(text)

@@ -124,7 +124,7 @@ def test_nobody_waits_for_a_broker_that_is_away(cluster):
     wait_for(lambda: numbers(lag.look(OURS, {})) == [3, 0, 0])
     cluster.set_up(False)
     waited = Never()
-    lag._pending.append((lag._ends, OURS[0], waited))  # an answer that never comes
+    lag._pending.insert(0, (lag._ends, OURS[0], waited))  # an answer that never comes, looked at first
     for _ in range(20):
         assert numbers(lag.look(OURS, {OURS[0]: 1})) == [2, 0, 0]  # by the last end that is known
     assert waited.asked == 20

@@ -16,6 +16,7 @@ def blocks(section: str) -> dict[str, str]:
     return dict(re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL))
 
 
+@pytest.mark.examples
 def test_the_example_of_the_readme(edgekit, tmp_path, monkeypatch):
     pytest.importorskip("torch_pruning")
     from edgekit.bundle.store import open_bundle

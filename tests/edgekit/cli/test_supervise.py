@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle.store import write_bundle
+from edgekit.cli.supervise import Terminated, terminating
 from edgekit.importers.onnx import from_onnx
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the parent's limits are tested on Linux")
@@ -99,7 +100,7 @@ def wait_until_it_runs(process: subprocess.Popen, parent: bool) -> int:
     while time.monotonic() < deadline:
         worker = (children(process.pid) or [0])[0] if parent else process.pid
         if worker and "onnxruntime_pybind11" in Path(f"/proc/{worker}/maps").read_text():
-            time.sleep(2)
+            time.sleep(0.7)
             return worker
         time.sleep(0.1)
     raise AssertionError(f"the command does not begin: {process.communicate()}")
@@ -123,7 +124,7 @@ def test_without_the_parent_the_command_does_not_hear_ctrl_c(work):
     wait_until_it_runs(process, parent=False)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=2 * SERVED_SECONDS)
+        process.communicate(timeout=SERVED_SECONDS)
     process.kill()
     process.communicate()
 
@@ -188,6 +189,60 @@ def test_the_status_is_the_childs_and_a_death_is_explained(end, status, words, t
     if "was ended" in words:
         assert len(err.splitlines()) == 1
         assert err.startswith("edgekit: ")
+
+
+DROPPED = """
+import time
+from edgekit.cli.supervise import Terminated, terminating
+try:
+    with terminating():
+        try:
+            print('ready', flush=True)
+            time.sleep(60)
+        except BaseException:
+            print('dropped', flush=True)
+        {then}
+except (KeyboardInterrupt, Terminated) as error:
+    print(repr(error))
+time.sleep(1.2)  # nothing is raised after the block
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "raised"), [(signal.SIGINT, "KeyboardInterrupt()"), (signal.SIGTERM, "Terminated('stopped by SIGTERM')")]
+)
+def test_a_signal_whose_exception_a_library_drops_is_raised_again(sent, raised, tmp_path):
+    process = start(tmp_path, code=DROPPED.format(then="time.sleep(60)"))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
+    assert process.communicate(timeout=30) == (f"dropped\n{raised}\n", "")
+    assert process.returncode == 0
+
+
+def test_what_cleans_up_is_not_interrupted(tmp_path):
+    then = "print('end of block', flush=True)"
+    code = DROPPED.format(then=then).replace("print('dropped', flush=True)", "time.sleep(1.2); raise")
+    process = start(tmp_path, code=code)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("Terminated('stopped by SIGTERM')\n", "")
+
+
+@pytest.mark.parametrize("cause", [Terminated("stopped"), KeyboardInterrupt()], ids=repr)
+def test_an_error_of_pythons_c_code_in_place_of_a_signals_is_the_signals(cause):
+    """Planted as CPython does it: SystemError, "returned a result with an exception set"."""
+
+    def replaced():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM if isinstance(cause, Terminated) else signal.SIGINT)
+            time.sleep(60)
+        except BaseException as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    with pytest.raises(type(cause)), terminating():
+        replaced()
+    with pytest.raises(SystemError), terminating():
+        raise SystemError("another")
 
 
 @pytest.mark.parametrize("signals", [1, 2])

@@ -1,5 +1,7 @@
 """Parquet files that expand: what they declare is compared with the limit before they are read."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ import pytest
 from edgekit.bundle import bounded
 from edgekit.data.dataset import load
 from edgekit.data.parquet import declared_bytes, open_bounded, text_bytes, without_dictionaries
+from edgekit.data.parquet_pages import page_sizes
 from edgekit.errors import EdgekitError
 
 ROWS = 2_000_000  # 24 numbers of 4 bytes each: 192 MB in memory
@@ -66,9 +69,63 @@ def test_declared_bytes_are_at_least_those_in_memory(values, kind, size, tmp_pat
     pq.write_table(table, tmp_path / "t.parquet", compression="none")
     metadata = pq.read_metadata(tmp_path / "t.parquet")
     paths = {metadata.schema.column(index).path for index in range(metadata.num_columns)}
-    (declared,) = declared_bytes(metadata, paths)
-    assert declared >= size
-    assert declared_bytes(metadata, set()) == [0]
+    with (tmp_path / "t.parquet").open("rb") as stream:
+        (declared,) = declared_bytes(stream, metadata, paths)
+        assert declared >= size
+        assert declared_bytes(stream, metadata, set()) == [0]
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("codec", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_pages_declare_what_the_footer_declares(version, codec, dictionary, tmp_path):
+    rng = np.random.default_rng(0)
+    table = pa.table({"x": rng.normal(size=50_000), "t": [f"text {number}" for number in range(50_000)]})
+    options = {"compression": codec, "use_dictionary": dictionary, "data_page_version": version, "data_page_size": 9000}
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=20_000, write_page_index=True, **options)
+    metadata, content = pq.read_metadata(tmp_path / "t.parquet"), (tmp_path / "t.parquet").read_bytes()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            values, size = page_sizes(content, chunk, "x")
+            assert values == chunk.num_values
+            assert 0.8 * chunk.total_uncompressed_size < size <= chunk.total_uncompressed_size
+
+
+def test_pages_that_contradict_the_footer_count(tmp_path, tiny_bundle, monkeypatch):
+    """The footer declares 120,000 values, and the pages behind it hold five million."""
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    small, large = tmp_path / "small.parquet", tmp_path / "large.parquet"
+    rows = {"light_curve": np.random.default_rng(0).normal(size=(5000, 24)).astype(np.float32).tolist()}
+    pq.write_table(pa.table(rows | {"labels": [0, 1] * 2500, "split": [0, 1] * 2500}), small, **options)
+    pq.write_table(pa.table({"x": np.zeros(5_000_000)}), large, row_group_size=5_000_000, **options)
+    page, chunk = (pq.read_metadata(path).row_group(0).column(0) for path in (large, small))
+    at, size = page.data_page_offset, page.total_compressed_size
+    assert size < chunk.total_compressed_size
+    assert at == chunk.data_page_offset
+    content = bytearray(small.read_bytes())
+    content[at : at + size] = large.read_bytes()[at : at + size]
+    values, taken = page_sizes(content, page, "x")
+    assert (values, chunk.num_values, chunk.total_uncompressed_size < 1_000_000) == (5_000_000, 120_000, True)
+    assert 40_000_000 <= taken <= page.total_uncompressed_size
+    small.write_bytes(content)
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *arguments: pytest.fail("it is read"))
+    with pytest.raises(EdgekitError, match=r"small.parquet: .*pages of column 'light_curve.*' contradict the footer"):
+        load(small, tiny_bundle.manifest)
+    monkeypatch.setattr("edgekit.data.parquet.page_sizes", lambda *arguments: (0, 0))  # the twin: the footer alone
+    with pytest.raises(pytest.fail.Exception, match="it is read"):
+        load(small, tiny_bundle.manifest)
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"\x15", b"\x15" + b"\xff" * 20, b"\x1c" * 400, b"\x19\xf5\xff\xff\xff\x7f", b"\0", b"\x1d"]
+)
+def test_headers_that_cannot_be_read_are_an_error(head):
+    chunk = SimpleNamespace(data_page_offset=0, has_dictionary_page=False, total_compressed_size=1 << 40)
+    if head == b"":
+        assert page_sizes(head, chunk, "x") == (0, 0)
+        return
+    with pytest.raises(ValueError, match="the pages of column 'x' contradict the footer"):
+        page_sizes(head, chunk, "x")
 
 
 def test_texts_are_measured_before_they_take_memory(tmp_path):

@@ -112,6 +112,20 @@ def test_a_tensor_that_the_file_cannot_hold_is_refused(tmp_path, content, proble
         read_gguf(written(tmp_path, content))
 
 
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    """Each would take its own memory in an engine."""
+    start = b"GGUF" + struct.pack("<IQQ", 3, 2, 0)
+    for offset, problem in ((0, "'b' in the bytes of 'a'"), (124, "'b' in the bytes of 'a'"), (128, None)):
+        table = [text(name) + struct.pack("<IQIQ", 1, 32, 0, at) for name, at in ((b"a", 0), (b"b", offset))]
+        header = start + b"".join(table)
+        path = written(tmp_path, header + bytes(-len(header) % 32) + bytes(256))
+        if problem is None:
+            assert list(read_gguf(path).tensors) == ["a", "b"]
+        else:
+            with pytest.raises(EdgekitError, match=problem):
+                read_gguf(path)
+
+
 def test_a_value_of_another_type_is_refused(tmp_path):
     file = read_gguf(written(tmp_path, WHOLE))
     with pytest.raises(EdgekitError, match="'b' is a str; expected int"):

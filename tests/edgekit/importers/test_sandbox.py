@@ -42,6 +42,13 @@ DEEDS = {
     "a folder, native": "native(libc.mkdir(target.encode() + b'.d', 0o700))",
     "renaming, native": "native(libc.rename(target.encode(), target.encode() + b'.moved'))",
     "a signal, native": "native(libc.kill(os.getppid(), 0))",
+    "a queued signal, native": "native(libc.sigqueue(os.getppid(), 0, None))",
+    "the owner of a file's signals": "import fcntl; fcntl.fcntl(os.pipe()[0], 8, os.getppid())",
+    "the limits of another process, native": "native(libc.prlimit(os.getppid(), 7, None, None))",
+    "truncation of a file opened for reading, native": "native(libc.open(target.encode(), 0o1000))",
+    "memory that is a file": "os.memfd_create('x')",
+    "a pair of sockets, native": "native(libc.socketpair(1, 1, 0, (ctypes.c_int * 2)()))",
+    "the clock, native": "native(libc.adjtimex(ctypes.create_string_buffer(1024)))",
     "a file through a link": "os.symlink(target, 'link'); open('link', 'w')",
 }
 
@@ -112,7 +119,23 @@ def test_without_the_sandbox_the_deed_is_done(deed, target, scratch):
 WITHOUT_KERNEL = "confine._landlock = confine._seccomp = lambda *arguments: False"
 
 
-@pytest.mark.parametrize("name", [name for name in DEEDS if "native" not in name])
+WORDS = ("socket", "signal", "limits", "trunc", "memory", "clock")
+SECCOMP = [name for name in DEEDS if any(word in name for word in WORDS)]
+
+
+@pytest.mark.skipif(not LINUX, reason="native code is confined on Linux only")
+@pytest.mark.parametrize("name", SECCOMP)
+def test_seccomp_alone_refuses_what_older_versions_of_landlock_do_not_know(name, target, scratch):
+    without = "confine._landlock = lambda *arguments: False; confine.refusing = lambda folder: lambda *event: None"
+    assert tried(DEEDS[name], target, scratch, confined=True, layers=without) == "PermissionError"
+    if not target.isdigit():
+        assert Path(target).read_text() == "text"
+
+
+BY_KERNEL = ("native", "owner", "memory")  # deeds that the audit hook does not see
+
+
+@pytest.mark.parametrize("name", [name for name in DEEDS if not any(word in name for word in BY_KERNEL)])
 def test_the_audit_layer_alone_refuses_what_python_does(name, target, scratch):
     assert tried(DEEDS[name], target, scratch, confined=True, layers=WITHOUT_KERNEL) == "PermissionError"
 

@@ -1,6 +1,7 @@
 """A graph from a file runs in a confined process before it runs in this one, and once only."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ COMMANDS = {
     "bench": ["bench", "x.edge", "--batch", "1", "--seconds", "0.05"],
     "compress": ["compress", "x.edge", "--data", "x.npz", "--auto", "-o", "y.edge"],
     "export": ["export", "x.edge", "--to", "onnx", "-o", "y", "--json"],
+    "doctor": ["doctor", "x.edge"],
 }
 
 
@@ -44,6 +46,14 @@ def test_a_loop_without_end_is_stopped(command, file, edgekit, monkeypatch, tmp_
     before = sorted(path.name for path in tmp_path.iterdir())
     assert edgekit(*command).failed_with(1, "x.edge: it takes more than 2 seconds", "--time-limit SECONDS")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_consumer_of_a_stream_tries_its_model(file, monkeypatch):
+    classifiers = pytest.importorskip("alert_broker.stream.classifiers")
+    monkeypatch.setenv(sandbox.VARIABLE, "2")
+    config = SimpleNamespace(model=SimpleNamespace(bundle=str(file(loop(1 << 62)))))
+    with pytest.raises(EdgekitError, match=r"x\.edge: it takes more than 2 seconds"):
+        classifiers.open_all_classifiers(config, None, print)
 
 
 def test_a_graph_that_fills_the_memory_is_refused(file):

@@ -48,6 +48,9 @@ def test_an_output_matrix_of_its_own_is_used(tmp_path):
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "expected a positive number"),
         ({"llama.context_length": None}, "has no 'llama.context_length'"),
         ({"llama.rope.scaling.type": "yarn"}, "unknown scaling"),
+        ({"llama.rope.dimension_count": 34}, "even number up to 32"),
+        ({"llama.rope.dimension_count": 2_000_000_000}, "even number up to 32"),
+        ({"llama.rope.dimension_count": 31}, "even number up to 32"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(tmp_path, metadata, problem):
