@@ -21,7 +21,7 @@ from typing import Any
 from bench_alerts import at_a_rate, broker_name, packets, simulated
 from bench_inference import describe_machine
 
-SETTINGS = ["defaults", "batch.seconds=0.02", "batch.seconds=0.1", "publish.commit_seconds=0.03"]
+SETTINGS = ["defaults", "batch.seconds=0.02", "batch.seconds=0.03", "batch.seconds=0.1"]
 
 
 def flags(setting: str) -> list[str]:

@@ -29,7 +29,7 @@ LOG = logging.getLogger("edgekit.stream")
 # Seconds of full queues before fetching is paused. A pause drops the messages that librdkafka has read ahead.
 PAUSE_AFTER = 1.0
 IDLE_POLL = 0.01  # seconds between checks for requests of the publishing thread
-ANSWER_STEP = 0.005  # seconds between looks for the brokers' answers to what was published
+ANSWER_STEP = 0.01  # seconds between looks for the brokers' answers to what was published
 
 
 class Pipeline:
