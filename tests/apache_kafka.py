@@ -11,7 +11,6 @@ import base64
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import uuid
@@ -23,6 +22,7 @@ from typing import Self
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import (
     AclBinding,
+    AclBindingFilter,
     AclOperation,
     AclPermissionType,
     AdminClient,
@@ -31,11 +31,11 @@ from confluent_kafka.admin import (
 )
 
 from edgekit.errors import EdgekitError
+from tests.brokers import free_ports
 from tests.certificates import Authority
 
 HOME = "EDGEKIT_KAFKA_HOME"
 START_SECONDS = 60.0
-PORTS = range(20_000, 32_000)  # below the ephemeral ports, of which another process could take one during a restart
 STEP = 0.05
 SUPERUSER = "ANONYMOUS"  # whoever connects to INTERNAL
 
@@ -116,6 +116,14 @@ class ApacheKafka:
         ]
         for future in admin.create_acls(rules).values():
             future.result(START_SECONDS)
+        found = AclBindingFilter(
+            resource, name, ResourcePatternType.LITERAL, f"User:{user}", "*", AclOperation.ANY, AclPermissionType.ANY
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while not set(rules) <= set(admin.describe_acls(found).result(START_SECONDS)):
+            if time.monotonic() > deadline:
+                raise EdgekitError(f"Apache Kafka does not apply the rules of {user} on {name}")
+            time.sleep(STEP)
 
     def start(self) -> Self:
         for number in range(len(self._nodes)):
@@ -180,6 +188,11 @@ class ApacheKafka:
     def data(self, number: int) -> Path:
         """The folder in which a node keeps its messages."""
         return self._nodes[number] / "data"
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the nodes that were started."""
+        return [process.pid for process in self._processes if process is not None]
 
     def running(self, number: int) -> bool:
         process = self._processes[number]
@@ -266,20 +279,3 @@ def cluster_id() -> str:
     while (text := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
         pass
     return text
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nobody listens on; the search begins at a place of this process's own."""
-    found: list[int] = []
-    start = (os.getpid() * 97) % len(PORTS)
-    for step in range(len(PORTS)):
-        port = PORTS[(start + step) % len(PORTS)]
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise EdgekitError(f"{count} ports between {PORTS.start} and {PORTS.stop} are wanted, and {len(found)} are free")

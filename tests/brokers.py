@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import signal
 import socket
@@ -31,8 +32,9 @@ from confluent_kafka.cimpl import NewTopic
 
 from edgekit.errors import EdgekitError, missing_extra
 
-READY_SECONDS = 20.0
+READY_SECONDS = 60.0
 STEP = 0.02
+PORTS = range(20_000, 32_000)  # below the ephemeral ports, of which a connection of another process may take one
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
 BUCKET = "tansu"
 # The first member of a group waits half a session before it reads, with Tansu: the shortest that Kafka allows
@@ -259,10 +261,28 @@ def configure_topic(address: str, topic: str, settings: Mapping[str, str]) -> No
     time.sleep(2.0)  # the answer comes before the settings count
 
 
+# The search begins at a port of this process's own, and returns no port twice before it has tried all of them
+_candidates = itertools.islice(itertools.cycle(PORTS), (os.getpid() * 97) % len(PORTS), None)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody listens on."""
+    found: list[int] = []
+    for port in itertools.islice(_candidates, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise EdgekitError(f"{count} ports between {PORTS.start} and {PORTS.stop} are wanted, and {len(found)} are free")
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    (port,) = free_ports(1)
+    return port
 
 
 def _file_of(module: str, path: str, package: str) -> Path:

@@ -32,13 +32,14 @@ def check(path: Path, kafka: tuple[str, ...], as_json: bool) -> None:
     with alert_packages():
         from alert_broker.stream import config as configuration
         from alert_broker.stream import logs
+        from alert_broker.stream.clients import client_errors
         from alert_broker.stream.connect import reach
         from alert_broker.stream.rights import Finding, all_rights
 
     config = configuration.load(path, {"kafka": key_values(kafka, "--kafka")} if kafka else {})
     settings = config.kafka_settings()
     logs.configure(as_json=as_json, config=settings)
-    with stopping() as stop:
+    with stopping() as stop, client_errors():
         client = reach(settings, stop)
         if client is None:
             raise EdgekitError("the check was stopped before the broker answered")

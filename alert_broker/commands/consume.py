@@ -90,7 +90,8 @@ def consume(path: Path | None, kafka: tuple[str, ...], outputs: tuple[str, ...],
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
-        from alert_broker.stream.run import client_errors, open_pipeline
+        from alert_broker.stream.clients import client_errors
+        from alert_broker.stream.run import open_pipeline
         from alert_broker.stream.stats import Stats
         from alert_broker.stream.watchdog import MARGIN_SECONDS, WATCHDOG
 

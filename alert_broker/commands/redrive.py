@@ -51,13 +51,14 @@ def redrive(
     with alert_packages():
         from alert_broker.stream import config as configuration
         from alert_broker.stream import logs
+        from alert_broker.stream.clients import client_errors
         from alert_broker.stream.redrive import redrive as send
 
     changes = {"kafka": key_values(kafka, "--kafka")} if kafka else {}
     config = configuration.load(path, changes)
     settings = config.kafka_settings()
     logs.configure(as_json=as_json, config=settings)
-    with progress() as bar, stopping() as stop:
+    with progress() as bar, stopping() as stop, client_errors():
         task = bar.add_task("dead letters", total=None)
         done = send(
             settings,

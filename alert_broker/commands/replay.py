@@ -44,12 +44,13 @@ def replay(
     with alert_packages():
         from alert_broker.stream import logs
         from alert_broker.stream import replay as stream
+        from alert_broker.stream.clients import client_errors
         from alert_broker.stream.config import secrets_from_environment
 
     settings = secrets_from_environment(key_values(kafka, "--kafka"))
     logs.configure(as_json=as_json, config=settings)
     source = itertools.chain.from_iterable(stream.packets(map(Path, paths), column) for _ in range(repeat))
-    with progress() as bar, stopping() as stop:
+    with progress() as bar, stopping() as stop, client_errors():
         task = bar.add_task(f"packets to {topic}", total=None)
         sent = stream.send(
             source, topic, settings, rate=rate, stop=stop, progress=lambda count, _: bar.update(task, completed=count)

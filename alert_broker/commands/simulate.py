@@ -72,10 +72,11 @@ def simulate(
         with alert_packages():
             from alert_broker.stream import logs
             from alert_broker.stream import replay as stream
+            from alert_broker.stream.clients import client_errors
             from alert_broker.stream.config import secrets_from_environment
         settings = secrets_from_environment(key_values(kafka, "--kafka"))
         logs.configure(config=settings)
-        with progress() as bar, stopping() as stop:
+        with progress() as bar, stopping() as stop, client_errors():
             tracked = bar.track(source, count, description=f"{survey} alerts")
             sent = stream.send(stream.simulated(tracked), to_topic, settings, rate=rate, stop=stop)
         report(to_topic, sent.messages, sent.bytes, sent.seconds, sent.late, as_json=False)

@@ -62,6 +62,7 @@ class BatchStages:
         self._writer = ResultWriter(config, router, self._stages.schema_text)
         self._archive = Archive(Path(config.archive.folder), classifiers.schema) if config.archive.folder else None
         self._limits = DeadLetterLimits(config.dead_letters)
+        self._refusal_limits = DeadLetterLimits(config.dead_letters)  # of alerts whose results brokers refuse
 
     def _open_registry(self) -> Registry:
         return open_registry(
@@ -120,15 +121,17 @@ class BatchStages:
             owned = membership.owned(batch)
             if not owned.any():
                 return
-            self._limits.check(outcome.dead_letters, len(batch))
+            self._limits.check(outcome.dead_letters, owned)
             if self._archive is not None:
                 keep = owned[work.index]
                 assert work.rows is not None
                 self._archive.write(work.rows.filter(pa.array(keep)), positions_of(batch, work.index[keep]))
         messages = outcome.messages(owned)
-        account = functools.partial(self._account, outcome, time.monotonic())
+        account = functools.partial(self._account, outcome, len(outcome.dead_letters), time.monotonic())
         publisher.publish(Publication(batch, messages, outcome.instead, account))
 
-    def _account(self, outcome: Outcome, started: float, owned: Owned) -> None:
+    def _account(self, outcome: Outcome, known: int, started: float, owned: Owned) -> None:
+        """known: how many dead letters the batch had before any broker refused a result."""
         self._stats.observe("publish", time.monotonic() - started)
         outcome.account(self._stats, owned)
+        self._refusal_limits.check(outcome.dead_letters[known:], owned)

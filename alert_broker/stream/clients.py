@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -130,6 +131,15 @@ def reason_of(error: Exception) -> str:
     """Return librdkafka's description of an error on one line."""
     first = error.args[0] if error.args else error
     return " ".join((first.str() if isinstance(first, KafkaError) else str(first)).split())
+
+
+@contextmanager
+def client_errors() -> Iterator[None]:
+    """Turn an error of the Kafka client that nothing else has explained into one for the user."""
+    try:
+        yield
+    except KafkaException as error:
+        raise EdgekitError(f"the Kafka client failed: {reason_of(error)}; check the broker, and start again") from error
 
 
 def refusal_of(error: Exception, settings: Mapping[str, Secret]) -> str:

@@ -20,7 +20,7 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from alert_broker.stream.clients import open_admin, reason_of
-from alert_broker.stream.config import Secret
+from alert_broker.stream.config import Secret, secrets_from_environment
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -34,9 +34,9 @@ API_VERSIONS = b"\0\0\0\x0a" + b"\0\x12\0\0" + b"\0\0\0\x07" + b"\xff\xff"
 
 
 def principal(settings: Mapping[str, Secret]) -> str:
-    """Return this client as the broker sees it, for error messages."""
+    """Return this client as the broker sees it, for error messages. A user from the environment is named."""
     if user := settings.get("sasl.username"):
-        return f"the user {user!r}"
+        return f"the user {secrets_from_environment({'sasl.username': user})['sasl.username']!r}"
     if settings.get("ssl.certificate.location") or settings.get("ssl.keystore.location"):
         return "the owner of the client's certificate"
     return "a client without a name"
@@ -158,6 +158,7 @@ def _trust(settings: Mapping[str, Secret]) -> ssl.SSLContext:
     location, text = (str(settings.get(name) or "") for name in ("ssl.ca.location", "ssl.ca.pem"))
     location = "" if location == "probe" else location  # "probe" stands for the places where systems store authorities
     folder = bool(location) and Path(location).is_dir()
+    text = text.encode("ascii", "ignore").decode()  # Python takes no other text; comments may contain it
     context = ssl.create_default_context(
         cafile=location if location and not folder else None, capath=location if folder else None, cadata=text or None
     )

@@ -48,14 +48,16 @@ class ConsumerPositions:
 
     def choose(self) -> Iterator[Partition]:
         """Choose a position for the partitions that have none within their log, and yield each of them once the
-        consumer reads it from there."""
+        consumer reads it from there. If the broker does not answer for one partition, the method returns, so that the
+        polling thread waits for one answer at most; the next call begins with the other partitions."""
         for where, offset in list(self._missing.items()):
             try:
                 with WATCHDOG.limit("get_watermark_offsets", OFFSET_SECONDS):
                     begin, end = self._consumer.get_watermark_offsets(TopicPartition(*where), timeout=OFFSET_SECONDS)
             except KafkaException as error:
                 LOG.warning("%s[%d] is not read yet, as its log is unknown: %s", *where, reason_of(error))
-                continue  # until the next poll
+                self._missing[where] = self._missing.pop(where)
+                return
             del self._missing[where]
             start = end if offset is None and self.settings.start_at == "latest" else begin
             if offset is not None and offset < begin:

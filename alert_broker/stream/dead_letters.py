@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 
+import numpy as np
+import numpy.typing as npt
 from confluent_kafka import Message
 
 from alert_broker.containers import WIRE_HEADER, WIRE_MAGIC
@@ -169,11 +171,12 @@ class DeadLetterLimits:
         self._window: deque[bool] = deque(maxlen=config.window)
         self._dead = self._row = 0
 
-    def check(self, dead_letters: Sequence[DeadLetter], count: int) -> None:
-        """Count the dead letters of a batch of `count` alerts; raise if there are too many. Unreadable messages do not
-        count: one batch of a producer may hold any number of them."""
+    def check(self, dead_letters: Sequence[DeadLetter], owned: npt.NDArray[np.bool_]) -> None:
+        """Count the dead letters of a batch; raise if there are too many. owned: (messages,) whether this member still
+        owns the partition of each message; the others do not count, as their next owner counts them. Unreadable
+        messages do not count either: one batch of a producer may hold any number of them."""
         dead = {dead_letter.index: dead_letter for dead_letter in dead_letters if dead_letter.status != UNREADABLE}
-        for index in range(count):
+        for index in np.flatnonzero(owned).tolist():
             is_dead = index in dead
             if len(self._window) == self._window.maxlen:
                 self._dead -= self._window[0]
@@ -190,6 +193,6 @@ class DeadLetterLimits:
         raise EdgekitError(
             f"the consumer stopped, because {what} (allowed: {self._config.max_consecutive} in a row, "
             f"{self._config.max_ratio:.0%} of {self._config.window}); the last one: {last.reason[:SHOWN]}; "
-            "this batch is not committed: find the cause and start again, or raise dead_letters.max_ratio or "
-            "dead_letters.max_consecutive"
+            "find the cause and start again, or raise dead_letters.max_ratio or dead_letters.max_consecutive; what was "
+            "not committed is read again"
         )

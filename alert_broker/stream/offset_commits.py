@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from alert_broker.stream.clients import HOPELESS
+from alert_broker.stream.clients import HOPELESS, REBALANCED
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.watchdog import WATCHDOG
 from edgekit.errors import EdgekitError
@@ -91,7 +91,7 @@ class OffsetCommits:
         if self._superseded:
             self._superseded -= 1
             return
-        self._answered(error or next((item.error for item in partitions if item.error is not None), None))
+        self._answered(error or _worst(partitions))
 
     def _answered(self, error: KafkaError | None) -> None:
         sent, self._sent = self._sent, None
@@ -134,7 +134,7 @@ class OffsetCommits:
         except KafkaException as error:
             known: KafkaError = error.args[0]
             return known
-        return next((item.error for item in answer or () if item.error is not None), None)
+        return _worst(answer or ())
 
     def forget(self, where: Partition) -> None:
         """The partition belongs to another member now."""
@@ -153,6 +153,12 @@ class OffsetCommits:
             with WATCHDOG.limit("consume", ANSWER_STEP):
                 self._consumer.consume(1, ANSWER_STEP)
         return self.batches == self._acknowledged_batches
+
+
+def _worst(partitions: Sequence[TopicPartition]) -> KafkaError | None:
+    """Return the error of one of the partitions; that of a rebalance only if there is no other."""
+    errors = [item.error for item in partitions if item.error is not None]
+    return min(errors, key=lambda error: error.code() in REBALANCED, default=None)
 
 
 def _positions(offsets: Mapping[Partition, int]) -> list[TopicPartition]:

@@ -114,7 +114,8 @@ class Outcome:
         stats.observe("end-to-end", time.monotonic() - batch.received, int(owned.sum()))
         stats.dead_letters(category_of(item.reason) for item in self.dead_letters if owned[item.index])
         assert self._work.rows is not None
-        for item in self._work.rows["best_class"].drop_null().value_counts().to_pylist():
+        final = pa.array((owned & ~self.dead)[self._work.index])
+        for item in self._work.rows["best_class"].filter(final).drop_null().value_counts().to_pylist():
             stats.classes[item["values"]] += item["counts"]
         stats.progress()
 

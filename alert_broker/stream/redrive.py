@@ -18,7 +18,6 @@ from alert_broker.stream.clients import (
     consumer_defaults,
     of_producer,
     open_consumer,
-    reason_of,
 )
 from alert_broker.stream.config import DeadLetters, Secret
 from alert_broker.stream.dead_letters import (
@@ -120,6 +119,12 @@ class Backlog:
                     self._at_end.add(position_of(message)[0])
                 elif error.code() in HOPELESS:
                     raise EdgekitError(f"{self._topic} cannot be read: {error.str()}")
+                elif error.code() in UNREADABLE:  # librdkafka would fetch it again for ever
+                    raise EdgekitError(
+                        f"{self._topic}[{message.partition()}] cannot be read at offset {message.offset()}: "
+                        f"{error.str()}; raise receive.message.max.bytes with --kafka, or name another --group whose "
+                        "offsets are after it"
+                    )
                 continue
             where, offset = position_of(message)
             self._at_end.discard(where)
@@ -140,17 +145,18 @@ class Backlog:
         """Commit the offsets of all dead letters that were read. If another member owns the partitions by now, it sends
         some dead letters again."""
         after, self._after = self._after, {}
+        offsets = [TopicPartition(name, number, offset) for (name, number), offset in after.items()]
         try:
-            self._consumer.commit(
-                offsets=[TopicPartition(name, number, offset) for (name, number), offset in after.items()],
-                asynchronous=False,
-            )
+            answers = self._consumer.commit(offsets=offsets, asynchronous=False)
+            errors = [item.error for item in answers or () if item.error is not None]
         except KafkaException as error:
-            if error.args[0].code() not in REBALANCED:
+            errors = [error.args[0]]
+        for fault in errors:
+            if fault.code() not in REBALANCED:
                 raise EdgekitError(
-                    f"offsets cannot be committed: {reason_of(error)}; the last {BATCH} dead letters at most will be "
-                    "sent again"
-                ) from None
+                    f"offsets cannot be committed: {fault.str()}; the last {BATCH} dead letters at most will be sent "
+                    "again"
+                )
             LOG.warning("the group was rebalanced: another member may send some dead letters again")
 
     def close(self) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from confluent_kafka import KafkaException
-
-from alert_broker.stream.clients import reason_of
+from alert_broker.stream.clients import client_errors
 from alert_broker.stream.config import Config
 from alert_broker.stream.connect import reach
 from alert_broker.stream.pipeline import Pipeline
 from alert_broker.stream.rights import require_topics
 from alert_broker.stream.stats import Stats
-from edgekit.errors import EdgekitError
 
 
 def open_pipeline(
@@ -28,15 +24,6 @@ def open_pipeline(
         return None
     require_topics(client, config)
     return Pipeline(config, stats, notify=notify)
-
-
-@contextmanager
-def client_errors() -> Iterator[None]:
-    """Turn an error of the Kafka client that nothing else has explained into one for the user."""
-    try:
-        yield
-    except KafkaException as error:
-        raise EdgekitError(f"the Kafka client failed: {reason_of(error)}; start again to continue") from error
 
 
 def run(

@@ -1,7 +1,8 @@
 """Notice a topic that was deleted and created again under the same name.
 
 The consumer would go on at its old offset in the new topic, and would pass over the messages before it. The broker
-gives every topic an id that is never used again. Brokers before Apache Kafka 2.8 give no id; nothing is noticed then.
+gives every topic an id that is never used again. Brokers before Apache Kafka 2.8 give no id, but zeros. Nothing is
+noticed then; a cluster whose nodes are upgraded one after another gives zeros and ids by turns.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from confluent_kafka import KafkaException, TopicCollection
+from confluent_kafka import KafkaException, TopicCollection, Uuid
 from confluent_kafka.admin import AdminClient
 
 ASK_SECONDS = 2.0  # between questions
 ANSWER_SECONDS = 10.0  # for an answer; until then there is no other question
+NO_ID = str(Uuid(0, 0))
 
 
 class TopicIds:
@@ -40,9 +42,10 @@ class TopicIds:
 
     def _take(self, name: str, future: Future[Any]) -> bool:
         try:
-            answer = future.result()
+            found = str(future.result().topic_id)
         except KafkaException:  # the consumer itself reports a topic that is not there and a broker that is away
             return False
-        known = self._ids.setdefault(name, str(answer.topic_id))
-        self._ids[name] = str(answer.topic_id)
-        return known != str(answer.topic_id)
+        if found == NO_ID:
+            return False
+        known, self._ids[name] = self._ids.get(name, found), found
+        return known != found

@@ -70,6 +70,29 @@ class UnreadableMessage:
         return 0, -1
 
 
+class Skipped:
+    """Messages that cannot be read, in order. The object stores ranges of offsets, because one batch of a hostile
+    producer may have many millions of records."""
+
+    def __init__(self) -> None:
+        self._ranges: deque[tuple[Partition, range, str]] = deque()
+
+    def __len__(self) -> int:
+        return sum(len(offsets) for _, offsets, _ in self._ranges)
+
+    def add(self, where: Partition, offsets: range, reason: str) -> None:
+        self._ranges.append((where, offsets, reason))
+
+    def popleft(self) -> UnreadableMessage:
+        where, offsets, reason = self._ranges.popleft()
+        if len(offsets) > 1:
+            self._ranges.appendleft((where, offsets[1:], reason))
+        return UnreadableMessage(where, offsets[0], reason)
+
+    def forget(self, where: Partition) -> None:
+        self._ranges = deque(item for item in self._ranges if item[0] != where)
+
+
 @dataclass(slots=True)
 class _Search:
     """A batch that cannot be read. base: its first offset; start: the first that was not processed; since: monotonic
@@ -91,12 +114,12 @@ class UnreadableBatches:
     def __init__(self, consumer: Any, settings: SourceSettings) -> None:
         self._consumer, self._settings = consumer, settings
         self._searches: dict[Partition, _Search] = {}
-        self.skipped: deque[UnreadableMessage] = deque()
+        self.skipped = Skipped()
 
     def forget(self, where: Partition) -> None:
         """Forget a partition that was revoked."""
         self._searches.pop(where, None)
-        self.skipped = deque(item for item in self.skipped if item.where != where)
+        self.skipped.forget(where)
 
     def take(self, found: Sequence[Message], positions: dict[Partition, int]) -> list[Message]:
         """Return the messages, ends and errors of one call of `consume` without those of an unreadable batch.
@@ -161,7 +184,7 @@ class UnreadableBatches:
             del self._searches[where]
             reason = f"the record cannot be read: {search.reason}"
             offsets = range(search.start, search.low + 1)
-            self.skipped.extend(UnreadableMessage(where, offset, reason) for offset in offsets)
+            self.skipped.add(where, offsets, reason)
             LOG.warning("%s[%d]: offsets %d to %d are skipped: %s", *where, offsets[0], offsets[-1], search.reason)
             self._seek(where, search.low + 1)
             return

@@ -23,6 +23,7 @@ LOG = logging.getLogger("edgekit.stream")
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 MARGIN_SECONDS = 10.0  # that a call may take beyond its own limit, on a loaded machine
 LOOK_SECONDS = 0.25  # between looks at the calls that are running
+LAST_WORDS_SECONDS = 5.0  # to write the log line and the report, which an output that nobody reads may block
 ADVICE = "nothing is lost: start the process again, and it continues at the last committed offset"
 
 
@@ -87,7 +88,13 @@ class Watchdog:
                     return
 
     def end(self, reason: str) -> None:
-        """End the process at once, with status 75."""
+        """End the process with status 75, at once or, if its output is blocked, after `LAST_WORDS_SECONDS`."""
+        writer = Thread(target=self._say, args=(reason,), name="edgekit-last-words", daemon=True)
+        writer.start()
+        writer.join(LAST_WORDS_SECONDS)
+        self._end(TRY_AGAIN)
+
+    def _say(self, reason: str) -> None:
         LOG.critical("%s; the process ends with status %d; %s", reason, TRY_AGAIN, ADVICE)
         try:
             self.last_words(reason)
@@ -95,7 +102,6 @@ class Watchdog:
                 stream.flush()
         except Exception:  # such as a pipe whose reader has gone
             LOG.exception("the report could not be written")
-        self._end(TRY_AGAIN)
 
     @contextmanager
     def ending_within(self, seconds: float) -> Iterator[None]:

@@ -53,7 +53,7 @@ def folder() -> Path:
 def find(name: str | Path) -> Path:
     """Return the file of a model: a path, or the name of one that is installed."""
     path = Path(name)
-    if path.suffix == ".gguf" or path.exists():
+    if path.suffix == ".gguf" or path.is_file():
         return path
     if str(name) not in MODELS:
         raise unknown("language model", name, MODELS, where="the list of models (and there is no such file)")

@@ -28,6 +28,7 @@ VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 OBJECT_BYTES = 80  # what a string of Python takes beside its characters, about
+HEADER_BYTES = 800  # what a key with its value, or a tensor, takes in Python, about
 LEAST_STRING = 8  # bytes of an empty string in the file: its length
 MOST_AXES = 4
 Header = tuple[str, tuple[int, ...], int, int]  # of a tensor: name, shape, format number, offset in the data
@@ -97,6 +98,7 @@ class _Reader:
             raise EdgekitError(f"{self.path}: {text}; convert the model again")
         tensors, pairs = self.number("Q"), self.number("Q")
         self.declares(pairs, LEAST_STRING + 4, "keys")
+        claim(pairs * HEADER_BYTES, len(self.content), f"{self.path}: the metadata")
         metadata = {}
         for _ in range(pairs):
             key = self.string()
@@ -104,6 +106,7 @@ class _Reader:
                 raise self.damaged(f"holds the key {key!r} twice")
             metadata[key] = self.value(self.number("I"), key)
         self.declares(tensors, LEAST_STRING + 4 + 4 + 8, "tensors")
+        claim(tensors * HEADER_BYTES, len(self.content), f"{self.path}: the list of tensors")
         headers = [self.header() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20:

@@ -100,7 +100,7 @@ def _error(status: int, said: str, source: str, seconds: int, memory: int) -> Ed
         return EdgekitError(said)
     if status == -signal.SIGXCPU:
         return EdgekitError(
-            f"{source}: it takes more than {seconds} seconds of CPU time to open or run the model; if you trust the "
+            f"{source}: it takes more than {seconds} s of CPU time to open or run the model; if you trust the "
             "file, raise the limit with: edgekit --time-limit SECONDS COMMAND"
         )
     if said.startswith("MemoryError") or status < 0:

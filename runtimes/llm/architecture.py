@@ -21,6 +21,24 @@ Pairs = Literal["adjacent", "halves"]
 # how the file of each family stores the dimensions that the rotary embedding turns together
 PAIRS: dict[str, Pairs] = {"llama": "adjacent", "qwen2": "halves", "qwen3": "halves"}
 SCALINGS = ("none", "linear")
+# the keys of a family's metadata that are read here, and those that change no result
+READ = frozenset(
+    (
+        *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+        *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+        *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
+        *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
+    )
+)
+WITHOUT_EFFECT = frozenset(
+    (
+        *("vocab_size", "tensor_data_layout", "attention.value_length"),
+        *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+    )
+)
+WINDOW = "attention.sliding_window"  # changes no result if it is as long as the context
+# keys that change a result unless they have this value
+NEUTRAL = {"attention.causal": True, "use_parallel_residual": False, "expert_count": 0, "expert_used_count": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +115,8 @@ class Model:
 
 def from_gguf(file: GgufFile) -> Model:
     """Return the model in a GGUF file. Raises EdgekitError if its family is unknown or its weights do not fit."""
-    found = _Weights(file)
     architecture = _architecture(file)
+    found = _Weights(file, architecture.family)
     sizes = _shapes(architecture)
     layers = [
         Layer(**{role: found.layer(number, role, shape) for role, shape in sizes.items()})  # type: ignore[arg-type]
@@ -141,13 +159,11 @@ def _architecture(file: GgufFile) -> Architecture:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise EdgekitError(f"{file.path}: holds no tensor 'token_embd.weight', so it is no language model")
+    context = size("context_length")
+    _check_variant(file, family, context)
     layers = size("block_count")
     if layers > len(file.tensors):
         raise EdgekitError(f"{file.path}: declares {layers} layers and holds {len(file.tensors)} tensors")
-    turned = size("rope.dimension_count", head_size)
-    if turned % 2 or turned > head_size:  # an engine would write behind the last head
-        text = f"{family}.rope.dimension_count = {turned}; expected an even number up to {head_size}, the head size"
-        raise EdgekitError(f"{file.path}: {text}")
     return Architecture(
         family=family,
         layers=layers,
@@ -157,25 +173,48 @@ def _architecture(file: GgufFile) -> Architecture:
         head_size=head_size,
         hidden=size("feed_forward_length"),
         vocabulary=embedding.shape[0],
-        context=size("context_length"),
+        context=context,
         epsilon=number("attention.layer_norm_rms_epsilon"),
-        rope=_rope(file, family, turned, number("rope.freq_base", 10_000.0)),
+        rope=_rope(file, family, head_size),
     )
 
 
-def _rope(file: GgufFile, family: str, size: int, base: float) -> Rope:
-    scaling = file.get(f"{family}.rope.scaling.type", str, "none")
+def _check_variant(file: GgufFile, family: str, context: int) -> None:
+    """Raise if the metadata has a key that edgekit does not read, because that key may change what the model computes:
+    an attention scale, say, or a sliding window shorter than the context."""
+    for key, value in file.metadata.items():
+        name = key.removeprefix(f"{family}.")
+        if name == key or name in READ or name in WITHOUT_EFFECT:
+            continue
+        if isinstance(value, int) and (value == NEUTRAL.get(name) or (name == WINDOW and value >= context)):
+            continue
+        shown = " ".join(repr(value).split())[:60]
+        raise EdgekitError(f"{file.path}: {key} = {shown}; edgekit does not run this variant of the family")
+
+
+def _rope(file: GgufFile, family: str, head_size: int) -> Rope:
+    size = file.get(f"{family}.rope.dimension_count", int, head_size)
+    if size % 2 or not 2 <= size <= head_size:
+        raise EdgekitError(
+            f"{file.path}: {family}.rope.dimension_count = {size}; expected an even number up to {head_size}, the size "
+            "of a head"
+        )
+    base = float(file.get(f"{family}.rope.freq_base", (int, float), 10_000.0))
+    old = file.get(f"{family}.rope.scale_linear", (int, float), 0.0)  # the factor's name in old files
+    factor = float(file.get(f"{family}.rope.scaling.factor", (int, float), old))
+    # a file with a factor and no type means linear scaling, and a factor of 0 none
+    scaling = file.get(f"{family}.rope.scaling.type", str, "linear" if factor else "none")
     if scaling not in SCALINGS:
         raise unknown("scaling of the rotary embedding", scaling, SCALINGS, where=str(file.path))
     factors = np.ones(size // 2)
     if scaling == "linear":
-        factors *= float(file.get(f"{family}.rope.scaling.factor", (int, float)))
+        factors *= factor
     if (given := file.tensors.get("rope_freqs.weight")) is not None:  # Llama 3 divides each frequency by its own factor
         if given.shape != factors.shape:
             raise EdgekitError(f"{file.path}: 'rope_freqs.weight' has shape {given.shape}; expected {factors.shape}")
         factors *= given.values().astype(np.float64)
-    if not (np.isfinite(factors).all() and (factors > 0).all()):
-        raise EdgekitError(f"{file.path}: the rotary embedding has factors that are not positive numbers")
+    if not (np.isfinite([base, *factors]).all() and min(base, *factors) > 0):
+        raise EdgekitError(f"{file.path}: the rotary embedding has a base or factors that are not positive numbers")
     return Rope(size, base, PAIRS[family], factors)
 
 
@@ -217,21 +256,25 @@ NAMES = {
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
 }
-OPTIONAL = ("query_bias", "key_bias", "value_bias", "query_norm", "key_norm")
+BIASES, NORMS = ("query_bias", "key_bias", "value_bias"), ("query_norm", "key_norm")
+# the weights that a family always has, and those that some of its models have, beside what all families have
+ALWAYS: dict[str, tuple[str, ...]] = {"llama": (), "qwen2": BIASES, "qwen3": NORMS}
+SOMETIMES: dict[str, tuple[str, ...]] = {"llama": BIASES, "qwen2": (), "qwen3": BIASES}
 
 
 class _Weights:
     """The tensors of a file, each taken at most once; what is left belongs to no role."""
 
-    def __init__(self, file: GgufFile) -> None:
-        self._file = file
+    def __init__(self, file: GgufFile, family: str) -> None:
+        self._file, self._family = file, family
         self.left = set(file.tensors) - {"rope_freqs.weight"}
 
     def layer(self, number: int, role: str, shape: tuple[int, ...]) -> Tensor | None:
         name = f"blk.{number}.{NAMES[role]}"
-        if role in OPTIONAL and name not in self._file.tensors:
-            return None
-        return self.take(name, shape)
+        expected = role not in (*BIASES, *NORMS) or role in ALWAYS[self._family]
+        if expected or (role in SOMETIMES[self._family] and name in self._file.tensors):
+            return self.take(name, shape)
+        return None  # a weight that the family never has is left over, and refused
 
     def take(self, name: str, shape: tuple[int, ...], default: Tensor | None = None) -> Tensor:
         tensor = self._file.tensors.get(name, default)

@@ -23,7 +23,7 @@ from edgekit.errors import EdgekitError
 BLOCK = 16  # tokens; llama.cpp's kernels and ours work on 16 tokens at a time
 
 
-class NoBlocksError(Exception):
+class NoBlocksError(EdgekitError):
     """The cache has too few free blocks. Nothing was changed."""
 
 
@@ -76,16 +76,20 @@ class Blocks:
         """Make room for (sequence, tokens) each, for all or, with NoBlocksError, for none."""
         needed = sum(self.needed(sequence, tokens) for sequence, tokens in appends)
         if needed > self.free:
-            raise NoBlocksError(f"{needed} blocks are needed, and {self.free} of {self.number} are free")
+            raise NoBlocksError(
+                f"{needed} blocks are needed, and {self.free} of {self.number} are free; end a sequence, or load the "
+                f"model with a longer context ({BLOCK} tokens to a block)"
+            )
         for sequence, tokens in appends:
             table = self.tables.setdefault(sequence, Table())
+            end = table.length // BLOCK  # blocks behind it were reserved for a step that was given up
             if tokens and self._shared_end(table):
                 new = self._take()
-                self._copy(table.blocks[-1], new)
-                self._release(table.blocks[-1])
-                table.blocks[-1] = new
+                self._copy(table.blocks[end], new)
+                self._release(table.blocks[end])
+                table.blocks[end] = new
             elif tokens and table.length % BLOCK:
-                self._forget(table.blocks[-1])  # after `truncate` it may have the key of what it held
+                self._forget(table.blocks[end])  # after `truncate` it may have the key of what it held
             while len(table.blocks) < blocks_for(table.length + tokens):
                 table.blocks.append(self._take())
 
@@ -122,9 +126,10 @@ class Blocks:
         table = self._table(sequence)
         if new in self.tables:
             raise EdgekitError(f"sequence {new} exists already; free it before you fork sequence {sequence} to it")
-        for block in table.blocks:
+        blocks = table.blocks[: blocks_for(table.length)]
+        for block in blocks:
             self._hold(block)
-        self.tables[new] = Table(list(table.blocks), list(table.inputs), list(table.keys))
+        self.tables[new] = Table(blocks, list(table.inputs), list(table.keys))
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all tokens of a sequence from this index on."""
@@ -148,7 +153,7 @@ class Blocks:
 
     def _shared_end(self, table: Table) -> bool:
         """Whether the next token goes into a block that another sequence holds, too."""
-        return bool(table.length % BLOCK) and self._users[table.blocks[-1]] > 1
+        return bool(table.length % BLOCK) and self._users[table.blocks[table.length // BLOCK]] > 1
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)

@@ -6,7 +6,7 @@ gives it no way to Python, and in a confined process, which bounds its time and 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.importers import sandbox
@@ -16,13 +16,23 @@ SECONDS = 10  # of CPU time, most of which Python takes to start
 Message = Mapping[str, str]
 
 
-def conversation(template: str, messages: Sequence[Message], source: str, **values: str) -> str:
-    """Return the prompt for the assistant's next message. messages: each with role and content; values: texts that the
-    template may use, such as bos_token."""
+def conversation(
+    template: str,
+    messages: Sequence[Message],
+    source: str,
+    *,
+    guard: Callable[[str], str] = str,
+    **values: str,
+) -> str:
+    """Return the prompt for the assistant's next message. messages: each with role and content; guard: marks what is a
+    content in the prompt, so that no control token in it becomes one; values: texts that the template may use, such as
+    bos_token."""
     for message in messages:
-        if set(message) != {"role", "content"} or message["role"] not in ROLES:
-            raise EdgekitError(f"message {dict(message)!r}; expected a role ({', '.join(ROLES)}) and a content")
-    given = json.dumps({"template": template, "messages": [dict(item) for item in messages], "values": values})
+        good = set(message) == {"role", "content"} and message["role"] in ROLES
+        if not good or not isinstance(message["content"], str):
+            raise EdgekitError(f"message {dict(message)!r}; expected a role ({', '.join(ROLES)}) and a content, a text")
+    contents = [{"role": message["role"], "content": guard(message["content"])} for message in messages]
+    given = json.dumps({"template": template, "messages": contents, "values": values})
     return sandbox.run("runtimes.llm.chat:render", given.encode(), source, seconds=SECONDS).decode(errors="replace")
 
 
@@ -37,7 +47,9 @@ def render(given: bytes, source: str) -> bytes:
         raise EdgekitError(f"{source}: the chat template refuses these messages: {' '.join(str(reason).split())}")
 
     wanted = json.loads(given)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = refuse
     try:
         template = environment.from_string(wanted["template"])

@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from edgekit.errors import EdgekitError
 from runtimes.llm.architecture import Architecture
-from runtimes.llm.blocks import BLOCK, Blocks
+from runtimes.llm.blocks import BLOCK, Blocks, blocks_for
 
 Wanted = Literal["none", "last", "all"]
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+MOST_BLOCKS, MOST_ROWS = 1 << 26, 1 << 16  # sizes that 32-bit numbers count safely in C
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,13 @@ class Saved:
 
 
 class Step:
-    """A step that has begun. `advance` runs layers; `logits` gives the result after the last one."""
+    """A step that has begun. `advance` runs layers; `logits` gives the result after the last one. The engine's next
+    step ends it: an engine has memory for the activations of one step."""
 
     def __init__(self, engine: Engine, items: Sequence[Item], batch: Batch) -> None:
         self._engine, self._items, self._batch = engine, items, batch
         self._state = engine.begin(batch)
+        self._number = engine.steps
         self.layer = 0  # the next one to run
 
     @property
@@ -81,6 +84,9 @@ class Step:
     def advance(self, layers: int = 1) -> bool:
         """Run up to this many layers; return whether all are done. Between two calls the caller may do anything but
         change a sequence of this engine."""
+        self._check_current()
+        if layers < 1:
+            raise EdgekitError(f"advance by {layers} layers; expected at least 1")
         last = self._engine.architecture.layers
         if self.layer < last:
             end = min(self.layer + layers, last)
@@ -92,23 +98,31 @@ class Step:
 
     def logits(self) -> list[Floats]:
         """Return (tokens with logits, vocabulary) for each item."""
+        self._check_current()
         assert self.done
         rows = self._engine.finish(self._state, self._batch)
         ends = np.cumsum([_rows_wanted(item) for item in self._items])
         return np.split(rows, ends[:-1].tolist())
 
+    def _check_current(self) -> None:
+        if self._number != self._engine.steps:
+            raise EdgekitError("this step was given up, because the engine has begun another one; begin it again")
+
 
 class Engine(ABC):
-    """A model with the key-value cache of its sequences, in `blocks` blocks of 16 tokens.
+    """A model with the key-value cache of its sequences, in `blocks` blocks of 16 tokens. rows: the most tokens of a
+    step.
 
     A subclass computes: `begin` makes a step's state, `run_layers` runs layers on it and writes keys and values, and
     `finish` computes logits. It also copies, exports and imports blocks.
     """
 
-    def __init__(self, architecture: Architecture, blocks: int) -> None:
-        if blocks < 1:
-            raise EdgekitError(f"blocks = {blocks}; a cache needs at least 1 block of {BLOCK} tokens")
-        self.architecture = architecture
+    def __init__(self, architecture: Architecture, blocks: int, rows: int = MOST_ROWS) -> None:
+        for name, value, most in (("blocks", blocks, MOST_BLOCKS), ("rows", rows, MOST_ROWS)):
+            if not 1 <= value <= most:
+                raise EdgekitError(f"{name} = {value}; expected 1 to {most} ({BLOCK} tokens to a block)")
+        self.architecture, self.rows = architecture, rows
+        self.steps = 0  # that have begun
         self.blocks = Blocks(blocks, self.copy_block)
 
     def step(self, items: Sequence[Item], between: Callable[[int], None] | None = None) -> list[Floats]:
@@ -124,16 +138,20 @@ class Engine(ABC):
         return step.logits()
 
     def start(self, items: Sequence[Item]) -> Step:
-        """Begin a step, of which the caller runs the layers. Only one step may be open at a time."""
+        """Begin a step, of which the caller runs the layers. A step that is still open is given up."""
         seen = set()
         for item in items:
             if item.sequence in seen:
                 raise EdgekitError(f"sequence {item.sequence} is in this step twice; put its tokens into one item")
             seen.add(item.sequence)
-            self._check(item)
+            self.check(item)
+        tokens = sum(len(item.inputs) for item in items)
         if not items:
             raise EdgekitError("a step needs at least one item")
+        if tokens > self.rows:
+            raise EdgekitError(f"a step of {tokens} tokens; this engine takes up to {self.rows}, set with rows=")
         self.blocks.reserve([(item.sequence, len(item.inputs)) for item in items])
+        self.steps += 1
         return Step(self, items, self._batch(items))
 
     @abstractmethod
@@ -166,13 +184,20 @@ class Engine(ABC):
 
     def save(self, sequence: int) -> Saved:
         """Return a copy of a sequence's state."""
-        table = self.blocks.array(sequence)
+        table = self.blocks.array(sequence)[: blocks_for(self.length(sequence))]
         return Saved(tuple(self.blocks.tables[sequence].inputs), self.export_blocks(table))
 
     def restore(self, sequence: int, saved: Saved) -> None:
         """Begin a sequence with a saved state. Raises NoBlocksError if the cache is full."""
         if sequence in self.blocks.tables:
             raise EdgekitError(f"sequence {sequence} exists already; restore to a new one")
+        empty = self.export_blocks(np.empty(0, np.int32))
+        found, expected = saved.content, (blocks_for(len(saved.inputs)), *empty.shape[1:])
+        if found.shape != expected or found.dtype != empty.dtype:
+            raise EdgekitError(
+                f"the saved state is {found.dtype} of shape {found.shape}, and this engine's is {empty.dtype} of shape "
+                f"{expected}; restore it to an engine of the same model, class and cache format"
+            )
         self.blocks.reserve([(sequence, len(saved.inputs))])
         self.import_blocks(self.blocks.array(sequence), saved.content)
         self.blocks.append(sequence, saved.inputs)
@@ -216,7 +241,8 @@ class Engine(ABC):
 
     # --- checks
 
-    def _check(self, item: Item) -> None:
+    def check(self, item: Item) -> None:
+        """Raise if an item cannot be computed, whatever else a step has."""
         shape, vocabulary = item.inputs.shape, self.architecture.vocabulary
         ids = item.inputs.ndim == 1 and item.inputs.dtype == np.int64
         embeddings = item.inputs.ndim == 2 and item.inputs.dtype == np.float32
@@ -230,6 +256,8 @@ class Engine(ABC):
         if embeddings and not np.isfinite(item.inputs).all():
             raise EdgekitError(f"sequence {item.sequence}: embeddings hold NaN or infinite values")
         positions = self._positions(item)
+        if positions.dtype != np.int64:
+            raise EdgekitError(f"sequence {item.sequence}: positions are {positions.dtype}; expected int64")
         if positions.shape != shape[:1] or positions.min() < 0 or positions.max() >= self.architecture.context:
             raise EdgekitError(
                 f"sequence {item.sequence}: {len(positions)} positions from {positions.min()} to {positions.max()} for "

@@ -33,11 +33,11 @@ class Speed:
 def measure(engine: Engine, context: int, rounds: int, seed: int = 0) -> Speed:
     """Time a prompt of `context` random tokens, and the token behind it."""
     ids: Ids = np.random.default_rng(seed).integers(0, engine.architecture.vocabulary, context + 1)
-    sequence = -2
+    sequence, chunk = -2, min(CHUNK, engine.rows)
     started = time.perf_counter()
     try:
-        for start in range(0, context, CHUNK):
-            engine.step([Item(sequence, ids[start : min(start + CHUNK, context)], logits="none")])
+        for start in range(0, context, chunk):
+            engine.step([Item(sequence, ids[start : min(start + chunk, context)], logits="none")])
         prompt_rate = context / (time.perf_counter() - started)
 
         def one() -> None:
@@ -46,7 +46,8 @@ def measure(engine: Engine, context: int, rounds: int, seed: int = 0) -> Speed:
 
         taken = in_turns([timed(one, time.perf_counter)], least=rounds, most=rounds)
     finally:
-        engine.remove(sequence)
+        if sequence in engine.blocks.tables:
+            engine.remove(sequence)
     seconds = float(np.median(taken))
     read = engine.bytes_read(context)
     return Speed(context, prompt_rate, seconds, None if read is None else read / memory_rate() / seconds)

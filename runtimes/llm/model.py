@@ -9,6 +9,7 @@ for text in model.chat([{"role": "user", "content": "Which star is nearest to us
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from runtimes.llm.blocks import blocks_for
 from runtimes.llm.chat import Message, conversation
 from runtimes.llm.engine import Engine, Ids, Item
 from runtimes.llm.sampling import Sampling
-from runtimes.llm.scheduler import Request, Scheduler
+from runtimes.llm.scheduler import Produced, Request, Scheduler
 from runtimes.llm.tokenizer import TextStream, Tokenizer
 
 CONTEXT = 4096  # tokens of the cache, unless the model's own context is shorter
@@ -46,7 +47,9 @@ class LanguageModel:
     def __init__(self, file: GgufFile, engine: Engine, context: int) -> None:
         self.file, self.engine, self.context = file, engine, context
         self.tokenizer = Tokenizer(file)
-        if len(self.tokenizer) > engine.architecture.vocabulary:
+        self._scheduler = Scheduler(engine, budget=CHUNK)
+        self._produced: dict[int, deque[Produced]] = {}  # what each answer that has begun has not taken yet
+        if len(self.tokenizer) != engine.architecture.vocabulary:
             raise EdgekitError(
                 f"{file.path}: the tokenizer has {len(self.tokenizer)} tokens and the embedding "
                 f"{engine.architecture.vocabulary}; the file is damaged"
@@ -72,7 +75,8 @@ class LanguageModel:
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """Yield the assistant's next message, piece by piece. messages: each with role and content."""
-        text = conversation(self._template(), messages, str(self.file.path), **self._names())
+        guard = self.tokenizer.guard
+        text = conversation(self._template(), messages, str(self.file.path), guard=guard, **self._names())
         prompt = self.tokenizer.encode(text, special=True, begin=False)
         yield from self._answer(prompt, most_tokens, sampling, stop)
 
@@ -109,9 +113,10 @@ class LanguageModel:
     def _log_probabilities(self, ids: Ids) -> Any:
         """Return (tokens - 1,) log p of each token after those before it."""
         found, sequence = [], -1
+        chunk = min(CHUNK, self.engine.rows)
         try:
-            for start in range(0, len(ids) - 1, CHUNK):
-                part = ids[start : min(start + CHUNK, len(ids) - 1)]
+            for start in range(0, len(ids) - 1, chunk):
+                part = ids[start : min(start + chunk, len(ids) - 1)]
                 logits = self.engine.step([Item(sequence, part, logits="all")])[0].astype(np.float64)
                 logits -= logits.max(axis=-1, keepdims=True)
                 logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -122,21 +127,26 @@ class LanguageModel:
         return np.concatenate(found)
 
     def _answer(self, prompt: Ids, most_tokens: int, sampling: Sampling | None, stop: Sequence[str]) -> Iterator[str]:
-        scheduler = Scheduler(self.engine, budget=CHUNK)
         request = Request(prompt, most_tokens, sampling or Sampling(), self.tokenizer.ends)
-        number = scheduler.submit(request)
         text = StoppingText(self.tokenizer, stop)
+        number = self._scheduler.submit(request)
+        self._produced[number] = deque()
         try:
-            while scheduler.busy:
-                for item in scheduler.step():
-                    if item.token is not None and (piece := text.add(item.token)):
-                        yield piece
-                if text.stopped:
-                    break
+            while not text.stopped and (item := self._next(number)).token is not None:
+                if piece := text.add(item.token):
+                    yield piece
             if piece := text.end():
                 yield piece
         finally:
-            scheduler.cancel(number)
+            self._scheduler.cancel(number)
+            del self._produced[number]
+
+    def _next(self, number: int) -> Produced:
+        """Return what an answer gets next. Answers that have begun share the steps."""
+        while not self._produced[number]:
+            for item in self._scheduler.step():
+                self._produced[item.request].append(item)
+        return self._produced[number].popleft()
 
     def _template(self) -> str:
         template: str = self.file.get("tokenizer.chat_template", str, "")

@@ -37,6 +37,7 @@ CACHES = {"f16": 0, "int8": 1}
 MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")  # in the order of the C source
 VECTORS = ("attention_norm", "mlp_norm", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm")
 MOST_QUERIES = 16  # to a head of keys
+GROUP = 32  # inputs that share a scale
 
 
 class _Shape(ctypes.Structure):
@@ -74,10 +75,10 @@ class NativeEngine(Engine):
     ) -> None:
         if kv not in CACHES:
             raise unknown("format of the key-value cache", kv, CACHES)
-        super().__init__(model.architecture, blocks)
-        of, self.rows = model.architecture, rows
-        self.threads = threads or len(os.sched_getaffinity(0))
-        _check_sizes(of, self.threads, rows)
+        super().__init__(model.architecture, blocks, rows)
+        of = model.architecture
+        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        _check_sizes(of, self.threads)
         self._library = _library(of, Compiler(compiler), flags)
         self.lanes = self._library.engine_lanes().decode()
         shape = _Shape(
@@ -88,8 +89,9 @@ class NativeEngine(Engine):
         self._weights: int = shape.weight_bytes - self._embedding_only(model)
         self.bytes = shape.weight_bytes + blocks * _block_bytes(of, kv)  # of weights and cache
         _check_memory(self.bytes, shape.weight_bytes, blocks)
-        self._engine: int | None = self._library.engine_new(ctypes.byref(shape))
-        if not self._engine:
+        self._process = os.getpid()
+        self._pointer: int | None = self._library.engine_new(ctypes.byref(shape))
+        if not self._pointer:
             raise EdgekitError(
                 f"no memory for {blocks} blocks of {BLOCK} tokens, or for a thread; ask for fewer blocks"
             )
@@ -98,15 +100,27 @@ class NativeEngine(Engine):
 
     def close(self) -> None:
         """Free the engine's memory and end its threads."""
-        if self._engine:
-            self._library.engine_end(self._engine)
-            self._engine = None
+        if self._pointer and self._process == os.getpid():
+            self._library.engine_end(self._pointer)
+        self._pointer = None
+
+    @property
+    def _engine(self) -> int:
+        """The engine in C. A process that was forked has a copy of its memory, and none of its threads."""
+        if self._pointer is None:
+            raise EdgekitError("this engine was closed; load the model again")
+        if self._process != os.getpid():
+            raise EdgekitError(
+                f"this engine belongs to process {self._process}, and its threads do not follow a fork; load the model "
+                "again in this process"
+            )
+        return self._pointer
 
     def bytes_read(self, context: int) -> int:
         return self._weights + blocks_for(context + 1) * self._block_bytes
 
     def __del__(self) -> None:
-        if getattr(self, "_engine", None):
+        if getattr(self, "_pointer", None):
             self.close()
 
     def _load(self, model: Model) -> None:
@@ -152,10 +166,6 @@ class NativeEngine(Engine):
 
     def begin(self, batch: Batch) -> Any:
         """Return the arrays of a step, as C takes them, and what keeps them in memory."""
-        if len(batch.ids) > self.rows:
-            raise EdgekitError(
-                f"a step of {len(batch.ids)} tokens; this engine takes up to {self.rows}, set with rows="
-            )
         angles = self.architecture.rope.angles(batch.positions)
         follows = np.zeros(len(batch.ids), np.uint8)
         tables = np.zeros(len(batch.ids), np.uintp)
@@ -216,7 +226,8 @@ def _check_memory(needed: int, weights: int, blocks: int) -> None:
         )
 
 
-def _check_sizes(of: Architecture, threads: int, rows: int) -> None:
+def _check_sizes(of: Architecture, threads: int) -> None:
+    queries = of.heads * of.head_size
     limits = [
         (
             of.head_size % 16 == 0 and of.head_size <= 256,
@@ -224,9 +235,12 @@ def _check_sizes(of: Architecture, threads: int, rows: int) -> None:
             "a multiple of 16 to 256",
         ),
         (of.queries_per_key <= MOST_QUERIES, f"{of.queries_per_key} queries to a key", f"at most {MOST_QUERIES}"),
-        (of.width % 32 == 0 and of.hidden % 32 == 0, f"width {of.width}, hidden {of.hidden}", "multiples of 32"),
+        (
+            not any(size % GROUP for size in (of.width, of.hidden, queries)),
+            f"width {of.width}, hidden {of.hidden} and {queries} values of all heads",
+            f"multiples of {GROUP}",
+        ),
         (1 <= threads <= 256, f"threads = {threads}", "1 to 256"),
-        (1 <= rows <= 1 << 16, f"rows = {rows}", "1 to 65536"),
     ]
     for good, got, expected in limits:
         if not good:

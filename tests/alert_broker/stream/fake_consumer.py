@@ -37,7 +37,9 @@ class FakeConsumer:
         self.script, self.callbacks, self.commits, self.asked = [], {}, [], []
         self.member = "m"
         self.starts = {}
-        self.stored, self.logs = {}, {}  # offsets of the group; where logs begin and end, empty while no broker answers
+        self.stored, self.logs = {}, {}  # offsets of the group; where logs begin and end, if the broker answers
+        self.asked_logs = []  # partitions whose logs were asked for
+        self.commit_errors = []  # errors of the next commits; None for a commit that succeeds
         self.assigned, self.asleep = set(), set()  # `asleep`: as in librdkafka, it outlives the assignment
 
     def subscribe(self, topics, **callbacks):
@@ -49,6 +51,8 @@ class FakeConsumer:
         return item(self) if callable(item) else item
 
     def commit(self, offsets, asynchronous):
+        if (error := self.commit_errors.pop(0) if self.commit_errors else None) is not None:
+            raise KafkaException(error)
         self.commits.append([(item.topic, item.partition, item.offset) for item in offsets])
 
     def incremental_assign(self, partitions):
@@ -71,7 +75,8 @@ class FakeConsumer:
         return [TopicPartition("t", item.partition, self.stored.get(item.partition, -1001)) for item in partitions]
 
     def get_watermark_offsets(self, partition, timeout):
-        if not self.logs:
+        self.asked_logs.append(partition.partition)
+        if partition.partition not in self.logs:
             raise KafkaException(KafkaError(KafkaError._TRANSPORT))
         return self.logs[partition.partition]
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import tomli_w
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 
+from alert_broker.containers import header_end
 from alert_broker.stream import config as configuration
 from alert_broker.stream.clients import partitions_of
 from alert_broker.stream.config import Config
@@ -182,42 +183,42 @@ class Running:
     """`edgekit alerts consume` in a process."""
 
     def __init__(self, path: Path):
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [*EDGEKIT, "alerts", "consume", "--config", str(path), "--json"], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        atexit.register(self._process.kill)  # a test that fails leaves none behind
+        atexit.register(self.process.kill)  # a test that fails leaves none behind
         self._log: list[str] = []
         self.assigned = threading.Event()  # it has partitions
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
             self._log.append(line)
             if '"assigned ' in line:
                 self.assigned.set()
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def suspend(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
+        self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+        self.process.send_signal(signal.SIGCONT)
 
     def terminate(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
 
     def send_signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+        self.process.send_signal(number)
 
     @property
     def running(self) -> bool:
-        return self._process.poll() is None
+        return self.process.poll() is None
 
     @property
     def log(self) -> list[str]:
@@ -228,7 +229,7 @@ class Running:
     def memory(self) -> int:
         """The bytes that are resident; 0 if the process has ended."""
         try:
-            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         except OSError:
             return 0
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -236,20 +237,28 @@ class Running:
     def wait(self, seconds: float = 120.0) -> tuple[int, dict, str]:
         """Exit status, the report and the log."""
         try:
-            self._process.wait(seconds)
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.process.kill()
             raise AssertionError(f"the consumer does not end; its log:\n{''.join(self._log[-30:])}") from None
-        assert self._process.stdout is not None
-        out = self._process.stdout.read()  # a page: the pipe holds it
+        assert self.process.stdout is not None
+        out = self.process.stdout.read()  # a page: the pipe holds it
         self._reader.join()
-        return self._process.returncode, json.loads(out) if out else {}, "".join(self._log)
+        return self.process.returncode, json.loads(out) if out else {}, "".join(self._log)
 
 
 def position(message: Message) -> Position:
     """Where the alert behind a result or a dead letter was read."""
     headers = dict(headers_of(message))
     return headers[TOPIC].decode(), int(headers[PARTITION]), int(headers[OFFSET])
+
+
+def datum_of(packet: bytes) -> bytes:
+    """The Avro data of a container of one packet."""
+    rest, at = packet[header_end(packet) :], 1  # the count of 1 is one byte
+    while rest[at] & 0x80:
+        at += 1
+    return rest[at + 1 : -16]
 
 
 def repeat(values: Sequence[bytes], count: int) -> list[bytes]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from tests.alert_broker.stream.rig import START_SECONDS, Rig
-from tests.alert_broker.stream.test_faults import PUBLISH, REPEATED, committed
+from tests.alert_broker.stream.test_faults import BATCH, PUBLISH, REPEATED, Feed, committed
 
 # The default sizes take half an hour together. EDGEKIT_TEST_LONG runs the sizes that a release is judged by.
 LONG = bool(os.environ.get("EDGEKIT_TEST_LONG"))
@@ -20,13 +20,16 @@ STUCK_SECONDS = 150.0  # a minute for the watchdog, the transaction of a dead pr
 
 
 class Supervised:
-    """The consumer, started again whenever it ends. statuses: of the processes that have ended; log: their lines."""
+    """A consumer with a lasting name, started again whenever it ends. statuses: of the processes that have ended; log:
+    their lines."""
 
-    def __init__(self, rig: Rig, **changes):
-        self.rig, self.changes, self.statuses = rig, changes, Counter()
+    def __init__(self, rig: Rig, mode: str):
+        source = {"until_eos": False, "instance": "one"}
+        self.changes = {"source": source, "batch": {"size": BATCH}, "publish": MODES[mode]}
+        self.rig, self.statuses = rig, Counter()
         self.last = ""
         self._ended: list[str] = []
-        self.running = rig.start(**changes)
+        self.running = rig.start(**self.changes)
 
     @property
     def log(self) -> list[str]:
@@ -74,6 +77,23 @@ def wait_until_committed(
             before, since = done, time.monotonic()
         assert time.monotonic() - since < STUCK_SECONDS, f"stuck at {done} of {sent}: {last()}"
         time.sleep(0.5)
+
+
+def survive(rig: Rig, values: list[bytes], rate: float, mode: str, crashes: int, crash: Callable[[], None]) -> Counter:
+    """Send these messages while a supervised consumer works and `crash` is called so many times, and check the counts.
+    Return the statuses of the processes that have ended."""
+    feed = Feed(rig, values, rate)
+    feed.start()
+    supervised = Supervised(rig, mode)
+    for _ in range(crashes):
+        crash()
+        supervised.look()
+    feed.join(600)
+    assert feed.error is None
+    supervised.wait_until_committed(feed.sent)
+    supervised.end()
+    check(supervised, feed.sent, mode, crashes)
+    return supervised.statuses
 
 
 def check(supervised: Supervised, sent: int, mode: str, faults: int) -> None:

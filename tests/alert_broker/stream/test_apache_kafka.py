@@ -8,7 +8,7 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AclOperation, ResourceType
 
 from edgekit.errors import EdgekitError
-from tests.alert_broker.stream.conftest import REAL
+from tests.alert_broker.conftest import REAL
 from tests.alert_broker.stream.rig import Rig, repeat
 from tests.apache_kafka import ApacheKafka, cluster_id, missing
 from tests.brokers import create_topics

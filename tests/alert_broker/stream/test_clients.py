@@ -10,6 +10,7 @@ from alert_broker.stream import clients
 from alert_broker.stream.clients import (
     HOPELESS,
     REBALANCED,
+    client_errors,
     consumer_settings,
     names,
     note_error,
@@ -137,6 +138,13 @@ def test_errors_are_noted_where_they_are_not_asked_for(caplog):
     with caplog.at_level(logging.WARNING, "edgekit.stream"):
         note_error(KafkaError(KafkaError._TRANSPORT, "the line is cut"))
     assert [record.getMessage() for record in caplog.records] == ["the line is cut"]
+
+
+def test_an_error_of_the_client_is_one_line():
+    with pytest.raises(EdgekitError, match=r"the Kafka client failed: .*; check the broker, and"), client_errors():
+        raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+    with pytest.raises(ZeroDivisionError), client_errors():
+        raise ZeroDivisionError
 
 
 def test_no_error_both_ends_the_consumer_and_is_a_rebalance():

@@ -80,6 +80,21 @@ def test_a_log_that_is_unknown_for_now_is_asked_for_again(source):
     assert expired(source) == {0: 200}
 
 
+def test_the_polling_thread_waits_for_one_unknown_log_at_most(source):
+    """While no broker answers, each question takes seconds. Then a partition with an answer is not kept waiting by one
+    without."""
+    source.consumer.script = [[no_position(0, 400), no_position(1, 400)]]
+    source.poll(1, 0.0)
+    source.consumer.asked_logs.clear()
+    source.poll(1, 0.0)
+    assert len(source.consumer.asked_logs) == 1
+    source.consumer.logs = {1: (600, 900)}
+    for _ in range(3):
+        source.poll(1, 0.0)
+    assert source.consumer.starts[1] == 600
+    assert source.consumer.starts[0] < 0
+
+
 @pytest.mark.parametrize(("begin", "gone"), [(0, 0), (7, 7)])
 def test_a_topic_that_was_created_again_is_read_from_its_beginning(source, caplog, begin, gone):
     """Also where reading begins at the end without a position, and where the old offset exists in the new topic."""

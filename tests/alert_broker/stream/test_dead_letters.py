@@ -1,5 +1,6 @@
 """The limits of dead letters, and the digest that distinguishes failures."""
 
+import numpy as np
 import pytest
 
 from alert_broker.stream.config import DeadLetters
@@ -28,31 +29,41 @@ def dead_letters(*indices):
 
 def test_in_a_row_across_batches():
     limits = DeadLetterLimits(DeadLetters(max_consecutive=4, max_ratio=1.0))
-    limits.check(dead_letters(3, 4), 5)
+    limits.check(dead_letters(3, 4), np.ones(5, np.bool_))
     with pytest.raises(EdgekitError, match=r"4 alerts in a row.*reason 1"):
-        limits.check(dead_letters(0, 1, 2), 5)
+        limits.check(dead_letters(0, 1, 2), np.ones(5, np.bool_))
 
 
 def test_a_good_alert_breaks_the_row():
     limits = DeadLetterLimits(DeadLetters(max_consecutive=4, max_ratio=1.0))
     for _ in range(20):
-        limits.check(dead_letters(2, 3, 4), 5)
+        limits.check(dead_letters(2, 3, 4), np.ones(5, np.bool_))
 
 
 def test_a_share_of_a_full_window_only():
     limits = DeadLetterLimits(DeadLetters(max_ratio=0.5, window=10, max_consecutive=100))
-    limits.check(dead_letters(0, 1, 2, 3), 4)  # all messages failed, but there are too few of them
-    limits.check([], 4)
+    limits.check(dead_letters(0, 1, 2, 3), np.ones(4, np.bool_))  # all messages failed, but there are too few of them
+    limits.check([], np.ones(4, np.bool_))
     with pytest.raises(EdgekitError, match="6 of the last 10"):
-        limits.check(dead_letters(0, 1), 2)
+        limits.check(dead_letters(0, 1), np.ones(2, np.bool_))
 
 
 def test_what_leaves_the_window_counts_no_more():
     limits = DeadLetterLimits(DeadLetters(max_ratio=0.3, window=10, max_consecutive=100))
     for _ in range(50):
-        limits.check(dead_letters(0, 4, 7), 10)
+        limits.check(dead_letters(0, 4, 7), np.ones(10, np.bool_))
     with pytest.raises(EdgekitError, match="4 of the last 10"):
-        limits.check(dead_letters(0, 1, 4, 7), 10)
+        limits.check(dead_letters(0, 1, 4, 7), np.ones(10, np.bool_))
+
+
+def test_alerts_of_a_revoked_partition_do_not_count():
+    limits = DeadLetterLimits(DeadLetters(max_consecutive=3, max_ratio=1.0))
+    theirs = np.array([True, False, True])
+    for _ in range(20):
+        limits.check(dead_letters(1), theirs)
+    limits.check(dead_letters(0, 1, 2), theirs)
+    with pytest.raises(EdgekitError, match="3 alerts in a row"):  # the twin: two of the batch before, and this one
+        limits.check(dead_letters(0), np.ones(1, np.bool_))
 
 
 def failing(number):

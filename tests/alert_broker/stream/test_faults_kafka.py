@@ -14,47 +14,51 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from alert_broker.stream.stats import Stats
-from tests.alert_broker.stream.conftest import REAL
-from tests.alert_broker.stream.rig import Rig, repeat
-from tests.alert_broker.stream.supervised import (
-    LONG,
-    MODES,
-    START_SECONDS,
-    STUCK_SECONDS,
-    Supervised,
-    check,
-    wait_until_committed,
-)
+from tests.alert_broker.conftest import REAL
+from tests.alert_broker.stream.rig import START_SECONDS, Rig, repeat
+from tests.alert_broker.stream.supervised import LONG, MODES, STUCK_SECONDS, survive, wait_until_committed
 from tests.alert_broker.stream.test_faults import BATCH, REPEATED, Feed, committed
+from tests.alert_broker.stream.waiting import wait_for
 from tests.apache_kafka import ApacheKafka, missing
 from tests.brokers import configure_topic
 
 pytestmark = [pytest.mark.kafka, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
 KILLS, LEADER_KILLS, STOPS = (20, 9, 20) if LONG else (5, 3, 8)
+ABSENCES = 4
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_single_broker_is_killed_again_and_again(bundle, packets, tmp_path, mode):
     rng = random.Random(21)
     with ApacheKafka(tmp_path / "kafka") as cluster:
-        rig = Rig(cluster.address, REAL, tmp_path, bundle)
-        feed = Feed(rig, repeat(packets, 600 + 500 * KILLS), 100.0)
-        feed.start()
-        supervised = Supervised(
-            rig, source={"until_eos": False, "instance": "one"}, batch={"size": BATCH}, publish=MODES[mode]
-        )
-        for _ in range(KILLS):
+
+        def crash():
             time.sleep(rng.uniform(2.0, 5.0))
             cluster.kill()
             time.sleep(rng.uniform(0.2, 2.0))
             cluster.start()
-            supervised.look()
-        feed.join(180)
-        assert feed.error is None
-        supervised.wait_until_committed(feed.sent)
-        supervised.end()
-        check(supervised, feed.sent, mode, KILLS)
+
+        rig = Rig(cluster.address, REAL, tmp_path, bundle)
+        survive(rig, repeat(packets, 600 + 500 * KILLS), 100.0, mode, KILLS, crash)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_broker_is_away_for_longer_than_a_session_again_and_again(bundle, packets, tmp_path, mode):
+    """The static member joins again by itself, or is started again by its supervisor. It never takes its own old
+    requests for those of another process."""
+    rng, session = random.Random(25), float(REAL["session.timeout.ms"]) / 1000.0
+    with ApacheKafka(tmp_path / "kafka") as cluster:
+
+        def crash():
+            time.sleep(rng.uniform(2.0, 5.0))
+            cluster.kill()
+            time.sleep(session + rng.uniform(-2.0, 2.0))
+            cluster.start()
+
+        rig = Rig(cluster.address, REAL, tmp_path, bundle)
+        statuses = survive(rig, repeat(packets, 600 + 500 * ABSENCES), 50.0, mode, ABSENCES, crash)
+        assert statuses[1] == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -62,23 +66,15 @@ def test_the_leaders_of_three_nodes_are_killed(bundle, packets, tmp_path, mode):
     rng = random.Random(22)
     with ApacheKafka(tmp_path / "kafka", nodes=3) as cluster:
         rig = Rig(cluster.address, REAL, tmp_path, bundle, copies=3)
-        feed = Feed(rig, repeat(packets, 600 + 800 * LEADER_KILLS), 60.0)
-        feed.start()
-        supervised = Supervised(
-            rig, source={"until_eos": False, "instance": "one"}, batch={"size": BATCH}, publish=MODES[mode]
-        )
-        for _ in range(LEADER_KILLS):
+
+        def crash():
             time.sleep(rng.uniform(3.0, 6.0))
             leader = cluster.leader(rig.source)
             cluster.kill(leader)
             time.sleep(rng.uniform(3.0, 6.0))
             cluster.start_node(leader)
-            supervised.look()
-        feed.join(600)
-        assert feed.error is None
-        supervised.wait_until_committed(feed.sent)
-        supervised.end()
-        check(supervised, feed.sent, mode, LEADER_KILLS)
+
+        survive(rig, repeat(packets, 600 + 800 * LEADER_KILLS), 60.0, mode, LEADER_KILLS, crash)
 
 
 def test_an_order_to_stop_is_followed_in_time_whether_the_broker_is_there_or_not(bundle, packets, tmp_path):
@@ -143,6 +139,8 @@ def test_members_come_and_go(apache_kafka, bundle, packets, tmp_path, mode, prot
     assert members[1].running.wait()[0] == 0
     time.sleep(3.0)
     members[:2] = [Member(rig, name, mode) for name in ("one", "two")]
+    for member in members:
+        assert member.running.assigned.wait(START_SECONDS), member.running.wait(1)
     feed.join(180)
     assert feed.error is None
     wait_until_committed(rig, feed.sent)
@@ -233,14 +231,9 @@ def test_retention_overtakes_a_consumer_that_runs(apache_kafka, bundle, packets,
 
     monkeypatch.setattr(Stages, "decode", slow)
     with rig.running(stats, batch={"size": 20}):
-        deadline = time.monotonic() + 60
-        while stats.ledger.total().published < 100:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: stats.ledger.total().published >= 100, START_SECONDS)
         delete_before(apache_kafka, rig.source, {0: 1500})
-        while committed(rig)[0] < sent:
-            assert time.monotonic() < deadline + 60
-            time.sleep(0.2)
+        wait_for(lambda: committed(rig)[0] >= sent, STUCK_SECONDS)
     total, done = stats.ledger.total(), rig.outcome(sent)
     print(f"{total.expired} of {sent} deleted while the consumer ran")
     assert total.expired > 0

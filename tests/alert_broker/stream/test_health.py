@@ -17,6 +17,7 @@ from alert_broker.stream.ledger import Ledger
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.sample import busy_stats
+from tests.alert_broker.stream.waiting import Stopwatch
 
 
 def get(port: int, path: str, *, method: str = "GET", timeout: float = 10.0) -> tuple[int, str]:
@@ -154,13 +155,12 @@ def holding(server):
         client.close()
 
 
-def test_clients_that_hold_on_keep_no_probe_out(server, request):
+def test_clients_that_hold_on_keep_no_probe_out(server, monkeypatch, request):
+    monkeypatch.setattr(module, "SECONDS_PER_CLIENT", 3600.0)  # no client goes by itself
     before = threading.active_count()
     request.getfixturevalue("holding")
-    started = time.monotonic()
     for _ in range(20):
-        assert get(server.port, "/healthz", timeout=2)[0] == 200
-    assert time.monotonic() - started < module.SECONDS_PER_CLIENT / 2
+        assert get(server.port, "/healthz", timeout=60)[0] == 200
     assert threading.active_count() <= before + CLIENTS
 
 
@@ -173,18 +173,17 @@ def test_without_giving_places_away_the_probe_would_wait(server, monkeypatch, re
 
 
 def dribble(client: socket.socket) -> None:
-    for _ in range(100):
+    """Send a byte again and again, for three seconds at least."""
+    for _ in range(60):
         client.sendall(b"G")
         time.sleep(0.05)
 
 
 def test_a_byte_now_and_then_is_not_enough(server, monkeypatch):
     monkeypatch.setattr(module, "SECONDS_PER_CLIENT", 0.4)
-    started = time.monotonic()
     client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
     with client, pytest.raises(OSError, match=r"reset|pipe"):
         dribble(client)
-    assert time.monotonic() - started < 3
 
 
 def test_it_ends_at_once_whoever_is_connected(stats):
@@ -192,8 +191,8 @@ def test_it_ends_at_once_whoever_is_connected(stats):
         client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
         client.sendall(b"GET /met")
         get(server.port, "/healthz")
-        started, port = time.monotonic(), server.port
-    assert time.monotonic() - started < 1
+        stopwatch, port = Stopwatch(), server.port
+    assert stopwatch.seconds() < 1
     assert client.recv(10) == b""  # the server has closed the connection
     client.close()
     with pytest.raises(OSError, match="refused"):

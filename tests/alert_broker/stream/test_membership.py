@@ -10,6 +10,7 @@ from alert_broker.stream.membership import LostError
 from alert_broker.stream.message_batch import next_offsets
 from alert_broker.work_budget import CancelledError
 from tests.alert_broker.stream.fake_consumer import assign, messages, revoke
+from tests.alert_broker.stream.waiting import wait_for
 
 
 def test_who_is_out_of_the_group_commits_in_no_transaction(source):
@@ -125,6 +126,19 @@ def test_what_is_in_flight_of_a_topic_that_was_created_again_is_published_before
     assert source.membership.owned(new).all()
     assert source.stats.ledger.revoked == (0 if in_time else 2)
     assert ("2 alerts of the old t[0] were not published in time" in caplog.text) == (not in_time)
+
+
+LOADING = KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
+
+
+@pytest.mark.parametrize("error", [LOADING, KafkaError(KafkaError._TRANSPORT)], ids=["loading", "transport"])
+def test_a_commit_waits_for_a_coordinator_that_loads(source, error):
+    """As a broker that has just been started again does. Before, the consumer ended."""
+    source.consumer.commit_errors = [error, error]
+    source.membership.commits.acknowledge({("t", 0): 7})
+    wait_for(lambda: source.poll(1, 0.0) or source.consumer.commits)
+    assert source.consumer.commit_errors == []
+    assert source.consumer.commits == [[("t", 0, 7)]]
 
 
 def test_who_was_suspended_waits_until_heartbeats_were_answered(source, monkeypatch):

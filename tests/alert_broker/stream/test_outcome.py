@@ -24,7 +24,7 @@ def in_flight(count, dead=()):
     """A batch of so many alerts; those in `dead` could not be read."""
     messages = [FakeMessage(Hostile(b"x"), k) for k in range(count)]
     batch = MessageBatch(messages, (WHERE,), (1,), np.zeros(count, np.int64), np.arange(count), 0.0)
-    index = np.array([k for k in range(count) if k not in dead])
+    index = np.array([k for k in range(count) if k not in dead], np.int64)
     rows = pa.RecordBatch.from_pydict({"best_class": ["SN"] * len(index)})
     return InFlight(batch, dead_letters=[DeadLetter(k, "unreadable") for k in dead], rows=rows, index=index)
 
@@ -55,6 +55,20 @@ def test_each_alert_has_one_outcome():
 def test_rows_in_the_archive_count_as_published():
     outcome = Outcome(in_flight(4, dead=[2]), [], CONFIG, archived=True)
     assert accounted(outcome, [True] * 4) == (3, 0, 1, 0)
+
+
+def test_classes_are_counted_of_final_results_only():
+    """Not those of another member's alerts, nor those of results that became dead letters."""
+    work = in_flight(4, dead=[1])
+    work.rows = pa.RecordBatch.from_pydict({"best_class": ["SN", "AGN", None]})  # of the alerts 0, 2 and 3
+    outcome, stats = Outcome(work, [result(0), result(2), result(3)], CONFIG, archived=False), Stats()
+    stats.ledger.add(WHERE, consumed=4)
+    outcome.account(stats, np.array([True, True, False, True]))
+    assert stats.classes == {"SN": 1}
+    refused = Outcome(work, [result(0), result(2)], CONFIG, archived=False)
+    refused.instead([(result(0), "too large")])
+    refused.account(stats, np.ones(4, np.bool_))
+    assert stats.classes == {"SN": 1, "AGN": 1}
 
 
 def test_alerts_of_a_revoked_partition_are_neither_sent_nor_counted():

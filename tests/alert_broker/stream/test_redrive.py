@@ -11,8 +11,10 @@ from alert_broker.stream import redrive as module
 from alert_broker.stream.clients import open_consumer
 from alert_broker.stream.config import DeadLetters
 from alert_broker.stream.dead_letters import ATTEMPTS, OMITTED, headers_of
-from alert_broker.stream.redrive import Originals, Redriven, redrive
+from alert_broker.stream.redrive import Backlog, Originals, Redriven, redrive
 from edgekit.errors import EdgekitError
+from tests.alert_broker.stream.rig import datum_of
+from tests.alert_broker.stream.waiting import wait_for
 from tests.brokers import MockCluster, create_topics
 
 BROKEN = b"Obj\x01 and then nothing that Avro knows"
@@ -34,13 +36,10 @@ def test_another_member_that_holds_all_partitions_is_said(broker):
     other = open_consumer({**kafka, "group.id": "held", "partition.assignment.strategy": "cooperative-sticky"})
     try:
         other.subscribe(["held"])
-        for _ in range(200):
-            other.poll(0.1)
-            if other.assignment():
-                break
+        wait_for(lambda: other.poll(0.1) or other.assignment())
         assert other.assignment() == [TopicPartition("held", 0)]
 
-        deadline = time.monotonic() + 15.0
+        deadline = time.monotonic() + 120.0
 
         def stop():
             other.poll(0.0)  # it stays in the group
@@ -57,16 +56,10 @@ def test_another_member_that_holds_all_partitions_is_said(broker):
 
 def test_letters_come_through_once_the_cause_is_fixed(rig, packets):
     """A schema that nobody knows, until a registry has it."""
-    from alert_broker.containers import _container_metadata, header_end
+    from alert_broker.containers import _container_metadata
 
     schema = _container_metadata(packets[0])[0]["avro.schema"].decode()
-    values = []
-    for packet in packets[:7]:
-        rest = packet[header_end(packet) :]
-        at = 1  # the count of 1 is one byte, and the size some
-        while rest[at] & 0x80:
-            at += 1
-        values.append(UNKNOWN + rest[at + 1 : -16])
+    values = [UNKNOWN + datum_of(packet) for packet in packets[:7]]
     rig.send([*packets[7:12], *values])
     assert rig.consume().ledger.total().dead_lettered == 7
     (rig.folder / "registry").mkdir()
@@ -178,6 +171,48 @@ def test_an_original_that_cannot_be_read_is_gone(monkeypatch, code, found):
     else:
         with pytest.raises(EdgekitError, match="did not send the message at offset 7"):
             Originals({}).read("t", 0, 7)
+
+
+@pytest.fixture
+def backlog(monkeypatch):
+    """A backlog whose consumer returns `events`, and answers a commit with `answer` for each partition."""
+    consumer = SimpleNamespace(subscribe=lambda topics, **callbacks: None, events=[], answer=None)
+    consumer.consume = lambda count, seconds: consumer.events
+    consumer.commit = lambda offsets, asynchronous: [SimpleNamespace(error=consumer.answer) for _ in offsets]
+    monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
+    backlog = Backlog({"group.id": "g"}, "dead", "run", 60.0)
+    backlog._consumer = consumer
+    return backlog
+
+
+def test_a_batch_of_dead_letters_that_cannot_be_read_ends_redrive(backlog):
+    """librdkafka reports it again and again, and never the end of the partition."""
+    bad = KafkaError(KafkaError._BAD_COMPRESSION)
+    backlog._consumer.events = [SimpleNamespace(error=lambda: bad, partition=lambda: 2, offset=lambda: 17)]
+    with pytest.raises(EdgekitError, match=r"dead\[2\] cannot be read at offset 17: .*receive\.message\.max\.bytes"):
+        backlog.read()
+    lost = KafkaError(KafkaError._TRANSPORT)  # the twin: librdkafka connects again by itself
+    backlog._consumer.events = [SimpleNamespace(error=lambda: lost)]
+    assert backlog.read() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (KafkaError.GROUP_AUTHORIZATION_FAILED, "offsets cannot be committed"),
+        (KafkaError.ILLEGAL_GENERATION, ""),
+        (None, ""),
+    ],
+)
+def test_an_offset_that_is_not_committed_is_said(backlog, caplog, code, said):
+    """The answer to a commit can be an error for one partition, without an exception of the client."""
+    backlog._after, backlog._consumer.answer = {("dead", 0): 5}, None if code is None else KafkaError(code)
+    if said:
+        with pytest.raises(EdgekitError, match=said):
+            backlog.commit()
+    else:
+        backlog.commit()
+    assert ("rebalanced" in caplog.text) == (code == KafkaError.ILLEGAL_GENERATION)
 
 
 @pytest.mark.parametrize("protocol", ["classic", "consumer"])

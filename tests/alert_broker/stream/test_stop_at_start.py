@@ -10,7 +10,8 @@ import time
 import pytest
 import tomli_w
 
-from tests.alert_broker.stream.rig import Running
+from tests.alert_broker.stream.rig import START_SECONDS, Running
+from tests.alert_broker.stream.waiting import seconds_to_end
 from tests.brokers import free_port
 
 SERVED_SECONDS = 2.0  # from the signal to the end of the process
@@ -34,10 +35,9 @@ def started(rig_tables, tmp_path):
 
 def stopped(process, sent) -> str:
     """Send the signal, check how the consumer ends, and return its standard output."""
-    told = time.monotonic()
     process.send_signal(sent)
-    out, err = process.communicate(timeout=60)
-    took = time.monotonic() - told
+    took = seconds_to_end(process)
+    out, err = process.communicate()
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], err
     assert err.strip().splitlines()[-1] == "edgekit: stopped"
     assert "Traceback" not in err
@@ -77,12 +77,12 @@ def test_while_it_opens_models_and_joins_the_group(share, rig, seconds_to_start)
     running: Running = rig.start(source={"until_eos": False})
     time.sleep(share * seconds_to_start)
     assert running.running, running.wait()
-    told = time.monotonic()
     running.terminate()
-    status, report, log = running.wait(60)
-    took = time.monotonic() - told
-    assert status in (0, 143), log
-    assert (status == 0) == ("edgekit: stopped" not in log), log
+    took = seconds_to_end(running.process)
+    status, report, log = running.wait()
+    begun = status != -signal.SIGTERM or log  # else Python itself was still starting, on a machine that is busy now
+    assert status in (0, 143) or not begun, log
+    assert not begun or (status == 0) == ("edgekit: stopped" not in log), log
     assert not report or report["ledger"]["total"]["consumed"] == 0  # none if it was still importing
     assert took < SERVED_SECONDS
 
@@ -95,8 +95,8 @@ def seconds_to_start(broker, bundle, tmp_path_factory):
     address, settings = broker
     began = time.monotonic()
     running = Rig(address, settings, tmp_path_factory.mktemp("start"), bundle).start(source={"until_eos": False})
-    assert running.assigned.wait(60), running.wait(1)
+    assert running.assigned.wait(START_SECONDS), running.wait(1)
     found = time.monotonic() - began
     running.terminate()
-    assert running.wait(60)[0] == 0
+    assert running.wait()[0] == 0
     return found

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, Uuid
 
 from alert_broker.stream import topic_ids as module
 from alert_broker.stream.topic_ids import TopicIds
@@ -43,6 +43,17 @@ def test_a_topic_that_was_created_again_is_told_once():
     assert [ids.changed() for _ in range(4)] == [[]] * 4
     admin.ids["ztf"] = "c"
     assert [ids.changed() for _ in range(4)] == [[], ["ztf"], [], []]
+
+
+@pytest.mark.usefixtures("every_time")
+def test_a_broker_without_ids_tells_nothing():
+    """Its answer is zeros. While the nodes of a cluster are upgraded, both kinds of answers come."""
+    ids = TopicIds(admin := Admin(ztf=str(Uuid(0, 0))), ["ztf"])
+    for answer in (str(Uuid(0, 0)), "a", str(Uuid(0, 0)), "a"):
+        admin.ids["ztf"] = answer
+        assert [ids.changed() for _ in range(2)] == [[], []]
+    admin.ids["ztf"] = "b"  # the twin
+    assert [ids.changed() for _ in range(2)] == [[], ["ztf"]]
 
 
 @pytest.mark.usefixtures("every_time")

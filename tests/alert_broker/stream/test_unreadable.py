@@ -2,6 +2,7 @@
 
 import os
 import time
+import tracemalloc
 import uuid
 from dataclasses import dataclass
 
@@ -74,13 +75,17 @@ class Log:
         return [] if told else [Event(self.end, KafkaError(KafkaError._PARTITION_EOF))]
 
 
+def taken(batches):
+    """The offsets that were skipped, which are taken out."""
+    return [batches.skipped.popleft().at for _ in range(len(batches.skipped))]
+
+
 def read(log, rounds=200, **settings):
     """(offsets that were read, offsets that were skipped)"""
     batches = UnreadableBatches(log, SourceSettings(**{"unreadable_seconds": 0.0} | settings))
     good, skipped = [], []
     for _ in range(rounds):
-        skipped += [item.at for item in batches.skipped]
-        batches.skipped.clear()
+        skipped += taken(batches)
         positions = {WHERE: good[-1] + 1} if good else {}
         good += [item.at for item in batches.take(log.consume(), positions) if item.error() is None]
     return good, skipped
@@ -148,11 +153,27 @@ def test_a_revoked_partition_is_forgotten():
     batches = UnreadableBatches(log, SourceSettings(unreadable_seconds=0.0))
     for _ in range(20):
         batches.take(log.consume(), {})
-    assert {item.at for item in batches.skipped} == {0, 1, 2, 3}
     batches.forget(("t", 1))
-    assert batches.skipped
+    assert len(batches.skipped) == 4
     batches.forget(WHERE)
     assert not batches.skipped
+
+
+def test_a_batch_of_any_number_of_records_takes_no_memory_for_each():
+    """A hostile batch may have many millions of records, and memory for each of them would end the consumer."""
+    batches = UnreadableBatches(Log((10**9, False), (1, True)), SourceSettings(unreadable_seconds=0.0))
+    tracemalloc.start()
+    try:
+        for _ in range(200):
+            batches.take(batches._consumer.consume(), {})
+            if batches.skipped:
+                break
+        assert len(batches.skipped) == 10**9
+        assert [batches.skipped.popleft().at for _ in range(3)] == [0, 1, 2]
+        assert len(batches.skipped) == 10**9 - 3
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_errors_of_no_offset_are_left_to_the_source():

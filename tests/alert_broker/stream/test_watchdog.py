@@ -46,6 +46,19 @@ def test_a_report_that_fails_keeps_nobody_alive(watchdog, ended):
         wait_for(lambda: ended)
 
 
+def test_a_report_that_is_blocked_keeps_nobody_alive(watchdog, ended, monkeypatch):
+    """As it is if the output is a full pipe: nobody reads it, and nobody has closed it."""
+    monkeypatch.setattr(module, "LAST_WORDS_SECONDS", 0.1)
+    free, words = threading.Event(), []
+    watchdog.last_words = lambda reason: free.wait() and words.append(reason)
+    try:
+        with watchdog.limit("flush", 0.0):
+            wait_for(lambda: ended)
+        assert words == []  # it was blocked all the time
+    finally:
+        free.set()
+
+
 def test_an_output_that_nobody_reads_keeps_nobody_alive(watchdog, ended, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)

@@ -19,19 +19,18 @@ import pytest
 from confluent_kafka.admin import AdminClient
 
 from edgekit.errors import EdgekitError
-from tests.alert_broker.stream.conftest import REAL
-from tests.alert_broker.stream.rig import Rig, position, repeat
+from tests.alert_broker.conftest import REAL
+from tests.alert_broker.stream.rig import START_SECONDS, Rig, position, repeat
 from tests.alert_broker.stream.supervised import (
     LONG,
     MODES,
-    START_SECONDS,
     STUCK_SECONDS,
     Supervised,
     check,
     check_said_once_a_minute,
     wait_until_committed,
 )
-from tests.alert_broker.stream.test_faults import BATCH, committed
+from tests.alert_broker.stream.test_faults import committed
 from tests.apache_kafka import ApacheKafka, missing
 from tests.brokers import configure_topic, create_topics
 
@@ -40,11 +39,6 @@ pytestmark = [pytest.mark.kafka, pytest.mark.skipif(bool(missing()), reason=miss
 AWAY_SECONDS = 600.0 if LONG else 60.0
 GROWTH = 150_000_000  # bytes: what is read ahead, the queues of the stages, and what is sent and not acknowledged
 HOUR = 3600
-
-
-def supervised_on(rig: Rig, mode: str) -> Supervised:
-    source = {"until_eos": False, "instance": "one"}
-    return Supervised(rig, source=source, batch={"size": BATCH}, publish=MODES[mode])
 
 
 def wait_for_work(rig: Rig, supervised: Supervised, sent: int) -> None:
@@ -94,7 +88,7 @@ def test_a_broker_that_is_away_amid_the_work(bundle, packets, tmp_path, mode):
     with ApacheKafka(tmp_path / "kafka") as cluster:
         rig = Rig(cluster.address, REAL, tmp_path, bundle)
         sent = rig.send(repeat(packets, 20_000), spread=0)
-        supervised = supervised_on(rig, mode)
+        supervised = Supervised(rig, mode)
         wait_for_work(rig, supervised, sent)
         before, lines = supervised.watch(2.0), len(supervised.log)
         cluster.kill()
@@ -147,7 +141,7 @@ def test_a_full_disk_at_the_broker(bundle, packets, tmp_path, mode):
     with small_disk(cluster.data(0), 512), cluster:
         rig = Rig(cluster.address, REAL, tmp_path, bundle)
         sent = rig.send(repeat(packets, 6000), spread=0)
-        supervised = supervised_on(rig, mode)
+        supervised = Supervised(rig, mode)
         wait_for_work(rig, supervised, sent)
         ballast = fill(cluster.data(0))
         deadline = time.monotonic() + STUCK_SECONDS
@@ -174,7 +168,7 @@ def test_a_leader_without_enough_copies_in_sync(bundle, packets, tmp_path, mode)
         rig = Rig(cluster.address, REAL, tmp_path, bundle, copies=3)
         configure_topic(rig.address, rig.results, {"min.insync.replicas": "3"})
         sent = rig.send(repeat(packets, 6000), spread=0)
-        supervised = supervised_on(rig, mode)
+        supervised = Supervised(rig, mode)
         wait_for_work(rig, supervised, sent)
         cluster.kill(2)
         supervised.watch(15.0)
@@ -202,7 +196,7 @@ def delete_topic(address: str, topic: str) -> None:
 def test_a_topic_is_deleted_and_made_again_with_fewer_partitions(apache_kafka, bundle, packets, tmp_path, mode):
     rig = Rig(apache_kafka.address, REAL, tmp_path, bundle, partitions=3)
     first = rig.send(repeat(packets, 300))
-    supervised = supervised_on(rig, mode)
+    supervised = Supervised(rig, mode)
     supervised.wait_until_committed(first)
     delete_topic(rig.address, rig.source)
     supervised.watch(15.0)
@@ -220,7 +214,7 @@ def test_a_topic_is_made_again_before_the_consumer_notices(apache_kafka, bundle,
     """The new topic ends before, or behind, the offset at which the consumer would go on."""
     rig = Rig(apache_kafka.address, REAL, tmp_path, bundle, partitions=1)
     first = rig.send(repeat(packets, 100))
-    supervised = supervised_on(rig, "at-least-once")
+    supervised = Supervised(rig, "at-least-once")
     supervised.wait_until_committed(first)
     supervised.running.suspend()
     delete_topic(rig.address, rig.source)

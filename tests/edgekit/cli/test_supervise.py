@@ -272,3 +272,21 @@ def test_the_child_does_not_outlive_its_parent(tmp_path):
     assert process.stdout.read() == ""  # the pipe is closed when the child is gone
     assert time.monotonic() - told < 10
     process.wait()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers")
+def test_a_timer_of_the_caller_rings_inside_the_block_and_after_it():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *arguments: rung.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with terminating():
+            time.sleep(0.1)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with terminating():
+            pass
+        time.sleep(0.1)
+        assert rung == [1, 1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -90,6 +90,13 @@ def test_a_damaged_file_is_refused_in_one_line_that_says_why(tmp_path, content, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("tensors", "pairs", "problem"), [(10**6, 0, "list of tensors"), (0, 10**6, "metadata")])
+def test_a_header_that_would_take_too_much_memory_is_refused(tmp_path, tensors, pairs, problem):
+    content = b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + bytes(24_000_000)
+    with pytest.raises(EdgekitError, match=f"{problem}.*800,000,000 bytes in memory"):
+        read_gguf(written(tmp_path, content))
+
+
 def header_of_tensor(name=b"t", axes=(32,), code=0, offset=0):
     start = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
     return start + text(name) + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, code, offset) + bytes(256)

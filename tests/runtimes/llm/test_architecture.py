@@ -48,14 +48,39 @@ def test_an_output_matrix_of_its_own_is_used(tmp_path):
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "expected a positive number"),
         ({"llama.context_length": None}, "has no 'llama.context_length'"),
         ({"llama.rope.scaling.type": "yarn"}, "unknown scaling"),
-        ({"llama.rope.dimension_count": 34}, "even number up to 32"),
-        ({"llama.rope.dimension_count": 2_000_000_000}, "even number up to 32"),
-        ({"llama.rope.dimension_count": 31}, "even number up to 32"),
+        ({"llama.rope.dimension_count": 34}, "an even number up to 32"),
+        ({"llama.rope.dimension_count": 1 << 30}, "an even number up to 32"),
+        ({"llama.rope.dimension_count": 15}, "an even number up to 32"),
+        ({"llama.rope.freq_base": 0.0}, "not positive"),
+        ({"llama.attention.scale": 0.5}, r"llama\.attention\.scale = 0\.5; edgekit does not run this variant"),
+        ({"llama.attention.sliding_window": 1024}, "does not run this variant"),
+        ({"llama.attention.causal": False}, "does not run this variant"),
+        ({"llama.expert_count": 8}, "does not run this variant"),
+        ({"llama.rope.dimension_sections": [1, 2]}, "does not run this variant"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(tmp_path, metadata, problem):
     with pytest.raises(EdgekitError, match=problem):
         model(tmp_path, metadata)
+
+
+def test_metadata_that_change_nothing_are_accepted(tmp_path):
+    given = {"attention.sliding_window": 2048, "attention.causal": True, "expert_count": 0, "vocab_size": 307}
+    found = model(tmp_path, {f"llama.{key}": value for key, value in given.items()})
+    assert found.architecture.context == 2048
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("qwen2", "attn_k.bias"), ("qwen3", "attn_k_norm.weight"), ("llama", "attn_k.weight")]
+)
+def test_a_family_has_all_its_weights(tmp_path, family, name):
+    with pytest.raises(EdgekitError, match=f"no tensor 'blk.1.{name}'"):
+        model(tmp_path, family=family, without=[f"blk.1.{name}"])
+
+
+def test_a_weight_of_another_family_is_refused(tmp_path):
+    with pytest.raises(EdgekitError, match="belong to no known role of llama"):
+        model(tmp_path, weights={"blk.0.attn_q_norm.weight": np.ones(32, np.float32)})
 
 
 def test_a_missing_and_an_unknown_tensor_are_named(tmp_path):
@@ -74,6 +99,10 @@ def test_angles_are_the_formula_of_the_paper():
 def test_linear_scaling_and_own_factors_divide_the_frequencies(tmp_path):
     scaled = model(tmp_path, {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
     assert (scaled.architecture.rope.factors == 4).all()
+    for key in ("scaling.factor", "scale_linear"):  # as old files say it
+        assert (model(tmp_path, {f"llama.rope.{key}": 4.0}).architecture.rope.factors == 4).all()
+    unscaled = model(tmp_path, {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0})
+    assert (unscaled.architecture.rope.factors == 1).all()
     factors = np.linspace(1, 8, 16, dtype=np.float32)
     assert np.allclose(model(tmp_path, weights={"rope_freqs.weight": factors}).architecture.rope.factors, factors)
     with pytest.raises(EdgekitError, match="not positive"):

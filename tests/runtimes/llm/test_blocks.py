@@ -47,6 +47,17 @@ def test_a_fork_shares_blocks_and_copies_only_what_it_writes():
     assert memory.read(1) == tokens(*range(20), 99)
 
 
+def test_blocks_that_were_reserved_for_a_step_that_was_given_up_stay_with_their_sequence():
+    memory = Memory(10)
+    memory.append(0, tokens(*range(20)))
+    memory.blocks.reserve([(0, 40)])  # nothing is written
+    memory.blocks.fork(0, 1)
+    memory.append(0, tokens(*range(100, 130)))
+    memory.append(1, tokens(*range(200, 230)))
+    assert memory.read(0) == tokens(*range(20), *range(100, 130))
+    assert memory.read(1) == tokens(*range(20), *range(200, 230))
+
+
 def test_a_new_sequence_finds_full_blocks_of_the_same_beginning_even_after_they_were_freed():
     memory = Memory(8)
     memory.append(0, tokens(*range(40)))
@@ -109,7 +120,9 @@ def test_wrong_sequences_and_lengths_are_refused():
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["append", "fork", "truncate", "remove", "adopt"]), st.integers(0, 4), st.integers(0, 40)
+        st.sampled_from(["append", "give up", "fork", "truncate", "remove", "adopt"]),
+        st.integers(0, 4),
+        st.integers(0, 40),
     ),
     max_size=60,
 )
@@ -133,6 +146,12 @@ def test_whatever_is_done_every_sequence_reads_its_own_tokens_and_no_block_is_lo
             except NoBlocksError:
                 continue
             expected.setdefault(sequence, []).extend(new)
+        elif action == "give up":  # a step that reserves blocks and writes nothing
+            try:
+                memory.blocks.reserve([(sequence, number)])
+            except NoBlocksError:
+                continue
+            expected.setdefault(sequence, [])
         elif action == "fork" and sequence in expected and number not in expected:
             memory.blocks.fork(sequence, number)
             expected[number] = list(expected[sequence])

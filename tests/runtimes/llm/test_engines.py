@@ -1,7 +1,8 @@
 """Engines against a reference of other people, against each other, and against themselves under other schedules."""
 
-import shutil
+import os
 import subprocess
+import sys
 from contextlib import closing
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from edgekit.errors import EdgekitError
 from runtimes.llm.blocks import NoBlocksError
 from runtimes.llm.engine import Item
-from runtimes.llm.native_engine import FLAGS, NativeEngine, source_of
+from runtimes.llm.native_engine import NativeEngine
 from runtimes.llm.torch_engine import TorchEngine
+from tests.gguf_files import toy_model
 from tests.runtimes.llm.conftest import compiler
 
 IDS = np.random.default_rng(7).integers(0, 300, 90)
@@ -130,6 +132,40 @@ def test_other_head_sizes_and_numbers_of_queries_to_a_key(toy, sizes, kv):
         check_schedules(engine, np.array_equal)
 
 
+def random_sizes(rng):
+    """Return the sizes of a model that the native engine can run."""
+    while True:
+        head_size, kv_heads = 16 * int(rng.integers(1, 17)), int(rng.integers(1, 4))
+        heads = kv_heads * int(rng.integers(1, 17))
+        if heads * head_size % 32 == 0 and heads * head_size <= 4096:
+            return {
+                "head_size": head_size,
+                "heads": heads,
+                "kv_heads": kv_heads,
+                "width": 32 * int(rng.integers(1, 7)),
+                "hidden": 32 * int(rng.integers(1, 9)),
+                "vocabulary": int(rng.integers(301, 400)),
+                "layers": int(rng.integers(1, 4)),
+                "rope_size": 2 * int(rng.integers(1, head_size // 2 + 1)),
+            }
+
+
+@pytest.mark.machines
+@compiler
+@pytest.mark.parametrize("seed", range(8))
+def test_random_architectures(toy, seed):
+    rng = np.random.default_rng(seed)
+    family, form = ("llama", "qwen2", "qwen3")[seed % 3], FORMATS[seed % len(FORMATS)]
+    model = toy(family, form, tied=bool(seed % 2), **random_sizes(rng))
+    expected = run(TorchEngine(model, blocks=8, dtype="float64"))
+    for kv, threads in (("f16", 3), ("int8", 2)):
+        options = {"kv": kv, "threads": threads, "flags": ("-march=native", "-O1")}
+        with closing(NativeEngine(model, blocks=40, **options)) as engine:
+            assert np.abs(run(engine) - expected).max() / np.abs(expected).max() < 2 * AWAY
+            engine.remove(0)
+            check_schedules(engine, np.array_equal)
+
+
 @compiler
 @pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "F16"])
 @pytest.mark.parametrize("kv", ["f16", "int8"])
@@ -176,7 +212,17 @@ def check_schedules(engine, equal):
     engine.remove(6)
     between = []
     assert equal(engine.step([Item(6, IDS[:30], logits="all")], between.append)[0], expected[:30])
-    assert between == [1]
+    assert between == list(range(1, engine.architecture.layers))
+    # given up after it took blocks; then forked and saved, and all three go on
+    engine.start([Item(6, IDS[30:80])]).advance()
+    engine.fork(6, 7)
+    saved = engine.save(6)
+    assert equal(run(engine, IDS[30:60], 6), expected[30:60])
+    assert equal(run(engine, IDS[30:50], 7), expected[30:50])
+    assert equal(run(engine, IDS[60:], 6), expected[60:])
+    engine.remove(6)
+    engine.restore(6, saved)
+    assert equal(run(engine, IDS[30:], 6), expected[30:])
     for sequence in list(engine.blocks.tables):
         engine.remove(sequence)
     assert engine.blocks.free == engine.blocks.number
@@ -208,159 +254,6 @@ def test_positions_that_are_given_replace_the_next_ones(toy):
         assert np.abs(run(engine, sequence=1) - expected).max() / np.abs(expected).max() > AWAY
 
 
-# --- other machines
-
-
-def step_on(engine):
-    with closing(engine):
-        return run(engine), engine.lanes
-
-
-@pytest.mark.machines
-@compiler
-@pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16"])
-@pytest.mark.parametrize("kv", ["f16", "int8"])
-def test_plain_c_and_avx2_give_the_same_bits_as_this_machine(toy, form, kv):
-    model = toy("qwen3", form)
-    expected, own = step_on(NativeEngine(model, blocks=8, kv=kv))
-    plain, name = step_on(NativeEngine(model, blocks=8, kv=kv, flags=("-DPLAIN_C",)))
-    assert name == "plain C"
-    assert np.array_equal(plain, expected)
-    if own == "AVX-512 VNNI":
-        narrow, name = step_on(NativeEngine(model, blocks=8, kv=kv, flags=("-mavx2", "-mfma", "-mf16c")))
-        assert name == "AVX2"
-        assert np.array_equal(narrow, expected)
-
-
-CHECK = """
-#include <stdio.h>
-/* runs all kernels on numbers from a generator, and prints a hash of what they give */
-static uint32_t state = 1, hash = 2166136261u;
-static uint32_t next(void) { state = state * 1664525u + 1013904223u; return state >> 8; }
-static void mix(const void *from, size_t size)
-{
-    for (size_t i = 0; i < size; i++)
-        hash = (hash ^ ((const uint8_t *)from)[i]) * 16777619u;
-}
-int main(void)
-{
-    enum { ROWS = 48, INPUTS = 96, STEPS = 11, BLOCKS = 3 };
-    float *values = malloc(sizeof(float) * STEPS * INPUTS);
-    uint8_t *raw = malloc(ROWS * INPUTS * 4);
-    Activations of;
-    make_activations(&of, INPUTS, STEPS);
-    for (int i = 0; i < STEPS * INPUTS; i++)
-        values[i] = (float)(int)(next() % 2001 - 1000) / 300.0f;
-    for (int i = 0; i < STEPS; i++)
-        quantise(values + i * INPUTS, i % 2 ? values : NULL, 1e-5f, &of, i);
-    mix(of.codes, STEPS * INPUTS);
-    for (int format = Q4_0; format <= F32; format++) {
-        Matrix matrix = {format, ROWS, INPUTS, allocate(3 * tile_bytes(format, INPUTS))};
-        const size_t row_bytes = (size_t[]){54, 60, 102, 192, 192, 384}[format];
-        for (int row = 0; row < ROWS; row++) {
-            for (size_t i = 0; i < row_bytes; i++)
-                raw[i] = (uint8_t)next();
-            for (size_t i = 0; format <= Q8_0 && i < row_bytes; i += row_bytes / 3) { /* scales of about 1 */
-                raw[i + 1] = 60;
-                if (format == Q4_1)
-                    raw[i + 3] = 52;
-            }
-            for (size_t i = 1; format >= F16 && format <= BF16 && i < row_bytes; i += 2)
-                raw[i] = 60;
-            for (size_t i = 0; format == F32 && i < row_bytes; i += 4)
-                raw[i + 3] = 63;
-            pack_row(&matrix, row, raw);
-        }
-        floats sums[MOST_TOKENS];
-        for (int tile = 0; tile < ROWS / 16; tile++)
-            for (int first = 0; first < STEPS; first += MOST_TOKENS) {
-                const int tokens = STEPS - first < MOST_TOKENS ? STEPS - first : MOST_TOKENS;
-                product(&matrix, tile, &of, first, tokens, sums);
-                mix(sums, sizeof(floats) * tokens);
-            }
-        unpack_row(&matrix, 37, values);
-        mix(values, sizeof(float) * INPUTS);
-    }
-    for (int cache = CACHE_F16; cache <= CACHE_INT8; cache++) {
-        uint8_t *pool = allocate(BLOCKS * block_bytes(cache));
-        float key[HEAD_SIZE], value[HEAD_SIZE], query[MOST_QUERIES * HEAD_SIZE], output[MOST_QUERIES * HEAD_SIZE];
-        const int32_t table[BLOCKS] = {2, 0, 1};
-        for (int t = 0; t < 40; t++) {
-            for (int i = 0; i < HEAD_SIZE; i++) {
-                key[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
-                value[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
-            }
-            put(cache, pool + table[t / BLOCK] * block_bytes(cache), t % BLOCK, key, value);
-        }
-        for (int i = 0; i < MOST_QUERIES * HEAD_SIZE; i++)
-            query[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
-        Attention work = {.pool = pool, .table = table, .length = 40, .stride = 64};
-        work.scores = malloc(sizeof(float) * MOST_QUERIES * 64);
-        for (int i = 0; i < MOST_QUERIES; i++) {
-            work.queries[i] = query + i * HEAD_SIZE;
-            work.outputs[i] = output + i * HEAD_SIZE;
-        }
-        const int tokens = cache == CACHE_F16 ? 2 : 1;
-        attend(cache, &work, tokens);
-        mix(output, sizeof(float) * tokens * QUERIES * HEAD_SIZE);
-        free(work.scores);
-    }
-    free(values);
-    free(raw);
-    printf("%s %08x\\n", LANES_NAME, hash);
-    return 0;
-}
-"""
-
-
-def check_program(toy, tmp_path, command, flags, run_with=()):
-    """Compile the kernels with a program that prints a hash of their results, and run it."""
-    source = tmp_path / "check.c"
-    source.write_text(source_of(toy("llama", "Q4_0").architecture) + CHECK)
-    program = tmp_path / "check"
-    subprocess.run([command, *FLAGS, *flags, str(source), "-o", str(program), "-lm"], check=True)
-    done = subprocess.run([*run_with, str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-1000:]
-    lanes, _, digest = done.stdout.strip().rpartition(" ")
-    return lanes, digest
-
-
-@pytest.mark.machines
-@compiler
-def test_kernels_hash_alike_in_plain_c_and_with_vectors(toy, tmp_path):
-    plain, vectors = (check_program(toy, tmp_path, "cc", [flag])[1] for flag in ("-DPLAIN_C", "-march=native"))
-    assert vectors == plain
-    # a compiler that may contract a product and a sum rounds otherwise, and the hash shows it
-    assert check_program(toy, tmp_path, "cc", ["-march=native", "-ffast-math", "-U__FAST_MATH__"])[1] != plain
-
-
-@pytest.mark.machines
-@pytest.mark.skipif(
-    not all(map(shutil.which, ("aarch64-linux-gnu-gcc", "qemu-aarch64"))),
-    reason="no compiler and emulator of 64-bit ARM here: apt-get install gcc-aarch64-linux-gnu qemu-user",
-)
-@pytest.mark.parametrize(("flags", "name"), [([], "NEON"), (["-march=armv8.2-a+dotprod"], "NEON dot product")])
-def test_neon_hashes_like_plain_c(toy, tmp_path, flags, name):
-    expected = check_program(toy, tmp_path, "cc", ["-DPLAIN_C"])[1]
-    flags = [*flags, "-static"]
-    lanes, found = check_program(toy, tmp_path, "aarch64-linux-gnu-gcc", flags, ["qemu-aarch64", "-cpu", "max"])
-    assert lanes == name
-    assert found == expected
-
-
-@pytest.mark.machines
-@compiler
-def test_the_sanitizers_find_nothing(toy, tmp_path):
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-march=native"]
-    probe = tmp_path / "probe.c"
-    probe.write_text("int main(void) { return 0; }")
-    if subprocess.run(
-        ["cc", *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True, check=False
-    ).returncode:
-        pytest.skip("this compiler comes without the sanitizers' libraries")
-    assert check_program(toy, tmp_path, "cc", flags)[1] == check_program(toy, tmp_path, "cc", ["-DPLAIN_C"])[1]
-
-
 # --- what is refused
 
 
@@ -376,6 +269,7 @@ def test_the_sanitizers_find_nothing(toy, tmp_path):
         ([Item(0, IDS), Item(0, IDS)], "twice"),
         ([Item(0, IDS[:1], positions=np.array([2048]))], "the model's context"),
         ([Item(0, IDS[:2], positions=np.array([1]))], "expected one for each"),
+        ([Item(0, IDS[:1], positions=np.array([1.0]))], "positions are float64"),
     ],
 )
 def test_wrong_items_are_refused_before_anything_changes(toy, items, problem):
@@ -383,6 +277,73 @@ def test_wrong_items_are_refused_before_anything_changes(toy, items, problem):
     with pytest.raises(EdgekitError, match=problem):
         engine.step(items)
     assert engine.blocks.free == 8
+
+
+def test_a_step_is_over_when_the_next_one_begins(toy):
+    engine = TorchEngine(toy(), blocks=8)
+    first = engine.start([Item(0, IDS[:5])])
+    for layers in (0, -1):
+        with pytest.raises(EdgekitError, match=f"advance by {layers} layers"):
+            first.advance(layers)
+    first.advance()
+    run(engine, IDS[:5], 1)
+    for use in (first.advance, first.logits):
+        with pytest.raises(EdgekitError, match="this step was given up"):
+            use()
+    assert engine.length(0) == 0
+
+
+@compiler
+def test_a_saved_state_of_another_engine_is_refused(toy):
+    with closing(NativeEngine(toy(), blocks=8)) as halves, closing(NativeEngine(toy(), blocks=8, kv="int8")) as bytes_:
+        run(halves)
+        with pytest.raises(EdgekitError, match="restore it to an engine of the same"):
+            bytes_.restore(0, halves.save(0))
+        assert bytes_.blocks.free == 8
+        with pytest.raises(EdgekitError, match="restore it to an engine of the same"):
+            TorchEngine(toy(), blocks=8).restore(0, halves.save(0))
+
+
+@compiler
+def test_an_engine_that_was_closed_is_refused_and_not_used(toy):
+    engine = NativeEngine(toy(), blocks=8)
+    run(engine, IDS[:20])
+    engine.close()
+    engine.close()
+    for use in (lambda: run(engine, IDS[:5]), lambda: engine.save(0), lambda: engine.copy_block(0, 1)):
+        with pytest.raises(EdgekitError, match="was closed"):
+            use()
+
+
+FORKED = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from edgekit.errors import EdgekitError
+from edgekit.importers.gguf import read_gguf
+from runtimes.llm.architecture import from_gguf
+from runtimes.llm.engine import Item
+from runtimes.llm.native_engine import NativeEngine
+
+engine = NativeEngine(from_gguf(read_gguf(Path(sys.argv[1]))), blocks=8, threads=2)
+ids = np.arange(20)
+expected = engine.step([Item(0, ids)])[0]
+if child := os.fork():
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    again = engine.step([Item(1, ids)])[0]
+    sys.exit(status if np.array_equal(again, expected) else 4)
+try:
+    engine.step([Item(1, ids)])
+except EdgekitError as error:
+    sys.exit(3 if "load the model again in this process" in str(error) else 5)
+"""
+
+
+@compiler
+def test_a_forked_process_is_told_to_load_the_model_again_and_can_end(toy, tmp_path):
+    path = toy_model(tmp_path)
+    done = subprocess.run([sys.executable, "-c", FORKED, str(path)], check=False, timeout=60, env=os.environ)
+    assert done.returncode == 3
 
 
 def test_a_full_cache_is_told_before_anything_is_computed(toy):
@@ -394,13 +355,25 @@ def test_a_full_cache_is_told_before_anything_is_computed(toy):
 
 @compiler
 def test_options_and_models_that_the_native_engine_cannot_run_are_refused(toy, monkeypatch):
-    for options, problem in (({"kv": "int3"}, "'int3'"), ({"threads": 1000}, "threads"), ({"blocks": 0}, "blocks = 0")):
+    for options, problem in (
+        ({"kv": "int3"}, "'int3'"),
+        ({"threads": 1000}, "threads = 1000"),
+        ({"threads": 0}, "threads = 0"),
+        ({"blocks": 0}, "blocks = 0"),
+        ({"blocks": 1 << 40}, "blocks = 1099511627776"),
+        ({"rows": 1 << 20}, "rows = 1048576"),
+    ):
         with pytest.raises(EdgekitError, match=problem):
             NativeEngine(toy(), **options)
     with pytest.raises(EdgekitError, match="head size 24"):
         NativeEngine(toy("llama", "F32", head_size=24))
-    with closing(NativeEngine(toy(), rows=16)) as engine, pytest.raises(EdgekitError, match="takes up to 16"):
-        run(engine)
+    with pytest.raises(EdgekitError, match="48 values of all heads; expected multiples of 32"):
+        NativeEngine(toy("llama", "F32", head_size=16, heads=3, kv_heads=3))
+    with closing(NativeEngine(toy(), rows=16)) as engine:
+        with pytest.raises(EdgekitError, match="takes up to 16"):
+            run(engine)
+        assert engine.blocks.free == engine.blocks.number
+        assert engine.length(0) == 0
     monkeypatch.setattr("runtimes.llm.native_engine.available_memory", lambda: 1000)
     with pytest.raises(EdgekitError, match=r"for weights and [\d,]+ for a cache of 8,192 tokens, and 1,000 are free"):
         NativeEngine(toy())

@@ -44,6 +44,17 @@ def test_an_answer_comes_in_pieces_and_gives_its_memory_back(model):
     assert model.engine.blocks.free == model.engine.blocks.number
 
 
+def test_answers_that_are_read_in_turns_are_those_that_are_read_alone(model):
+    prompts = ["in the", "an re", "then"]
+    alone = ["".join(model.complete(prompt, most_tokens=12)) for prompt in prompts]
+    answers = [model.complete(prompt, most_tokens=12) for prompt in prompts]
+    pieces = [[next(answer)] for answer in answers]
+    for found, answer in zip(pieces, answers, strict=True):
+        found += answer
+    assert ["".join(found) for found in pieces] == alone
+    assert model.engine.blocks.free == model.engine.blocks.number
+
+
 def test_a_seed_gives_the_same_answer_and_another_one_another(model):
     def answer(seed):
         return "".join(model.complete("in the", most_tokens=20, sampling=Sampling(2.0, seed=seed)))
@@ -112,6 +123,9 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(gguf(toy_metadata("llama"), tensors))
     with pytest.raises(EdgekitError, match="the tokenizer has 307 tokens and the embedding 300"):
         load(tmp_path / "m.gguf", engine="torch")
+    (tmp_path / "m.gguf").write_bytes(gguf(toy_metadata("llama", vocabulary=290), tensors))
+    with pytest.raises(EdgekitError, match="the tokenizer has 290 tokens and the embedding 300"):
+        load(tmp_path / "m.gguf", engine="torch")
 
 
 # --- chat templates
@@ -123,6 +137,21 @@ def test_a_template_writes_the_conversation():
     text = conversation("{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}", MESSAGES,
                         "model.gguf", eos_token="!")  # fmt: skip
     assert text == "[user] Hello <|1|>!"
+
+
+def test_a_control_token_in_a_message_stays_text(model, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(model, "_answer", lambda prompt, *_: iter(prompts.append(prompt.tolist()) or ()))
+    list(model.chat(MESSAGES))
+    end = model.tokenizer.encode("<|1|>", special=True).tolist()
+    text = model.tokenizer.encode("user: Hello <|1|>").tolist()
+    assert prompts == [[*model.tokenizer.encode("<|0|>", special=True).tolist(), *text, *end]]
+    assert prompts[0].count(end[0]) == 1
+
+
+def test_a_template_may_leave_a_loop():
+    template = "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}"
+    assert conversation(template, MESSAGES * 2, "model.gguf") == "user"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +176,13 @@ def test_a_template_that_misbehaves_is_one_line(template, problem):
 
 
 @pytest.mark.parametrize(
-    "message", [{"role": "king", "content": "a"}, {"role": "user"}, {"role": "user", "content": "", "x": ""}]
+    "message",
+    [
+        {"role": "king", "content": "a"},
+        {"role": "user"},
+        {"role": "user", "content": "", "x": ""},
+        {"role": "user", "content": 5},
+    ],
 )
 def test_messages_of_another_form_are_refused(message):
     with pytest.raises(EdgekitError, match="expected a role"):
@@ -187,6 +222,7 @@ def test_perplexity_and_bench_print_numbers(edgekit, path, tmp_path):
         (["complete", "{path}", "a", "--engine", "torch", "--top-p", "3"], "top_p = 3"),
         (["complete", "{path}", "a", "--engine", "torch", "--context", "9999"], "context = 9999"),
         (["bench", "{path}", "--contexts", "x"], "expected whole numbers"),
+        (["bench", "{path}", "--engine", "torch", "--contexts", "64", "--context", "32"], "longer context"),
     ],
 )
 def test_bad_input_is_one_line(edgekit, path, arguments, problem):

@@ -21,7 +21,7 @@ class CountingEngine(Engine):
     def __init__(self, architecture, blocks):
         super().__init__(architecture, blocks)
         self.slots = {}  # (block, slot): token
-        self.steps = []  # the tokens of each step, by sequence
+        self.chosen = []  # the tokens of each step, by sequence
 
     def begin(self, batch):
         return None
@@ -45,7 +45,7 @@ class CountingEngine(Engine):
         return logits
 
     def step(self, items, between=None):
-        self.steps.append({item.sequence: len(item.inputs) for item in items})
+        self.chosen.append({item.sequence: len(item.inputs) for item in items})
         return super().step(items, between)
 
     def copy_block(self, source, target):
@@ -61,6 +61,15 @@ class CountingEngine(Engine):
 
     def close(self):
         pass
+
+
+class FailingEngine(CountingEngine):
+    """Fails in the third step, behind its last layer."""
+
+    def finish(self, state, batch):
+        if len(self.chosen) == 3:
+            raise MemoryError
+        return super().finish(state, batch)
 
 
 def next_token(tokens):
@@ -131,7 +140,7 @@ def test_whatever_comes_answers_are_those_of_a_request_alone(toy, loads, budget,
     given_up = {number for number in cancelled if number in requests and scheduler.cancel(number)}
     answers, ends = finished(scheduler)
     assert engine.blocks.free == blocks
-    assert all(sum(step.values()) <= budget for step in engine.steps)
+    assert all(sum(step.values()) <= budget for step in engine.chosen)
     for number, item in requests.items():
         if number not in given_up and number in ends:
             expected = alone(item.prompt.tolist(), item.most_tokens)
@@ -157,11 +166,11 @@ def test_a_long_prompt_does_not_stop_answers(architecture):
     for _ in range(5):
         scheduler.step()
     long = scheduler.submit(request(9, 1000, 1))
-    engine.steps.clear()
+    engine.chosen.clear()
     while long in [item.number for item in (*scheduler._running, *scheduler._waiting)]:
         scheduler.step()
-    assert all(step.get(chat) == 1 for step in engine.steps[:-1] for chat in chats)
-    assert [step[long] for step in engine.steps[:-1]] == [29] * (len(engine.steps) - 1)
+    assert all(step.get(chat) == 1 for step in engine.chosen[:-1] for chat in chats)
+    assert [step[long] for step in engine.chosen[:-1]] == [29] * (len(engine.chosen) - 1)
 
 
 def test_answers_that_fill_the_budget_take_turns_and_leave_a_prompt_its_chunk(architecture):
@@ -171,15 +180,15 @@ def test_answers_that_fill_the_budget_take_turns_and_leave_a_prompt_its_chunk(ar
     while len(scheduler._waiting):
         scheduler.step()
     prompt = scheduler.submit(request(99, 64, 1))
-    engine.steps.clear()
+    engine.chosen.clear()
     for _ in range(40):
         scheduler.step()
-    served = [sum(step.get(chat, 0) for step in engine.steps) for chat in chats]
+    served = [sum(step.get(chat, 0) for step in engine.chosen) for chat in chats]
     assert max(served) - min(served) <= 2
-    chunks = [number for number, step in enumerate(engine.steps) if prompt in step]
-    assert sum(step.get(prompt, 0) for step in engine.steps) == 64
+    chunks = [number for number, step in enumerate(engine.chosen) if prompt in step]
+    assert sum(step.get(prompt, 0) for step in engine.chosen) == 64
     assert max(np.diff([-1, *chunks])) <= PATIENCE + 2
-    assert engine.steps[chunks[0]][prompt] == LEAST_CHUNK
+    assert engine.chosen[chunks[0]][prompt] == LEAST_CHUNK
 
 
 def test_interactive_prompts_go_first_until_batch_work_has_waited(architecture):
@@ -189,15 +198,15 @@ def test_interactive_prompts_go_first_until_batch_work_has_waited(architecture):
     batch = scheduler.submit(request(0, 160, 1, interactive=False))
     chat = scheduler.submit(request(1, 160, 1))
     scheduler.step()
-    assert list(engine.steps[-1]) == [chat]
+    assert list(engine.chosen[-1]) == [chat]
     clock.now += 3600
     other = scheduler.submit(request(2, 160, 1))
     scheduler.step()
     while chat in [item.number for item in scheduler._running]:
         scheduler.step()
     scheduler.step()
-    assert batch in engine.steps[-1]
-    assert other not in engine.steps[-1]
+    assert batch in engine.chosen[-1]
+    assert other not in engine.chosen[-1]
 
 
 def test_who_gives_blocks_back_is_computed_again_to_the_same_tokens(architecture):
@@ -219,6 +228,70 @@ def test_a_request_that_can_never_be_answered_is_refused(architecture):
         scheduler.submit(request(0, 2000, 49))
     with pytest.raises(EdgekitError, match="need 11 blocks, and the cache has 10"):
         scheduler.submit(request(0, 100, 61))
+
+
+def test_a_prompt_that_no_engine_can_compute_is_refused_at_once(architecture):
+    scheduler = Scheduler(CountingEngine(architecture, 10))
+    for prompt, problem in ((np.array([307]), "outside 0 to 306"), (np.array([1.5]), "expected")):
+        with pytest.raises(EdgekitError, match=problem):
+            scheduler.submit(Request(prompt, 5))
+    assert not scheduler.busy
+
+
+def test_a_budget_beyond_the_most_rows_of_the_engine_is_cut(architecture):
+    engine = CountingEngine(architecture, 20)
+    engine.rows = 16
+    scheduler = Scheduler(engine, budget=1000)
+    number = scheduler.submit(request(0, 60))
+    answers, _ = finished(scheduler)
+    assert answers[number] == alone(request(0, 60).prompt.tolist(), 8)
+    assert max(sum(step.values()) for step in engine.chosen) == 16
+
+
+def test_a_chat_does_not_wait_for_a_long_prompt_of_batch_work_that_has_begun(architecture):
+    engine = CountingEngine(architecture, 120)
+    scheduler = Scheduler(engine, budget=16, clock=Clock())
+    scheduler.submit(request(0, 1000, 1, interactive=False))
+    scheduler.step()
+    chat = scheduler.submit(request(1, 10, 1))
+    scheduler.step()
+    assert engine.chosen[-1][chat] == 10
+
+
+def test_a_request_may_be_cancelled_between_two_layers(architecture):
+    engine = CountingEngine(architecture, 40)
+    scheduler = Scheduler(engine, budget=64, clock=Clock())
+    requests = [request(seed, 20, 12) for seed in range(3)]
+    numbers = [scheduler.submit(item) for item in requests]
+    scheduler.step()
+    produced = scheduler.step(lambda layer: scheduler.cancel(numbers[1]))
+    assert [item.request for item in produced] == [numbers[0], numbers[2]]
+    assert not scheduler.cancel(numbers[1])
+    answers, _ = finished(scheduler)
+    for number, item in ((numbers[0], requests[0]), (numbers[2], requests[2])):
+        assert answers[number] == alone(item.prompt.tolist(), 12)[2:]
+    assert engine.blocks.free == 40
+
+
+@pytest.mark.parametrize("where", ["between", "behind"])
+def test_after_a_step_that_failed_the_answers_are_the_same(architecture, where):
+    engine = (FailingEngine if where == "behind" else CountingEngine)(architecture, 40)
+    scheduler = Scheduler(engine, budget=24, clock=Clock())
+    requests = [request(seed, 30, 12) for seed in range(3)]
+    numbers = [scheduler.submit(item) for item in requests]
+    produced = [*scheduler.step(), *scheduler.step()]
+
+    def fail(layer):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        scheduler.step(fail if where == "between" else None)
+    engine.chosen.append({})
+    answers, _ = finished(scheduler)
+    for number, item in zip(numbers, requests, strict=True):
+        before = [p.token for p in produced if p.request == number]
+        assert before + answers[number] == alone(item.prompt.tolist(), 12)
+    assert engine.blocks.free == 40
 
 
 @compiler
