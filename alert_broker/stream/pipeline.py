@@ -140,9 +140,11 @@ class Pipeline:
                     waiting.append(InFlight(batch))
                     full_since = time.monotonic()
                 else:
-                    if self.source.caught_up and self.stats.ledger.total().in_flight == 0:
+                    idle = self.stats.ledger.total().in_flight == 0
+                    if idle and self.source.caught_up:
                         self.stats.progress()
-                    if self.config.source.until_eos and self.source.at_end:
+                    # not before: what is in flight may be lost with its partition, and is read again then
+                    if idle and self.config.source.until_eos and self.source.at_end:
                         return
                 continue
             try:
