@@ -28,6 +28,7 @@ from alert_broker.stream.polling_thread import PollingThread
 from alert_broker.stream.stats import Stats
 from alert_broker.stream.watchdog import WATCHDOG
 from alert_broker.work_budget import CancelledError
+from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
 DRAIN_STEP = 0.005
@@ -106,7 +107,12 @@ class Membership:
                 self.commits.forget(where)
                 if number := self._stats.ledger.revoke(where):
                     LOG.error("%d alerts of the old %s[%d] were not published in time and are lost", number, *where)
-            self.commits.commit_now(dict.fromkeys(ours, 0))
+            try:
+                self.commits.commit_now(dict.fromkeys(ours, 0))
+            except (
+                EdgekitError
+            ) as error:  # the new topic may have fewer partitions; any other cause ends the next commit
+                LOG.warning("the beginning of the new %s is not committed: %s", topic, error)
 
     def leave(self) -> None:
         """Leave the group. Batches that are still in flight are never published."""

@@ -9,6 +9,7 @@ from confluent_kafka import KafkaError, KafkaException
 from alert_broker.stream.membership import LostError
 from alert_broker.stream.message_batch import next_offsets
 from alert_broker.work_budget import CancelledError
+from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.fake_consumer import assign, messages, revoke
 from tests.alert_broker.stream.waiting import wait_for
 
@@ -126,6 +127,21 @@ def test_what_is_in_flight_of_a_topic_that_was_created_again_is_published_before
     assert source.membership.owned(new).all()
     assert source.stats.ledger.revoked == (0 if in_time else 2)
     assert ("2 alerts of the old t[0] were not published in time" in caplog.text) == (not in_time)
+
+
+def test_a_topic_that_was_created_again_may_have_fewer_partitions(source, caplog):
+    """The commit of their beginning fails, and the consumer goes on. Planted: another commit that fails so ends it."""
+    gone = KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)
+    source.consumer.commit_errors = [gone]
+    source.consumer.logs = {0: (0, 9)}
+    source._topic_ids.new = ["t"]
+    source.consumer.script = [messages(0, 0)]
+    assert source.poll(1, 1.0) is not None
+    assert "the beginning of the new t is not committed" in caplog.text
+    source.membership.commits.acknowledge({("t", 0): 1})
+    source.consumer.commit_errors = [gone]
+    with pytest.raises(EdgekitError, match="offsets cannot be committed"):
+        wait_for(lambda: source.poll(1, 0.0))
 
 
 LOADING = KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
