@@ -1,6 +1,6 @@
 """What a decoder-only transformer looks like, as data: its sizes, its rotary embedding, its weights by role.
 
-The families differ in few things: which halves of a head the rotary embedding turns together, whether the projections
+The families differ in few things: which halves of a head the rotary embedding rotates together, whether the projections
 have biases, whether queries and keys are normalised. An engine reads these from here and nothing else from the file.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.gguf import GgufFile, Tensor
 
 Pairs = Literal["adjacent", "halves"]
-# how the file of each family stores the dimensions that the rotary embedding turns together
+# how the file of each family stores the dimensions that the rotary embedding rotates together
 PAIRS: dict[str, Pairs] = {"llama": "adjacent", "qwen2": "halves", "qwen3": "halves"}
 SCALINGS = ("none", "linear")
 # the keys of a family's metadata that are read here, and those that change no result
@@ -45,19 +45,23 @@ NEUTRAL = {"attention.causal": True, "use_parallel_residual": False, "expert_cou
 class Rope:
     """Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864, section 3.2).
 
-    size: the dimensions of a head that are turned, the first ones; base: of the frequencies; pairs: whether dimensions
-    2i and 2i + 1, or i and i + size / 2 are turned together; factors: (size / 2,) by which frequencies are divided.
+    size: the dimensions of a head that are rotated, the first ones; base: of the frequencies; pairs: whether dimensions
+    2i and 2i + 1, or i and i + size / 2 are rotated together; factors: (size / 2,) by which frequencies are divided.
     """
 
     size: int
     base: float
     pairs: Pairs
     factors: npt.NDArray[np.float64]
+    divisors: npt.NDArray[np.float64] = field(init=False, repr=False)  # of a position; computed once, not in each step
+
+    def __post_init__(self) -> None:
+        exponents = np.arange(0, self.size, 2) / self.size
+        object.__setattr__(self, "divisors", self.base**exponents * self.factors)
 
     def angles(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return (positions, size / 2) the angle of each pair of dimensions."""
-        exponents = np.arange(0, self.size, 2) / self.size
-        return positions[:, None] / (self.base**exponents * self.factors)
+        return positions[:, None] / self.divisors
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ class Step:
             self._engine.run_layers(self._state, self._batch, self.layer, end)
             self.layer = end
             if end == last:
-                self._engine.commit(self._items)
+                self._engine.commit(self._items, self._batch)
         return self.layer == last
 
     def logits(self) -> list[Floats]:
@@ -202,10 +202,10 @@ class Engine(ABC):
         self.import_blocks(self.blocks.array(sequence), saved.content)
         self.blocks.append(sequence, saved.inputs)
 
-    def commit(self, items: Sequence[Item]) -> None:
+    def commit(self, items: Sequence[Item], batch: Batch) -> None:
         """Note that the tokens of a step are in the cache."""
-        for item in items:
-            positions = self._positions(item).tolist()
+        for item, span in zip(items, batch.spans, strict=True):
+            positions = batch.positions[span].tolist()
             if item.inputs.ndim == 1:
                 found = [_key(token, at) for token, at in zip(item.inputs.tolist(), positions, strict=True)]
             else:
@@ -255,21 +255,20 @@ class Engine(ABC):
             raise EdgekitError(f"sequence {item.sequence}: a token id is outside 0 to {vocabulary - 1}")
         if embeddings and not np.isfinite(item.inputs).all():
             raise EdgekitError(f"sequence {item.sequence}: embeddings hold NaN or infinite values")
-        positions = self._positions(item)
-        if positions.dtype != np.int64:
-            raise EdgekitError(f"sequence {item.sequence}: positions are {positions.dtype}; expected int64")
-        if positions.shape != shape[:1] or positions.min() < 0 or positions.max() >= self.architecture.context:
-            raise EdgekitError(
-                f"sequence {item.sequence}: {len(positions)} positions from {positions.min()} to {positions.max()} for "
-                f"{shape[0]} tokens; expected one for each token, from 0 to {self.architecture.context - 1}, "
-                "which is the model's context"
-            )
-
-    def _positions(self, item: Item) -> Ids:
+        first = self.length(item.sequence)
+        last = first + shape[0] - 1
         if item.positions is not None:
-            return item.positions
-        start = self.length(item.sequence)
-        return np.arange(start, start + len(item.inputs), dtype=np.int64)
+            if item.positions.dtype != np.int64 or item.positions.shape != shape[:1]:
+                raise EdgekitError(
+                    f"sequence {item.sequence}: positions are {item.positions.dtype} of shape {item.positions.shape} "
+                    f"for {shape[0]} tokens; expected one for each token, int64"
+                )
+            first, last = int(item.positions.min()), int(item.positions.max())
+        if first < 0 or last >= self.architecture.context:
+            raise EdgekitError(
+                f"sequence {item.sequence}: positions from {first} to {last}; expected 0 to "
+                f"{self.architecture.context - 1}, which is the model's context"
+            )
 
     def _batch(self, items: Sequence[Item]) -> Batch:
         lengths = [len(item.inputs) for item in items]
@@ -290,7 +289,9 @@ class Engine(ABC):
         return Batch(
             ids,
             embeddings,
-            np.concatenate([self._positions(item) for item in items]),
+            np.concatenate(
+                [at if item.positions is None else item.positions for item, at in zip(items, index, strict=True)]
+            ),
             np.concatenate(index),
             spans,
             [self.blocks.array(item.sequence) for item in items],

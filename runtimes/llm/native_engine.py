@@ -29,7 +29,7 @@ from runtimes.llm.blocks import BLOCK, blocks_for
 from runtimes.llm.engine import Batch, Engine, Floats
 
 FOLDER = Path(__file__).parent / "native"
-FILES = ("lanes.h", "matrix.c", "attention.c", "engine.c")
+FILES = ("lanes.h", "matrix.c", "attention.c", "layer.c", "engine.c")
 # contraction would round differently from compiler to compiler; results are the same bits everywhere without it
 FLAGS = ("-std=gnu99", "-O3", "-ffp-contract=off", "-pthread")
 FORMATS = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2, "F16": 3, "BF16": 4, "F32": 5}  # as the C source numbers them

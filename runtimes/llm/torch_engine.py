@@ -96,8 +96,8 @@ class TorchEngine(Engine):
     def _attention(self, number: int, normed: torch.Tensor, state: State, batch: Batch) -> torch.Tensor:
         """Return (rows, heads * head size); writes the rows' keys and values into the cache."""
         of = self.architecture
-        queries = self._turned(self._projected(number, "query", normed, of.heads), state)
-        keys = self._turned(self._projected(number, "key", normed, of.kv_heads), state)
+        queries = self._rotated(self._projected(number, "query", normed, of.heads), state)
+        keys = self._rotated(self._projected(number, "key", normed, of.kv_heads), state)
         values = self._projected(number, "value", normed, of.kv_heads)
         found = []
         for span, table in zip(batch.spans, batch.tables, strict=True):
@@ -136,7 +136,7 @@ class TorchEngine(Engine):
         """The root-mean-square norm of the last axis (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
         return rows * (rows.square().mean(-1, keepdim=True) + self.architecture.epsilon).rsqrt() * weight
 
-    def _turned(self, rows: torch.Tensor, state: State) -> torch.Tensor:
+    def _rotated(self, rows: torch.Tensor, state: State) -> torch.Tensor:
         """Apply the rotary embedding to (rows, heads, head size)."""
         rope = self.architecture.rope
         first, second = (
@@ -145,7 +145,7 @@ class TorchEngine(Engine):
             else (slice(0, rope.size // 2), slice(rope.size // 2, rope.size))
         )
         cosine, sine = state.cosine[:, None], state.sine[:, None]
-        turned = rows.clone()
-        turned[..., first] = rows[..., first] * cosine - rows[..., second] * sine
-        turned[..., second] = rows[..., second] * cosine + rows[..., first] * sine
-        return turned
+        rotated = rows.clone()
+        rotated[..., first] = rows[..., first] * cosine - rows[..., second] * sine
+        rotated[..., second] = rows[..., second] * cosine + rows[..., first] * sine
+        return rotated

@@ -101,7 +101,7 @@ INLINE void store_halves(uint16_t *to, floats x)
 {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-INLINE floats load_brains(const uint16_t *from)
+INLINE floats load_bfloat16(const uint16_t *from)
 {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -172,7 +172,7 @@ INLINE void store_halves(uint16_t *to, floats x)
     for (int i = 0; i < 2; i++)
         _mm_storeu_si128((__m128i *)(to + 8 * i), _mm256_cvtps_ph(x.part[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-EACH(floats, load_brains, (const uint16_t *from),
+EACH(floats, load_bfloat16, (const uint16_t *from),
      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(from + 8 * i))), 16)))
 EACH(floats, add, (floats a, floats b), _mm256_add_ps(a.part[i], b.part[i]))
 EACH(floats, subtract, (floats a, floats b), _mm256_sub_ps(a.part[i], b.part[i]))
@@ -265,7 +265,7 @@ INLINE void store_halves(uint16_t *to, floats x)
     for (int i = 0; i < 4; i++)
         vst1_u16(to + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(x.part[i])));
 }
-EACH(floats, load_brains, (const uint16_t *from), vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)))
+EACH(floats, load_bfloat16, (const uint16_t *from), vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)))
 EACH(floats, add, (floats a, floats b), vaddq_f32(a.part[i], b.part[i]))
 EACH(floats, subtract, (floats a, floats b), vsubq_f32(a.part[i], b.part[i]))
 EACH(floats, multiply, (floats a, floats b), vmulq_f32(a.part[i], b.part[i]))
@@ -353,14 +353,14 @@ INLINE void store_halves(uint16_t *to, floats x)
     for (int i = 0; i < 16; i++)
         to[i] = float_to_half(x.lane[i]);
 }
-INLINE float brain_to_float(uint16_t brain)
+INLINE float bfloat16_to_float(uint16_t half)
 {
-    const uint32_t bits = (uint32_t)brain << 16;
+    const uint32_t bits = (uint32_t)half << 16;
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
-EACH(floats, load_brains, (const uint16_t *from), brain_to_float(from[i]))
+EACH(floats, load_bfloat16, (const uint16_t *from), bfloat16_to_float(from[i]))
 EACH(floats, add, (floats a, floats b), a.lane[i] + b.lane[i])
 EACH(floats, subtract, (floats a, floats b), a.lane[i] - b.lane[i])
 EACH(floats, multiply, (floats a, floats b), a.lane[i] * b.lane[i])

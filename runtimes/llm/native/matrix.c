@@ -220,7 +220,7 @@ INLINE void float_tile(
     for (int i = 0; i < of->inputs; i++, tile += size) {
         const floats weights = format == F32   ? load((const float *)tile)
                                : format == F16 ? load_halves((const uint16_t *)tile)
-                                               : load_brains((const uint16_t *)tile);
+                                               : load_bfloat16((const uint16_t *)tile);
         if (tokens <= 2)
             PREFETCH(tile + 1024);
         UNROLL for (int t = 0; t < tokens; t++)

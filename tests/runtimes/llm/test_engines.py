@@ -145,7 +145,7 @@ def random_sizes(rng):
                 "width": 32 * int(rng.integers(1, 7)),
                 "hidden": 32 * int(rng.integers(1, 9)),
                 "vocabulary": int(rng.integers(301, 400)),
-                "layers": int(rng.integers(1, 4)),
+                "layers": int(rng.integers(2, 4)),
                 "rope_size": 2 * int(rng.integers(1, head_size // 2 + 1)),
             }
 
@@ -269,7 +269,7 @@ def test_positions_that_are_given_replace_the_next_ones(toy):
         ([Item(0, IDS), Item(0, IDS)], "twice"),
         ([Item(0, IDS[:1], positions=np.array([2048]))], "the model's context"),
         ([Item(0, IDS[:2], positions=np.array([1]))], "expected one for each"),
-        ([Item(0, IDS[:1], positions=np.array([1.0]))], "positions are float64"),
+        ([Item(0, IDS[:1], positions=np.array([1.0]))], "positions are float64 of shape"),
     ],
 )
 def test_wrong_items_are_refused_before_anything_changes(toy, items, problem):

@@ -1,0 +1,342 @@
+/* The layers and the head of a decoder-only transformer over a ragged batch: what each thread of a pool does of them.
+ *
+ * Threads split each phase of a layer by outputs, never by the terms of a sum, so results do not depend on their number.
+ * Between phases they wait for each other: some hundred nanoseconds in a loop, then asleep.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "matrix.c"
+#include "attention.c"
+
+#define SPINS 400 /* looks at a barrier before a thread sleeps */
+
+typedef struct {
+    int32_t layers, width, heads, kv_heads, hidden, vocabulary, rope_size, adjacent;
+    float epsilon;
+    int32_t cache, blocks, most_rows, most_length, threads;
+    size_t weight_bytes; /* of all matrices, as `engine_matrix_bytes` gives them */
+} Shape;
+
+typedef struct {
+    Matrix query, key, value, output, gate, up, down;
+    float *attention_norm, *mlp_norm;
+    float *query_bias, *key_bias, *value_bias, *query_norm, *key_norm; /* or NULL */
+} Layer;
+
+/* The rows of a step. ids: -1 where `embeddings` has the input; angles: (rows, rope_size / 2) cosines, and sines; index:
+ * of a token in its sequence; tables: of its sequence; follows: whether a row is the next token of the row before. */
+typedef struct {
+    int32_t rows;
+    const int32_t *ids;
+    const float *embeddings, *cosines, *sines;
+    const int32_t *index;
+    const int32_t *const *tables;
+    const uint8_t *follows;
+} Batch;
+
+typedef struct {
+    int threads, waiting;
+    unsigned phase;
+    pthread_mutex_t lock;
+    pthread_cond_t all;
+} Barrier;
+
+typedef struct Engine {
+    Shape of;
+    Layer *layers;
+    Matrix embedding, head;
+    float *norm;
+    uint8_t *weights, *cache;
+    size_t weights_used;
+    float *hidden, *projected, *mixed, *gated, *scores; /* scores: for each thread */
+    Activations narrow, wide, attended; /* of width, hidden and heads * HEAD_SIZE inputs */
+    Barrier barrier;
+    pthread_t *pool;
+    pthread_mutex_t lock;
+    pthread_cond_t begun;
+    unsigned job; /* counts the jobs that were begun */
+    int ending;
+    const Batch *batch;
+    int first, end; /* layers; or, if first < 0, the head */
+    const int32_t *wanted;
+    int wanted_rows;
+    float *logits;
+} Engine;
+
+/* Zeroed memory; NULL if there is none. The system gives large pages where 2 MB and more are asked for at once: weights
+ * that lie in small pages are read at half the speed. ALLOCATE_EXACTLY: for sanitizers, which do not see the ends of
+ * mapped memory. */
+static void *allocate(size_t size)
+{
+#ifdef ALLOCATE_EXACTLY
+    return calloc(1, size);
+#else
+    void *found = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED)
+        return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(found, size, MADV_HUGEPAGE);
+#endif
+    return found;
+#endif
+}
+
+static void release(void *memory, size_t size)
+{
+#ifdef ALLOCATE_EXACTLY
+    (void)size;
+    free(memory);
+#else
+    if (memory)
+        munmap(memory, size);
+#endif
+}
+
+/* --- threads */
+
+static void wait_for_all(Barrier *barrier)
+{
+    const unsigned phase = __atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE);
+    if (barrier->threads == 1)
+        return;
+    if (__atomic_add_fetch(&barrier->waiting, 1, __ATOMIC_ACQ_REL) == barrier->threads) {
+        __atomic_store_n(&barrier->waiting, 0, __ATOMIC_RELAXED);
+        pthread_mutex_lock(&barrier->lock);
+        __atomic_store_n(&barrier->phase, phase + 1, __ATOMIC_RELEASE);
+        pthread_cond_broadcast(&barrier->all);
+        pthread_mutex_unlock(&barrier->lock);
+        return;
+    }
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (__atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) != phase)
+            return;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    pthread_mutex_lock(&barrier->lock);
+    while (__atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) == phase)
+        pthread_cond_wait(&barrier->all, &barrier->lock);
+    pthread_mutex_unlock(&barrier->lock);
+}
+
+/* this thread's part of `number` things */
+#define MY_PART(number, from, to) \
+    const int from = (int)((int64_t)(number) * me / threads), to = (int)((int64_t)(number) * (me + 1) / threads)
+
+/* --- the phases of a layer */
+
+static void quantise_rows(
+    const float *rows, const float *norm, float epsilon, const Activations *to, int number, int me, int threads)
+{
+    MY_PART(number, from, end);
+    for (int row = from; row < end; row++)
+        quantise(rows + (size_t)row * to->inputs, norm, epsilon, to, row);
+}
+
+/* outputs[row][column + ...] = (or +=) matrix times row */
+static void multiply_rows(
+    const Matrix *matrix, const Activations *rows, int number, float *outputs, int stride, int adds, int me, int threads)
+{
+    MY_PART(matrix->rows / 16, from, end);
+    for (int tile = from; tile < end; tile++)
+        for (int row = 0; row < number; row += MOST_TOKENS) {
+            const int tokens = number - row < MOST_TOKENS ? number - row : MOST_TOKENS;
+            floats sums[MOST_TOKENS];
+            product(matrix, tile, rows, row, tokens, sums);
+            for (int t = 0; t < tokens; t++) {
+                float *to = outputs + (size_t)(row + t) * stride + 16 * tile;
+                store(to, adds ? add(load(to), sums[t]) : sums[t]);
+            }
+        }
+}
+
+/* outputs = silu(gate times row) * (up times row) */
+static void gate_rows(const Layer *layer, const Activations *rows, int number, float *outputs, int me, int threads)
+{
+    MY_PART(layer->gate.rows / 16, from, end);
+    for (int tile = from; tile < end; tile++)
+        for (int row = 0; row < number; row += MOST_TOKENS) {
+            const int tokens = number - row < MOST_TOKENS ? number - row : MOST_TOKENS;
+            floats gates[MOST_TOKENS], ups[MOST_TOKENS];
+            product(&layer->gate, tile, rows, row, tokens, gates);
+            product(&layer->up, tile, rows, row, tokens, ups);
+            for (int t = 0; t < tokens; t++) {
+                const floats silu = divide(
+                    gates[t], add(splat(1.0f), exponential(subtract(zeros(), gates[t]))));
+                store(outputs + (size_t)(row + t) * layer->gate.rows + 16 * tile, multiply(silu, ups[t]));
+            }
+        }
+}
+
+static void add_bias(float *values, const float *bias, int size)
+{
+    if (bias)
+        for (int i = 0; i < size; i += 16)
+            store(values + i, add(load(values + i), load(bias + i)));
+}
+
+static void normalise_head(float *values, const float *norm, float epsilon)
+{
+    if (!norm)
+        return;
+    floats squares = zeros();
+    for (int i = 0; i < HEAD_SIZE; i += 16)
+        squares = multiply_add(load(values + i), load(values + i), squares);
+    const floats scale = splat(1.0f / sqrtf(sum_of(squares) / (float)HEAD_SIZE + epsilon));
+    for (int i = 0; i < HEAD_SIZE; i += 16)
+        store(values + i, multiply(multiply(load(values + i), scale), load(norm + i)));
+}
+
+static void rotate(float *values, const float *cosines, const float *sines, int size, int adjacent, float scale)
+{
+    for (int i = 0; i < size / 2; i++) {
+        float *first = values + (adjacent ? 2 * i : i), *second = values + (adjacent ? 2 * i + 1 : i + size / 2);
+        const float a = *first, b = *second;
+        *first = (a * cosines[i] - b * sines[i]) * scale;
+        *second = (b * cosines[i] + a * sines[i]) * scale;
+    }
+    for (int i = size; i < HEAD_SIZE; i++)
+        values[i] *= scale;
+}
+
+INLINE uint8_t *pool_of(const Engine *engine, int layer, int kv_head)
+{
+    const size_t head = (size_t)layer * engine->of.kv_heads + kv_head;
+    return engine->cache + head * engine->of.blocks * block_bytes(engine->of.cache);
+}
+
+/* Bias, norm and rotary embedding of some rows' queries and keys; keys and values go into the cache. */
+static void store_rows(Engine *engine, int number, int me, int threads)
+{
+    const Shape *of = &engine->of;
+    const Batch *batch = engine->batch;
+    const Layer *layer = engine->layers + number;
+    const int queries = of->heads * HEAD_SIZE, keys = of->kv_heads * HEAD_SIZE, half = of->rope_size / 2;
+    MY_PART(batch->rows, from, end);
+    for (int row = from; row < end; row++) {
+        float *query = engine->projected + (size_t)row * (queries + 2 * keys), *key = query + queries, *value = key + keys;
+        const float *cosines = batch->cosines + (size_t)row * half, *sines = batch->sines + (size_t)row * half;
+        const int slot = batch->index[row] % BLOCK, block = batch->tables[row][batch->index[row] / BLOCK];
+        add_bias(query, layer->query_bias, queries);
+        add_bias(key, layer->key_bias, keys);
+        add_bias(value, layer->value_bias, keys);
+        for (int head = 0; head < of->heads; head++) {
+            normalise_head(query + head * HEAD_SIZE, layer->query_norm, of->epsilon);
+            rotate(query + head * HEAD_SIZE, cosines, sines, of->rope_size, of->adjacent, 1.0f / sqrtf(HEAD_SIZE));
+        }
+        for (int head = 0; head < of->kv_heads; head++) {
+            normalise_head(key + head * HEAD_SIZE, layer->key_norm, of->epsilon);
+            rotate(key + head * HEAD_SIZE, cosines, sines, of->rope_size, of->adjacent, 1.0f);
+            put(of->cache, pool_of(engine, number, head) + (size_t)block * block_bytes(of->cache), slot,
+                key + head * HEAD_SIZE, value + head * HEAD_SIZE);
+        }
+    }
+}
+
+/* Attention of all rows: threads take turns at heads of keys and pairs of neighbouring tokens. */
+static void attend_rows(Engine *engine, int number, int me, int threads)
+{
+    const Shape *of = &engine->of;
+    const Batch *batch = engine->batch;
+    const int queries = of->heads * HEAD_SIZE, stride = queries + 2 * of->kv_heads * HEAD_SIZE;
+    const size_t most_scores = (size_t)of->most_length + 2 * BLOCK;
+    int unit = 0;
+    for (int head = 0; head < of->kv_heads; head++)
+        for (int row = 0, tokens; row < batch->rows; row += tokens, unit++) {
+            tokens = of->cache == CACHE_F16 && row + 1 < batch->rows && batch->follows[row + 1] ? 2 : 1;
+            if (unit % threads != me)
+                continue;
+            Attention work = {
+                .pool = pool_of(engine, number, head),
+                .table = batch->tables[row],
+                .length = batch->index[row + tokens - 1] + 1,
+                .scores = engine->scores + (size_t)me * MOST_QUERIES * most_scores,
+                .stride = most_scores,
+            };
+            for (int i = 0; i < tokens * QUERIES; i++) {
+                const size_t at = (size_t)(head * QUERIES + i % QUERIES) * HEAD_SIZE;
+                work.queries[i] = engine->projected + (size_t)(row + i / QUERIES) * stride + at;
+                work.outputs[i] = engine->mixed + (size_t)(row + i / QUERIES) * queries + at;
+            }
+            attend(of->cache, &work, tokens);
+        }
+}
+
+static void embed_rows(Engine *engine, int me, int threads)
+{
+    const int width = engine->of.width;
+    MY_PART(engine->batch->rows, from, end);
+    for (int row = from; row < end; row++) {
+        float *to = engine->hidden + (size_t)row * width;
+        const int id = engine->batch->ids[row];
+        if (id < 0)
+            memcpy(to, engine->batch->embeddings + (size_t)row * width, sizeof(float) * (size_t)width);
+        else
+            unpack_row(&engine->embedding, id, to);
+    }
+}
+
+static void run_layer(Engine *engine, int number, int me, int threads)
+{
+    const Shape *of = &engine->of;
+    const Layer *layer = engine->layers + number;
+    const int rows = engine->batch->rows;
+    const int queries = of->heads * HEAD_SIZE, keys = of->kv_heads * HEAD_SIZE, stride = queries + 2 * keys;
+    Barrier *barrier = &engine->barrier;
+    quantise_rows(engine->hidden, layer->attention_norm, of->epsilon, &engine->narrow, rows, me, threads);
+    wait_for_all(barrier);
+    multiply_rows(&layer->query, &engine->narrow, rows, engine->projected, stride, 0, me, threads);
+    multiply_rows(&layer->key, &engine->narrow, rows, engine->projected + queries, stride, 0, me, threads);
+    multiply_rows(&layer->value, &engine->narrow, rows, engine->projected + queries + keys, stride, 0, me, threads);
+    wait_for_all(barrier);
+    store_rows(engine, number, me, threads);
+    wait_for_all(barrier);
+    attend_rows(engine, number, me, threads);
+    wait_for_all(barrier);
+    quantise_rows(engine->mixed, NULL, 0, &engine->attended, rows, me, threads);
+    wait_for_all(barrier);
+    multiply_rows(&layer->output, &engine->attended, rows, engine->hidden, of->width, 1, me, threads);
+    wait_for_all(barrier);
+    quantise_rows(engine->hidden, layer->mlp_norm, of->epsilon, &engine->narrow, rows, me, threads);
+    wait_for_all(barrier);
+    gate_rows(layer, &engine->narrow, rows, engine->gated, me, threads);
+    wait_for_all(barrier);
+    quantise_rows(engine->gated, NULL, 0, &engine->wide, rows, me, threads);
+    wait_for_all(barrier);
+    multiply_rows(&layer->down, &engine->wide, rows, engine->hidden, of->width, 1, me, threads);
+    wait_for_all(barrier);
+}
+
+static void run_head(Engine *engine, int me, int threads)
+{
+    const int width = engine->of.width;
+    MY_PART(engine->wanted_rows, from, end);
+    for (int i = from; i < end; i++)
+        quantise(engine->hidden + (size_t)engine->wanted[i] * width, engine->norm, engine->of.epsilon, &engine->narrow, i);
+    wait_for_all(&engine->barrier);
+    multiply_rows(
+        &engine->head, &engine->narrow, engine->wanted_rows, engine->logits, engine->head.rows, 0, me, threads);
+    wait_for_all(&engine->barrier);
+}
+
+static void run_job(Engine *engine, int me)
+{
+    /* the caller may change these for its next job as soon as all threads are behind the last barrier */
+    const int threads = engine->of.threads, first = engine->first, end = engine->end;
+    if (first < 0) {
+        run_head(engine, me, threads);
+        return;
+    }
+    if (first == 0) {
+        embed_rows(engine, me, threads);
+        wait_for_all(&engine->barrier);
+    }
+    for (int layer = first; layer < end; layer++)
+        run_layer(engine, layer, me, threads);
+}
