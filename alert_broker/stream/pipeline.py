@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from alert_broker.stream.batch_stages import BatchStages
 from alert_broker.stream.config import Config
 from alert_broker.stream.in_flight import InFlight
+from alert_broker.stream.message_batch import MessageBatch
 from alert_broker.stream.offset_commits import COMMIT_SECONDS
 from alert_broker.stream.publish import open_publisher
 from alert_broker.stream.source import Source
@@ -56,6 +57,7 @@ class Pipeline:
         }
         self._stopped_at: float | None = None  # monotonic seconds at which `stop` returned true
         self._waiting: deque[InFlight] = deque()  # batches that were read and not yet given to a stage
+        self._read = self._handed_over = 0  # batches that were read, and that were given to the publisher
         self._stop: Callable[[], bool] = lambda: False
         self.source.membership.while_draining = self._keep_moving
         self.source.membership.cancelled = self._cancelled.is_set
@@ -137,10 +139,10 @@ class Pipeline:
                 batch = self.source.poll(self.config.batch.size, self.config.batch.seconds)
                 if batch is not None:
                     self.stats.batch(len(batch))
-                    waiting.append(InFlight(batch))
+                    self._wait(batch)
                     full_since = time.monotonic()
                 else:
-                    idle = self.stats.ledger.total().in_flight == 0
+                    idle = self._read == self._handed_over and not self.publisher.busy
                     if idle and self.source.caught_up:
                         self.stats.progress()
                     # not before: what is in flight may be lost with its partition, and is read again then
@@ -157,12 +159,16 @@ class Pipeline:
                     self.source.pause(True)
                     # a paused consumer gets no messages, but must poll to stay in the group and to notice revocations
                     if (batch := self.source.poll(self.config.batch.size, 0.0)) is not None:
-                        waiting.append(InFlight(batch))
+                        self._wait(batch)
         while waiting and self._failure is None:
             self._hand_on()
             self.source.serve()
             self._give_up_when_late()
             time.sleep(IDLE_POLL)
+
+    def _wait(self, batch: MessageBatch) -> None:
+        self._read += 1
+        self._waiting.append(InFlight(batch))
 
     def _is_stopped(self) -> bool:
         if self._stopped_at is None and self._stop():
@@ -236,3 +242,4 @@ class Pipeline:
 
     def _publish(self, work: InFlight) -> None:
         self.stages.publish(work, self.source.membership, self.publisher)
+        self._handed_over += 1

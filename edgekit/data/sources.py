@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -103,14 +104,20 @@ def _shaped(values: np.ndarray[Any, Any], spec: TensorSpec, rows: int, path: Pat
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Pillow from printing lines of its own about a file: its size is checked here, and an error has one line."""
+    """Keep Pillow from printing lines of its own about a file: its size is checked here, and an error has one line.
+    libtiff prints to the process's standard error, whatever Python does."""
     log = logging.getLogger("PIL")
-    level = log.level
+    level, error = log.level, os.dup(2)
     log.setLevel(logging.CRITICAL)
+    nothing = os.open(os.devnull, os.O_WRONLY)
     try:
+        os.dup2(nothing, 2)
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
+        os.dup2(error, 2)
+        for descriptor in (error, nothing):
+            os.close(descriptor)
         log.setLevel(level)
 
 

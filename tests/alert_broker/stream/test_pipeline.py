@@ -313,7 +313,9 @@ def test_an_alert_whose_results_no_output_takes_is_one_dead_letter(rig, packets,
 
 def test_the_report_says_why_it_failed_and_what_was_given_back(rig, packets):
     rig.send([*packets[:4], *[BROKEN] * 30])
-    status, report, log = rig.start(dead_letters={"topic": rig.dead, "max_consecutive": 5}).wait()
+    status, report, log = rig.start(
+        batch={"seconds": 2.0}, dead_letters={"topic": rig.dead, "max_consecutive": 5}
+    ).wait()  # one batch has all of them
     assert status == 1, log
     assert "5 alerts in a row are dead letters" in report["failed"]
     assert report["ledger"]["in_flight"] == 0
@@ -357,8 +359,8 @@ def test_a_slow_sink_pauses_and_holds_no_more_than_its_queues(rig, packets, monk
 
 
 def test_an_alert_over_its_time_budget_is_a_dead_letter(rig, packets, long_packet, monkeypatch):
-    """10,000 points are fitted as 1,024, which takes seconds with all evaluations; the others take microseconds."""
-    slow = functools.partial(GaussianProcess, max_points=1024, tolerance=0.0)
+    """10,000 points are fitted as 3,000, which takes several seconds; the others take microseconds."""
+    slow = functools.partial(GaussianProcess, max_points=3000, tolerance=0.0)
     monkeypatch.setattr("alert_broker.features.GaussianProcess", slow)
     rig.send([*packets[:10], long_packet, *packets[10:20]])
     total = rig.consume(model={"alert_seconds": 0.5}).ledger.total()
