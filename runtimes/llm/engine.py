@@ -174,9 +174,11 @@ class Engine(ABC):
         """Begin a new sequence with all tokens of another one. Both share memory until one of them writes."""
         self.blocks.fork(sequence, new)
 
-    def truncate(self, sequence: int, length: int) -> None:
-        """Take tokens back: keep the first `length` of a sequence."""
+    def truncate(self, sequence: int, length: int) -> int:
+        """Take tokens back: keep the first `length` of a sequence. Return how many are kept: an engine whose cache has
+        lost what it takes to go on there keeps fewer, and the rest must be appended again."""
         self.blocks.truncate(sequence, length)
+        return length
 
     def remove(self, sequence: int) -> None:
         """End a sequence and free its memory."""
