@@ -28,6 +28,7 @@ from runtimes.llm.blocks import blocks_for
 from runtimes.llm.chat import Message, conversation
 from runtimes.llm.constraint import Constraint, Grammars
 from runtimes.llm.engine import Engine, Ids, Item
+from runtimes.llm.items import best_items
 from runtimes.llm.lookup import MOST_DRAFTS
 from runtimes.llm.request import Finish, Produced, Request
 from runtimes.llm.sampling import Sampling
@@ -135,6 +136,18 @@ class LanguageModel:
                 leader = numbers[0] if numbers else None
                 numbers.append(stack.enter_context(self._submitted(item, leader, logprobs)))
             return [self._whole(number, text) for number, text in zip(numbers, texts, strict=True)]
+
+    def best_items(
+        self, prompt: str, items: Sequence[str | Sequence[int]], *, most: int = 1
+    ) -> list[tuple[int, float]]:
+        """Return the index and the log probability of the `most` most probable items of a catalogue behind a prompt,
+        the best first. items: texts, in which the text of a control token becomes that token, or token ids; none may be
+        the beginning of another one."""
+        ids = [
+            self.tokenizer.encode(item, special=True, begin=False).tolist() if isinstance(item, str) else list(item)
+            for item in items
+        ]
+        return best_items(self.engine, self.tokenizer.encode(prompt), ids, most)
 
     def close(self) -> None:
         """Free the engine's memory. The model cannot be used any more."""

@@ -27,7 +27,7 @@ class ForgetfulEngine(CopyingEngine):
     """Keeps fewer tokens than asked for, as an engine does whose cache stores full blocks in another format."""
 
     def truncate(self, sequence, length):
-        return super().truncate(sequence, length - length % 16 if length % 3 else length)
+        return super().truncate(sequence, length - length % 48 if length % 3 else length)
 
 
 class KeepingEngine(CopyingEngine):

@@ -119,7 +119,7 @@ LOADS = st.lists(st.tuples(st.integers(1, 100), st.integers(1, 60), st.integers(
 
 @pytest.mark.parametrize("kind", [CopyingEngine, ForgetfulEngine])
 @given(loads=LOADS, budget=st.integers(1, 60), blocks=st.integers(11, 40))
-@settings(max_examples=40)
+@settings(max_examples=150)
 def test_answers_with_drafts_are_those_of_a_request_alone(toy, kind, loads, budget, blocks):
     engine = kind(toy().architecture, blocks)
     requests = [request(seed, length, most, drafts=drafts) for seed, (length, most, drafts) in enumerate(loads)]
