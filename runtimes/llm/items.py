@@ -58,9 +58,12 @@ def best_items(engine: Engine, prompt: Ids, items: Sequence[Sequence[int]], most
     root = trie(items)
     if not 1 <= most <= len(items):
         raise EdgekitError(f"the best {most} items of {len(items)}; expected 1 to {len(items)}")
-    longest = max(map(len, items))
+    longest, vocabulary = max(map(len, items)), engine.architecture.vocabulary
+    if wrong := [token for item in items for token in item if not 0 <= token < vocabulary]:
+        raise EdgekitError(f"the catalogue has the token id {wrong[0]}; expected 0 to {vocabulary - 1}")
+    found: list[tuple[int, float]] = []
     try:
-        found, order = [], itertools.count()  # of beginnings with equal probabilities, the first that was seen
+        order = itertools.count()  # of beginnings with equal probabilities, the first that was seen
         queue = _children(root, 0.0, _read(engine, prompt), order)
         while len(found) < most:
             if (item := queue[0][2].item) is not None:
@@ -89,7 +92,7 @@ def _children(node: Node, logprob: float, logits: Floats, order: itertools.count
 
 def _unfinished(queue: list[Entry], width: int) -> list[Entry]:
     """Take the most probable beginnings, as many as come before a whole item."""
-    found = []
+    found: list[Entry] = []
     while queue and len(found) < width and queue[0][2].item is None:
         found.append(heapq.heappop(queue))
     return found
@@ -107,8 +110,8 @@ def _read(engine: Engine, prompt: Ids) -> Floats:
         raise EdgekitError("the prompt is empty; expected at least one token")
     begun, chunk = engine.reuse(PROMPT, prompt), min(CHUNK, engine.rows)
     for start in range(begun, len(prompt), chunk):
-        rows = engine.step([Item(PROMPT, prompt[start : start + chunk])])[0]
-    return rows[-1]
+        last: Floats = engine.step([Item(PROMPT, prompt[start : start + chunk])])[0][-1]
+    return last
 
 
 def _logits(engine: Engine, nodes: Sequence[Node]) -> list[Floats]:

@@ -1,6 +1,7 @@
 """Several answers to one prompt, and the log probabilities of their tokens."""
 
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from edgekit.errors import EdgekitError
 from runtimes.llm.answers import scored
 from runtimes.llm.engine import Item
 from runtimes.llm.model import load
+from runtimes.llm.native_engine import NativeEngine
+from runtimes.llm.request import Request
 from runtimes.llm.sampling import Sampling
 from runtimes.llm.scheduler import Scheduler
 from tests.gguf_files import toy_model
+from tests.runtimes.llm.conftest import compiler
 from tests.runtimes.llm.copying import CopyingEngine, ForgetfulEngine, alone
 from tests.runtimes.llm.test_scheduler import Clock, finished, request
 
@@ -111,6 +115,26 @@ def test_without_a_leader_the_prompt_is_computed_for_each(toy):
         scheduler.submit(request(3, 100, 50, drafts=0))
     finished(scheduler)
     assert sum(sum(step.values()) for step in engine.chosen) > 100 + 3 + 4 * 49
+
+
+@compiler
+@pytest.mark.parametrize("kv", ["f16", "int4"])
+def test_a_real_network_gives_the_same_bits_behind_a_shared_prompt(toy, kv):
+    prompt, found = np.random.default_rng(2).integers(0, 307, 70), []
+    for shared in (False, True):
+        with closing(NativeEngine(toy("llama", "Q4_1"), blocks=80, kv=kv, threads=1)) as engine:
+            scheduler = Scheduler(engine, budget=32, clock=Clock())
+            first = scheduler.submit(Request(prompt, 150, Sampling(1.0)))
+            for seed in range(1, 4):
+                scheduler.submit(Request(prompt, 150, Sampling(1.0, seed=seed)), first if shared else None)
+            produced = [p for p in scheduler if p.token is not None]
+            assert engine.blocks.free == engine.blocks.number
+        answers = {}
+        for p in produced:
+            answers.setdefault(p.request, []).append((p.token, p.logits.tobytes()))
+        found.append(answers)
+    assert found[0] == found[1]
+    assert len({tuple(token for token, _ in answer) for answer in found[0].values()}) == 4
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

@@ -91,7 +91,8 @@ def test_a_greedy_choice_of_tokens_would_miss_the_best_item(toy):
         ([[1], [2]], 3, [1], "best 3 items of 2"),
         ([[1], [2]], 0, [1], "best 0 items of 2"),
         ([[1], [2]], 1, [], "prompt is empty"),
-        ([[1, 999, 3], [-1, 2]], 2, [1], "outside 0 to 306"),
+        ([[1, 307, 3], [2]], 2, [1], "token id 307; expected 0 to 306"),
+        ([[-1]], 1, [1], "token id -1"),
     ],
 )
 def test_a_catalogue_that_cannot_be_searched_is_one_line(toy, items, most, prompt, problem):

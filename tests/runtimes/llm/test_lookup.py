@@ -119,7 +119,7 @@ LOADS = st.lists(st.tuples(st.integers(1, 100), st.integers(1, 60), st.integers(
 
 @pytest.mark.parametrize("kind", [CopyingEngine, ForgetfulEngine])
 @given(loads=LOADS, budget=st.integers(1, 60), blocks=st.integers(11, 40))
-@settings(max_examples=150)
+@settings(max_examples=40)
 def test_answers_with_drafts_are_those_of_a_request_alone(toy, kind, loads, budget, blocks):
     engine = kind(toy().architecture, blocks)
     requests = [request(seed, length, most, drafts=drafts) for seed, (length, most, drafts) in enumerate(loads)]
@@ -162,7 +162,7 @@ def test_drafts_that_cost_more_than_they_give_are_left_out(toy):
 
 
 @compiler
-@pytest.mark.parametrize("kv", ["f16", "int8"])
+@pytest.mark.parametrize("kv", ["f16", "int8", "int4"])
 def test_a_real_network_gives_the_same_bits_with_drafts(toy, kv):
     model, rng = toy("llama", "Q4_1"), np.random.default_rng(5)
     prompts = [np.tile(rng.integers(0, 307, 9), 4), rng.integers(0, 307, 40), np.tile(rng.integers(0, 307, 3), 9)]
@@ -177,7 +177,7 @@ def test_a_real_network_gives_the_same_bits_with_drafts(toy, kv):
             for p in iter(scheduler):
                 if p.token is not None:
                     answers.setdefault(p.request, []).append((p.token, p.logits.tobytes()))
-            assert engine.blocks.free == 30
+            assert engine.blocks.free == engine.blocks.number
             found[drafts, budget] = answers
             assert (scheduler.accepted > 0) == (drafts > 0)
             assert (scheduler.drafted > scheduler.accepted) == (drafts > 0)
