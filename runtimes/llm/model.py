@@ -9,9 +9,10 @@ for text in model.chat([{"role": "user", "content": "Which star is nearest to us
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,22 @@ from edgekit import plugins
 from edgekit.errors import EdgekitError
 from edgekit.importers import downloads
 from edgekit.importers.gguf import GgufFile, read_gguf
+from runtimes.llm.answers import Answer, Token, log_softmax, scored
 from runtimes.llm.architecture import Model, from_gguf
 from runtimes.llm.blocks import blocks_for
 from runtimes.llm.chat import Message, conversation
+from runtimes.llm.constraint import Constraint, Grammars
 from runtimes.llm.engine import Engine, Ids, Item
+from runtimes.llm.items import best_items
+from runtimes.llm.lookup import MOST_DRAFTS
+from runtimes.llm.request import Finish, Produced, Request
 from runtimes.llm.sampling import Sampling
-from runtimes.llm.scheduler import Produced, Request, Scheduler
+from runtimes.llm.scheduler import Scheduler
 from runtimes.llm.tokenizer import TextStream, Tokenizer
 
 CONTEXT = 4096  # tokens of the cache, unless the model's own context is shorter
 CHUNK = 256  # tokens of a step
+MOST_ANSWERS, MOST_BEST = 1024, 1000  # of a prompt; tokens with logprobs beside the one that was chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,8 @@ class LanguageModel:
         self.file, self.engine, self.context = file, engine, context
         self.tokenizer = Tokenizer(file)
         self._scheduler = Scheduler(engine, budget=CHUNK)
-        self._produced: dict[int, deque[Produced]] = {}  # what each answer that has begun has not taken yet
+        self._pending: dict[int, _Pending] = {}  # what each answer that has begun has not taken yet
+        self._grammars: Grammars | None = None
         if len(self.tokenizer) != engine.architecture.vocabulary:
             raise EdgekitError(
                 f"{file.path}: the tokenizer has {len(self.tokenizer)} tokens and the embedding "
@@ -61,10 +69,22 @@ class LanguageModel:
         return name if isinstance(name, str) else self.file.path.stem
 
     def complete(
-        self, prompt: str, *, most_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = ()
+        self,
+        prompt: str,
+        *,
+        most_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        drafts: int = MOST_DRAFTS,
     ) -> Iterator[str]:
-        """Yield the text that follows the prompt, piece by piece. stop: texts that end it; they are not part of it."""
-        yield from self._answer(self.tokenizer.encode(prompt), most_tokens, sampling, stop)
+        """Yield the text that follows the prompt, piece by piece. stop: texts that end it; they are not part of it;
+        json_schema, regex: the text is JSON of this schema, or matches this regular expression; a text that has
+        `most_tokens` ends before it is complete; drafts: the most tokens that a step may guess and verify, 0 for none:
+        on the native engine they change the speed and no token."""
+        request = self._request(self.tokenizer.encode(prompt), most_tokens, sampling, json_schema, regex, drafts)
+        yield from self._answer(request, stop)
 
     def chat(
         self,
@@ -73,12 +93,61 @@ class LanguageModel:
         most_tokens: int = 512,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        drafts: int = MOST_DRAFTS,
     ) -> Iterator[str]:
-        """Yield the assistant's next message, piece by piece. messages: each with role and content."""
+        """Yield the assistant's next message, piece by piece. messages: each with role and content; the other options
+        are those of `complete`."""
         guard = self.tokenizer.guard
         text = conversation(self._template(), messages, str(self.file.path), guard=guard, **self._names())
         prompt = self.tokenizer.encode(text, special=True, begin=False)
-        yield from self._answer(prompt, most_tokens, sampling, stop)
+        yield from self._answer(self._request(prompt, most_tokens, sampling, json_schema, regex, drafts), stop)
+
+    def answers(
+        self,
+        prompt: str,
+        *,
+        n: int = 1,
+        logprobs: int = 0,
+        most_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        drafts: int = MOST_DRAFTS,
+    ) -> list[Answer]:
+        """Return `n` whole answers to one prompt, which is computed once. The seed of the first is that of `sampling`,
+        and each other one's is the next number. logprobs: of how many of the most probable tokens the log probability
+        is wanted, beside that of the chosen one; the other options are those of `complete`."""
+        if not 1 <= n <= MOST_ANSWERS:
+            raise EdgekitError(f"n = {n}; expected 1 to {MOST_ANSWERS} answers")
+        if not 0 <= logprobs <= MOST_BEST:
+            raise EdgekitError(f"logprobs = {logprobs}; expected 0 to {MOST_BEST}")
+        request = self._request(self.tokenizer.encode(prompt), most_tokens, sampling, json_schema, regex, drafts)
+        first = request.sampling
+        if n > 1 and first.temperature == 0:
+            raise EdgekitError(f"n = {n} with temperature = 0 would give one answer {n} times; set a temperature")
+        requests = [replace(request, sampling=replace(first, seed=(first.seed + at) % (1 << 64))) for at in range(n)]
+        texts = [StoppingText(self.tokenizer, stop) for _ in requests]
+        with contextlib.ExitStack() as stack:
+            numbers: list[int] = []
+            for item in requests:
+                leader = numbers[0] if numbers else None
+                numbers.append(stack.enter_context(self._submitted(item, leader, logprobs)))
+            return [self._whole(number, text) for number, text in zip(numbers, texts, strict=True)]
+
+    def best_items(
+        self, prompt: str, items: Sequence[str | Sequence[int]], *, most: int = 1
+    ) -> list[tuple[int, float]]:
+        """Return the index and the log probability of the `most` most probable items of a catalogue behind a prompt,
+        the best first. items: texts, in which the text of a control token becomes that token, or token ids; none may be
+        the beginning of another one."""
+        ids = [
+            self.tokenizer.encode(item, special=True, begin=False).tolist() if isinstance(item, str) else list(item)
+            for item in items
+        ]
+        return best_items(self.engine, self.tokenizer.encode(prompt), ids, most)
 
     def close(self) -> None:
         """Free the engine's memory. The model cannot be used any more."""
@@ -117,36 +186,79 @@ class LanguageModel:
         try:
             for start in range(0, len(ids) - 1, chunk):
                 part = ids[start : min(start + chunk, len(ids) - 1)]
-                logits = self.engine.step([Item(sequence, part, logits="all")])[0].astype(np.float64)
-                logits -= logits.max(axis=-1, keepdims=True)
-                logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-                found.append(logits[np.arange(len(part)), ids[start + 1 : start + 1 + len(part)]])
+                logprobs = log_softmax(self.engine.step([Item(sequence, part, logits="all")])[0])
+                found.append(logprobs[np.arange(len(part)), ids[start + 1 : start + 1 + len(part)]])
         finally:
             if sequence in self.engine.blocks.tables:
                 self.engine.remove(sequence)
         return np.concatenate(found)
 
-    def _answer(self, prompt: Ids, most_tokens: int, sampling: Sampling | None, stop: Sequence[str]) -> Iterator[str]:
-        request = Request(prompt, most_tokens, sampling or Sampling(), self.tokenizer.ends)
+    def _request(
+        self,
+        prompt: Ids,
+        most_tokens: int,
+        sampling: Sampling | None,
+        json_schema: Mapping[str, Any] | None,
+        regex: str | None,
+        drafts: int,
+    ) -> Request:
+        if drafts < 0:
+            raise EdgekitError(f"drafts = {drafts}; expected 0 (none) or more tokens")
+        return Request(
+            prompt,
+            most_tokens,
+            sampling or Sampling(),
+            self.tokenizer.ends,
+            drafts=drafts,
+            constraint=self._constraint(json_schema, regex),
+        )
+
+    def _constraint(self, json_schema: Mapping[str, Any] | None, regex: str | None) -> Callable[[], Constraint] | None:
+        if json_schema is None and regex is None:
+            return None
+        if json_schema is not None and regex is not None:
+            raise EdgekitError("a JSON schema and a regular expression are given; an answer can obey one of them")
+        if self._grammars is None:  # once, because it reads the whole vocabulary
+            self._grammars = Grammars(self.tokenizer)
+        return self._grammars.regex(regex) if regex is not None else self._grammars.json_schema(json_schema or {})
+
+    def _answer(self, request: Request, stop: Sequence[str]) -> Iterator[str]:
         text = StoppingText(self.tokenizer, stop)
-        number = self._scheduler.submit(request)
-        self._produced[number] = deque()
-        try:
-            while not text.stopped and (item := self._next(number)).token is not None:
-                if piece := text.add(item.token):
+        with self._submitted(request) as number:
+            while not text.stopped and isinstance(item := self._next(number), Token):
+                if piece := text.add(item.id):
                     yield piece
             if piece := text.end():
                 yield piece
+
+    def _whole(self, number: int, text: StoppingText) -> Answer:
+        """Return an answer when it has ended."""
+        pieces, tokens = [], []
+        while not text.stopped and isinstance(item := self._next(number), Token):
+            tokens.append(item)
+            pieces.append(text.add(item.id))
+        pieces.append(text.end())
+        return Answer("".join(pieces), "length" if not text.stopped and item == "length" else "stop", tokens)
+
+    @contextlib.contextmanager
+    def _submitted(self, request: Request, leader: int | None = None, logprobs: int | None = None) -> Iterator[int]:
+        number = self._scheduler.submit(request, leader)
+        self._pending[number] = _Pending(logprobs)
+        try:
+            yield number
         finally:
             self._scheduler.cancel(number)
-            del self._produced[number]
+            del self._pending[number]
 
-    def _next(self, number: int) -> Produced:
+    def _next(self, number: int) -> Token | Finish:
         """Return what an answer gets next. Answers that have begun share the steps."""
-        while not self._produced[number]:
+        while not self._pending[number].items:
             for item in self._scheduler.step():
-                self._produced[item.request].append(item)
-        return self._produced[number].popleft()
+                self._pending[item.request].add(item)
+        found = self._pending[number].items.popleft()
+        if isinstance(found, EdgekitError):
+            raise found
+        return found
 
     def _template(self) -> str:
         template: str = self.file.get("tokenizer.chat_template", str, "")
@@ -158,6 +270,24 @@ class LanguageModel:
         tokens = self.file.metadata["tokenizer.ggml.tokens"]
         named = {"bos_token": self.tokenizer.bos, "eos_token": self.tokenizer.eos}
         return {name: "" if number is None else tokens[number] for name, number in named.items()}
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What an answer got and has not taken. logprobs: of how many tokens; None: not even of the chosen one. The logits
+    themselves are not kept, because they are as long as the vocabulary."""
+
+    logprobs: int | None
+    items: deque[Token | Finish | EdgekitError] = field(default_factory=deque)
+
+    def add(self, produced: Produced) -> None:
+        if produced.token is None:
+            assert produced.finish is not None
+            self.items.append(produced.error or produced.finish)
+        elif self.logprobs is None or produced.logits is None:
+            self.items.append(Token(produced.token, 0.0, ()))
+        else:
+            self.items.append(scored(produced.logits, produced.token, self.logprobs))
 
 
 class StoppingText:

@@ -43,15 +43,23 @@ class Sampling:
                 raise EdgekitError(f"sampling: {name} = {getattr(self, name)}; expected {expected}")
 
 
-def choose(logits: npt.NDArray[np.float32], sampling: Sampling, before: Sequence[int], number: int) -> int:
+def choose(
+    logits: npt.NDArray[np.float32],
+    sampling: Sampling,
+    before: Sequence[int],
+    number: int,
+    allowed: npt.NDArray[np.bool_] | None = None,
+) -> int:
     """Return the id of the next token. logits: (vocabulary,); before: the tokens of the sequence; number: of this
-    choice in its request."""
+    choice in its request; allowed: (vocabulary,) which tokens may be chosen, at least one; None: all."""
     scores = logits.astype(np.float64)
     if sampling.repetition != 1.0 and len(before):
         seen = np.unique(np.asarray(before, np.int64))
         scores[seen] = np.where(
             scores[seen] > 0, scores[seen] / sampling.repetition, scores[seen] * sampling.repetition
         )
+    if allowed is not None:
+        scores[~allowed] = -np.inf
     if sampling.temperature == 0:
         return int(scores.argmax())
     weights = probabilities(scores, sampling)

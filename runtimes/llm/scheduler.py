@@ -8,69 +8,29 @@ Neither side starves. If there are more answers than the budget, they take turns
 first prompt still gets `LEAST_CHUNK` tokens every `PATIENCE` steps. Interactive prompts go before those of batch work,
 and a request's wait counts for it. A request is admitted when the cache has room for its prompt. If the cache is full,
 the request that came last and matters least gives its blocks back and waits; it is computed again from its tokens,
-which changes none of them, because the engine's results do not depend on the schedule."""
+which changes none of them, because the engine's results do not depend on the schedule.
+
+What is left of the budget verifies drafts of answers (`runtimes.llm.lookup`) where they pay."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import EdgekitError
 from runtimes.llm.engine import Engine, Item
-from runtimes.llm.sampling import Sampling, choose
+from runtimes.llm.lookup import StepTime, worthwhile
+from runtimes.llm.request import Finish, Produced, Request, Running
+from runtimes.llm.sampling import choose
 
 LEAST_CHUNK, PATIENCE = 16, 4  # tokens, steps
 AGEING = 256.0  # tokens of prompt that a second of waiting makes up for
+LEAST_SHARED = 2  # blocks of a request that shares its prompt: a copy of the last one, and one for its answer
 BATCH_HANDICAP = 8192.0  # tokens that a prompt of batch work counts longer
-
-Finish = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """prompt: (tokens,) ids, at least one; most_tokens: of the answer; ends: ids that end the answer; interactive:
-    whether somebody waits for it."""
-
-    prompt: npt.NDArray[np.int64]
-    most_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    ends: frozenset[int] = frozenset()
-    interactive: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Produced:
-    """What a step gave a request: a token, or, with `finish`, the end of its answer. logits: (vocabulary,) from which
-    the token was chosen."""
-
-    request: int
-    token: int | None
-    finish: Finish | None
-    logits: npt.NDArray[np.float32] | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """A request on its way. tokens: of the prompt and the answer so far; computed: how many of them the engine has."""
-
-    number: int
-    request: Request
-    since: float
-    tokens: list[int]
-    computed: int = 0
-    answered: int = 0
-    cancelled: bool = False
-
-    @property
-    def answering(self) -> bool:
-        """Whether the next token of its answer is one step away."""
-        return self.computed == len(self.tokens) - 1 and self.answered > 0
 
 
 class Scheduler:
@@ -91,10 +51,13 @@ class Scheduler:
         self._waiting: list[Running] = []
         self._step: list[tuple[Running, int]] = []  # what the step that runs now computes
         self._starved = 0  # steps in which a prompt got nothing
+        self._time = StepTime()
         self.preempted = 0  # how often a request gave its blocks back
+        self.drafted = self.accepted = 0  # tokens of drafts that were verified, and that were right
 
-    def submit(self, request: Request) -> int:
-        """Take a request; return its number. Raises if it can never be answered."""
+    def submit(self, request: Request, leader: int | None = None) -> int:
+        """Take a request; return its number. Raises if it can never be answered. leader: a request with the same
+        prompt, which is computed once for both."""
         of, length = self.engine.architecture, len(request.prompt)
         if not length or request.most_tokens < 1:
             raise EdgekitError(
@@ -113,7 +76,10 @@ class Scheduler:
             )
         number = next(self._numbers)
         self.engine.check(Item(number, request.prompt))
-        self._waiting.append(Running(number, request, self._clock(), request.prompt.tolist()))
+        constraint = None if request.constraint is None else request.constraint()
+        first = next((item for item in (*self._running, *self._waiting) if item.number == leader), None)
+        item = Running(number, request, self._clock(), request.prompt.tolist(), constraint, first)
+        self._waiting.append(item)
         return number
 
     def cancel(self, number: int) -> bool:
@@ -150,47 +116,74 @@ class Scheduler:
         except BaseException:
             for item, _ in chosen:  # a step that failed behind its last layer has appended tokens
                 if self.engine.length(item.number) > item.computed:
-                    self.engine.truncate(item.number, item.computed)
+                    item.computed = self.engine.truncate(item.number, item.computed)
             raise
         finally:
             self._step = []
             for item, _ in chosen:
+                item.draft = []
                 if item.cancelled:
                     self._release(item)
 
     def _run(self, chosen: Sequence[tuple[Running, int]], between: Callable[[int], None] | None) -> list[Produced]:
-        items = [
-            Item(
-                item.number,
-                np.array(item.tokens[item.computed : item.computed + tokens], np.int64),
-                logits="last" if item.computed + tokens == len(item.tokens) else "none",
-            )
-            for item, tokens in chosen
-        ]
+        items = [self._item(item, tokens) for item, tokens in chosen]
+        started = self._clock()
         logits = self.engine.step(items, between)
-        for item, tokens in chosen:
-            item.computed += tokens
+        if between is None and all(item.answering for item, _ in chosen):  # other work, or a prompt, is not a draft
+            self._time.add(sum(tokens for _, tokens in chosen), self._clock() - started)
         produced = []
-        for (item, _), rows in zip(chosen, logits, strict=True):
+        for (item, tokens), rows in zip(chosen, logits, strict=True):
+            item.computed += tokens - len(item.draft)
             if len(rows) and not item.cancelled:
-                produced += self._answer(item, rows[-1])
+                produced += self._verify(item, rows)
         return produced
 
-    def _answer(self, item: Running, logits: npt.NDArray[np.float32]) -> list[Produced]:
-        """Choose a request's next token, and end the request if that was its last one."""
-        token = choose(logits, item.request.sampling, item.tokens, item.answered)
-        item.answered += 1
-        if token in item.request.ends:
-            found = [Produced(item.number, None, "stop", logits)]
-        else:
-            item.tokens.append(token)
-            found = [Produced(item.number, token, None, logits)]
-            if item.answered == item.request.most_tokens:
-                found.append(Produced(item.number, None, "length"))
-        if found[-1].finish:
-            self._running.remove(item)
-            self._release(item)
+    def _item(self, item: Running, tokens: int) -> Item:
+        ends = item.computed + tokens >= len(item.tokens)
+        return Item(
+            item.number,
+            np.array(item.tokens[item.computed : item.computed + tokens] + item.draft, np.int64),
+            logits="all" if item.draft else "last" if ends else "none",
+        )
+
+    def _verify(self, item: Running, rows: npt.NDArray[np.float32]) -> list[Produced]:
+        """Choose a request's next tokens, as far as its draft is right and one further, and take the rest back."""
+        found: list[Produced] = []
+        self.drafted += len(item.draft)
+        for row, guess in itertools.zip_longest(rows, item.draft):
+            found += self._answer(item, row)
+            if found[-1].finish:
+                self._running.remove(item)
+                self._release(item)
+                return found
+            if found[-1].token != guess:
+                break
+            self.accepted += 1
+        if self.engine.length(item.number) > (right := len(item.tokens) - 1):
+            right = self.engine.truncate(item.number, right)
+        item.computed = right
         return found
+
+    def _answer(self, item: Running, logits: npt.NDArray[np.float32]) -> list[Produced]:
+        """Choose a request's next token; say so if that ends its answer."""
+        finish: Finish | None = None
+        try:
+            allowed = None if item.constraint is None else item.constraint.allowed()
+            token = choose(logits, item.request.sampling, item.tokens, item.answered, allowed)
+            item.answered += 1
+            if token in item.request.ends:
+                return [Produced(item.number, None, "stop", logits)]
+            if item.constraint is not None:
+                item.constraint.advance(token)
+                finish = "stop" if item.constraint.done else None
+        except EdgekitError as error:  # of this request's constraint; the others go on
+            return [Produced(item.number, None, "failed", error=error)]
+        item.tokens.append(token)
+        item.lookup.learn(token)
+        if item.answered == item.request.most_tokens and finish is None:
+            finish = "length"
+        found = Produced(item.number, token, None, logits)
+        return [found] if finish is None else [found, Produced(item.number, None, finish)]
 
     # --- which tokens
 
@@ -208,6 +201,7 @@ class Scheduler:
             self._take_prompts(budget - answers, prompts, chosen)
             served = len(chosen) > answers
         self._starved = 0 if served or not (prompts or self._waiting) else self._starved + 1
+        self._take_drafts(budget - sum(tokens for _, tokens in chosen), chosen)
         return chosen
 
     def _take_answers(self, left: int, chosen: list[tuple[Running, int]]) -> None:
@@ -219,6 +213,21 @@ class Scheduler:
                 self._running.remove(item)
                 self._running.append(item)
 
+    def _take_drafts(self, left: int, chosen: list[tuple[Running, int]]) -> None:
+        """Let the step verify up to `left` tokens of drafts, the most probable ones, as far as they pay. Nobody gives
+        blocks back for them."""
+        answers = [at for at, (item, _) in enumerate(chosen) if item.answering and left and item.most_drafts > 0]
+        drafts = {at: chosen[at][0].lookup.find(chosen[at][0].tokens, chosen[at][0].most_drafts) for at in answers}
+        ranked = [(chance, at) for at in answers for chance in chosen[at][0].lookup.chances(drafts[at])]
+        ranked.sort(key=lambda found: -found[0])  # stable, so that a draft's tokens stay in order
+        number = worthwhile([chance for chance, _ in ranked], sum(tokens for _, tokens in chosen), self._time)
+        wanted = [at for _, at in ranked[: min(number, left)]]
+        for at in sorted(set(wanted)):
+            item, tokens = chosen.pop(at)
+            draft = self._fitting(item, tokens + wanted.count(at), chosen) - tokens
+            item.draft = drafts[at][: max(0, draft)]
+            chosen.insert(at, (item, tokens + len(item.draft)))
+
     def _take_prompts(self, left: int, prompts: Sequence[Running], chosen: list[tuple[Running, int]]) -> None:
         """Choose up to `left` tokens of prompts, of those that have begun and those that wait alike. The first that
         waits for room keeps all others waiting: it would starve if shorter ones took each block that comes free."""
@@ -228,6 +237,8 @@ class Scheduler:
             if not left:
                 break
             if item in self._waiting:
+                if self._follows(item):
+                    continue
                 full = full or not self._admit(item, chosen)
                 if full:
                     continue
@@ -283,12 +294,27 @@ class Scheduler:
     def _admit(self, item: Running, chosen: Sequence[tuple[Running, int]]) -> bool:
         """Begin a request if the cache has room for all that it has now: a chunk of a prompt that does not fit whole
         would be given back later."""
-        if self.engine.blocks.count(len(item.tokens) + 1) > self._room(chosen) - self._owed():
+        before = len(item.request.prompt) - 1  # the last token is computed again, for its logits
+        leader = item.leader if item.leader in self._running else None
+        if leader is not None and leader.computed < before:
+            leader = None
+        needed = self.engine.blocks.count(len(item.tokens) + 1) if leader is None else LEAST_SHARED
+        if needed > self._room(chosen) - self._owed():
             return False
         self._waiting.remove(item)
-        item.computed = self.engine.reuse(item.number, np.array(item.tokens, np.int64))
+        item.leader = None
+        if leader is None:
+            item.computed = self.engine.reuse(item.number, np.array(item.tokens, np.int64))
+        else:
+            self.engine.fork(leader.number, item.number)
+            item.computed = self.engine.truncate(item.number, before)
         self._running.append(item)
         return True
+
+    def _follows(self, item: Running) -> bool:
+        """Whether a request waits until its leader's prompt is computed."""
+        leader = item.leader
+        return leader is not None and not leader.answered and (leader in self._running or leader in self._waiting)
 
     def _owed(self) -> int:
         """Return the blocks that admitted prompts still need."""

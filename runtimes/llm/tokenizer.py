@@ -37,7 +37,7 @@ WORDS: dict[str, str | None] = {
 
 class Tokenizer:
     """The tokenizer of a model. bos, eos: ids of the tokens that begin a text and end an answer, if there are any;
-    ends: all ids that end an answer."""
+    ends: all ids that end an answer; control: ids of tokens that have no text in an answer."""
 
     def __init__(self, file: GgufFile) -> None:
         model = file.get("tokenizer.ggml.model", str)
@@ -51,14 +51,14 @@ class Tokenizer:
         merges = file.get("tokenizer.ggml.merges", list)
         if len(types) != len(self._tokens) or len(set(self._tokens)) != len(self._tokens):
             raise EdgekitError(f"{file.path}: the vocabulary is damaged; download the model again")
-        self._control = {number for number, kind in enumerate(types.tolist()) if kind == CONTROL}
+        self.control = frozenset(number for number, kind in enumerate(types.tolist()) if kind == CONTROL)
         self._added = {number for number, kind in enumerate(types.tolist()) if kind in (CONTROL, USER_DEFINED)}
         self._numbers = {self._tokens[number]: number for number in sorted(self._added)}
-        vocabulary = {token: number for number, token in enumerate(self._tokens) if number not in self._control}
-        self._encoder = _encoder(file, vocabulary, merges, rule, sorted(self._added - self._control))
+        vocabulary = {token: number for number, token in enumerate(self._tokens) if number not in self.control}
+        self._encoder = _encoder(file, vocabulary, merges, rule, sorted(self._added - self.control))
         longest_first = sorted((token for token in self._numbers if token), key=len, reverse=True)
         every = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        control = "|".join(re.escape(token) for token in longest_first if self._numbers[token] in self._control)
+        control = "|".join(re.escape(token) for token in longest_first if self._numbers[token] in self.control)
         self._special = re.compile(f"(?<!{GUARD})({every})")
         self._guarded = re.compile(f"{GUARD}|(?={control or '(?!)'})")
         self.bos, self.eos = (self._named(file, name) for name in ("bos", "eos"))
@@ -101,12 +101,16 @@ class Tokenizer:
 
     def bytes_of(self, number: int) -> bytes:
         """Return the bytes of a token: a character may begin in one token and end in the next."""
-        if number in self._control:
+        if number in self.control:
             return b""
         text = self._tokens[number]
         if number in self._added:
             return text.encode()
         return b"".join(bytes([_BYTES[letter]]) if letter in _BYTES else letter.encode() for letter in text)
+
+    def text_of(self, number: int) -> str:
+        """Return a token as the file writes it."""
+        return self._tokens[number]
 
     def _named(self, file: GgufFile, name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"

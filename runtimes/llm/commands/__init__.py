@@ -6,7 +6,7 @@ import click
 
 from edgekit.cli import LazyGroup
 
-VERBS = {verb: f"runtimes.llm.commands.{verb}:{verb}" for verb in ("complete", "chat", "perplexity", "bench")}
+VERBS = {verb: f"runtimes.llm.commands.{verb}:{verb}" for verb in ("complete", "chat", "choose", "perplexity", "bench")}
 
 
 @click.group(cls=LazyGroup, lazy=VERBS)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from edgekit.cli.console import printable
-from runtimes.llm.commands.options import of_engine, of_sampling, opened
+from runtimes.llm.commands.options import of_engine, of_sampling, opened, read_schema
 
 EXAMPLE = """\b
 Examples:
@@ -31,6 +32,9 @@ def chat(
     threads: int | None,
     max_tokens: int,
     stop: tuple[str, ...],
+    json_schema: Path | None,
+    regex: str | None,
+    drafts: int,
     **sampling: Any,
 ) -> None:
     """Talk with MODEL (a .gguf file or an installed model). Each line of standard input is a message; an empty line or
@@ -38,12 +42,21 @@ def chat(
     from runtimes.llm.sampling import Sampling
 
     chosen = Sampling(**sampling)
+    schema = read_schema(json_schema)
     messages = [{"role": "system", "content": system}] if system else []
     with opened(model, engine, context, kv, threads) as found:
         while line := _next_line():
             messages.append({"role": "user", "content": line})
             pieces = []
-            for piece in found.chat(messages, most_tokens=max_tokens, sampling=chosen, stop=stop):
+            for piece in found.chat(
+                messages,
+                most_tokens=max_tokens,
+                sampling=chosen,
+                stop=stop,
+                json_schema=schema,
+                regex=regex,
+                drafts=drafts,
+            ):
                 pieces.append(piece)
                 click.echo(printable(piece, keep="\n\t"), nl=False)
             click.echo()

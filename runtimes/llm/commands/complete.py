@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 from edgekit.cli.console import print_json, printable
-from runtimes.llm.commands.options import of_engine, of_sampling, opened
+from runtimes.llm.commands.options import of_engine, of_sampling, opened, read_schema
 
 EXAMPLE = """\b
 Examples:
   edgekit llm complete smollm2 "The three primary colours are" --max-tokens 20
   cat story.txt | edgekit llm complete model.gguf - --temperature 0.8 --seed 3
+  edgekit llm complete smollm2 "Jupiter as JSON: " --json-schema planet.json
+  edgekit llm complete smollm2 "A name for a cat:" --temperature 1 -n 5 --max-tokens 8 --logprobs 3 --json
 """
 
 
@@ -22,32 +25,58 @@ Examples:
 @click.argument("model")
 @click.argument("prompt")
 @of_sampling
+@click.option(
+    "-n", "--answers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Number of answers to write."
+)
+@click.option(
+    "--logprobs", type=click.IntRange(0, 1000), help="With --json: log p of each token, and of this many best ones."
+)
 @of_engine
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def complete(
     model: str,
     prompt: str,
+    answers: int,
+    logprobs: int | None,
     engine: str,
     context: int | None,
     kv: str | None,
     threads: int | None,
     max_tokens: int,
     stop: tuple[str, ...],
+    json_schema: Path | None,
+    regex: str | None,
+    drafts: int,
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Write how MODEL (a .gguf file or an installed model) continues PROMPT; "-" reads it from standard input."""
     from runtimes.llm.sampling import Sampling
 
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json, which prints them")
     text = sys.stdin.read() if prompt == "-" else prompt
+    options: dict[str, Any] = {
+        "most_tokens": max_tokens,
+        "sampling": Sampling(**sampling),
+        "stop": stop,
+        "json_schema": read_schema(json_schema),
+        "regex": regex,
+        "drafts": drafts,
+    }
     with opened(model, engine, context, kv, threads) as found:
         started = time.perf_counter()
-        pieces = []
-        for piece in found.complete(text, most_tokens=max_tokens, sampling=Sampling(**sampling), stop=stop):
-            pieces.append(piece)
-            if not as_json:
+        if answers == 1 and not as_json:
+            for piece in found.complete(text, **options):
                 click.echo(printable(piece, keep="\n\t"), nl=False)
-        if as_json:
-            print_json({"model": found.name, "text": "".join(pieces), "seconds": time.perf_counter() - started})
-        else:
             click.echo()
+            return
+        written = found.answers(text, n=answers, logprobs=logprobs or 0, **options)
+        seconds = time.perf_counter() - started
+        if as_json:
+            rows = [answer.as_json(found.tokenizer, logprobs is not None) for answer in written]
+            print_json({"model": found.name, "text": written[0].text, "answers": rows, "seconds": seconds})
+            return
+    for number, answer in enumerate(written, 1):
+        click.echo(f"--- answer {number}, seed {sampling['seed'] + number - 1}")
+        click.echo(printable(answer.text, keep="\n\t"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from edgekit.cli.console import note
+from edgekit.data.text import read_text
+from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
     from runtimes.llm.model import LanguageModel
@@ -35,6 +39,15 @@ def of_engine(command: Command) -> Command:
 def of_sampling(command: Command) -> Command:
     """Add the options that choose tokens."""
     for option in (
+        click.option(
+            "--drafts",
+            type=click.IntRange(min=0),
+            default=8,
+            show_default=True,
+            help="Most tokens that a step guesses from the text before and verifies; 0: none.",
+        ),
+        click.option("--regex", help="The answer matches this regular expression (Rust's syntax)."),
+        click.option("--json-schema", type=Path, metavar="FILE", help="The answer is JSON that obeys this schema."),
         click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers."),
         click.option("--repetition", type=float, default=1.0, show_default=True, help="Penalty for earlier tokens."),
@@ -48,6 +61,19 @@ def of_sampling(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def read_schema(path: Path | None) -> dict[str, Any] | None:
+    """Return the JSON schema of a file."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise EdgekitError(f"{path}: no JSON ({error}); expected a JSON schema, which is an object") from None
+    if not isinstance(found, dict):
+        raise EdgekitError(f"{path}: the JSON is a {type(found).__name__}; expected a JSON schema, which is an object")
+    return found
 
 
 @contextlib.contextmanager

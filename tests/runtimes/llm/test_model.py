@@ -141,7 +141,7 @@ def test_a_template_writes_the_conversation():
 
 def test_a_control_token_in_a_message_stays_text(model, monkeypatch):
     prompts = []
-    monkeypatch.setattr(model, "_answer", lambda prompt, *_: iter(prompts.append(prompt.tolist()) or ()))
+    monkeypatch.setattr(model, "_answer", lambda request, _: iter(prompts.append(request.prompt.tolist()) or ()))
     list(model.chat(MESSAGES))
     end = model.tokenizer.encode("<|1|>", special=True).tolist()
     text = model.tokenizer.encode("user: Hello <|1|>").tolist()

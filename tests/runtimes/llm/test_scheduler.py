@@ -10,13 +10,20 @@ from hypothesis import strategies as st
 from edgekit.errors import EdgekitError
 from runtimes.llm.engine import Engine
 from runtimes.llm.native_engine import NativeEngine
+from runtimes.llm.request import Request
 from runtimes.llm.sampling import Sampling
-from runtimes.llm.scheduler import LEAST_CHUNK, PATIENCE, Request, Scheduler
+from runtimes.llm.scheduler import LEAST_CHUNK, PATIENCE, Scheduler
 from tests.runtimes.llm.conftest import compiler
+
+
+def next_token(tokens):
+    return hash(tuple(tokens)) % 300
 
 
 class CountingEngine(Engine):
     """An engine without a network: the token that it wants next is a hash of all tokens before."""
+
+    next_token = staticmethod(next_token)
 
     def __init__(self, architecture, blocks):
         super().__init__(architecture, blocks)
@@ -41,7 +48,7 @@ class CountingEngine(Engine):
                 if span.start <= wanted < span.stop
             )
             length = batch.index[span.start] + wanted - span.start + 1
-            row[next_token([self.slots[int(table[at // 16]), at % 16] for at in range(length)])] = 1
+            row[self.next_token([self.slots[int(table[at // 16]), at % 16] for at in range(length)])] = 1
         return logits
 
     def step(self, items, between=None):
@@ -70,10 +77,6 @@ class FailingEngine(CountingEngine):
         if len(self.chosen) == 3:
             raise MemoryError
         return super().finish(state, batch)
-
-
-def next_token(tokens):
-    return hash(tuple(tokens)) % 300
 
 
 def alone(prompt, most, ends=frozenset()):
