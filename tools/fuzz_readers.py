@@ -426,5 +426,7 @@ READERS = {
     ),
     "registry": Reader(fuzz_stream.answers, one_file("answer"), fuzz_stream.read_answer, allowed=("urllib.",)),
     "broker": Reader(fuzz_stream.configurations, one_file("broker.toml"), fuzz_stream.read_configuration),
-    "gguf": Reader(fuzz_gguf.models, fuzz_gguf.write_model, fuzz_gguf.read_model, change=fuzz_gguf.changed_model),
+    "gguf": Reader(  # a chat template runs in the sandbox, with a limit of its own
+        fuzz_gguf.models, fuzz_gguf.write_model, fuzz_gguf.read_model, change=fuzz_gguf.changed_model, memory=2 << 30
+    ),
 }
