@@ -213,6 +213,15 @@ def test_the_page_of_the_api_has_every_public_name(build):
     assert sorted(headings) == sorted(set(edgekit.__all__) - {"__version__"})
 
 
+def test_the_page_of_the_api_has_the_language_models(build):
+    import edgekit
+
+    listed = dict(re.findall(r"::: (\S+)\n    options: \{heading_level: 3, heading: (\S+),", build.api_page()))
+    assert listed["runtimes.llm.model.load"] == "edgekit.llm.load"
+    assert pkgutil.resolve_name("runtimes.llm.model.load") is edgekit.llm.load
+    assert {path.rpartition(".")[2] for path in listed} >= {"LanguageModel", "Sampling"}
+
+
 def test_the_target_of_the_documentation_is_valid(tmp_path):
     from edgekit.errors import EdgekitError
     from edgekit.targets.profile import read
