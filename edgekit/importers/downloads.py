@@ -57,8 +57,8 @@ def find(name: str | Path) -> Path:
         return path
     if str(name) not in MODELS:
         raise EdgekitError(
-            f"{str(name)!r} is no file and no language model that edgekit can install; expected a .gguf file or one of: "
-            f"{', '.join(MODELS)}"
+            f"{str(name)!r} is no file and no language model that edgekit can install; "
+            f"expected a .gguf file or one of: {', '.join(MODELS)}"
         )
     installed = folder() / f"{name}.gguf"
     if not installed.is_file():
