@@ -11,7 +11,8 @@ the pipeline runs them; wall time on all cores.
 Through a broker: `edgekit alerts consume` runs between two topics of a broker on the same cores. The broker is the
 Apache Kafka that EDGEKIT_KAFKA_HOME names, or else an embedded Kafka-compatible one (Tansu, in memory); the output says
 which. Latency is the time from the moment when the producer gets the packet to the moment when a consumer has the
-result. The limit of the broker itself is the rate at which a consumer that does nothing reads the same messages.
+result. The limit of the broker itself is the rate at which a consumer that does nothing reads the same messages; both
+rates are of the middle half of the messages.
 """
 
 from __future__ import annotations
@@ -38,10 +39,14 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from alert_broker import containers, simulated_packets
 from alert_broker.simulate import simulate
+from alert_broker.stream.config import Batch
 from tests.apache_kafka import ApacheKafka, missing
 from tests.brokers import CLIENT, Tansu, create_topics
 
 MEMORY_ALERTS = 8192
+# so many messages, at most, edgekit has read and not published; see `batch.bytes` in alert_broker/stream/config.py
+IN_FLIGHT = (3 * Batch().queue + 5) * Batch().size
+SETTLED = 4 * IN_FLIGHT  # messages for a rate, some 3 GB of packets; see `settled_rate`
 EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
 
 
@@ -60,11 +65,15 @@ def cycle(values: Sequence[bytes], count: int) -> list[bytes]:
 # --- through a broker
 
 
+def broker_name() -> str:
+    return "Tansu (embedded)" if missing() else "Apache Kafka, one node"
+
+
 class Broker:
     """An Apache Kafka if there is one, else a Tansu, with topics for one measurement."""
 
     def __init__(self, partitions: int = 2, wait: int = CLIENT["fetch.wait.max.ms"]) -> None:
-        self.name = "Tansu (embedded)" if missing() else "Apache Kafka, one node"
+        self.name = broker_name()
         self.server = Tansu() if missing() else ApacheKafka(Path(tempfile.mkdtemp()) / "kafka")
         self.partitions, self.wait = partitions, wait  # wait: milliseconds that a fetch may take
 
@@ -147,10 +156,10 @@ def fill(broker: Broker, values: list[bytes]) -> float:
     return len(values) / (time.perf_counter() - started)
 
 
-def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any]:
+def at_a_rate(values: list[bytes], rate: float, seconds: float, *flags: str) -> dict[str, Any]:
     """Measure latency and CPU share while messages come at a fixed rate."""
     with Broker() as broker:
-        process = broker.consume()
+        process = broker.consume(*flags)
         reader = broker.reader("results", 1)
         sent: dict[tuple[int, int], float] = {}
         arrived: dict[tuple[int, int], float] = {}
@@ -159,11 +168,11 @@ def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any
             deadline = time.monotonic() + 60 + seconds
             while len(arrived) < count or not until():
                 assert time.monotonic() < deadline, f"{len(arrived)} of {count} results came"
-                for message in reader.consume(200, 0.02):
-                    now = time.time()
-                    if message.error() is None:
-                        headers = dict(message.headers())
-                        arrived[int(headers["edgekit.partition"]), int(headers["edgekit.offset"])] = now
+                message = reader.poll(0.02)  # returns as soon as there is one; `consume` may wait for more
+                now = time.time()
+                if message is not None and message.error() is None:
+                    headers = dict(message.headers())
+                    arrived[int(headers["edgekit.partition"]), int(headers["edgekit.offset"])] = now
 
         producer = broker.producer()
         warm = 2 * broker.partitions
@@ -216,8 +225,13 @@ def at_a_rate(values: list[bytes], rate: float, seconds: float) -> dict[str, Any
 
 
 def settled_rate(reader: Consumer, count: int) -> float:
-    """Return messages per second over the last three quarters of them. The first quarter contains the time to join, and
-    messages that were read ahead."""
+    """Return messages per second over the middle half of them.
+
+    During the first quarter the consumer joins and fills its queues; during the last quarter they run empty, while
+    nothing more is read. A quarter must be as long as the queues. Otherwise the messages at the beginning of the half
+    have been worked on before it begins, and none at its end make up for them: the rate comes out too high.
+    """
+    assert count >= SETTLED, f"{count} messages; a settled rate needs {SETTLED} or more"
     moments: list[float] = []
     deadline = time.monotonic() + 300
     while len(moments) < count:
@@ -225,8 +239,8 @@ def settled_rate(reader: Consumer, count: int) -> float:
         for message in reader.consume(500, 0.05):
             if message.error() is None:
                 moments.append(time.perf_counter())
-    quarter = count // 4
-    return (count - quarter) / (moments[-1] - moments[quarter - 1])
+    first, last = count // 4, count - count // 4
+    return (last - first) / (moments[last - 1] - moments[first - 1])
 
 
 def at_the_limit(values: list[bytes], count: int) -> dict[str, Any]:
@@ -300,7 +314,7 @@ def main() -> None:
         flush=True,
     )
 
-    report["broker"] = {"name": Broker().name}
+    report["broker"] = {"name": broker_name()}
     for name, values in (("ztf", ztf), ("lsst", lsst)):
         row = report["broker"][f"{name}_256_per_s"] = at_a_rate(values, 256.0, options.seconds)
         print(
@@ -309,7 +323,7 @@ def main() -> None:
             + f"; CPU {row['cpu_share_of_a_core']:.0%} of a core; {row['ledger']}",
             flush=True,
         )
-        limit = report["broker"][f"{name}_limit"] = at_the_limit(values, 6000 if name == "ztf" else 4000)
+        limit = report["broker"][f"{name}_limit"] = at_the_limit(values, SETTLED)
         print(
             f"broker's limit, {name}: takes {limit['produced_per_s']:,.0f}/s, gives a plain consumer "
             f"{limit['read_per_s']:,.0f}/s, the pipeline {limit['pipeline_per_s']:,.0f}/s "

@@ -3,7 +3,7 @@
     EDGEKIT_KAFKA_HOME=... python tools/bench_fetch.py --json benchmarks/fetch.json
 
 Broker, consumer and reader share the machine's cores. A plain consumer that does nothing reads the same messages first
-and last. Rates are of the last three quarters of the messages. The settings are measured in turns, `--rounds` times,
+and last. Rates are of the middle half of the messages. The settings are measured in turns, `--rounds` times,
 and the median counts.
 """
 
@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from bench_alerts import Broker, cycle, fill, packets, settled_rate, simulated
+from bench_alerts import SETTLED, Broker, cycle, fill, packets, settled_rate, simulated
 from bench_inference import describe_machine
 
 # The first row has edgekit's defaults; each other row changes one value.
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=default, help="folder with alerts/; simulated packets without it")
-    parser.add_argument("--count", type=int, default=12_000, help="messages to a measurement")
+    parser.add_argument("--count", type=int, default=SETTLED, help=f"messages to a measurement, at least {SETTLED}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()

@@ -37,8 +37,8 @@ from alert_broker.stream.classifiers import open_classifiers
 from alert_broker.stream.dead_letters import position_headers
 from alert_broker.stream.in_flight import with_positions
 from alert_broker.stream.message_batch import MessageBatch
-from alert_broker.stream.publish import Outgoing
 from alert_broker.stream.routing import Route, Router
+from alert_broker.stream.sender import Outgoing
 from alert_broker.stream.stages import Stages
 from edgekit.cost.timing import Timed, in_turns, timed
 from edgekit.importers.files import resolve

@@ -7,8 +7,9 @@ them does nothing with a message, decodes it with fastavro, or classifies it wit
 also run in memory, in threads, without a broker (tools/bench_memory.py). Broker, consumer and the reader of the results
 share the machine's cores.
 
-All are measured in turns, `--rounds` times after a round that warms the machine up. Rates are of the last three
-quarters of the messages. Each ratio is taken within a round; the output has medians and quartiles.
+All are measured in turns, `--rounds` times after a round that warms the machine up. The rates of those that publish
+results are of the middle half of the messages, those of the others of the last three quarters. Each ratio is taken
+within a round; the output has medians and quartiles.
 
 Quix Streams is not a dependency of edgekit, and it excludes the client that edgekit is measured with:
 
@@ -34,7 +35,7 @@ import bench_memory
 import confluent_kafka
 import numpy as np
 import numpy.typing as npt
-from bench_alerts import MEMORY_ALERTS, Broker, cycle, fill, packets, settled_rate, simulated
+from bench_alerts import MEMORY_ALERTS, SETTLED, Broker, cycle, fill, packets, settled_rate, simulated
 from bench_fetch import pipeline_rate
 from bench_inference import describe_machine
 
@@ -110,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=default, help="folder with alerts/; simulated packets without it")
-    parser.add_argument("--count", type=int, default=12_000, help="messages to a measurement")
+    parser.add_argument("--count", type=int, default=SETTLED, help=f"messages to a measurement, at least {SETTLED}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()

@@ -263,17 +263,23 @@ def _change_field(message: Any, name: str, rng: random.Random, model: Any) -> No
             del value[rng.randrange(len(value))]
         elif hasattr(value, "add"):
             made = value.add()
-            donors = [item for item in _messages(model) if item.DESCRIPTOR is made.DESCRIPTOR]
-            made.CopyFrom(rng.choice(donors))
+            made.CopyFrom(_copy(rng.choice([item for item in _messages(model) if item.DESCRIPTOR is made.DESCRIPTOR])))
         elif len(value) and rng.random() < 0.7:
             value[rng.randrange(len(value))] = _hostile(value[0], rng)
         else:
             value.append(rng.choice((*NUMBERS, *FLOATS, *TEXTS, b"\xff" * 9)))
     elif hasattr(value, "ListFields"):
         donors = [item for item in _messages(model) if item.DESCRIPTOR is value.DESCRIPTOR]
-        message.ClearField(name) if rng.random() < 0.4 or not donors else value.CopyFrom(rng.choice(donors))
+        message.ClearField(name) if rng.random() < 0.4 or not donors else value.CopyFrom(_copy(rng.choice(donors)))
     else:
         setattr(message, name, _hostile(value, rng))
+
+
+def _copy(message: Any) -> Any:
+    """Return a copy outside the graph: protobuf's C code crashes if a message is copied into a part of itself."""
+    made = type(message)()
+    made.CopyFrom(message)
+    return made
 
 
 def _hostile(value: Any, rng: random.Random) -> Any:

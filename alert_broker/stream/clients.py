@@ -104,11 +104,15 @@ def note_error(error: KafkaError) -> None:
     KAFKA_LOG.warning("%s", error.str())
 
 
-def open_consumer(settings: dict[str, Secret], hear: Callable[[KafkaError], None] = note_error) -> Consumer:
+def open_consumer(
+    settings: dict[str, Secret],
+    hear: Callable[[KafkaError], None] = note_error,
+    committed: Callable[[KafkaError | None, list[TopicPartition]], None] = lambda error, partitions: None,
+) -> Consumer:
     """Return a consumer with these settings. hear: is called with the errors of the client as a whole, such as those of
-    a connection."""
+    a connection. committed: is called with the answer to a commit that nobody waits for."""
     try:
-        return Consumer(settings, logger=KAFKA_LOG, error_cb=hear)
+        return Consumer(settings, logger=KAFKA_LOG, error_cb=hear, on_commit=committed)
     except (KafkaException, ValueError, TypeError) as error:
         raise EdgekitError(f"the consumer cannot be configured: {refusal_of(error, settings)}") from None
 
@@ -154,15 +158,13 @@ def names(partitions: Sequence[TopicPartition]) -> str:
 def producer_settings(config: Config) -> dict[str, Secret]:
     return {
         "compression.type": "zstd",
-        "linger.ms": 2,  # a batch is flushed at once in any case
+        "linger.ms": 1,  # so that the messages of a batch share requests; librdkafka waits 5 ms by default
         "message.max.bytes": 8_388_608,  # a packet with a deep history, as a dead letter
         "queue.buffering.max.kbytes": 131_072,
         **of_producer(config.kafka_settings()),
         "enable.idempotence": True,
         "acks": "all",
         "delivery.timeout.ms": int(config.publish.seconds * 1000),
-        # if the queue is empty and no error was reported, every message was delivered
-        "delivery.report.only.error": True,
     }
 
 

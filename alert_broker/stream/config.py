@@ -66,9 +66,10 @@ class Batch:
     size: int = _option(1024, "Alerts in a batch; fewer give less throughput, because a batch has costs of its own.")
     bytes: int = _option(
         67_108_864,
-        "Bytes of packets in a batch. Memory holds up to 3 queue + 5 batches, and kafka's queued.max.messages.kbytes.",
+        "Bytes of packets in a batch. Memory holds up to 3 queue + 5 + publish.uncommitted batches, and kafka's "
+        "queued.max.messages.kbytes.",
     )
-    seconds: float = _option(0.1, "A batch that is not full is closed after this time.")
+    seconds: float = _option(0.025, "A batch that is not full is closed after this time.")
     queue: int = _option(2, "Batches that may wait before each stage. More batches use memory and gain no speed.")
 
 
@@ -122,6 +123,13 @@ class Publish:
         "", "For exactly-once: a name that this member keeps after a restart [GROUP-INSTANCE]."
     )
     seconds: float = _option(60.0, "How long the broker may take to acknowledge before the consumer stops.")
+    commit_seconds: float = _option(
+        0.1,
+        "The least time between two commits of offsets; with exactly-once, the time of one transaction's results.",
+    )
+    uncommitted: int = _option(
+        8, "How many batches may be published and not yet committed. A crash repeats at most these batches."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +198,14 @@ class Config:
             ("dead_letters.window", self.dead_letters.window, 1),
             ("dead_letters.max_consecutive", self.dead_letters.max_consecutive, 1),
             ("model.threads", self.model.threads, 0),
+            ("publish.uncommitted", self.publish.uncommitted, 1),
         ):
             if value < low:
                 raise EdgekitError(f"{name} is {value}; expected {low} or more")
         for name, seconds in (
             ("batch.seconds", self.batch.seconds),
             ("publish.seconds", self.publish.seconds),
+            ("publish.commit_seconds", self.publish.commit_seconds),
             ("model.alert_seconds", self.model.alert_seconds),
             ("source.stop_seconds", self.source.stop_seconds),
             ("source.unreadable_seconds", self.source.unreadable_seconds),

@@ -25,7 +25,7 @@ from confluent_kafka import Message
 from alert_broker.containers import WIRE_HEADER, WIRE_MAGIC
 from alert_broker.stream.config import DeadLetters
 from alert_broker.stream.message_batch import position_of
-from alert_broker.stream.publish import Headers, Outgoing
+from alert_broker.stream.sender import Headers, Outgoing
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
@@ -193,6 +193,6 @@ class DeadLetterLimits:
         raise EdgekitError(
             f"the consumer stopped, because {what} (allowed: {self._config.max_consecutive} in a row, "
             f"{self._config.max_ratio:.0%} of {self._config.window}); the last one: {last.reason[:SHOWN]}; "
-            "this batch is not committed: find the cause and start again, or raise dead_letters.max_ratio or "
-            "dead_letters.max_consecutive"
+            "find the cause and start again, or raise dead_letters.max_ratio or dead_letters.max_consecutive; what was "
+            "not committed is read again"
         )

@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from alert_broker.stream.clients import ADMIN_SECONDS, HOPELESS, REBALANCED, names, reason_of
+from alert_broker.stream.clients import ADMIN_SECONDS, HOPELESS, names, reason_of
 from alert_broker.stream.config import Config, Secret
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.message_batch import MessageBatch
+from alert_broker.stream.offset_commits import OffsetCommits
 from alert_broker.stream.polling_thread import PollingThread
 from alert_broker.stream.stats import Stats
 from alert_broker.stream.watchdog import WATCHDOG
@@ -31,8 +33,6 @@ from edgekit.errors import EdgekitError
 LOG = logging.getLogger("edgekit.stream")
 DRAIN_STEP = 0.005
 DOUBT_STEP = 0.02  # seconds between checks whether this member is still in the group
-COMMIT_SECONDS = 120.0  # librdkafka waits for the coordinator (a session) and for its answer (a minute)
-COMMIT_RETRY = 0.5  # seconds between attempts to commit
 COMMITTED_RETRY = 0.1  # seconds between attempts to learn what the group has committed
 OFFSET_SECONDS = 3.0  # to wait for the committed offsets, in the thread that polls
 
@@ -55,12 +55,14 @@ class Reading(Protocol):
 
 class Membership:
     """The thread that made it subscribes, and calls `serve` and `leave`. The thread that publishes calls `owned` and
-    `commit` while it holds the lock `publishing`, so that no partition is revoked between the two calls."""
+    `commits.acknowledge` while it holds the lock `publishing`, so that no partition is revoked between the two calls.
+    draining: whether partitions are being revoked, so that batches in flight should be published soon."""
 
     def __init__(
         self, config: Config, stats: Stats, consumer: Consumer, settings: Mapping[str, Secret], reading: Reading
     ) -> None:
-        self.publishing = Lock()
+        self.publishing, self.draining = Lock(), False
+        self.commits = OffsetCommits(consumer, config.publish.commit_seconds)
         self.generations: dict[Partition, int] = {}  # of the partitions that this member owns
         # moves batches in flight on; returns False if the stages have stopped
         self.while_draining: Callable[[], bool] = lambda: True
@@ -68,10 +70,11 @@ class Membership:
         # the defaults of librdkafka, unless [kafka] sets others
         self.session_seconds = float(settings.get("session.timeout.ms", 45_000)) / 1000.0
         self._heartbeat_seconds = float(settings.get("heartbeat.interval.ms", 3_000)) / 1000.0
-        self._drain_seconds, self._commit_seconds = config.source.drain_seconds, config.publish.seconds
+        self._drain_seconds = config.source.drain_seconds
         self._stats, self._consumer, self._reading = stats, consumer, reading
         self._generation = 0
-        self._losing, self._lost_at = False, -math.inf  # monotonic seconds
+        self._losing = self._leaving = False
+        self._lost_at = -math.inf  # monotonic seconds
         self._polled, self._in_doubt_until = math.inf, 0.0
         self._polling_thread = PollingThread()
 
@@ -81,13 +84,39 @@ class Membership:
         self._consumer.subscribe(list(topics), on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def serve(self) -> None:
-        """Carry out the requests of the publishing thread."""
+        """Between two polls: carry out the requests of the publishing thread, and commit what it has published."""
         self._note_suspension()
         self._polling_thread.serve()
+        self.commits.serve()
+
+    def serve_idle(self) -> None:
+        """As `serve`, while there is nothing to poll for."""
+        self._note_suspension()
+        self._polling_thread.serve()
+        self.commits.serve_idle()
+
+    def begin_again(self, topic: str) -> None:
+        """The topic was deleted and created again. Publish what is in flight of the old one, and then commit the
+        beginning of the new one. Otherwise an offset of the old topic would be committed in the new one, and a crash
+        would pass over the messages before it."""
+        ours = [where for where in self.generations if where[0] == topic]
+        self._drain(ours)
+        with self._no_publishing():
+            for where in ours:
+                self._start_generation(where)
+                self.commits.forget(where)
+                if number := self._stats.ledger.revoke(where):
+                    LOG.error("%d alerts of the old %s[%d] were not published in time and are lost", number, *where)
+            try:
+                self.commits.commit_now(dict.fromkeys(ours, 0))
+            except (
+                EdgekitError
+            ) as error:  # the new topic may have fewer partitions; any other cause ends the next commit
+                LOG.warning("the beginning of the new %s is not committed: %s", topic, error)
 
     def leave(self) -> None:
         """Leave the group. Batches that are still in flight are never published."""
-        self._drain_seconds = 0.0
+        self._leaving = True
         self._consumer.close()
 
     def was_lost_within(self, seconds: float) -> bool:
@@ -111,37 +140,6 @@ class Membership:
             for where, generation in zip(batch.partitions, batch.generations, strict=True)
         ]
         return np.array(mine, np.bool_)[batch.partition]
-
-    def commit(self, offsets: dict[Partition, int]) -> None:
-        """Commit these next offsets and wait for the broker. A commit that fails is sent again for `publish.seconds`,
-        for example while a coordinator that has just been started loads the group. It is no error if the group was
-        rebalanced meanwhile: the new owner reads the messages since the last commit again."""
-        positions = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
-        deadline = time.monotonic() + self._commit_seconds
-        while (fault := self.ask(lambda: self._commit(positions))) is not None:
-            if fault.code() in REBALANCED:
-                LOG.warning("offsets were not committed, as the group has a new generation: %s", fault.str())
-                return
-            if fault.code() in HOPELESS or fault.fatal() or time.monotonic() > deadline:
-                raise EdgekitError(
-                    f"offsets cannot be committed: {fault.str()}; what was published since the last commit will be "
-                    "published again after a restart"
-                )
-            if self.cancelled():
-                raise CancelledError
-            LOG.warning("offsets were not committed: %s; they are committed again", fault.str())
-            time.sleep(COMMIT_RETRY)
-
-    def _commit(self, positions: list[TopicPartition]) -> KafkaError | None:
-        """Return the error of a commit; that of a rebalance only if there is no other."""
-        try:
-            with WATCHDOG.limit("commit", COMMIT_SECONDS):
-                answers = self._consumer.commit(offsets=positions, asynchronous=False)
-        except KafkaException as error:
-            fault: KafkaError = error.args[0]
-            return fault
-        errors = [item.error for item in answers or () if item.error is not None]
-        return min(errors, key=lambda error: error.code() in REBALANCED, default=None)
 
     def committed(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Return the offsets that the group has committed; -1001 means none. No transaction is open on them. Raises
@@ -193,11 +191,14 @@ class Membership:
 
     def _assigned(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         for where in (ours := _partitions(partitions)):
-            self._generation += 1
-            self.generations[where] = self._generation
+            self._start_generation(where)
         LOG.info("assigned %s", names(partitions))
         self._stats.ready = True
         self._reading.begin(partitions, self._committed_if_known(ours))
+
+    def _start_generation(self, where: Partition) -> None:
+        self._generation += 1
+        self.generations[where] = self._generation
 
     def _committed_if_known(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Return where reading will begin, for the lag of partitions that are not read yet."""
@@ -211,40 +212,54 @@ class Membership:
     def _revoked(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         """Wait until batches in flight are published and committed; after `drain_seconds`, take them off the ledger."""
         with WATCHDOG.limit("on_revoke", math.inf):
-            self._drain(_partitions(partitions))
-            self._give_up(partitions)
+            if not self._leaving:
+                self._drain(_partitions(partitions))
+            self._give_up(partitions, commit=not self._leaving)
 
     def _drain(self, ours: Sequence[Partition]) -> None:
         deadline = time.monotonic() + self._drain_seconds
         entries = self._stats.ledger.entries
+        self.draining = True
         while time.monotonic() < deadline and any(entries[where].in_flight for where in ours if where in entries):
-            self.serve()
+            self._polling_thread.serve()
+            if self.commits.may_commit:
+                self.commits.commit_now()
             if not self.while_draining():
                 break
             time.sleep(DRAIN_STEP)
+        self.draining = False
 
     def _lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         LOG.warning("lost %s: others own them already", names(partitions))
         self._losing, self._lost_at = True, time.monotonic()
         try:
             with WATCHDOG.limit("on_lost", math.inf):
-                self._give_up(partitions)
+                self._give_up(partitions, commit=False)
         finally:
             self._losing = False
 
-    def _give_up(self, partitions: list[TopicPartition]) -> None:
-        while not self.publishing.acquire(timeout=DRAIN_STEP):  # the thread that holds it may wait for a commit
-            self.serve()
-        try:
+    def _give_up(self, partitions: list[TopicPartition], *, commit: bool) -> None:
+        with self._no_publishing():
+            if commit:
+                self.commits.commit_now()
             for where in _partitions(partitions):
                 self.generations.pop(where, None)
+                self.commits.forget(where)
                 self._reading.end(where)
                 if number := self._stats.ledger.revoke(where):
                     LOG.warning("%d alerts of %s[%d] were in flight and go to its next owner", number, *where)
-        finally:
-            self.publishing.release()
         LOG.info("revoked %s", names(partitions))
         self._stats.ready = bool(self.generations)
+
+    @contextmanager
+    def _no_publishing(self) -> Iterator[None]:
+        """Hold the lock of the thread that publishes, which may ask something while it holds it."""
+        while not self.publishing.acquire(timeout=DRAIN_STEP):
+            self._polling_thread.serve()
+        try:
+            yield
+        finally:
+            self.publishing.release()
 
 
 def _partitions(partitions: Sequence[TopicPartition]) -> list[Partition]:

@@ -20,8 +20,8 @@ from alert_broker.stream.dead_letters import (
     without_content,
 )
 from alert_broker.stream.in_flight import InFlight
-from alert_broker.stream.publish import Outgoing, Refused
 from alert_broker.stream.routing import Router
+from alert_broker.stream.sender import Outgoing, Refused
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 

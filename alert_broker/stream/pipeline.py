@@ -14,36 +14,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-
-from alert_broker.stream.archive import Archive
-from alert_broker.stream.classifiers import open_all_classifiers
+from alert_broker.stream.batch_stages import BatchStages
 from alert_broker.stream.config import Config
-from alert_broker.stream.dead_letters import UNREADABLE, DeadLetter, DeadLetterLimits
-from alert_broker.stream.in_flight import InFlight, positions_of, with_positions
-from alert_broker.stream.membership import LostError
-from alert_broker.stream.message_batch import next_offsets
-from alert_broker.stream.outcome import Outcome, ResultWriter
-from alert_broker.stream.outputs import Registry
+from alert_broker.stream.in_flight import InFlight
+from alert_broker.stream.offset_commits import COMMIT_SECONDS
 from alert_broker.stream.publish import open_publisher
-from alert_broker.stream.registry import HttpRegistry, RegistryError, open_registry
-from alert_broker.stream.routing import Route, Router
 from alert_broker.stream.source import Source
-from alert_broker.stream.stages import Stages
 from alert_broker.stream.stats import Stats
-from alert_broker.stream.unreadable import UnreadableMessage
 from alert_broker.work_budget import Budget, CancelledError
 from edgekit.errors import EdgekitError
 
 LOG = logging.getLogger("edgekit.stream")
-PAUSE_AFTER = (
-    1.0  # seconds of full queues before fetching is paused; a pause drops the messages that librdkafka has read ahead
-)
+# Seconds of full queues before fetching is paused. A pause drops the messages that librdkafka has read ahead.
+PAUSE_AFTER = 1.0
 IDLE_POLL = 0.01  # seconds between checks for requests of the publishing thread
-REGISTRY_RETRY = 1.0  # seconds between attempts to reach a registry that does not answer
+ANSWER_STEP = 0.01  # seconds between looks for the brokers' answers to what was published
 
 
 class Pipeline:
@@ -55,27 +41,15 @@ class Pipeline:
     def __init__(self, config: Config, stats: Stats, *, notify: Callable[[str], None] = lambda message: None) -> None:
         self.config, self.stats = config, stats
         self._cancelled = threading.Event()  # set when the batches in flight are given up
-        budget = Budget(config.model.alert_seconds, self._cancelled.is_set)
-        classifiers = open_all_classifiers(config, budget, notify)
-        for item in classifiers.opened.values():
-            stats.models[item.bundle.manifest.name] = item.bundle.digest
         self._stopping = threading.Event()  # set when no stage should wait for the registry any more
-        registry = self._open_registry() if config.registry.url else None
-        self._registry = registry
-        self.stages = Stages(classifiers, registry.schema if registry else None, budget)
-        routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
-        router = Router(routes, classifiers.schema, registry=registry) if routes else None
-        if router is not None:
-            router.warm_up()
-        self._writer = ResultWriter(config, router, self.stages.schema_text)
-        self.archive = Archive(Path(config.archive.folder), classifiers.schema) if config.archive.folder else None
+        budget = Budget(config.model.alert_seconds, self._cancelled.is_set)
+        self.stages = BatchStages(config, stats, budget, self._stopping, notify)
         self.source = Source(config, stats)
         try:
             self.publisher = open_publisher(config, self.source.membership, budget)
         except BaseException:
             self.source.close()
             raise
-        self._limits = DeadLetterLimits(config.dead_letters)
         self._failure: BaseException | None = None
         self._queues = {
             name: queue.Queue[InFlight | None](config.batch.queue) for name in ("decode", "classify", "publish")
@@ -86,22 +60,14 @@ class Pipeline:
         self.source.membership.while_draining = self._keep_moving
         self.source.membership.cancelled = self._cancelled.is_set
 
-    def _open_registry(self) -> Registry:
-        return open_registry(
-            self.config.registry_url(),
-            sleep=self._stopping.wait,
-            stopped=self._stopping.is_set,
-            seconds=self.config.registry.seconds,
-        )
-
     def run(self, stop: Callable[[], bool]) -> None:
         self._stop = self.source.stopping = stop
         threads = [
-            threading.Thread(target=self._serve, args=arguments, name=f"edgekit-{arguments[0]}", daemon=True)
-            for arguments in (
-                ("decode", self._decode, "classify"),
-                ("classify", self._classify, "publish"),
-                ("publish", self._publish, None),
+            threading.Thread(target=serve, args=arguments, name=f"edgekit-{name}", daemon=True)
+            for name, serve, arguments in (
+                ("decode", self._serve, ("decode", self.stages.decode, "classify")),
+                ("classify", self._serve, ("classify", self.stages.classify, "publish")),
+                ("publish", self._serve_publisher, ()),
             )
         ]
         for thread in threads:
@@ -121,8 +87,8 @@ class Pipeline:
                         self.stats.ledger.check()  # before revoking takes alerts off the ledger
                     except EdgekitError as error:
                         self._failure = error
+                self._commit_rest()
                 self.source.close()
-                self.publisher.close()
         if self._failure is not None:
             raise self._failure
 
@@ -130,12 +96,29 @@ class Pipeline:
         """Wait for the stages. After a stop they have the configured time; then the rest is given up."""
         for thread in threads:
             while thread.is_alive():
-                self.source.serve()
+                try:
+                    self.source.serve()
+                except Exception as error:  # such as a commit that is refused: the source must still be closed
+                    self._failure = self._failure or error
                 self._give_up_when_late()
                 thread.join(IDLE_POLL)
         if self._cancelled.is_set() and self._failure is None:
             left = self.stats.ledger.total().in_flight
             LOG.warning("stopped with %d alerts in flight: they were not committed and will be read again", left)
+
+    def _commit_rest(self) -> None:
+        """Commit what was published, before this member leaves the group."""
+        hurried = self._failure is not None or self._is_stopped()
+        seconds = self.config.source.stop_seconds if hurried else COMMIT_SECONDS
+        try:
+            if self.source.membership.commits.finish(seconds):
+                return
+            text = f"the broker has not answered to the last commit within {seconds:g} s"
+            if not hurried:
+                raise EdgekitError(f"{text}; what was published since the commit before will be published again")
+            LOG.warning("%s: what was published since the commit before will be published again", text)
+        except Exception as error:
+            self._failure = self._failure or error
 
     def _give_up_when_late(self) -> None:
         """Give up the batches in flight after a failure, or if they have not finished in time after a stop."""
@@ -157,9 +140,11 @@ class Pipeline:
                     waiting.append(InFlight(batch))
                     full_since = time.monotonic()
                 else:
-                    if self.source.caught_up and self.stats.ledger.total().in_flight == 0:
+                    idle = self.stats.ledger.total().in_flight == 0
+                    if idle and self.source.caught_up:
                         self.stats.progress()
-                    if self.config.source.until_eos and self.source.at_end:
+                    # not before: what is in flight may be lost with its partition, and is read again then
+                    if idle and self.config.source.until_eos and self.source.at_end:
                         return
                 continue
             try:
@@ -202,82 +187,52 @@ class Pipeline:
 
     # --- stages
 
-    def _serve(self, name: str, stage: Callable[[InFlight], InFlight | None], following: str | None) -> None:
-        """Process batches from this stage's queue and pass them on, until None arrives. After a failure, or once the
-        work in flight is given up, drop them: every later batch is dropped, too, so that none is committed."""
+    def _serve(self, name: str, stage: Callable[[InFlight], None], following: str) -> None:
+        """Process batches from this stage's queue and pass them on, until None arrives."""
         source = self._queues[name]
         while (work := source.get()) is not None:
             self.stats.queue_depths[name] = source.qsize()
-            if self._failure is not None or self._cancelled.is_set():
-                continue
-            try:
-                stage(work)
-            except CancelledError:
-                continue
-            except BaseException as error:
-                LOG.debug("the stage %s failed", name, exc_info=True)
-                self._failure = self._failure or error
-                continue
-            if following:
+            if self._attempt(name, stage, work):
                 self._put(following, work)
-        if following:
-            self._put(following, None)
+        self._put(following, None)
+
+    def _serve_publisher(self) -> None:
+        """Publish batches until None arrives, and act on the brokers' answers meanwhile."""
+        source, publisher = self._queues["publish"], self.publisher
+        while True:
+            try:
+                work = source.get(timeout=ANSWER_STEP if publisher.busy else None)
+            except queue.Empty:
+                self._attempt("publish", publisher.serve)
+                continue
+            if work is None:
+                break
+            self.stats.queue_depths["publish"] = source.qsize()
+            self._attempt("publish", self._publish, work)
+        self._attempt("publish", publisher.finish)
+        if self._failure is not None or self._cancelled.is_set():
+            try:
+                publisher.give_up()
+            except Exception as error:
+                self._failure = self._failure or error
+
+    def _attempt(self, name: str, call: Callable[..., None], *arguments: InFlight) -> bool:
+        """Return whether the call succeeded. After a failure, or once the work in flight is given up, nothing is called
+        any more: every later batch is dropped, so that none is committed."""
+        if self._failure is not None or self._cancelled.is_set():
+            return False
+        try:
+            call(*arguments)
+        except CancelledError:
+            return False
+        except BaseException as error:
+            LOG.debug("the stage %s failed", name, exc_info=True)
+            self._failure = self._failure or error
+            return False
+        return True
 
     def _put(self, name: str, work: InFlight | None) -> None:
         self._queues[name].put(work)
 
-    def _decode(self, work: InFlight) -> None:
-        values = [message.value() for message in work.batch.messages]
-        deadline = time.monotonic() + self.config.registry.seconds
-        while True:
-            try:
-                with self.stats.stage("decode"):
-                    work.alerts, work.dead_letters = self.stages.decode(values)
-                for number, dead_letter in enumerate(work.dead_letters):
-                    message: Any = work.batch.messages[dead_letter.index]
-                    if isinstance(message, UnreadableMessage):
-                        work.dead_letters[number] = DeadLetter(dead_letter.index, message.reason, UNREADABLE)
-                return
-            except RegistryError as error:  # no alert is at fault: wait; fetching is paused meanwhile
-                if self._stopping.is_set():
-                    raise
-                if isinstance(self._registry, HttpRegistry) and self._registry.blames(error):
-                    LOG.warning("messages with schema %d become dead letters: %s", error.identifier, error)
-                    continue
-                if time.monotonic() > deadline:
-                    raise
-                LOG.warning("%s; trying again", error)
-                self._stopping.wait(REGISTRY_RETRY)
-
-    def _classify(self, work: InFlight) -> None:
-        before = self.stages.classifiers.seconds
-        rows, dead_letters = self.stages.classify(work.alerts)
-        for stage, seconds in self.stages.classifiers.seconds.items():
-            self.stats.observe(stage, seconds - before[stage])
-        work.dead_letters += dead_letters
-        work.index = rows["offset"].to_numpy()
-        work.rows = with_positions(rows, work.batch, work.index)
-        work.alerts = []
-
     def _publish(self, work: InFlight) -> None:
-        batch, membership = work.batch, self.source.membership
-        with self.stats.stage("route"):
-            results = self._writer.results(work)
-            outcome = Outcome(work, results, self.config, archived=self.archive is not None)
-        with membership.publishing:
-            owned = membership.owned(batch)
-            if not owned.any():
-                return
-            self._limits.check(outcome.dead_letters, owned)
-            if self.archive is not None:
-                keep = owned[work.index]
-                assert work.rows is not None
-                self.archive.write(work.rows.filter(pa.array(keep)), positions_of(batch, work.index[keep]))
-            messages = outcome.messages(owned)
-            try:
-                with self.stats.stage("publish"):
-                    self.publisher.publish(messages, next_offsets(batch, owned), outcome.instead)
-            except LostError as error:  # the ledger is updated when the partitions are revoked
-                LOG.warning("another member will process a batch of %d alerts again: %s", len(batch), error)
-                return
-            outcome.account(self.stats, owned)
+        self.stages.publish(work, self.source.membership, self.publisher)

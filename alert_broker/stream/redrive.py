@@ -35,7 +35,7 @@ from alert_broker.stream.dead_letters import (
 )
 from alert_broker.stream.ledger import Partition
 from alert_broker.stream.message_batch import position_of
-from alert_broker.stream.publish import Headers, NotSentError, Outgoing, Sender
+from alert_broker.stream.sender import Headers, NotSentError, Outgoing, Sender
 from alert_broker.stream.unreadable import UNREADABLE
 from edgekit.errors import EdgekitError
 

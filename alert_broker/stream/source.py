@@ -46,7 +46,9 @@ class Source:
         settings = consumer_settings(config)
         if config.source.start_at not in ("earliest", "latest"):
             reset_group(config, settings)
-        self.consumer = open_consumer(settings)
+        self.consumer = open_consumer(
+            settings, committed=lambda error, partitions: self.membership.commits.answered(error, partitions)
+        )
         self.membership = Membership(config, stats, self.consumer, settings, self)
         self.positions = ConsumerPositions(self.consumer, config.source, stats.ledger)
         self._unreadable = UnreadableBatches(self.consumer, config.source)
@@ -61,7 +63,7 @@ class Source:
         when it has `batch.bytes`. Its last message may exceed that limit, and so may messages that come with it if they
         are larger than all messages before."""
         if self._unreadable.skipped:
-            self.serve()
+            self.membership.serve()
             return self._skipped(size)
         good: list[Message] = []
         index: dict[Partition, int] = {}
@@ -87,12 +89,13 @@ class Source:
         """Return up to `size` messages, ends of partitions and errors that come until then; see `poll`."""
         messages: list[Message] = []
         generations, room = self.membership.generations, self.config.batch.bytes
-        before = dict(generations)
         for topic in self._topic_ids.changed():
             self.positions.note_new_topic(topic, generations)
+            self.membership.begin_again(topic)
         self._choose_positions()
+        before = dict(generations)
         while True:
-            self.serve()
+            self.membership.serve()
             slice_seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             number = min(size - len(messages), max(1, room // self._largest))
             with WATCHDOG.limit("consume", CALL_SECONDS):
@@ -164,8 +167,8 @@ class Source:
             self._paused = self.stats.paused = paused
 
     def serve(self) -> None:
-        """Carry out the requests of the publishing thread."""
-        self.membership.serve()
+        """Carry out the requests of the publishing thread while there is nothing to poll for."""
+        self.membership.serve_idle()
 
     def close(self) -> None:
         """Leave the group. Batches that are still in flight are never published."""

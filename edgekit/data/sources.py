@@ -22,7 +22,7 @@ PARTS = {"train": 0, "test": 1}
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # the only decoders that may read a file, whatever its name ends in: others start programs, such as Ghostscript for EPS
 DECODERS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
-MOST_PIXELS = 100_000_000  # of one image; 400 MB in memory
+MOST_PIXELS, PIXEL_BYTES = 100_000_000, 8  # of one image; bytes of a pixel as it is decoded and as it is converted
 EXPECTED = "an .npz or .parquet file, a folder with train/CLASS/*.png and test/CLASS/*.png, or package.module:iterable"
 
 
@@ -152,9 +152,12 @@ def from_images(folder: Path, manifest: Manifest) -> Arrays:
             with _quiet(), Image.open(path, formats=DECODERS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels; edgekit reads up to {MOST_PIXELS:,}")
+                claim(PIXEL_BYTES * image.width * image.height, path.stat().st_size, str(path))
                 fitted = ImageOps.fit(
                     image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC
                 )
+        except EdgekitError:
+            raise
         except Exception as error:  # the decoders raise many types for damaged files
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise EdgekitError(f"{path}: not a readable image ({reason}); remove or replace it") from None

@@ -160,6 +160,7 @@ def _usual_inputs(config: Mapping[str, Any], name: str, folder: Path) -> tuple[T
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_file(path, largest=LARGEST_TEXT))
+        json.dumps(values, allow_nan=False)  # Python reads NaN and infinities, which JSON does not have
     except (OSError, ValueError, RecursionError) as error:
         raise EdgekitError(
             f"{path}: cannot be read as JSON ({error}); expected a folder that transformers saved"

@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 
 VERSION = transformers.__version__
 FACTORY = "edgekit.nn.hugging_face:build"
+MOST_LAYERS = 1_000  # of any real network, by the configurations' keys for a number of layers
 MOST_MODULES = 100_000  # of a network; a mixture of 128 experts in 60 layers has a third of that
 # keys that every model may have, beside those that its own configuration class declares
 SHARED = frozenset(
@@ -109,6 +110,9 @@ def build(config: Mapping[str, Any], inputs: tuple[str, ...]) -> nn.Module:
 def check_size(config: Mapping[str, Any]) -> None:
     """Raise if the network of a configuration would take too much memory, or have more modules than any real one. The
     network is built without numbers: its parameters have shapes only."""
+    for key, value in config.items():
+        if key.endswith(("layers", "n_layer", "depth")) and isinstance(value, int) and value > MOST_LAYERS:
+            raise EdgekitError(f"config.json: {key} = {value}; edgekit builds networks of up to {MOST_LAYERS:,} layers")
     modules = 0
 
     def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:

@@ -1,10 +1,10 @@
 """Which blocks of the key-value cache hold which tokens: paging, copy on write, and reuse of common beginnings.
 
-A block holds the keys and values of `BLOCK` consecutive tokens in all layers. Sequences share blocks: a fork shares all
-of its parent's, and a new sequence shares full blocks that another sequence computed from the same beginning. A shared
-block is copied before it is written. A full block is found again by a key, which is a hash over the block's inputs and
-over the key of the block before it; it may be found even after its sequence was freed, until the block is needed.
-(Kwon et al., vLLM, arXiv 2309.06180, sections 4.2 to 4.4.)
+A block holds the keys and values of some consecutive tokens, most often `BLOCK`, in all layers. Sequences share blocks:
+a fork shares all of its parent's, and a new sequence shares full blocks that another sequence computed from the same
+beginning. A shared block is copied before it is written. A full block is found again by a key, which is a hash over the
+block's inputs and over the key of the block before it; it may be found even after its sequence was freed, until the
+block is needed. (Kwon et al., vLLM, arXiv 2309.06180, sections 4.2 to 4.4.)
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class Table:
 
 
 class Blocks:
-    """The blocks of one cache. copy(source, target): copies a block's content in the engine's memory."""
+    """The blocks of one cache. copy(source, target): copies a block's content in the engine's memory; size: tokens to a
+    block."""
 
-    def __init__(self, number: int, copy: Callable[[int, int], None]) -> None:
-        self.number, self._copy = number, copy
+    def __init__(self, number: int, copy: Callable[[int, int], None], size: int = BLOCK) -> None:
+        self.number, self.size, self._copy = number, size, copy
         self.tables: dict[int, Table] = {}
         self._users = [0] * number  # how many sequences hold each block
         self._keys: list[bytes | None] = [None] * number  # of blocks that can be found again
@@ -62,6 +63,10 @@ class Blocks:
         """Return how many tokens of a sequence the cache holds; 0 for a sequence that it does not know."""
         return self.tables[sequence].length if sequence in self.tables else 0
 
+    def count(self, tokens: int) -> int:
+        """Return how many blocks hold this many tokens."""
+        return -(-tokens // self.size)
+
     def array(self, sequence: int) -> npt.NDArray[np.int32]:
         """Return (blocks,) the blocks of a sequence in the order of its tokens."""
         return np.array(self._table(sequence).blocks, np.int32)
@@ -69,7 +74,7 @@ class Blocks:
     def needed(self, sequence: int, tokens: int) -> int:
         """Return how many free blocks it takes to append this many tokens."""
         table = self.tables.get(sequence, Table())
-        new = max(0, blocks_for(table.length + tokens) - len(table.blocks))
+        new = max(0, self.count(table.length + tokens) - len(table.blocks))
         return new + bool(tokens and self._shared_end(table))
 
     def reserve(self, appends: Sequence[tuple[int, int]]) -> None:
@@ -78,19 +83,19 @@ class Blocks:
         if needed > self.free:
             raise NoBlocksError(
                 f"{needed} blocks are needed, and {self.free} of {self.number} are free; end a sequence, or load the "
-                f"model with a longer context ({BLOCK} tokens to a block)"
+                f"model with a longer context ({self.size} tokens to a block)"
             )
         for sequence, tokens in appends:
             table = self.tables.setdefault(sequence, Table())
-            end = table.length // BLOCK  # blocks behind it were reserved for a step that was given up
+            end = table.length // self.size  # blocks behind it were reserved for a step that was given up
             if tokens and self._shared_end(table):
                 new = self._take()
                 self._copy(table.blocks[end], new)
                 self._release(table.blocks[end])
                 table.blocks[end] = new
-            elif tokens and table.length % BLOCK:
+            elif tokens and table.length % self.size:
                 self._forget(table.blocks[end])  # after `truncate` it may have the key of what it held
-            while len(table.blocks) < blocks_for(table.length + tokens):
+            while len(table.blocks) < self.count(table.length + tokens):
                 table.blocks.append(self._take())
 
     def append(self, sequence: int, inputs: Sequence[bytes]) -> None:
@@ -98,7 +103,7 @@ class Blocks:
         table = self._table(sequence)
         table.inputs += inputs
         done = len(table.keys)
-        for key in keys_of(table.inputs[done * BLOCK :], table.keys[-1] if done else b""):
+        for key in keys_of(table.inputs[done * self.size :], self.size, table.keys[-1] if done else b""):
             block = table.blocks[len(table.keys)]
             table.keys.append(key)
             other = self._found.get(key)
@@ -113,8 +118,8 @@ class Blocks:
         is never among them, because a step must compute its logits."""
         if sequence in self.tables:
             raise EdgekitError(f"sequence {sequence} exists already; only a new sequence can share a beginning")
-        keys = list(itertools.takewhile(self._found.__contains__, keys_of(inputs[:-1])))
-        shared = len(keys) * BLOCK
+        keys = list(itertools.takewhile(self._found.__contains__, keys_of(inputs[:-1], self.size)))
+        shared = len(keys) * self.size
         if shared:
             self.tables[sequence] = Table([self._found[key] for key in keys], list(inputs[:shared]), keys)
             for block in self.tables[sequence].blocks:
@@ -126,7 +131,7 @@ class Blocks:
         table = self._table(sequence)
         if new in self.tables:
             raise EdgekitError(f"sequence {new} exists already; free it before you fork sequence {sequence} to it")
-        blocks = table.blocks[: blocks_for(table.length)]
+        blocks = table.blocks[: self.count(table.length)]
         for block in blocks:
             self._hold(block)
         self.tables[new] = Table(blocks, list(table.inputs), list(table.keys))
@@ -136,8 +141,8 @@ class Blocks:
         table = self._table(sequence)
         if not 0 <= length <= table.length:
             raise EdgekitError(f"sequence {sequence} has {table.length} tokens; it cannot be cut to {length}")
-        del table.inputs[length:], table.keys[length // BLOCK :]
-        while len(table.blocks) > blocks_for(length):
+        del table.inputs[length:], table.keys[length // self.size :]
+        while len(table.blocks) > self.count(length):
             self._release(table.blocks.pop())
 
     def remove(self, sequence: int) -> None:
@@ -153,7 +158,7 @@ class Blocks:
 
     def _shared_end(self, table: Table) -> bool:
         """Whether the next token goes into a block that another sequence holds, too."""
-        return bool(table.length % BLOCK) and self._users[table.blocks[table.length // BLOCK]] > 1
+        return bool(table.length % self.size) and self._users[table.blocks[table.length // self.size]] > 1
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)
@@ -180,10 +185,10 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-def keys_of(inputs: Sequence[bytes], key: bytes = b"") -> Iterator[bytes]:
-    """Yield the key of each full block. A key depends on the inputs of its block and of all blocks before it. key: of
-    the block before the first."""
-    for start in range(0, len(inputs) - BLOCK + 1, BLOCK):
-        parts = inputs[start : start + BLOCK]
+def keys_of(inputs: Sequence[bytes], size: int, key: bytes = b"") -> Iterator[bytes]:
+    """Yield the key of each full block of `size` tokens. A key depends on the inputs of its block and of all blocks
+    before it. key: of the block before the first."""
+    for start in range(0, len(inputs) - size + 1, size):
+        parts = inputs[start : start + size]
         key = hashlib.sha256(key + b"".join(len(part).to_bytes(4, "little") + part for part in parts)).digest()
         yield key

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edgekit.errors import EdgekitError
 from runtimes.llm.architecture import Architecture
-from runtimes.llm.blocks import BLOCK, Blocks, blocks_for
+from runtimes.llm.blocks import BLOCK, Blocks
 
 Wanted = Literal["none", "last", "all"]
 Ids = npt.NDArray[np.int64]
@@ -45,14 +45,15 @@ class Batch:
     """The rows of a step, all items one after another.
 
     ids: (rows,) the token, or -1 where `embeddings` (rows, width) has the input; embeddings is None if there are none.
-    positions: (rows,); index: (rows,) of each token in its sequence; spans: the rows of each item; tables: the blocks
-    of each item's sequence; wanted: (rows with logits,).
+    positions: (rows,); index: (rows,) of each token in its sequence; sequences: of each item; spans: the rows of each
+    item; tables: the blocks of each item's sequence; wanted: (rows with logits,).
     """
 
     ids: Ids
     embeddings: Floats | None
     positions: Ids
     index: Ids
+    sequences: Sequence[int]
     spans: Sequence[slice]
     tables: Sequence[npt.NDArray[np.int32]]
     wanted: Ids
@@ -65,6 +66,7 @@ class Saved:
 
     inputs: Sequence[bytes]
     content: npt.NDArray[Any]
+    tail: bytes = b""  # of a block that is not full, where an engine keeps it apart
 
 
 class Step:
@@ -110,20 +112,20 @@ class Step:
 
 
 class Engine(ABC):
-    """A model with the key-value cache of its sequences, in `blocks` blocks of 16 tokens. rows: the most tokens of a
-    step.
+    """A model with the key-value cache of its sequences, of `blocks` times 16 tokens. rows: the most tokens of a step;
+    block: tokens to a block of the cache.
 
     A subclass computes: `begin` makes a step's state, `run_layers` runs layers on it and writes keys and values, and
     `finish` computes logits. It also copies, exports and imports blocks.
     """
 
-    def __init__(self, architecture: Architecture, blocks: int, rows: int = MOST_ROWS) -> None:
+    def __init__(self, architecture: Architecture, blocks: int, rows: int = MOST_ROWS, block: int = BLOCK) -> None:
         for name, value, most in (("blocks", blocks, MOST_BLOCKS), ("rows", rows, MOST_ROWS)):
             if not 1 <= value <= most:
                 raise EdgekitError(f"{name} = {value}; expected 1 to {most} ({BLOCK} tokens to a block)")
         self.architecture, self.rows = architecture, rows
         self.steps = 0  # that have begun
-        self.blocks = Blocks(blocks, self.copy_block)
+        self.blocks = Blocks(-(-blocks * BLOCK // block), self.copy_block, block)
 
     def step(self, items: Sequence[Item], between: Callable[[int], None] | None = None) -> list[Floats]:
         """Append the items' tokens; return (tokens with logits, vocabulary) for each item. between: called after each
@@ -174,9 +176,11 @@ class Engine(ABC):
         """Begin a new sequence with all tokens of another one. Both share memory until one of them writes."""
         self.blocks.fork(sequence, new)
 
-    def truncate(self, sequence: int, length: int) -> None:
-        """Take tokens back: keep the first `length` of a sequence."""
+    def truncate(self, sequence: int, length: int) -> int:
+        """Take tokens back: keep the first `length` of a sequence. Return how many are kept: an engine whose cache has
+        lost what it takes to go on there keeps fewer, and the rest must be appended again."""
         self.blocks.truncate(sequence, length)
+        return length
 
     def remove(self, sequence: int) -> None:
         """End a sequence and free its memory."""
@@ -184,7 +188,7 @@ class Engine(ABC):
 
     def save(self, sequence: int) -> Saved:
         """Return a copy of a sequence's state."""
-        table = self.blocks.array(sequence)[: blocks_for(self.length(sequence))]
+        table = self.blocks.array(sequence)[: self.blocks.count(self.length(sequence))]
         return Saved(tuple(self.blocks.tables[sequence].inputs), self.export_blocks(table))
 
     def restore(self, sequence: int, saved: Saved) -> None:
@@ -192,7 +196,7 @@ class Engine(ABC):
         if sequence in self.blocks.tables:
             raise EdgekitError(f"sequence {sequence} exists already; restore to a new one")
         empty = self.export_blocks(np.empty(0, np.int32))
-        found, expected = saved.content, (blocks_for(len(saved.inputs)), *empty.shape[1:])
+        found, expected = saved.content, (self.blocks.count(len(saved.inputs)), *empty.shape[1:])
         if found.shape != expected or found.dtype != empty.dtype:
             raise EdgekitError(
                 f"the saved state is {found.dtype} of shape {found.shape}, and this engine's is {empty.dtype} of shape "
@@ -293,6 +297,7 @@ class Engine(ABC):
                 [at if item.positions is None else item.positions for item, at in zip(items, index, strict=True)]
             ),
             np.concatenate(index),
+            [item.sequence for item in items],
             spans,
             [self.blocks.array(item.sequence) for item in items],
             np.concatenate(wanted),

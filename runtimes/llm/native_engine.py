@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ from edgekit.importers.gguf_formats import encode_q8_0
 from edgekit.machine import available_memory
 from exporters.c.library import Compiler, is_complete, keep_library
 from runtimes.llm.architecture import Architecture, Model
-from runtimes.llm.blocks import BLOCK, blocks_for
-from runtimes.llm.engine import Batch, Engine, Floats
+from runtimes.llm.blocks import BLOCK
+from runtimes.llm.engine import Batch, Engine, Floats, Item, Saved
+from runtimes.llm.tails import Tails
 
 FOLDER = Path(__file__).parent / "native"
-FILES = ("lanes.h", "matrix.c", "attention.c", "layer.c", "engine.c")
+FILES = ("lanes.h", "matrix.c", "attention.c", "attention_int4.c", "layer.c", "engine.c")
 # contraction would round differently from compiler to compiler; results are the same bits everywhere without it
 FLAGS = ("-std=gnu99", "-O3", "-ffp-contract=off", "-pthread")
 FORMATS = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2, "F16": 3, "BF16": 4, "F32": 5}  # as the C source numbers them
-CACHES = {"f16": 0, "int8": 1}
+CACHES = {"f16": 0, "int8": 1, "int4": 2}
+INT4_BLOCK = 64  # tokens to a block in 4 bits
 MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")  # in the order of the C source
 VECTORS = ("attention_norm", "mlp_norm", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm")
 MOST_QUERIES = 16  # to a head of keys
@@ -53,14 +56,15 @@ class _Shape(ctypes.Structure):
 class _Batch(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("ids", "embeddings", "cosines", "sines", "index", "tables", "follows")),
+        *((name, ctypes.c_void_p) for name in ("ids", "embeddings", "cosines", "sines", "index", "tables", "tails")),
+        ("follows", ctypes.c_void_p),
     ]
 
 
 class NativeEngine(Engine):
-    """A model in C. blocks: of 16 tokens, of the cache; kv: how the cache stores keys and values, "f16" or "int8";
-    threads: by default one for each core; rows: the most tokens of a step; compiler: its command, by default $CC or the
-    first of cc, gcc, clang; flags: by default for this machine."""
+    """A model in C. blocks: of 16 tokens, of the cache; kv: how the cache stores keys and values, "f16", "int8" or
+    "int4"; threads: by default one for each core; rows: the most tokens of a step; compiler: its command, by default
+    $CC or the first of cc, gcc, clang; flags: by default for this machine."""
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class NativeEngine(Engine):
     ) -> None:
         if kv not in CACHES:
             raise unknown("format of the key-value cache", kv, CACHES)
-        super().__init__(model.architecture, blocks, rows)
+        super().__init__(model.architecture, blocks, rows, INT4_BLOCK if kv == "int4" else BLOCK)
         of = model.architecture
         self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
         _check_sizes(of, self.threads)
@@ -83,11 +87,12 @@ class NativeEngine(Engine):
         self.lanes = self._library.engine_lanes().decode()
         shape = _Shape(
             of.layers, of.width, of.heads, of.kv_heads, of.hidden, of.vocabulary, of.rope.size,
-            of.rope.pairs == "adjacent", of.epsilon, CACHES[kv], blocks, rows, blocks * BLOCK, self.threads,
+            of.rope.pairs == "adjacent", of.epsilon, CACHES[kv], self.blocks.number, rows,
+            self.blocks.number * self.blocks.size, self.threads,
             sum(self._matrix_bytes(tensor) for tensor in _matrices(model)),
         )  # fmt: skip
         self._weights: int = shape.weight_bytes - self._embedding_only(model)
-        self.bytes = shape.weight_bytes + blocks * _block_bytes(of, kv)  # of weights and cache
+        self.bytes = shape.weight_bytes + self.blocks.number * _block_bytes(of, kv)  # of weights and cache
         _check_memory(self.bytes, shape.weight_bytes, blocks)
         self._process = os.getpid()
         self._pointer: int | None = self._library.engine_new(ctypes.byref(shape))
@@ -97,6 +102,7 @@ class NativeEngine(Engine):
             )
         self._load(model)
         self._block_bytes: int = self._library.engine_block_bytes(self._engine)
+        self._tails = Tails(self._library.engine_tail_bytes(self._engine), INT4_BLOCK) if kv == "int4" else None
 
     def close(self) -> None:
         """Free the engine's memory and end its threads."""
@@ -117,7 +123,7 @@ class NativeEngine(Engine):
         return self._pointer
 
     def bytes_read(self, context: int) -> int:
-        return self._weights + blocks_for(context + 1) * self._block_bytes
+        return self._weights + self.blocks.count(context + 1) * self._block_bytes
 
     def __del__(self) -> None:
         if getattr(self, "_pointer", None):
@@ -173,17 +179,33 @@ class NativeEngine(Engine):
             follows[span] = 1
             follows[span.start] = 0
             tables[span] = table.ctypes.data
-        arrays = {
+        arrays: dict[str, Any] = {
             "ids": batch.ids.astype(np.int32),
             "embeddings": batch.embeddings,
             "cosines": np.cos(angles).astype(np.float32),
             "sines": np.sin(angles).astype(np.float32),
             "index": batch.index.astype(np.int32),
             "tables": tables,
+            "tails": None,
             "follows": follows,
         }
+        addresses = self._addresses_of_tails(batch)
+        if addresses:
+            arrays["tails"] = np.zeros(len(batch.ids), np.uintp)
+            for span, found in zip(batch.spans, addresses, strict=True):
+                arrays["tails"][span] = found.ctypes.data
         pointers = {name: None if array is None else array.ctypes.data for name, array in arrays.items()}
-        return _Batch(rows=len(batch.ids), **pointers), arrays
+        return _Batch(rows=len(batch.ids), **pointers), (arrays, addresses)
+
+    def _addresses_of_tails(self, batch: Batch) -> list[npt.NDArray[Any]]:
+        """Return the addresses of the tails of each item's sequence, which this step writes to."""
+        if self._tails is None:
+            return []
+        found = []
+        for sequence, span, table in zip(batch.sequences, batch.spans, batch.tables, strict=True):
+            self._tails.extend(sequence, int(batch.index[span.start]), span.stop - span.start)
+            found.append(self._tails.addresses(sequence, len(table)))
+        return found
 
     def run_layers(self, state: Any, batch: Batch, first: int, end: int) -> None:
         self._library.engine_layers(self._engine, ctypes.byref(state[0]), first, end)
@@ -195,6 +217,46 @@ class NativeEngine(Engine):
         if len(wanted):
             self._library.engine_logits(self._engine, wanted.ctypes.data, len(wanted), logits.ctypes.data)
         return logits[:, :vocabulary]
+
+    # --- the tails of a cache in 4 bits
+
+    def commit(self, items: Sequence[Item], batch: Batch) -> None:
+        super().commit(items, batch)
+        for item in items:
+            if self._tails is not None:
+                self._tails.settle(item.sequence, self.length(item.sequence))
+
+    def fork(self, sequence: int, new: int) -> None:
+        super().fork(sequence, new)
+        if self._tails is not None:
+            self._tails.fork(sequence, new)
+            self._tails.settle(new, self.length(new))
+
+    def truncate(self, sequence: int, length: int) -> int:
+        if self._tails is not None and 0 <= length < self.length(sequence):
+            length = self._tails.kept(sequence, length)
+        super().truncate(sequence, length)
+        if self._tails is not None:
+            self._tails.settle(sequence, length)
+        return length
+
+    def remove(self, sequence: int) -> None:
+        super().remove(sequence)
+        if self._tails is not None:
+            self._tails.remove(sequence)
+
+    def save(self, sequence: int) -> Saved:
+        saved = super().save(sequence)
+        if self._tails is None:
+            return saved
+        return replace(saved, tail=self._tails.content(sequence, self.length(sequence)))
+
+    def restore(self, sequence: int, saved: Saved) -> None:
+        super().restore(sequence, saved)
+        if self._tails is not None:
+            self._tails.write(sequence, len(saved.inputs), saved.tail)
+
+    # --- blocks in memory
 
     def copy_block(self, source: int, target: int) -> None:
         self._library.engine_copy_block(self._engine, source, target)
@@ -212,9 +274,13 @@ class NativeEngine(Engine):
 
 def _block_bytes(of: Architecture, kv: str) -> int:
     """Return the bytes of a block of the cache in all layers."""
-    values = 2 * BLOCK * of.head_size
-    head = 2 * values if kv == "f16" else values + 2 * BLOCK * 4
-    return of.layers * of.kv_heads * head
+    size = of.head_size
+    head = {
+        "f16": 2 * BLOCK * size * 2,
+        "int8": 2 * BLOCK * (size + 4),
+        "int4": INT4_BLOCK * size + 4 * size + 4 * INT4_BLOCK,  # codes; scales and minimums of keys, and of values
+    }
+    return of.layers * of.kv_heads * head[kv]
 
 
 def _check_memory(needed: int, weights: int, blocks: int) -> None:
@@ -282,6 +348,7 @@ def _library(of: Architecture, compiler: Compiler, flags: Sequence[str]) -> ctyp
         ("engine_layers", None, [pointer, pointer, number, number]),
         ("engine_logits", None, [pointer, pointer, number, pointer]),
         ("engine_block_bytes", size, [pointer]),
+        ("engine_tail_bytes", size, [pointer]),
         ("engine_move_block", None, [pointer, number, pointer, number]),
         ("engine_copy_block", None, [pointer, number, number]),
     ):

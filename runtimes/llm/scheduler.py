@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import EdgekitError
-from runtimes.llm.blocks import BLOCK, blocks_for
 from runtimes.llm.engine import Engine, Item
 from runtimes.llm.sampling import Sampling, choose
 
@@ -107,10 +106,10 @@ class Scheduler:
                 f"{length} tokens of prompt and {request.most_tokens} of answer are {total}, and the model's context "
                 f"is {of.context}; shorten one of them"
             )
-        if blocks_for(total) > self.engine.blocks.number:
+        if (needed := self.engine.blocks.count(total)) > self.engine.blocks.number:
             raise EdgekitError(
-                f"{total} tokens need {blocks_for(total)} blocks, and the cache has {self.engine.blocks.number} of "
-                f"{BLOCK} tokens; load the model with a longer context"
+                f"{total} tokens need {needed} blocks, and the cache has {self.engine.blocks.number} of "
+                f"{self.engine.blocks.size} tokens; load the model with a longer context"
             )
         number = next(self._numbers)
         self.engine.check(Item(number, request.prompt))
@@ -265,7 +264,7 @@ class Scheduler:
     def _fitting(self, item: Running, tokens: int, chosen: list[tuple[Running, int]]) -> int:
         """Return how many of these tokens of an admitted prompt fit now; nobody gives blocks back for them."""
         while tokens and self.engine.blocks.needed(item.number, tokens) > self._room(chosen):
-            tokens = max(0, tokens - BLOCK)
+            tokens = max(0, tokens - self.engine.blocks.size)
         return tokens
 
     def _victim(self, chosen: Sequence[tuple[Running, int]]) -> Running | None:
@@ -284,7 +283,7 @@ class Scheduler:
     def _admit(self, item: Running, chosen: Sequence[tuple[Running, int]]) -> bool:
         """Begin a request if the cache has room for all that it has now: a chunk of a prompt that does not fit whole
         would be given back later."""
-        if blocks_for(len(item.tokens) + 1) > self._room(chosen) - self._owed():
+        if self.engine.blocks.count(len(item.tokens) + 1) > self._room(chosen) - self._owed():
             return False
         self._waiting.remove(item)
         item.computed = self.engine.reuse(item.number, np.array(item.tokens, np.int64))

@@ -22,7 +22,9 @@ def of_engine(command: Command) -> Command:
         click.option(
             "--threads", type=click.IntRange(1, 256), help="Of the native engine [default: one for each core]."
         ),
-        click.option("--kv", help="How the native engine's cache stores keys and values: f16 or int8 [default: f16]."),
+        click.option(
+            "--kv", help="How the native engine's cache stores keys and values: f16, int8 or int4 [default: f16]."
+        ),
         click.option("--context", type=click.IntRange(min=1), help="Tokens of the cache [default: 4096]."),
         click.option("--engine", default="native", show_default=True, help="native (C) or torch (the reference)."),
     ):

@@ -14,8 +14,8 @@
 #define AHEAD 4 /* blocks between the one that is read and the one that is asked for */
 #define HIDDEN_SCORE (-1e30f) /* of a token that a query does not see: its weight is 0 */
 
-/* how keys and values are stored; bytes of a block of one layer and head */
-enum { CACHE_F16, CACHE_INT8 };
+/* how keys and values are stored; bytes of a block of one layer and head (attention_int4.c has the third) */
+enum { CACHE_F16, CACHE_INT8, CACHE_INT4 };
 #define HALVES_BYTES (2 * BLOCK * HEAD_SIZE * 2)
 #define INT8_BYTES (2 * BLOCK * HEAD_SIZE + 2 * BLOCK * 4)
 
@@ -31,7 +31,15 @@ enum { CACHE_F16, CACHE_INT8 };
 #define SUM_REGISTERS 6
 #endif
 
-INLINE size_t block_bytes(int cache) { return cache == CACHE_F16 ? HALVES_BYTES : INT8_BYTES; }
+#define GROUP_TOKENS 64 /* to a block in 4 bits */
+#define INT4_BYTES (GROUP_TOKENS * HEAD_SIZE + 4 * HEAD_SIZE + 4 * GROUP_TOKENS)
+
+INLINE int block_tokens(int cache) { return cache == CACHE_INT4 ? GROUP_TOKENS : BLOCK; }
+
+INLINE size_t block_bytes(int cache)
+{
+    return cache == CACHE_F16 ? HALVES_BYTES : cache == CACHE_INT8 ? INT8_BYTES : INT4_BYTES;
+}
 
 /* --- writing */
 
@@ -83,9 +91,9 @@ INLINE void put(int cache, uint8_t *block, int slot, const float *key, const flo
 
 /* Work of `tokens` (1 or 2) tokens at one head of keys: queries and outputs, QUERIES for each token in turn; the last
  * token sees `length` tokens, the one before it one less. pool: the blocks of this layer and head; table: of the
- * sequence; scores: (queries, stride) scratch. */
+ * sequence; tail: of the last token's block, or NULL; scores: (queries, stride) scratch. */
 typedef struct {
-    const uint8_t *pool;
+    const uint8_t *pool, *tail;
     const int32_t *table;
     int length;
     const float *queries[MOST_QUERIES];
@@ -288,13 +296,3 @@ INLINE void attend_int8(const Attention *of, const int tokens)
 static __attribute__((noinline)) void attend_halves_1(const Attention *of) { attend_halves(of, 1); }
 static __attribute__((noinline)) void attend_halves_2(const Attention *of) { attend_halves(of, 2); }
 static __attribute__((noinline)) void attend_int8_1(const Attention *of) { attend_int8(of, 1); }
-
-static void attend(int cache, const Attention *of, int tokens)
-{
-    if (cache == CACHE_INT8)
-        attend_int8_1(of);
-    else if (tokens == 2)
-        attend_halves_2(of);
-    else
-        attend_halves_1(of);
-}

@@ -220,6 +220,12 @@ size_t engine_block_bytes(const Engine *engine)
     return (size_t)engine->of.layers * engine->of.kv_heads * block_bytes(engine->of.cache);
 }
 
+/* Return the bytes of a tail of all layers and heads. */
+size_t engine_tail_bytes(const Engine *engine)
+{
+    return (size_t)engine->of.layers * engine->of.kv_heads * TAIL_BYTES;
+}
+
 /* Copy a block of all layers and heads out of the cache (out: 1) or into it (out: 0). */
 void engine_move_block(Engine *engine, int block, uint8_t *content, int out)
 {

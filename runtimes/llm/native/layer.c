@@ -12,6 +12,7 @@
 
 #include "matrix.c"
 #include "attention.c"
+#include "attention_int4.c"
 
 #define SPINS 400 /* looks at a barrier before a thread sleeps */
 
@@ -29,13 +30,16 @@ typedef struct {
 } Layer;
 
 /* The rows of a step. ids: -1 where `embeddings` has the input; angles: (rows, rope_size / 2) cosines, and sines; index:
- * of a token in its sequence; tables: of its sequence; follows: whether a row is the next token of the row before. */
+ * of a token in its sequence; tables: of its sequence; tails: of its sequence, by the number of the block, with the tails
+ * of all layers and heads, or NULL for a cache that has none; follows: whether a row is the next token of the row before.
+ */
 typedef struct {
     int32_t rows;
     const int32_t *ids;
     const float *embeddings, *cosines, *sines;
     const int32_t *index;
     const int32_t *const *tables;
+    uint8_t *const *const *tails;
     const uint8_t *follows;
 } Batch;
 
@@ -211,6 +215,14 @@ INLINE uint8_t *pool_of(const Engine *engine, int layer, int kv_head)
     return engine->cache + head * engine->of.blocks * block_bytes(engine->of.cache);
 }
 
+/* The tail that a row's token is in, for one layer and head. */
+INLINE uint8_t *tail_of(const Engine *engine, int row, int layer, int kv_head)
+{
+    const Batch *batch = engine->batch;
+    const size_t head = (size_t)layer * engine->of.kv_heads + kv_head;
+    return batch->tails[row][batch->index[row] / GROUP_TOKENS] + head * TAIL_BYTES;
+}
+
 /* Bias, norm and rotary embedding of some rows' queries and keys; keys and values go into the cache. */
 static void store_rows(Engine *engine, int number, int me, int threads)
 {
@@ -222,7 +234,8 @@ static void store_rows(Engine *engine, int number, int me, int threads)
     for (int row = from; row < end; row++) {
         float *query = engine->projected + (size_t)row * (queries + 2 * keys), *key = query + queries, *value = key + keys;
         const float *cosines = batch->cosines + (size_t)row * half, *sines = batch->sines + (size_t)row * half;
-        const int slot = batch->index[row] % BLOCK, block = batch->tables[row][batch->index[row] / BLOCK];
+        const int tokens = block_tokens(of->cache), slot = batch->index[row] % tokens;
+        const int block = batch->tables[row][batch->index[row] / tokens];
         add_bias(query, layer->query_bias, queries);
         add_bias(key, layer->key_bias, keys);
         add_bias(value, layer->value_bias, keys);
@@ -233,10 +246,27 @@ static void store_rows(Engine *engine, int number, int me, int threads)
         for (int head = 0; head < of->kv_heads; head++) {
             normalise_head(key + head * HEAD_SIZE, layer->key_norm, of->epsilon);
             rotate(key + head * HEAD_SIZE, cosines, sines, of->rope_size, of->adjacent, 1.0f);
-            put(of->cache, pool_of(engine, number, head) + (size_t)block * block_bytes(of->cache), slot,
-                key + head * HEAD_SIZE, value + head * HEAD_SIZE);
+            if (of->cache == CACHE_INT4)
+                put_halves(tail_of(engine, row, number, head) + slot / BLOCK * HALVES_BYTES, slot % BLOCK,
+                           key + head * HEAD_SIZE, value + head * HEAD_SIZE);
+            else
+                put(of->cache, pool_of(engine, number, head) + (size_t)block * block_bytes(of->cache), slot,
+                    key + head * HEAD_SIZE, value + head * HEAD_SIZE);
         }
     }
+}
+
+/* Write the tails that are full to the cache: threads take turns at heads of keys and rows with a block's last token. */
+static void pack_tails(Engine *engine, int number, int me, int threads)
+{
+    const Batch *batch = engine->batch;
+    int unit = 0;
+    for (int head = 0; head < engine->of.kv_heads; head++)
+        for (int row = 0; row < batch->rows; row++)
+            if (batch->index[row] % GROUP_TOKENS == GROUP_TOKENS - 1 && unit++ % threads == me) {
+                const int block = batch->tables[row][batch->index[row] / GROUP_TOKENS];
+                put_int4(pool_of(engine, number, head) + (size_t)block * INT4_BYTES, tail_of(engine, row, number, head));
+            }
 }
 
 /* Attention of all rows: threads take turns at heads of keys and pairs of neighbouring tokens. */
@@ -254,6 +284,7 @@ static void attend_rows(Engine *engine, int number, int me, int threads)
                 continue;
             Attention work = {
                 .pool = pool_of(engine, number, head),
+                .tail = of->cache == CACHE_INT4 ? tail_of(engine, row, number, head) : NULL,
                 .table = batch->tables[row],
                 .length = batch->index[row + tokens - 1] + 1,
                 .scores = engine->scores + (size_t)me * MOST_QUERIES * most_scores,
@@ -297,6 +328,10 @@ static void run_layer(Engine *engine, int number, int me, int threads)
     wait_for_all(barrier);
     store_rows(engine, number, me, threads);
     wait_for_all(barrier);
+    if (of->cache == CACHE_INT4) {
+        pack_tails(engine, number, me, threads);
+        wait_for_all(barrier);
+    }
     attend_rows(engine, number, me, threads);
     wait_for_all(barrier);
     quantise_rows(engine->mixed, NULL, 0, &engine->attended, rows, me, threads);

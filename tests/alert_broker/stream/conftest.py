@@ -57,6 +57,33 @@ def rig(broker, bundle, tmp_path):
 
 
 @pytest.fixture
+def cluster():
+    """librdkafka's mock cluster with the topics `source`, `results` and `dead`."""
+    from tests.brokers import MockCluster
+
+    with MockCluster() as cluster:
+        for topic in ("source", "results", "dead"):
+            cluster.create_topic(topic, 1)
+        yield cluster
+
+
+@pytest.fixture
+def cluster_source(cluster):
+    """A source that has joined its group on the mock cluster."""
+    from alert_broker.stream.source import Source
+    from alert_broker.stream.stats import Stats
+    from tests.alert_broker.stream.mock_broker import config_of
+
+    source = Source(config_of(cluster), Stats())
+    for _ in range(100):
+        source.poll(1, 0.1)
+        if source.consumer.assignment():
+            break
+    yield source
+    source.close()
+
+
+@pytest.fixture
 def source(monkeypatch):
     """A source whose consumer is a `FakeConsumer`, with the partitions 0 and 1 of the topic "t"."""
     from alert_broker.stream import config as configuration
@@ -65,7 +92,7 @@ def source(monkeypatch):
     from tests.alert_broker.stream.fake_consumer import FakeConsumer, FakeLag, FakeTopicIds, assign
 
     consumer = FakeConsumer()
-    monkeypatch.setattr(module, "open_consumer", lambda settings: consumer)
+    monkeypatch.setattr(module, "open_consumer", lambda settings, **callbacks: consumer)
     monkeypatch.setattr(module, "Lag", FakeLag)
     monkeypatch.setattr(module, "TopicIds", FakeTopicIds)
     monkeypatch.setattr(module, "partitions_of", lambda client, topic: [0, 1])

@@ -18,7 +18,8 @@ from alert_broker.stream.dead_letters import ATTEMPTS, OFFSET, PARTITION, REDRIV
 from alert_broker.stream.in_flight import InFlight
 from alert_broker.stream.message_batch import MessageBatch
 from alert_broker.stream.pipeline import Pipeline
-from alert_broker.stream.publish import Outgoing
+from alert_broker.stream.publication import Publication
+from alert_broker.stream.sender import Outgoing
 from alert_broker.stream.stats import Stats
 from tests.brokers import _librdkafka, configure_topic
 
@@ -138,12 +139,16 @@ class InMemory:
         self.stats = Stats()
         self.pipeline = Pipeline(config, self.stats)
 
-    def publish(self, messages: Sequence[Outgoing], offsets: object, instead: object) -> None:
-        for message in messages:  # raises for what it cannot send
+    def make_room(self) -> None:
+        pass
+
+    def publish(self, publication: Publication) -> None:
+        for message in publication.messages:  # raises for what it cannot send
             self._producer.produce(message.topic, message.value, message.key, headers=message.headers)
         self._producer.purge()
         self._producer.poll(0)
-        self.sent += messages
+        self.sent += publication.messages
+        publication.account(np.ones(len(publication.batch), np.bool_))
 
     def run(self, hostiles: Sequence[Hostile]) -> list[tuple[str, int]]:
         """(topic, offset) of each result and dead letter of these messages, as one batch."""
@@ -154,8 +159,8 @@ class InMemory:
         batch = MessageBatch(messages, where, (1,), np.zeros(len(hostiles), np.int64), offsets, 0.0)  # type: ignore[arg-type]
         self.stats.ledger.add(where[0], consumed=len(batch))
         work = InFlight(batch)
-        self.pipeline._decode(work)
-        self.pipeline._classify(work)
+        self.pipeline.stages.decode(work)
+        self.pipeline.stages.classify(work)
         self.pipeline._publish(work)
         self.stats.ledger.check()
         return [(message.topic, int(str(dict(message.headers)[OFFSET], "ascii"))) for message in self.sent]  # type: ignore[arg-type]

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from tests.alert_broker.stream.rig import START_SECONDS, Rig
-from tests.alert_broker.stream.test_faults import BATCH, Feed, committed
+from tests.alert_broker.stream.test_faults import BATCH, PUBLISH, REPEATED, Feed, committed
 
 # The default sizes take half an hour together. EDGEKIT_TEST_LONG runs the sizes that a release is judged by.
 LONG = bool(os.environ.get("EDGEKIT_TEST_LONG"))
 EXACTLY = {"mode": "exactly-once", "transactional_id": "edgekit-test", "seconds": 30.0}
-MODES = {"at-least-once": {"seconds": 30.0}, "exactly-once": EXACTLY}
+MODES = {"at-least-once": {"seconds": 30.0, **PUBLISH}, "exactly-once": EXACTLY}
 STUCK_SECONDS = 150.0  # a minute for the watchdog, the transaction of a dead process, and a restart on a busy machine
 
 
@@ -106,7 +106,7 @@ def check(supervised: Supervised, sent: int, mode: str, faults: int) -> None:
     assert set(supervised.statuses) <= {1, 75}, supervised.statuses  # a signal's is below 0
     assert done.lost == 0
     faults += supervised.statuses.total()
-    assert done.duplicates <= (0 if mode == "exactly-once" else faults * BATCH)
+    assert done.duplicates <= (0 if mode == "exactly-once" else faults * REPEATED)
 
 
 def check_said_once_a_minute(log: Iterable[str], seconds: float, most: int = 24) -> None:

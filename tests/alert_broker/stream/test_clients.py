@@ -49,7 +49,7 @@ SAFE = {
     "group.id": "night",
     "auto.offset.reset": "error",
 }
-SAFE_TO_SEND = {"enable.idempotence": True, "acks": "all", "delivery.report.only.error": True}
+SAFE_TO_SEND = {"enable.idempotence": True, "acks": "all"}
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_topic_that_was_created_again_is_read_from_its_beginning(source, caplo
     source.consumer.logs = {0: (begin, 900), 1: (begin, 900)}
     source.consumer.script = [messages(0, 400)]
     assert indices(source.poll(1, 1.0)) == [(0, 400)]
-    source._topic_ids.new = ["t"]
+    source._topic_ids.new, source.membership._drain_seconds = ["t"], 0.0
     source.consumer.script = [messages(0, begin)]
     assert indices(source.poll(1, 1.0)) == [(0, begin)]
     assert source.consumer.starts == {0: begin, 1: begin}

@@ -19,7 +19,7 @@ from alert_broker.stream.dead_letters import (
     stack_digest,
     without_content,
 )
-from alert_broker.stream.publish import Outgoing
+from alert_broker.stream.sender import Outgoing
 from edgekit.errors import EdgekitError
 
 

@@ -6,12 +6,22 @@ from collections import Counter
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from alert_broker.stream import config as configuration
 from alert_broker.stream import dead_letters, outcome
-from alert_broker.stream.dead_letters import ATTEMPTS, OMITTED, REASON, UnreadableHeadersError, headers_of
+from alert_broker.stream.config import DeadLetters
+from alert_broker.stream.dead_letters import (
+    ATTEMPTS,
+    OMITTED,
+    REASON,
+    DeadLetterLimits,
+    UnreadableHeadersError,
+    headers_of,
+)
 from alert_broker.stream.redrive import restored
+from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.hostile import (
     HOSTILE_COUNTS,
     NOT_UTF_8,
@@ -77,7 +87,7 @@ def test_planted_without_the_catch_all_it_ends_the_consumer(stages, monkeypatch)
 
 
 def test_a_row_that_cannot_be_written_takes_no_other_along(stages, packets, monkeypatch):
-    real, broken = stages.pipeline._writer._router, []
+    real, broken = stages.pipeline.stages._writer._router, []
 
     def router(rows, *arguments):
         if (broken or rows["alert_id"].to_pylist())[0] in rows["alert_id"].to_pylist():
@@ -85,9 +95,27 @@ def test_a_row_that_cannot_be_written_takes_no_other_along(stages, packets, monk
             raise ZeroDivisionError("of the test")
         return real(rows, *arguments)
 
-    monkeypatch.setattr(stages.pipeline._writer, "_router", router)
+    monkeypatch.setattr(stages.pipeline.stages._writer, "_router", router)
     assert outcomes(stages, [Hostile(packet) for packet in packets[:5]]) == (4, 1)
     assert b"cannot be written (ZeroDivisionError: of the test)" in dict(stages.sent[-1].headers)[REASON]
+
+
+def test_results_that_brokers_refuse_count_as_dead_letters(stages, packets, monkeypatch):
+    """Each of them is well, but the topic takes none. Planted: if all are taken, the consumer goes on."""
+    limits = DeadLetterLimits(DeadLetters(max_consecutive=15))
+    monkeypatch.setattr(stages.pipeline.stages, "_refusal_limits", limits)
+    messages = [Hostile(packet) for packet in packets[:10]]
+    stages.run(messages)
+    stages.run(messages)
+
+    def publish(publication):
+        publication.instead([(message, "too large") for message in publication.messages])
+        publication.account(np.ones(len(publication.batch), np.bool_))
+
+    monkeypatch.setattr(stages, "publish", publish)
+    stages.run(messages)
+    with pytest.raises(EdgekitError, match=r"15 alerts in a row are dead letters .* cannot be sent: too large"):
+        stages.run(messages)
 
 
 names = st.one_of(st.binary(max_size=6), st.sampled_from([ATTEMPTS.encode(), NOT_UTF_8, b"edgekit.topic", b""]))

@@ -74,7 +74,7 @@ def test_a_commit_that_is_refused_as_fenced_is_no_other_process_either(joined):
     cluster, source = joined
     source.membership._lost_at = time.monotonic()
     cluster.fail(OFFSET_COMMIT, [KafkaError.FENCED_INSTANCE_ID])
-    source.membership.commit({("source", 0): 5})
+    source.membership.commits.acknowledge({("source", 0): 5})
     with pytest.raises(EndedError, match="it may have refused an old request of ours"):
         poll_until(source, never)
 

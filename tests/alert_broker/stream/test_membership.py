@@ -4,14 +4,14 @@ import threading
 import time
 
 import pytest
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, KafkaException
 
-from alert_broker.stream import membership as module
 from alert_broker.stream.membership import LostError
 from alert_broker.stream.message_batch import next_offsets
 from alert_broker.work_budget import CancelledError
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.fake_consumer import assign, messages, revoke
+from tests.alert_broker.stream.waiting import wait_for
 
 
 def test_who_is_out_of_the_group_commits_in_no_transaction(source):
@@ -51,42 +51,110 @@ def test_what_is_in_flight_of_a_revoked_partition_is_off_the_books(source):
     assert source.stats.ledger.to_json()["revoked"] == 2
 
 
-def test_a_commit_of_another_thread_is_done_between_polls(source):
-    thread = threading.Thread(target=source.membership.commit, args=({("t", 0): 7},))
-    thread.start()
-    while thread.is_alive():
-        source.poll(1, 0.0)
+def test_what_is_acknowledged_is_committed_between_polls(source):
+    source.membership.commits.acknowledge({("t", 0): 7})
+    source.poll(1, 0.0)
     assert source.consumer.commits == [[("t", 0, 7)]]
+
+
+def test_what_is_acknowledged_is_committed_before_its_partition_is_revoked(source):
+    source.membership.commits.acknowledge({("t", 0): 7, ("t", 1): 9})
+    revoke(source.consumer, 0)
+    assert source.consumer.commits == [[("t", 0, 7), ("t", 1, 9)]]
+    source.membership.commits.acknowledge({("t", 1): 12})
+    source.consumer.callbacks["on_lost"](source.consumer, source.consumer.assignment())
+    source.poll(1, 0.0)
+    assert len(source.consumer.commits) == 1  # another member owns what was lost
+
+
+def test_batches_in_flight_of_a_revoked_partition_have_time_to_finish(source):
+    """The publishing thread sees that they are waited for."""
+    source.consumer.script = [messages(0, 5, 6)]
+    source.poll(2, 1.0)
+    seen = []
+
+    def keep_moving():
+        seen.append(source.membership.draining)
+        source.stats.ledger.add(("t", 0), published=2)
+        source.membership.commits.acknowledge({("t", 0): 7})
+        return True
+
+    source.membership.while_draining = keep_moving
+    revoke(source.consumer, 0)
+    assert seen == [True]
+    assert not source.membership.draining
+    assert source.consumer.commits == [[("t", 0, 7)]]
+    assert source.stats.ledger.revoked == 0
+
+
+def test_a_commit_that_fails_while_a_partition_is_revoked_is_not_sent_again_at_once(source, monkeypatch):
+    source.consumer.script = [messages(0, 5, 6)]
+    source.poll(2, 1.0)
+    source.membership.commits.acknowledge({("t", 0): 6})
+    tried = []
+
+    def commit(offsets, asynchronous):
+        tried.append(asynchronous)
+        raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+
+    monkeypatch.setattr(source.consumer, "commit", commit)
+    source.membership._drain_seconds = 0.35
+    revoke(source.consumer, 0)
+    assert 2 <= len(tried) <= 6  # ten times a second at most, and once at the end
+    assert not any(tried)
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_what_is_in_flight_of_a_topic_that_was_created_again_is_published_before_its_beginning_is_committed(
+    source, caplog, in_time
+):
+    """Else the old topic's offset would be committed in the new one. What is not published in time is off the books."""
+    source.consumer.logs = {0: (0, 9), 1: (0, 9)}
+    source.consumer.script = [messages(0, 5, 6)]
+    old = source.poll(2, 1.0)
+
+    def keep_moving():
+        source.stats.ledger.add(("t", 0), published=2 * in_time)
+        source.membership.commits.acknowledge(next_offsets(old, source.membership.owned(old)) if in_time else {})
+        return in_time
+
+    source.membership.while_draining = keep_moving
+    source._topic_ids.new = ["t"]
+    source.consumer.script = [messages(0, 0)]
+    new = source.poll(1, 1.0)
+    assert source.consumer.commits == [[("t", 0, 0), ("t", 1, 0)]]
+    assert not source.membership.owned(old).any()
+    assert source.membership.owned(new).all()
+    assert source.stats.ledger.revoked == (0 if in_time else 2)
+    assert ("2 alerts of the old t[0] were not published in time" in caplog.text) == (not in_time)
+
+
+def test_a_topic_that_was_created_again_may_have_fewer_partitions(source, caplog):
+    """The commit of their beginning fails, and the consumer goes on. Planted: another commit that fails so ends it."""
+    gone = KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)
+    source.consumer.commit_errors = [gone]
+    source.consumer.logs = {0: (0, 9)}
+    source._topic_ids.new = ["t"]
+    source.consumer.script = [messages(0, 0)]
+    assert source.poll(1, 1.0) is not None
+    assert "the beginning of the new t is not committed" in caplog.text
+    source.membership.commits.acknowledge({("t", 0): 1})
+    source.consumer.commit_errors = [gone]
+    with pytest.raises(EdgekitError, match="offsets cannot be committed"):
+        wait_for(lambda: source.poll(1, 0.0))
 
 
 LOADING = KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
 
 
 @pytest.mark.parametrize("error", [LOADING, KafkaError(KafkaError._TRANSPORT)], ids=["loading", "transport"])
-def test_a_commit_waits_for_a_coordinator_that_loads(source, monkeypatch, error):
+def test_a_commit_waits_for_a_coordinator_that_loads(source, error):
     """As a broker that has just been started again does. Before, the consumer ended."""
-    monkeypatch.setattr(module, "COMMIT_RETRY", 0.001)
     source.consumer.commit_errors = [error, error]
-    source.membership.commit({("t", 0): 7})
+    source.membership.commits.acknowledge({("t", 0): 7})
+    wait_for(lambda: source.poll(1, 0.0) or source.consumer.commits)
+    assert source.consumer.commit_errors == []
     assert source.consumer.commits == [[("t", 0, 7)]]
-
-
-def test_a_commit_is_not_tried_for_ever(source, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    source.consumer.commit_errors = [LOADING] * 1000
-    with pytest.raises(EdgekitError, match="offsets cannot be committed: Broker: Coordinator load in progress"):
-        source.membership.commit({("t", 0): 7})
-    assert 60.0 <= now[0] < 62.0  # publish.seconds
-    source.consumer.commit_errors = [KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED)]
-    with pytest.raises(EdgekitError, match="offsets cannot be committed"):  # the twin: no wait cures this
-        source.membership.commit({("t", 0): 7})
-    assert now[0] < 62.0
-    source.consumer.commit_errors = [LOADING]
-    source.membership.cancelled = lambda: True
-    with pytest.raises(CancelledError):
-        source.membership.commit({("t", 0): 7})
 
 
 def test_who_was_suspended_waits_until_heartbeats_were_answered(source, monkeypatch):

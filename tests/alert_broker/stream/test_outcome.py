@@ -11,7 +11,7 @@ from alert_broker.stream.dead_letters import REASON, DeadLetter
 from alert_broker.stream.in_flight import InFlight
 from alert_broker.stream.message_batch import MessageBatch
 from alert_broker.stream.outcome import Outcome, ResultWriter
-from alert_broker.stream.publish import Outgoing
+from alert_broker.stream.sender import Outgoing
 from alert_broker.stream.stats import Stats
 from edgekit.errors import EdgekitError
 from tests.alert_broker.stream.hostile import FakeMessage, Hostile

@@ -210,6 +210,17 @@ def test_a_hostile_picture_is_one_line_and_starts_nothing(content, pictures, mon
     assert "\n" not in str(caught.value)
 
 
+def test_a_small_file_with_many_pixels_needs_a_limit_that_the_user_raises(pictures, monkeypatch):
+    """Its pixels take more than 256 MiB while they are decoded and converted."""
+    folder, manifest = pictures
+    path = folder / "test" / "red" / "x.png"
+    path.write_bytes(png_of(7_000, 5_000, (b"IDAT", zlib.compress(bytes(5_000 * 21_001)))))
+    with pytest.raises(EdgekitError, match=r"x\.png: .* bytes declare 280,000,000 bytes in memory.*--read-limit"):
+        load(folder, manifest)
+    monkeypatch.setenv("EDGEKIT_READ_LIMIT", "1GB")
+    load(folder, manifest)
+
+
 def test_without_the_list_of_decoders_ghostscript_would_be_asked(tmp_path, monkeypatch):
     """The twin: Pillow looks at the content, not at the name."""
     from PIL import EpsImagePlugin
@@ -229,6 +240,7 @@ SAMPLES = struct.pack("<4sIH", b"II*\0", 8, 6) + b"".join(  # a TIFF of 99 sampl
 @pytest.mark.parametrize("planted", [False, True], ids=["as it is", "planted"])
 def test_pillow_prints_nothing_of_its_own_about_an_image(planted, pictures, monkeypatch, caplog, recwarn):
     folder, manifest = pictures
+    monkeypatch.setenv("EDGEKIT_READ_LIMIT", "1GB")
     if planted:
         monkeypatch.setattr(sources, "_quiet", contextlib.nullcontext)
     for content in (SAMPLES, png_of(9600, 9600, (b"IDAT", b""))):

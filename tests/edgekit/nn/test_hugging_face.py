@@ -209,6 +209,8 @@ ODD = {
     "a huge image": {"image_size": 1 << 30},
     "a huge layer": {"hidden_size": 1 << 40},
     "a huge number": {"intermediate_size": 10**30},
+    "no number": {"layer_norm_eps": float("nan")},
+    "an infinite number": {"layer_norm_eps": float("inf")},
 }
 
 
@@ -221,7 +223,12 @@ def test_an_odd_value_is_one_line(changes, vit, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"num_hidden_layers": 10**6}, "more than 2,000 modules"), ({"intermediate_size": 1 << 29}, "which take")],
+    [
+        ({"num_hidden_layers": 1000}, "more than 2,000 modules"),
+        ({"num_hidden_layers": 1001}, "num_hidden_layers = 1001; edgekit builds networks of up to 1,000 layers"),
+        ({"num_hidden_layers": (1 << 63) - 1}, "up to 1,000 layers"),
+        ({"intermediate_size": 1 << 29}, "which take"),
+    ],
 )
 def test_a_network_that_is_too_large_is_refused_before_it_is_built(changes, words, vit, tmp_path, monkeypatch):
     from edgekit.nn import hugging_face

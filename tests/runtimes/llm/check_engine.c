@@ -9,14 +9,15 @@ static void fill(float *values, int number, float by)
 }
 int main(void)
 {
-    enum { LAYERS = 2, WIDTH = 96, KV = 2, HEADS = KV * QUERIES, HIDDEN = 64, WORDS = 37, LONG = 45, STEPS = 6 };
+    enum { LAYERS = 2, WIDTH = 96, KV = 2, HEADS = KV * QUERIES, HIDDEN = 64, WORDS = 37, LONG = 66, STEPS = 6 };
     enum { QUERY = HEADS * HEAD_SIZE, KEY = KV * HEAD_SIZE, ROPE = HEAD_SIZE / 2 * 2 };
     const int shapes[][2] = {{QUERY, WIDTH}, {KEY, WIDTH}, {KEY, WIDTH}, {WIDTH, QUERY}, {HIDDEN, WIDTH}, {HIDDEN, WIDTH},
                              {WIDTH, HIDDEN}};
     const int vectors[] = {WIDTH, WIDTH, QUERY, KEY, KEY, HEAD_SIZE, HEAD_SIZE};
     static float values[(QUERY + WIDTH + HIDDEN) * (QUERY + WIDTH)], angles[2][(LONG + 1) * ROPE / 2];
-    for (int cache = CACHE_F16; cache <= CACHE_INT8; cache++) {
-        Shape shape = {LAYERS, WIDTH, HEADS, KV, HIDDEN, WORDS, ROPE, cache, 1e-5f, cache, 8, LONG + 1, 8 * BLOCK, 3, 0};
+    for (int cache = CACHE_F16; cache <= CACHE_INT4; cache++) {
+        const int length = 8 * block_tokens(cache);
+        Shape shape = {LAYERS, WIDTH, HEADS, KV, HIDDEN, WORDS, ROPE, cache == 1, 1e-5f, cache, 8, LONG + 1, length, 3, 0};
         shape.weight_bytes = engine_matrix_bytes(F32, WORDS, WIDTH);
         for (int i = 0; i < 7; i++)
             shape.weight_bytes += LAYERS * engine_matrix_bytes(F32, shapes[i][0], shapes[i][1]);
@@ -40,20 +41,24 @@ int main(void)
         /* one matrix more than was announced has no room */
         if (!good || engine_matrix(engine, 0, 0, F32, QUERY, WIDTH, (uint8_t *)values, 4 * WIDTH))
             return 2;
-        const int32_t first[] = {5, 0, 7}, second[] = {1, 6, 2, 4};
+        const int32_t first[] = {5, 0, 7, 3, 2}, second[] = {1, 6};
+        uint8_t *memory[2][2]; /* tails of two blocks of two sequences */
+        for (int i = 0; i < 4; i++)
+            memory[i / 2][i % 2] = calloc(1, engine_tail_bytes(engine));
         for (int step = 0, done = 0; step < STEPS; step++) {
             const int32_t *tables[LONG + 1];
             int32_t ids[LONG + 1], index[LONG + 1], rows = 0, chunk = step < 3 ? LONG / 3 : 1;
-            uint8_t follows[LONG + 1];
+            uint8_t follows[LONG + 1], *const *tails[LONG + 1];
             float logits[2 * 48];
             for (int i = 0; i < chunk; i++, rows++, done++) {
                 ids[rows] = done % WORDS, index[rows] = done, tables[rows] = first, follows[rows] = i > 0;
+                tails[rows] = memory[0];
             }
-            ids[rows] = step, index[rows] = step, tables[rows] = second, follows[rows] = 0;
+            ids[rows] = step, index[rows] = step, tables[rows] = second, follows[rows] = 0, tails[rows] = memory[1];
             rows++;
             fill(angles[0], rows * ROPE / 2, 1);
             fill(angles[1], rows * ROPE / 2, 1);
-            Batch batch = {rows, ids, NULL, angles[0], angles[1], index, tables, follows};
+            Batch batch = {rows, ids, NULL, angles[0], angles[1], index, tables, tails, follows};
             engine_layers(engine, &batch, 0, 1);
             engine_layers(engine, &batch, 1, LAYERS);
             const int32_t wanted[] = {rows - 2, rows - 1};
@@ -61,6 +66,8 @@ int main(void)
             for (size_t i = 0; i < sizeof logits; i++)
                 hash = (hash ^ ((uint8_t *)logits)[i]) * 16777619u;
         }
+        for (int i = 0; i < 4; i++)
+            free(memory[i / 2][i % 2]);
         uint8_t *content = malloc(engine_block_bytes(engine));
         engine_copy_block(engine, 7, 3);
         engine_move_block(engine, 3, content, 1);

@@ -47,21 +47,30 @@ int main(void)
         mix(values, sizeof(float) * INPUTS);
         release(matrix.tiles, 3 * tile_bytes(format, INPUTS));
     }
-    for (int cache = CACHE_F16; cache <= CACHE_INT8; cache++) {
-        uint8_t *pool = allocate(BLOCKS * block_bytes(cache));
+    for (int cache = CACHE_F16; cache <= CACHE_INT4; cache++) {
+        enum { LONG = 40, LONGER = 2 * GROUP_TOKENS + LONG };
+        const int length = cache == CACHE_INT4 ? LONGER : LONG;
+        uint8_t *pool = allocate(BLOCKS * block_bytes(cache)), *tail = allocate(TAIL_BYTES);
         float key[HEAD_SIZE], value[HEAD_SIZE], query[MOST_QUERIES * HEAD_SIZE], output[MOST_QUERIES * HEAD_SIZE];
         const int32_t table[BLOCKS] = {2, 0, 1};
-        for (int t = 0; t < 40; t++) {
+        for (int t = 0; t < length; t++) {
             for (int i = 0; i < HEAD_SIZE; i++) {
                 key[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
                 value[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
             }
-            put(cache, pool + table[t / BLOCK] * block_bytes(cache), t % BLOCK, key, value);
+            const int slot = t % block_tokens(cache);
+            uint8_t *block = pool + table[t / block_tokens(cache)] * block_bytes(cache);
+            if (cache != CACHE_INT4)
+                put(cache, block, slot, key, value);
+            else
+                put_halves(tail + slot / BLOCK * HALVES_BYTES, slot % BLOCK, key, value);
+            if (cache == CACHE_INT4 && slot == GROUP_TOKENS - 1)
+                put_int4(block, tail);
         }
         for (int i = 0; i < MOST_QUERIES * HEAD_SIZE; i++)
             query[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
-        Attention work = {.pool = pool, .table = table, .length = 40, .stride = 64};
-        work.scores = malloc(sizeof(float) * MOST_QUERIES * 64);
+        Attention work = {.pool = pool, .tail = tail, .table = table, .length = length, .stride = LONGER + BLOCK};
+        work.scores = malloc(sizeof(float) * MOST_QUERIES * work.stride);
         for (int i = 0; i < MOST_QUERIES; i++) {
             work.queries[i] = query + i * HEAD_SIZE;
             work.outputs[i] = output + i * HEAD_SIZE;
@@ -70,6 +79,7 @@ int main(void)
         attend(cache, &work, tokens);
         mix(output, sizeof(float) * tokens * QUERIES * HEAD_SIZE);
         free(work.scores);
+        release(tail, TAIL_BYTES);
         release(pool, BLOCKS * block_bytes(cache));
     }
     end_activations(&of, STEPS);

@@ -25,7 +25,7 @@ def step_on(engine):
 @pytest.mark.machines
 @compiler
 @pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16"])
-@pytest.mark.parametrize("kv", ["f16", "int8"])
+@pytest.mark.parametrize("kv", ["f16", "int8", "int4"])
 def test_plain_c_and_avx2_give_the_same_bits_as_this_machine(toy, form, kv):
     model = toy("qwen3", form)
     expected, own = step_on(NativeEngine(model, blocks=8, kv=kv))

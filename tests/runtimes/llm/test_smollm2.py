@@ -57,7 +57,7 @@ def log_probabilities(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize(("kv", "most"), [("f16", 0.006), ("int8", 0.008)])
+@pytest.mark.parametrize(("kv", "most"), [("f16", 0.006), ("int8", 0.008), ("int4", 0.03)])
 def test_8_bit_activations_move_it_little_from_float32(model, path, kv, most):
     ids = model.tokenizer.encode(TEXT * 3)
     with load(path, engine="torch", context=512) as reference:
@@ -69,7 +69,7 @@ def test_8_bit_activations_move_it_little_from_float32(model, path, kv, most):
     assert (expected.argmax(-1) == logits.argmax(-1)).mean() > 0.95
 
 
-@pytest.mark.parametrize("kv", ["f16", "int8"])
+@pytest.mark.parametrize("kv", ["f16", "int8", "int4"])
 def test_its_logits_are_the_same_bits_in_chunks_and_with_other_threads(model, kv):
     from edgekit.importers.gguf import read_gguf
     from runtimes.llm.architecture import from_gguf
