@@ -304,7 +304,7 @@ def load_kernels(notify: Callable[[str], None]) -> None:
     timer = Timer(
         NOTE_AFTER_SECONDS,
         notify,
-        ["compiling the light-curve kernels; this happens once on this machine and takes some seconds"],
+        ["loading the light-curve kernels; the first run on a machine compiles them, which takes some seconds"],
     )
     timer.start()
     child = None

@@ -28,6 +28,11 @@ CONTRACTS = (
     "edgekit.exporter.Exporter",
     "edgekit.session.Session",
 )
+LANGUAGE_MODELS = {
+    "edgekit.llm.load": "runtimes.llm.model.load",
+    "LanguageModel": "runtimes.llm.model.LanguageModel",
+    "runtimes.llm.sampling.Sampling": "runtimes.llm.sampling.Sampling",
+}  # each heading, and the object below it
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")  # they change the colours of a terminal and move its cursor
 WIDTH = 80  # characters of a line of help
 # The attribute of each tag whose address a browser fetches for a page. A link that a person may click is not in it.
@@ -123,8 +128,8 @@ def targets_page() -> str:
 
 
 def api_page() -> str:
-    """Return the page with the docstring of every name in `edgekit.__all__`, functions first, and the contracts
-    that a plug-in keeps."""
+    """Return the page with the docstring of every name in `edgekit.__all__`, functions first, of the names for language
+    models, and the contracts that a plug-in keeps."""
     import edgekit
 
     public = {name: getattr(edgekit, name) for name in edgekit.__all__ if not name.startswith("__")}
@@ -137,6 +142,9 @@ def api_page() -> str:
     ]
     for name in order:
         parts += _entry(f"{public[name].__module__}.{public[name].__qualname__}", f"edgekit.{name}")
+    parts += ["", "## Language models", "", "These names need the extra `llm`.", ""]
+    for heading, path in LANGUAGE_MODELS.items():
+        parts += _entry(path, heading)
     parts += ["", "## Contracts for plug-ins", "", "The following types are what a plug-in provides or receives.", ""]
     for path in CONTRACTS:
         parts += _entry(path, path)

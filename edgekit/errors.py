@@ -11,9 +11,11 @@ class EdgekitError(Exception):
 
 
 def unknown(category: str, name: object, allowed: Iterable[object], *, where: str = "") -> EdgekitError:
-    """Return the error for a name outside a closed set; it suggests the nearest allowed name, if one is near."""
+    """Return the error for a name outside a closed set; it suggests the nearest allowed name, if one is near or
+    contains it."""
     names = [str(item) for item in allowed]
-    near = difflib.get_close_matches(str(name), names, n=1)
+    contains = [item for item in names if str(name) and str(name) in item]
+    near = difflib.get_close_matches(str(name), names, n=1) or contains
     hint = f"; did you mean {near[0]!r}?" if near else ""
     suffix = f" in {where}" if where else ""
     return EdgekitError(f"unknown {category} {str(name)!r}{suffix}; expected one of: {', '.join(names)}{hint}")

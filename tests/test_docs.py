@@ -184,6 +184,22 @@ def test_the_pass_of_the_documentation_works(tiny_bundle, tiny_data):
         assert np.allclose(value % 0.25, 0) if name in changed else np.array_equal(value, before[name])
 
 
+def written_twice(text: str) -> list[str]:
+    """Return the outputs that more than one example of a document writes: a reader who follows it would have to add
+    --force."""
+    names = re.findall(r"(?:-o |save\(\"|export\(bundle, \")([\w.-]+)", text)
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def test_no_two_examples_of_the_readme_write_the_same_output():
+    assert written_twice((ROOT / "README.md").read_text()) == []
+
+
+def test_an_output_that_is_written_twice_is_found():
+    text = 'edgekit compress a -o small.edge\nedgekit pack a -o a.pack\nresult.save("small.edge")'
+    assert written_twice(text) == ["small.edge"]
+
+
 @pytest.mark.examples
 def test_the_python_example_of_the_readme(tmp_path):
     text = (ROOT / "README.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
@@ -193,7 +209,7 @@ def test_the_python_example_of_the_readme(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = re.match(r"(\d+) bytes before, (\d+) after", done.stdout).groups()
     assert int(after) < 0.5 * int(before)
-    assert (tmp_path / "small-onnx" / "model.onnx").is_file()
+    assert (tmp_path / "linear-onnx" / "model.onnx").is_file()
 
 
 def test_examples_of_docstrings_are_shown_as_code():
@@ -211,6 +227,15 @@ def test_the_page_of_the_api_has_every_public_name(build):
 
     headings = re.findall(r"heading: edgekit\.([a-zA-Z_]+),", build.api_page())
     assert sorted(headings) == sorted(set(edgekit.__all__) - {"__version__"})
+
+
+def test_the_page_of_the_api_has_the_language_models(build):
+    import edgekit
+
+    listed = dict(re.findall(r"::: (\S+)\n    options: \{heading_level: 3, heading: (\S+),", build.api_page()))
+    assert listed["runtimes.llm.model.load"] == "edgekit.llm.load"
+    assert pkgutil.resolve_name("runtimes.llm.model.load") is edgekit.llm.load
+    assert {path.rpartition(".")[2] for path in listed} >= {"LanguageModel", "Sampling"}
 
 
 def test_the_target_of_the_documentation_is_valid(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from alert_broker.commands.common import alert_packages, key_values, stopping
 from edgekit.cli.console import print_json, print_table
 from edgekit.errors import EdgekitError
 
+SECONDS = 30.0  # to wait for a broker; a consumer waits as long as it takes
 EXAMPLES = """\b
 Example:
   edgekit alerts check --config broker.toml
@@ -27,7 +29,7 @@ def check(path: Path, kafka: tuple[str, ...], as_json: bool) -> None:
     It connects, authenticates, and looks for the topics and for the rights to read, to write and to commit. It reads no
     alert, writes none and commits nothing. If the consumer publishes exactly once, it also starts a producer with the
     consumer's transactional id; a consumer that runs at the same time then makes itself a new producer. The exit status
-    is 1 if something is missing.
+    is 1 if something is missing, or if the broker has not answered within 30 seconds.
     """
     with alert_packages():
         from alert_broker.stream import config as configuration
@@ -40,7 +42,13 @@ def check(path: Path, kafka: tuple[str, ...], as_json: bool) -> None:
     settings = config.kafka_settings()
     logs.configure(as_json=as_json, config=settings)
     with stopping() as stop, client_errors():
-        client = reach(settings, stop)
+        end = time.monotonic() + SECONDS
+        client = reach(settings, lambda: stop() or time.monotonic() > end)
+        if client is None and not stop():
+            raise EdgekitError(
+                f"the broker {settings['bootstrap.servers']!r} has not answered within {SECONDS:g} s; check "
+                "bootstrap.servers in [kafka], and that the broker runs"
+            )
         if client is None:
             raise EdgekitError("the check was stopped before the broker answered")
         server = Finding(f"broker {settings['bootstrap.servers']!r}", "connect, authenticate")

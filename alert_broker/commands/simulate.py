@@ -94,8 +94,8 @@ def simulate(
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
     output.print(
-        f"{target}: {count:,} simulated {survey} alerts in {len(files):,} files, {size / MEGABYTE:,.1f} MB; "
-        "true classes in truth.parquet"
+        f"{target}: {count:,} simulated {survey} alerts in {len(files):,} {'file' if len(files) == 1 else 'files'}, "
+        f"{size / MEGABYTE:,.1f} MB; true classes in truth.parquet"
     )
 
 

@@ -52,7 +52,7 @@ def specs(model: ModelProto, source: str) -> tuple[tuple[TensorSpec, ...], tuple
         if not spec.shape or isinstance(spec.shape[0], int):
             raise EdgekitError(
                 f"{source}: input {spec.name!r} has shape {spec.shape_text}; the first axis must be a batch of any "
-                "length: export it with a dynamic batch axis"
+                "length: export it with a dynamic batch axis, and make an input without one part of the network"
             )
     return inputs, outputs
 

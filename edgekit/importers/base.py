@@ -23,6 +23,11 @@ def unsafe(path: Path) -> EdgekitError:
             f"{path}: a {path.suffix} file is a pickle, which runs its author's code when it is read; save the weights "
             "as safetensors (safetensors.torch.save_model) or the model as .onnx or .pt2 (torch.export.save)"
         )
+    if path.suffix == ".safetensors":
+        return EdgekitError(
+            f"{path}: a .safetensors file holds weights and no network; name the function that builds the network: "
+            f"edgekit import package.module:function --weights {path}"
+        )
     return EdgekitError(
         f"{path}: not a model that edgekit reads; expected .onnx, .pt2, a bundle or package.module:function"
     )

@@ -56,7 +56,10 @@ def find(name: str | Path) -> Path:
     if path.suffix == ".gguf" or path.is_file():
         return path
     if str(name) not in MODELS:
-        raise unknown("language model", name, MODELS, where="the list of models (and there is no such file)")
+        raise EdgekitError(
+            f"{str(name)!r} is no file and no language model that edgekit can install; "
+            f"expected a .gguf file or one of: {', '.join(MODELS)}"
+        )
     installed = folder() / f"{name}.gguf"
     if not installed.is_file():
         raise EdgekitError(f"the model {str(name)!r} is not installed; run: edgekit models get {name}")

@@ -1,5 +1,7 @@
 """Errors name the thing, the value, what is allowed and the next step."""
 
+import pytest
+
 from edgekit.errors import EdgekitError, missing_extra, unknown
 
 
@@ -9,6 +11,12 @@ def test_unknown_names_what_is_allowed_and_the_nearest():
     assert str(error) == (
         "unknown pass 'clustr' in recipe.toml; expected one of: cluster, quantize; did you mean 'cluster'?"
     )
+
+
+@pytest.mark.parametrize(("name", "hint"), [("p40", "; did you mean 'tesla-p40'?"), ("p50", ""), ("", "")])
+def test_unknown_suggests_a_name_that_contains_the_text(name, hint):
+    said = str(unknown("target", name, ["h200", "tesla-p40"]))
+    assert said == f"unknown target {name!r}; expected one of: h200, tesla-p40{hint}"
 
 
 def test_unknown_without_anything_near():

@@ -6,13 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 
 
-@pytest.mark.parametrize(("survey", "per_file", "files"), [("ztf", 5, 3), ("lsst", 1, 12)])
+@pytest.mark.parametrize(("survey", "per_file", "files"), [("ztf", 5, 3), ("ztf", 12, 1), ("lsst", 1, 12)])
 def test_simulated_packets_can_be_classified(edgekit, model, tmp_path, survey, per_file, files):
     folder = tmp_path / "sky" / survey
     arguments = ["alerts", "simulate", "-o", folder, "--survey", survey, "--count", 12, "--no-cutouts"]
     done = edgekit(*arguments, "--per-file", per_file)
     assert done.status == 0, done.err
-    assert f"12 simulated {survey} alerts in {files} files" in done.out
+    assert f"12 simulated {survey} alerts in {files} {'file' if files == 1 else 'files'}, " in done.out
     assert len(list(folder.iterdir())) == files + 1
     done = edgekit("alerts", "classify", folder, "-o", tmp_path / "out.parquet", "--model", model, "--json")
     assert json.loads(done.out)["classified"] == 12

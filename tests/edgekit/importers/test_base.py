@@ -56,6 +56,10 @@ def test_a_pickle_is_named_with_what_to_do_instead(suffix):
     assert "safetensors" in said
 
 
+def test_weights_alone_are_told_from_a_model():
+    assert str(unsafe(Path("a/w.safetensors"))).endswith("import package.module:function --weights a/w.safetensors")
+
+
 @pytest.mark.parametrize("name", ["model.h5", "model", "model.PT2"])
 def test_another_file_is_no_pickle(name):
     said = str(unsafe(Path(name)))
