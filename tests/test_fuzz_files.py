@@ -26,13 +26,13 @@ FILES = {
     "recipe": 80,
     "target": 60,
     "image": 300,
-    "onnx": 50,
-    "hugging-face": 15,
+    "onnx": 30,
+    "hugging-face": 10,
     "pt2": 12,
     "message": 3,
     "registry": 120,
     "broker": 150,
-    "gguf": 120,
+    "gguf": 40,
 }
 NEEDED = {"onnx": "onnxruntime", "hugging-face": "transformers", "pt2": "torch", "image": "PIL", "recipe": "torch"}
 NEEDED["gguf"] = "tokenizers"

@@ -314,7 +314,7 @@ def test_an_alert_whose_results_no_output_takes_is_one_dead_letter(rig, packets,
 def test_the_report_says_why_it_failed_and_what_was_given_back(rig, packets):
     rig.send([*packets[:4], *[BROKEN] * 30])
     status, report, log = rig.start(
-        batch={"seconds": 2.0}, dead_letters={"topic": rig.dead, "max_consecutive": 5}
+        batch={"seconds": 1.0}, dead_letters={"topic": rig.dead, "max_consecutive": 5}
     ).wait()  # one batch has all of them
     assert status == 1, log
     assert "5 alerts in a row are dead letters" in report["failed"]
