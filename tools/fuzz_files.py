@@ -114,16 +114,17 @@ def fuzz(
     progress: bool = False,
 ) -> Tally:
     """Give damaged files to a reader until it has read so many, or for so long. file_seconds: the limit of one file;
-    corpus: where libFuzzer's inputs stay; replay: stored inputs to read instead."""
+    corpus: where libFuzzer's inputs stay; replay: stored inputs to read first, or, without `files`, alone."""
     tally, started, stop = Tally(name, guided), time.monotonic(), stop or Stop()
-    files = len(replay) if replay is not None else files
+    if replay is not None:
+        files = len(replay) + (files or 0)
     options: dict[str, Any] = {
         "module": module,
         "name": name,
         "seed": seed,
         "last": 10**12 if files is None else files,
         "file_seconds": file_seconds,
-        "way": "replay" if replay is not None else "guided" if guided else "random",
+        "way": "guided" if guided else "random",
         "replay": [str(path.resolve()) for path in replay or ()],
     }
     while not stop.asked.is_set() and len(tally.failures) < MOST_FAILURES:

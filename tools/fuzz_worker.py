@@ -2,7 +2,7 @@
 
 It gets its options as JSON and prints one line of JSON for each file. There are three ways to make files: `random`
 draws the changes from a seed and the number of the file; `guided` lets libFuzzer choose them by the branches that the
-reader takes (atheris); `replay` reads stored files again. The same checks follow in each.
+reader takes (atheris); and stored files are read again. The same checks follow in each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -238,7 +239,7 @@ def work(options: dict[str, Any]) -> None:
     change = getattr(reader, "change", None) or changed
     if guided:
         _guide(report, change, seeds, options)
-    for files in _replayed(options) if options["way"] == "replay" else _drawn(change, seeds, options):
+    for files in itertools.chain(_replayed(options), _drawn(change, seeds, options)):
         report(files)
 
 
@@ -253,8 +254,8 @@ def memory_of(name: str) -> int:
 
 def _drawn(change: Callable[..., Files], seeds: list[Files], options: dict[str, Any]) -> Iterator[Files]:
     """Yield changed files, always the same ones for the same seed and number."""
-    started = time.monotonic()
-    for number in range(options["first"], options["last"]):
+    started, replayed = time.monotonic(), len(options["replay"])
+    for number in range(max(0, options["first"] - replayed), options["last"] - replayed):
         if time.monotonic() - started > options["seconds"]:
             return
         rng = random.Random(f"{options['seed']} {number}")

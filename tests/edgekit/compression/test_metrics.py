@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss
 
 from edgekit.compression import metrics
 from edgekit.compression.metrics import ClassAveragedLogLoss, ErrorRate, class_means, measure, measure_change, metric
@@ -34,6 +33,8 @@ def naive(probabilities, labels):
 
 
 def test_log_loss_agrees_with_a_loop_and_with_scikit_learn():
+    from sklearn.metrics import log_loss
+
     probabilities, labels = problem()
     expected = naive(probabilities, labels)
     assert LOSS.value(probabilities, labels) == pytest.approx(expected, rel=1e-6)

@@ -256,6 +256,7 @@ main()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+@pytest.mark.faults
 def test_a_killed_search_loses_at_most_its_trial(tiny_file, data_file, tmp_path, record_property):
     """The test kills the real command twice at random moments of the search; the third run finishes."""
     trials, seed = 4, int.from_bytes(os.urandom(4), "little")
