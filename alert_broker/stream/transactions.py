@@ -37,6 +37,7 @@ LOG = logging.getLogger("edgekit.stream")
 ATTEMPTS = 5  # at a transaction that the broker asks to have aborted
 # a limit, because two members with one transactional id would fence each other off for ever
 RENEWALS, RENEWAL_SECONDS = 3, 600.0
+RETRY_SECONDS = 0.05  # before a call is repeated
 CALL_SECONDS = 30.0  # time limit of a call that has no limit of its own
 
 
@@ -62,6 +63,7 @@ class ExactlyOnce:
         }
         self._renewals: deque[float] = deque(maxlen=RENEWALS)  # monotonic seconds
         self._window: list[Publication] = []
+        self._closing = False  # whether a window is being published
         self._window_seconds, self._most = config.publish.commit_seconds, config.publish.uncommitted
         self._opened = self._took = 0.0  # when the window was opened; seconds that the last transaction took
         try:
@@ -71,7 +73,7 @@ class ExactlyOnce:
 
     @property
     def busy(self) -> bool:
-        return bool(self._window)
+        return bool(self._window) or self._closing
 
     def make_room(self) -> None:
         self.serve()
@@ -97,8 +99,16 @@ class ExactlyOnce:
 
     def _close_window(self) -> None:
         """Publish the window, as far as its alerts are still ours."""
+        self._closing = True
         window, self._window = self._window, []
         started = time.monotonic()
+        try:
+            self._publish_window(window)
+        finally:
+            self._closing = False
+        self._took = time.monotonic() - started
+
+    def _publish_window(self, window: Sequence[Publication]) -> None:
         with self._membership.publishing:
             owned = [self._membership.owned(publication.batch) for publication in window]
             offsets: dict[Partition, int] = {}
@@ -115,7 +125,6 @@ class ExactlyOnce:
             for publication, mine in zip(window, owned, strict=True):
                 if mine.any():
                     publication.account(mine)
-        self._took = time.monotonic() - started
 
     def _publish(self, window: Sequence[Publication], offsets: Mapping[Partition, int]) -> None:
         for attempt in range(1, ATTEMPTS + 1):
@@ -220,6 +229,7 @@ class ExactlyOnce:
                     raise EdgekitError(
                         f"transactions do not work with this broker: {error.str()}; nothing unfinished is visible"
                     ) from None
+                time.sleep(RETRY_SECONDS)
 
 
 class AbortedError(Exception):
