@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ TINY = {"bands": 2, "classes": 3, "sequence": 12, "embed_dim": 16, "heads": 4, "
 
 
 def pytest_configure():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a job that a script runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else the programs that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; two threads only get into each other's way
     # The same examples in every run; what a random run finds is kept as an @example. No deadline: machines are shared.
     hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
