@@ -25,15 +25,6 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
     return next(filter(None, names), platform.processor() or platform.machine())
 
 
-def available_memory(info: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes that programs can still take without swapping; None if the system does not report it."""
-    try:
-        line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration, IndexError, ValueError):
-        return None
-
-
 def int8_products(info: Path = Path("/proc/cpuinfo")) -> str:
     """Return how the CPU multiplies int8: 'vnni' if it adds four products in 32 bits; 'saturating' if it adds two in 16
     bits, as older x86 does, which overflows with weights of 8 bits; 'unknown' if the system does not report it."""

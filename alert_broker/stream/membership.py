@@ -109,9 +109,8 @@ class Membership:
                     LOG.error("%d alerts of the old %s[%d] were not published in time and are lost", number, *where)
             try:
                 self.commits.commit_now(dict.fromkeys(ours, 0))
-            except (
-                EdgekitError
-            ) as error:  # the new topic may have fewer partitions; any other cause ends the next commit
+            except EdgekitError as error:
+                # the new topic may have fewer partitions; any other cause ends the next commit
                 LOG.warning("the beginning of the new %s is not committed: %s", topic, error)
 
     def leave(self) -> None:

@@ -23,7 +23,7 @@ from edgekit import cache
 from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.gguf import Tensor
 from edgekit.importers.gguf_formats import encode_q8_0
-from edgekit.machine import available_memory
+from edgekit.machine import memory_bytes
 from exporters.c.library import Compiler, is_complete, keep_library
 from runtimes.llm.architecture import Architecture, Model
 from runtimes.llm.blocks import BLOCK
@@ -284,8 +284,8 @@ def _block_bytes(of: Architecture, kv: str) -> int:
 
 
 def _check_memory(needed: int, weights: int, blocks: int) -> None:
-    free = available_memory()
-    if free is not None and needed > free:
+    _, free = memory_bytes()
+    if free and needed > free:
         raise EdgekitError(
             f"{needed:,} bytes are needed, {weights:,} for weights and {needed - weights:,} for a cache of "
             f"{blocks * BLOCK:,} tokens, and {free:,} are free; take a shorter context or a smaller model"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from edgekit.cli.console import output, print_json, print_table, progress
-from runtimes.llm.commands.options import of_engine, opened
+from runtimes.llm.commands.options import EngineOptions, of_engine, opened
 
 EXAMPLE = """\b
 Examples:
@@ -24,10 +26,7 @@ def bench(
     model: str,
     contexts: str,
     rounds: int,
-    engine: str,
-    context: int | None,
-    kv: str | None,
-    threads: int | None,
+    engine: EngineOptions,
     as_json: bool,
 ) -> None:
     """Measure MODEL's speed: tokens per second of a prompt, and of answers behind different numbers of tokens."""
@@ -36,7 +35,7 @@ def bench(
     from runtimes.llm.measure import measure
 
     lengths = batch_sizes(contexts)
-    with opened(model, engine, max(lengths) + 256 if context is None else context, kv, threads) as found:
+    with opened(model, engine if engine.context else replace(engine, context=max(lengths) + 256)) as found:
         with progress() as bar:
             task = bar.add_task("  timing", total=len(lengths))
             rows = []
@@ -45,7 +44,7 @@ def bench(
                 bar.advance(task)
         if as_json:
             found_rows = [row.as_json() for row in rows]
-            print_json({"model": found.name, "machine": describe(), "engine": engine, "rows": found_rows})
+            print_json({"model": found.name, "machine": describe(), "engine": engine.name, "rows": found_rows})
             return
     print_table(
         ["context", "prompt tokens/s", "answer tokens/s", "median ms", "of the memory bound"],

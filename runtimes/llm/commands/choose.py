@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgekit.cli.console import print_json, print_table
-from runtimes.llm.commands.options import of_engine, opened
+from runtimes.llm.commands.options import EngineOptions, of_engine, opened
 
 EXAMPLE = """\b
 Example:
@@ -27,10 +27,7 @@ def choose(
     prompt: str,
     items: Path,
     best: int,
-    engine: str,
-    context: int | None,
-    kv: str | None,
-    threads: int | None,
+    engine: EngineOptions,
     as_json: bool,
 ) -> None:
     """Find the items of a catalogue that MODEL finds most probable behind PROMPT. A space goes before each item, and a
@@ -38,7 +35,7 @@ def choose(
     from edgekit.data.text import read_text
 
     names = [line.strip() for line in read_text(items).splitlines() if line.strip()]
-    with opened(model, engine, context, kv, threads) as found:
+    with opened(model, engine) as found:
         rows = found.best_items(prompt, [f" {name}\n" for name in names], most=best)
         if as_json:
             chosen = [{"item": names[index], "logprob": logprob} for index, logprob in rows]

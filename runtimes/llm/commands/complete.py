@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 from edgekit.cli.console import print_json, printable
-from runtimes.llm.commands.options import of_engine, of_sampling, opened, read_schema
+from runtimes.llm.commands.options import EngineOptions, of_engine, of_sampling, opened
 
 EXAMPLE = """\b
 Examples:
@@ -38,33 +37,15 @@ def complete(
     prompt: str,
     answers: int,
     logprobs: int | None,
-    engine: str,
-    context: int | None,
-    kv: str | None,
-    threads: int | None,
-    max_tokens: int,
-    stop: tuple[str, ...],
-    json_schema: Path | None,
-    regex: str | None,
-    drafts: int,
+    engine: EngineOptions,
+    options: dict[str, Any],
     as_json: bool,
-    **sampling: Any,
 ) -> None:
     """Write how MODEL (a .gguf file or an installed model) continues PROMPT; "-" reads it from standard input."""
-    from runtimes.llm.sampling import Sampling
-
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs needs --json, which prints them")
     text = sys.stdin.read() if prompt == "-" else prompt
-    options: dict[str, Any] = {
-        "most_tokens": max_tokens,
-        "sampling": Sampling(**sampling),
-        "stop": stop,
-        "json_schema": read_schema(json_schema),
-        "regex": regex,
-        "drafts": drafts,
-    }
-    with opened(model, engine, context, kv, threads) as found:
+    with opened(model, engine) as found:
         started = time.perf_counter()
         if answers == 1 and not as_json:
             for piece in found.complete(text, **options):
@@ -78,5 +59,5 @@ def complete(
             print_json({"model": found.name, "text": written[0].text, "answers": rows, "seconds": seconds})
             return
     for number, answer in enumerate(written, 1):
-        click.echo(f"--- answer {number}, seed {sampling['seed'] + number - 1}")
+        click.echo(f"--- answer {number}, seed {options['sampling'].seed + number - 1}")
         click.echo(printable(answer.text, keep="\n\t"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,11 +19,24 @@ from edgekit.errors import EdgekitError
 if TYPE_CHECKING:
     from runtimes.llm.model import LanguageModel
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user says of the engine; None leaves it to the engine."""
+
+    name: str
+    context: int | None
+    kv: str | None
+    threads: int | None
 
 
-def of_engine(command: Command) -> Command:
-    """Add the options of an engine."""
+def of_engine(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of an engine, which the command gets as one `engine: EngineOptions`."""
+
+    @functools.wraps(command)
+    def collected(*, engine: str, context: int | None, kv: str | None, threads: int | None, **others: Any) -> Any:
+        return command(engine=EngineOptions(engine, context, kv, threads), **others)
+
     for option in (
         click.option(
             "--threads", type=click.IntRange(1, 256), help="Of the native engine [default: one for each core]."
@@ -32,12 +47,41 @@ def of_engine(command: Command) -> Command:
         click.option("--context", type=click.IntRange(min=1), help="Tokens of the cache [default: 4096]."),
         click.option("--engine", default="native", show_default=True, help="native (C) or torch (the reference)."),
     ):
-        command = option(command)
-    return command
+        collected = option(collected)
+    return collected
 
 
-def of_sampling(command: Command) -> Command:
-    """Add the options that choose tokens."""
+def of_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of answers, which the command gets as `options`, as `LanguageModel.complete` takes them."""
+
+    @functools.wraps(command)
+    def collected(
+        *,
+        max_tokens: int,
+        stop: tuple[str, ...],
+        json_schema: Path | None,
+        regex: str | None,
+        drafts: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition: float,
+        seed: int,
+        **others: Any,
+    ) -> Any:
+        from runtimes.llm.sampling import Sampling
+
+        options = {
+            "most_tokens": max_tokens,
+            "sampling": Sampling(temperature, top_k, top_p, min_p, repetition, seed),
+            "stop": stop,
+            "json_schema": read_schema(json_schema),
+            "regex": regex,
+            "drafts": drafts,
+        }
+        return command(options=options, **others)
+
     for option in (
         click.option(
             "--drafts",
@@ -59,8 +103,8 @@ def of_sampling(command: Command) -> Command:
         click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the most probable token."),
         click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of an answer."),
     ):
-        command = option(command)
-    return command
+        collected = option(collected)
+    return collected
 
 
 def read_schema(path: Path | None) -> dict[str, Any] | None:
@@ -77,14 +121,12 @@ def read_schema(path: Path | None) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def opened(
-    model: str, engine: str, context: int | None, kv: str | None, threads: int | None
-) -> Iterator[LanguageModel]:
+def opened(model: str, engine: EngineOptions) -> Iterator[LanguageModel]:
     """Load a model for a command, and free it afterwards."""
     from runtimes.llm.model import load
 
     note(f"loading {model}")
-    given = {"kv": kv, "threads": threads}
+    given = {"kv": engine.kv, "threads": engine.threads}
     options = {name: value for name, value in given.items() if value is not None}
-    with load(model, engine=engine, context=context, **options) as found:
+    with load(model, engine=engine.name, context=engine.context, **options) as found:
         yield found

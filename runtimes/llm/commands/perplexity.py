@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgekit.cli.console import output, print_json, steps
-from runtimes.llm.commands.options import of_engine, opened
+from runtimes.llm.commands.options import EngineOptions, of_engine, opened
 
 EXAMPLE = """\b
 Example:
@@ -25,10 +25,7 @@ def perplexity(
     model: str,
     file: Path,
     window: int,
-    engine: str,
-    context: int | None,
-    kv: str | None,
-    threads: int | None,
+    engine: EngineOptions,
     as_json: bool,
 ) -> None:
     """Measure how well MODEL predicts a text FILE: the smaller the perplexity, the better. The text is cut into
@@ -36,7 +33,7 @@ def perplexity(
     from edgekit.data.text import read_text
 
     text = read_text(file)
-    with opened(model, engine, context, kv, threads) as found, steps() as show:
+    with opened(model, engine) as found, steps() as show:
         result = found.perplexity(text, window, lambda done, rows: show(f"{file}: tokens", done, rows))
         if as_json:
             print_json({"model": found.name, "perplexity": result.value, "tokens": result.tokens, "window": window})

@@ -195,6 +195,13 @@ typedef struct {
 
 #define FINE_MOST 16000.0f /* high is then at most 125 */
 
+INLINE void split_in_two(floats values, floats inverse, int8_t *high, int8_t *low)
+{
+    const integers whole = nearest(multiply(values, inverse)), above = over_128(whole);
+    store_signed_bytes(high, above);
+    store_signed_bytes(low, subtract_integers(whole, times_128(above)));
+}
+
 INLINE void refine(const float *values, Fine *to)
 {
     floats most = splat(1e-20f);
@@ -204,11 +211,8 @@ INLINE void refine(const float *values, Fine *to)
     const floats inverse = splat(FINE_MOST / largest);
     to->scale = largest / FINE_MOST;
     to->high_sum = to->low_sum = 0;
-    UNROLL for (int i = 0; i < HEAD_SIZE; i += 16) {
-        const integers whole = nearest(multiply(load(values + i), inverse)), high = over_128(whole);
-        store_signed_bytes(to->high + i, high);
-        store_signed_bytes(to->low + i, subtract_integers(whole, times_128(high)));
-    }
+    UNROLL for (int i = 0; i < HEAD_SIZE; i += 16)
+        split_in_two(load(values + i), inverse, to->high + i, to->low + i);
     for (int i = 0; i < HEAD_SIZE; i++) {
         to->high_sum += to->high[i];
         to->low_sum += to->low[i];
@@ -264,10 +268,7 @@ INLINE void attend_int8(const Attention *of, const int tokens)
             floats weight = multiply(load(of->scores + q * of->stride + b * BLOCK), scales);
             weight = first_lanes(of->length - b * BLOCK, weight, zeros()); /* scales of unused slots are arbitrary */
             const float largest = largest_of(weight);
-            const integers whole = nearest(multiply(weight, splat(largest > 0 ? FINE_MOST / largest : 0.0f)));
-            const integers above = over_128(whole);
-            store_signed_bytes(high[q], above);
-            store_signed_bytes(low[q], subtract_integers(whole, times_128(above)));
+            split_in_two(weight, splat(largest > 0 ? FINE_MOST / largest : 0.0f), high[q], low[q]);
             scale[q] = largest / FINE_MOST;
             weight_sum[q] = 0;
             for (int t = 0; t < BLOCK; t++)

@@ -101,11 +101,8 @@ INLINE Split split(const float *values, const uint16_t *scales, const uint16_t *
     const float largest = largest_of(most);
     to.scale = largest / FINE_MOST;
     to.rest = sum_of(rest);
-    UNROLL for (int i = 0; i < number / 16; i++) {
-        const integers whole = nearest(multiply(scaled[i], splat(FINE_MOST / largest))), high = over_128(whole);
-        store_signed_bytes(to.high + 16 * i, high);
-        store_signed_bytes(to.low + 16 * i, subtract_integers(whole, times_128(high)));
-    }
+    UNROLL for (int i = 0; i < number / 16; i++)
+        split_in_two(scaled[i], splat(FINE_MOST / largest), to.high + 16 * i, to.low + 16 * i);
     return to;
 }
 

@@ -187,14 +187,8 @@ static void add_bias(float *values, const float *bias, int size)
 
 static void normalise_head(float *values, const float *norm, float epsilon)
 {
-    if (!norm)
-        return;
-    floats squares = zeros();
-    for (int i = 0; i < HEAD_SIZE; i += 16)
-        squares = multiply_add(load(values + i), load(values + i), squares);
-    const floats scale = splat(1.0f / sqrtf(sum_of(squares) / (float)HEAD_SIZE + epsilon));
-    for (int i = 0; i < HEAD_SIZE; i += 16)
-        store(values + i, multiply(multiply(load(values + i), scale), load(norm + i)));
+    if (norm)
+        normalise(values, norm, epsilon, HEAD_SIZE, values);
 }
 
 static void rotate(float *values, const float *cosines, const float *sines, int size, int adjacent, float scale)

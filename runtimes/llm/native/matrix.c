@@ -128,6 +128,17 @@ static void unpack_row(const Matrix *matrix, int row, float *values)
     }
 }
 
+/* The root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467, equation 4). */
+INLINE void normalise(const float *from, const float *weights, float epsilon, int size, float *to)
+{
+    floats squares = zeros();
+    for (int i = 0; i < size; i += 16)
+        squares = multiply_add(load(from + i), load(from + i), squares);
+    const floats scale = splat(1.0f / sqrtf(sum_of(squares) / (float)size + epsilon));
+    for (int i = 0; i < size; i += 16)
+        store(to + i, multiply(multiply(load(from + i), scale), load(weights + i)));
+}
+
 /* Quantise a token's activations, after a root-mean-square norm if there are its weights. */
 static void quantise(const float *from, const float *norm, float epsilon, const Activations *to, int token)
 {
@@ -135,12 +146,7 @@ static void quantise(const float *from, const float *norm, float epsilon, const 
     float *values = to->values + (size_t)token * inputs;
     int8_t *codes = to->codes + (size_t)token * inputs;
     if (norm) {
-        floats squares = zeros();
-        for (int i = 0; i < inputs; i += 16)
-            squares = multiply_add(load(from + i), load(from + i), squares);
-        const floats scale = splat(1.0f / sqrtf(sum_of(squares) / (float)inputs + epsilon));
-        for (int i = 0; i < inputs; i += 16)
-            store(values + i, multiply(multiply(load(from + i), scale), load(norm + i)));
+        normalise(from, norm, epsilon, inputs, values);
     } else if (from != values) {
         memcpy(values, from, sizeof(float) * (size_t)inputs);
     }

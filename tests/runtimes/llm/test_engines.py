@@ -379,6 +379,6 @@ def test_options_and_models_that_the_native_engine_cannot_run_are_refused(toy, m
             run(engine)
         assert engine.blocks.free == engine.blocks.number
         assert engine.length(0) == 0
-    monkeypatch.setattr("runtimes.llm.native_engine.available_memory", lambda: 1000)
+    monkeypatch.setattr("runtimes.llm.native_engine.memory_bytes", lambda: (2000, 1000))
     with pytest.raises(EdgekitError, match=r"for weights and [\d,]+ for a cache of 8,192 tokens, and 1,000 are free"):
         NativeEngine(toy())
