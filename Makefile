@@ -28,6 +28,7 @@ lint: setup ## style, formatting, types
 kernels: setup # beside the type checker, which has one core: else each process of the tests compiles them at once
 	$(BIN)/python -c "from alert_broker.avro.columns import warm_up; warm_up()"
 	$(BIN)/python -c "from alert_broker.gaussian_process import warm_up; warm_up()"
+	$(BIN)/python -m pytest -q --collect-only > /dev/null # compiles all modules and tests
 
 test: lint kernels ## lint and all tests; what CI runs
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal --durations=10 # three on two cores: tests of the stream mostly wait

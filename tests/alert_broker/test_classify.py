@@ -164,20 +164,21 @@ def test_a_survey_without_the_models_bands_is_skipped_row_by_row(ztf):
 
 
 @pytest.mark.parametrize(
-    ("bundle", "reason"),
+    ("options", "reason"),
     [
-        (small_bundle(preprocessing=None), "small: the preprocessing is None; alerts need"),
-        (small_bundle(preprocessing={"id": "light-curve-gp/9"}), "'light-curve-gp/9'"),
-        (small_bundle(preprocessing=features_of(("g", "r", "i")).to_bundle()), r"expected \(batch, 20, 2\)"),
-        (small_bundle(preprocessing=features_of(context=()).to_bundle()), "input 'context' is missing"),
-        (small_bundle(classes=("a", "b")), "expected one, with a column for each class"),
+        ({"preprocessing": None}, "small: the preprocessing is None; alerts need"),
+        ({"preprocessing": {"id": "light-curve-gp/9"}}, "'light-curve-gp/9'"),
+        ({"preprocessing": features_of(("g", "r", "i")).to_bundle()}, r"expected \(batch, 20, 2\)"),
+        ({"preprocessing": features_of(context=()).to_bundle()}, "input 'context' is missing"),
+        ({"classes": ("a", "b")}, "expected one, with a column for each class"),
         (
-            small_bundle(features=features_of(context=("redshift", "redshift_error"))),
+            {"features": features_of(context=("redshift", "redshift_error"))},
             "the model takes the redshift of the host",
         ),
     ],
 )
-def test_models_that_cannot_classify_alerts(bundle, reason):
+def test_models_that_cannot_classify_alerts(options, reason):
+    bundle = small_bundle(**options)
     with pytest.raises(EdgekitError, match=reason):
         Classifier(bundle)
 
