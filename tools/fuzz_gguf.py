@@ -134,13 +134,14 @@ def read_model(path: Path) -> None:
     """Load the model and let it answer, as `edgekit llm chat` does, with the engine in C if its compiled form is that
     of the valid files; then read all its tensors."""
     from edgekit.importers.gguf import read_gguf
-    from runtimes.llm.architecture import from_gguf
     from runtimes.llm.model import LanguageModel
+    from runtimes.llm.source import of_gguf
 
     file = read_gguf(path)
-    model = from_gguf(file)
+    source = of_gguf(file)
+    model = source.model
     form = model.architecture.head_size, model.architecture.queries_per_key
-    with LanguageModel(file, _engine(model, native=form == (16, 2)), 64) as answering:
+    with LanguageModel(source, _engine(model, native=form == (16, 2)), 64) as answering:
         list(answering.chat([{"role": "user", "content": "a night"}], most_tokens=2))
     for tensor in file.tensors.values():
         tensor.values()

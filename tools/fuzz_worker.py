@@ -44,7 +44,10 @@ GUIDED = {
     "pt2": ("edgekit.importers",),
     "registry": ("alert_broker.stream.registry", "alert_broker.containers", "alert_broker.avro.plan", "http.client"),
     "broker": ("alert_broker.stream.config", "alert_broker.stream.filters", "edgekit.settings", "tomllib"),
-    "gguf": ("edgekit.importers.gguf", "runtimes.llm.architecture", "runtimes.llm.tokenizer", "runtimes.llm.chat"),
+    "gguf": (
+        *("edgekit.importers.gguf", "runtimes.llm.architecture", "runtimes.llm.rope", "runtimes.llm.vocabulary"),
+        *("runtimes.llm.tokenizer", "runtimes.llm.chat"),
+    ),
 }
 # what a reader may open beside its file: Python, its packages, and the system's own files
 READABLE = [os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]

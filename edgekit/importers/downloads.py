@@ -51,14 +51,14 @@ def folder() -> Path:
 
 
 def find(name: str | Path) -> Path:
-    """Return the file of a model: a path, or the name of one that is installed."""
+    """Return the file or folder of a model: a path, or the name of one that is installed."""
     path = Path(name)
-    if path.suffix == ".gguf" or path.is_file():
+    if path.suffix == ".gguf" or path.is_file() or (path.is_dir() and str(name) not in MODELS):
         return path
     if str(name) not in MODELS:
         raise EdgekitError(
-            f"{str(name)!r} is no file and no language model that edgekit can install; "
-            f"expected a .gguf file or one of: {', '.join(MODELS)}"
+            f"{str(name)!r} is no file, no folder and no language model that edgekit can install; "
+            f"expected a .gguf file, a folder that transformers saved, or one of: {', '.join(MODELS)}"
         )
     installed = folder() / f"{name}.gguf"
     if not installed.is_file():

@@ -48,6 +48,11 @@ class Tensor:
         """Return (rows, bytes of a row): the blocks of each row of the innermost axis."""
         return self.content.reshape(math.prod(self.shape[:-1]), -1)
 
+    def part(self, first: int, end: int) -> Tensor:
+        """Return the part of the outermost axis from `first` to before `end`, a view."""
+        size = self.content.size // self.shape[0]
+        return Tensor(self.name, self.format, (end - first, *self.shape[1:]), self.content[first * size : end * size])
+
     def values(self) -> npt.NDArray[np.float32]:
         """Return the tensor's values in float32, of its shape."""
         return self.format.decode(self.rows()).reshape(self.shape)

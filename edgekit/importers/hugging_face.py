@@ -98,7 +98,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     names = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not (folder / names[0]).is_file() and index.is_file():
-        files = _read_json(index).get("weight_map")
+        files = read_json(index).get("weight_map")
         names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     tensors: dict[str, Tensor] = {}
     for name in names:
@@ -111,7 +111,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 def safe_config(folder: Path) -> dict[str, Any]:
     """Return the content of config.json. Raises if the model needs its author's code, or if its weights are not
     safetensors."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "auto_map" in config:
         raise EdgekitError(
             f"{folder}: its model needs code of its author (auto_map), which edgekit does not run; export it to ONNX"
@@ -128,7 +128,7 @@ def described(bundle: Bundle, folder: Path, config: Mapping[str, Any]) -> Bundle
     if not isinstance(labels, Mapping) or not all(str(key).isascii() and str(key).isdigit() for key in labels):
         raise EdgekitError(f"{folder}: id2label = {repr(labels)[:60]}; expected class names by their numbers")
     pixels = folder / "preprocessor_config.json"
-    scaling = _read_json(pixels) if pixels.is_file() else {}
+    scaling = read_json(pixels) if pixels.is_file() else {}
     known = {"mean": scaling.get("image_mean"), "std": scaling.get("image_std")}
     for name, value in known.items():
         if value is not None and not (isinstance(value, list) and all(type(item) in (int, float) for item in value)):
@@ -157,9 +157,10 @@ def _usual_inputs(config: Mapping[str, Any], name: str, folder: Path) -> tuple[T
     raise EdgekitError(f"{folder}: the shape of its input {name!r} is not known; pass --input {SPEC_HELP}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
+    """Return the JSON object in a file of up to `largest` bytes."""
     try:
-        values = json.loads(read_file(path, largest=LARGEST_TEXT))
+        values = json.loads(read_file(path, largest=largest))
         json.dumps(values, allow_nan=False)  # Python reads NaN and infinities, which JSON does not have
     except (OSError, ValueError, RecursionError) as error:
         raise EdgekitError(

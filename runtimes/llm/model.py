@@ -21,9 +21,8 @@ import numpy as np
 from edgekit import plugins
 from edgekit.errors import EdgekitError
 from edgekit.importers import downloads
-from edgekit.importers.gguf import GgufFile, read_gguf
 from runtimes.llm.answers import Answer, Token, log_softmax, scored
-from runtimes.llm.architecture import Model, from_gguf
+from runtimes.llm.architecture import Model
 from runtimes.llm.blocks import blocks_for
 from runtimes.llm.chat import Message, conversation
 from runtimes.llm.constraint import Constraint, Grammars
@@ -33,6 +32,7 @@ from runtimes.llm.lookup import MOST_DRAFTS
 from runtimes.llm.request import Finish, Produced, Request
 from runtimes.llm.sampling import Sampling
 from runtimes.llm.scheduler import Scheduler
+from runtimes.llm.source import Source, open_source
 from runtimes.llm.tokenizer import TextStream, Tokenizer
 
 CONTEXT = 4096  # tokens of the cache, unless the model's own context is shorter
@@ -51,22 +51,16 @@ class Perplexity:
 class LanguageModel:
     """A model, its tokenizer and an engine with a cache of `context` tokens. One thread may use it at a time."""
 
-    def __init__(self, file: GgufFile, engine: Engine, context: int) -> None:
-        self.file, self.engine, self.context = file, engine, context
-        self.tokenizer = Tokenizer(file)
+    def __init__(self, source: Source, engine: Engine, context: int) -> None:
+        self.source, self.engine, self.context = source, engine, context
+        self.tokenizer = source.tokenizer
         self._scheduler = Scheduler(engine, budget=CHUNK)
         self._pending: dict[int, _Pending] = {}  # what each answer that has begun has not taken yet
         self._grammars: Grammars | None = None
-        if len(self.tokenizer) != engine.architecture.vocabulary:
-            raise EdgekitError(
-                f"{file.path}: the tokenizer has {len(self.tokenizer)} tokens and the embedding "
-                f"{engine.architecture.vocabulary}; the file is damaged"
-            )
 
     @property
     def name(self) -> str:
-        name = self.file.metadata.get("general.name")
-        return name if isinstance(name, str) else self.file.path.stem
+        return self.source.name
 
     def complete(
         self,
@@ -100,7 +94,7 @@ class LanguageModel:
         """Yield the assistant's next message, piece by piece. messages: each with role and content; the other options
         are those of `complete`."""
         guard = self.tokenizer.guard
-        text = conversation(self._template(), messages, str(self.file.path), guard=guard, **self._names())
+        text = conversation(self._template(), messages, str(self.source.path), guard=guard, **self._names())
         prompt = self.tokenizer.encode(text, special=True, begin=False)
         yield from self._answer(self._request(prompt, most_tokens, sampling, json_schema, regex, drafts), stop)
 
@@ -261,15 +255,13 @@ class LanguageModel:
         return found
 
     def _template(self) -> str:
-        template: str = self.file.get("tokenizer.chat_template", str, "")
-        if not template:
-            raise EdgekitError(f"{self.file.path}: the model has no chat template; use `edgekit llm complete`")
-        return template
+        if not self.source.template:
+            raise EdgekitError(f"{self.source.path}: the model has no chat template; use `edgekit llm complete`")
+        return self.source.template
 
     def _names(self) -> dict[str, str]:
-        tokens = self.file.metadata["tokenizer.ggml.tokens"]
         named = {"bos_token": self.tokenizer.bos, "eos_token": self.tokenizer.eos}
-        return {name: "" if number is None else tokens[number] for name, number in named.items()}
+        return {name: "" if number is None else self.tokenizer.text_of(number) for name, number in named.items()}
 
 
 @dataclass(slots=True)
@@ -324,17 +316,20 @@ def _begun(text: str, stop: str) -> int:
 
 
 def load(name: str | Path, *, engine: str = "native", context: int | None = None, **options: Any) -> LanguageModel:
-    """Load a model. name: a .gguf file, or a model that `edgekit models get` has installed; engine: "native" or "torch"
-    or one that another package adds; context: tokens of the cache, at most the model's own; options: of the engine,
-    such as kv="int8" or threads=2."""
-    file = read_gguf(downloads.find(name))
-    model = from_gguf(file)
+    """Load a model. name: a .gguf file, a folder that transformers saved, or a model that `edgekit models get` has
+    installed; engine: "native" or "torch" or one that another package adds; context: tokens of the cache, at most the
+    model's own; options: of the engine, such as kv="int8" or threads=2. The native engine stores the matrices of a
+    folder in 8 bits (Q8_0) unless the option says weights="kept"."""
+    source = open_source(downloads.find(name))
+    model = source.model
     longest = model.architecture.context
     tokens = min(CONTEXT, longest) if context is None else context
     if not 1 <= tokens <= longest:
         raise EdgekitError(f"context = {tokens}; expected 1 to {longest}, the model's own")
+    if source.folder and engine == "native":
+        options.setdefault("weights", "q8_0")
     opened = open_engine(engine, model, {"blocks": blocks_for(tokens), **options})
-    return LanguageModel(file, opened, tokens)
+    return LanguageModel(source, opened, tokens)
 
 
 def open_engine(name: str, model: Model, options: Mapping[str, Any]) -> Engine:

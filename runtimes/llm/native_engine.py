@@ -36,10 +36,12 @@ FILES = ("lanes.h", "matrix.c", "attention.c", "attention_int4.c", "layer.c", "e
 FLAGS = ("-std=gnu99", "-O3", "-ffp-contract=off", "-pthread")
 FORMATS = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2, "F16": 3, "BF16": 4, "F32": 5}  # as the C source numbers them
 CACHES = {"f16": 0, "int8": 1, "int4": 2}
+WEIGHTS = ("kept", "q8_0")
 INT4_BLOCK = 64  # tokens to a block in 4 bits
 MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")  # in the order of the C source
 VECTORS = ("attention_norm", "mlp_norm", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm")
 MOST_QUERIES = 16  # to a head of keys
+PART_ROWS = 1024  # of a matrix that are decoded at a time
 GROUP = 32  # inputs that share a scale
 
 
@@ -64,7 +66,8 @@ class _Batch(ctypes.Structure):
 class NativeEngine(Engine):
     """A model in C. blocks: of 16 tokens, of the cache; kv: how the cache stores keys and values, "f16", "int8" or
     "int4"; threads: by default one for each core; rows: the most tokens of a step; compiler: its command, by default
-    $CC or the first of cc, gcc, clang; flags: by default for this machine."""
+    $CC or the first of cc, gcc, clang; flags: by default for this machine; weights: "kept" stores them in the file's
+    format, and "q8_0" stores matrices of floats in 8 bits."""
 
     def __init__(
         self,
@@ -76,9 +79,13 @@ class NativeEngine(Engine):
         rows: int = 512,
         compiler: str | None = None,
         flags: Sequence[str] = ("-march=native",),
+        weights: str = "kept",
     ) -> None:
         if kv not in CACHES:
             raise unknown("format of the key-value cache", kv, CACHES)
+        if weights not in WEIGHTS:
+            raise unknown("way to store weights", weights, WEIGHTS)
+        self._floats_to_q8_0 = weights == "q8_0"
         super().__init__(model.architecture, blocks, rows, INT4_BLOCK if kv == "int4" else BLOCK)
         of = model.architecture
         self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
@@ -144,9 +151,14 @@ class NativeEngine(Engine):
                     self._vector(number, role, tensor)
 
     def _matrix_bytes(self, tensor: Tensor) -> int:
-        form = FORMATS.get(tensor.format.name, FORMATS["Q8_0"])
-        size: int = self._library.engine_matrix_bytes(form, *tensor.shape)
+        size: int = self._library.engine_matrix_bytes(FORMATS[self._stored(tensor)], *tensor.shape)
         return size
+
+    def _stored(self, tensor: Tensor) -> str:
+        """Return the format in which the engine stores a matrix. Formats of more bits than 4 that it does not have
+        become Q8_0: nothing is lost that 8 bits do not lose."""
+        name = tensor.format.name
+        return "Q8_0" if name not in FORMATS or (self._floats_to_q8_0 and tensor.format.values == 1) else name
 
     def _embedding_only(self, model: Model) -> int:
         """Return the bytes of the embedding if it is not the head, too: a token reads one row of it."""
@@ -154,10 +166,9 @@ class NativeEngine(Engine):
 
     def _matrix(self, layer: int, role: int, tensor: Tensor) -> None:
         rows, inputs = tensor.shape
-        form = tensor.format.name
-        content = np.ascontiguousarray(tensor.rows())
-        if form not in FORMATS:  # of more bits than 4: nothing is lost that 8 bits do not lose
-            form, content = "Q8_0", encode_q8_0(tensor.values())
+        form, content = self._stored(tensor), np.ascontiguousarray(tensor.rows())
+        if form != tensor.format.name:
+            content = np.concatenate([encode_q8_0(part.values()) for part in _parts(tensor)])
         done = self._library.engine_matrix(
             self._engine, layer, role, FORMATS[form], rows, inputs, content.ctypes.data, content.shape[1]
         )
@@ -172,7 +183,7 @@ class NativeEngine(Engine):
 
     def begin(self, batch: Batch) -> Any:
         """Return the arrays of a step, as C takes them, and what keeps them in memory."""
-        angles = self.architecture.rope.angles(batch.positions)
+        cosines, sines = self.architecture.rope.cosines_and_sines(batch.positions)
         follows = np.zeros(len(batch.ids), np.uint8)
         tables = np.zeros(len(batch.ids), np.uintp)
         for span, table in zip(batch.spans, batch.tables, strict=True):
@@ -182,8 +193,8 @@ class NativeEngine(Engine):
         arrays: dict[str, Any] = {
             "ids": batch.ids.astype(np.int32),
             "embeddings": batch.embeddings,
-            "cosines": np.cos(angles).astype(np.float32),
-            "sines": np.sin(angles).astype(np.float32),
+            "cosines": cosines.astype(np.float32),
+            "sines": sines.astype(np.float32),
             "index": batch.index.astype(np.int32),
             "tables": tables,
             "tails": None,
@@ -307,10 +318,21 @@ def _check_sizes(of: Architecture, threads: int) -> None:
             f"multiples of {GROUP}",
         ),
         (1 <= threads <= 256, f"threads = {threads}", "1 to 256"),
+        (
+            of.family in ("llama", "qwen2", "qwen3") and not any(of.windows),
+            f"a model of the family {of.family}" + " with a sliding window" * any(of.windows),
+            "llama, qwen2 or qwen3 without windows",
+        ),
     ]
     for good, got, expected in limits:
         if not good:
             raise EdgekitError(f"the native engine cannot run this: {got}; expected {expected}; the torch engine can")
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a matrix in parts of some rows, so that no more than a part of it is in memory as float32."""
+    for first in range(0, tensor.shape[0], PART_ROWS):
+        yield tensor.part(first, min(first + PART_ROWS, tensor.shape[0]))
 
 
 def _matrices(model: Model) -> Iterator[Tensor]:

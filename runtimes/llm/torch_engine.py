@@ -24,11 +24,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(slots=True)
 class State:
-    """hidden: (rows, width); cosine, sine: (rows, size of the rotary embedding / 2)."""
+    """hidden: (rows, width); cosines, sines: of each rotary embedding, (rows, its size / 2)."""
 
     hidden: torch.Tensor
-    cosine: torch.Tensor
-    sine: torch.Tensor
+    cosines: list[torch.Tensor]
+    sines: list[torch.Tensor]
 
 
 class TorchEngine(Engine):
@@ -48,6 +48,9 @@ class TorchEngine(Engine):
             for layer in model.layers
         ]
         self._norm = self._load(model.norm)
+        self._norm_bias, self._head_bias = (
+            None if tensor is None else self._load(tensor) for tensor in (model.norm_bias, model.head_bias)
+        )
         self._head = self._embedding if model.head is model.embedding else self._load(model.head)
 
     def _load(self, tensor: Tensor) -> torch.Tensor:
@@ -60,27 +63,56 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def begin(self, batch: Batch) -> State:
         ids = torch.from_numpy(np.maximum(batch.ids, 0)).to(self._device)
-        hidden = self._embedding[ids]
+        hidden = self._embedding[ids] * self.architecture.embedding_scale
         if batch.embeddings is not None:
             given = torch.from_numpy(batch.embeddings).to(self._device, self._dtype)
             hidden = torch.where(torch.from_numpy(batch.ids < 0).to(self._device)[:, None], given, hidden)
-        angles = torch.from_numpy(self.architecture.rope.angles(batch.positions)).to(self._device)
-        return State(hidden, angles.cos().to(self._dtype), angles.sin().to(self._dtype))
+        found = [rope.cosines_and_sines(batch.positions) for rope in self.architecture.ropes]
+        cosines, sines = (
+            [torch.from_numpy(part).to(self._device, self._dtype) for part in parts]
+            for parts in zip(*found, strict=True)
+        )
+        return State(hidden, cosines, sines)
 
     @torch.inference_mode()
     def run_layers(self, state: State, batch: Batch, first: int, end: int) -> None:
         for number in range(first, end):
             weights = self._layers[number]
-            normed = self._normed(state.hidden, weights["attention_norm"])
-            state.hidden = state.hidden + self._attention(number, normed, state, batch) @ weights["attention_output"].T
-            normed = self._normed(state.hidden, weights["mlp_norm"])
-            gated = torch.nn.functional.silu(normed @ weights["gate"].T) * (normed @ weights["up"].T)
-            state.hidden = state.hidden + gated @ weights["down"].T
+            normed = self._normed(state.hidden, weights["attention_norm"], weights.get("attention_norm_bias"))
+            attended = self._attention(number, normed, state, batch)
+            added = self._product(attended, weights, "attention_output")
+            if "post_attention_norm" in weights:
+                added = self._normed(added, weights["post_attention_norm"])
+            state.hidden = state.hidden + added
+            if not self.architecture.parallel:
+                normed = self._normed(state.hidden, weights["mlp_norm"])
+            added = self._product(self._activated(normed, weights), weights, "down")
+            if "post_mlp_norm" in weights:
+                added = self._normed(added, weights["post_mlp_norm"])
+            state.hidden = state.hidden + added
 
     @torch.inference_mode()
     def finish(self, state: State, batch: Batch) -> Floats:
-        rows = self._normed(state.hidden[torch.from_numpy(batch.wanted).to(self._device)], self._norm)
-        return np.asarray((rows @ self._head.T).to("cpu", torch.float32))
+        wanted = torch.from_numpy(batch.wanted).to(self._device)
+        logits = self._normed(state.hidden[wanted], self._norm, self._norm_bias) @ self._head.T
+        if self._head_bias is not None:
+            logits = logits + self._head_bias
+        return np.asarray(_capped(logits, self.architecture.logit_cap).to("cpu", torch.float32))
+
+    def _activated(self, normed: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return (rows, hidden) what the feed-forward's last matrix is multiplied with."""
+        up = self._product(normed, weights, "up")
+        gate = normed @ weights["gate"].T if "gate" in weights else up
+        if self.architecture.activation == "gelu":
+            activated = torch.nn.functional.gelu(gate, approximate="tanh")
+        else:
+            activated = torch.nn.functional.silu(gate)
+        return activated * up if "gate" in weights else activated
+
+    def _product(self, rows: torch.Tensor, weights: dict[str, torch.Tensor], role: str) -> torch.Tensor:
+        product = rows @ weights[role].T
+        bias = weights.get(f"{role}_bias")
+        return product if bias is None else product + bias
 
     def copy_block(self, source: int, target: int) -> None:
         self._cache[:, :, target] = self._cache[:, :, source]
@@ -96,8 +128,8 @@ class TorchEngine(Engine):
     def _attention(self, number: int, normed: torch.Tensor, state: State, batch: Batch) -> torch.Tensor:
         """Return (rows, heads * head size); writes the rows' keys and values into the cache."""
         of = self.architecture
-        queries = self._rotated(self._projected(number, "query", normed, of.heads), state)
-        keys = self._rotated(self._projected(number, "key", normed, of.kv_heads), state)
+        queries = self._rotated(self._projected(number, "query", normed, of.heads), state, of.rope_number(number))
+        keys = self._rotated(self._projected(number, "key", normed, of.kv_heads), state, of.rope_number(number))
         values = self._projected(number, "value", normed, of.kv_heads)
         found = []
         for span, table in zip(batch.spans, batch.tables, strict=True):
@@ -108,44 +140,50 @@ class TorchEngine(Engine):
             self._cache[number, 1][where] = values[span]
             length = int(batch.index[span][-1]) + 1
             seen_keys, seen_values = self._cache[number][:, blocks].flatten(1, 2)[:, :length]
-            found.append(self._attend(queries[span], seen_keys, seen_values, index))
+            found.append(self._attend(queries[span], seen_keys, seen_values, index, of.window(number)))
         return torch.cat(found)
 
     def _attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor, window: int = 0
     ) -> torch.Tensor:
-        """Attention of (tokens, heads, size) over (length, kv heads, size). A token at `index` sees those up to it."""
+        """Attention of (tokens, heads, size) over (length, kv heads, size). A token at `index` sees those up to it, and
+        with a window the last `window` of them."""
         of = self.architecture
         keys, values = (part.repeat_interleave(of.queries_per_key, dim=1) for part in (keys, values))
-        scores = torch.einsum("thd,lhd->htl", queries, keys) / of.head_size**0.5
-        later = torch.arange(len(keys), device=self._device)[None] > index[:, None]
-        weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+        scores = _capped(torch.einsum("thd,lhd->htl", queries, keys) * of.query_scale, of.score_cap)
+        behind = index[:, None] - torch.arange(len(keys), device=self._device)[None]
+        hidden = (behind < 0) | (behind >= window) if window else behind < 0
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         return torch.einsum("htl,lhd->thd", weights, values).flatten(1)
 
     def _projected(self, number: int, role: str, normed: torch.Tensor, heads: int) -> torch.Tensor:
         """Return (rows, heads, head size) queries, keys or values, before the rotary embedding."""
         weights = self._layers[number]
-        rows = normed @ weights[role].T
-        if (bias := weights.get(f"{role}_bias")) is not None:
-            rows = rows + bias
-        rows = rows.unflatten(1, (heads, self.architecture.head_size))
+        rows = self._product(normed, weights, role).unflatten(1, (heads, self.architecture.head_size))
         norm = weights.get(f"{role}_norm")
         return rows if norm is None else self._normed(rows, norm)
 
-    def _normed(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The root-mean-square norm of the last axis (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
+    def _normed(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The root-mean-square norm of the last axis (Zhang and Sennrich, arXiv 1910.07467, equation 4), or with a bias
+        LayerNorm (Ba et al., arXiv 1607.06450, equation 3)."""
+        if bias is not None:
+            return torch.nn.functional.layer_norm(rows, rows.shape[-1:], weight, bias, self.architecture.epsilon)
         return rows * (rows.square().mean(-1, keepdim=True) + self.architecture.epsilon).rsqrt() * weight
 
-    def _rotated(self, rows: torch.Tensor, state: State) -> torch.Tensor:
-        """Apply the rotary embedding to (rows, heads, head size)."""
-        rope = self.architecture.rope
+    def _rotated(self, rows: torch.Tensor, state: State, number: int) -> torch.Tensor:
+        """Apply a rotary embedding to (rows, heads, head size)."""
+        rope = self.architecture.ropes[number]
         first, second = (
             (slice(0, rope.size, 2), slice(1, rope.size, 2))
             if rope.pairs == "adjacent"
             else (slice(0, rope.size // 2), slice(rope.size // 2, rope.size))
         )
-        cosine, sine = state.cosine[:, None], state.sine[:, None]
+        cosine, sine = state.cosines[number][:, None], state.sines[number][:, None]
         rotated = rows.clone()
         rotated[..., first] = rows[..., first] * cosine - rows[..., second] * sine
         rotated[..., second] = rows[..., second] * cosine + rows[..., first] * sine
         return rotated
+
+
+def _capped(values: torch.Tensor, cap: float) -> torch.Tensor:
+    return torch.tanh(values / cap) * cap if cap else values

@@ -309,6 +309,7 @@ ALLOWED = {
     ("exporters/device_check.py", "np.load"): "it runs on the device, without edgekit, on the export's own file",
     ("edgekit/importers/program.py", "zipfile.ZipFile"): "it writes",
     ("edgekit/importers/gguf.py", "np.frombuffer"): "it views the mapped file, and it has compared the lengths",
+    ("edgekit/importers/safetensors_files.py", "np.frombuffer"): "it views the mapped file, as for GGUF",
     ("runtimes/llm/constraint.py", "np.frombuffer"): "it views a mask in memory, of one bit for each token",
     ("runtimes/llm/tails.py", "np.frombuffer"): "it views bytes that are in memory already, and their size stays",
     ("edgekit/importers/hugging_face.py", "load_file"): "safetensors are not compressed, and the library checks sizes",

@@ -20,7 +20,7 @@ class KiviEngine(TorchEngine):
     """Each token sees the full blocks before its own in 4 bits, and its own block in float16. The cache of the torch
     engine itself is exact."""
 
-    def _attend(self, queries, keys, values, index):
+    def _attend(self, queries, keys, values, index, window=0):
         found = []
         for row, at in zip(queries, index.tolist(), strict=True):
             start = at // GROUP * GROUP
@@ -28,5 +28,5 @@ class KiviEngine(TorchEngine):
             for exact, axis in ((keys, 0), (values, -1)):  # a dimension's keys share a scale, and a token's values
                 parts = [rounded(exact[first : first + GROUP], axis) for first in range(0, start, GROUP)]
                 seen.append(torch.cat([*parts, exact[start : at + 1].half().double()]))
-            found.append(super()._attend(row[None], *seen, torch.tensor([at])))
+            found.append(super()._attend(row[None], *seen, torch.tensor([at]), window))
         return torch.cat(found)

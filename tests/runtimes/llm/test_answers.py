@@ -157,7 +157,7 @@ def test_copies_go_on_without_a_leader_that_was_cancelled(toy, steps):
 
 
 def test_complete_writes_several_answers_and_log_probabilities(edgekit, model):
-    common = ["llm", "complete", str(model.file.path), "in the", "--engine", "torch", "--max-tokens", "4"]
+    common = ["llm", "complete", str(model.source.path), "in the", "--engine", "torch", "--max-tokens", "4"]
     hot = ["--temperature", "2", "-n", "2"]
     plain = edgekit(*common, *hot)
     assert plain.status == 0

@@ -5,7 +5,8 @@ import pytest
 
 from edgekit.errors import EdgekitError
 from edgekit.importers.gguf import read_gguf
-from runtimes.llm.architecture import Rope, from_gguf
+from runtimes.llm.architecture import from_gguf
+from runtimes.llm.rope import Rope
 from tests.gguf_files import encoded, gguf, toy_metadata, toy_weights
 
 
@@ -47,7 +48,7 @@ def test_an_output_matrix_of_its_own_is_used(tmp_path):
         ({"llama.embedding_length": 32}, "expected"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "expected a positive number"),
         ({"llama.context_length": None}, "has no 'llama.context_length'"),
-        ({"llama.rope.scaling.type": "yarn"}, "unknown scaling"),
+        ({"llama.rope.scaling.type": "strange"}, "unknown scaling"),
         ({"llama.rope.dimension_count": 34}, "an even number up to 32"),
         ({"llama.rope.dimension_count": 1 << 30}, "an even number up to 32"),
         ({"llama.rope.dimension_count": 15}, "an even number up to 32"),

@@ -179,7 +179,7 @@ def test_a_model_without_an_end_takes_no_constraint(model, monkeypatch):
 
 
 def test_the_commands_take_constraints(edgekit, model, tmp_path, monkeypatch):
-    path, schema = model.file.path, tmp_path / "schema.json"
+    path, schema = model.source.path, tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMAS[1]))
     found = edgekit("llm", "complete", str(path), "in", "--engine", "torch", "--json-schema", str(schema))
     assert found.status == 0
@@ -196,7 +196,7 @@ def test_a_file_without_a_schema_is_one_line(edgekit, model, tmp_path, content, 
     path = tmp_path / "gone.json"
     if content is not None:
         path.write_text(content)
-    found = edgekit("llm", "complete", str(model.file.path), "in", "--engine", "torch", "--json-schema", str(path))
+    found = edgekit("llm", "complete", str(model.source.path), "in", "--engine", "torch", "--json-schema", str(path))
     assert found.status == 1
     assert problem in found.err
     assert found.err.strip().count("\n") <= 1  # the line about loading

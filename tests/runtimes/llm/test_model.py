@@ -216,7 +216,7 @@ def test_perplexity_and_bench_print_numbers(edgekit, path, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["complete", "nothing", "a"], "expected a .gguf file or one of: smollm2"),
+        (["complete", "nothing", "a"], "expected a .gguf file, a folder that transformers saved, or one of: smollm2"),
         (["complete", "gone.gguf", "a"], "not a readable file"),
         (["perplexity", "{path}", "gone.txt", "--engine", "torch"], "no such file"),
         (["complete", "{path}", "a", "--engine", "torch", "--top-p", "3"], "top_p = 3"),

@@ -76,7 +76,9 @@ def test_its_logits_are_the_same_bits_in_chunks_and_with_other_threads(model, kv
 
     ids, found = model.tokenizer.encode(TEXT * 3), []
     for threads, chunk in ((1, 512), (1, 1), (2, 17), (2, 64)):
-        with closing(NativeEngine(from_gguf(read_gguf(model.file.path)), blocks=32, kv=kv, threads=threads)) as engine:
+        with closing(
+            NativeEngine(from_gguf(read_gguf(model.source.path)), blocks=32, kv=kv, threads=threads)
+        ) as engine:
             parts = [engine.step([Item(0, ids[at : at + chunk], logits="all")])[0] for at in range(0, len(ids), chunk)]
             found.append(np.concatenate(parts))
     assert all(np.array_equal(other, found[0]) for other in found[1:])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from edgekit.errors import EdgekitError
 from edgekit.importers.gguf import read_gguf
 from runtimes.llm.tokenizer import TextStream, Tokenizer
+from runtimes.llm.vocabulary import from_gguf
 from tests.gguf_files import byte_letters, gguf, toy_metadata
 
 
@@ -14,7 +15,7 @@ def tokenizer_of(tmp_path, **metadata):
     given = toy_metadata("llama") | {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
     path = tmp_path / "tokenizer.gguf"
     path.write_bytes(gguf({key: value for key, value in given.items() if value is not None}, {}))
-    return Tokenizer(read_gguf(path))
+    return Tokenizer(from_gguf(read_gguf(path)))
 
 
 @pytest.fixture(scope="module")
