@@ -39,7 +39,10 @@ CACHES = {"f16": 0, "int8": 1, "int4": 2}
 WEIGHTS = ("kept", "q8_0")
 INT4_BLOCK = 64  # tokens to a block in 4 bits
 MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")  # in the order of the C source
-VECTORS = ("attention_norm", "mlp_norm", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm")
+VECTORS = (
+    *("attention_norm", "mlp_norm", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm"),
+    *("attention_norm_bias", "attention_output_bias", "post_attention_norm", "up_bias", "down_bias", "post_mlp_norm"),
+)
 MOST_QUERIES = 16  # to a head of keys
 PART_ROWS = 1024  # of a matrix that are decoded at a time
 GROUP = 32  # inputs that share a scale
@@ -52,6 +55,8 @@ class _Shape(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("cache", "blocks", "most_rows", "most_length", "threads")),
         ("weight_bytes", ctypes.c_size_t),
+        *((name, ctypes.c_float) for name in ("query_scale", "score_cap", "logit_cap", "embedding_scale")),
+        *((name, ctypes.c_int32) for name in ("gelu", "parallel")),
     ]
 
 
@@ -97,6 +102,7 @@ class NativeEngine(Engine):
             of.rope.pairs == "adjacent", of.epsilon, CACHES[kv], self.blocks.number, rows,
             self.blocks.number * self.blocks.size, self.threads,
             sum(self._matrix_bytes(tensor) for tensor in _matrices(model)),
+            of.query_scale, of.score_cap, of.logit_cap, of.embedding_scale, of.activation == "gelu", of.parallel,
         )  # fmt: skip
         self._weights: int = shape.weight_bytes - self._embedding_only(model)
         self.bytes = shape.weight_bytes + self.blocks.number * _block_bytes(of, kv)  # of weights and cache
@@ -142,10 +148,15 @@ class NativeEngine(Engine):
             self._library.engine_matrix(self._engine, -1, 1, 0, 0, 0, None, 0)
         else:
             self._matrix(-1, 1, model.head)
-        self._vector(-1, 0, model.norm)
+        for role, vector in enumerate((model.norm, model.norm_bias, model.head_bias)):
+            if vector is not None:
+                self._vector(-1, role, vector)
         for number, layer in enumerate(model.layers):
+            of = self.architecture
+            self._library.engine_view(self._engine, number, of.window(number), of.rope_number(number))
             for role, name in enumerate(MATRICES):
-                self._matrix(number, role, getattr(layer, name))
+                if (tensor := getattr(layer, name)) is not None:
+                    self._matrix(number, role, tensor)
             for role, name in enumerate(VECTORS):
                 if (tensor := getattr(layer, name)) is not None:
                     self._vector(number, role, tensor)
@@ -175,7 +186,7 @@ class NativeEngine(Engine):
         assert done
 
     def _vector(self, layer: int, role: int, tensor: Tensor) -> None:
-        values = np.ascontiguousarray(tensor.values())
+        values = np.pad(tensor.values(), (0, -tensor.shape[0] % 16))
         if not self._library.engine_vector(self._engine, layer, role, values.ctypes.data, values.size):
             raise EdgekitError(f"no memory for {tensor.name!r}")
 
@@ -183,7 +194,8 @@ class NativeEngine(Engine):
 
     def begin(self, batch: Batch) -> Any:
         """Return the arrays of a step, as C takes them, and what keeps them in memory."""
-        cosines, sines = self.architecture.rope.cosines_and_sines(batch.positions)
+        angles = [rope.cosines_and_sines(batch.positions) for rope in self.architecture.ropes]
+        cosines, sines = (np.concatenate(part) for part in zip(*angles, strict=True))
         follows = np.zeros(len(batch.ids), np.uint8)
         tables = np.zeros(len(batch.ids), np.uintp)
         for span, table in zip(batch.spans, batch.tables, strict=True):
@@ -318,11 +330,6 @@ def _check_sizes(of: Architecture, threads: int) -> None:
             f"multiples of {GROUP}",
         ),
         (1 <= threads <= 256, f"threads = {threads}", "1 to 256"),
-        (
-            of.family in ("llama", "qwen2", "qwen3") and not any(of.windows),
-            f"a model of the family {of.family}" + " with a sliding window" * any(of.windows),
-            "llama, qwen2 or qwen3 without windows",
-        ),
     ]
     for good, got, expected in limits:
         if not good:
@@ -340,7 +347,7 @@ def _matrices(model: Model) -> Iterator[Tensor]:
     if model.head is not model.embedding:
         yield model.head
     for layer in model.layers:
-        yield from (getattr(layer, name) for name in MATRICES)
+        yield from (tensor for name in MATRICES if (tensor := getattr(layer, name)) is not None)
 
 
 def source_of(of: Architecture) -> str:
@@ -364,6 +371,7 @@ def _library(of: Architecture, compiler: Compiler, flags: Sequence[str]) -> ctyp
         ("engine_lanes", ctypes.c_char_p, []),
         ("engine_new", pointer, [pointer]),
         ("engine_end", None, [pointer]),
+        ("engine_view", None, [pointer, number, number, number]),
         ("engine_vector", number, [pointer, number, number, pointer, number]),
         ("engine_matrix_bytes", size, [number, number, number]),
         ("engine_matrix", number, [pointer, number, number, number, number, number, pointer, size]),

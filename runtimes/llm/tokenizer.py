@@ -30,12 +30,10 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._tokens, self.control = vocabulary.tokens, vocabulary.control
         self.bos, self.eos, self.ends = vocabulary.bos, vocabulary.eos, vocabulary.ends
-        self._numbers = {self._tokens[number]: number for number in sorted(vocabulary.added) if self._tokens[number]}
-        longest_first = sorted(self._numbers, key=len, reverse=True)
-        every = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        control = "|".join(re.escape(token) for token in longest_first if self._numbers[token] in self.control)
-        self._special = re.compile(f"(?<!{GUARD})({every})")
-        self._guarded = re.compile(f"{GUARD}|(?={control or '(?!)'})")
+        self._numbers = {self._tokens[number]: number for number in sorted(self.control) if self._tokens[number]}
+        control = "|".join(map(re.escape, sorted(self._numbers, key=len, reverse=True))) or "(?!)"
+        self._special = re.compile(f"(?<!{GUARD})({control})")
+        self._guarded = re.compile(f"{GUARD}|(?={control})")
 
     def __len__(self) -> int:
         return len(self._tokens)

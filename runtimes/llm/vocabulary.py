@@ -17,8 +17,9 @@ import numpy as np
 from edgekit.errors import EdgekitError, missing_extra, unknown
 from edgekit.importers.gguf import GgufFile
 from edgekit.importers.hugging_face import read_json
+from runtimes.llm.sentencepiece import SPACE, Pieces
 
-CONTROL, USER_DEFINED = 3, 4  # types of tokens in a GGUF file
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens in a GGUF file
 # the parts of tokenizer.json that edgekit gives to the library, behind the key of a sequence of them; others are for
 # other encodings, and the library panics on some of a wrong content
 PARTS = {
@@ -44,10 +45,10 @@ WORDS: dict[str, str | None] = {
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """tokens: their texts as the file writes them; control: ids of tokens without text; added: of these and of those
-    that the user's text may contain as they are; encode(text, first): the ids of plain text, which begins the whole
-    text or follows a control token; spelling: the bytes of a token's text; ends: ids that end an answer; adds_bos: whether
-    every text begins with `bos`; adds_space: whether every text begins with a space that was not in it; strips_left,
-    strips_right: ids of control tokens that take the white space before or behind them."""
+    that are written as the text that they are; encode(text, first): the ids of plain text, which begins the whole
+    text or follows a control token; spelling: the bytes of a token's text; ends: ids that end an answer; adds_bos:
+    whether every text begins with `bos`; adds_space: whether every text begins with a space that was not in it;
+    strips_left, strips_right: ids of control tokens that take the white space before or behind them."""
 
     tokens: Sequence[str]
     control: frozenset[int]
@@ -69,26 +70,82 @@ class Vocabulary:
 def from_gguf(file: GgufFile) -> Vocabulary:
     """Return the vocabulary of a GGUF file."""
     model = file.get("tokenizer.ggml.model", str)
-    if model != "gpt2":
-        raise unknown("tokenizer", model, ["gpt2"], where=str(file.path))
+    if model not in ("gpt2", "llama"):
+        raise unknown("tokenizer", model, ["gpt2", "llama"], where=str(file.path))
+    tokens: list[str] = file.get("tokenizer.ggml.tokens", list)
+    types = file.get("tokenizer.ggml.token_type", np.ndarray, np.ones(len(tokens), np.int32))
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens) or not all(isinstance(t, str) for t in tokens):
+        raise EdgekitError(f"{file.path}: the vocabulary is damaged; download the model again")
+    return _of_pieces(file, tokens, types) if model == "llama" else _of_words(file, tokens, types)
+
+
+def _of_words(file: GgufFile, tokens: list[str], types: Any) -> Vocabulary:
+    """Return a vocabulary as GPT-2 has it: words by a rule, and merges of their bytes."""
     rule = file.get("tokenizer.ggml.pre", str)
     if rule not in WORDS:
         raise unknown("rule for words of the tokenizer", rule, WORDS, where=str(file.path))
-    tokens: list[str] = file.get("tokenizer.ggml.tokens", list)
-    types = file.get("tokenizer.ggml.token_type", np.ndarray, np.ones(len(tokens), np.int32))
     merges = file.get("tokenizer.ggml.merges", list)
-    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise EdgekitError(f"{file.path}: the vocabulary is damaged; download the model again")
     control = frozenset(np.flatnonzero(types == CONTROL).tolist())
     added = control | frozenset(np.flatnonzero(types == USER_DEFINED).tolist())
     plain = {token: number for number, token in enumerate(tokens) if number not in control}
     encoder = _byte_pairs(str(file.path), plain, merges, rule, [tokens[number] for number in sorted(added - control)])
-    bos, eos, eot, eom = (_named(file, name, len(tokens)) for name in ("bos", "eos", "eot", "eom"))
     adds_bos = file.get("tokenizer.ggml.add_bos_token", bool, rule == "llama-bpe")  # Llama 3's files leave it out
-    ends = frozenset(number for number in (eos, eot, eom) if number is not None)
+    bos, eos, ends = _ends_of(file, len(tokens))
     return Vocabulary(
         tokens, control, added, _encoding(encoder), byte_level, bos, eos, ends, adds_bos and bos is not None
     )
+
+
+def _of_pieces(file: GgufFile, tokens: list[str], types: Any) -> Vocabulary:
+    """Return a vocabulary as sentencepiece has it: pieces with scores, and bytes."""
+    scores = file.get("tokenizer.ggml.scores", np.ndarray)
+    if len(scores) != len(tokens) or not np.isfinite(scores).all():
+        raise EdgekitError(f"{file.path}: the scores of the vocabulary are damaged; download the model again")
+    if file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False):
+        raise EdgekitError(f"{file.path}: the tokenizer joins white space, which edgekit does not do; use another file")
+    numbers = {token: number for number, token in enumerate(tokens)}
+    bytes_ = [numbers.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
+    if any(number < 0 or types[number] != BYTE for number in bytes_):
+        bytes_ = []
+    unknown_token = _named(file, "unknown", len(tokens))
+    if not bytes_ and unknown_token is None:
+        raise EdgekitError(f"{file.path}: the vocabulary has neither all bytes nor an unknown token; download it again")
+    joined = {
+        token: float(scores[number])
+        for token, number in numbers.items()
+        if types[number] in (NORMAL, USER_DEFINED, UNUSED)
+    }
+    adds_space = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+    pieces = Pieces(
+        joined,
+        numbers,
+        frozenset(token for token, number in numbers.items() if types[number] == UNUSED),
+        [token for token, number in numbers.items() if types[number] == USER_DEFINED],
+        bytes_,
+        0 if unknown_token is None else unknown_token,
+        adds_space,
+    )
+    control = frozenset(np.flatnonzero((types == CONTROL) | (types == UNKNOWN)).tolist())
+    bos, eos, ends = _ends_of(file, len(tokens))
+    adds_bos = file.get("tokenizer.ggml.add_bos_token", bool, True) and bos is not None
+    return Vocabulary(
+        tokens,
+        control,
+        control,
+        lambda text, *, first: pieces.encode(text),
+        sentencepiece,
+        bos,
+        eos,
+        ends,
+        adds_bos,
+        adds_space,
+    )
+
+
+def _ends_of(file: GgufFile, size: int) -> tuple[int | None, int | None, frozenset[int]]:
+    """Return bos, eos, and all ids that end an answer."""
+    bos, eos, eot, eom = (_named(file, name, size) for name in ("bos", "eos", "eot", "eom"))
+    return bos, eos, frozenset(number for number in (eos, eot, eom) if number is not None)
 
 
 def _named(file: GgufFile, name: str, size: int) -> int | None:
@@ -168,6 +225,7 @@ def from_folder(folder: Path, size: int) -> Vocabulary:
     for token, number in numbers.items():
         tokens[number] = token
     unused = {number for number, token in enumerate(tokens) if not token}
+    spelling = _spelling(path, whole.get("decoder"))
     model = {**whole["model"], "vocab": {t: n for t, n in whole["model"]["vocab"].items() if n not in control}}
     plain = {
         **whole,
@@ -185,9 +243,9 @@ def from_folder(folder: Path, size: int) -> Vocabulary:
     return Vocabulary(
         tokens,
         frozenset(control | unused),
-        frozenset(control | unused | {entry["id"] for entry in added}),
+        frozenset(control | unused | ({entry["id"] for entry in added} if spelling is byte_level else set())),
         encode,
-        _spelling(path, whole.get("decoder")),
+        spelling,
         bos,
         eos,
         ends,
@@ -297,8 +355,6 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 # --- how tokens are written
-
-SPACE = "\u2581"  # how sentencepiece writes a space
 
 
 def byte_level(text: str) -> bytes:

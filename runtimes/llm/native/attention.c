@@ -90,12 +90,14 @@ INLINE void put(int cache, uint8_t *block, int slot, const float *key, const flo
 /* --- reading */
 
 /* Work of `tokens` (1 or 2) tokens at one head of keys: queries and outputs, QUERIES for each token in turn; the last
- * token sees `length` tokens, the one before it one less. pool: the blocks of this layer and head; table: of the
+ * token sees `length` tokens, the one before it one less; of these each sees the last `window`, or all if it is 0, which
+ * are in the blocks from `begin` on; cap: c, where scores x become c tanh(x / c), or 0. pool: the blocks of this layer and head; table: of the
  * sequence; tail: of the last token's block, or NULL; scores: (queries, stride) scratch. */
 typedef struct {
     const uint8_t *pool, *tail;
     const int32_t *table;
-    int length;
+    int length, window, begin;
+    float cap;
     const float *queries[MOST_QUERIES];
     float *outputs[MOST_QUERIES];
     float *scores;
@@ -103,6 +105,19 @@ typedef struct {
 } Attention;
 
 INLINE int seen(const Attention *of, int tokens, int query) { return of->length - (tokens - 1 - query / QUERIES); }
+
+/* How many tokens are too far before a query to be seen. */
+INLINE int unseen(const Attention *of, int tokens, int query)
+{
+    const int number = seen(of, tokens, query);
+    return of->window && number > of->window ? number - of->window : 0;
+}
+
+/* Return the first block of 16 tokens that is read: the first of those that the cache stores together. */
+INLINE int first_block(const Attention *of, int cache, int tokens)
+{
+    return unseen(of, tokens, 0) / block_tokens(cache) * (block_tokens(cache) / BLOCK);
+}
 
 INLINE const uint8_t *block_at(const Attention *of, int cache, int number)
 {
@@ -117,9 +132,10 @@ INLINE void weigh(const Attention *of, const int tokens, const floats *most, flo
         float *scores = of->scores + q * of->stride;
         const floats largest = splat(largest_of(most[q]));
         floats sum = zeros();
-        for (int b = 0; b < blocks; b++) {
+        for (int b = of->begin; b < blocks; b++) {
             floats weight = exponential(subtract(load(scores + b * BLOCK), largest));
             weight = first_lanes(seen(of, tokens, q) - b * BLOCK, weight, zeros());
+            weight = first_lanes(unseen(of, tokens, q) - b * BLOCK, zeros(), weight);
             sum = add(sum, weight);
             store(scores + b * BLOCK, weight);
         }
@@ -129,7 +145,10 @@ INLINE void weigh(const Attention *of, const int tokens, const floats *most, flo
 
 INLINE void keep_score(const Attention *of, const int tokens, int query, int b, floats score, floats *most)
 {
+    if (of->cap > 0)
+        score = capped(score, of->cap);
     score = first_lanes(seen(of, tokens, query) - b * BLOCK, score, splat(HIDDEN_SCORE));
+    score = first_lanes(unseen(of, tokens, query) - b * BLOCK, splat(HIDDEN_SCORE), score);
     *most = larger(*most, score);
     store(of->scores + query * of->stride + b * BLOCK, score);
 }
@@ -141,7 +160,7 @@ INLINE void attend_halves(const Attention *of, const int tokens)
     float sums[MOST_QUERIES];
     UNROLL for (int q = 0; q < queries; q++)
         most[q] = splat(HIDDEN_SCORE);
-    for (int b = 0; b < blocks; b++) {
+    for (int b = of->begin; b < blocks; b++) {
         const uint16_t *keys = (const uint16_t *)block_at(of, CACHE_F16, b);
         const char *later = (const char *)block_at(of, CACHE_F16, b + AHEAD < blocks ? b + AHEAD : blocks - 1);
         floats score[MOST_QUERIES];
@@ -164,7 +183,7 @@ INLINE void attend_halves(const Attention *of, const int tokens)
         floats total[MOST_QUERIES * HEAD_LANES];
         UNROLL for (int i = 0; i < queries * step; i++)
             total[i] = zeros();
-        for (int b = 0; b < blocks; b++) {
+        for (int b = of->begin; b < blocks; b++) {
             const uint16_t *values = (const uint16_t *)block_at(of, CACHE_F16, b) + BLOCK * HEAD_SIZE + from * 16;
             const char *later = (const char *)block_at(of, CACHE_F16, b + AHEAD < blocks ? b + AHEAD : blocks - 1);
             const int in_block = of->length - b * BLOCK < BLOCK ? of->length - b * BLOCK : BLOCK;
@@ -228,7 +247,7 @@ INLINE void attend_int8(const Attention *of, const int tokens)
         refine(of->queries[q], &query[q]);
         most[q] = splat(HIDDEN_SCORE);
     }
-    for (int b = 0; b < blocks; b++) {
+    for (int b = of->begin; b < blocks; b++) {
         const uint8_t *keys = block_at(of, CACHE_INT8, b);
         const uint8_t *later = block_at(of, CACHE_INT8, b + AHEAD < blocks ? b + AHEAD : blocks - 1);
         integers high[MOST_QUERIES], low[MOST_QUERIES];
@@ -255,7 +274,7 @@ INLINE void attend_int8(const Attention *of, const int tokens)
     floats total[MOST_QUERIES * HEAD_LANES];
     UNROLL for (int i = 0; i < queries * HEAD_LANES; i++)
         total[i] = zeros();
-    for (int b = 0; b < blocks; b++) {
+    for (int b = of->begin; b < blocks; b++) {
         const uint8_t *block = block_at(of, CACHE_INT8, b), *values = block + BLOCK * HEAD_SIZE;
         const uint8_t *later = block_at(of, CACHE_INT8, b + AHEAD < blocks ? b + AHEAD : blocks - 1);
         UNROLL for (size_t at = BLOCK * HEAD_SIZE; at < INT8_BYTES; at += 64)

@@ -169,11 +169,12 @@ INLINE void ask_for_int4(const Attention *of, int group, int groups)
 static __attribute__((noinline)) void attend_int4(const Attention *of)
 {
     const int groups = (of->length - 1) / GROUP_TOKENS, parts = (of->length + BLOCK - 1) / BLOCK;
+    const int begin = of->begin / PARTS;
     floats most[QUERIES], total[QUERIES * HEAD_LANES];
     float sums[QUERIES];
     UNROLL for (int q = 0; q < QUERIES; q++)
         most[q] = splat(HIDDEN_SCORE);
-    for (int group = 0; group < groups; group++) {
+    for (int group = begin; group < groups; group++) {
         ask_for_int4(of, group, groups);
         score_int4(of, group, most);
     }
@@ -193,7 +194,7 @@ static __attribute__((noinline)) void attend_int4(const Attention *of)
     weigh(of, 1, most, sums);
     UNROLL for (int i = 0; i < QUERIES * HEAD_LANES; i++)
         total[i] = zeros();
-    for (int group = 0; group < groups; group++) {
+    for (int group = begin; group < groups; group++) {
         ask_for_int4(of, group, groups);
         sum_int4(of, group, total);
     }

@@ -89,17 +89,21 @@ void engine_end(Engine *engine)
     for (int i = 0; engine->layers && i < of->layers; i++) {
         Layer *layer = engine->layers + i;
         float *vectors[] = {layer->attention_norm, layer->mlp_norm, layer->query_bias, layer->key_bias, layer->value_bias,
-                            layer->query_norm, layer->key_norm};
-        for (int j = 0; j < 7; j++)
+                            layer->query_norm, layer->key_norm, layer->attention_norm_bias, layer->output_bias,
+                            layer->post_attention_norm, layer->up_bias, layer->down_bias, layer->post_mlp_norm};
+        for (size_t j = 0; j < sizeof vectors / sizeof *vectors; j++)
             free(vectors[j]);
     }
     free(engine->layers);
     free(engine->norm);
+    free(engine->norm_bias);
+    free(engine->head_bias);
     release(engine->weights, of->weight_bytes);
     release(engine->cache, cache_bytes(of));
     release(engine->hidden, sizeof(float) * (size_t)of->most_rows * of->width);
     release(engine->projected, projected_bytes(of));
     release(engine->mixed, sizeof(float) * (size_t)of->most_rows * of->heads * HEAD_SIZE);
+    release(engine->branch, sizeof(float) * (size_t)of->most_rows * of->width);
     release(engine->gated, sizeof(float) * (size_t)of->most_rows * of->hidden);
     release(engine->scores, scores_bytes(of));
     end_activations(&engine->narrow, of->most_rows);
@@ -122,10 +126,11 @@ Engine *engine_new(const Shape *shape)
     engine->hidden = allocate(sizeof(float) * (size_t)of->most_rows * of->width);
     engine->projected = allocate(projected_bytes(of));
     engine->mixed = allocate(sizeof(float) * (size_t)of->most_rows * of->heads * HEAD_SIZE);
+    engine->branch = allocate(sizeof(float) * (size_t)of->most_rows * of->width);
     engine->gated = allocate(sizeof(float) * (size_t)of->most_rows * of->hidden);
     engine->scores = allocate(scores_bytes(of));
-    int good = engine->layers && engine->weights && engine->cache && engine->hidden && engine->projected && engine->mixed && engine->gated
-               && engine->scores && make_activations(&engine->narrow, of->width, of->most_rows)
+    int good = engine->layers && engine->weights && engine->cache && engine->hidden && engine->projected && engine->mixed && engine->branch
+               && engine->gated && engine->scores && make_activations(&engine->narrow, of->width, of->most_rows)
                && make_activations(&engine->wide, of->hidden, of->most_rows)
                && make_activations(&engine->attended, of->heads * HEAD_SIZE, of->most_rows);
     engine->barrier.threads = of->threads;
@@ -159,15 +164,23 @@ static float *copied(const float *values, int number)
     return copy;
 }
 
-/* Set a vector of weights. layer: -1 for the last norm; role: its number in the list below. 0 if there is no memory. */
+/* Set a vector of weights, of a multiple of 16 values. layer: -1 for those behind the layers; role: its number in the
+ * lists below. 0 if there is no memory. */
 int engine_vector(Engine *engine, int layer, int role, const float *values, int number)
 {
-    if (layer < 0)
-        return (engine->norm = copied(values, number)) != NULL;
-    Layer *at = engine->layers + layer;
+    Layer *at = engine->layers + (layer < 0 ? 0 : layer);
+    float **const behind[] = {&engine->norm, &engine->norm_bias, &engine->head_bias};
     float **const vectors[] = {&at->attention_norm, &at->mlp_norm, &at->query_bias, &at->key_bias, &at->value_bias,
-                               &at->query_norm, &at->key_norm};
-    return (*vectors[role] = copied(values, number)) != NULL;
+                               &at->query_norm, &at->key_norm, &at->attention_norm_bias, &at->output_bias,
+                               &at->post_attention_norm, &at->up_bias, &at->down_bias, &at->post_mlp_norm};
+    return (*(layer < 0 ? behind : vectors)[role] = copied(values, number)) != NULL;
+}
+
+/* Say what a layer sees, and which of the rotary embeddings it has. */
+void engine_view(Engine *engine, int layer, int window, int rope)
+{
+    engine->layers[layer].window = window;
+    engine->layers[layer].rope = rope;
 }
 
 /* Return the bytes that a matrix takes in the engine's memory. */

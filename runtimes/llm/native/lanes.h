@@ -453,3 +453,10 @@ INLINE floats exponential(floats x)
     sum = multiply_add(sum, rest, splat(1.0f));
     return multiply(sum, power_of_two(whole));
 }
+
+/* cap * tanh(x / cap) */
+INLINE floats capped(floats x, float cap)
+{
+    const floats both = add(exponential(multiply(x, splat(2.0f / cap))), splat(1.0f));
+    return multiply(splat(cap), subtract(splat(1.0f), divide(splat(2.0f), both)));
+}

@@ -21,15 +21,20 @@ typedef struct {
     float epsilon;
     int32_t cache, blocks, most_rows, most_length, threads;
     size_t weight_bytes; /* of all matrices, as `engine_matrix_bytes` gives them */
+    float query_scale, score_cap, logit_cap, embedding_scale; /* caps: 0 for none */
+    int32_t gelu, parallel; /* parallel: the feed-forward reads what attention reads */
 } Shape;
 
 typedef struct {
-    Matrix query, key, value, output, gate, up, down;
+    Matrix query, key, value, output, gate, up, down; /* gate: without tiles if the feed-forward has no gate */
     float *attention_norm, *mlp_norm;
     float *query_bias, *key_bias, *value_bias, *query_norm, *key_norm; /* or NULL */
+    float *attention_norm_bias, *output_bias, *post_attention_norm, *up_bias, *down_bias, *post_mlp_norm; /* or NULL */
+    int32_t window, rope; /* window: how many tokens a token sees, or 0 for all; rope: the number of its angles */
 } Layer;
 
-/* The rows of a step. ids: -1 where `embeddings` has the input; angles: (rows, rope_size / 2) cosines, and sines; index:
+/* The rows of a step. ids: -1 where `embeddings` has the input; cosines, sines: (rotary embeddings, rows, rope_size / 2);
+ * index:
  * of a token in its sequence; tables: of its sequence; tails: of its sequence, by the number of the block, with the tails
  * of all layers and heads, or NULL for a cache that has none; follows: whether a row is the next token of the row before.
  */
@@ -54,10 +59,10 @@ typedef struct Engine {
     Shape of;
     Layer *layers;
     Matrix embedding, head;
-    float *norm;
+    float *norm, *norm_bias, *head_bias; /* the biases, or NULL */
     uint8_t *weights, *cache;
     size_t weights_used;
-    float *hidden, *projected, *mixed, *gated, *scores; /* scores: for each thread */
+    float *hidden, *projected, *mixed, *branch, *gated, *scores; /* scores: for each thread */
     Activations narrow, wide, attended; /* of width, hidden and heads * HEAD_SIZE inputs */
     Barrier barrier;
     pthread_t *pool;
@@ -136,11 +141,12 @@ static void wait_for_all(Barrier *barrier)
 /* --- the phases of a layer */
 
 static void quantise_rows(
-    const float *rows, const float *norm, float epsilon, const Activations *to, int number, int me, int threads)
+    const float *rows, const float *norm, const float *norm_bias, float epsilon, const Activations *to, int number, int me,
+    int threads)
 {
     MY_PART(number, from, end);
     for (int row = from; row < end; row++)
-        quantise(rows + (size_t)row * to->inputs, norm, epsilon, to, row);
+        quantise(rows + (size_t)row * to->inputs, norm, norm_bias, epsilon, to, row);
 }
 
 /* outputs[row][column + ...] = (or +=) matrix times row */
@@ -160,20 +166,30 @@ static void multiply_rows(
         }
 }
 
-/* outputs = silu(gate times row) * (up times row) */
-static void gate_rows(const Layer *layer, const Activations *rows, int number, float *outputs, int me, int threads)
+/* x / (1 + e**-x), or with gelu x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x**3))) / 2, which has the same form */
+INLINE floats activated(floats x, int gelu)
 {
-    MY_PART(layer->gate.rows / 16, from, end);
+    const floats cube = multiply(multiply(x, x), multiply(x, splat(0.044715f)));
+    const floats slope = gelu ? multiply(add(x, cube), splat(1.59576912f)) : x;
+    return divide(x, add(splat(1.0f), exponential(subtract(zeros(), slope))));
+}
+
+/* outputs = activated(gate times row) * (up times row), or without a gate activated(up times row) */
+static void gate_rows(
+    const Layer *layer, int gelu, const Activations *rows, int number, float *outputs, int me, int threads)
+{
+    MY_PART(layer->up.rows / 16, from, end);
     for (int tile = from; tile < end; tile++)
         for (int row = 0; row < number; row += MOST_TOKENS) {
             const int tokens = number - row < MOST_TOKENS ? number - row : MOST_TOKENS;
             floats gates[MOST_TOKENS], ups[MOST_TOKENS];
-            product(&layer->gate, tile, rows, row, tokens, gates);
+            if (layer->gate.tiles)
+                product(&layer->gate, tile, rows, row, tokens, gates);
             product(&layer->up, tile, rows, row, tokens, ups);
             for (int t = 0; t < tokens; t++) {
-                const floats silu = divide(
-                    gates[t], add(splat(1.0f), exponential(subtract(zeros(), gates[t]))));
-                store(outputs + (size_t)(row + t) * layer->gate.rows + 16 * tile, multiply(silu, ups[t]));
+                const floats up = layer->up_bias ? add(ups[t], load(layer->up_bias + 16 * tile)) : ups[t];
+                const floats value = layer->gate.tiles ? multiply(activated(gates[t], gelu), up) : activated(up, gelu);
+                store(outputs + (size_t)(row + t) * layer->up.rows + 16 * tile, value);
             }
         }
 }
@@ -183,6 +199,20 @@ static void add_bias(float *values, const float *bias, int size)
     if (bias)
         for (int i = 0; i < size; i += 16)
             store(values + i, add(load(values + i), load(bias + i)));
+}
+
+/* hidden += norm(branch + bias): what a layer's attention or feed-forward adds, where either is there */
+static void join_rows(Engine *engine, const float *bias, const float *norm, int number, int me, int threads)
+{
+    const int width = engine->of.width;
+    MY_PART(number, from, end);
+    for (int row = from; row < end; row++) {
+        float *branch = engine->branch + (size_t)row * width, *hidden = engine->hidden + (size_t)row * width;
+        add_bias(branch, bias, width);
+        if (norm)
+            normalise(branch, norm, engine->of.epsilon, width, branch);
+        add_bias(hidden, branch, width);
+    }
 }
 
 static void normalise_head(float *values, const float *norm, float epsilon)
@@ -227,7 +257,8 @@ static void store_rows(Engine *engine, int number, int me, int threads)
     MY_PART(batch->rows, from, end);
     for (int row = from; row < end; row++) {
         float *query = engine->projected + (size_t)row * (queries + 2 * keys), *key = query + queries, *value = key + keys;
-        const float *cosines = batch->cosines + (size_t)row * half, *sines = batch->sines + (size_t)row * half;
+        const size_t angles = ((size_t)layer->rope * batch->rows + row) * half;
+        const float *cosines = batch->cosines + angles, *sines = batch->sines + angles;
         const int tokens = block_tokens(of->cache), slot = batch->index[row] % tokens;
         const int block = batch->tables[row][batch->index[row] / tokens];
         add_bias(query, layer->query_bias, queries);
@@ -235,7 +266,7 @@ static void store_rows(Engine *engine, int number, int me, int threads)
         add_bias(value, layer->value_bias, keys);
         for (int head = 0; head < of->heads; head++) {
             normalise_head(query + head * HEAD_SIZE, layer->query_norm, of->epsilon);
-            rotate(query + head * HEAD_SIZE, cosines, sines, of->rope_size, of->adjacent, 1.0f / sqrtf(HEAD_SIZE));
+            rotate(query + head * HEAD_SIZE, cosines, sines, of->rope_size, of->adjacent, of->query_scale);
         }
         for (int head = 0; head < of->kv_heads; head++) {
             normalise_head(key + head * HEAD_SIZE, layer->key_norm, of->epsilon);
@@ -281,6 +312,8 @@ static void attend_rows(Engine *engine, int number, int me, int threads)
                 .tail = of->cache == CACHE_INT4 ? tail_of(engine, row, number, head) : NULL,
                 .table = batch->tables[row],
                 .length = batch->index[row + tokens - 1] + 1,
+                .window = engine->layers[number].window,
+                .cap = of->score_cap,
                 .scores = engine->scores + (size_t)me * MOST_QUERIES * most_scores,
                 .stride = most_scores,
             };
@@ -289,6 +322,7 @@ static void attend_rows(Engine *engine, int number, int me, int threads)
                 work.queries[i] = engine->projected + (size_t)(row + i / QUERIES) * stride + at;
                 work.outputs[i] = engine->mixed + (size_t)(row + i / QUERIES) * queries + at;
             }
+            work.begin = first_block(&work, of->cache, tokens);
             attend(of->cache, &work, tokens);
         }
 }
@@ -304,6 +338,8 @@ static void embed_rows(Engine *engine, int me, int threads)
             memcpy(to, engine->batch->embeddings + (size_t)row * width, sizeof(float) * (size_t)width);
         else
             unpack_row(&engine->embedding, id, to);
+        for (int i = 0; id >= 0 && engine->of.embedding_scale != 1.0f && i < width; i += 16)
+            store(to + i, multiply(load(to + i), splat(engine->of.embedding_scale)));
     }
 }
 
@@ -313,8 +349,10 @@ static void run_layer(Engine *engine, int number, int me, int threads)
     const Layer *layer = engine->layers + number;
     const int rows = engine->batch->rows;
     const int queries = of->heads * HEAD_SIZE, keys = of->kv_heads * HEAD_SIZE, stride = queries + 2 * keys;
+    const int joins = layer->output_bias || layer->post_attention_norm, joins_mlp = layer->down_bias || layer->post_mlp_norm;
     Barrier *barrier = &engine->barrier;
-    quantise_rows(engine->hidden, layer->attention_norm, of->epsilon, &engine->narrow, rows, me, threads);
+    quantise_rows(
+        engine->hidden, layer->attention_norm, layer->attention_norm_bias, of->epsilon, &engine->narrow, rows, me, threads);
     wait_for_all(barrier);
     multiply_rows(&layer->query, &engine->narrow, rows, engine->projected, stride, 0, me, threads);
     multiply_rows(&layer->key, &engine->narrow, rows, engine->projected + queries, stride, 0, me, threads);
@@ -328,18 +366,40 @@ static void run_layer(Engine *engine, int number, int me, int threads)
     }
     attend_rows(engine, number, me, threads);
     wait_for_all(barrier);
-    quantise_rows(engine->mixed, NULL, 0, &engine->attended, rows, me, threads);
+    quantise_rows(engine->mixed, NULL, NULL, 0, &engine->attended, rows, me, threads);
     wait_for_all(barrier);
-    multiply_rows(&layer->output, &engine->attended, rows, engine->hidden, of->width, 1, me, threads);
+    multiply_rows(&layer->output, &engine->attended, rows, joins ? engine->branch : engine->hidden, of->width, !joins, me,
+                  threads);
     wait_for_all(barrier);
-    quantise_rows(engine->hidden, layer->mlp_norm, of->epsilon, &engine->narrow, rows, me, threads);
+    if (joins) /* a thread joins the rows that it quantises next */
+        join_rows(engine, layer->output_bias, layer->post_attention_norm, rows, me, threads);
+    if (!of->parallel)
+        quantise_rows(engine->hidden, layer->mlp_norm, NULL, of->epsilon, &engine->narrow, rows, me, threads);
     wait_for_all(barrier);
-    gate_rows(layer, &engine->narrow, rows, engine->gated, me, threads);
+    gate_rows(layer, of->gelu, &engine->narrow, rows, engine->gated, me, threads);
     wait_for_all(barrier);
-    quantise_rows(engine->gated, NULL, 0, &engine->wide, rows, me, threads);
+    quantise_rows(engine->gated, NULL, NULL, 0, &engine->wide, rows, me, threads);
     wait_for_all(barrier);
-    multiply_rows(&layer->down, &engine->wide, rows, engine->hidden, of->width, 1, me, threads);
+    multiply_rows(&layer->down, &engine->wide, rows, joins_mlp ? engine->branch : engine->hidden, of->width, !joins_mlp, me,
+                  threads);
     wait_for_all(barrier);
+    if (joins_mlp) {
+        join_rows(engine, layer->down_bias, layer->post_mlp_norm, rows, me, threads);
+        wait_for_all(barrier);
+    }
+}
+
+/* logits = capped(logits + bias), of the tiles that this thread multiplied */
+static void finish_logits(Engine *engine, int me, int threads)
+{
+    MY_PART(engine->head.rows / 16, from, end);
+    for (int row = 0; row < engine->wanted_rows; row++)
+        for (int tile = from; tile < end; tile++) {
+            float *at = engine->logits + (size_t)row * engine->head.rows + 16 * tile;
+            add_bias(at, engine->head_bias ? engine->head_bias + 16 * tile : NULL, 16);
+            if (engine->of.logit_cap > 0)
+                store(at, capped(load(at), engine->of.logit_cap));
+        }
 }
 
 static void run_head(Engine *engine, int me, int threads)
@@ -347,10 +407,13 @@ static void run_head(Engine *engine, int me, int threads)
     const int width = engine->of.width;
     MY_PART(engine->wanted_rows, from, end);
     for (int i = from; i < end; i++)
-        quantise(engine->hidden + (size_t)engine->wanted[i] * width, engine->norm, engine->of.epsilon, &engine->narrow, i);
+        quantise(engine->hidden + (size_t)engine->wanted[i] * width, engine->norm, engine->norm_bias, engine->of.epsilon,
+                 &engine->narrow, i);
     wait_for_all(&engine->barrier);
     multiply_rows(
         &engine->head, &engine->narrow, engine->wanted_rows, engine->logits, engine->head.rows, 0, me, threads);
+    if (engine->head_bias || engine->of.logit_cap > 0)
+        finish_logits(engine, me, threads);
     wait_for_all(&engine->barrier);
 }
 

@@ -139,13 +139,33 @@ INLINE void normalise(const float *from, const float *weights, float epsilon, in
         store(to + i, multiply(multiply(load(from + i), scale), load(weights + i)));
 }
 
-/* Quantise a token's activations, after a root-mean-square norm if there are its weights. */
-static void quantise(const float *from, const float *norm, float epsilon, const Activations *to, int token)
+/* LayerNorm (Ba et al., arXiv 1607.06450, equation 3). */
+static void layer_normalise(const float *from, const float *weights, const float *bias, float epsilon, int size, float *to)
+{
+    floats sum = zeros(), squares = zeros();
+    for (int i = 0; i < size; i += 16)
+        sum = add(sum, load(from + i));
+    const floats mean = splat(sum_of(sum) / (float)size);
+    for (int i = 0; i < size; i += 16) {
+        const floats away = subtract(load(from + i), mean);
+        squares = multiply_add(away, away, squares);
+    }
+    const floats scale = splat(1.0f / sqrtf(sum_of(squares) / (float)size + epsilon));
+    for (int i = 0; i < size; i += 16)
+        store(to + i, multiply_add(multiply(subtract(load(from + i), mean), scale), load(weights + i), load(bias + i)));
+}
+
+/* Quantise a token's activations, after a norm if there are its weights: with a bias LayerNorm, else by the root of the
+ * mean square. */
+static void quantise(
+    const float *from, const float *norm, const float *norm_bias, float epsilon, const Activations *to, int token)
 {
     const int inputs = to->inputs, groups = inputs / GROUP_INPUTS;
     float *values = to->values + (size_t)token * inputs;
     int8_t *codes = to->codes + (size_t)token * inputs;
-    if (norm) {
+    if (norm_bias) {
+        layer_normalise(from, norm, norm_bias, epsilon, inputs, values);
+    } else if (norm) {
         normalise(from, norm, epsilon, inputs, values);
     } else if (from != values) {
         memcpy(values, from, sizeof(float) * (size_t)inputs);

@@ -13,11 +13,12 @@ int main(void)
     enum { QUERY = HEADS * HEAD_SIZE, KEY = KV * HEAD_SIZE, ROPE = HEAD_SIZE / 2 * 2 };
     const int shapes[][2] = {{QUERY, WIDTH}, {KEY, WIDTH}, {KEY, WIDTH}, {WIDTH, QUERY}, {HIDDEN, WIDTH}, {HIDDEN, WIDTH},
                              {WIDTH, HIDDEN}};
-    const int vectors[] = {WIDTH, WIDTH, QUERY, KEY, KEY, HEAD_SIZE, HEAD_SIZE};
-    static float values[(QUERY + WIDTH + HIDDEN) * (QUERY + WIDTH)], angles[2][(LONG + 1) * ROPE / 2];
+    const int vectors[] = {WIDTH, WIDTH, QUERY, KEY, KEY, HEAD_SIZE, HEAD_SIZE, WIDTH, WIDTH, WIDTH, HIDDEN, WIDTH, WIDTH};
+    static float values[(QUERY + WIDTH + HIDDEN) * (QUERY + WIDTH)], angles[2][2 * (LONG + 1) * ROPE / 2];
     for (int cache = CACHE_F16; cache <= CACHE_INT4; cache++) {
         const int length = 8 * block_tokens(cache);
-        Shape shape = {LAYERS, WIDTH, HEADS, KV, HIDDEN, WORDS, ROPE, cache == 1, 1e-5f, cache, 8, LONG + 1, length, 3, 0};
+        Shape shape = {LAYERS, WIDTH, HEADS, KV, HIDDEN, WORDS, ROPE, cache == 1, 1e-5f, cache, 8, LONG + 1, length, 3, 0,
+                       0.2f, cache == 2 ? 5.0f : 0, cache == 2 ? 4.0f : 0, cache ? 1.5f : 1, cache == 1, cache == 1};
         shape.weight_bytes = engine_matrix_bytes(F32, WORDS, WIDTH);
         for (int i = 0; i < 7; i++)
             shape.weight_bytes += LAYERS * engine_matrix_bytes(F32, shapes[i][0], shapes[i][1]);
@@ -32,12 +33,16 @@ int main(void)
                 fill(values, shapes[i][0] * shapes[i][1], 0.2f);
                 good &= engine_matrix(engine, layer, i, F32, shapes[i][0], shapes[i][1], (uint8_t *)values, 4 * shapes[i][1]);
             }
-            for (int i = 0; i < 7; i++) {
+            for (int i = 0; i < (cache == CACHE_F16 ? 7 : 13); i++) {
                 fill(values, vectors[i], 1);
                 good &= engine_vector(engine, layer, i, values, vectors[i]);
             }
+            engine_view(engine, layer, cache && layer ? 21 : 0, layer);
         }
-        good &= engine_vector(engine, -1, 0, values, WIDTH);
+        for (int i = 0; i < (cache == CACHE_F16 ? 1 : 3); i++) {
+            fill(values, 48 > WIDTH ? 48 : WIDTH, 1);
+            good &= engine_vector(engine, -1, i, values, i < 2 ? WIDTH : 48);
+        }
         /* one matrix more than was announced has no room */
         if (!good || engine_matrix(engine, 0, 0, F32, QUERY, WIDTH, (uint8_t *)values, 4 * WIDTH))
             return 2;
@@ -56,8 +61,8 @@ int main(void)
             }
             ids[rows] = step, index[rows] = step, tables[rows] = second, follows[rows] = 0, tails[rows] = memory[1];
             rows++;
-            fill(angles[0], rows * ROPE / 2, 1);
-            fill(angles[1], rows * ROPE / 2, 1);
+            fill(angles[0], 2 * rows * ROPE / 2, 1);
+            fill(angles[1], 2 * rows * ROPE / 2, 1);
             Batch batch = {rows, ids, NULL, angles[0], angles[1], index, tables, tails, follows};
             engine_layers(engine, &batch, 0, 1);
             engine_layers(engine, &batch, 1, LAYERS);

@@ -99,7 +99,7 @@ def test_each_rule_builds_a_tokenizer(tmp_path, rule, text, words):
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        ({"model": "llama"}, "unknown tokenizer 'llama'"),
+        ({"model": "t5"}, "unknown tokenizer 't5'"),
         ({"pre": "strange"}, "unknown rule"),
         ({"pre": None}, "has no 'tokenizer.ggml.pre'"),
         ({"tokens": None}, "has no 'tokenizer.ggml.tokens'"),
