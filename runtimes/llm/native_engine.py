@@ -20,14 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit import cache
+from edgekit.bundle.bounded import parse_size
 from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.gguf import Tensor
 from edgekit.importers.gguf_formats import encode_q8_0
 from edgekit.machine import memory_bytes
 from exporters.c.library import Compiler, is_complete, keep_library
-from runtimes.llm.architecture import Architecture, Model
+from runtimes.llm.architecture import Architecture, Layer, Model
 from runtimes.llm.blocks import BLOCK
 from runtimes.llm.engine import Batch, Engine, Floats, Item, Saved
+from runtimes.llm.streaming import LayerStream, kept_layers, release_pages
 from runtimes.llm.tails import Tails
 
 FOLDER = Path(__file__).parent / "native"
@@ -44,7 +46,7 @@ VECTORS = (
     *("attention_norm_bias", "attention_output_bias", "post_attention_norm", "up_bias", "down_bias", "post_mlp_norm"),
 )
 MOST_QUERIES = 16  # to a head of keys
-PART_ROWS = 1024  # of a matrix that are decoded at a time
+PART_VALUES = 1 << 18  # of a matrix that are decoded at a time
 GROUP = 32  # inputs that share a scale
 
 
@@ -72,7 +74,8 @@ class NativeEngine(Engine):
     """A model in C. blocks: of 16 tokens, of the cache; kv: how the cache stores keys and values, "f16", "int8" or
     "int4"; threads: by default one for each core; rows: the most tokens of a step; compiler: its command, by default
     $CC or the first of cc, gcc, clang; flags: by default for this machine; weights: "kept" stores them in the file's
-    format, and "q8_0" stores matrices of floats in 8 bits."""
+    format, and "q8_0" stores matrices of floats in 8 bits; weights_memory: bytes, or a text such as "2GB": the most
+    memory for weights; layers that do not fit are read from the file in each step, which is slower."""
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class NativeEngine(Engine):
         compiler: str | None = None,
         flags: Sequence[str] = ("-march=native",),
         weights: str = "kept",
+        weights_memory: int | str | None = None,
     ) -> None:
         if kv not in CACHES:
             raise unknown("format of the key-value cache", kv, CACHES)
@@ -97,14 +101,20 @@ class NativeEngine(Engine):
         _check_sizes(of, self.threads)
         self._library = _library(of, Compiler(compiler), flags)
         self.lanes = self._library.engine_lanes().decode()
+        sizes = [sum(map(self._matrix_bytes, _matrices_of(layer))) for layer in model.layers]
+        always = sum(self._matrix_bytes(tensor) for tensor in _outer_matrices(model))
+        memory = parse_size(weights_memory, "weights_memory") if isinstance(weights_memory, str) else weights_memory
+        kept = len(sizes) if memory is None else kept_layers(memory, always, sizes)
+        self._buffer = max(sizes) if kept < len(sizes) else 0  # bytes of a layer that does not stay in memory
+        self._resident = always + sum(sizes[:kept])
         shape = _Shape(
             of.layers, of.width, of.heads, of.kv_heads, of.hidden, of.vocabulary, of.rope.size,
             of.rope.pairs == "adjacent", of.epsilon, CACHES[kv], self.blocks.number, rows,
             self.blocks.number * self.blocks.size, self.threads,
-            sum(self._matrix_bytes(tensor) for tensor in _matrices(model)),
+            self._resident + 2 * self._buffer,
             of.query_scale, of.score_cap, of.logit_cap, of.embedding_scale, of.activation == "gelu", of.parallel,
         )  # fmt: skip
-        self._weights: int = shape.weight_bytes - self._embedding_only(model)
+        self._weights: int = always + sum(sizes) - self._embedding_only(model)
         self.bytes = shape.weight_bytes + self.blocks.number * _block_bytes(of, kv)  # of weights and cache
         _check_memory(self.bytes, shape.weight_bytes, blocks)
         self._process = os.getpid()
@@ -113,13 +123,18 @@ class NativeEngine(Engine):
             raise EdgekitError(
                 f"no memory for {blocks} blocks of {BLOCK} tokens, or for a thread; ask for fewer blocks"
             )
-        self._load(model)
+        self._model = model
+        self._load(kept)
+        streamed = range(kept, of.layers)
+        self._stream = LayerStream(streamed, self._load_streamed) if streamed else None
         self._block_bytes: int = self._library.engine_block_bytes(self._engine)
         self._tails = Tails(self._library.engine_tail_bytes(self._engine), INT4_BLOCK) if kv == "int4" else None
 
     def close(self) -> None:
         """Free the engine's memory and end its threads."""
         if self._pointer and self._process == os.getpid():
+            if (stream := getattr(self, "_stream", None)) is not None:
+                stream.close()
             self._library.engine_end(self._pointer)
         self._pointer = None
 
@@ -142,10 +157,12 @@ class NativeEngine(Engine):
         if getattr(self, "_pointer", None):
             self.close()
 
-    def _load(self, model: Model) -> None:
+    def _load(self, kept: int) -> None:
+        """Load all weights but the matrices of layers from `kept` on."""
+        model = self._model
         self._matrix(-1, 0, model.embedding)
         if model.head is model.embedding:
-            self._library.engine_matrix(self._engine, -1, 1, 0, 0, 0, None, 0)
+            self._library.engine_matrix(self._engine, -1, 1, 0, 0, 0)
         else:
             self._matrix(-1, 1, model.head)
         for role, vector in enumerate((model.norm, model.norm_bias, model.head_bias)):
@@ -154,12 +171,20 @@ class NativeEngine(Engine):
         for number, layer in enumerate(model.layers):
             of = self.architecture
             self._library.engine_view(self._engine, number, of.window(number), of.rope_number(number))
-            for role, name in enumerate(MATRICES):
-                if (tensor := getattr(layer, name)) is not None:
-                    self._matrix(number, role, tensor)
+            if number < kept:
+                self._load_matrices(number)
             for role, name in enumerate(VECTORS):
                 if (tensor := getattr(layer, name)) is not None:
                     self._vector(number, role, tensor)
+
+    def _load_matrices(self, number: int) -> None:
+        for role, name in enumerate(MATRICES):
+            if (tensor := getattr(self._model.layers[number], name)) is not None:
+                self._matrix(number, role, tensor)
+
+    def _load_streamed(self, number: int, buffer: int) -> None:
+        self._library.engine_place(self._engine, self._resident + buffer * self._buffer)
+        self._load_matrices(number)
 
     def _matrix_bytes(self, tensor: Tensor) -> int:
         size: int = self._library.engine_matrix_bytes(FORMATS[self._stored(tensor)], *tensor.shape)
@@ -176,14 +201,18 @@ class NativeEngine(Engine):
         return 0 if model.head is model.embedding else self._matrix_bytes(model.embedding)
 
     def _matrix(self, layer: int, role: int, tensor: Tensor) -> None:
-        rows, inputs = tensor.shape
-        form, content = self._stored(tensor), np.ascontiguousarray(tensor.rows())
-        if form != tensor.format.name:
-            content = np.concatenate([encode_q8_0(part.values()) for part in _parts(tensor)])
-        done = self._library.engine_matrix(
-            self._engine, layer, role, FORMATS[form], rows, inputs, content.ctypes.data, content.shape[1]
-        )
+        form = self._stored(tensor)
+        done = self._library.engine_matrix(self._engine, layer, role, FORMATS[form], *tensor.shape)
         assert done
+        first = 0
+        for part in _parts(tensor):
+            blocks = encode_q8_0(part.values()) if form != tensor.format.name else np.ascontiguousarray(part.rows())
+            self._library.engine_rows(
+                self._engine, layer, role, first, len(blocks), blocks.ctypes.data, blocks.shape[1]
+            )
+            first += len(blocks)
+            if self._buffer:
+                release_pages(part.content)
 
     def _vector(self, layer: int, role: int, tensor: Tensor) -> None:
         values = np.pad(tensor.values(), (0, -tensor.shape[0] % 16))
@@ -231,7 +260,12 @@ class NativeEngine(Engine):
         return found
 
     def run_layers(self, state: Any, batch: Batch, first: int, end: int) -> None:
-        self._library.engine_layers(self._engine, ctypes.byref(state[0]), first, end)
+        if self._stream is None:
+            self._library.engine_layers(self._engine, ctypes.byref(state[0]), first, end)
+            return
+        for number in range(first, end):
+            self._stream.ready(number)
+            self._library.engine_layers(self._engine, ctypes.byref(state[0]), number, number + 1)
 
     def finish(self, state: Any, batch: Batch) -> Floats:
         vocabulary = self.architecture.vocabulary
@@ -338,16 +372,17 @@ def _check_sizes(of: Architecture, threads: int) -> None:
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a matrix in parts of some rows, so that no more than a part of it is in memory as float32."""
-    for first in range(0, tensor.shape[0], PART_ROWS):
-        yield tensor.part(first, min(first + PART_ROWS, tensor.shape[0]))
+    rows = max(1, PART_VALUES // tensor.shape[1])
+    for first in range(0, tensor.shape[0], rows):
+        yield tensor.part(first, min(first + rows, tensor.shape[0]))
 
 
-def _matrices(model: Model) -> Iterator[Tensor]:
-    yield model.embedding
-    if model.head is not model.embedding:
-        yield model.head
-    for layer in model.layers:
-        yield from (tensor for name in MATRICES if (tensor := getattr(layer, name)) is not None)
+def _outer_matrices(model: Model) -> list[Tensor]:
+    return [model.embedding] if model.head is model.embedding else [model.embedding, model.head]
+
+
+def _matrices_of(layer: Layer) -> list[Tensor]:
+    return [tensor for name in MATRICES if (tensor := getattr(layer, name)) is not None]
 
 
 def source_of(of: Architecture) -> str:
@@ -374,7 +409,9 @@ def _library(of: Architecture, compiler: Compiler, flags: Sequence[str]) -> ctyp
         ("engine_view", None, [pointer, number, number, number]),
         ("engine_vector", number, [pointer, number, number, pointer, number]),
         ("engine_matrix_bytes", size, [number, number, number]),
-        ("engine_matrix", number, [pointer, number, number, number, number, number, pointer, size]),
+        ("engine_matrix", number, [pointer, number, number, number, number, number]),
+        ("engine_rows", None, [pointer, number, number, number, number, pointer, size]),
+        ("engine_place", None, [pointer, size]),
         ("engine_layers", None, [pointer, pointer, number, number]),
         ("engine_logits", None, [pointer, pointer, number, pointer]),
         ("engine_block_bytes", size, [pointer]),

@@ -11,4 +11,4 @@ VERBS = {verb: f"runtimes.llm.commands.{verb}:{verb}" for verb in ("complete", "
 
 @click.group(cls=LazyGroup, lazy=VERBS)
 def llm() -> None:
-    """Run language models from GGUF files on this machine."""
+    """Run language models on this machine: GGUF files, and folders that transformers saved."""

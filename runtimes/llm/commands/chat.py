@@ -28,8 +28,8 @@ def chat(
     engine: EngineOptions,
     options: dict[str, Any],
 ) -> None:
-    """Talk with MODEL (a .gguf file or an installed model). Each line of standard input is a message; an empty line or
-    the end of the input ends the conversation."""
+    """Talk with MODEL (a .gguf file, a folder that transformers saved, or an installed model). Each line of standard
+    input is a message; an empty line or the end of the input ends the conversation."""
     messages = [{"role": "system", "content": system}] if system else []
     with opened(model, engine) as found:
         while line := _next_line():

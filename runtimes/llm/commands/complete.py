@@ -41,7 +41,8 @@ def complete(
     options: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Write how MODEL (a .gguf file or an installed model) continues PROMPT; "-" reads it from standard input."""
+    """Write how MODEL (a .gguf file, a folder that transformers saved, or an installed model) continues PROMPT; "-"
+    reads it from standard input."""
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs needs --json, which prints them")
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -28,16 +28,34 @@ class EngineOptions:
     context: int | None
     kv: str | None
     threads: int | None
+    weights: str | None = None
+    weights_memory: str | None = None
 
 
 def of_engine(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of an engine, which the command gets as one `engine: EngineOptions`."""
 
     @functools.wraps(command)
-    def collected(*, engine: str, context: int | None, kv: str | None, threads: int | None, **others: Any) -> Any:
-        return command(engine=EngineOptions(engine, context, kv, threads), **others)
+    def collected(
+        *,
+        engine: str,
+        context: int | None,
+        kv: str | None,
+        threads: int | None,
+        weights: str | None,
+        weights_memory: str | None,
+        **others: Any,
+    ) -> Any:
+        return command(engine=EngineOptions(engine, context, kv, threads, weights, weights_memory), **others)
 
     for option in (
+        click.option(
+            "--weights-memory", metavar="SIZE", help="Most memory for weights of the native engine, such as 2GB."
+        ),
+        click.option(
+            "--weights",
+            help="How the native engine stores matrices of floats: kept or q8_0 [default: q8_0 for folders].",
+        ),
         click.option(
             "--threads", type=click.IntRange(1, 256), help="Of the native engine [default: one for each core]."
         ),
@@ -126,7 +144,12 @@ def opened(model: str, engine: EngineOptions) -> Iterator[LanguageModel]:
     from runtimes.llm.model import load
 
     note(f"loading {model}")
-    given = {"kv": engine.kv, "threads": engine.threads}
+    given = {
+        "kv": engine.kv,
+        "threads": engine.threads,
+        "weights": engine.weights,
+        "weights_memory": engine.weights_memory,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     with load(model, engine=engine.name, context=engine.context, **options) as found:
         yield found

@@ -189,15 +189,30 @@ size_t engine_matrix_bytes(int format, int rows, int inputs)
     return (size_t)((rows + 15) / 16) * tile_bytes(format, inputs);
 }
 
-/* Set a matrix from a file's blocks. layer: -1 for the embedding (role 0) and the head (role 1; without blocks it is the
- * embedding). rows: of the file; the tiles hold 16 or a multiple of it. 0 if it is more than was announced. */
-int engine_matrix(Engine *engine, int layer, int role, int format, int rows, int inputs, const uint8_t *blocks, size_t row_bytes)
+static Matrix *matrix_of(Engine *engine, int layer, int role)
 {
     Layer *at = engine->layers + (layer < 0 ? 0 : layer);
     Matrix *const matrices[] = {&at->query, &at->key, &at->value, &at->output, &at->gate, &at->up, &at->down};
-    Matrix *matrix = layer >= 0 ? matrices[role] : role == 0 ? &engine->embedding : &engine->head;
+    return layer >= 0 ? matrices[role] : role == 0 ? &engine->embedding : &engine->head;
+}
+
+/* Let the next matrices begin at this byte of the engine's memory for weights. */
+void engine_place(Engine *engine, size_t at) { engine->weights_used = at; }
+
+/* Put rows of a matrix into its tiles, from `first` on. blocks: as the file has them. */
+void engine_rows(Engine *engine, int layer, int role, int first, int rows, const uint8_t *blocks, size_t row_bytes)
+{
+    for (int row = 0; row < rows; row++)
+        pack_row(matrix_of(engine, layer, role), first + row, blocks + (size_t)row * row_bytes);
+}
+
+/* Make room for a matrix. layer: -1 for the embedding (role 0) and the head (role 1; without rows it is the embedding).
+ * rows: of the file; the tiles hold 16 or a multiple of it. 0 if it is more than was announced. */
+int engine_matrix(Engine *engine, int layer, int role, int format, int rows, int inputs)
+{
+    Matrix *matrix = matrix_of(engine, layer, role);
     const size_t size = engine_matrix_bytes(format, rows, inputs);
-    if (!blocks) {
+    if (!rows) {
         *matrix = engine->embedding;
         return 1;
     }
@@ -205,8 +220,6 @@ int engine_matrix(Engine *engine, int layer, int role, int format, int rows, int
         return 0;
     *matrix = (Matrix){format, (rows + 15) / 16 * 16, inputs, engine->weights + engine->weights_used};
     engine->weights_used += size;
-    for (int row = 0; row < rows; row++)
-        pack_row(matrix, row, blocks + (size_t)row * row_bytes);
     return 1;
 }
 

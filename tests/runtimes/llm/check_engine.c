@@ -26,12 +26,13 @@ int main(void)
         if (!engine)
             return 1;
         fill(values, WORDS * WIDTH, 1);
-        int good = engine_matrix(engine, -1, 0, F32, WORDS, WIDTH, (uint8_t *)values, 4 * WIDTH)
-                   && engine_matrix(engine, -1, 1, 0, 0, 0, NULL, 0);
+        int good = engine_matrix(engine, -1, 0, F32, WORDS, WIDTH) && engine_matrix(engine, -1, 1, 0, 0, 0);
+        engine_rows(engine, -1, 0, 0, WORDS, (uint8_t *)values, 4 * WIDTH);
         for (int layer = 0; layer < LAYERS; layer++) {
             for (int i = 0; i < 7; i++) {
                 fill(values, shapes[i][0] * shapes[i][1], 0.2f);
-                good &= engine_matrix(engine, layer, i, F32, shapes[i][0], shapes[i][1], (uint8_t *)values, 4 * shapes[i][1]);
+                good &= engine_matrix(engine, layer, i, F32, shapes[i][0], shapes[i][1]);
+                engine_rows(engine, layer, i, 0, shapes[i][0], (uint8_t *)values, 4 * shapes[i][1]);
             }
             for (int i = 0; i < (cache == CACHE_F16 ? 7 : 13); i++) {
                 fill(values, vectors[i], 1);
@@ -44,7 +45,7 @@ int main(void)
             good &= engine_vector(engine, -1, i, values, i < 2 ? WIDTH : 48);
         }
         /* one matrix more than was announced has no room */
-        if (!good || engine_matrix(engine, 0, 0, F32, QUERY, WIDTH, (uint8_t *)values, 4 * WIDTH))
+        if (!good || engine_matrix(engine, 0, 0, F32, QUERY, WIDTH))
             return 2;
         const int32_t first[] = {5, 0, 7, 3, 2}, second[] = {1, 6};
         uint8_t *memory[2][2]; /* tails of two blocks of two sequences */

@@ -54,7 +54,6 @@ def test_an_output_matrix_of_its_own_is_used(tmp_path):
         ({"llama.rope.dimension_count": 15}, "an even number up to 32"),
         ({"llama.rope.freq_base": 0.0}, "not positive"),
         ({"llama.attention.scale": 0.5}, r"llama\.attention\.scale = 0\.5; edgekit does not run this variant"),
-        ({"llama.attention.sliding_window": 1024}, "does not run this variant"),
         ({"llama.attention.causal": False}, "does not run this variant"),
         ({"llama.expert_count": 8}, "does not run this variant"),
         ({"llama.rope.dimension_sections": [1, 2]}, "does not run this variant"),
