@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,8 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model in a file: its architecture and its weights. head: the embedding, if the two are tied."""
+    """A model in a file: its architecture and its weights. head: the embedding, if the two are tied; path: of the file
+    or folder."""
 
     architecture: Architecture
     embedding: Tensor
@@ -137,6 +139,7 @@ class Model:
     head: Tensor
     norm_bias: Tensor | None = None
     head_bias: Tensor | None = None
+    path: Path | None = None
 
 
 def shapes(of: Architecture) -> dict[str, tuple[int, ...]]:
@@ -183,6 +186,7 @@ def assemble(of: Architecture, found: Weights) -> Model:
         found.take("head", (of.vocabulary, of.width), default=embedding),
         found.take("norm_bias", (of.width,)) if "norm_bias" in found.always else None,
         found.take("head_bias", (of.vocabulary,)) if "head_bias" in found.always else None,
+        found.where,
     )
     if found.left:
         raise EdgekitError(
@@ -201,7 +205,7 @@ class Weights:
 
     def __init__(
         self,
-        where: str,
+        where: Path,
         tensors: Mapping[str, Tensor],
         names: Mapping[str, str],
         stacks: Mapping[str, Sequence[str]],
@@ -254,7 +258,7 @@ def from_gguf(file: GgufFile) -> Model:
     family = FAMILIES[architecture.family]
     weights = {name: tensor for name, tensor in file.tensors.items() if not name.startswith("rope_f")}
     return assemble(
-        architecture, Weights(str(file.path), weights, GGUF_NAMES, GGUF_STACKS, family.weights, family.sometimes)
+        architecture, Weights(file.path, weights, GGUF_NAMES, GGUF_STACKS, family.weights, family.sometimes)
     )
 
 

@@ -180,7 +180,7 @@ def from_folder(folder: Path) -> Model:
             name: _plus(tensor, model_type.offset) if name.endswith("norm.weight") else tensor
             for name, tensor in tensors.items()
         }
-    return assemble(of, Weights(str(folder), tensors, model_type.names, model_type.stacks, always))
+    return assemble(of, Weights(folder, tensors, model_type.names, model_type.stacks, always))
 
 
 def _plus(tensor: Tensor, offset: float) -> Tensor:
@@ -302,7 +302,7 @@ class _Config:
             raise EdgekitError(f"{self._where}: the parameters of a rotary embedding are no JSON object")
         parameters = {key: value for key, value in given.items() if value is not None}
         name = parameters.pop("type", "default")
-        parameters.setdefault("rope_type", name)
+        parameters.setdefault("rope_type", "longrope" if name == "su" else name)  # "su" in Phi-3's first version
         parameters.setdefault("rope_theta", self.values.get("rope_theta", 10_000.0))
         share = parameters.pop("partial_rotary_factor", self.values.get("partial_rotary_factor"))
         share = 1.0 if share is None else share

@@ -218,6 +218,8 @@ class NativeEngine(Engine):
         values = np.pad(tensor.values(), (0, -tensor.shape[0] % 16))
         if not self._library.engine_vector(self._engine, layer, role, values.ctypes.data, values.size):
             raise EdgekitError(f"no memory for {tensor.name!r}")
+        if self._buffer:
+            release_pages(tensor.content)
 
     # --- the engine's part of the step protocol
 

@@ -71,13 +71,11 @@ class LayerStream:
 
 
 def release_pages(content: npt.NDArray[np.uint8]) -> None:
-    """Give back the memory of a part of a mapped file, which is read again when it is needed."""
+    """Give back the memory of a mapped file of which this is a part. What is needed of it is read again. The whole file
+    is released, because the system maps up to megabytes around each byte that is read."""
     base = content.base
     while isinstance(base, np.ndarray):
         base = base.base
     mapping = base.obj if isinstance(base, memoryview) else base
-    if not isinstance(mapping, mmap.mmap):
-        return  # an array of its own, whose content would be lost
-    start = content.ctypes.data - np.frombuffer(mapping, np.uint8, 1).ctypes.data
-    first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    mapping.madvise(mmap.MADV_DONTNEED, first, start + content.size - first)
+    if isinstance(mapping, mmap.mmap):  # and no array of its own, whose content would be lost
+        mapping.madvise(mmap.MADV_DONTNEED)

@@ -28,6 +28,7 @@ PARTS = {
     "post_processor": ("processors", ("ByteLevel", "TemplateProcessing")),
     "decoder": ("decoders", ("ByteFallback", "ByteLevel", "Fuse", "Replace", "Strip")),
 }
+MOST_TOKENS = 1 << 24
 LARGEST_TOKENIZER = 64 << 20  # bytes of tokenizer.json; that of 262,144 tokens has 33 million
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -36,6 +37,7 @@ _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # the words of each family, by the name that a GGUF file has for its rule; None: GPT-2's
 WORDS: dict[str, str | None] = {
     "gpt-2": None,
+    "phi-2": None,
     "smollm": None,  # after every digit became a word of its own
     "qwen2": rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}",
     "llama-bpe": rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
@@ -217,6 +219,8 @@ def from_folder(folder: Path, size: int) -> Vocabulary:
             f"{folder}: holds no tokenizer.json; save the model's tokenizer with AutoTokenizer and save_pretrained"
         )
     whole = read_json(path, LARGEST_TOKENIZER)
+    if size > MOST_TOKENS:
+        raise EdgekitError(f"{folder}: the embedding has {size:,} rows; edgekit takes up to {MOST_TOKENS:,} tokens")
     numbers, added = _numbers(path, whole, size)
     for key, (parts, allowed) in PARTS.items():
         _check_part(path, key, whole.get(key), parts, allowed)
@@ -261,6 +265,8 @@ def _numbers(path: Path, whole: Mapping[str, Any], size: int) -> tuple[dict[str,
     model, added = whole.get("model"), whole.get("added_tokens")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(added, list):
         raise EdgekitError(f"{path}: has no model with a vocabulary and added_tokens; save the tokenizer again")
+    if model.get("dropout"):
+        raise EdgekitError(f"{path}: dropout = {repr(model['dropout'])[:40]} would make tokens random; expected null")
     if model.get("type") != "BPE":
         raise unknown("type of tokenizer", str(model.get("type")), ["BPE"], where=str(path))
     for entry in added:

@@ -543,6 +543,7 @@ def test_safetensors_are_read_as_the_library_reads_them(saved):
     [
         ({"model": {"type": "WordPiece", "vocab": {}}}, "unknown type of tokenizer 'WordPiece'"),
         ({"model": 3}, "no model with a vocabulary"),
+        ({"model": tokenizer_json()["model"] | {"dropout": 0.1}}, r"dropout = 0\.1 would make tokens random"),
         ({"added_tokens": [{"id": 5}]}, "an added token is"),
         ({"added_tokens": [{"id": 9999, "content": "<x>", "special": True}]}, "has the id 9999"),
         ({"added_tokens": [{"id": 5, "content": "<x>", "special": True}]}, "share an id"),

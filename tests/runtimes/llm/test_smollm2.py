@@ -1,6 +1,8 @@
 """A real model: SmolLM2 135M Instruct from PyPI (98 MB, Apache-2.0)."""
 
+import json
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +84,37 @@ def test_its_logits_are_the_same_bits_in_chunks_and_with_other_threads(model, kv
             parts = [engine.step([Item(0, ids[at : at + chunk], logits="all")])[0] for at in range(0, len(ids), chunk)]
             found.append(np.concatenate(parts))
     assert all(np.array_equal(other, found[0]) for other in found[1:])
+
+
+def test_the_vocabulary_of_the_folder_that_transformers_makes_of_it_is_the_same(model, path, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'edgekit[transformers]'")
+    pytest.importorskip("gguf", reason="pip install gguf")
+    from edgekit.data.text import read_text
+    from runtimes.llm import vocabulary
+    from runtimes.llm.tokenizer import Tokenizer
+
+    transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(tmp_path)
+    # transformers leaves out that the model's words end at each digit
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, whole["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    other = Tokenizer(vocabulary.from_folder(tmp_path, len(model.tokenizer)))
+    texts = [read_text(Path(name)) for name in ("LICENSE", "README.md", "docs/jobs/language-models.md")]
+    for text in (*texts, TEXT, "12,345.67 été 日本語 🌌\n\n\tend", "def f(x):\n    return x**2  # <|im_end|>"):
+        for special in (False, True):
+            ids = model.tokenizer.encode(text, special=special).tolist()
+            assert other.encode(text, special=special).tolist() == ids
+        assert other.decode(ids) == model.tokenizer.decode(ids)
+    assert other.eos == model.tokenizer.eos
+    assert other.control == model.tokenizer.control
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_runs_in_half_the_memory_to_the_same_bits(model, path, threads):
+    ids = model.tokenizer.encode(TEXT * 2)
+    expected = model.engine.step([Item(-3, ids, logits="all")])[0].copy()
+    model.engine.remove(-3)
+    with load(path, context=1024, threads=threads, weights_memory="45MB") as found:
+        assert np.array_equal(found.engine.step([Item(0, ids, logits="all")])[0], expected)
+        assert found.engine.bytes < 0.6 * model.engine.bytes

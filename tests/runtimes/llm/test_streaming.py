@@ -12,7 +12,7 @@ import pytest
 from edgekit.errors import EdgekitError
 from runtimes.llm.engine import Item
 from runtimes.llm.model import load
-from runtimes.llm.native_engine import NativeEngine
+from runtimes.llm.native_engine import MATRICES, NativeEngine
 from runtimes.llm.streaming import LayerStream, kept_layers, release_pages
 from tests.gguf_files import toy_model
 from tests.runtimes.llm.conftest import compiler
@@ -35,8 +35,8 @@ def test_logits_are_the_same_bits_as_with_all_weights_in_memory(toy, form, kv):
     model = toy("llama", form, **SIZES)
     least = smallest(model)
     with closing(NativeEngine(model, blocks=80, kv=kv, threads=2)) as engine:
-        expected, whole = run(engine), engine.bytes
-    for memory in (least, least + (whole - least) // 8, 1 << 40):
+        expected, whole, weights = run(engine), engine.bytes, engine._weights
+    for memory in (least, (least + weights) // 2, 1 << 40):
         with closing(NativeEngine(model, blocks=80, kv=kv, threads=2, weights_memory=memory)) as engine:
             assert np.array_equal(check_schedules(engine, np.array_equal), expected)
             assert (engine.bytes < whole) is (memory < 1 << 40)
@@ -59,8 +59,13 @@ def test_a_stream_that_brings_the_wrong_layer_is_seen(toy, monkeypatch):
     model = toy("llama", "Q8_0", **SIZES)
     with closing(NativeEngine(model, blocks=8)) as engine:
         expected = run(engine)
-    ready = LayerStream.ready
-    monkeypatch.setattr(LayerStream, "ready", lambda self, number: None if number == 3 else ready(self, number))
+
+    def wrong(self, number, buffer):
+        self._library.engine_place(self._engine, self._resident + buffer * self._buffer)
+        for role, name in enumerate(MATRICES):
+            self._matrix(number, role, getattr(model.layers[5 if number == 4 else number], name))
+
+    monkeypatch.setattr(NativeEngine, "_load_streamed", wrong)
     with closing(NativeEngine(model, blocks=8, weights_memory=smallest(model))) as engine:
         assert not np.array_equal(run(engine), expected)
 
@@ -95,6 +100,7 @@ def test_the_next_layer_is_read_while_one_is_computed():
     assert loads.done == []
     stream.ready(2)
     stream.ready(3)
+    stream._wait()
     loads.open.clear()
     stream.ready(4)  # which was read ahead; its successor waits
     assert [number for number, _ in loads.done] == [2, 3, 4]

@@ -88,7 +88,7 @@ def test_a_beginning_is_added_once_where_the_model_wants_one(tmp_path):
 
 
 @pytest.mark.parametrize(("rule", "text", "words"), [
-    ("smollm", "in 123", 6), ("llama-bpe", "123", 3), ("qwen2", "123", 3), ("gpt-2", "an", 1),
+    ("smollm", "in 123", 6), ("llama-bpe", "123", 3), ("qwen2", "123", 3), ("gpt-2", "an", 1), ("phi-2", "an", 1),
 ])  # fmt: skip
 def test_each_rule_builds_a_tokenizer(tmp_path, rule, text, words):
     tokenizer = tokenizer_of(tmp_path, pre=rule)
