@@ -33,9 +33,10 @@ FILES = {
     "registry": 120,
     "broker": 150,
     "gguf": 40,
+    "language-folder": 40,
 }
 NEEDED = {"onnx": "onnxruntime", "hugging-face": "transformers", "pt2": "torch", "image": "PIL", "recipe": "torch"}
-NEEDED["gguf"] = "tokenizers"
+NEEDED |= dict.fromkeys(("gguf", "language-folder"), "tokenizers")
 NEEDED |= dict.fromkeys(("bundle", "pack"), "onnx") | dict.fromkeys(
     ("message", "registry", "broker"), "confluent_kafka"
 )

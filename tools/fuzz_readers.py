@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_gguf
+import fuzz_language_folder
 import fuzz_stream
 import numpy as np
 from fuzz_changes import NUMBERS, TEXTS, Files, changed
@@ -420,6 +421,12 @@ READERS = {
     "image": Reader(pictures, write_picture, read_pictures),
     "onnx": Reader(graphs, one_file("x.onnx"), IMPORT, change=changed_graph),
     "hugging-face": Reader(folders, write_folder, IMPORT),
+    "language-folder": Reader(
+        fuzz_language_folder.language_folders,
+        fuzz_language_folder.write_language_folder,
+        fuzz_language_folder.read_language_folder,
+        memory=2 << 30,
+    ),
     "pt2": Reader(programs, archive("x.pt2"), IMPORT),
     "message": Reader(
         lambda: [{"seed": b"0"}], one_file("seed"), fuzz_stream.read_messages, change=fuzz_stream.drawn_seed

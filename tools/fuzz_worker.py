@@ -41,6 +41,10 @@ GUIDED = {
     "target": ("edgekit.targets", "edgekit.settings", "tomllib"),
     "image": ("edgekit.data", "PIL"),
     "hugging-face": ("edgekit.importers", "edgekit.nn.hugging_face"),
+    "language-folder": (
+        *("edgekit.importers.safetensors_files", "runtimes.llm.hugging_face", "runtimes.llm.rope"),
+        *("runtimes.llm.vocabulary", "runtimes.llm.tokenizer", "runtimes.llm.source"),
+    ),
     "pt2": ("edgekit.importers",),
     "registry": ("alert_broker.stream.registry", "alert_broker.containers", "alert_broker.avro.plan", "http.client"),
     "broker": ("alert_broker.stream.config", "alert_broker.stream.filters", "edgekit.settings", "tomllib"),

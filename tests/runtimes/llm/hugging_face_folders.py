@@ -99,9 +99,9 @@ SPLITS = {
 }
 
 
-def tokenizer_json(rule: str = "smollm") -> dict:
+def tokenizer_json(rule: str = "smollm", **sizes: int) -> dict:
     """The tokenizer of the small GGUF files, as the tokenizers library saves it. The first control token is bos."""
-    metadata = toy_metadata("llama")
+    metadata = toy_metadata("llama", **sizes)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     special = [
         {
