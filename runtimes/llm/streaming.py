@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +74,7 @@ class LayerStream:
 def release_pages(content: npt.NDArray[np.uint8]) -> None:
     """Give back the memory of a mapped file of which this is a part. What is needed of it is read again. The whole file
     is released, because the system maps up to megabytes around each byte that is read."""
-    base = content.base
+    base: Any = content.base
     while isinstance(base, np.ndarray):
         base = base.base
     mapping = base.obj if isinstance(base, memoryview) else base
