@@ -194,9 +194,9 @@ class _Config:
     def __init__(self, folder: Path) -> None:
         self._where = f"{folder}/config.json"
         given = safe_config(folder)
-        name = given.get("model_type")
+        name = str(given.get("model_type"))[:40]
         if name not in MODEL_TYPES:
-            raise unknown("model_type of a language model", str(name), MODEL_TYPES, where=self._where)
+            raise unknown("model_type of a language model", name, MODEL_TYPES, where=self._where)
         self.model_type = MODEL_TYPES[name]
         self.values = {**self.model_type.defaults, **given}
         for key, value in given.items():
@@ -254,9 +254,9 @@ class _Config:
         return float(value)
 
     def activation(self, default: str) -> Activation:
-        name = self.values.get("hidden_activation") or self.values.get("hidden_act") or default
+        name = str(self.values.get("hidden_activation") or self.values.get("hidden_act") or default)[:40]
         if name not in ACTIVATIONS:
-            raise unknown("activation", str(name), ACTIVATIONS, where=self._where)
+            raise unknown("activation", name, ACTIVATIONS, where=self._where)
         return ACTIVATIONS[name]
 
     def windows(self, layers: int) -> tuple[int, ...]:

@@ -52,9 +52,9 @@ def rope_of(size: int, pairs: Pairs, parameters: Mapping[str, Any], where: str) 
     """Return the embedding that parameters describe. parameters: `rope_theta`, the base; `rope_type`, the way of
     stretching; and the parameters of that way."""
     given = {key: value for key, value in parameters.items() if value is not None}
-    name = given.pop("rope_type", "default")
+    name = str(given.pop("rope_type", "default"))[:40]
     if name not in SCALINGS:
-        raise unknown("scaling of the rotary embedding", str(name), SCALINGS, where=where)
+        raise unknown("scaling of the rotary embedding", name, SCALINGS, where=where)
     scaling = SCALINGS[name]
     base = given.pop("rope_theta", None)
     for key, value in {"rope_theta": base, **given}.items():

@@ -458,6 +458,9 @@ def test_an_embedding_with_more_rows_than_there_are_tokens_is_accepted(saved, tm
     ("changes", "problem"),
     [
         ({"model_type": "mamba"}, "unknown model_type of a language model 'mamba'"),
+        ({"model_type": {"a": 1}}, "unknown model_type of a language model \"{'a': 1}\""),
+        ({"hidden_act": ["silu"]}, "unknown activation"),
+        ({"rope_parameters": {"rope_type": {}, "rope_theta": 1e4}}, "unknown scaling"),
         ({"auto_map": {"AutoConfig": "a.B"}}, "needs code of its author"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config = .*does not run this variant"),
         ({"num_experts": 8}, "does not run this variant"),
