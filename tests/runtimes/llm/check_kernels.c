@@ -17,7 +17,7 @@ int main(void)
     for (int i = 0; i < STEPS * INPUTS; i++)
         values[i] = (float)(int)(next() % 2001 - 1000) / 300.0f;
     for (int i = 0; i < STEPS; i++)
-        quantise(values + i * INPUTS, i % 2 ? values : NULL, i % 3 ? NULL : values, 1e-5f, &of, i);
+        quantise(values + i * INPUTS, i % 2 ? values : NULL, i % 2 && i % 3 ? values : NULL, 1e-5f, &of, i);
     mix(of.codes, STEPS * INPUTS);
     for (int format = Q4_0; format <= F32; format++) {
         Matrix matrix = {format, ROWS, INPUTS, allocate(3 * tile_bytes(format, INPUTS))};
