@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -108,13 +109,15 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model in a file: its architecture and its weights. head: the embedding, if the two are tied."""
+    """A model in a file: its architecture and its weights. head: the embedding, if the two are tied; path: of the
+    file."""
 
     architecture: Architecture
     embedding: Tensor
     layers: Sequence[Layer]
     norm: Tensor
     head: Tensor
+    path: Path | None = None
 
 
 def from_gguf(file: GgufFile) -> Model:
@@ -128,7 +131,8 @@ def from_gguf(file: GgufFile) -> Model:
     ]
     embedding = found.take("token_embd.weight", (architecture.vocabulary, architecture.width))
     head = found.take("output.weight", (architecture.vocabulary, architecture.width), default=embedding)
-    model = Model(architecture, embedding, layers, found.take("output_norm.weight", (architecture.width,)), head)
+    norm = found.take("output_norm.weight", (architecture.width,))
+    model = Model(architecture, embedding, layers, norm, head, file.path)
     if found.left:
         raise EdgekitError(
             f"{file.path}: {len(found.left)} tensors belong to no known role of {architecture.family}, such as "
