@@ -5,10 +5,10 @@
     python tools/bench_llm.py --table benchmarks/llm.json
 
 Each engine lives in a process of its own, which waits while another one is timed. A round times every engine once, and
-another engine begins each round. A time is the CPU time of one step (of all steps for a prompt), or with two threads the
-time that passed; a ratio is the median of the ratios of the same round, against the better of the others. ik_llama.cpp
-is timed by its own llama-bench before and after the rounds; its fastest sample of all its options counts, against our
-median. --llama: the folder of the npm package @node-llama-cpp/linux-x64, which has code for each CPU.
+another engine begins each round. A time is the CPU time of one step (of all steps for a prompt), or with two threads
+the time that passed; a ratio is the median of the ratios of the same round, against the better of the others.
+ik_llama.cpp is timed by its own llama-bench before and after the rounds; its fastest sample of all its options counts,
+against our median. --llama: the folder of the npm package @node-llama-cpp/linux-x64, which has code for each CPU.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ ROWS = (
     Row("prompt of 512", [(0, 512)]),
     Row("prompt of 2,048", [(0, 2048)]),
 )
-SHORT = tuple(row for row in ROWS if "7,600" not in row.name)
+SHORT = tuple(row for row in ROWS if row.name not in ("1 token at 7,600", "prompt of 2,048"))
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,8 @@ def measure(part: Part, options: argparse.Namespace, folder: Path) -> dict[str, 
             with_ik = options.ik is not None and not part.avx2
             fixed = ik_seconds(options.ik, path, row, part.threads) if with_ik else {}
             calls = [functools.partial(benches[name].ask, "run", row) for name in taking]
-            taken = in_turns(calls, seconds=options.seconds, least=7, most=200)
+            few = {"least": 3, "warmup": 1} if row.is_prompt else {"least": 7}  # a prompt takes seconds
+            taken = in_turns(calls, seconds=options.seconds, most=200, **few)
             if fixed:
                 again = ik_seconds(options.ik, path, row, part.threads)
                 fixed = {name: min(value, again[name]) for name, value in fixed.items()}
@@ -377,10 +378,10 @@ def versions(options: argparse.Namespace) -> dict[str, Any]:
         version.restype = ctypes.c_char_p
         found["llama.cpp"] = f"npm {found['llama.cpp']}, ggml {version().decode()}"
     if options.ik is not None:
-        root = Path(__file__).resolve().parents[1]
         found["ik_llama.cpp"] = options.ik_version
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        found["commit"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    found["commit"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return found
 
 
@@ -418,7 +419,7 @@ def main() -> None:
     parser.add_argument("--part", action="append", help=f"one of: {'; '.join(part.name for part in PARTS)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each row")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for models that are made")
-    parser.add_argument("--json", type=Path, help="write the numbers here; parts that it has already are kept")
+    parser.add_argument("--json", type=Path, help="write the numbers here; other rows that it has are kept")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a report as Markdown, and measure nothing")
     options = parser.parse_args()
     if options.table:
@@ -428,10 +429,14 @@ def main() -> None:
     chosen = [part for part in PARTS if not options.part or part.name in options.part]
     report: dict[str, Any] = {"machine": versions(options), "parts": {}}
     if options.json and options.json.exists():
-        report["parts"] = json.loads(options.json.read_text())["parts"]
+        before = json.loads(options.json.read_text())
+        report = {"machine": before["machine"] | report["machine"], "parts": before["parts"]}
     for part in chosen:
         print(f"--- {part.name}", flush=True)
-        report["parts"][part.name] = measure(part, options, options.folder)
+        measured = measure(part, options, options.folder)
+        rows = {row["row"]: row for row in report["parts"].get(part.name, {}).get("rows", []) + measured["rows"]}
+        measured["rows"] = [rows[row.name] for row in part.rows if row.name in rows]
+        report["parts"][part.name] = measured
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))

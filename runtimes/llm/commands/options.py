@@ -28,24 +28,45 @@ class EngineOptions:
     context: int | None
     kv: str | None
     threads: int | None
+    gpu_layers: int | None = None
 
 
 def of_engine(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of an engine, which the command gets as one `engine: EngineOptions`."""
 
     @functools.wraps(command)
-    def collected(*, engine: str, context: int | None, kv: str | None, threads: int | None, **others: Any) -> Any:
-        return command(engine=EngineOptions(engine, context, kv, threads), **others)
+    def collected(
+        *,
+        engine: str,
+        context: int | None,
+        kv: str | None,
+        threads: int | None,
+        gpu_layers: int | None,
+        **others: Any,
+    ) -> Any:
+        return command(engine=EngineOptions(engine, context, kv, threads, gpu_layers), **others)
 
     for option in (
         click.option(
-            "--threads", type=click.IntRange(1, 256), help="Of the native engine [default: one for each core]."
+            "--gpu-layers",
+            type=click.IntRange(min=-1),
+            help="Of llama.cpp: layers on the GPU, -1 for all [default: 0].",
         ),
         click.option(
-            "--kv", help="How the native engine's cache stores keys and values: f16, int8 or int4 [default: f16]."
+            "--threads", type=click.IntRange(1, 256), help="Of native and llamacpp [default: one for each core]."
+        ),
+        click.option(
+            "--kv",
+            help="How the cache stores keys and values: f16, int8 or int4 (native), f16, q8_0 or q4_0 (llamacpp) "
+            "[default: f16].",
         ),
         click.option("--context", type=click.IntRange(min=1), help="Tokens of the cache [default: 4096]."),
-        click.option("--engine", default="native", show_default=True, help="native (C) or torch (the reference)."),
+        click.option(
+            "--engine",
+            default="native",
+            show_default=True,
+            help="native (C), torch (the reference) or llamacpp (a library that others have built).",
+        ),
     ):
         collected = option(collected)
     return collected
@@ -126,7 +147,7 @@ def opened(model: str, engine: EngineOptions) -> Iterator[LanguageModel]:
     from runtimes.llm.model import load
 
     note(f"loading {model}")
-    given = {"kv": engine.kv, "threads": engine.threads}
+    given = {"kv": engine.kv, "threads": engine.threads, "gpu_layers": engine.gpu_layers}
     options = {name: value for name, value in given.items() if value is not None}
     with load(model, engine=engine.name, context=engine.context, **options) as found:
         yield found
