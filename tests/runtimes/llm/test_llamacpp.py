@@ -1,5 +1,6 @@
 """llama.cpp as an engine: against the reference, under other schedules, and what it refuses."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from runtimes.llm.engine import Item
 from runtimes.llm.llamacpp_engine import LlamaCppEngine
 from runtimes.llm.llamacpp_library import CONTEXT, FLAGS, MODEL, layout_of
 from runtimes.llm.torch_engine import TorchEngine
+from tests.gguf_files import toy_model
 
 IDS = np.random.default_rng(7).integers(0, 300, 90)
 EXACT = 3e-3  # of the largest logit: float32 weights, and a cache in float16
@@ -176,6 +178,28 @@ def test_a_closed_engine_is_refused(toy):
     for use in (lambda: logits(engine, IDS[:5]), lambda: engine.fork(0, 1), lambda: engine.remove(0)):
         with pytest.raises(EdgekitError, match="was closed"):
             use()
+
+
+@library
+@pytest.mark.parametrize("engine", ["torch", "llamacpp"])
+def test_bench_shows_it_beside_another_engine_in_the_same_run(edgekit, tmp_path, engine):
+    path = toy_model(tmp_path, "llama", "Q4_0")
+    arguments = ("--contexts", "16,40", "--rounds", "3", "--threads", "1", "--json")
+    if engine == "torch":  # it takes no threads
+        arguments = (*arguments[:4], "--json")
+    found = edgekit("llm", "bench", str(path), "--engine", engine, *arguments)
+    rows = json.loads(found.out)["rows"]
+    expected = [(name, at) for at in (16, 40) for name in dict.fromkeys((engine, "llamacpp"))]
+    assert [(row["engine"], row["context"]) for row in rows] == expected
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_bench_says_why_llama_cpp_is_not_beside_it(edgekit, tmp_path, monkeypatch):
+    path = toy_model(tmp_path, "llama", "Q4_0")
+    monkeypatch.setenv(llamacpp_library.VARIABLE, str(tmp_path))
+    found = edgekit("llm", "bench", str(path), "--engine", "torch", "--contexts", "16", "--rounds", "3", "--json")
+    assert [row["engine"] for row in json.loads(found.out)["rows"]] == ["torch"]
+    assert "llama.cpp is not beside it" in found.err
 
 
 # --- the probe of the layout
