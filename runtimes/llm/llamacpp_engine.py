@@ -212,7 +212,7 @@ class LlamaCppEngine(Engine):
     def _decode(self, logits: Floats, batch: Batch, rows: Ids, numbers: npt.NDArray[np.int32]) -> None:
         """Run one call of llama.cpp, and copy the logits that are wanted of its rows."""
         wanted = np.isin(rows, batch.wanted)
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "positions": batch.positions[rows].astype(np.int32),
             "counts": np.ones(len(rows), np.int32),
             "sequences": numbers.ctypes.data + np.arange(len(rows), dtype=np.uintp) * numbers.itemsize,

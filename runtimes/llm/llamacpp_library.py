@@ -48,12 +48,15 @@ class Struct(ctypes.Structure):
         struct.pack_into("<i", self.content, at, value)
 
 
+POINTERS = ("tokens", "embeddings", "positions", "counts", "sequences", "logits")  # of llama_batch
+
+
 class Batch(ctypes.Structure):
     """llama_batch: the rows of one call."""
 
     _fields_ = (
         ("number", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("tokens", "embeddings", "positions", "counts", "sequences", "logits")),
+        *((name, ctypes.c_void_p) for name in POINTERS),
     )
 
 
@@ -152,8 +155,8 @@ class Library:
         context, model = self.c.llama_context_default_params(), self.c.llama_model_default_params()
         layout = layout_of(bytes(context.content), bytes(model.content))
         batch = self.c.llama_batch_init(1, 0, 1)
-        filled = [bool(getattr(batch, name)) for name, _ in Batch._fields_]
-        if layout is None or filled != [False, True, False, True, True, True, True]:
+        filled = {name for name in POINTERS if getattr(batch, name)}
+        if layout is None or batch.number or filled != set(POINTERS) - {"embeddings"}:
             raise EdgekitError(
                 f"{self.path}: the parameters of this release of llama.cpp have a layout that edgekit does not know; "
                 f"{INSTALL}"
