@@ -395,11 +395,11 @@ def table(report: Mapping[str, Any]) -> str:
         for row in part["rows"]:
             ms = row["ms"]
             ours = [f"native {kv}" for kv in ("f16", "int8", "int4")]
-            cells = [row["row"], ", ".join(f"{ms[kv]:.3g}" for kv in ours)]
+            cells = [row["row"], ", ".join(milliseconds(ms[kv]) for kv in ours)]
             times = []
             for kind in ("llama.cpp", "ik_llama.cpp"):
                 ratios = row.get(f"times of {kind}")
-                cells.append(f"{ms[ratios['best']]:.3g}" if ratios else "")
+                cells.append(milliseconds(ms[ratios["best"]]) if ratios else "")
                 if ratios:
                     times.append(max(ratios[kv] for kv in ours))
             shares = row["share of the memory bound"]
@@ -408,6 +408,10 @@ def table(report: Mapping[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
 """What tools/bench_llm.py computes from times, with times that are known."""
 
+import json
+
 import numpy as np
 import pytest
 
 from edgekit.cost.timing import in_turns
+from tests.conftest import ROOT
 from tools.bench_llm import PARTS, ROWS, SHORT, Bench, Row, compared, table
 
 OURS = ["native f16", "native int8", "native int4"]
@@ -100,3 +103,11 @@ def test_a_row_whose_names_lie_would_be_found():
     names = [part.name for part in PARTS]
     assert len(set(names)) == len(names)
     assert {row.name for row in SHORT} < {row.name for row in ROWS}
+
+
+def test_the_published_table_is_the_stored_report():
+    report = json.loads((ROOT / "benchmarks" / "llm.json").read_text())
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert table(report).strip() in text
+    report["parts"]["SmolLM2 Q4_1"]["rows"][0]["ms"]["native f16"] *= 1.01
+    assert table(report).strip() not in text
