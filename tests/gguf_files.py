@@ -122,6 +122,7 @@ def toy_metadata(family: str, **sizes: int) -> dict:
         f"{family}.attention.head_count": of["heads"],
         f"{family}.attention.head_count_kv": of["kv_heads"],
         f"{family}.attention.key_length": of["head_size"],
+        f"{family}.attention.value_length": of["head_size"],
         f"{family}.attention.layer_norm_rms_epsilon": 1e-5,
         f"{family}.rope.freq_base": 10000.0,
         f"{family}.rope.dimension_count": of.get("rope_size", of["head_size"]),

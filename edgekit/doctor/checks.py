@@ -49,7 +49,7 @@ def judge(system: System, target: Target | None, *, asked: bool) -> list[Finding
     missing: Status = "error" if asked else "warning"
     found = [*_target(system, target, asked), *_gpu(system, target, asked), *_driver(system, target)]
     found += [*_jetson(system, target), *_python(system, target), *_packages(system, target), *_cuda(system, target)]
-    found += [*_code(system, target), *_missing(system, target), *_providers(system, target)]
+    found += [*_llama_cpp(system), *_code(system, target), *_missing(system, target), *_providers(system, target)]
     found += [*_tensorrt(system, target), *host.memory(system), *host.cpu(system), *host.compiler(system)]
     return [*found, *_stacks(system, target, missing)]
 
@@ -309,6 +309,15 @@ def _cuda(system: System, target: Target | None) -> Iterator[Finding]:
     known |= {f"{version} of the system" for name, version in system.system_libraries.items() if name == "libcudnn"}
     if known:
         yield Finding("cuDNN", "ok", ", ".join(sorted(known)))
+
+
+def _llama_cpp(system: System) -> Iterator[Finding]:
+    """Say which llama.cpp runs language models, and whether it has code for GPUs."""
+    if not system.llama_cpp:
+        return
+    packages = ("llama.cpp", "xllamacpp")
+    codes = [str(library.code) for library in system.libraries if library.package in packages and library.code]
+    yield Finding("llama.cpp", "ok", f"{system.llama_cpp}; {f'GPU code: {codes[0]}' if codes else 'for the CPU alone'}")
 
 
 def _code(system: System, target: Target | None) -> Iterator[Finding]:

@@ -28,7 +28,7 @@ FOLDERS = (  # folders of the CUDA libraries that the system installed
 )  # fmt: skip
 SYSTEM_LIBRARIES = re.compile(r"(libcudnn\w*|libcublas(?:Lt)?|libnvinfer\w*)\.so\.(\d[\d.]*)")
 # distributions whose libraries a network needs on a GPU; NCCL, cuSPARSE and the like are not used by one
-PACKAGES = re.compile(r"(nvidia-(cudnn|cublas|cufft|curand)-cu\d+|onnxruntime\S*|tensorrt\S*|torch)")
+PACKAGES = re.compile(r"(nvidia-(cudnn|cublas|cufft|curand)-cu\d+|onnxruntime\S*|tensorrt\S*|torch|xllamacpp)")
 SHARED = re.compile(r"\.so(\.\d+)*$")
 # TensorRT 10.13 splits its resources by compute capability; cuFFT's interface for FFTW's callers has one stray kernel
 APART = re.compile(r"builder_resource|libcufftw")
@@ -38,6 +38,7 @@ VARIABLES = (
     "CUDA_MODULE_LOADING", "ORT_DISABLE_ALL", "CC",
 )  # fmt: skip
 NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
+LLAMA = "EDGEKIT_LLAMACPP"  # a library of llama.cpp, or the folder of a build of it
 VENDOR = "0x10de"  # NVIDIA's on the PCI bus
 
 
@@ -88,8 +89,9 @@ def observe(root: Path = Path("/"), run: Run = run) -> System:
             nvcc=nvcc,
             trtexec=trtexec,
             system_libraries=system,
-            libraries=(*outside, *packaged_libraries(found, run)),
+            libraries=(*outside, *packaged_libraries(found, run), *llama_libraries(run)),
             packages={name: item.version for name, item in sorted(found.items())},
+            llama_cpp=llama_cpp(found),
             blas=blas(),
             compiler=compiler(run),
             environment={name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
@@ -226,6 +228,30 @@ def packaged_libraries(found: Mapping[str, Distribution], run: Run) -> Iterator[
         library = _library(path, name, found[name].version, known)
         if library.code or library.problem or any(map(CUDA.match, library.needed)):
             yield library
+
+
+def llama_cpp(found: Mapping[str, Distribution]) -> str:
+    """Return which build of llama.cpp the engine `llamacpp` loads, and for which CPUs a folder has code; "" if none."""
+    if chosen := os.environ.get(LLAMA):
+        parts = sorted(path.name for path in _llama_folder(chosen).glob("libggml-cpu-*.so"))
+        cpus = ", ".join(name.removeprefix("libggml-cpu-").removesuffix(".so") for name in parts)
+        return f"{chosen}{f', code for {cpus}' * bool(cpus)}"
+    return f"xllamacpp {found['xllamacpp'].version}" if "xllamacpp" in found else ""
+
+
+def llama_libraries(run: Run) -> Iterator[Library]:
+    """Yield the libraries with GPU code of the llama.cpp that $EDGEKIT_LLAMACPP names."""
+    if not (chosen := os.environ.get(LLAMA)):
+        return
+    known = _loadable(run)
+    for path in sorted(_llama_folder(chosen).glob("lib*.so*")):
+        library = _library(path, "llama.cpp", "", known)
+        if library.code or library.problem:
+            yield library
+
+
+def _llama_folder(chosen: str) -> Path:
+    return Path(chosen).parent if Path(chosen).is_file() else Path(chosen)
 
 
 def _library(path: Path, package: str, number: str, known: set[str] | None) -> Library:

@@ -116,6 +116,7 @@ class System:
     packages: Mapping[str, str] = field(default_factory=dict)  # of Python, name to version
     providers: tuple[Provider, ...] = ()
     providers_problem: str = ""  # why onnxruntime could not be asked
+    llama_cpp: str = ""  # the build that runs language models: "xllamacpp 2026.10.11549"
     blas: tuple[Blas, ...] = ()
     compiler: str = ""  # first line of its --version
     environment: Mapping[str, str] = field(default_factory=dict)  # variables that change what is chosen

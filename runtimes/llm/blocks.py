@@ -71,6 +71,10 @@ class Blocks:
         """Return (blocks,) the blocks of a sequence in the order of its tokens."""
         return np.array(self._table(sequence).blocks, np.int32)
 
+    def inputs(self, sequence: int) -> Sequence[bytes]:
+        """Return the input of each token of a sequence."""
+        return self._table(sequence).inputs
+
     def needed(self, sequence: int, tokens: int) -> int:
         """Return how many free blocks it takes to append this many tokens."""
         table = self.tables.get(sequence, Table())

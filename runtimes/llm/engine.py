@@ -170,7 +170,7 @@ class Engine(ABC):
 
     def reuse(self, sequence: int, ids: Ids) -> int:
         """Begin a sequence with what the cache still has of these tokens; return how many that are. Append the rest."""
-        return self.blocks.adopt(sequence, [_key(token, position) for position, token in enumerate(ids.tolist())])
+        return self.blocks.adopt(sequence, [input_key(token, position) for position, token in enumerate(ids.tolist())])
 
     def fork(self, sequence: int, new: int) -> None:
         """Begin a new sequence with all tokens of another one. Both share memory until one of them writes."""
@@ -189,7 +189,7 @@ class Engine(ABC):
     def save(self, sequence: int) -> Saved:
         """Return a copy of a sequence's state."""
         table = self.blocks.array(sequence)[: self.blocks.count(self.length(sequence))]
-        return Saved(tuple(self.blocks.tables[sequence].inputs), self.export_blocks(table))
+        return Saved(tuple(self.blocks.inputs(sequence)), self.export_blocks(table))
 
     def restore(self, sequence: int, saved: Saved) -> None:
         """Begin a sequence with a saved state. Raises NoBlocksError if the cache is full."""
@@ -211,10 +211,10 @@ class Engine(ABC):
         for item, span in zip(items, batch.spans, strict=True):
             positions = batch.positions[span].tolist()
             if item.inputs.ndim == 1:
-                found = [_key(token, at) for token, at in zip(item.inputs.tolist(), positions, strict=True)]
+                found = [input_key(token, at) for token, at in zip(item.inputs.tolist(), positions, strict=True)]
             else:
                 digests = [hashlib.sha256(row.tobytes()).digest() for row in item.inputs]
-                found = [digest + _key(-1, at) for digest, at in zip(digests, positions, strict=True)]
+                found = [digest + input_key(-1, at) for digest, at in zip(digests, positions, strict=True)]
             self.blocks.append(item.sequence, found)
 
     # --- what a subclass computes
@@ -308,6 +308,6 @@ def _rows_wanted(item: Item) -> int:
     return {"none": 0, "last": 1, "all": len(item.inputs)}[item.logits]
 
 
-def _key(token: int, position: int) -> bytes:
+def input_key(token: int, position: int) -> bytes:
     """Return what the keys and values of a token depend on beside the tokens before it."""
     return token.to_bytes(8, "little", signed=True) + position.to_bytes(8, "little")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,25 +34,35 @@ class Speed:
 
 def measure(engine: Engine, context: int, rounds: int, seed: int = 0) -> Speed:
     """Time a prompt of `context` random tokens, and the token behind it."""
-    ids: Ids = np.random.default_rng(seed).integers(0, engine.architecture.vocabulary, context + 1)
-    sequence, chunk = -2, min(CHUNK, engine.rows)
-    started = time.perf_counter()
-    try:
-        for start in range(0, context, chunk):
-            engine.step([Item(sequence, ids[start : min(start + chunk, context)], logits="none")])
-        prompt_rate = context / (time.perf_counter() - started)
+    return measure_in_turns([engine], context, rounds, seed)[0]
 
-        def one() -> None:
+
+def measure_in_turns(engines: Sequence[Engine], context: int, rounds: int, seed: int = 0) -> list[Speed]:
+    """Time the same for several engines: the prompt once, and the token behind it in turns."""
+    ids: Ids = np.random.default_rng(seed).integers(0, engines[0].architecture.vocabulary, context + 1)
+    sequence, rates = -2, []
+    try:
+        for engine in engines:
+            chunk, started = min(CHUNK, engine.rows), time.perf_counter()
+            for start in range(0, context, chunk):
+                engine.step([Item(sequence, ids[start : min(start + chunk, context)], logits="none")])
+            rates.append(context / (time.perf_counter() - started))
+
+        def one(engine: Engine) -> None:
             engine.step([Item(sequence, ids[context:])])
             engine.truncate(sequence, context)
 
-        taken = in_turns([timed(one, time.perf_counter)], least=rounds, most=rounds)
+        calls = [timed(functools.partial(one, engine), time.perf_counter) for engine in engines]
+        taken = np.median(in_turns(calls, least=rounds, most=rounds)[:, :, 0], axis=0)
     finally:
-        if sequence in engine.blocks.tables:
-            engine.remove(sequence)
-    seconds = float(np.median(taken))
-    read = engine.bytes_read(context)
-    return Speed(context, prompt_rate, seconds, None if read is None else read / memory_rate() / seconds)
+        for engine in engines:
+            if sequence in engine.blocks.tables:
+                engine.remove(sequence)
+    found, bound = [], memory_rate()
+    for engine, rate, seconds in zip(engines, rates, taken.tolist(), strict=True):
+        read = engine.bytes_read(context)
+        found.append(Speed(context, rate, seconds, None if read is None else read / bound / seconds))
+    return found
 
 
 def memory_rate() -> float:

@@ -30,6 +30,7 @@ class EngineOptions:
     threads: int | None
     weights: str | None = None
     weights_memory: str | None = None
+    gpu_layers: int | None = None
 
 
 def of_engine(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,28 +43,22 @@ def of_engine(command: Callable[..., Any]) -> Callable[..., Any]:
         context: int | None,
         kv: str | None,
         threads: int | None,
-        weights: str | None,
-        weights_memory: str | None,
-        **others: Any,
-    ) -> Any:
-        return command(engine=EngineOptions(engine, context, kv, threads, weights, weights_memory), **others)
-
-    for option in (
-        click.option(
-            "--weights-memory", metavar="SIZE", help="Most memory for weights of the native engine, such as 2GB."
         ),
         click.option(
-            "--weights",
-            help="How the native engine stores matrices of floats: kept or q8_0 [default: q8_0 for folders].",
+            "--threads", type=click.IntRange(1, 256), help="Of native and llamacpp [default: one for each core]."
         ),
         click.option(
-            "--threads", type=click.IntRange(1, 256), help="Of the native engine [default: one for each core]."
-        ),
-        click.option(
-            "--kv", help="How the native engine's cache stores keys and values: f16, int8 or int4 [default: f16]."
+            "--kv",
+            help="How the cache stores keys and values: f16, int8 or int4 (native), f16, q8_0 or q4_0 (llamacpp) "
+            "[default: f16].",
         ),
         click.option("--context", type=click.IntRange(min=1), help="Tokens of the cache [default: 4096]."),
-        click.option("--engine", default="native", show_default=True, help="native (C) or torch (the reference)."),
+        click.option(
+            "--engine",
+            default="native",
+            show_default=True,
+            help="native (C), torch (the reference) or llamacpp (a library that others have built).",
+        ),
     ):
         collected = option(collected)
     return collected
@@ -144,12 +139,6 @@ def opened(model: str, engine: EngineOptions) -> Iterator[LanguageModel]:
     from runtimes.llm.model import load
 
     note(f"loading {model}")
-    given = {
-        "kv": engine.kv,
-        "threads": engine.threads,
-        "weights": engine.weights,
-        "weights_memory": engine.weights_memory,
-    }
     options = {name: value for name, value in given.items() if value is not None}
     with load(model, engine=engine.name, context=engine.context, **options) as found:
         yield found

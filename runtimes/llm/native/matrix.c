@@ -208,9 +208,9 @@ INLINE void quantised_tile(
                 weights[4 + i] = high_nibbles(both);
             }
         }
-        if (tokens <= 2) /* one token waits for memory: ask for what comes eight groups later */
+        if (tokens <= 2) /* one token waits for memory: ask for what comes sixteen groups later */
             UNROLL for (size_t at = 0; at < size; at += 64)
-                PREFETCH(tile + 8 * size + at);
+                PREFETCH(tile + 16 * size + at);
         const uint16_t *halves = (const uint16_t *)(tile + (format == Q8_0 ? 512 : 256));
         const floats scale = load_halves(halves);
         const floats least = format == Q4_1 ? load_halves(halves + 16) : scale;

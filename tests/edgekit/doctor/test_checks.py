@@ -12,7 +12,7 @@ import pytest
 from edgekit.doctor.checks import judge
 from edgekit.doctor.finding import Finding
 from edgekit.doctor.stacks import guess
-from edgekit.doctor.system import Gpu, Jetson, Provider, read
+from edgekit.doctor.system import Gpu, Jetson, Library, Provider, System, read
 from edgekit.targets.profile import find, names
 
 SYSTEMS = Path(__file__).parent / "systems"
@@ -497,3 +497,14 @@ def test_the_hint_for_openblas_is_not_repeated_to_who_followed_it():
 def test_an_onnxruntime_that_is_not_there_is_not_said_to_run_on_the_cpu():
     system = replace(recorded("p40-good"), providers=(), packages={})
     assert [check.name for check in findings(system, "tesla-p40")] == ["stack"]
+
+
+def test_the_build_of_llama_cpp_is_named_with_its_gpus():
+    def said(**facts):
+        found = judge(System(machine="x86_64", **facts), None, asked=False)
+        return [check.finding for check in found if check.name == "llama.cpp"]
+
+    assert said() == []
+    assert said(llama_cpp="xllamacpp 2026.10.1") == ["xllamacpp 2026.10.1; for the CPU alone"]
+    library = Library("libggml-cuda.so", "llama.cpp", sms=(86,), ptx=(61,))
+    assert said(llama_cpp="/opt/llama", libraries=(library,)) == ["/opt/llama; GPU code: sm 86, PTX 61"]

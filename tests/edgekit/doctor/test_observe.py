@@ -12,6 +12,8 @@ from edgekit.doctor.observe import (
     cpu,
     device_tree,
     jetson,
+    llama_cpp,
+    llama_libraries,
     nvidia,
     observe,
     packaged_libraries,
@@ -21,7 +23,7 @@ from edgekit.doctor.observe import (
     version,
 )
 from edgekit.doctor.system import Gpu, Jetson
-from tests.edgekit.doctor.elves import MACHINE_CODE, container, elf, entry
+from tests.edgekit.doctor.elves import MACHINE_CODE, PTX, container, elf, entry
 
 SMI = "Tesla P40, 6.1, 24576, 24000, 580.95.05\n"
 
@@ -228,6 +230,29 @@ def test_libraries_of_packages(tmp_path):
     assert library.missing == ("libcublas.so.12",)
     (library,) = packaged_libraries(found, programs({}))  # a loader that does not tell: nothing is said to be missing
     assert library.missing == ()
+
+
+def test_the_build_of_llama_cpp_and_its_gpus(tmp_path, monkeypatch):
+    monkeypatch.delenv(module.LLAMA, raising=False)
+    assert llama_cpp({}) == ""
+    assert llama_cpp({"xllamacpp": Installed(tmp_path)}) == "xllamacpp 1.26.0"
+    assert list(llama_libraries(programs({}))) == []
+    gpu = elf({".nv_fatbin": container(entry(PTX, 61), entry(MACHINE_CODE, 86))}, ("libcublas.so.12",))
+    plain = elf({}, ("libc.so.6",))
+    names = ("libllama.so", "libggml-cpu-haswell.so", "libggml-cpu-zen4.so")
+    for name, content in {"libggml-cuda.so": gpu, **dict.fromkeys(names, plain)}.items():
+        (tmp_path / name).write_bytes(content)
+    for chosen in (tmp_path, tmp_path / "libllama.so"):
+        monkeypatch.setenv(module.LLAMA, str(chosen))
+        assert llama_cpp({"xllamacpp": Installed(tmp_path)}) == f"{chosen}, code for haswell, zen4"
+        (library,) = llama_libraries(programs({"ldconfig -p": ""}))
+        assert (library.name, library.package, library.sms, library.ptx) == (
+            "libggml-cuda.so",
+            "llama.cpp",
+            (86,),
+            (61,),
+        )
+        assert library.missing == ("libcublas.so.12",)
 
 
 def test_versions_and_compilers(monkeypatch):

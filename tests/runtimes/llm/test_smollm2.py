@@ -13,6 +13,7 @@ from runtimes.llm.engine import Item
 from runtimes.llm.model import load
 from runtimes.llm.native_engine import NativeEngine
 from tests.runtimes.llm.conftest import compiler
+from tests.runtimes.llm.test_llamacpp import installed
 
 pytestmark = [pytest.mark.models, compiler]
 TEXT = (
@@ -68,6 +69,21 @@ def test_8_bit_activations_move_it_little_from_float32(model, path, kv, most):
         logits = found.engine.step([Item(0, ids, logits="all")])[0]
     divergence = (np.exp(expected) * (expected - log_probabilities(logits))).sum(-1).mean()
     assert 0 <= divergence < most
+    assert (expected.argmax(-1) == logits.argmax(-1)).mean() > 0.95
+
+
+def test_llama_cpp_writes_what_the_reference_does(model, path):
+    if not installed():
+        pytest.skip("no llama.cpp here: pip install 'edgekit[llamacpp]'")
+    ids = model.tokenizer.encode(TEXT * 3)
+    with load(path, engine="torch", context=512) as reference:
+        expected = log_probabilities(reference.engine.step([Item(0, ids, logits="all")])[0])
+        written = "".join(reference.complete(TEXT, most_tokens=12))
+    with load(path, engine="llamacpp", context=512, threads=1) as found:
+        logits = log_probabilities(found.engine.step([Item(0, ids, logits="all")])[0])
+        assert "".join(found.complete(TEXT, most_tokens=12)) == written
+    divergence = (np.exp(expected) * (expected - logits)).sum(-1).mean()
+    assert 0 <= divergence < 0.006
     assert (expected.argmax(-1) == logits.argmax(-1)).mean() > 0.95
 
 
