@@ -78,7 +78,7 @@ class NativeEngine(Engine):
         flags: Sequence[str] = ("-march=native",),
     ) -> None:
         if kv not in CACHES:
-            raise unknown("format of the key-value cache", kv, CACHES)
+            raise EdgekitError(f"{unknown('key-value cache', kv, CACHES, where='the native engine')}; torch has others")
         super().__init__(model.architecture, blocks, rows, INT4_BLOCK if kv == "int4" else BLOCK)
         of = model.architecture
         self.threads = len(os.sched_getaffinity(0)) if threads is None else threads

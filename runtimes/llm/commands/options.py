@@ -42,7 +42,9 @@ def of_engine(command: Callable[..., Any]) -> Callable[..., Any]:
             "--threads", type=click.IntRange(1, 256), help="Of the native engine [default: one for each core]."
         ),
         click.option(
-            "--kv", help="How the native engine's cache stores keys and values: f16, int8 or int4 [default: f16]."
+            "--kv",
+            help="How the cache stores keys and values. native: f16, int8 or int4 [default: f16]; torch: also gear, "
+            "h2o and other policies, perhaps with options, such as h2o:budget=256 [default: full].",
         ),
         click.option("--context", type=click.IntRange(min=1), help="Tokens of the cache [default: 4096]."),
         click.option("--engine", default="native", show_default=True, help="native (C) or torch (the reference)."),
