@@ -57,11 +57,11 @@ def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack the last axis, whose length is a multiple of 8."""
     size, dtype = _word(bits)
     shifts = torch.arange(0, size * 8, bits, device=codes.device)
-    words = (codes.unflatten(-1, (-1, len(shifts))).to(dtype) << shifts.to(dtype)).sum(-1, keepdim=True, dtype=dtype)
-    if size == 1:
-        return words.flatten(-2)
-    found: torch.Tensor = (words >> torch.arange(0, size * 8, 8, device=codes.device)) & 255
-    return found.to(torch.uint8).flatten(-2)
+    shifted: torch.Tensor = codes.unflatten(-1, (-1, len(shifts))).to(dtype) << shifts.to(dtype)
+    words = shifted.sum(-1, keepdim=True, dtype=dtype)
+    if size > 1:
+        words = (words >> torch.arange(0, size * 8, 8, device=codes.device)) & 255
+    return words.to(torch.uint8).flatten(-2)
 
 
 def unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:

@@ -14,20 +14,22 @@ import torch
 
 from edgekit.errors import EdgekitError
 from runtimes.llm.architecture import Architecture
-from runtimes.llm.kv.cache import LayerCache, Policy, Prompt, expect
+from runtimes.llm.kv.cache import NO_LIMIT, LayerCache, Policy, Prompt, expect
+from runtimes.llm.kv.coded import CodedLayer
 from runtimes.llm.kv.codes import check_packing
-from runtimes.llm.kv.per_token import PerTokenLayer
 
 
 @dataclass(frozen=True, slots=True)
 class Hadamard(Policy):
-    """bits: of a code."""
+    """bits: of a code; block: up to so many of the last tokens stay in float16; 1: none."""
 
     streams: ClassVar[bool] = True
     bits: int = 4
+    block: int = 1
 
     def __post_init__(self) -> None:
         expect(self, "bits", 1, 8)
+        expect(self, "block", 1, NO_LIMIT)
 
     def check(self, architecture: Architecture) -> None:
         if (size := architecture.head_size) & (size - 1):
@@ -35,12 +37,12 @@ class Hadamard(Policy):
         check_packing(size, self.bits)
 
     def begin(self, prompts: Sequence[Prompt]) -> list[LayerCache]:
-        return [HadamardLayer(prompt, self.bits) for prompt in prompts]
+        return [HadamardLayer(prompt, self.bits, self.block, -1) for prompt in prompts]
 
 
-class HadamardLayer(PerTokenLayer):
+class HadamardLayer(CodedLayer):
     def transform(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.double() @ rotation(self.shape.head_size).to(rows.device)
+        return rows.float() @ rotation(self.shape.head_size).to(rows.device, torch.float32)
 
     def restore(self, rows: torch.Tensor) -> torch.Tensor:
         return rows @ rotation(self.shape.head_size).to(rows.device, rows.dtype)

@@ -100,7 +100,8 @@ class ShadowLayer(LayerCache):
         products = torch.einsum("kgtd,kcd->kgtc", queries, self._landmarks.to(queries.dtype))
         liked = (products / self.shape.head_size**0.5).softmax(-1).sum(2).amax(1)
         liked = liked.scatter(1, self._outliers.long(), -1.0)
-        return liked.topk(number, 1).indices.sort(1).values
+        best: torch.Tensor = liked.topk(number, 1).indices
+        return best.sort(1).values
 
     def _tokens_of(self, chunks: torch.Tensor) -> torch.Tensor:
         """Return (kv heads, tokens) the tokens of (kv heads, chunks)."""

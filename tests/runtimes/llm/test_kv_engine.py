@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from edgekit.errors import EdgekitError
+from edgekit.importers.gguf import read_gguf
+from runtimes.llm.architecture import from_gguf
 from runtimes.llm.engine import Item, Saved
 from runtimes.llm.kv.d2o import D2O
 from runtimes.llm.kv.gear import Gear
 from runtimes.llm.kv.h2o import H2O
 from runtimes.llm.kv.kivi import Kivi
+from runtimes.llm.kv.per_token import PerToken
 from runtimes.llm.kv.policies import POLICIES, policy
 from runtimes.llm.kv.shadowkv import ShadowKV
 from runtimes.llm.kv.snapkv import SnapKV
@@ -22,6 +25,7 @@ from runtimes.llm.request import Request
 from runtimes.llm.sampling import Sampling
 from runtimes.llm.scheduler import Scheduler
 from runtimes.llm.torch_engine import TorchEngine
+from tests.gguf_files import toy_model
 from tests.runtimes.llm.conftest import compiler
 from tests.runtimes.llm.kivi import KiviEngine
 
@@ -30,6 +34,7 @@ PROMPT = 90
 # with parameters at which every policy compresses within these tokens
 SMALL = {
     **{name: POLICIES[name] for name in ("f16", "int8", "int4", "int5", "hadamard")},
+    "per token": PerToken(4, 16),
     "gear": Gear(buffer=16),
     "gear on kivi": Gear(bits=2, buffer=16, backbone="kivi"),
     "h2o": H2O(budget=40, every=8),
@@ -62,8 +67,9 @@ def away(found, expected):
 
 
 @pytest.fixture(scope="module")
-def model(toy):
-    return toy("llama", "F32", head_size=16, heads=4, kv_heads=2, layers=3)
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return from_gguf(read_gguf(toy_model(folder, "llama", "F32", head_size=16, heads=4, kv_heads=2, layers=3)))
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +296,8 @@ def test_wrong_policies_and_options_are_named(model, text, problem):
         engine_of(model, text)
 
 
-def test_heads_that_a_policy_cannot_store_are_named(toy):
-    odd = toy("llama", "F32", head_size=12, heads=8, kv_heads=2)
+def test_heads_that_a_policy_cannot_store_are_named(tmp_path):
+    odd = from_gguf(read_gguf(toy_model(tmp_path, "llama", "F32", head_size=12, heads=8, kv_heads=2)))
     for kv, problem in (
         ("hadamard", "head size is 12; expected a power of 2"),
         ("int5", "head size is 12; codes of 5"),

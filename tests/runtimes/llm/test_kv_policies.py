@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.importers.gguf import read_gguf
+from runtimes.llm.architecture import from_gguf
 from runtimes.llm.kv.cache import LayerCache, Prompt, Read, Shape, Tokens, memory
 from runtimes.llm.kv.codes import packed, quantized, unpacked
 from runtimes.llm.kv.d2o import D2O, D2OLayer, divided
@@ -14,12 +16,14 @@ from runtimes.llm.kv.h2o import H2O, H2OLayer
 from runtimes.llm.kv.hadamard import rotation
 from runtimes.llm.kv.kivi import Kivi
 from runtimes.llm.kv.low_rank import low_rank
+from runtimes.llm.kv.per_token import PerToken
 from runtimes.llm.kv.policies import POLICIES
 from runtimes.llm.kv.shadowkv import ShadowKV
 from runtimes.llm.kv.snapkv import SnapKV
 from runtimes.llm.kv.streaming import Streaming
 from runtimes.llm.kv.window import Window
 from runtimes.llm.torch_engine import TorchEngine
+from tests.gguf_files import toy_model
 
 HEADS, GROUP, SIZE = 2, 3, 16
 
@@ -65,10 +69,10 @@ class Drive:
 
 
 @pytest.fixture(scope="module")
-def drive(toy):
-    engine = TorchEngine(
-        toy("llama", "F32", head_size=SIZE, heads=HEADS * GROUP, kv_heads=HEADS, width=96), blocks=1, dtype="float64"
-    )
+def drive(tmp_path_factory):
+    sizes = {"head_size": SIZE, "heads": HEADS * GROUP, "kv_heads": HEADS, "width": 96}
+    path = toy_model(tmp_path_factory.mktemp("models"), "llama", "F32", **sizes)
+    engine = TorchEngine(from_gguf(read_gguf(path)), blocks=1, dtype="float64")
     return Drive(Shape(HEADS, SIZE, torch.float64, torch.device("cpu"), engine._rotated_at), 200)
 
 
@@ -477,6 +481,7 @@ BYTES = {
     "int4": (POLICIES["int4"], kivi_bytes(4, 2, 22)),
     "int5": (POLICIES["int5"], kivi_bytes(5, 2, 22)),
     "int2": (Kivi(2), kivi_bytes(2, 2, 22)),
+    "int4 per token": (PerToken(4, 64), HEADS * 2 * (128 * (SIZE // 2 + 2 * HALF) + 22 * HEAD)),
     "window": (Window(budget=40, every=8), HEADS * 42 * 2 * HEAD + 42 * NUMBER),
     "streaming": (Streaming(budget=40, every=8), HEADS * (42 * 2 + 4) * HEAD + 42 * 2 * NUMBER),
     "h2o": (H2O(budget=40, every=8), HEADS * 42 * (2 * HEAD + NUMBER + FLOAT)),
