@@ -91,7 +91,7 @@ class NativeEngine(Engine):
         weights_memory: int | str | None = None,
     ) -> None:
         if kv not in CACHES:
-            raise unknown("format of the key-value cache", kv, CACHES)
+            raise EdgekitError(f"{unknown('key-value cache', kv, CACHES, where='the native engine')}; torch has others")
         if weights not in WEIGHTS:
             raise unknown("way to store weights", weights, WEIGHTS)
         self._floats_to_q8_0 = weights == "q8_0"

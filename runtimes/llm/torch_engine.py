@@ -2,10 +2,16 @@
 
 It is written to be read and compared with. Weights are decoded when the engine is made. Results of one row may differ
 in the last bits from batch to batch, as torch's products do; float64 makes that irrelevant for a comparison.
+
+The default cache is exact and paged. With another policy (`runtimes/llm/kv/`) each sequence has buffers of its own, and
+the blocks only count its tokens. The engine keeps the caches from before the last step, so that it can be taken back.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,34 +19,64 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edgekit.errors import unknown
+from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.gguf import Tensor
-from runtimes.llm.architecture import Layer, Model
+from runtimes.llm.architecture import Architecture, Layer, Model, Rope
 from runtimes.llm.blocks import BLOCK
-from runtimes.llm.engine import Batch, Engine, Floats
+from runtimes.llm.engine import Batch, Engine, Floats, Ids, Item
+from runtimes.llm.kv.cache import LayerCache, Memory, Policy, Prompt, Shape, Tokens, memory
+from runtimes.llm.kv.policies import EXACT, policy
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MOST_QUERIES = 256  # rows of one product of attention with a policy's cache
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A sequence of `length` tokens under a policy. reading: the layers are `Prompt`s, which the policy has not got."""
+
+    layers: Sequence[LayerCache]
+    length: int
+    reading: bool
 
 
 @dataclass(slots=True)
 class State:
-    """hidden: (rows, width); cosines, sines: of each rotary embedding, (rows, its size / 2)."""
+    """hidden: (rows, width); cosines, sines: of each rotary embedding, (rows, its size / 2); cached: of each item, the
+    caches that the step changes."""
 
     hidden: torch.Tensor
     cosines: list[torch.Tensor]
     sines: list[torch.Tensor]
+    cached: Sequence[Cached]
 
 
 class TorchEngine(Engine):
-    """A model in torch. blocks: of 16 tokens, of the cache; dtype: "float32" or "float64"; device: a torch device."""
+    """A model in torch. blocks: of 16 tokens, of the cache; dtype: "float32" or "float64"; device: a torch device; kv:
+    the policy of the key-value cache or its name, perhaps with options, such as "h2o:budget=256"."""
 
-    def __init__(self, model: Model, *, blocks: int = 512, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        blocks: int = 512,
+        dtype: str = "float32",
+        device: str = "cpu",
+        kv: str | Policy = EXACT,
+    ) -> None:
         super().__init__(model.architecture, blocks)
+        self.kv = policy(kv) if isinstance(kv, str) else kv
+        if self.kv is not None:
+            _check_windows(model.architecture, self.kv)
+            self.kv.check(model.architecture)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         self._dtype, self._device = DTYPES[dtype], torch.device(device)
         of = model.architecture
-        shape = (of.layers, 2, blocks, BLOCK, of.kv_heads, of.head_size)
+        shape = (of.layers, 2, blocks if self.kv is None else 0, BLOCK, of.kv_heads, of.head_size)
+        self._cached: dict[int, Cached] = {}
+        self._before: dict[int, Cached] = {}  # the last step
+        self._open: Sequence[Cached] = ()  # what the step that has begun changes
         self._cache = torch.zeros(shape, dtype=self._dtype, device=self._device)
         self._embedding = self._load(model.embedding)
         self._layers = [
@@ -58,6 +94,8 @@ class TorchEngine(Engine):
 
     def close(self) -> None:
         self._layers.clear()
+        self._cached.clear()
+        self._before.clear()
         del self._cache, self._embedding, self._head
 
     @torch.inference_mode()
@@ -72,7 +110,8 @@ class TorchEngine(Engine):
             [torch.from_numpy(part).to(self._device, self._dtype) for part in parts]
             for parts in zip(*found, strict=True)
         )
-        return State(hidden, cosines, sines)
+        self._open = [] if self.kv is None else [self._copied(sequence) for sequence in batch.sequences]
+        return State(hidden, cosines, sines, self._open)
 
     @torch.inference_mode()
     def run_layers(self, state: State, batch: Batch, first: int, end: int) -> None:
@@ -114,10 +153,79 @@ class TorchEngine(Engine):
         bias = weights.get(f"{role}_bias")
         return product if bias is None else product + bias
 
+    # --- sequences under a policy
+
+    def end_prompt(self, sequence: int) -> None:
+        """Let the policy compress a prompt. A step from which logits of a sequence are wanted does so, too."""
+        found = self._cached[sequence]
+        if self.kv is not None and found.reading:
+            prompts = [layer for layer in found.layers if isinstance(layer, Prompt)]
+            with torch.inference_mode():
+                self._cached[sequence] = Cached(self.kv.begin(prompts), found.length, reading=False)
+
+    def memory(self, sequence: int) -> Memory:
+        """Return the bytes that a sequence's cache holds under its policy, counted from its buffers."""
+        if self.kv is None:
+            blocks = self.blocks.count(self.length(sequence))
+            return Memory(blocks * self._cache[:, :, 0].nbytes, 0)
+        return memory(self._cached[sequence].layers)
+
+    def _copied(self, sequence: int) -> Cached:
+        """Return caches that a step may change."""
+        if sequence in self._cached:
+            found = self._cached[sequence]
+            return Cached([copy.copy(layer) for layer in found.layers], found.length, found.reading)
+        assert self.kv is not None
+        of = self.architecture
+        rotations = [functools.partial(self._rotated_at, of.rope_number(number)) for number in range(of.layers)]
+        prompts = [Prompt(Shape(of.kv_heads, of.head_size, self._dtype, self._device, item)) for item in rotations]
+        return Cached(self.kv.begin(prompts) if self.kv.streams else prompts, 0, reading=not self.kv.streams)
+
+    def commit(self, items: Sequence[Item], batch: Batch) -> None:
+        super().commit(items, batch)
+        for item, found in zip(items, self._open, strict=False):
+            if item.sequence in self._cached:
+                self._before[item.sequence] = self._cached[item.sequence]
+            self._cached[item.sequence] = Cached(found.layers, self.length(item.sequence), found.reading)
+            if item.logits != "none":
+                self.end_prompt(item.sequence)
+
+    def reuse(self, sequence: int, ids: Ids) -> int:
+        """See `Engine.reuse`. Under a policy nothing is reused, because a sequence's tokens are compressed together."""
+        return super().reuse(sequence, ids) if self.kv is None else 0
+
+    def fork(self, sequence: int, new: int) -> None:
+        super().fork(sequence, new)
+        if sequence in self._cached:
+            self._cached[new] = self._cached[sequence]
+            if sequence in self._before:
+                self._before[new] = self._before[sequence]
+
+    def truncate(self, sequence: int, length: int) -> int:
+        """See `Engine.truncate`. Under a policy the last step can be taken back, or else the whole sequence."""
+        if self.kv is not None and 0 <= length < self.length(sequence):
+            before = self._before.pop(sequence, None)
+            if before is not None and before.length <= length:
+                self._cached[sequence], length = before, before.length
+            else:
+                del self._cached[sequence]
+                length = 0
+        return super().truncate(sequence, length)
+
+    def remove(self, sequence: int) -> None:
+        super().remove(sequence)
+        self._cached.pop(sequence, None)
+        self._before.pop(sequence, None)
+
+    # --- blocks in memory
+
     def copy_block(self, source: int, target: int) -> None:
-        self._cache[:, :, target] = self._cache[:, :, source]
+        if self.kv is None:
+            self._cache[:, :, target] = self._cache[:, :, source]
 
     def export_blocks(self, blocks: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+        if self.kv is not None:
+            raise EdgekitError(f"a sequence under the kv policy {self.kv} cannot be saved or restored; fork it instead")
         content = self._cache[:, :, torch.from_numpy(blocks).to(self._device, torch.int64)]
         return np.asarray(content.movedim(2, 0).to("cpu").clone())
 
@@ -125,15 +233,25 @@ class TorchEngine(Engine):
         at = torch.from_numpy(blocks).to(self._device, torch.int64)
         self._cache[:, :, at] = torch.from_numpy(content).to(self._device).movedim(0, 2)
 
+    # --- attention
+
     def _attention(self, number: int, normed: torch.Tensor, state: State, batch: Batch) -> torch.Tensor:
-        """Return (rows, heads * head size); writes the rows' keys and values into the cache."""
+        """Return (rows, heads * head size); takes the rows' keys and values into the cache."""
         of = self.architecture
-        queries = self._rotated(self._projected(number, "query", normed, of.heads), state, of.rope_number(number))
-        keys = self._rotated(self._projected(number, "key", normed, of.kv_heads), state, of.rope_number(number))
+        rope = of.rope_number(number)
+        queries = self._rotated(self._projected(number, "query", normed, of.heads), state, rope)
+        raw = self._projected(number, "key", normed, of.kv_heads)
+        keys = self._rotated(raw, state, rope)
         values = self._projected(number, "value", normed, of.kv_heads)
         found = []
-        for span, table in zip(batch.spans, batch.tables, strict=True):
+        for item, (span, table) in enumerate(zip(batch.spans, batch.tables, strict=True)):
             index = torch.from_numpy(batch.index[span]).to(self._device)
+            if state.cached:
+                positions = torch.from_numpy(batch.positions[span]).to(self._device)
+                new_raw, new_keys, new_values = (rows[span].transpose(0, 1) for rows in (raw, keys, values))
+                tokens = Tokens(new_raw, new_keys, new_values, index, positions)
+                found.append(self._attend_cached(state.cached[item].layers[number], queries[span], tokens))
+                continue
             blocks = torch.from_numpy(table).to(self._device, torch.int64)
             where = (blocks[index // BLOCK], index % BLOCK)
             self._cache[number, 0][where] = keys[span]
@@ -141,6 +259,24 @@ class TorchEngine(Engine):
             length = int(batch.index[span][-1]) + 1
             seen_keys, seen_values = self._cache[number][:, blocks].flatten(1, 2)[:, :length]
             found.append(self._attend(queries[span], seen_keys, seen_values, index, of.window(number)))
+        return torch.cat(found)
+
+    def _attend_cached(self, cache: LayerCache, queries: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """Attention of (tokens, heads, size) over a policy's cache, which takes the tokens in."""
+        of, found, start = self.architecture, [], 0
+        while start < len(queries):
+            part = slice(start, start + min(cache.room, MOST_QUERIES))
+            start = part.stop
+            cache.append(tokens.part(part))
+            asked = queries[part].transpose(0, 1)
+            seen = cache.read(asked)
+            grouped = asked.unflatten(0, (of.kv_heads, -1))
+            scores = _capped(grouped @ seen.keys.mT[:, None] * of.query_scale, of.score_cap)
+            later = seen.index[:, None, None] > tokens.index[part, None]
+            weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+            found.append((weights @ seen.values[:, None]).flatten(0, 1).transpose(0, 1).flatten(1))
+            cache.observe(weights)
+            cache.settle()
         return torch.cat(found)
 
     def _attend(
@@ -173,16 +309,35 @@ class TorchEngine(Engine):
     def _rotated(self, rows: torch.Tensor, state: State, number: int) -> torch.Tensor:
         """Apply a rotary embedding to (rows, heads, head size)."""
         rope = self.architecture.ropes[number]
-        first, second = (
-            (slice(0, rope.size, 2), slice(1, rope.size, 2))
-            if rope.pairs == "adjacent"
-            else (slice(0, rope.size // 2), slice(rope.size // 2, rope.size))
+        return _rotated_by(rope, rows, state.cosines[number][:, None], state.sines[number][:, None])
+
+    def _rotated_at(self, number: int, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Apply a rotary embedding at positions (kv heads or 1, tokens) to keys (kv heads, tokens, head size)."""
+        rope = self.architecture.ropes[number]
+        found = (torch.from_numpy(part) for part in rope.cosines_and_sines(positions.flatten().cpu().numpy()))
+        cosine, sine = (part.to(self._device, self._dtype).unflatten(0, positions.shape) for part in found)
+        return _rotated_by(rope, keys, cosine, sine)
+
+
+def _check_windows(of: Architecture, kv: Policy) -> None:
+    if any(of.windows):
+        layers = sum(map(bool, of.windows))
+        raise EdgekitError(
+            f"kv policy {type(kv).__name__}: {layers} layers of this {of.family} model see a window of the last tokens; "
+            f"expected a model whose layers see all tokens, or kv={EXACT}"
         )
-        cosine, sine = state.cosines[number][:, None], state.sines[number][:, None]
-        rotated = rows.clone()
-        rotated[..., first] = rows[..., first] * cosine - rows[..., second] * sine
-        rotated[..., second] = rows[..., second] * cosine + rows[..., first] * sine
-        return rotated
+
+
+def _rotated_by(rope: Rope, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    first, second = (
+        (slice(0, rope.size, 2), slice(1, rope.size, 2))
+        if rope.pairs == "adjacent"
+        else (slice(0, rope.size // 2), slice(rope.size // 2, rope.size))
+    )
+    rotated = rows.clone()
+    rotated[..., first] = rows[..., first] * cosine - rows[..., second] * sine
+    rotated[..., second] = rows[..., second] * cosine + rows[..., first] * sine
+    return rotated
 
 
 def _capped(values: torch.Tensor, cap: float) -> torch.Tensor:

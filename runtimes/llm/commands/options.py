@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,20 +37,31 @@ def of_engine(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of an engine, which the command gets as one `engine: EngineOptions`."""
 
     @functools.wraps(command)
-    def collected(
-        *,
-        engine: str,
-        context: int | None,
-        kv: str | None,
-        threads: int | None,
+    def collected(*, engine: str, **options: Any) -> Any:
+        given = {item.name: options.pop(item.name) for item in fields(EngineOptions)[1:]}
+        return command(engine=EngineOptions(engine, **given), **options)
+
+    for option in (
+        click.option(
+            "--gpu-layers",
+            type=click.IntRange(min=-1),
+            help="Of llama.cpp: layers on the GPU, -1 for all [default: 0].",
+        ),
+        click.option(
+            "--weights-memory", metavar="SIZE", help="Most memory for weights of the native engine, such as 2GB."
+        ),
+        click.option(
+            "--weights",
+            help="How the native engine stores matrices of floats: kept or q8_0 [default: q8_0 for folders].",
         ),
         click.option(
             "--threads", type=click.IntRange(1, 256), help="Of native and llamacpp [default: one for each core]."
         ),
         click.option(
             "--kv",
-            help="How the cache stores keys and values: f16, int8 or int4 (native), f16, q8_0 or q4_0 (llamacpp) "
-            "[default: f16].",
+            help="How the cache stores keys and values. native: f16, int8 or int4; llamacpp: f16, q8_0 or q4_0 [default "
+            "of both: f16]; torch: also gear, h2o and other policies, perhaps with options, such as h2o:budget=256 "
+            "[default: full].",
         ),
         click.option("--context", type=click.IntRange(min=1), help="Tokens of the cache [default: 4096]."),
         click.option(
@@ -139,6 +150,6 @@ def opened(model: str, engine: EngineOptions) -> Iterator[LanguageModel]:
     from runtimes.llm.model import load
 
     note(f"loading {model}")
-    options = {name: value for name, value in given.items() if value is not None}
-    with load(model, engine=engine.name, context=engine.context, **options) as found:
+    options = {name: value for name, value in asdict(engine).items() if name != "name" and value is not None}
+    with load(model, engine=engine.name, **options) as found:
         yield found

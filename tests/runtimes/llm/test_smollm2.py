@@ -87,6 +87,24 @@ def test_llama_cpp_writes_what_the_reference_does(model, path):
     assert (expected.argmax(-1) == logits.argmax(-1)).mean() > 0.95
 
 
+@pytest.mark.parametrize(("kv", "other"), [("int8", "int4"), ("int4", "int5")])
+def test_the_native_caches_in_few_bits_are_the_policies_of_the_torch_engine(model, path, kv, other):
+    ids = model.tokenizer.encode(TEXT * 5)
+    found = {}
+    for name in (kv, other, "full"):
+        with load(path, engine="torch", kv=name, context=512) as torch_model:
+            found[name] = log_probabilities(torch_model.engine.step([Item(0, ids, logits="all")])[0])
+    with load(path, kv=kv, context=512) as native:
+        ours = log_probabilities(native.engine.step([Item(0, ids, logits="all")])[0])
+
+    def divergence(expected):
+        return (np.exp(expected) * (expected - ours)).sum(-1).mean()
+
+    assert divergence(found[kv]) < 0.006  # activations of 8 bits
+    if kv == "int4":  # it is nearer to this policy than to the exact cache and to another policy
+        assert divergence(found[kv]) < min(divergence(found[other]), divergence(found["full"]))
+
+
 @pytest.mark.parametrize("kv", ["f16", "int8", "int4"])
 def test_its_logits_are_the_same_bits_in_chunks_and_with_other_threads(model, kv):
     from edgekit.importers.gguf import read_gguf
