@@ -22,7 +22,7 @@ import numpy.typing as npt
 from edgekit import cache
 from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.gguf import Tensor
-from edgekit.importers.gguf_formats import encode_q8_0
+from edgekit.importers.gguf_encode import nearest
 from edgekit.machine import memory_bytes
 from exporters.c.library import Compiler, is_complete, keep_library
 from runtimes.llm.architecture import Architecture, Model
@@ -157,7 +157,7 @@ class NativeEngine(Engine):
         form = tensor.format.name
         content = np.ascontiguousarray(tensor.rows())
         if form not in FORMATS:  # of more bits than 4: nothing is lost that 8 bits do not lose
-            form, content = "Q8_0", encode_q8_0(tensor.values())
+            form, content = "Q8_0", nearest("Q8_0", tensor.values())
         done = self._library.engine_matrix(
             self._engine, layer, role, FORMATS[form], rows, inputs, content.ctypes.data, content.shape[1]
         )

@@ -72,10 +72,13 @@ class TorchEngine(Engine):
         for number in range(first, end):
             weights = self._layers[number]
             normed = self._normed(state.hidden, weights["attention_norm"])
-            state.hidden = state.hidden + self._attention(number, normed, state, batch) @ weights["attention_output"].T
+            attended = self._attention(number, normed, state, batch)
+            state.hidden = state.hidden + self._product(number, "attention_output", attended)
             normed = self._normed(state.hidden, weights["mlp_norm"])
-            gated = torch.nn.functional.silu(normed @ weights["gate"].T) * (normed @ weights["up"].T)
-            state.hidden = state.hidden + gated @ weights["down"].T
+            gated = torch.nn.functional.silu(self._product(number, "gate", normed)) * self._product(
+                number, "up", normed
+            )
+            state.hidden = state.hidden + self._product(number, "down", gated)
 
     @torch.inference_mode()
     def finish(self, state: State, batch: Batch) -> Floats:
@@ -122,10 +125,14 @@ class TorchEngine(Engine):
         weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
         return torch.einsum("htl,lhd->thd", weights, values).flatten(1)
 
+    def _product(self, number: int, role: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return the product of (rows, inputs) with a matrix of a layer."""
+        return rows @ self._layers[number][role].T
+
     def _projected(self, number: int, role: str, normed: torch.Tensor, heads: int) -> torch.Tensor:
         """Return (rows, heads, head size) queries, keys or values, before the rotary embedding."""
         weights = self._layers[number]
-        rows = normed @ weights[role].T
+        rows = self._product(number, role, normed)
         if (bias := weights.get(f"{role}_bias")) is not None:
             rows = rows + bias
         rows = rows.unflatten(1, (heads, self.architecture.head_size))
