@@ -27,20 +27,18 @@ G = TypeVar("G", bound=Grid)
 
 
 def gptq(
-    weight: Float64, second: Float64, group: int, damping: float, fit: Callable[[Float64, Float64], G]
+    weight: Float64, factor: Float64, group: int, fit: Callable[[Float64, Float64], G]
 ) -> tuple[npt.NDArray[np.int16], list[G]]:
     """Return (rows, inputs) codes of a weight (rows, inputs), and the grid of each group of inputs.
 
-    second: (inputs, inputs) sum of x x^T over the inputs x on calibration data; damping: added to its diagonal,
-    relative to its mean; fit: makes the grid of a group from its weights (rows, group), as the errors before it have
-    moved them, and from the cost of an error in each input (group,).
+    factor: of the inputs, as `inverse_factor` returns it; fit: makes the grid of a group from its weights (rows,
+    group), as the errors before it have moved them, and from the cost of an error in each input (group,).
 
-    With U the upper Cholesky factor of the inverse second moment, rounding input i moves the later inputs' weights by
-    U[i, i+1:] times its error over U[i, i] (paper, equation 2 and section 3, step 3). Within a group each error moves
-    the group's other weights at once; the weights behind the group are moved by one product (section 3, step 2).
+    Rounding input i moves the later inputs' weights by factor[i, i+1:] times its error over factor[i, i] (paper,
+    equation 2 and section 3, step 3). Within a group each error moves the group's other weights at once; the weights
+    behind the group are moved by one product (section 3, step 2).
     """
     rows, inputs = weight.shape
-    factor = _factor(second, damping)
     left = weight.T.astype(np.float64, order="C")  # one row for each input, which the loop reads and writes
     codes = np.zeros((inputs, rows), np.int16)
     grids = []
@@ -57,8 +55,9 @@ def gptq(
     return codes.T, grids
 
 
-def _factor(second: Float64, damping: float) -> Float64:
-    """Return the upper Cholesky factor of the inverse of the damped second moment."""
+def inverse_factor(second: Float64, damping: float) -> Float64:
+    """Return the upper Cholesky factor of the inverse of a second moment. second: (inputs, inputs) sum of x x^T over
+    the inputs x on calibration data; damping: added to its diagonal, relative to its mean."""
     mean = float(np.mean(np.diag(second))) or 1.0  # all inputs are zero: any rounding is correct
     found: Float64 = np.linalg.cholesky(np.linalg.inv(second + damping * mean * np.eye(len(second)))).T
     return found

@@ -34,6 +34,7 @@ from edgekit.graph.model import (
 )
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass, at_least
 from edgekit.passes.gptq import gptq as compensated
+from edgekit.passes.gptq import inverse_factor
 
 LAYOUTS, ROUNDINGS, GROUPS = ("portable", "matmulnbits"), ("nearest", "gptq"), (32, 64, 128)
 DOMAIN = "com.microsoft"
@@ -242,7 +243,9 @@ def gptq(
     """Return the same of a weight (in, out), rounded with compensation of errors. second: (in, in) sum of x x^T over
     the inputs x on training data."""
     inputs, outputs = weight.shape
-    found, grids = compensated(weight.T, second, group, damping, lambda block, _: Symmetric.fit(block, bits))
+    found, grids = compensated(
+        weight.T, inverse_factor(second, damping), group, lambda block, _: Symmetric.fit(block, bits)
+    )
     codes = np.zeros((-(-inputs // group) * group, outputs), np.int8)
     codes[:inputs] = found.T
     return codes.reshape(-1, group, outputs), np.stack([grid.scale.T for grid in grids])

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def run(job: Job, budget: Budget | None = None, progress: Progress = lambda what
         path=job.output,
         source=job.file.path.name,
         source_bytes=job.file.path.stat().st_size,
-        bytes=sum(tensor.content.size for tensor in tensors),
+        bytes=0,
         bits=8 * sum(map(_bytes, layers)) / sum(map(_weights, layers)),
         quality=outcome.quality,
         budget=allowed,
@@ -90,7 +90,7 @@ def run(job: Job, budget: Budget | None = None, progress: Progress = lambda what
     )
     _write(job, found, tensors)
     shutil.rmtree(work.folder, ignore_errors=True)
-    return found
+    return replace(found, bytes=job.output.stat().st_size)
 
 
 def _fallbacks(job: Job) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def _records(
 
 def _write(job: Job, found: Compressed, tensors: Sequence[Tensor]) -> None:
     """Write the file with the source's metadata, what the formats are, and the report of the compression."""
-    report = {name: value for name, value in found.to_json().items() if name != "path"}
+    report = {name: value for name, value in found.to_json().items() if name not in ("path", "bytes")}
     own = {
         "general.file_type": FILE_TYPES[job.settings.format],
         "general.quantization_version": QUANTIZATION_VERSION,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from edgekit.passes.gptq import inverse_factor
 from runtimes.llm.architecture import Architecture, Layer
 from runtimes.llm.compression.forward import INPUTS, Moments
 from runtimes.llm.compression.plan import of
@@ -25,11 +26,15 @@ def quantised(
     chosen = [role for role in GROUP_OF if fits(present[role], form)]
     if "awq" in method and len(chosen) == len(GROUP_OF):
         weights, moments = scaled(weights, moments, form, architecture)
+    factors = (
+        {group: inverse_factor(second.numpy(), damping) for group, second in moments.items()}
+        if "gptq" in method
+        else {}
+    )
     found = {}
     for role, tensor in present.items():
         if role in chosen:
-            second = moments[GROUP_OF[role]].numpy() if "gptq" in method else None
-            found[role] = rounded(tensor.name, weights[role], form, second, damping)
+            found[role] = rounded(tensor.name, weights[role], form, factors.get(GROUP_OF[role]))
         elif not np.array_equal(weights[role], tensor.values()):
             found[role] = plain(tensor.name, weights[role])  # a norm or a bias that has taken a scale
     return replace(layer, **found)

@@ -7,7 +7,7 @@ import numpy as np
 from edgekit.errors import EdgekitError
 from edgekit.importers.gguf import Tensor
 from edgekit.importers.gguf_encode import BLOCK, ENCODINGS, Grid, nearest, pack
-from edgekit.importers.gguf_formats import FORMATS, NUMBERS, Floats
+from edgekit.importers.gguf_formats import FORMATS, NUMBERS, Bytes, Floats
 from edgekit.passes.gptq import Float64, gptq
 
 FORMS = tuple(ENCODINGS)
@@ -24,13 +24,13 @@ def fits(tensor: Tensor, form: str) -> bool:
     return tensor.shape[-1] % BLOCK == 0 and bits(form) < bits(tensor.format.name)
 
 
-def rounded(name: str, weight: Floats, form: str, second: Float64 | None = None, damping: float = 0.01) -> Tensor:
-    """Return a matrix (rows, inputs) in a format. second: (inputs, inputs) sum of x x^T over the inputs x, for GPTQ;
-    without it each weight is rounded to the nearest, as llama.cpp does it."""
+def rounded(name: str, weight: Floats, form: str, factor: Float64 | None = None) -> Tensor:
+    """Return a matrix (rows, inputs) in a format. factor: of its inputs, as `edgekit.passes.gptq.inverse_factor`
+    returns it, for GPTQ; without it each weight is rounded to the nearest, as llama.cpp does it."""
     if not np.isfinite(weight).all():
         raise EdgekitError(f"tensor {name!r} holds NaN or infinite values; it cannot be quantised")
     try:
-        content = nearest(form, weight) if second is None else _compensated(weight, form, second, damping)
+        content = nearest(form, weight) if factor is None else _compensated(weight, form, factor)
     except EdgekitError as error:
         raise EdgekitError(f"tensor {name!r}: {error}") from None
     return Tensor(name, FORMATS[NUMBERS[form]], weight.shape, content.reshape(-1))
@@ -42,11 +42,7 @@ def plain(name: str, values: Floats) -> Tensor:
     return Tensor(name, FORMATS[NUMBERS["F32"]], values.shape, content)
 
 
-def _compensated(
-    weight: Floats, form: str, second: Float64, damping: float
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    codes, grids = gptq(
-        weight.astype(np.float64), second, BLOCK, damping, lambda block, cost: Grid.fit(form, block, cost)
-    )
+def _compensated(weight: Floats, form: str, factor: Float64) -> Bytes:
+    codes, grids = gptq(weight.astype(np.float64), factor, BLOCK, lambda block, cost: Grid.fit(form, block, cost))
     scales, least = (np.stack([getattr(grid, part) for grid in grids], axis=1) for part in ("scale", "least"))
     return pack(form, scales, least, codes.reshape(len(codes), -1, BLOCK))

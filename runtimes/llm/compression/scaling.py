@@ -19,13 +19,14 @@ from runtimes.llm.architecture import Architecture
 from runtimes.llm.compression.forward import INPUTS, Moments
 
 POWERS = tuple(number / 10 for number in range(11))  # 0 leaves the matrix as it is
-# what makes the inputs of each group of matrices: the parts of the layer that are divided by s. The values of a layer
-# and the inputs of `down` come out of a matrix, whose rows are divided before it is rounded itself.
+ROWS = 256  # outputs of a matrix on which a power is tried
+# what makes the inputs of each group of matrices: the parts of the layer that are divided by s. The groups whose inputs
+# are a norm's come first: their powers are chosen before a division gives the rows of `value` and `up` other sizes.
 SOURCES = {
-    "attention_output": ("value", "value_bias"),
-    "down": ("up",),
     "query": ("attention_norm",),
     "gate": ("mlp_norm",),
+    "attention_output": ("value", "value_bias"),
+    "down": ("up",),
 }
 Weights = dict[str, Floats]
 
@@ -51,14 +52,16 @@ def scaled(weights: Weights, moments: Moments, form: str, of: Architecture) -> t
 
 def _best(matrices: Sequence[Floats], second: torch.Tensor, form: str, repeats: int, head: int) -> Floats:
     """Return the scale of each channel of the source with the least error of the outputs."""
+    sample = [matrix[:: max(1, len(matrix) // ROWS)] for matrix in matrices]
     power = second.diagonal().numpy().reshape(-1, repeats, head).mean(1).reshape(-1)  # heads that share their values
     size = np.sqrt(np.maximum(power, 1e-8 * power.mean() or 1.0))  # an input that is always 0 may have any scale
+    low = second.float()
     loss, best = np.inf, np.ones(len(size), np.float32)
     for exponent in POWERS:
         scale = size**exponent
         scale = (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32)
         inputs = _repeated(scale, repeats, head)
-        error = sum(_error(matrix, inputs, second.float(), form) for matrix in matrices)
+        error = sum(_error(matrix, inputs, low, form) for matrix in sample)
         if error < loss:
             loss, best = error, scale
     return best

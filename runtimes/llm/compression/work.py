@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from runtimes.llm.compression.quantise import in_format, quantised
 from runtimes.llm.compression.rounding import bits, fits, rounded
 from runtimes.llm.engine import Ids
 
+OLDEST = 7 * 86_400  # seconds since the last layer of a stopped job
 MEASURED_WINDOWS = 1  # of the calibration text, on which the damage of each layer is measured
 
 
@@ -40,6 +43,7 @@ class Work:
         self.candidate = self.source if same else LayerEngine(self.model, window)
         self.folder = cache.private_folder(cache.folder(FOLDER) / _key(job))
         cache.check_tree(self.folder)
+        _prune(self.folder)
         self.few: Sequence[Ids] = job.texts.calibration[:MEASURED_WINDOWS]
         self._expected: list[Window] = []  # the held-out text behind the source's last layer
 
@@ -97,6 +101,13 @@ class Work:
             write_gguf(path, {}, [item for role, item in of(done).items() if item is not before[role]], mode=0o600)
         found = read_gguf(path).tensors
         return replace(layer, **{role: found.get(tensor.name, tensor) for role, tensor in of(layer).items()})
+
+
+def _prune(current: Path) -> None:
+    """Delete the layers of jobs that were stopped and not continued for a week."""
+    for folder in current.parent.iterdir():
+        if folder != current and time.time() - folder.stat().st_mtime > OLDEST:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _smaller(tensor: Tensor, form: str) -> Tensor:
