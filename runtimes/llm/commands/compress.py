@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\b
 Examples:
   edgekit llm compress model-f16.gguf -o small.gguf
-  edgekit llm compress model-f16.gguf -o small.gguf --format q4_1 --method awq+gptq --text manual.txt
+  edgekit llm compress model-f16.gguf -o small.gguf --format q4_1 --text manual.txt
   edgekit llm compress model-f16.gguf -o small.gguf --bits 5 --max-divergence 0.05
   edgekit llm compress model-f16.gguf -o small.gguf --format q8_0 --dry-run
 """
@@ -27,7 +27,8 @@ Examples:
 @click.option("-o", "--output", "target", type=Path, required=True, help="The file to write, such as small.gguf.")
 @click.option("--format", "form", default="q4_0", show_default=True, help="Of the layers: q4_0, q4_1 or q8_0.")
 @click.option(
-    "--method", help="nearest, gptq, awq or awq+gptq  [default: gptq; for q8_0 nearest, which loses almost nothing]."
+    "--method",
+    help="nearest, gptq, awq or awq+gptq  [default: awq+gptq; for q8_0 nearest, which loses almost nothing].",
 )
 @click.option("--head", default="q8_0", show_default=True, help="Format of the embedding and the head.")
 @click.option("--bits", type=float, help="Average bits of a layer's weight; the most sensitive layers get 8.")

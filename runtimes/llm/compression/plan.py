@@ -60,7 +60,7 @@ class Settings:
 
 def default_method(form: str) -> str:
     """Return how matrices are rounded if nobody says: with 8 bits, rounding to the nearest loses almost nothing."""
-    return "nearest" if form == EIGHT else "gptq"
+    return "nearest" if form == EIGHT else "awq+gptq"
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def test_the_report_travels_in_the_file(source, prose, tmp_path):
     result = compressed(source, tmp_path / "small.gguf", prose)
     report = json.loads(read_gguf(tmp_path / "small.gguf").metadata["edgekit.compression"])
     assert report["quality"]["divergence"]["value"] == result.quality.divergence.value
-    assert report["settings"]["method"] == "gptq"
+    assert report["settings"]["method"] == "awq+gptq"
     assert [layer["formats"] for layer in report["layers"]] == [["Q4_0"]] * 4
     assert "path" not in report  # which would tell strangers about this machine
     assert str(tmp_path) not in json.dumps(report["source"])
