@@ -193,7 +193,7 @@ class Classifiers:
             reason = f"skipped: {batch.survey.name} has no default model, name one with --model"
             return result_rows(batch, self.schema, {"status": repeat(reason, count)})
         rows = self._of(batch.survey.name)(batch)
-        return fill({name: rows[name] for name in rows.schema.names}, self.schema, count)
+        return fill(dict(zip(rows.schema.names, rows.columns, strict=True)), self.schema, count)
 
     def _of(self, survey: str) -> Stage:
         digest = self._digests[survey]

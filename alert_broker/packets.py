@@ -203,12 +203,7 @@ class _Waiting:
                 found.append((*self._alerts(extracted, good, kept), kept))
         if not found:
             return
-        curves = concatenate(part for part, _, _ in found)
-        alerts = pa.Table.from_batches([part for _, part, _ in found])
-        if len(found) > 1:
-            order = np.argsort([index for _, _, kept in found for index in kept])
-            curves, alerts = curves.take(order), alerts.take(order)
-        (rows,) = alerts.combine_chunks().to_batches()
+        curves, rows = found[0][:2] if len(found) == 1 else _joined(found)
         for start in range(0, len(curves), size):
             stop = min(start + size, len(curves))
             part = curves.take(np.arange(start, stop)) if stop - start < len(curves) else curves
@@ -237,6 +232,14 @@ class _Waiting:
         ]
         arrays = [pa.array(values, column.type) for values, column in zip(columns, ALERT_COLUMNS, strict=True)]
         return curves, pa.RecordBatch.from_arrays(arrays, schema=ALERT_COLUMNS)
+
+
+def _joined(found: Sequence[tuple[LightCurves, pa.RecordBatch, list[int]]]) -> tuple[LightCurves, pa.RecordBatch]:
+    """Return light curves and rows of several sources together, in the order in which their packets came."""
+    order = np.argsort([index for _, _, kept in found for index in kept])
+    alerts = pa.Table.from_batches([part for _, part, _ in found]).take(order)
+    (rows,) = alerts.combine_chunks().to_batches()
+    return concatenate(part for part, _, _ in found).take(order), rows
 
 
 def _unsupported(block: Block) -> BadPacket:

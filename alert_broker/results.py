@@ -175,7 +175,7 @@ def result_rows(batch: AlertBatch, schema: pa.Schema, columns: Mapping[str, pa.A
     detections, forced = (
         alerts[name].flatten().to_numpy().reshape(count, len(bands)) for name in ("n_detections", "n_forced")
     )
-    known: dict[str, pa.Array] = {name: alerts[name] for name in alerts.schema.names}
+    known: dict[str, pa.Array] = dict(zip(alerts.schema.names, alerts.columns, strict=True))
     known |= dict.fromkeys((f"n_det_{band}" for band in all_bands()), pa.array(np.zeros(count, np.int32)))
     known |= {f"n_det_{band}": pa.array(detections[:, k]) for k, band in enumerate(bands)}
     known |= {"n_forced": pa.array(forced.sum(axis=1), pa.int32())}
@@ -192,11 +192,11 @@ def texts(
     codes: npt.NDArray[np.int64], values: Sequence[str], null: npt.NDArray[np.bool_] | None = None
 ) -> pa.StringArray:
     """Return (rows,) the value of each code."""
-    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=null), pa.array(values, pa.string())).cast(pa.string())
+    return pa.array(values, pa.string()).take(pa.array(codes, mask=null))
 
 
 def repeat(value: str, count: int) -> pa.StringArray:
-    return texts(np.zeros(count, np.int64), [value])
+    return pa.repeat(pa.scalar(value, pa.string()), count)
 
 
 def _counts(values: pa.Array) -> dict[str, int]:

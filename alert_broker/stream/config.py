@@ -69,7 +69,7 @@ class Batch:
         "Bytes of packets in a batch. Memory holds up to 3 queue + 5 + publish.uncommitted batches, and kafka's "
         "queued.max.messages.kbytes.",
     )
-    seconds: float = _option(0.025, "A batch that is not full is closed after this time.")
+    seconds: float = _option(0.024, "A batch that is not full is closed after this time.")
     queue: int = _option(2, "Batches that may wait before each stage. More batches use memory and gain no speed.")
 
 

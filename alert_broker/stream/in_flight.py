@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +38,7 @@ def positions_of(batch: MessageBatch, index: npt.NDArray[np.int64]) -> Positions
 def with_positions(rows: pa.RecordBatch, batch: MessageBatch, index: npt.NDArray[np.int64]) -> pa.RecordBatch:
     """Return the rows with their message's topic and partition in `file`, and its offset in `offset`."""
     texts = pa.array([f"{topic}[{number}]" for topic, number in batch.partitions], pa.string())
-    files = pa.DictionaryArray.from_arrays(pa.array(batch.partition[index]), texts).cast(pa.string())
-    columns: dict[str, Any] = {"file": files, "offset": pa.array(batch.offset[index])}
-    arrays = [columns.get(name, rows[name]) for name in rows.schema.names]
-    return pa.RecordBatch.from_arrays(arrays, schema=rows.schema)
+    files = texts.take(pa.array(batch.partition[index]))
+    for name, column in (("file", files), ("offset", pa.array(batch.offset[index]))):
+        rows = rows.set_column(rows.schema.get_field_index(name), name, column)
+    return rows

@@ -175,15 +175,16 @@ class JsonEncoder:
 
     def encode(self, rows: pa.RecordBatch) -> list[bytes]:
         _check(rows, self.schema)
+        texts = _json_of_columns(rows)
         parts: list[Any] = []
         text = ""  # between the last column that has values and the next one
-        for prefix, column in zip(self._prefixes, rows.columns, strict=True):
+        for number, prefix in enumerate(self._prefixes):
             text += prefix
-            if column.null_count == rows.num_rows:  # as the classes of another survey's model
+            if number in texts:
+                parts += [text, texts[number]]
+                text = ""
+            else:  # only nulls, as the classes of another survey's model
                 text += "null"
-                continue
-            parts += [text, _json(column)]
-            text = ""
         if not parts:
             return [f"{text or '{'}}}".encode()] * rows.num_rows
         return [line.encode() for line in pc.binary_join_element_wise(*parts, text + "}", "").to_pylist()]
@@ -236,9 +237,22 @@ def _content(column: pa.Array) -> tuple[Integers, Bytes]:
     return ends - ends[0], text[ends[0] : ends[-1]]
 
 
+def _json_of_columns(rows: pa.RecordBatch) -> dict[int, pa.Array]:
+    """Return the JSON of each column that has values, by the column's number. Columns of one type are written together,
+    because a call into Arrow costs as much as the values of a hundred rows."""
+    numbers: dict[pa.DataType, list[int]] = {}
+    for number, column in enumerate(rows.columns):
+        if column.null_count < rows.num_rows:
+            numbers.setdefault(column.type, []).append(number)
+    texts: dict[int, pa.Array] = {}
+    for group in numbers.values():
+        text = _json(pa.concat_arrays([rows.column(number) for number in group]))
+        texts |= {number: text.slice(k * rows.num_rows, rows.num_rows) for k, number in enumerate(group)}
+    return texts
+
+
 def _json(column: pa.Array) -> pa.Array:
-    """Return (rows,) the JSON of each value, as a string. Each call into Arrow costs as much as the values of a hundred
-    rows, so that calls which would change nothing are left out."""
+    """Return (rows,) the JSON of each value, as a string."""
     dtype = column.type
     if pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
         column = column if pa.types.is_string(dtype) else column.cast(pa.string())
