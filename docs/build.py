@@ -30,6 +30,9 @@ CONTRACTS = (
 )
 LANGUAGE_MODELS = {
     "edgekit.llm.load": "runtimes.llm.model.load",
+    "edgekit.llm.compress": "runtimes.llm.compression.job.compress",
+    "runtimes.llm.compression.plan.Settings": "runtimes.llm.compression.plan.Settings",
+    "runtimes.llm.compression.guard.Budget": "runtimes.llm.compression.guard.Budget",
     "LanguageModel": "runtimes.llm.model.LanguageModel",
     "runtimes.llm.sampling.Sampling": "runtimes.llm.sampling.Sampling",
 }  # each heading, and the object below it

@@ -7,8 +7,9 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from edgekit.errors import EdgekitError
 
@@ -29,10 +30,20 @@ def is_plain(name: str) -> bool:
 
 def write_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Replace the file in one step. mode: its permissions, which the umask reduces."""
+    with replacing(path, mode=mode) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Provide a stream to a temporary file, which replaces the file in one step when the block ends without an error
+    and is deleted otherwise. mode: its permissions, which the umask reduces."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = _temporary(path, "")
     try:
-        _create(new, content, mode)
+        new.unlink(missing_ok=True)  # left by a killed process with the same id
+        with open(new, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
+            yield stream
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from edgekit.cli import console
+from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
     from edgekit.bundle.format import Bundle
@@ -112,6 +113,10 @@ def compress(
     from edgekit.importers.api import open_model
     from edgekit.search.compress import carry_out, check_replay, job_of, prepare
 
+    if model.endswith(".gguf"):
+        raise EdgekitError(
+            f"{model}: a GGUF file holds a language model; run: edgekit llm compress {model} -o small.gguf"
+        )
     _check_usage(output, recipe, max_loss, max_size, auto, replay, dry_run)
     if output is not None and not dry_run:
         prepare(output, force=force)

@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,13 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The content of a file: its metadata by key, and its tensors by name."""
+    """The content of a file: its metadata by key, and its tensors by name. raw: each value of the metadata as the file
+    stores it, its type number first, so that a copy keeps the type of every number."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    raw: Mapping[str, bytes | memoryview] = field(default_factory=dict)
 
     def get(self, key: str, of: type | tuple[type, ...], default: Any = None) -> Any:
         """Return a value of the metadata. Raises if it has another type, or if it is missing and has no default."""
@@ -104,12 +106,15 @@ class _Reader:
         tensors, pairs = self.number("Q"), self.number("Q")
         self.declares(pairs, LEAST_STRING + 4, "keys")
         claim(pairs * HEADER_BYTES, len(self.content), f"{self.path}: the metadata")
-        metadata = {}
+        metadata: dict[str, Any] = {}
+        raw: dict[str, bytes | memoryview] = {}
         for _ in range(pairs):
             key = self.string()
             if key in metadata:
                 raise self.damaged(f"holds the key {key!r} twice")
+            start = self.at
             metadata[key] = self.value(self.number("I"), key)
+            raw[key] = memoryview(self.content)[start : self.at]
         self.declares(tensors, LEAST_STRING + 4 + 4 + 8, "tensors")
         claim(tensors * HEADER_BYTES, len(self.content), f"{self.path}: the list of tensors")
         headers = [self.header() for _ in range(tensors)]
@@ -123,7 +128,7 @@ class _Reader:
                 raise self.damaged(f"holds the tensor {name!r} twice")
             found[name] = self.tensor(name, shape, code, start + offset)
         self.check_overlaps(headers, found)
-        return GgufFile(self.path, metadata, found)
+        return GgufFile(self.path, metadata, found, raw)
 
     def header(self) -> Header:
         """Return a tensor's name, shape, format number and offset in the data."""

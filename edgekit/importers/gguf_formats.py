@@ -81,17 +81,6 @@ def _q8_0(blocks: Bytes) -> Floats:
     return blocks[..., 2:].view(np.int8).astype(np.float32) * _scale(blocks, 0)
 
 
-def encode_q8_0(values: Floats) -> Bytes:
-    """Return (rows, bytes of a row) in Q8_0 from (rows, values of a row), a multiple of 32. Each value moves by at most
-    half of its block's step, which is 1/127 of the block's largest magnitude."""
-    blocks = values.reshape(len(values), -1, 32)
-    scales = (np.abs(blocks).max(axis=-1, keepdims=True) / 127).astype("<f2")
-    steps = scales.astype(np.float32)
-    codes = np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps > 0)
-    whole = np.clip(np.rint(codes), -127, 127).astype(np.int8).view(np.uint8)
-    return np.concatenate([scales.view(np.uint8), whole], axis=-1).reshape(len(values), -1)
-
-
 def _six_bit_scales(packed: Bytes) -> tuple[Floats, Floats]:
     """Return (..., 8) scales and (..., 8) minima, six bits each, from 12 bytes."""
     low, high = packed[..., :4], packed[..., 4:8]
@@ -149,3 +138,4 @@ FORMATS = {
     14: BlockFormat("Q6_K", 256, 210, _q6_k),
     30: BlockFormat("BF16", 1, 2, _bfloat16),
 }
+NUMBERS = {form.name: number for number, form in FORMATS.items()}

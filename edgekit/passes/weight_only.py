@@ -1,8 +1,8 @@
 """Store weights in 8 or 4 bits, in groups with a scale each; activations and arithmetic stay in float32.
 
-A weight is rounded to the nearest code, or such that later weights compensate for its error (GPTQ, Frantar et al. 2023,
-arXiv 2210.17323, section 3): the pass rounds the weights input by input and spreads each error over the inputs not yet
-rounded, by the inverse of the second moment of the inputs on training data.
+A weight is rounded to the nearest code, or such that later weights compensate for its error (`edgekit.passes.gptq`):
+the pass rounds the weights input by input and spreads each error over the inputs not yet rounded, by the inverse of the
+second moment of the inputs on training data.
 
     portable      codes -- Cast -- (two codes of 4 bits out of each byte) -- Mul scale -- Reshape -- the weight
     matmulnbits   onnxruntime's own operator: it multiplies the codes directly and reads less memory
@@ -33,6 +33,8 @@ from edgekit.graph.model import (
     value_names,
 )
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass, at_least
+from edgekit.passes.gptq import gptq as compensated
+from edgekit.passes.gptq import inverse_factor
 
 LAYOUTS, ROUNDINGS, GROUPS = ("portable", "matmulnbits"), ("nearest", "gptq"), (32, 64, 128)
 DOMAIN = "com.microsoft"
@@ -238,25 +240,34 @@ def nearest(weight: Float64, bits: int, group: int) -> tuple[npt.NDArray[np.int8
 def gptq(
     weight: Float64, second: Float64, bits: int, group: int, damping: float
 ) -> tuple[npt.NDArray[np.int8], Float64]:
-    """Round with compensation of errors. second: (in, in) sum of x x^T over the inputs x on training data.
-
-    With U the upper Cholesky factor of the inverse second moment, rounding input i moves the later inputs' weights by
-    U[i, i+1:] times its error over U[i, i] (paper, equation 2 and section 3, step 3).
-    """
+    """Return the same of a weight (in, out), rounded with compensation of errors. second: (in, in) sum of x x^T over
+    the inputs x on training data."""
     inputs, outputs = weight.shape
-    mean = float(np.mean(np.diag(second))) or 1.0  # all inputs are zero: any rounding is correct
-    factor = np.linalg.cholesky(np.linalg.inv(second + damping * mean * np.eye(inputs))).T
-    left = weight.copy()
+    found, grids = compensated(
+        weight.T, inverse_factor(second, damping), group, lambda block, _: Symmetric.fit(block, bits)
+    )
     codes = np.zeros((-(-inputs // group) * group, outputs), np.int8)
-    scales = []
-    for row in range(inputs):
-        if row % group == 0:
-            scales.append(_scale(left[row : row + group][None], bits)[0, 0])
-        limit = 2 ** (bits - 1) - 1
-        codes[row] = np.clip(np.round(left[row] / scales[-1]), -limit, limit)
-        error = (left[row] - codes[row] * scales[-1]) / factor[row, row]
-        left[row + 1 :] -= np.outer(factor[row, row + 1 :], error)
-    return codes.reshape(-1, group, outputs), np.stack(scales)[:, None]
+    codes[:inputs] = found.T
+    return codes.reshape(-1, group, outputs), np.stack([grid.scale.T for grid in grids])
+
+
+@dataclass(frozen=True, slots=True)
+class Symmetric:
+    """Codes from -limit to limit, times a scale (out, 1)."""
+
+    limit: int
+    scale: Float64
+
+    @classmethod
+    def fit(cls, block: Float64, bits: int) -> Symmetric:
+        """Return the grid of weights (out, group)."""
+        return cls(2 ** (bits - 1) - 1, _scale(block.T[None], bits)[0].T)
+
+    def codes(self, values: Float64) -> npt.NDArray[np.int8]:
+        return np.clip(np.round(values / self.scale), -self.limit, self.limit).astype(np.int8)
+
+    def values(self, codes: npt.NDArray[Any]) -> Float64:
+        return codes * self.scale
 
 
 def _grouped(weight: Float64, group: int) -> Float64:

@@ -25,6 +25,7 @@ from runtimes.llm.answers import Answer, Token, log_softmax, scored
 from runtimes.llm.architecture import Model
 from runtimes.llm.blocks import blocks_for
 from runtimes.llm.chat import Message, conversation
+from runtimes.llm.compression.job import compress as compress
 from runtimes.llm.constraint import Constraint, Grammars
 from runtimes.llm.engine import Engine, Ids, Item
 from runtimes.llm.items import best_items

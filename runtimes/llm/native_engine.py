@@ -23,7 +23,7 @@ from edgekit import cache
 from edgekit.bundle.bounded import parse_size
 from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.gguf import Tensor
-from edgekit.importers.gguf_formats import encode_q8_0
+from edgekit.importers.gguf_encode import nearest
 from edgekit.machine import memory_bytes
 from exporters.c.library import Compiler, is_complete, keep_library
 from runtimes.llm.architecture import Architecture, Layer, Model
@@ -206,7 +206,7 @@ class NativeEngine(Engine):
         assert done
         first = 0
         for part in _parts(tensor):
-            blocks = encode_q8_0(part.values()) if form != tensor.format.name else np.ascontiguousarray(part.rows())
+            blocks = nearest("Q8_0", part.values()) if form != tensor.format.name else np.ascontiguousarray(part.rows())
             self._library.engine_rows(
                 self._engine, layer, role, first, len(blocks), blocks.ctypes.data, blocks.shape[1]
             )

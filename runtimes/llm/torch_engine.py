@@ -119,13 +119,13 @@ class TorchEngine(Engine):
             weights = self._layers[number]
             normed = self._normed(state.hidden, weights["attention_norm"], weights.get("attention_norm_bias"))
             attended = self._attention(number, normed, state, batch)
-            added = self._product(attended, weights, "attention_output")
+            added = self._product(number, "attention_output", attended)
             if "post_attention_norm" in weights:
                 added = self._normed(added, weights["post_attention_norm"])
             state.hidden = state.hidden + added
             if not self.architecture.parallel:
                 normed = self._normed(state.hidden, weights["mlp_norm"])
-            added = self._product(self._activated(normed, weights), weights, "down")
+            added = self._product(number, "down", self._activated(number, normed))
             if "post_mlp_norm" in weights:
                 added = self._normed(added, weights["post_mlp_norm"])
             state.hidden = state.hidden + added
@@ -138,17 +138,20 @@ class TorchEngine(Engine):
             logits = logits + self._head_bias
         return np.asarray(_capped(logits, self.architecture.logit_cap).to("cpu", torch.float32))
 
-    def _activated(self, normed: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _activated(self, number: int, normed: torch.Tensor) -> torch.Tensor:
         """Return (rows, hidden) what the feed-forward's last matrix is multiplied with."""
-        up = self._product(normed, weights, "up")
-        gate = normed @ weights["gate"].T if "gate" in weights else up
+        up = self._product(number, "up", normed)
+        gated = "gate" in self._layers[number]
+        gate = self._product(number, "gate", normed) if gated else up
         if self.architecture.activation == "gelu":
             activated = torch.nn.functional.gelu(gate, approximate="tanh")
         else:
             activated = torch.nn.functional.silu(gate)
-        return activated * up if "gate" in weights else activated
+        return activated * up if gated else activated
 
-    def _product(self, rows: torch.Tensor, weights: dict[str, torch.Tensor], role: str) -> torch.Tensor:
+    def _product(self, number: int, role: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return the product of (rows, inputs) with a matrix of a layer, plus its bias if it has one."""
+        weights = self._layers[number]
         product = rows @ weights[role].T
         bias = weights.get(f"{role}_bias")
         return product if bias is None else product + bias
@@ -295,7 +298,7 @@ class TorchEngine(Engine):
     def _projected(self, number: int, role: str, normed: torch.Tensor, heads: int) -> torch.Tensor:
         """Return (rows, heads, head size) queries, keys or values, before the rotary embedding."""
         weights = self._layers[number]
-        rows = self._product(normed, weights, role).unflatten(1, (heads, self.architecture.head_size))
+        rows = self._product(number, role, normed).unflatten(1, (heads, self.architecture.head_size))
         norm = weights.get(f"{role}_norm")
         return rows if norm is None else self._normed(rows, norm)
 
@@ -323,8 +326,8 @@ def _check_windows(of: Architecture, kv: Policy) -> None:
     if any(of.windows):
         layers = sum(map(bool, of.windows))
         raise EdgekitError(
-            f"kv policy {type(kv).__name__}: {layers} layers of this {of.family} model see a window of the last tokens; "
-            f"expected a model whose layers see all tokens, or kv={EXACT}"
+            f"kv policy {type(kv).__name__}: {layers} layers of this {of.family} model see a window of tokens; expected a "
+            f"model whose layers see all tokens, or kv={EXACT}"
         )
 
 

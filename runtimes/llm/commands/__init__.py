@@ -6,7 +6,10 @@ import click
 
 from edgekit.cli import LazyGroup
 
-VERBS = {verb: f"runtimes.llm.commands.{verb}:{verb}" for verb in ("complete", "chat", "choose", "perplexity", "bench")}
+VERBS = {
+    verb: f"runtimes.llm.commands.{verb}:{verb}"
+    for verb in ("complete", "chat", "choose", "perplexity", "bench", "compress")
+}
 
 
 @click.group(cls=LazyGroup, lazy=VERBS)

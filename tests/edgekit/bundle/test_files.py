@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.bundle.files import refuse_to_overwrite, write_directory, write_file
+from edgekit.bundle.files import refuse_to_overwrite, replacing, write_directory, write_file
 from edgekit.errors import EdgekitError
 
 
@@ -19,17 +19,22 @@ def test_write_and_replace(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_crash_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_crash_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "b.bin"
     write_file(path, b"one")
 
-    def full(self, content):
-        self.touch()
-        raise OSError("disk full")
+    def fail():
+        with replacing(path) as stream:
+            stream.write(b"tw")
+            raise error
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_file(path, b"two")
+    with pytest.raises(type(error)):
+        fail()
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(TypeError):
+        write_file(path, "a text, which cannot be written")
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
 

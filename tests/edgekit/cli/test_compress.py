@@ -265,3 +265,9 @@ def test_the_report_says_that_latency_was_estimated(tiny_job, tmp_path):
     assert "CPU ms, batch" not in elsewhere
     assert "estimate" not in here
     assert "CPU ms, batch 1" in here
+
+
+def test_a_language_model_is_compressed_by_another_command(edgekit, tmp_path):
+    found = edgekit("compress", "model.gguf", "-o", str(tmp_path / "small.edge"))
+    assert found.status == 1
+    assert "run: edgekit llm compress model.gguf" in found.err

@@ -7,7 +7,8 @@ import pytest
 
 from edgekit.errors import EdgekitError
 from edgekit.importers.gguf import read_gguf
-from edgekit.importers.gguf_formats import FORMATS, encode_q8_0
+from edgekit.importers.gguf_encode import nearest
+from edgekit.importers.gguf_formats import FORMATS
 from tests.gguf_files import encoded, entry, gguf, text, toy_model
 
 VALUES = np.arange(64, dtype=np.float32).reshape(2, 32)
@@ -55,7 +56,7 @@ def test_encoding_to_q8_0_moves_a_value_by_half_a_step_at_most():
     values = np.random.default_rng(0).normal(0, 1, (5, 96)).astype(np.float32)
     values[0] = 0
     steps = np.abs(values.reshape(5, 3, 32)).max(-1, keepdims=True) / 127
-    moved = np.abs(FORMATS[8].decode(encode_q8_0(values)) - values).reshape(5, 3, 32)
+    moved = np.abs(FORMATS[8].decode(nearest("Q8_0", values)) - values).reshape(5, 3, 32)
     assert (moved <= 0.51 * steps + 127 * steps * 2**-11).all()  # and the rounding of the scale to float16
 
 
