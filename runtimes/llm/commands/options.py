@@ -59,8 +59,8 @@ def of_engine(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--kv",
-            help="How the cache stores keys and values. native: f16, int8 or int4 [default: f16]; llamacpp: f16, q8_0 or "
-            "q4_0 [default: f16]; torch: also gear, h2o and other policies, perhaps with options, such as "
+            help="How the cache stores keys and values. native: f16, int8 or int4 [default: f16]; llamacpp: f16, q8_0 "
+            "or q4_0 [default: f16]; torch: also gear, h2o and other policies, perhaps with options, such as "
             "h2o:budget=256 [default: full].",
         ),
         click.option("--context", type=click.IntRange(min=1), help="Tokens of the cache [default: 4096]."),
