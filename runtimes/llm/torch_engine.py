@@ -326,8 +326,8 @@ def _check_windows(of: Architecture, kv: Policy) -> None:
     if any(of.windows):
         layers = sum(map(bool, of.windows))
         raise EdgekitError(
-            f"kv policy {type(kv).__name__}: {layers} layers of this {of.family} model see a window of tokens; expected "
-            f"a model whose layers see all tokens, or kv={EXACT}"
+            f"kv policy {type(kv).__name__}: {layers} layers of this {of.family} model see a window of tokens; "
+            f"expected a model whose layers see all tokens, or kv={EXACT}"
         )
 
 
