@@ -324,8 +324,8 @@ def compared(
     return found
 
 
-def measure(part: Part, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the rows of a part."""
+def measure(part: Part, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the part with one row more each time."""
     path = file_of(part, folder)
     contenders = contenders_of(part, options.llama, folder)
     ours = [contender.name for contender in contenders if contender.ours]
@@ -333,6 +333,12 @@ def measure(part: Part, options: argparse.Namespace, folder: Path) -> dict[str, 
     rows = []
     with opened(path, contenders) as benches:
         rate = memory_rate()
+        found_part = {
+            "clock": "passed" if clock == WALL else "CPU",
+            "threads": part.threads,
+            "builds": {name: bench.build for name, bench in benches.items()},
+            "gigabytes_per_second": round(rate / 1e9, 1),
+        }
         for row in part.rows:
             if options.row and row.name not in options.row:
                 continue
@@ -357,14 +363,7 @@ def measure(part: Part, options: argparse.Namespace, folder: Path) -> dict[str, 
             }
             rows.append(found)
             print(json.dumps(found), flush=True)
-        builds = {name: bench.build for name, bench in benches.items()}
-    return {
-        "clock": "passed" if clock == WALL else "CPU",
-        "threads": part.threads,
-        "builds": builds,
-        "gigabytes_per_second": round(rate / 1e9, 1),
-        "rows": rows,
-    }
+            yield {**found_part, "rows": list(rows)}
 
 
 def versions(options: argparse.Namespace) -> dict[str, Any]:
@@ -433,16 +432,16 @@ def main() -> None:
     chosen = [part for part in PARTS if not options.part or part.name in options.part]
     report: dict[str, Any] = {"machine": versions(options), "parts": {}}
     if options.json and options.json.exists():
-        before = json.loads(options.json.read_text())
-        report = {"machine": before["machine"] | report["machine"], "parts": before["parts"]}
+        stored = json.loads(options.json.read_text())
+        report = {"machine": stored["machine"] | report["machine"], "parts": stored["parts"]}
     for part in chosen:
         print(f"--- {part.name}", flush=True)
-        measured = measure(part, options, options.folder)
-        rows = {row["row"]: row for row in report["parts"].get(part.name, {}).get("rows", []) + measured["rows"]}
-        measured["rows"] = [rows[row.name] for row in part.rows if row.name in rows]
-        report["parts"][part.name] = measured
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+        before = report["parts"].get(part.name, {}).get("rows", [])
+        for measured in measure(part, options, options.folder):
+            rows = {row["row"]: row for row in before + measured["rows"]}
+            report["parts"][part.name] = {**measured, "rows": [rows[row.name] for row in part.rows if row.name in rows]}
+            if options.json:  # after each row, because a part takes minutes
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
 
 

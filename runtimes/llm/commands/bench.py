@@ -12,6 +12,7 @@ from runtimes.llm.commands.options import EngineOptions, of_engine, opened
 
 if TYPE_CHECKING:
     from runtimes.llm.engine import Engine
+    from runtimes.llm.measure import Speed
     from runtimes.llm.model import LanguageModel
 
 PEER = "llamacpp"
@@ -47,7 +48,7 @@ def bench(
         engines = {engine.name: found.engine} | ({} if engine.name == PEER else _peer(found, engine.threads))
         with progress() as bar:
             task = bar.add_task("  timing", total=len(lengths))
-            rows = []
+            rows: list[tuple[str, Speed]] = []
             for length in lengths:
                 rows += zip(engines, measure_in_turns(list(engines.values()), length, rounds), strict=True)
                 bar.advance(task)
