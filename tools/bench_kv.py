@@ -359,9 +359,10 @@ def verdict(rows: Mapping[str, Any], better: str, worse: str) -> str:
 def markdown(summary: Mapping[str, Any]) -> Iterator[str]:
     """Yield the tables of a summary."""
     first, second = TEXTS
+    lengths = list(summary["rows"]["f16"]["passkey"])
     yield (
         f"| policy | bytes per token | `{first}`: perplexity, divergence, agreement | `{second}` | "
-        f"passkeys of {DEPTHS} at {', '.join(f'{length:,}' for length in LENGTHS)} | tokens/s |"
+        f"passkeys of {DEPTHS} at {', '.join(f'{int(length):,}' for length in lengths)} | tokens/s |"
     )
     yield "|---|---|---|---|---|---|"
     for name, row in sorted(summary["rows"].items(), key=lambda item: -item[1]["fast_bytes"] - item[1]["slow_bytes"]):
@@ -370,7 +371,7 @@ def markdown(summary: Mapping[str, Any]) -> Iterator[str]:
             f"{row[text]['perplexity']:.2f}, {row[text]['divergence']:.4f}, {row[text]['agreement']:.3f}"
             for text in TEXTS
         )
-        keys = ", ".join(str(row["passkey"].get(str(length), "-")) for length in LENGTHS)
+        keys = ", ".join(str(row["passkey"].get(length, "-")) for length in lengths)
         yield f"| {name} | {memory} | {' | '.join(texts)} | {keys} | {row['tokens_per_second'] or '-'} |"
     yield ""
     yield "| paper | claim | the paper's numbers | here |"
