@@ -169,26 +169,31 @@ def damaged(number, role="down"):
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_planted_damage_to_a_layer_is_found_and_rolled_back(number, source, prose, tmp_path, monkeypatch):
-    whole = compressed(source, tmp_path / "whole.gguf", prose)
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_planted_damage_to_a_layer_is_found_and_rolled_back(method, number, source, prose, tmp_path, monkeypatch):
+    whole = compressed(source, tmp_path / "whole.gguf", prose, method=method)
     budget = Budget(whole.quality.divergence.value * 1.2, 1e9, 0)
     monkeypatch.setattr(work, "quantised", damaged(number))
-    broken = compressed(source, tmp_path / "broken.gguf", prose)
+    broken = compressed(source, tmp_path / "broken.gguf", prose, method=method)
     assert broken.quality.divergence.value > 3 * budget.divergence
-    result = compressed(source, tmp_path / "small.gguf", prose, budget)
+    result = compressed(source, tmp_path / "small.gguf", prose, budget, method=method)
     assert result.quality.divergence.value <= budget.divergence
-    assert [layer.formats for layer in result.layers] == [["Q8_0" if at == number else "Q4_0"] for at in range(4)]
+    assert result.layers[number].formats == ["Q8_0"]
     reason = result.layers[number].reason
     assert (
         f"with all layers compressed the model diverges from the source by {broken.quality.divergence.value:.4f}"
         in reason
     )
     assert reason.startswith("rolled back to Q8_0: alone in Q4_0 it diverges by ")
-    assert [bool(layer.reason) for layer in result.layers] == [at == number for at in range(4)]
+    assert "(number 1 of 4 layers)" in reason
     damages = [layer.damage for layer in result.layers]
     assert damages[number] == max(damages)
+    # layers behind the damage were calibrated on what it put out, so scaling may need a second one to go back
+    others = [layer.number for layer in result.layers if layer.reason and layer.number != number]
+    assert others == [] if method == "gptq" else len(others) <= 1
+    assert all(result.layers[at].formats == ["Q4_0"] for at in range(4) if at not in (number, *others))
     found, wrong = tensors(tmp_path / "small.gguf"), tensors(tmp_path / "broken.gguf")
-    assert {name.split(".")[1] for name in found if found[name] != wrong[name]} == {str(number)}
+    assert {int(name.split(".")[1]) for name in found if found[name] != wrong[name]} == {number, *others}
 
 
 def test_damage_in_every_format_leaves_the_layer_of_the_source(source, prose, tmp_path, monkeypatch):
