@@ -242,12 +242,12 @@ def test_a_stopped_job_leaves_no_file_and_goes_on_where_it_was(source, prose, tm
         compressed(source, path, prose, progress=stop)
     assert [item.name for item in tmp_path.iterdir() if "small" in item.name] == []
     assert len(done) == 2
-    (folder,) = (cache.root() / "llm").iterdir()
+    (folder,) = (cache.root() / plan.FOLDER).iterdir()
     assert {item.stat().st_mode & 0o777 for item in folder.iterdir()} == {0o600}
     compressed(source, path, prose)
     assert len(done) == len(set(done)) == 4
     assert tensors(path) == tensors(tmp_path / "whole.gguf")
-    assert [*(cache.root() / "llm").iterdir()] == []  # nothing is left of a job that is done
+    assert [*(cache.root() / plan.FOLDER).iterdir()] == []  # nothing is left of a job that is done
 
 
 def test_layers_of_another_job_are_not_taken(source, prose, tmp_path, monkeypatch):
@@ -267,12 +267,12 @@ def test_old_jobs_are_deleted(source, prose, tmp_path):
     import os
 
     for name, age in (("old", work.OLDEST + 60), ("new", 60)):
-        folder = cache.folder("llm") / name
+        folder = cache.folder(plan.FOLDER) / name
         folder.mkdir(mode=0o700)
         past = folder.stat().st_mtime - age
         os.utime(folder, (past, past))
     compressed(source, tmp_path / "small.gguf", prose)
-    assert [item.name for item in (cache.root() / "llm").iterdir()] == ["new"]
+    assert [item.name for item in (cache.root() / plan.FOLDER).iterdir()] == ["new"]
 
 
 # --- the text
