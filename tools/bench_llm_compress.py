@@ -28,6 +28,7 @@ from runtimes.llm.compression.job import compress
 from runtimes.llm.compression.result import Compressed
 from runtimes.llm.compression.rounding import plain
 
+SOURCE = "SmolLM2 135M Instruct, Q4_1 decoded to float32"
 ANY = Budget(1e9, 1e9, 0.0)
 RUNS: dict[str, tuple[dict[str, Any], Budget]] = {
     "Q4_0 nearest": ({"format": "Q4_0", "method": "nearest"}, ANY),
@@ -48,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     machine = describe_machine()
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ")
-    rows = {}
+    rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="edgekit-") as scratch:
         source = in_float32(Path(scratch))
         for name in options.only:
@@ -57,10 +58,16 @@ def main() -> None:
             target = Path(scratch) / "small.gguf"
             result = compress(source, target, budget=budget, force=True, tokens=options.tokens, **settings)
             rows[name] = row(result, time.process_time() - started)
-            print(f"{name:28}", *(f"{key} {value}" for key, value in rows[name].items()))
-    if options.json is not None:
-        found = {"machine": machine, "source": "SmolLM2 135M Instruct, Q4_1 decoded to float32", "runs": rows}
-        options.json.write_text(json.dumps(found | {"texts": result.texts, "tokens": options.tokens}, indent=1) + "\n")
+            print(f"{name:28}", *(f"{key} {value}" for key, value in rows[name].items()), flush=True)
+            found = {
+                "machine": machine,
+                "source": SOURCE,
+                "texts": result.texts,
+                "tokens": options.tokens,
+                "runs": rows,
+            }
+            if options.json is not None:  # after each run, because a run takes minutes
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def in_float32(folder: Path) -> Path:

@@ -25,7 +25,7 @@ from runtimes.llm.tokenizer import Tokenizer
 METHODS = ("nearest", "gptq", "awq", "awq+gptq")
 EIGHT, SOURCE = "Q8_0", "the source's format"  # the formats of layers that need more bits
 FEWEST_BITS = 8  # of a source: what is stored in fewer was rounded before
-FOLDER = "llm"  # of the cache
+FOLDER = "llm-layers"  # of the cache, for the layers of jobs that are not done
 Progress = Callable[[str, int, int], None]
 
 

@@ -169,26 +169,31 @@ def damaged(number, role="down"):
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_planted_damage_to_a_layer_is_found_and_rolled_back(number, source, prose, tmp_path, monkeypatch):
-    whole = compressed(source, tmp_path / "whole.gguf", prose)
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_planted_damage_to_a_layer_is_found_and_rolled_back(method, number, source, prose, tmp_path, monkeypatch):
+    whole = compressed(source, tmp_path / "whole.gguf", prose, method=method)
     budget = Budget(whole.quality.divergence.value * 1.2, 1e9, 0)
     monkeypatch.setattr(work, "quantised", damaged(number))
-    broken = compressed(source, tmp_path / "broken.gguf", prose)
+    broken = compressed(source, tmp_path / "broken.gguf", prose, method=method)
     assert broken.quality.divergence.value > 3 * budget.divergence
-    result = compressed(source, tmp_path / "small.gguf", prose, budget)
+    result = compressed(source, tmp_path / "small.gguf", prose, budget, method=method)
     assert result.quality.divergence.value <= budget.divergence
-    assert [layer.formats for layer in result.layers] == [["Q8_0" if at == number else "Q4_0"] for at in range(4)]
+    assert result.layers[number].formats == ["Q8_0"]
     reason = result.layers[number].reason
     assert (
         f"with all layers compressed the model diverges from the source by {broken.quality.divergence.value:.4f}"
         in reason
     )
     assert reason.startswith("rolled back to Q8_0: alone in Q4_0 it diverges by ")
-    assert [bool(layer.reason) for layer in result.layers] == [at == number for at in range(4)]
+    assert "(number 1 of 4 layers)" in reason
     damages = [layer.damage for layer in result.layers]
     assert damages[number] == max(damages)
+    # layers behind the damage were calibrated on what it put out, so scaling may need a second one to go back
+    others = [layer.number for layer in result.layers if layer.reason and layer.number != number]
+    assert others == [] if method == "gptq" else len(others) <= 1
+    assert all(result.layers[at].formats == ["Q4_0"] for at in range(4) if at not in (number, *others))
     found, wrong = tensors(tmp_path / "small.gguf"), tensors(tmp_path / "broken.gguf")
-    assert {name.split(".")[1] for name in found if found[name] != wrong[name]} == {str(number)}
+    assert {int(name.split(".")[1]) for name in found if found[name] != wrong[name]} == {number, *others}
 
 
 def test_damage_in_every_format_leaves_the_layer_of_the_source(source, prose, tmp_path, monkeypatch):
@@ -237,12 +242,12 @@ def test_a_stopped_job_leaves_no_file_and_goes_on_where_it_was(source, prose, tm
         compressed(source, path, prose, progress=stop)
     assert [item.name for item in tmp_path.iterdir() if "small" in item.name] == []
     assert len(done) == 2
-    (folder,) = (cache.root() / "llm").iterdir()
+    (folder,) = (cache.root() / plan.FOLDER).iterdir()
     assert {item.stat().st_mode & 0o777 for item in folder.iterdir()} == {0o600}
     compressed(source, path, prose)
     assert len(done) == len(set(done)) == 4
     assert tensors(path) == tensors(tmp_path / "whole.gguf")
-    assert [*(cache.root() / "llm").iterdir()] == []  # nothing is left of a job that is done
+    assert [*(cache.root() / plan.FOLDER).iterdir()] == []  # nothing is left of a job that is done
 
 
 def test_layers_of_another_job_are_not_taken(source, prose, tmp_path, monkeypatch):
@@ -262,12 +267,12 @@ def test_old_jobs_are_deleted(source, prose, tmp_path):
     import os
 
     for name, age in (("old", work.OLDEST + 60), ("new", 60)):
-        folder = cache.folder("llm") / name
+        folder = cache.folder(plan.FOLDER) / name
         folder.mkdir(mode=0o700)
         past = folder.stat().st_mtime - age
         os.utime(folder, (past, past))
     compressed(source, tmp_path / "small.gguf", prose)
-    assert [item.name for item in (cache.root() / "llm").iterdir()] == ["new"]
+    assert [item.name for item in (cache.root() / plan.FOLDER).iterdir()] == ["new"]
 
 
 # --- the text
