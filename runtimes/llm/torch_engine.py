@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 
 from edgekit.errors import EdgekitError, unknown
 from edgekit.importers.gguf import Tensor
-from runtimes.llm.architecture import Architecture, Layer, Model, Rope
+from runtimes.llm.architecture import Architecture, Layer, Model
 from runtimes.llm.blocks import BLOCK
 from runtimes.llm.engine import Batch, Engine, Floats, Ids, Item
 from runtimes.llm.kv.cache import LayerCache, Memory, Policy, Prompt, Shape, Tokens, memory
 from runtimes.llm.kv.policies import EXACT, policy
+from runtimes.llm.rope import Rope
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MOST_QUERIES = 256  # rows of one product of attention with a policy's cache
@@ -67,7 +69,7 @@ class TorchEngine(Engine):
         super().__init__(model.architecture, blocks)
         self.kv = policy(kv) if isinstance(kv, str) else kv
         if self.kv is not None:
-            _check_windows(model.architecture, self.kv)
+            _check_attention(model.architecture, self.kv)
             self.kv.check(model.architecture)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
@@ -274,7 +276,7 @@ class TorchEngine(Engine):
             asked = queries[part].transpose(0, 1)
             seen = cache.read(asked)
             grouped = asked.unflatten(0, (of.kv_heads, -1))
-            scores = _capped(grouped @ seen.keys.mT[:, None] * of.query_scale, of.score_cap)
+            scores = grouped @ seen.keys.mT[:, None] * of.query_scale
             later = seen.index[:, None, None] > tokens.index[part, None]
             weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
             found.append((weights @ seen.values[:, None]).flatten(0, 1).transpose(0, 1).flatten(1))
@@ -322,12 +324,17 @@ class TorchEngine(Engine):
         return _rotated_by(rope, keys, cosine, sine)
 
 
-def _check_windows(of: Architecture, kv: Policy) -> None:
-    if any(of.windows):
-        layers = sum(map(bool, of.windows))
+def _check_attention(of: Architecture, kv: Policy) -> None:
+    """Raise if the layers' attention is another one than that of the policies."""
+    unlike = {
+        "layers that see a window of tokens": any(of.windows),
+        "scores with a cap": of.score_cap != 0,
+        f"a query scale of {of.query_scale:g}": not math.isclose(of.query_scale, of.head_size**-0.5),
+    }
+    if found := [what for what, holds in unlike.items() if holds]:
         raise EdgekitError(
-            f"kv policy {type(kv).__name__}: {layers} layers of this {of.family} model see a window of tokens; "
-            f"expected a model whose layers see all tokens, or kv={EXACT}"
+            f"kv policy {type(kv).__name__}: this {of.family} model has {found[0]}; expected a model with plain attention, "
+            f"or kv={EXACT}"
         )
 
 

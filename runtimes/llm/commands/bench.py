@@ -80,13 +80,12 @@ def bench(
 def _peer(model: LanguageModel, threads: int | None) -> dict[str, Engine]:
     """Return llama.cpp with the same file and as long a cache; none, and a note, if it is not here or refuses it."""
     from edgekit.errors import EdgekitError
-    from runtimes.llm.architecture import from_gguf
     from runtimes.llm.blocks import blocks_for
     from runtimes.llm.model import open_engine
 
     options = {"blocks": blocks_for(model.context), "threads": threads}
     try:
-        return {PEER: open_engine(PEER, from_gguf(model.file), options)}
+        return {PEER: open_engine(PEER, model.source.model, options)}
     except EdgekitError as error:
         note(f"llama.cpp is not beside it: {error}")
         return {}

@@ -17,14 +17,17 @@ from edgekit.importers.gguf import GgufFile, Tensor, read_gguf
 from edgekit.importers.gguf_encode import BLOCK
 from edgekit.importers.gguf_write import size
 from edgekit.passes.change import Change
-from runtimes.llm.architecture import Layer, Model, from_gguf
+from runtimes.llm.architecture import Layer, Model
 from runtimes.llm.compression.rounding import FORMS, bits, fits
 from runtimes.llm.compression.texts import Texts, texts
-from runtimes.llm.tokenizer import Tokenizer
+from runtimes.llm.source import of_gguf
 
 METHODS = ("nearest", "gptq", "awq", "awq+gptq")
 EIGHT, SOURCE = "Q8_0", "the source's format"  # the formats of layers that need more bits
 FEWEST_BITS = 8  # of a source: what is stored in fewer was rounded before
+# the weights of a layer that rounding and scaling know; all but biases and norms of queries and keys must be there
+ROLES = {"attention_norm", "query", "key", "value", "attention_output", "mlp_norm", "gate", "up", "down"}
+OPTIONAL = {"query_bias", "key_bias", "value_bias", "query_norm", "key_norm"}
 FOLDER = "llm-layers"  # of the cache, for the layers of jobs that are not done
 Progress = Callable[[str, int, int], None]
 
@@ -92,10 +95,15 @@ def prepare(
     if target.suffix != ".gguf":
         raise EdgekitError(f"{target}: expected a file name that ends in .gguf, the format that is written")
     refuse_to_overwrite(target, force)
-    file = read_gguf(downloads.find(model))
-    found = from_gguf(file)
-    window = min(chosen.window, found.architecture.context - 1)
-    job = Job(file, found, target, chosen, texts(Tokenizer(file), [Path(item) for item in text], window, chosen.tokens))
+    path = downloads.find(model)
+    if path.is_dir():
+        raise EdgekitError(f"{path}: is a folder; expected a .gguf file, the format that is written")
+    file = read_gguf(path)
+    source = of_gguf(file)
+    window = min(chosen.window, source.model.architecture.context - 1)
+    read = texts(source.tokenizer, [Path(item) for item in text], window, chosen.tokens)
+    job = Job(file, source.model, target, chosen, read)
+    _check_layers(job)
     _check_source(job)
     _check_room(job)
     return job
@@ -119,6 +127,18 @@ def plan(job: Job) -> list[Change]:
         after = form if fits(tensor, form) else f"left in {tensor.format.name}: {_obstacle(tensor, form)}"
         found.append(Change(tensor.name, before, after))
     return found
+
+
+def _check_layers(job: Job) -> None:
+    """Raise if the layers differ from those of Llama and Qwen: scales are folded into what makes a matrix's inputs, and
+    that is something else there."""
+    found = set(of(job.model.layers[0]))
+    if other := sorted((found ^ ROLES) - OPTIONAL):
+        what = f"the weight {other[0]!r}" if other[0] in found else f"no weight {other[0]!r}"
+        raise EdgekitError(
+            f"{job.file.path}: layers of {job.model.architecture.family} have {what}; edgekit compresses layers as those "
+            "of Llama and Qwen"
+        )
 
 
 def _check_source(job: Job) -> None:
