@@ -333,8 +333,8 @@ def _check_attention(of: Architecture, kv: Policy) -> None:
     }
     if found := [what for what, holds in unlike.items() if holds]:
         raise EdgekitError(
-            f"kv policy {type(kv).__name__}: this {of.family} model has {found[0]}; expected a model with plain attention, "
-            f"or kv={EXACT}"
+            f"kv policy {type(kv).__name__}: this {of.family} model has {found[0]}; expected plain attention, or "
+            f"kv={EXACT}"
         )
 
 

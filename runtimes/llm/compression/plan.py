@@ -136,8 +136,8 @@ def _check_layers(job: Job) -> None:
     if other := sorted((found ^ ROLES) - OPTIONAL):
         what = f"the weight {other[0]!r}" if other[0] in found else f"no weight {other[0]!r}"
         raise EdgekitError(
-            f"{job.file.path}: layers of {job.model.architecture.family} have {what}; edgekit compresses layers as those "
-            "of Llama and Qwen"
+            f"{job.file.path}: layers of {job.model.architecture.family} have {what}; edgekit compresses those of "
+            "the Llama and Qwen families"
         )
 
 

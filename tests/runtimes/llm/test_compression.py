@@ -417,3 +417,21 @@ def test_bad_options_are_one_line(edgekit, source, prose, tmp_path, options, pro
     found = edgekit("llm", "compress", str(source), "-o", str(tmp_path / "s.gguf"), "--text", str(prose), *options)
     assert found.status == 1
     assert problem in found.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"gate": None}, "no weight 'gate'"), ({"post_mlp_norm": "mlp_norm"}, "the weight 'post_mlp_norm'")],
+)
+def test_layers_of_other_families_are_refused(changes, what, source, prose, tmp_path, monkeypatch):
+    read = plan.of_gguf
+
+    def changed(file):
+        found = read(file)
+        first, *rest = found.model.layers
+        first = replace(first, **{role: other and getattr(first, other) for role, other in changes.items()})
+        return replace(found, model=replace(found.model, layers=[first, *rest]))
+
+    monkeypatch.setattr(plan, "of_gguf", changed)
+    with pytest.raises(EdgekitError, match=f"layers of llama have {what}; edgekit compresses"):
+        compress(source, tmp_path / "small.gguf", text=[prose], **SMALL)

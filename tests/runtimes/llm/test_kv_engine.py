@@ -1,6 +1,7 @@
 """Every policy of the key-value cache in the torch engine: exact limits, schedules, and the engine's features."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -311,3 +312,18 @@ def test_heads_that_a_policy_cannot_store_are_named(tmp_path):
 def test_the_native_engine_names_the_torch_engine_for_other_policies(model):
     with pytest.raises(EdgekitError, match=r"'gear' in the native engine; expected one of: f16, int8, int4; .*torch"):
         NativeEngine(model, kv="gear")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"windows": (8, 0)}, "layers that see a window of tokens"),
+        ({"score_cap": 50.0}, "scores with a cap"),
+        ({"query_scale": 0.01}, "a query scale of 0.01"),
+    ],
+)
+def test_a_policy_refuses_attention_that_it_does_not_compute(model, changes, what):
+    other = replace(model, architecture=replace(model.architecture, **changes))
+    with pytest.raises(EdgekitError, match=f"has {what}; expected plain attention, or kv=full"):
+        TorchEngine(other, blocks=4, kv="int4")
+    TorchEngine(other, blocks=4).close()
