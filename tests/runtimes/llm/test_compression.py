@@ -15,6 +15,7 @@ from runtimes.llm.compression.guard import Budget
 from runtimes.llm.compression.rounding import plain
 from runtimes.llm.engine import Item
 from runtimes.llm.model import compress, load
+from runtimes.llm.source import of_gguf
 from tests.gguf_files import encoded, gguf, toy_metadata, toy_model, toy_weights
 from tests.runtimes.llm.conftest import compiler
 
@@ -282,9 +283,7 @@ def test_calibration_and_measurement_share_no_token(source, prose):
     job = plan.prepare(source, "small.gguf", text=[prose], window=64)
     windows = [tuple(ids) for ids in (*job.texts.calibration, *job.texts.held_out)]
     assert {len(ids) for ids in windows} == {64}
-    from runtimes.llm.tokenizer import Tokenizer
-
-    every = Tokenizer(read_gguf(source)).encode(prose.read_text(), begin=False)
+    every = of_gguf(read_gguf(source)).tokenizer.encode(prose.read_text(), begin=False)
     pairs = itertools.zip_longest(job.texts.calibration, job.texts.held_out)  # the last window may be alone
     joined = [ids for pair in pairs for ids in pair if ids is not None]
     assert np.array_equal(np.concatenate(joined), every[: 64 * len(joined)])

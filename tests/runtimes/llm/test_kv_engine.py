@@ -135,8 +135,8 @@ def test_all_outliers_give_the_bits_of_float16(model):
 
 def test_float16_equals_attention_over_rounded_keys_and_values(model):
     class Halves(TorchEngine):
-        def _attend(self, queries, keys, values, index):
-            return super()._attend(queries, keys.half().double(), values.half().double(), index)
+        def _attend(self, queries, keys, values, index, window=0):
+            return super()._attend(queries, keys.half().double(), values.half().double(), index, window)
 
     expected = run(Halves(model, blocks=80, dtype="float64"))
     assert away(run(engine_of(model, "f16")), expected) < 1e-9
@@ -161,7 +161,7 @@ def test_the_native_engine_computes_what_these_policies_say(model, kv, other):
 
 def test_a_sliding_window_of_one_step_is_attention_with_a_mask(model):
     class Masked(TorchEngine):
-        def _attend(self, queries, keys, values, index):
+        def _attend(self, queries, keys, values, index, window=0):
             first = [max(0, at + 1 - 24) for at in index.tolist()]
             rows = [
                 super(Masked, self)._attend(
