@@ -83,7 +83,7 @@ bench-alerts: setup ## decoding, the whole path, and a real broker, beside the r
 soak: setup ## half an hour of alerts at twice Rubin's mean rate: memory and ledger
 	$(BIN)/python tools/soak_alerts.py --minutes 30 --json benchmarks/soak.json
 
-fuzz: setup ## damaged files and messages for 14 readers, ten minutes each (70 minutes); FUZZ='npz pack --seconds 60' is part of it
+fuzz: setup ## damaged files and messages for 15 readers, ten minutes each (80 minutes); FUZZ='npz pack --seconds 60' is part of it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python tools/fuzz_files.py $(FUZZ) --jobs 2 --json benchmarks/fuzz_files.json
 

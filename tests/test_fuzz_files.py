@@ -28,12 +28,12 @@ FILES = {
     "image": 300,
     "onnx": 30,
     "hugging-face": 10,
+    "language-folder": 40,
     "pt2": 12,
     "message": 3,
     "registry": 120,
     "broker": 150,
     "gguf": 40,
-    "language-folder": 40,
 }
 NEEDED = {"onnx": "onnxruntime", "hugging-face": "transformers", "pt2": "torch", "image": "PIL", "recipe": "torch"}
 NEEDED |= dict.fromkeys(("gguf", "language-folder"), "tokenizers")

@@ -39,7 +39,7 @@ from edgekit.importers import downloads
 from edgekit.importers.gguf import read_gguf
 from edgekit.machine import describe
 from runtimes.llm.answers import log_softmax
-from runtimes.llm.architecture import Model, from_gguf
+from runtimes.llm.architecture import Model
 from runtimes.llm.blocks import blocks_for
 from runtimes.llm.engine import Ids, Item
 from runtimes.llm.kv.cache import NO_LIMIT, Policy
@@ -55,6 +55,7 @@ from runtimes.llm.kv.shadowkv import ShadowKV
 from runtimes.llm.kv.snapkv import SnapKV
 from runtimes.llm.kv.streaming import Streaming
 from runtimes.llm.kv.window import Window
+from runtimes.llm.source import of_gguf
 from runtimes.llm.tokenizer import Tokenizer
 from runtimes.llm.torch_engine import TorchEngine
 
@@ -393,7 +394,8 @@ def main() -> None:
     parts = Parts(arguments.work)
     if arguments.part:
         file = read_gguf(downloads.find(MODEL))
-        model, tokenizer = from_gguf(file), Tokenizer(file)
+        source = of_gguf(file)
+        model, tokenizer = source.model, source.tokenizer
         if "quality" in arguments.part:
             quality(model, tokenizer, parts)
         if "passkey" in arguments.part:
