@@ -681,7 +681,7 @@ class GaussianProcess:
         columns += [np.require(values, np.float64, "CAW") for values in (curves.flux, curves.flux_error)]
         colours = np.array(self.wavelengths, dtype=np.float64) * (math.sqrt(3.0) / self.length_scale_angstrom)
         largest = int(curves.points.max(initial=0))
-        workers = max(1, min(threads or _cores(), objects, 1 + len(curves.time) // POINTS_PER_THREAD))
+        workers = max(1, min(threads or cores(), objects, 1 + len(curves.time) // POINTS_PER_THREAD))
 
         def work(first: int, shared: Shared) -> None:
             _run(
@@ -708,7 +708,7 @@ class GaussianProcess:
         return Interpolation(mean, Fit(numbers[0], numbers[1], numbers[2], counts[0], counts[1], counts[2]))
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

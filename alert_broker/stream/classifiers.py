@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from alert_broker import gaussian_process
 from alert_broker.classify import Classifiers, load_kernels
 from alert_broker.stream.config import Config
 from alert_broker.stream.reuse import COLUMNS, Reuse
@@ -16,7 +17,7 @@ def open_classifiers(config: Config, bundle: Bundle | None, budget: Budget | Non
     """Return the classifiers, whose models are opened when they are needed. If the configuration says so, each reuses
     its last classification of an object."""
     same = config.model.reuse
-    threads = config.model.threads or None
+    threads = config.model.threads or max(1, gaussian_process.cores() - 1)  # the other stages and the client need one
     if same == "off":
         return Classifiers(bundle, config.model.runtime, threads=threads, budget=budget)
     wrap = functools.partial(Reuse, same=same)

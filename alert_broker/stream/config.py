@@ -79,7 +79,7 @@ class Model:
 
     bundle: str = _option("", "Bundle, or name of a model, for all surveys; by default each survey has its own model.")
     runtime: str = _option("auto", "c, onnxruntime or torch; auto selects c if this machine can compile it.")
-    threads: int = _option(0, "Threads of the Gaussian process; 0 uses all cores.")
+    threads: int = _option(0, "Threads of the Gaussian process; 0 uses all cores but one.")
     alert_seconds: float = _option(
         10.0, "An alert whose light curve takes longer to interpolate becomes a dead letter."
     )
