@@ -24,3 +24,8 @@ def unknown(category: str, name: object, allowed: Iterable[object], *, where: st
 def missing_extra(package: str, extra: str, purpose: str) -> EdgekitError:
     """Return the error for an optional dependency that is not installed, with the command that installs it."""
     return EdgekitError(f"{purpose} needs {package}, which is not installed; run: pip install 'edgekit[{extra}]'")
+
+
+def printed(name: str) -> str:
+    """Return a name from a stranger's file as it may stand in an error: on one line, and not long."""
+    return name[:60] if name.isprintable() else repr(name[:60])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.errors import EdgekitError, unknown
+from edgekit.errors import EdgekitError, printed, unknown
 from edgekit.importers.gguf import GgufFile, Tensor
 from runtimes.llm.families import (
     COMMON,
@@ -339,8 +339,8 @@ class _Metadata:
                 continue
             if isinstance(value, int) and value == NEUTRAL.get(name):
                 continue
-            shown = " ".join(repr(value).split())[:60]
-            raise EdgekitError(f"{self._file.path}: {key} = {shown}; edgekit does not run this variant of the family")
+            shown = f"{printed(key)} = {' '.join(repr(value).split())[:60]}"
+            raise EdgekitError(f"{self._file.path}: {shown}; edgekit does not run this variant of the family")
 
     def windows(self, layers: int, context: int) -> tuple[int, ...]:
         every = self._family.full_every

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.errors import EdgekitError, unknown
+from edgekit.errors import EdgekitError, printed, unknown
 from edgekit.importers.gguf import Tensor
 from edgekit.importers.hugging_face import safe_config
 from edgekit.importers.safetensors_files import FLOATS, tensors_of
@@ -202,8 +202,8 @@ class _Config:
         for key, value in given.items():
             if key in READ or key in WITHOUT_EFFECT or value in NEUTRAL.get(key, ()):
                 continue
-            shown = " ".join(repr(value).split())[:60]
-            raise EdgekitError(f"{self._where}: {key} = {shown}; edgekit does not run this variant of {name}")
+            shown = f"{printed(key)} = {' '.join(repr(value).split())[:60]}"
+            raise EdgekitError(f"{self._where}: {shown}; edgekit does not run this variant of {name}")
 
     def architecture(self) -> Architecture:
         family, values = FAMILIES[self.model_type.family], self.values

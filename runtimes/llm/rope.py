@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import EdgekitError, unknown
+from edgekit.errors import EdgekitError, printed, unknown
 
 Pairs = Literal["adjacent", "halves"]
 Floats = npt.NDArray[np.float64]
@@ -59,7 +59,8 @@ def rope_of(size: int, pairs: Pairs, parameters: Mapping[str, Any], where: str) 
     base = given.pop("rope_theta", None)
     for key, value in {"rope_theta": base, **given}.items():
         if key in given and key not in (*scaling.needs, *scaling.may):
-            raise EdgekitError(f"{where}: {key} = {repr(value)[:40]} is no parameter of {name} rotary embeddings")
+            shown = f"{printed(key)} = {repr(value)[:40]}"
+            raise EdgekitError(f"{where}: {shown} is no parameter of {name} rotary embeddings")
         if not _is_positive(value, size // 2 if key.endswith("_factor") and isinstance(value, list) else None):
             raise EdgekitError(f"{where}: {key} = {repr(value)[:40]} of the rotary embedding is not positive")
     if absent := [key for key in scaling.needs if key not in given]:

@@ -274,7 +274,7 @@ def _numbers(path: Path, whole: Mapping[str, Any], size: int) -> tuple[dict[str,
         if not good or type(entry.get("id")) is not int or not isinstance(entry.get("special"), bool):
             raise EdgekitError(f"{path}: an added token is {repr(entry)[:60]}; expected an id, a content and `special`")
     numbers: dict[str, int] = {**model["vocab"], **{entry["content"]: entry["id"] for entry in added}}
-    for token, number in numbers.items():
+    for token, number in (*model["vocab"].items(), *numbers.items()):
         if type(number) is not int or not 0 <= number < size:
             raise EdgekitError(f"{path}: {token[:40]!r} has the id {number!r}; the embedding has {size} rows")
     if len(set(numbers.values())) != len(numbers) or "" in numbers:
