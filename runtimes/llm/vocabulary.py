@@ -267,6 +267,8 @@ def _numbers(path: Path, whole: Mapping[str, Any], size: int) -> tuple[dict[str,
         raise EdgekitError(f"{path}: has no model with a vocabulary and added_tokens; save the tokenizer again")
     if model.get("dropout"):
         raise EdgekitError(f"{path}: dropout = {repr(model['dropout'])[:40]} would make tokens random; expected null")
+    if prefix := model.get("continuing_subword_prefix"):  # merges shorter than it would end the library's thread
+        raise EdgekitError(f"{path}: continuing_subword_prefix = {repr(prefix)[:40]}; expected null or an empty text")
     if model.get("type") != "BPE":
         raise unknown("type of tokenizer", str(model.get("type")), ["BPE"], where=str(path))
     for entry in added:
