@@ -231,6 +231,7 @@ def from_folder(folder: Path, size: int) -> Vocabulary:
     unused = {number for number, token in enumerate(tokens) if not token}
     spelling = _spelling(path, whole.get("decoder"))
     model = {**whole["model"], "vocab": {t: n for t, n in whole["model"]["vocab"].items() if n not in control}}
+    _check_merges(path, model)
     plain = {
         **whole,
         "model": model,
@@ -282,6 +283,18 @@ def _numbers(path: Path, whole: Mapping[str, Any], size: int) -> tuple[dict[str,
     if len(set(numbers.values())) != len(numbers) or "" in numbers:
         raise EdgekitError(f"{path}: two tokens share an id, or one is empty; save the tokenizer again")
     return numbers, added
+
+
+def _check_merges(path: Path, model: Mapping[str, Any]) -> None:
+    """Raise unless each merge gives a token: a result longer than all tokens would end the library's thread."""
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise EdgekitError(f"{path}: merges is {repr(merges)[:40]}; expected a list of pairs")
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        whole = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        if not whole or "".join(pair) not in model["vocab"]:
+            raise EdgekitError(f"{path}: the merge {repr(merge)[:60]} gives no token of the vocabulary; save it again")
 
 
 def _check_part(path: Path, key: str, part: Any, parts: str, allowed: Sequence[str], depth: int = 0) -> None:
