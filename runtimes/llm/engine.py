@@ -8,6 +8,7 @@ the whole step; the sequences are unchanged until its last layer is done, and a 
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -302,6 +303,20 @@ class Engine(ABC):
             [self.blocks.array(item.sequence) for item in items],
             np.concatenate(wanted),
         )
+
+
+def owned(pointer: int | None, process: int) -> int:
+    """Return the pointer to an engine in C that the process with this number has made. Raises EdgekitError if the
+    engine was closed, and in a process that was forked: it has a copy of the engine's memory, and none of its
+    threads."""
+    if pointer is None:
+        raise EdgekitError("this engine was closed; load the model again")
+    if process != os.getpid():
+        raise EdgekitError(
+            f"this engine belongs to process {process}, and its threads do not follow a fork; load the model again in "
+            "this process"
+        )
+    return pointer
 
 
 def _rows_wanted(item: Item) -> int:

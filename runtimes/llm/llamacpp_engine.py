@@ -24,7 +24,7 @@ from edgekit.machine import memory_bytes
 from runtimes.llm import llamacpp_library
 from runtimes.llm.architecture import Layer, Model
 from runtimes.llm.blocks import BLOCK
-from runtimes.llm.engine import Batch, Engine, Floats, Ids, Item, Saved, Step, input_key
+from runtimes.llm.engine import Batch, Engine, Floats, Ids, Item, Saved, Step, input_key, owned
 from runtimes.llm.llamacpp_library import CONTEXT, MODEL, MOST_SEQUENCES, OFFLOAD, UNIFIED, Library, Struct
 from runtimes.llm.llamacpp_library import Batch as Rows
 
@@ -138,14 +138,7 @@ class LlamaCppEngine(Engine):
 
     @property
     def _context(self) -> int:
-        if self._pointer is None:
-            raise EdgekitError("this engine was closed; load the model again")
-        if self._process != os.getpid():
-            raise EdgekitError(
-                f"this engine belongs to process {self._process}, and its threads do not follow a fork; load the model "
-                "again in this process"
-            )
-        return self._pointer
+        return owned(self._pointer, self._process)
 
     @property
     def _memory(self) -> int:

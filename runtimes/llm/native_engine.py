@@ -28,7 +28,7 @@ from edgekit.machine import memory_bytes
 from exporters.c.library import Compiler, is_complete, keep_library
 from runtimes.llm.architecture import Architecture, Layer, Model
 from runtimes.llm.blocks import BLOCK
-from runtimes.llm.engine import Batch, Engine, Floats, Item, Saved
+from runtimes.llm.engine import Batch, Engine, Floats, Item, Saved, owned
 from runtimes.llm.streaming import LayerStream, kept_layers, release_pages
 from runtimes.llm.tails import Tails
 
@@ -140,15 +140,7 @@ class NativeEngine(Engine):
 
     @property
     def _engine(self) -> int:
-        """The engine in C. A process that was forked has a copy of its memory, and none of its threads."""
-        if self._pointer is None:
-            raise EdgekitError("this engine was closed; load the model again")
-        if self._process != os.getpid():
-            raise EdgekitError(
-                f"this engine belongs to process {self._process}, and its threads do not follow a fork; load the model "
-                "again in this process"
-            )
-        return self._pointer
+        return owned(self._pointer, self._process)
 
     def bytes_read(self, context: int) -> int:
         return self._weights + self.blocks.count(context + 1) * self._block_bytes
