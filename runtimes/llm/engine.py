@@ -120,6 +120,8 @@ class Engine(ABC):
     `finish` computes logits. It also copies, exports and imports blocks.
     """
 
+    divisible = True  # whether a step can stop between two layers
+
     def __init__(self, architecture: Architecture, blocks: int, rows: int = MOST_ROWS, block: int = BLOCK) -> None:
         for name, value, most in (("blocks", blocks, MOST_BLOCKS), ("rows", rows, MOST_ROWS)):
             if not 1 <= value <= most:

@@ -40,6 +40,8 @@ class LlamaCppEngine(Engine):
     llama.cpp chooses; shared: all sequences share one cache; otherwise each has its part of it, which is faster for
     many of them; library: a file or a folder, by default $EDGEKIT_LLAMACPP or xllamacpp."""
 
+    divisible = False
+
     def __init__(
         self,
         model: Model,

@@ -24,7 +24,7 @@ from edgekit.importers import downloads
 from runtimes.llm.answers import Answer, Token, log_softmax, scored
 from runtimes.llm.architecture import Model
 from runtimes.llm.blocks import blocks_for
-from runtimes.llm.chat import Message, conversation
+from runtimes.llm.chat import Message, Run, conversation
 from runtimes.llm.compression.job import compress as compress
 from runtimes.llm.constraint import Constraint, Grammars
 from runtimes.llm.engine import Engine, Ids, Item
@@ -94,9 +94,7 @@ class LanguageModel:
     ) -> Iterator[str]:
         """Yield the assistant's next message, piece by piece. messages: each with role and content; the other options
         are those of `complete`."""
-        guard = self.tokenizer.guard
-        text = conversation(self._template(), messages, str(self.source.path), guard=guard, **self._names())
-        prompt = self.tokenizer.encode(text, special=True, begin=False)
+        prompt = self.chat_prompt(messages)
         yield from self._answer(self._request(prompt, most_tokens, sampling, json_schema, regex, drafts), stop)
 
     def answers(
@@ -123,7 +121,7 @@ class LanguageModel:
         first = request.sampling
         if n > 1 and first.temperature == 0:
             raise EdgekitError(f"n = {n} with temperature = 0 would give one answer {n} times; set a temperature")
-        requests = [replace(request, sampling=replace(first, seed=(first.seed + at) % (1 << 64))) for at in range(n)]
+        requests = [replace(request, sampling=first.for_answer(at)) for at in range(n)]
         texts = [StoppingText(self.tokenizer, stop) for _ in requests]
         with contextlib.ExitStack() as stack:
             numbers: list[int] = []
@@ -143,6 +141,23 @@ class LanguageModel:
             for item in items
         ]
         return best_items(self.engine, self.tokenizer.encode(prompt), ids, most)
+
+    def chat_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), run: Run | None = None
+    ) -> Ids:
+        """Return the tokens of a conversation, as the model's chat template writes it, up to the assistant's next
+        message. tools: descriptions of functions for the template; run: calls the template's code in a confined
+        process."""
+        text = conversation(
+            self._template(),
+            messages,
+            str(self.source.path),
+            guard=self.tokenizer.guard,
+            tools=tools,
+            run=run,
+            **self._names(),
+        )
+        return self.tokenizer.encode(text, special=True, begin=False)
 
     def close(self) -> None:
         """Free the engine's memory. The model cannot be used any more."""
@@ -321,7 +336,11 @@ def load(name: str | Path, *, engine: str = "native", context: int | None = None
     installed; engine: "native" or "torch" or one that another package adds; context: tokens of the cache, at most the
     model's own; options: of the engine, such as kv="int8" or threads=2. The native engine stores the matrices of a
     folder in 8 bits (Q8_0) unless the option says weights="kept"."""
-    source = open_source(downloads.find(name))
+    return from_source(open_source(downloads.find(name)), engine=engine, context=context, **options)
+
+
+def from_source(source: Source, *, engine: str, context: int | None, **options: Any) -> LanguageModel:
+    """Load a model that was found and described already; the options are those of `load`."""
     model = source.model
     longest = model.architecture.context
     tokens = min(CONTEXT, longest) if context is None else context

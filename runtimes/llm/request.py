@@ -33,6 +33,16 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the time of a step depends on. tokens: that it computes; pairs: of such a token and a token that it sees;
+    sequences: to which they belong."""
+
+    tokens: int
+    pairs: int
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True)
 class Produced:
     """What a step gave a request: a token, or, with `finish`, the end of its answer. logits: (vocabulary,) from which
     the token was chosen; error: of an answer that failed."""

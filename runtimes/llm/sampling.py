@@ -7,7 +7,7 @@ generator (Philox, Salmon et al. 2011) at n, so batches and schedules cannot cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,10 @@ class Sampling:
             if not good:
                 raise EdgekitError(f"sampling: {name} = {getattr(self, name)}; expected {expected}")
 
+    def for_answer(self, number: int) -> Sampling:
+        """Return it for one of several answers to a prompt, counted from 0: each has the next seed."""
+        return replace(self, seed=(self.seed + number) % (1 << 64))
+
 
 def choose(
     logits: npt.NDArray[np.float32],
@@ -72,6 +76,8 @@ def probabilities(scores: npt.NDArray[np.float64], sampling: Sampling) -> npt.ND
     """Return (vocabulary,) the weights of the tokens that may be chosen, and 0 for the others."""
     scaled = (scores - scores.max()) / sampling.temperature
     weights: npt.NDArray[np.float64] = np.exp(scaled)
+    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
+        return weights  # all of them may be chosen; to sort them takes milliseconds
     order = np.argsort(-weights, kind="stable")
     kept = len(order)
     if sampling.top_k:

@@ -24,18 +24,20 @@ import numpy.typing as npt
 from edgekit.errors import EdgekitError
 from runtimes.llm.engine import Engine, Item
 from runtimes.llm.lookup import StepTime, worthwhile
-from runtimes.llm.request import Finish, Produced, Request, Running
+from runtimes.llm.request import Finish, Produced, Request, Running, StepShape
 from runtimes.llm.sampling import choose
 
 LEAST_CHUNK, PATIENCE = 16, 4  # tokens, steps
 AGEING = 256.0  # tokens of prompt that a second of waiting makes up for
 LEAST_SHARED = 2  # blocks of a request that shares its prompt: a copy of the last one, and one for its answer
+FIRST_ANSWER, ANSWER_LEARNING = 256.0, 0.1  # tokens of an answer before one has ended, and the share of the newest one
 BATCH_HANDICAP = 8192.0  # tokens that a prompt of batch work counts longer
 
 
 class Scheduler:
     """The requests of one engine. budget: tokens of a step, or a function that gives them before each step; clock:
-    seconds. All methods belong to one thread."""
+    seconds; measured: is told the shape of each step and its seconds, without the time that other work took between its
+    layers. All methods belong to one thread."""
 
     def __init__(
         self,
@@ -43,8 +45,10 @@ class Scheduler:
         *,
         budget: int | Callable[[], int] = 256,
         clock: Callable[[], float] = time.monotonic,
+        measured: Callable[[StepShape, float], None] = lambda shape, seconds: None,
     ) -> None:
-        self.engine, self._clock = engine, clock
+        self.engine, self._clock, self._measured = engine, clock, measured
+        self.holds_batch = False  # whether requests of batch work wait; they keep their place and their blocks
         self._budget = budget if callable(budget) else lambda: budget
         self._numbers = itertools.count()
         self._running: list[Running] = []  # in the engine; those that are served go to the end
@@ -52,6 +56,7 @@ class Scheduler:
         self._step: list[tuple[Running, int]] = []  # what the step that runs now computes
         self._starved = 0  # steps in which a prompt got nothing
         self._time = StepTime()
+        self._answer_tokens = FIRST_ANSWER  # mean tokens of an answer
         self.preempted = 0  # how often a request gave its blocks back
         self.drafted = self.accepted = 0  # tokens of drafts that were verified, and that were right
 
@@ -100,6 +105,25 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self._running or self._waiting)
 
+    @property
+    def interactive(self) -> bool:
+        """Whether somebody waits for a request."""
+        return any(item.request.interactive for item in (*self._running, *self._waiting))
+
+    @property
+    def ahead(self) -> int:
+        """Return the tokens that a new request waits for: of interactive prompts, and of the answers of those that have
+        not begun, if they become as long as the last ones."""
+        prompts = [item for item in (*self._running, *self._waiting) if item.request.interactive and not item.answering]
+        answers = sum(min(self._answer_tokens, item.request.most_tokens) for item in prompts if item in self._waiting)
+        return sum(len(item.tokens) - item.computed for item in prompts) + int(answers)
+
+    def lengths(self) -> tuple[list[int], int]:
+        """Return the tokens before each answer's next one, and how many tokens of the next prompt are computed."""
+        able = [item for item in self._running if self._may_run(item)]
+        prompts = sorted((item for item in able if not item.answering), key=self._rank)
+        return [item.computed for item in able if item.answering], prompts[0].computed if prompts else 0
+
     def __iter__(self) -> Iterator[Produced]:
         """Yield what the requests get, until none is left."""
         while self.busy:
@@ -127,10 +151,21 @@ class Scheduler:
 
     def _run(self, chosen: Sequence[tuple[Running, int]], between: Callable[[int], None] | None) -> list[Produced]:
         items = [self._item(item, tokens) for item, tokens in chosen]
+        shape, other = _shape(chosen), 0.0
+
+        def outside(layer: int) -> None:
+            nonlocal other
+            began = self._clock()
+            assert between is not None
+            between(layer)
+            other += self._clock() - began
+
         started = self._clock()
-        logits = self.engine.step(items, between)
-        if between is None and all(item.answering for item, _ in chosen):  # other work, or a prompt, is not a draft
-            self._time.add(sum(tokens for _, tokens in chosen), self._clock() - started)
+        logits = self.engine.step(items, outside if between else None)
+        seconds = self._clock() - started - other
+        if all(item.answering for item, _ in chosen):  # a prompt is not a draft
+            self._time.add(shape.tokens, seconds)
+        self._measured(shape, seconds)
         produced = []
         for (item, tokens), rows in zip(chosen, logits, strict=True):
             item.computed += tokens - len(item.draft)
@@ -153,6 +188,7 @@ class Scheduler:
         for row, guess in itertools.zip_longest(rows, item.draft):
             found += self._answer(item, row)
             if found[-1].finish:
+                self._answer_tokens += ANSWER_LEARNING * (item.answered - self._answer_tokens)
                 self._running.remove(item)
                 self._release(item)
                 return found
@@ -190,7 +226,9 @@ class Scheduler:
     def _choose(self, budget: int) -> list[tuple[Running, int]]:
         """Return requests and how many of their tokens to compute, with room for all of them in the cache."""
         chosen: list[tuple[Running, int]] = []
-        prompts = sorted((item for item in self._running if not item.answering), key=self._rank)
+        able = [item for item in self._running if self._may_run(item)]
+        prompts = sorted((item for item in able if not item.answering), key=self._rank)
+        waiting = [item for item in self._waiting if self._may_run(item)]
         starving = self._starved >= PATIENCE
         if starving:
             self._take_prompts(min(LEAST_CHUNK, budget), prompts, chosen)
@@ -200,14 +238,18 @@ class Scheduler:
             answers = len(chosen)
             self._take_prompts(budget - answers, prompts, chosen)
             served = len(chosen) > answers
-        self._starved = 0 if served or not (prompts or self._waiting) else self._starved + 1
+        self._starved = 0 if served or not (prompts or waiting) else self._starved + 1
         self._take_drafts(budget - sum(tokens for _, tokens in chosen), chosen)
         return chosen
+
+    def _may_run(self, item: Running) -> bool:
+        return item.request.interactive or not self.holds_batch
 
     def _take_answers(self, left: int, chosen: list[tuple[Running, int]]) -> None:
         """Choose a token each of up to `left` answers; those that are chosen go behind those that are not."""
         taken = {item.number for item, _ in chosen}
-        for item in [item for item in self._running if item.answering and item.number not in taken][:left]:
+        answers = [item for item in self._running if item.answering and self._may_run(item)]
+        for item in [item for item in answers if item.number not in taken][:left]:
             if item in self._running and self._make_room(item, 1, chosen):
                 chosen.append((item, 1))
                 self._running.remove(item)
@@ -233,7 +275,7 @@ class Scheduler:
         waits for room keeps all others waiting: it would starve if shorter ones took each block that comes free."""
         full = False
         begun = [item for item in prompts if item in self._running]
-        for item in sorted([*begun, *self._waiting], key=self._rank):
+        for item in sorted([*begun, *filter(self._may_run, self._waiting)], key=self._rank):
             if not left:
                 break
             if item in self._waiting:
@@ -299,8 +341,11 @@ class Scheduler:
         if leader is not None and leader.computed < before:
             leader = None
         needed = self.engine.blocks.count(len(item.tokens) + 1) if leader is None else LEAST_SHARED
-        if needed > self._room(chosen) - self._owed():
-            return False
+        while needed > self._room(chosen) - self._owed():
+            held = [other for other in self._running if not self._may_run(other)]
+            if not held:
+                return False
+            self._preempt(held[-1])  # else it would keep blocks, and do nothing, for as long as it is held back
         self._waiting.remove(item)
         item.leader = None
         if leader is None:
@@ -327,3 +372,8 @@ class Scheduler:
     def _release(self, item: Running) -> None:
         if item.number in self.engine.blocks.tables:
             self.engine.remove(item.number)
+
+
+def _shape(chosen: Sequence[tuple[Running, int]]) -> StepShape:
+    pairs = sum(tokens * item.computed + tokens * (tokens + 1) // 2 for item, tokens in chosen)
+    return StepShape(sum(tokens for _, tokens in chosen), pairs, len(chosen))

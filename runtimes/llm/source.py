@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.importers.base import read_json
 from edgekit.importers.gguf import GgufFile, read_gguf
-from edgekit.importers.hugging_face import read_json
 from runtimes.llm import hugging_face, vocabulary
 from runtimes.llm.architecture import Model, from_gguf
 from runtimes.llm.tokenizer import Tokenizer

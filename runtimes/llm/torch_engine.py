@@ -131,6 +131,8 @@ class TorchEngine(Engine):
             if "post_mlp_norm" in weights:
                 added = self._normed(added, weights["post_mlp_norm"])
             state.hidden = state.hidden + added
+        if self._device.type == "cuda" and end - first < self.architecture.layers:
+            torch.cuda.synchronize(self._device)  # the caller pauses here: work that is only queued would not let it
 
     @torch.inference_mode()
     def finish(self, state: State, batch: Batch) -> Floats:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import EdgekitError, missing_extra, unknown
+from edgekit.importers.base import read_json
 from edgekit.importers.gguf import GgufFile
-from edgekit.importers.hugging_face import read_json
 from runtimes.llm.sentencepiece import SPACE, Pieces
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens in a GGUF file

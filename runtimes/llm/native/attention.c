@@ -1,5 +1,7 @@
 /* Attention over a paged cache: blocks of 16 tokens, each with the keys and values of one layer and one head.
  *
+ * All keys of a layer and head lie before all of its values: both are read from the first block to the last, one after
+ * the other, and where blocks follow one another the memory is read without gaps, which takes half the time.
  * Keys lie dimension by dimension, 16 tokens in a vector, so that scores need no sums across lanes; values lie token by
  * token. The queries that share a head of keys are worked on together, so that each block is read once. HEAD_SIZE and
  * QUERIES (to a head of keys) are constants of the model. What a query gives depends on its own tokens alone.
@@ -14,10 +16,10 @@
 #define AHEAD 4 /* blocks between the one that is read and the one that is asked for */
 #define HIDDEN_SCORE (-1e30f) /* of a token that a query does not see: its weight is 0 */
 
-/* how keys and values are stored; bytes of a block of one layer and head (attention_int4.c has the third) */
+/* how keys and values are stored; bytes of the keys, and of the values, of a block (attention_int4.c has the third) */
 enum { CACHE_F16, CACHE_INT8, CACHE_INT4 };
-#define HALVES_BYTES (2 * BLOCK * HEAD_SIZE * 2)
-#define INT8_BYTES (2 * BLOCK * HEAD_SIZE + 2 * BLOCK * 4)
+#define HALVES_BYTES (BLOCK * HEAD_SIZE * 2)
+#define INT8_BYTES (BLOCK * HEAD_SIZE + BLOCK * 4)
 
 #define MOST_QUERIES (2 * QUERIES) /* of two tokens, one after the other */
 
@@ -32,20 +34,40 @@ enum { CACHE_F16, CACHE_INT8, CACHE_INT4 };
 #endif
 
 #define GROUP_TOKENS 64 /* to a block in 4 bits */
-#define INT4_BYTES (GROUP_TOKENS * HEAD_SIZE + 4 * HEAD_SIZE + 4 * GROUP_TOKENS)
+#define KEY_CODES (GROUP_TOKENS * HEAD_SIZE / 2)
+#define INT4_KEY_BYTES (KEY_CODES + 4 * HEAD_SIZE)
+#define INT4_VALUE_BYTES (KEY_CODES + 4 * GROUP_TOKENS)
 
 INLINE int block_tokens(int cache) { return cache == CACHE_INT4 ? GROUP_TOKENS : BLOCK; }
 
-INLINE size_t block_bytes(int cache)
+INLINE size_t key_bytes(int cache)
 {
-    return cache == CACHE_F16 ? HALVES_BYTES : cache == CACHE_INT8 ? INT8_BYTES : INT4_BYTES;
+    return cache == CACHE_F16 ? HALVES_BYTES : cache == CACHE_INT8 ? INT8_BYTES : INT4_KEY_BYTES;
+}
+
+INLINE size_t value_bytes(int cache)
+{
+    return cache == CACHE_F16 ? HALVES_BYTES : cache == CACHE_INT8 ? INT8_BYTES : INT4_VALUE_BYTES;
+}
+
+INLINE size_t block_bytes(int cache) { return key_bytes(cache) + value_bytes(cache); }
+
+/* Where a block of one layer and head has its keys and its values. */
+typedef struct {
+    uint8_t *keys, *values;
+} Block;
+
+/* Return block `number` of those that begin with the first. */
+INLINE Block block_at(Block first, int cache, int number)
+{
+    return (Block){first.keys + (size_t)number * key_bytes(cache), first.values + (size_t)number * value_bytes(cache)};
 }
 
 /* --- writing */
 
-static void put_halves(uint8_t *block, int slot, const float *key, const float *value)
+static void put_halves(Block block, int slot, const float *key, const float *value)
 {
-    uint16_t *keys = (uint16_t *)block, *values = keys + BLOCK * HEAD_SIZE, halves[16];
+    uint16_t *keys = (uint16_t *)block.keys, *values = (uint16_t *)block.values, halves[16];
     for (int i = 0; i < HEAD_SIZE; i += 16) {
         store_halves(halves, load(key + i));
         for (int j = 0; j < 16; j++)
@@ -56,10 +78,10 @@ static void put_halves(uint8_t *block, int slot, const float *key, const float *
 
 /* int8, a scale for each token's key and value; bytes are 128 more than the code, four of one dimension's neighbours
  * (keys) or of four tokens (values) side by side */
-static void put_int8(uint8_t *block, int slot, const float *key, const float *value)
+static void put_int8(Block block, int slot, const float *key, const float *value)
 {
-    uint8_t *keys = block, *values = block + BLOCK * HEAD_SIZE;
-    float *key_scales = (float *)(block + 2 * BLOCK * HEAD_SIZE), *value_scales = key_scales + BLOCK;
+    uint8_t *keys = block.keys, *values = block.values;
+    float *key_scales = (float *)(keys + BLOCK * HEAD_SIZE), *value_scales = (float *)(values + BLOCK * HEAD_SIZE);
     floats key_most = splat(1e-20f), value_most = splat(1e-20f);
     for (int i = 0; i < HEAD_SIZE; i += 16) {
         key_most = larger(key_most, absolute(load(key + i)));
@@ -79,7 +101,7 @@ static void put_int8(uint8_t *block, int slot, const float *key, const float *va
     }
 }
 
-INLINE void put(int cache, uint8_t *block, int slot, const float *key, const float *value)
+INLINE void put(int cache, Block block, int slot, const float *key, const float *value)
 {
     if (cache == CACHE_F16)
         put_halves(block, slot, key, value);
@@ -91,10 +113,11 @@ INLINE void put(int cache, uint8_t *block, int slot, const float *key, const flo
 
 /* Work of `tokens` (1 or 2) tokens at one head of keys: queries and outputs, QUERIES for each token in turn; the last
  * token sees `length` tokens, the one before it one less; of these each sees the last `window`, or all if it is 0, which
- * are in the blocks from `begin` on; cap: c, where scores x become c tanh(x / c), or 0. pool: the blocks of this layer and head; table: of the
- * sequence; tail: of the last token's block, or NULL; scores: (queries, stride) scratch. */
+ * are in the blocks from `begin` on; cap: c, where scores x become c tanh(x / c), or 0. first: block 0 of this layer
+ * and head; table: of the sequence; tail: of the last token's block, or NULL; scores: (queries, stride) scratch. */
 typedef struct {
-    const uint8_t *pool, *tail;
+    Block first;
+    const uint8_t *tail;
     const int32_t *table;
     int length, window, begin;
     float cap;
@@ -119,10 +142,18 @@ INLINE int first_block(const Attention *of, int cache, int tokens)
     return unseen(of, tokens, 0) / block_tokens(cache) * (block_tokens(cache) / BLOCK);
 }
 
-INLINE const uint8_t *block_at(const Attention *of, int cache, int number)
+INLINE const uint8_t *keys_at(const Attention *of, int cache, int number)
 {
-    return of->pool + (size_t)of->table[number] * block_bytes(cache);
+    return block_at(of->first, cache, of->table[number]).keys;
 }
+
+INLINE const uint8_t *values_at(const Attention *of, int cache, int number)
+{
+    return block_at(of->first, cache, of->table[number]).values;
+}
+
+/* Return the number of a block that will be read later. */
+INLINE int later_than(int b, int blocks) { return b + AHEAD < blocks ? b + AHEAD : blocks - 1; }
 
 /* Scores into weights: e**(score - largest); sums: (queries,) their sums. */
 INLINE void weigh(const Attention *of, const int tokens, const floats *most, float *sums)
@@ -161,8 +192,8 @@ INLINE void attend_halves(const Attention *of, const int tokens)
     UNROLL for (int q = 0; q < queries; q++)
         most[q] = splat(HIDDEN_SCORE);
     for (int b = of->begin; b < blocks; b++) {
-        const uint16_t *keys = (const uint16_t *)block_at(of, CACHE_F16, b);
-        const char *later = (const char *)block_at(of, CACHE_F16, b + AHEAD < blocks ? b + AHEAD : blocks - 1);
+        const uint16_t *keys = (const uint16_t *)keys_at(of, CACHE_F16, b);
+        const uint8_t *later = keys_at(of, CACHE_F16, later_than(b, blocks));
         floats score[MOST_QUERIES];
         UNROLL for (int q = 0; q < queries; q++)
             score[q] = zeros();
@@ -184,12 +215,12 @@ INLINE void attend_halves(const Attention *of, const int tokens)
         UNROLL for (int i = 0; i < queries * step; i++)
             total[i] = zeros();
         for (int b = of->begin; b < blocks; b++) {
-            const uint16_t *values = (const uint16_t *)block_at(of, CACHE_F16, b) + BLOCK * HEAD_SIZE + from * 16;
-            const char *later = (const char *)block_at(of, CACHE_F16, b + AHEAD < blocks ? b + AHEAD : blocks - 1);
+            const uint16_t *values = (const uint16_t *)values_at(of, CACHE_F16, b) + from * 16;
+            const uint8_t *later = values_at(of, CACHE_F16, later_than(b, blocks));
             const int in_block = of->length - b * BLOCK < BLOCK ? of->length - b * BLOCK : BLOCK;
             for (int t = 0; t < in_block; t++) {
                 UNROLL for (int i = 0; i < step; i += 2)
-                    PREFETCH(later + 2 * (BLOCK * HEAD_SIZE + t * HEAD_SIZE + (from + i) * 16));
+                    PREFETCH(later + 2 * (t * HEAD_SIZE + (from + i) * 16));
                 UNROLL for (int i = 0; i < step; i++) {
                     const floats value = load_halves(values + t * HEAD_SIZE + i * 16);
                     UNROLL for (int q = 0; q < queries; q++)
@@ -248,8 +279,7 @@ INLINE void attend_int8(const Attention *of, const int tokens)
         most[q] = splat(HIDDEN_SCORE);
     }
     for (int b = of->begin; b < blocks; b++) {
-        const uint8_t *keys = block_at(of, CACHE_INT8, b);
-        const uint8_t *later = block_at(of, CACHE_INT8, b + AHEAD < blocks ? b + AHEAD : blocks - 1);
+        const uint8_t *keys = keys_at(of, CACHE_INT8, b), *later = keys_at(of, CACHE_INT8, later_than(b, blocks));
         integers high[MOST_QUERIES], low[MOST_QUERIES];
         UNROLL for (int q = 0; q < queries; q++) {
             high[q] = splat_integer(-128 * query[q].high_sum);
@@ -263,7 +293,7 @@ INLINE void attend_int8(const Attention *of, const int tokens)
                 low[q] = dot(low[q], key, query[q].low + 4 * i);
             }
         }
-        const floats scales = load((const float *)(keys + 2 * BLOCK * HEAD_SIZE));
+        const floats scales = load((const float *)(keys + BLOCK * HEAD_SIZE));
         UNROLL for (int q = 0; q < queries; q++) {
             const floats whole = to_floats(add_integers(times_128(high[q]), low[q]));
             keep_score(of, tokens, q, b, multiply(multiply(whole, splat(query[q].scale)), scales), &most[q]);
@@ -275,11 +305,10 @@ INLINE void attend_int8(const Attention *of, const int tokens)
     UNROLL for (int i = 0; i < queries * HEAD_LANES; i++)
         total[i] = zeros();
     for (int b = of->begin; b < blocks; b++) {
-        const uint8_t *block = block_at(of, CACHE_INT8, b), *values = block + BLOCK * HEAD_SIZE;
-        const uint8_t *later = block_at(of, CACHE_INT8, b + AHEAD < blocks ? b + AHEAD : blocks - 1);
-        UNROLL for (size_t at = BLOCK * HEAD_SIZE; at < INT8_BYTES; at += 64)
+        const uint8_t *values = values_at(of, CACHE_INT8, b), *later = values_at(of, CACHE_INT8, later_than(b, blocks));
+        UNROLL for (size_t at = 0; at < INT8_BYTES; at += 64)
             PREFETCH(later + at);
-        const floats scales = load((const float *)(block + 2 * BLOCK * HEAD_SIZE + 4 * BLOCK));
+        const floats scales = load((const float *)(values + BLOCK * HEAD_SIZE));
         int8_t high[MOST_QUERIES][BLOCK], low[MOST_QUERIES][BLOCK];
         float scale[MOST_QUERIES];
         int32_t weight_sum[MOST_QUERIES];

@@ -5,8 +5,7 @@
  * that tail, and the blocks before it in 4 bits, whatever step they were computed in.
  */
 #define PARTS (GROUP_TOKENS / BLOCK)
-#define TAIL_BYTES (PARTS * HALVES_BYTES)
-#define KEY_CODES (GROUP_TOKENS * HEAD_SIZE / 2)
+#define TAIL_BYTES (PARTS * 2 * HALVES_BYTES)
 
 /* Where a block has its parts. Codes: 64 bytes hold 16 tokens of four dimensions (keys) or 16 dimensions of four tokens
  * (values); the next four are in the high halves of the bytes. Scales and minimums are float16. */
@@ -15,11 +14,17 @@ typedef struct {
     uint16_t *key_scales, *key_least, *value_scales, *value_least;
 } Int4;
 
-INLINE Int4 int4_at(uint8_t *block)
+INLINE Int4 int4_at(Block block)
 {
-    uint16_t *halves = (uint16_t *)(block + 2 * KEY_CODES);
-    return (Int4){block, block + KEY_CODES, halves, halves + HEAD_SIZE, halves + 2 * HEAD_SIZE,
-                  halves + 2 * HEAD_SIZE + GROUP_TOKENS};
+    uint16_t *of_keys = (uint16_t *)(block.keys + KEY_CODES), *of_values = (uint16_t *)(block.values + KEY_CODES);
+    return (Int4){block.keys, block.values, of_keys, of_keys + HEAD_SIZE, of_values, of_values + GROUP_TOKENS};
+}
+
+/* Return where a tail has the keys and values of its `part`th 16 tokens. */
+INLINE Block in_tail(const uint8_t *tail, int part)
+{
+    uint8_t *keys = (uint8_t *)tail + part * 2 * HALVES_BYTES;
+    return (Block){keys, keys + HALVES_BYTES};
 }
 
 /* Four bits of sixteen values: code = (value - least) / scale, with scale and least as float16 holds them. */
@@ -36,14 +41,15 @@ INLINE void steps_between(const floats lowest, const floats highest, uint16_t *s
 }
 
 /* Write the 64 tokens of a tail to a block. */
-static void put_int4(uint8_t *block, const uint8_t *tail)
+static void put_int4(Block block, const uint8_t *tail)
 {
     const Int4 to = int4_at(block);
-    memset(block, 0, 2 * KEY_CODES);
+    memset(to.keys, 0, KEY_CODES);
+    memset(to.values, 0, KEY_CODES);
     for (int i = 0; i < HEAD_SIZE; i++) {
         floats lowest = splat(65504.0f), highest = splat(-65504.0f);
         for (int part = 0; part < PARTS; part++) {
-            const floats keys = load_halves((const uint16_t *)(tail + part * HALVES_BYTES) + i * BLOCK);
+            const floats keys = load_halves((const uint16_t *)in_tail(tail, part).keys + i * BLOCK);
             lowest = smaller(lowest, keys);
             highest = larger(highest, keys);
         }
@@ -52,7 +58,7 @@ static void put_int4(uint8_t *block, const uint8_t *tail)
         to.key_scales[i] = scale[0];
         to.key_least[i] = least[0];
         for (int part = 0; part < PARTS; part++) {
-            const floats keys = load_halves((const uint16_t *)(tail + part * HALVES_BYTES) + i * BLOCK);
+            const floats keys = load_halves((const uint16_t *)in_tail(tail, part).keys + i * BLOCK);
             int8_t codes[16];
             nibbles(keys, splat(half_to_float(scale[0])), splat(half_to_float(least[0])), codes);
             uint8_t *row = to.keys + part * (KEY_CODES / PARTS) + i / 8 * 64;
@@ -61,8 +67,7 @@ static void put_int4(uint8_t *block, const uint8_t *tail)
         }
     }
     for (int t = 0; t < GROUP_TOKENS; t++) {
-        const uint16_t *values =
-            (const uint16_t *)(tail + t / BLOCK * HALVES_BYTES) + BLOCK * HEAD_SIZE + t % BLOCK * HEAD_SIZE;
+        const uint16_t *values = (const uint16_t *)in_tail(tail, t / BLOCK).values + t % BLOCK * HEAD_SIZE;
         floats lowest = splat(65504.0f), highest = splat(-65504.0f);
         for (int i = 0; i < HEAD_SIZE; i += 16) {
             lowest = smaller(lowest, load_halves(values + i));
@@ -113,7 +118,7 @@ INLINE floats joined(integers high, integers low, const Split *of)
 
 INLINE void score_int4(const Attention *of, int group, floats *most)
 {
-    const Int4 block = int4_at((uint8_t *)of->pool + (size_t)of->table[group] * INT4_BYTES);
+    const Int4 block = int4_at(block_at(of->first, CACHE_INT4, of->table[group]));
     Split query[QUERIES];
     for (int q = 0; q < QUERIES; q++)
         query[q] = split(of->queries[q], block.key_scales, block.key_least, HEAD_SIZE);
@@ -136,7 +141,7 @@ INLINE void score_int4(const Attention *of, int group, floats *most)
 
 INLINE void sum_int4(const Attention *of, int group, floats *total)
 {
-    const Int4 block = int4_at((uint8_t *)of->pool + (size_t)of->table[group] * INT4_BYTES);
+    const Int4 block = int4_at(block_at(of->first, CACHE_INT4, of->table[group]));
     Split weight[QUERIES];
     for (int q = 0; q < QUERIES; q++)
         weight[q] = split(of->scores + q * of->stride + group * GROUP_TOKENS, block.value_scales, block.value_least,
@@ -158,10 +163,9 @@ INLINE void sum_int4(const Attention *of, int group, floats *total)
     }
 }
 
-INLINE void ask_for_int4(const Attention *of, int group, int groups)
+INLINE void ask_for(const uint8_t *later, size_t bytes)
 {
-    const uint8_t *later = of->pool + (size_t)of->table[group + 1 < groups ? group + 1 : group] * INT4_BYTES;
-    for (size_t at = 0; at < INT4_BYTES; at += 64)
+    for (size_t at = 0; at < bytes; at += 64)
         PREFETCH(later + at);
 }
 
@@ -175,11 +179,11 @@ static __attribute__((noinline)) void attend_int4(const Attention *of)
     UNROLL for (int q = 0; q < QUERIES; q++)
         most[q] = splat(HIDDEN_SCORE);
     for (int group = begin; group < groups; group++) {
-        ask_for_int4(of, group, groups);
+        ask_for(keys_at(of, CACHE_INT4, later_than(group, groups)), INT4_KEY_BYTES);
         score_int4(of, group, most);
     }
     for (int b = groups * PARTS; b < parts; b++) {
-        const uint16_t *keys = (const uint16_t *)(of->tail + (b - groups * PARTS) * HALVES_BYTES);
+        const uint16_t *keys = (const uint16_t *)in_tail(of->tail, b - groups * PARTS).keys;
         floats score[QUERIES];
         UNROLL for (int q = 0; q < QUERIES; q++)
             score[q] = zeros();
@@ -195,13 +199,12 @@ static __attribute__((noinline)) void attend_int4(const Attention *of)
     UNROLL for (int i = 0; i < QUERIES * HEAD_LANES; i++)
         total[i] = zeros();
     for (int group = begin; group < groups; group++) {
-        ask_for_int4(of, group, groups);
+        ask_for(values_at(of, CACHE_INT4, later_than(group, groups)), INT4_VALUE_BYTES);
         sum_int4(of, group, total);
     }
     for (int t = groups * GROUP_TOKENS; t < of->length; t++) {
         const int slot = t - groups * GROUP_TOKENS;
-        const uint16_t *values =
-            (const uint16_t *)(of->tail + slot / BLOCK * HALVES_BYTES) + BLOCK * HEAD_SIZE + slot % BLOCK * HEAD_SIZE;
+        const uint16_t *values = (const uint16_t *)in_tail(of->tail, slot / BLOCK).values + slot % BLOCK * HEAD_SIZE;
         UNROLL for (int i = 0; i < HEAD_LANES; i++) {
             const floats value = load_halves(values + i * 16);
             UNROLL for (int q = 0; q < QUERIES; q++)

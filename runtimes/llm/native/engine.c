@@ -255,18 +255,22 @@ size_t engine_tail_bytes(const Engine *engine)
 /* Copy a block of all layers and heads out of the cache (out: 1) or into it (out: 0). */
 void engine_move_block(Engine *engine, int block, uint8_t *content, int out)
 {
-    const size_t size = block_bytes(engine->of.cache);
-    for (int pool = 0; pool < engine->of.layers * engine->of.kv_heads; pool++) {
-        uint8_t *mine = engine->cache + ((size_t)pool * engine->of.blocks + block) * size;
-        memcpy(out ? content + pool * size : mine, out ? mine : content + pool * size, size);
+    const int cache = engine->of.cache;
+    const size_t keys = key_bytes(cache), values = value_bytes(cache);
+    for (int head = 0; head < engine->of.layers * engine->of.kv_heads; head++, content += keys + values) {
+        const Block mine = block_at(first_of(engine, head), cache, block);
+        memcpy(out ? content : mine.keys, out ? mine.keys : content, keys);
+        memcpy(out ? content + keys : mine.values, out ? mine.values : content + keys, values);
     }
 }
 
 void engine_copy_block(Engine *engine, int source, int target)
 {
-    const size_t size = block_bytes(engine->of.cache);
-    for (int pool = 0; pool < engine->of.layers * engine->of.kv_heads; pool++) {
-        uint8_t *base = engine->cache + (size_t)pool * engine->of.blocks * size;
-        memcpy(base + (size_t)target * size, base + (size_t)source * size, size);
+    const int cache = engine->of.cache;
+    for (int head = 0; head < engine->of.layers * engine->of.kv_heads; head++) {
+        const Block from = block_at(first_of(engine, head), cache, source);
+        const Block to = block_at(first_of(engine, head), cache, target);
+        memcpy(to.keys, from.keys, key_bytes(cache));
+        memcpy(to.values, from.values, value_bytes(cache));
     }
 }

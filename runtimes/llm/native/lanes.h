@@ -16,7 +16,7 @@
 
 #if defined(PLAIN_C)
 #define LANES_NAME "plain C"
-#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 #define WIDE512
 #define LANES_NAME "AVX-512 VNNI"
@@ -417,7 +417,27 @@ INLINE integers dot_nibbles(integers sum, bytes a, const int8_t *four) { return 
 
 INLINE floats zeros(void) { return splat(0.0f); }
 
-/* The sum and the largest of 16 lanes; the order of the sum is part of the result. */
+/* The sum and the largest of 16 lanes. The order of the sum is part of the result: lane i and lane i + 8 first, then i
+ * and i + 4, i + 2, i + 1. */
+#if defined(WIDE512) || defined(WIDE256)
+#define HALVES_OF(name, wide, narrow, single) \
+    INLINE float name(floats a) \
+    { \
+        const __m256 eight = wide; \
+        const __m128 four = narrow(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
+        const __m128 two = narrow(four, _mm_movehl_ps(four, four)); \
+        return _mm_cvtss_f32(single(two, _mm_movehdup_ps(two))); \
+    }
+#if defined(WIDE512)
+#define LOW_HALF _mm512_castps512_ps256(a)
+#define HIGH_HALF _mm512_extractf32x8_ps(a, 1)
+#else
+#define LOW_HALF a.part[0]
+#define HIGH_HALF a.part[1]
+#endif
+HALVES_OF(sum_of, _mm256_add_ps(LOW_HALF, HIGH_HALF), _mm_add_ps, _mm_add_ss)
+HALVES_OF(largest_of, _mm256_max_ps(LOW_HALF, HIGH_HALF), _mm_max_ps, _mm_max_ss)
+#else
 INLINE float sum_of(floats a)
 {
     float lane[16];
@@ -437,6 +457,7 @@ INLINE float largest_of(floats a)
             lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
     return lane[0];
 }
+#endif
 
 /* e**x to 2e-7 relative, for x up to 88; e**-87 for what is smaller */
 INLINE floats exponential(floats x)

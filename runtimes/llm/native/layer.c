@@ -233,10 +233,16 @@ static void rotate(float *values, const float *cosines, const float *sines, int 
         values[i] *= scale;
 }
 
-INLINE uint8_t *pool_of(const Engine *engine, int layer, int kv_head)
+/* Return block 0 of a head of keys; heads: numbered through all layers. */
+INLINE Block first_of(const Engine *engine, int head)
 {
-    const size_t head = (size_t)layer * engine->of.kv_heads + kv_head;
-    return engine->cache + head * engine->of.blocks * block_bytes(engine->of.cache);
+    uint8_t *keys = engine->cache + (size_t)head * engine->of.blocks * block_bytes(engine->of.cache);
+    return (Block){keys, keys + (size_t)engine->of.blocks * key_bytes(engine->of.cache)};
+}
+
+INLINE Block block_of(const Engine *engine, int layer, int kv_head, int number)
+{
+    return block_at(first_of(engine, layer * engine->of.kv_heads + kv_head), engine->of.cache, number);
 }
 
 /* The tail that a row's token is in, for one layer and head. */
@@ -272,11 +278,11 @@ static void store_rows(Engine *engine, int number, int me, int threads)
             normalise_head(key + head * HEAD_SIZE, layer->key_norm, of->epsilon);
             rotate(key + head * HEAD_SIZE, cosines, sines, of->rope_size, of->adjacent, 1.0f);
             if (of->cache == CACHE_INT4)
-                put_halves(tail_of(engine, row, number, head) + slot / BLOCK * HALVES_BYTES, slot % BLOCK,
+                put_halves(in_tail(tail_of(engine, row, number, head), slot / BLOCK), slot % BLOCK,
                            key + head * HEAD_SIZE, value + head * HEAD_SIZE);
             else
-                put(of->cache, pool_of(engine, number, head) + (size_t)block * block_bytes(of->cache), slot,
-                    key + head * HEAD_SIZE, value + head * HEAD_SIZE);
+                put(of->cache, block_of(engine, number, head, block), slot, key + head * HEAD_SIZE,
+                    value + head * HEAD_SIZE);
         }
     }
 }
@@ -290,7 +296,7 @@ static void pack_tails(Engine *engine, int number, int me, int threads)
         for (int row = 0; row < batch->rows; row++)
             if (batch->index[row] % GROUP_TOKENS == GROUP_TOKENS - 1 && unit++ % threads == me) {
                 const int block = batch->tables[row][batch->index[row] / GROUP_TOKENS];
-                put_int4(pool_of(engine, number, head) + (size_t)block * INT4_BYTES, tail_of(engine, row, number, head));
+                put_int4(block_of(engine, number, head, block), tail_of(engine, row, number, head));
             }
 }
 
@@ -308,7 +314,7 @@ static void attend_rows(Engine *engine, int number, int me, int threads)
             if (unit % threads != me)
                 continue;
             Attention work = {
-                .pool = pool_of(engine, number, head),
+                .first = block_of(engine, number, head, 0),
                 .tail = of->cache == CACHE_INT4 ? tail_of(engine, row, number, head) : NULL,
                 .table = batch->tables[row],
                 .length = batch->index[row + tokens - 1] + 1,

@@ -1,7 +1,8 @@
 /* Products of weights in blocks with activations: 16 rows of weights at a time, a lane for each row.
  *
  * A tile holds 16 rows. For each group of 32 inputs it has the codes of all 16 rows, four inputs of a row side by side,
- * and then their scales. Activations are quantised to 8 bits in the same groups, so that sums within a group are whole
+ * and then their scales; two groups go together where the scales of one take half a line of the processor's cache, so
+ * that no vector crosses a line. A matrix is read without gaps from its first byte to its last. Activations are quantised to 8 bits in the same groups, so that sums within a group are whole
  * numbers and exact. What a row gives for a token depends on nothing but the two: not on other tokens of the step, not
  * on threads.
  */
@@ -31,28 +32,52 @@ typedef struct {
     int32_t *sums;
 } Activations;
 
-INLINE size_t group_bytes(int format)
+#define LINE 64 /* bytes of a line of the processor's cache */
+
+/* Bytes of a group's codes, or of its floats, in a tile. */
+INLINE size_t code_bytes(int format)
 {
     switch (format) {
-    case Q4_0: return 256 + 32;
-    case Q4_1: return 256 + 64;
-    case Q8_0: return 512 + 32;
+    case Q4_0:
+    case Q4_1: return 256;
+    case Q8_0: return 512;
     case F32: return 64 * GROUP_INPUTS;
     default: return 32 * GROUP_INPUTS;
     }
 }
 
+/* Groups that share a line of scales, which are float16. In Q4_1 a group has 16 scales and 16 minimums. */
+INLINE int shared(int format) { return format == Q4_1 ? 1 : format <= Q8_0 ? 2 : 0; }
+
+INLINE size_t pair_bytes(int format) { return (size_t)shared(format) * code_bytes(format) + LINE; }
+
+INLINE size_t codes_at(int format, int group)
+{
+    const int number = shared(format);
+    if (!number)
+        return (size_t)group * code_bytes(format);
+    return (size_t)(group / number) * pair_bytes(format) + (size_t)(group % number) * code_bytes(format);
+}
+
+INLINE size_t scales_at(int format, int group)
+{
+    const int number = shared(format);
+    return number ? (size_t)(group / number + 1) * pair_bytes(format) - LINE + (size_t)(group % number) * 32 : 0;
+}
+
 INLINE size_t tile_bytes(int format, int inputs)
 {
-    return group_bytes(format) * (size_t)(inputs / GROUP_INPUTS);
+    const int groups = inputs / GROUP_INPUTS, number = shared(format);
+    return number ? (size_t)((groups + number - 1) / number) * pair_bytes(format) : codes_at(format, groups);
 }
 
 /* Put one row of a file's blocks into its place in the tiles. blocks: as GGUF stores them. */
 static void pack_row(const Matrix *matrix, int row, const uint8_t *blocks)
 {
     const int lane = row % 16;
-    uint8_t *group = matrix->tiles + (size_t)(row / 16) * tile_bytes(matrix->format, matrix->inputs);
-    for (int from = 0; from < matrix->inputs; from += GROUP_INPUTS, group += group_bytes(matrix->format)) {
+    uint8_t *tile = matrix->tiles + (size_t)(row / 16) * tile_bytes(matrix->format, matrix->inputs);
+    for (int number = 0; number < matrix->inputs / GROUP_INPUTS; number++) {
+        uint8_t *group = tile + codes_at(matrix->format, number), *of_group = tile + scales_at(matrix->format, number);
         switch (matrix->format) {
         case Q4_0:
         case Q4_1: {
@@ -60,14 +85,14 @@ static void pack_row(const Matrix *matrix, int row, const uint8_t *blocks)
             for (int i = 0; i < 16; i++) /* byte i of a block: inputs i and i + 16 */
                 group[i / 4 * 64 + lane * 4 + i % 4] = blocks[scales + i];
             for (int i = 0; i < scales; i += 2)
-                memcpy(group + 256 + 16 * i + 2 * lane, blocks + i, 2);
+                memcpy(of_group + 16 * i + 2 * lane, blocks + i, 2);
             blocks += scales + 16;
             break;
         }
         case Q8_0:
             for (int i = 0; i < 32; i++)
                 group[i / 4 * 64 + lane * 4 + i % 4] = blocks[2 + i] ^ 128;
-            memcpy(group + 512 + 2 * lane, blocks, 2);
+            memcpy(of_group + 2 * lane, blocks, 2);
             blocks += 34;
             break;
         case F32:
@@ -87,8 +112,10 @@ static void pack_row(const Matrix *matrix, int row, const uint8_t *blocks)
 static void unpack_row(const Matrix *matrix, int row, float *values)
 {
     const int lane = row % 16;
-    const uint8_t *group = matrix->tiles + (size_t)(row / 16) * tile_bytes(matrix->format, matrix->inputs);
-    for (int from = 0; from < matrix->inputs; from += GROUP_INPUTS, group += group_bytes(matrix->format)) {
+    const uint8_t *tile = matrix->tiles + (size_t)(row / 16) * tile_bytes(matrix->format, matrix->inputs);
+    for (int number = 0; number < matrix->inputs / GROUP_INPUTS; number++) {
+        const uint8_t *group = tile + codes_at(matrix->format, number);
+        const uint8_t *of_group = tile + scales_at(matrix->format, number);
         for (int i = 0; i < 32; i++) {
             uint16_t half[2];
             float value;
@@ -96,17 +123,17 @@ static void unpack_row(const Matrix *matrix, int row, float *values)
             case Q4_0:
             case Q4_1: {
                 const uint8_t both = group[i % 16 / 4 * 64 + lane * 4 + i % 4], code = i < 16 ? both & 15 : both >> 4;
-                memcpy(half, group + 256 + 2 * lane, 2);
+                memcpy(half, of_group + 2 * lane, 2);
                 if (matrix->format == Q4_0) {
                     value = half_to_float(half[0]) * ((float)code - 8.0f);
                 } else {
-                    memcpy(half + 1, group + 288 + 2 * lane, 2);
+                    memcpy(half + 1, of_group + 32 + 2 * lane, 2);
                     value = half_to_float(half[0]) * (float)code + half_to_float(half[1]);
                 }
                 break;
             }
             case Q8_0:
-                memcpy(half, group + 512 + 2 * lane, 2);
+                memcpy(half, of_group + 2 * lane, 2);
                 value = half_to_float(half[0]) * (float)(int8_t)(group[i / 4 * 64 + lane * 4 + i % 4] ^ 128);
                 break;
             case F32:
@@ -123,7 +150,7 @@ static void unpack_row(const Matrix *matrix, int row, float *values)
                 memcpy(&value, &bits, 4);
             }
             }
-            values[from + i] = value;
+            values[number * GROUP_INPUTS + i] = value;
         }
     }
 }
@@ -196,22 +223,22 @@ INLINE void quantised_tile(
     UNROLL for (int t = 0; t < tokens; t++)
         sums[t] = zeros();
     for (int group = 0; group < groups; group++) {
+        const uint8_t *own = tile + codes_at(format, group);
         bytes weights[8];
-        const size_t size = group_bytes(format);
         if (format == Q8_0) {
             UNROLL for (int i = 0; i < 8; i++)
-                weights[i] = load_bytes(tile + 64 * i);
+                weights[i] = load_bytes(own + 64 * i);
         } else {
             UNROLL for (int i = 0; i < 4; i++) {
-                const bytes both = load_bytes(tile + 64 * i);
+                const bytes both = load_bytes(own + 64 * i);
                 weights[i] = low_nibbles(both);
                 weights[4 + i] = high_nibbles(both);
             }
         }
         if (tokens <= 2) /* one token waits for memory: ask for what comes sixteen groups later */
-            UNROLL for (size_t at = 0; at < size; at += 64)
-                PREFETCH(tile + 16 * size + at);
-        const uint16_t *halves = (const uint16_t *)(tile + (format == Q8_0 ? 512 : 256));
+            UNROLL for (size_t at = 0; at < code_bytes(format) + LINE; at += LINE)
+                PREFETCH(own + 16 * code_bytes(format) + at);
+        const uint16_t *halves = (const uint16_t *)(tile + scales_at(format, group));
         const floats scale = load_halves(halves);
         const floats least = format == Q4_1 ? load_halves(halves + 16) : scale;
         UNROLL for (int t = 0; t < tokens; t++) {
@@ -231,7 +258,6 @@ INLINE void quantised_tile(
             else
                 sums[t] = multiply_add(multiply(whole, own), scale, sums[t]);
         }
-        tile += size;
     }
 }
 

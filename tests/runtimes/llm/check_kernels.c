@@ -53,23 +53,24 @@ int main(void)
         uint8_t *pool = allocate(BLOCKS * block_bytes(cache)), *tail = allocate(TAIL_BYTES);
         float key[HEAD_SIZE], value[HEAD_SIZE], query[MOST_QUERIES * HEAD_SIZE], output[MOST_QUERIES * HEAD_SIZE];
         const int32_t table[BLOCKS] = {2, 0, 1};
+        const Block first = {pool, pool + BLOCKS * key_bytes(cache)};
         for (int t = 0; t < length; t++) {
             for (int i = 0; i < HEAD_SIZE; i++) {
                 key[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
                 value[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
             }
             const int slot = t % block_tokens(cache);
-            uint8_t *block = pool + table[t / block_tokens(cache)] * block_bytes(cache);
+            const Block block = block_at(first, cache, table[t / block_tokens(cache)]);
             if (cache != CACHE_INT4)
                 put(cache, block, slot, key, value);
             else
-                put_halves(tail + slot / BLOCK * HALVES_BYTES, slot % BLOCK, key, value);
+                put_halves(in_tail(tail, slot / BLOCK), slot % BLOCK, key, value);
             if (cache == CACHE_INT4 && slot == GROUP_TOKENS - 1)
                 put_int4(block, tail);
         }
         for (int i = 0; i < MOST_QUERIES * HEAD_SIZE; i++)
             query[i] = (float)(int)(next() % 2001 - 1000) / 500.0f;
-        Attention work = {.pool = pool, .tail = tail, .table = table, .length = length, .stride = LONGER + BLOCK};
+        Attention work = {.first = first, .tail = tail, .table = table, .length = length, .stride = LONGER + BLOCK};
         work.scores = malloc(sizeof(float) * MOST_QUERIES * work.stride);
         for (int i = 0; i < MOST_QUERIES; i++) {
             work.queries[i] = query + i * HEAD_SIZE;

@@ -4,27 +4,20 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.errors import EdgekitError
-from edgekit.importers import downloads
-from edgekit.importers.gguf import read_gguf
-from runtimes.llm.architecture import from_gguf
 from runtimes.llm.compression.forward import LayerEngine
 from runtimes.llm.compression.plan import of
 from runtimes.llm.compression.quantise import quantised
 from runtimes.llm.compression.rounding import plain
 from runtimes.llm.compression.texts import texts
-from runtimes.llm.tokenizer import Tokenizer
+from runtimes.llm.source import open_source
 
 pytestmark = pytest.mark.models
 LAYER = 3
 
 
-def test_each_method_beats_rounding_to_nearest_on_unseen_text():
-    try:
-        file = read_gguf(downloads.get("smollm2"))
-    except EdgekitError as error:
-        pytest.skip(f"the model cannot be downloaded: {error}")
-    model, text = from_gguf(file), texts(Tokenizer(file), [], 256, 1024)
+def test_each_method_beats_rounding_to_nearest_on_unseen_text(smollm2_file):
+    source = open_source(smollm2_file)
+    model, text = source.model, texts(source.tokenizer, [], 256, 1024)
     engine = LayerEngine(model, 256)
     calibration, held_out = engine.begun(text.calibration), engine.begun(text.held_out)
     for number in range(LAYER):

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit.errors import EdgekitError
-from edgekit.importers import downloads
 from runtimes.llm.engine import Item
 from runtimes.llm.model import load
 from runtimes.llm.native_engine import NativeEngine
@@ -26,16 +24,8 @@ CLEAR = "The capital of France is"  # no near tie: 8-bit activations choose the 
 
 
 @pytest.fixture(scope="module")
-def path():
-    try:
-        return downloads.get("smollm2")
-    except EdgekitError as error:
-        pytest.skip(f"the model cannot be downloaded: {error}")
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    with load(path, context=1024) as found:
+def model(smollm2_file):
+    with load(smollm2_file, context=1024) as found:
         yield found
 
 
@@ -50,10 +40,10 @@ def test_a_text_comes_back_from_its_tokens(model):
         assert model.tokenizer.decode(model.tokenizer.encode(text).tolist()) == text
 
 
-def test_the_tokenizer_is_the_one_that_transformers_builds_from_the_same_file(model, path):
+def test_the_tokenizer_is_the_one_that_transformers_builds_from_the_same_file(model, smollm2_file):
     transformers = pytest.importorskip("transformers", reason="pip install 'edgekit[transformers]'")
     pytest.importorskip("gguf", reason="pip install gguf")
-    other = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    other = transformers.AutoTokenizer.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name)
     for text in (TEXT * 5, "12,345.67 été 日本語 🌌\n\n\tend", "def f(x):\n    return x**2  # <|im_end|>"[:24]):
         assert model.tokenizer.encode(text).tolist() == other(text)["input_ids"]
 
@@ -64,25 +54,25 @@ def log_probabilities(logits):
 
 
 @pytest.mark.parametrize(("kv", "most"), [("f16", 0.006), ("int8", 0.008), ("int4", 0.03)])
-def test_8_bit_activations_move_it_little_from_float32(model, path, kv, most):
+def test_8_bit_activations_move_it_little_from_float32(model, smollm2_file, kv, most):
     ids = model.tokenizer.encode(TEXT * 3)
-    with load(path, engine="torch", context=512) as reference:
+    with load(smollm2_file, engine="torch", context=512) as reference:
         expected = log_probabilities(reference.engine.step([Item(0, ids, logits="all")])[0])
-    with load(path, kv=kv, context=512) as found:
+    with load(smollm2_file, kv=kv, context=512) as found:
         logits = found.engine.step([Item(0, ids, logits="all")])[0]
     divergence = (np.exp(expected) * (expected - log_probabilities(logits))).sum(-1).mean()
     assert 0 <= divergence < most
     assert (expected.argmax(-1) == logits.argmax(-1)).mean() > 0.95
 
 
-def test_llama_cpp_writes_what_the_reference_does(model, path):
+def test_llama_cpp_writes_what_the_reference_does(model, smollm2_file):
     if not installed():
         pytest.skip("no llama.cpp here: pip install 'edgekit[llamacpp]'")
     ids = model.tokenizer.encode(TEXT * 3)
-    with load(path, engine="torch", context=512) as reference:
+    with load(smollm2_file, engine="torch", context=512) as reference:
         expected = log_probabilities(reference.engine.step([Item(-5, ids, logits="all")])[0])
         written = "".join(reference.complete(CLEAR, most_tokens=5))
-    with load(path, engine="llamacpp", context=512, threads=1) as found:
+    with load(smollm2_file, engine="llamacpp", context=512, threads=1) as found:
         logits = log_probabilities(found.engine.step([Item(-5, ids, logits="all")])[0])
         assert "".join(found.complete(CLEAR, most_tokens=5)) == written
     divergence = (np.exp(expected) * (expected - logits)).sum(-1).mean()
@@ -91,13 +81,13 @@ def test_llama_cpp_writes_what_the_reference_does(model, path):
 
 
 @pytest.mark.parametrize(("kv", "other"), [("int8", "int4"), ("int4", "int5")])
-def test_the_native_caches_in_few_bits_are_the_policies_of_the_torch_engine(model, path, kv, other):
+def test_the_native_caches_in_few_bits_are_the_policies_of_the_torch_engine(model, smollm2_file, kv, other):
     ids = model.tokenizer.encode(TEXT * 5)
     found = {}
     for name in (kv, other, "full"):
-        with load(path, engine="torch", kv=name, context=512) as torch_model:
+        with load(smollm2_file, engine="torch", kv=name, context=512) as torch_model:
             found[name] = log_probabilities(torch_model.engine.step([Item(0, ids, logits="all")])[0])
-    with load(path, kv=kv, context=512) as native:
+    with load(smollm2_file, kv=kv, context=512) as native:
         ours = log_probabilities(native.engine.step([Item(0, ids, logits="all")])[0])
 
     def divergence(expected):
@@ -123,14 +113,16 @@ def test_its_logits_are_the_same_bits_in_chunks_and_with_other_threads(model, kv
     assert all(np.array_equal(other, found[0]) for other in found[1:])
 
 
-def test_the_vocabulary_of_the_folder_that_transformers_makes_of_it_is_the_same(model, path, tmp_path):
+def test_the_vocabulary_of_the_folder_that_transformers_makes_of_it_is_the_same(model, smollm2_file, tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install 'edgekit[transformers]'")
     pytest.importorskip("gguf", reason="pip install gguf")
     from edgekit.data.text import read_text
     from runtimes.llm import vocabulary
     from runtimes.llm.tokenizer import Tokenizer
 
-    transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name).save_pretrained(
+        tmp_path
+    )
     # transformers leaves out that the model's words end at each digit
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
     digits = {"type": "Digits", "individual_digits": True}
@@ -148,10 +140,10 @@ def test_the_vocabulary_of_the_folder_that_transformers_makes_of_it_is_the_same(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_it_runs_in_half_the_memory_to_the_same_bits(model, path, threads):
+def test_it_runs_in_half_the_memory_to_the_same_bits(model, smollm2_file, threads):
     ids = model.tokenizer.encode(TEXT * 2)
     expected = model.engine.step([Item(-3, ids, logits="all")])[0].copy()
     model.engine.remove(-3)
-    with load(path, context=1024, threads=threads, weights_memory="45MB") as found:
+    with load(smollm2_file, context=1024, threads=threads, weights_memory="45MB") as found:
         assert np.array_equal(found.engine.step([Item(0, ids, logits="all")])[0], expected)
         assert found.engine.bytes < 0.6 * model.engine.bytes
