@@ -22,9 +22,13 @@ TITLES = {  # of what the entry points of a group name
     "edgekit.commands": "command",
     "edgekit.datasets": "provider of data sets",
     "edgekit.engines": "engine of language models",
+    "edgekit.jobs": "job",
 }
 # returns the fault of a plug-in of this name, as words after "cannot be used: "; "" if it keeps the contract
 Check = Callable[[Any, str], str]
+
+# the extra that brings a package; `all` brings the others
+EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino", "torch": "compress", "optuna": "search"}
 
 
 def names(group: str) -> list[str]:
@@ -49,7 +53,11 @@ def load(group: str, name: str, check: Check = lambda found, name: "") -> Any:
         raise
     except ModuleNotFoundError as error:
         origin, _ = distribution(group, name)
-        install = "'edgekit[all]'" if origin in ("", "edgekit") else f"--force-reinstall {origin}"
+        install = (
+            f"'edgekit[{EXTRAS.get(error.name or '', 'all')}]'"
+            if origin in ("", "edgekit")
+            else f"--force-reinstall {origin}"
+        )
         raise EdgekitError(
             f"{TITLES[group]} {name!r} needs the package {error.name!r}, which is not installed; "
             f"run: pip install {install}"

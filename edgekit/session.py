@@ -1,10 +1,14 @@
-"""The protocol of every runtime: named arrays in, named arrays out."""
+"""The contracts of what runs on a device: a session turns named arrays into named arrays, and a job shares the device
+with other jobs, one step at a time."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +35,52 @@ class Session(Protocol):
 
     def warmup(self, batch: int) -> None:
         """Run once at this batch size, so that the next run of that size includes no set-up."""
+        ...
+
+
+class Priority(IntEnum):
+    """The class of a job's work. A device runs the class with the smaller number first."""
+
+    REAL_TIME = 0  # it has a deadline
+    INTERACTIVE = 1  # somebody waits for it
+    BATCH = 2  # it may be done later
+
+
+@dataclass(frozen=True, slots=True)
+class NextStep:
+    """What a job would run next. seconds: how long it will take, as predicted; deadline: the time of the arbiter's
+    clock by which real-time work must have ended."""
+
+    priority: Priority
+    seconds: float
+    deadline: float = math.inf
+
+
+@runtime_checkable
+class Job(Protocol):
+    """What shares a device with other jobs. An arbiter calls `next_step` and `run` from one thread; `slack` and
+    `backlog` may be called from any thread. Work is given to a job by methods of its own."""
+
+    name: str
+
+    def next_step(self, *, batch: bool) -> NextStep | None:
+        """Return what the job would run now, or None if it has no work. batch: whether work of the class batch may be
+        part of it; the arbiter holds that class back while the device is overloaded."""
+        ...
+
+    def run(self, between: Callable[[], None]) -> None:
+        """Run the step that `next_step` has just returned. A job whose step can pause calls `between` wherever it can;
+        the arbiter runs more urgent jobs there. A step that never calls `between` is finished before other work runs.
+        An error of one request goes to that request; an error that is raised here ends the job."""
+        ...
+
+    def slack(self) -> float:
+        """Return for how many seconds from now on the device may be busy with other work before this job misses a
+        deadline, also one of work that comes meanwhile; infinity for a job without deadlines."""
+        ...
+
+    def backlog(self) -> float:
+        """Return the predicted seconds of interactive work that a new request would wait for."""
         ...
 
 

@@ -28,10 +28,12 @@ from edgekit.bundle.format import GOLDEN, KEY, Bundle, model_key
 from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError
 from edgekit.exporter import Export, Exporter
+from edgekit.graph.lower import lower
 from exporters.base import MANIFEST, check_destination, publish
 from exporters.c.library import NATIVE, PLAIN, Compiler, Library
 from exporters.c.program import Program, program
 from exporters.c.source import FOLDER, CSource, write_check, write_source
+from exporters.damage import check_golden
 from exporters.verify import BATCHES, CALLS, TOLERANCE, Check, Reference, compare, reference, repeated
 
 MODEL, HEADER, CHECK = "model.c", "model.h", "check.c"
@@ -64,6 +66,7 @@ class CExporter(Exporter):
         source = self._write(bundle, network)
         expected = reference(bundle)
         allowed = max(TOLERANCE, 2 * expected.noise)
+        golden = check_golden(lower(bundle, weights="float32"), bundle, allowed, allowed)
         checks, builds = [], []
         for flags in (NATIVE, PLAIN):
             library = compiler.shared_library(source.model, source.header, flags)
@@ -94,6 +97,7 @@ class CExporter(Exporter):
             "tolerance": allowed,
             "builds": builds,
             "checks": records,
+            **golden,
             "versions": {
                 "edgekit": __version__,
                 "torch": torch.__version__,

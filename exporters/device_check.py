@@ -47,6 +47,10 @@ def main() -> int:
                 asked = provider or manifest.get("stack", {}).get("provider") or CPU
                 where, run = load_onnxruntime(folder / name, asked, inputs, manifest)
                 tolerance = tolerance if where == CPU else max(tolerance, ON_A_GPU)
+        except ImportError as error:
+            package = error.name or "the runtime"
+            print(f"{package} is not installed; run: {sys.executable} -m pip install {package}")
+            return 1
         except LookupError as error:
             print(error.args[0])
             return 1
@@ -139,7 +143,7 @@ def differences(where: str, run, inputs: dict, expected: dict, tolerance: float)
             if want.dtype.kind in "iub":
                 difference = float(np.mean(got != want))  # the share of codes that differ
             else:
-                scale = 1.0 if name == "probabilities" else max(1.0, float(np.abs(want).max()))
+                scale = 1.0 if name == "probabilities" else float(np.abs(want).max()) or 1.0
                 difference = float(np.abs(got - want).max()) / scale
             fine = difference <= tolerance  # false for NaN
             wrong += not fine

@@ -213,6 +213,11 @@ def check(folder: Path, runtime: "str | None" = None, cudart: str = "", runs: in
     with np.load(str(folder / "golden.npz")) as golden:
         inputs = {name: golden["in." + name] for name in manifest["inputs"]}
         expected = {name: golden["out." + name] for name in manifest["outputs"]}
+    for name, ranges in manifest["shapes"].items():
+        texts = {key: "x".join(str(length) for length in shape) for key, shape in ranges.items()}
+        print(
+            "{}: the engine takes {} to {}, and is fastest at {}".format(name, texts["min"], texts["max"], texts["opt"])
+        )
     stored, least = len(next(iter(inputs.values()))), manifest["least_batch"]
     checks, timings = [], []
     for batch in sorted({least, min(max(stored, least), manifest["largest_batch"])}):
@@ -273,7 +278,7 @@ def compare(model: Any, inputs: Arrays, expected: Arrays, batch: int, tolerance:
         if want.dtype.kind in "iub":
             difference = float(np.mean(got != want))  # the share of codes that differ
         else:
-            scale = 1.0 if name == "probabilities" else max(1.0, float(np.abs(want).max()))
+            scale = 1.0 if name == "probabilities" else float(np.abs(want).max()) or 1.0
             difference = float(np.abs(got.astype(np.float64) - want).max()) / scale
         fine = bool(difference <= tolerance)  # false for NaN
         same = float(np.mean(got.argmax(-1) == want.argmax(-1))) if want.ndim > 1 and want.dtype.kind == "f" else None

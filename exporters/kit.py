@@ -15,7 +15,6 @@ manifest.json          SHA-256 of every file, target, versions, tolerances, meas
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -29,61 +28,19 @@ import torch
 
 from edgekit import __version__
 from edgekit.bundle.format import GOLDEN, Bundle
-from edgekit.bundle.tensors import multiple
-from edgekit.errors import EdgekitError, unknown
+from edgekit.errors import EdgekitError
 from edgekit.graph.external import files
 from edgekit.graph.model import opset
 from exporters.base import described
+from exporters.damage import check_golden
 from exporters.escape import in_line
+from exporters.shapes import Profile, shapes_text
 from exporters.target_graph import TargetGraph, requirements
 from exporters.verify import on_onnxruntime, verify
 
 MODEL, PROFILE, CHECK, README = "model.onnx", "profile.json", "verify.py", "README.md"
-BATCH = (1, 16, 64)  # least, best, largest: a few alerts, up to the batch that a small device holds
-LONGER = 4  # times the golden data's length, of any other free axis
 # The device adds in another order, and in half it fuses operators that stay in float32 here.
 DEVICE = {"float32": 1e-4, "float16": 2e-2, "int8": 5e-2}
-AXIS = re.compile(r"([^=]+)=(\d+):(\d+):(\d+)")
-Profile = dict[str, dict[str, list[int]]]
-
-
-def profile_of(bundle: Bundle, axes: tuple[str, ...]) -> Profile:
-    """Read the shapes from 'NAME=LEAST:BEST:LARGEST'. By default the batch is 1, 16, 64, and every other free axis goes
-    from its least length over the golden data's length to four times that. Raises if a length does not suit the model
-    or if the golden data's length is outside the range."""
-    golden, _ = bundle.golden()
-    found: dict[str, tuple[int, int, int]] = {}
-    for spec in bundle.manifest.inputs:
-        for number, (axis, length) in enumerate(zip(spec.shape, golden[spec.name].shape, strict=True)):
-            if isinstance(axis, str):
-                found[axis] = (multiple(axis), length, LONGER * length) if number else BATCH
-    for text in axes:
-        parts = AXIS.fullmatch(text)
-        if not parts:
-            raise EdgekitError(f"axis {text!r}; expected NAME=LEAST:BEST:LARGEST, such as batch=1:16:64")
-        name = next((axis for axis in found if parts[1] in (axis, axis.rpartition("*")[2])), None)
-        if name is None:
-            raise unknown("axis", parts[1], found, where=bundle.manifest.name)
-        lengths = int(parts[2]), int(parts[3]), int(parts[4])
-        step = multiple(name)
-        if sorted(lengths) != list(lengths) or min(lengths) < 1 or any(length % step for length in lengths):
-            of = f" multiples of {step}" if step > 1 else ""
-            raise EdgekitError(f"axis {text!r}; expected three rising lengths of at least 1{of}")
-        found[name] = lengths
-    for spec in bundle.manifest.inputs:
-        for number, (axis, length) in enumerate(zip(spec.shape, golden[spec.name].shape, strict=True)):
-            if number and isinstance(axis, str) and not found[axis][0] <= length <= found[axis][2]:
-                raise EdgekitError(
-                    f"axis {axis!r} from {found[axis][0]} to {found[axis][2]} leaves out the golden data's {length}, "
-                    "with which the device is checked"
-                )
-    return {
-        spec.name: {
-            key: [found[axis][number] if isinstance(axis, str) else axis for axis in spec.shape]
-            for number, key in enumerate(("min", "opt", "max"))
-        }
-        for spec in bundle.manifest.inputs
-    }
 
 
 def base(
@@ -101,8 +58,11 @@ def base(
         bundle,
         tolerance=graph.tolerance,
         load=partial(on_onnxruntime, external_data=external_data),
+        graph=graph.model,
         advice=graph.advice,
     )
+    device = max(DEVICE[graph.precision], 2 * checks[0].between_batches)
+    golden = check_golden(graph.model, bundle, checks[0].allowed, device)
     written |= {
         PROFILE: (json.dumps(profile, indent=1) + "\n").encode(),
         GOLDEN: bundle.contents[GOLDEN],
@@ -114,10 +74,12 @@ def base(
         **graph.described(),
         "runtime": graph.deployment.stack.runtime,
         "operators": sorted({node.op_type for node in graph.model.graph.node}),
+        "shapes": profile,
         "least_batch": max(ranges["min"][0] for ranges in profile.values()),
         "largest_batch": min(ranges["max"][0] for ranges in profile.values()),
-        "device_tolerance": max(DEVICE[graph.precision], 2 * checks[0].between_batches),
+        "device_tolerance": device,
         "checks": [asdict(check) for check in checks],
+        **golden,
         "versions": {
             "edgekit": __version__,
             "torch": torch.__version__,
@@ -129,7 +91,7 @@ def base(
     return written, manifest
 
 
-def readme(graph: TargetGraph, command: str, notes: Sequence[str] = ()) -> bytes:
+def readme(graph: TargetGraph, profile: Profile, command: str, notes: Sequence[str] = ()) -> bytes:
     """Return README.md for a person who has the kit but perhaps no edgekit. `command` builds and checks the kit."""
     where, model = graph.deployment, graph.model
     target, stack = where.target, where.stack
@@ -144,6 +106,10 @@ def readme(graph: TargetGraph, command: str, notes: Sequence[str] = ()) -> bytes
         "",
         f"{CHECK} needs Python 3.6 or newer, numpy and the runtime. It exits with 0 if the model gives the "
         "golden outputs, and writes report.json with the device, the differences and the times.",
+        "",
+        "The engine takes these shapes, and no others; another export with --shapes makes one for others:",
+        "",
+        *(f"- {line}" for line in shapes_text(profile)),
         "",
         f"Why {graph.precision}: {target.plan.reason}",
         *([""] if notes else []),

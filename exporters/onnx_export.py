@@ -30,6 +30,7 @@ from edgekit.graph.external import LARGEST, files
 from edgekit.graph.lower import OPSETS, float_graph, lower, quantized_graph
 from edgekit.graph.model import opset as opset_of
 from exporters.base import MANIFEST, check_destination, described, hashes, manifest_bytes, publish
+from exporters.damage import check_golden
 from exporters.target_graph import TargetGraph, deployment_target, requirements, target_graph
 from exporters.verify import TOLERANCE, on_onnxruntime, verify
 
@@ -80,8 +81,11 @@ class OnnxExporter(Exporter):
             bundle,
             tolerance=tolerance,
             load=partial(on_onnxruntime, external_data=external_data),
+            graph=models[FLOAT],
             advice=advice,
         )
+        device = max(check.between_batches for check in checks)
+        golden = check_golden(models[FLOAT], bundle, checks[0].allowed, device)
         records = [asdict(check) for check in checks]
         check_script = (Path(__file__).parent / "device_check.py").read_bytes()
         written = {**graphs, GOLDEN: bundle.contents[GOLDEN], "verify.py": check_script}
@@ -101,6 +105,7 @@ class OnnxExporter(Exporter):
                 for name, graph in models.items()
             },
             "checks": records,
+            **golden,
             "versions": {
                 "edgekit": __version__,
                 "torch": torch.__version__,

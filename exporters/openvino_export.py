@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from onnx import ModelProto
 
 from edgekit import __version__
 from edgekit.bundle.format import GOLDEN, KEY, Bundle, model_key
@@ -29,6 +30,7 @@ from edgekit.errors import EdgekitError, missing_extra
 from edgekit.exporter import Export, Exporter
 from edgekit.graph.lower import lower
 from exporters.base import MANIFEST, check_destination, publish
+from exporters.damage import check_golden
 from exporters.verify import verify
 
 try:
@@ -63,8 +65,10 @@ class OpenVinoExporter(Exporter):
         directory = Path(directory)
         check_destination(directory, force=force)
         core = openvino.Core()
-        graph, weights, operators = self._convert(core, bundle)
-        checks = verify({MODEL: graph}, bundle, load=lambda content: Model(core, content, weights))
+        source = lower(bundle, weights=self.weights)
+        graph, weights, operators = self._convert(core, bundle, source)
+        checks = verify({MODEL: graph}, bundle, graph=source, load=lambda content: Model(core, content, weights))
+        golden = check_golden(source, bundle, checks[0].allowed, checks[0].between_batches)
         records = [asdict(replace(check, bytes=len(graph) + len(weights))) for check in checks]
         check_script = (Path(__file__).parent / "device_check.py").read_bytes()
         files = {MODEL: graph, WEIGHTS: weights, GOLDEN: bundle.contents[GOLDEN], "verify.py": check_script}
@@ -87,6 +91,7 @@ class OpenVinoExporter(Exporter):
                 }
             },
             "checks": records,
+            **golden,
             "versions": {
                 "edgekit": __version__,
                 "torch": torch.__version__,
@@ -99,14 +104,13 @@ class OpenVinoExporter(Exporter):
         publish(files, directory, force=force)
         return Export(directory, {name: len(content) for name, content in files.items()}, manifest, records)
 
-    def _convert(self, core: Any, bundle: Bundle) -> tuple[bytes, bytes, list[str]]:
+    def _convert(self, core: Any, bundle: Bundle, source: ModelProto) -> tuple[bytes, bytes, list[str]]:
         """Return the graph, the weights and the names of the graph's operators. The core reads the ONNX from memory,
         because openvino.convert_model sends telemetry."""
-        source = lower(bundle, weights=self.weights).SerializeToString()
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / MODEL
             try:
-                model = core.read_model(source)
+                model = core.read_model(source.SerializeToString())
                 model.set_rt_info(model_key(bundle), KEY)
                 model.set_rt_info("0", ["runtime_options", EXACT])
                 openvino.save_model(model, path, compress_to_fp16=False)  # openvino compresses to float16 by default

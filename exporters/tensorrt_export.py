@@ -43,6 +43,7 @@ from exporters.base import MANIFEST, check_destination, hashes, manifest_bytes, 
 from exporters.escape import in_line, in_shell
 from exporters.float32_pinned import NOTHING, Float32Pinned
 from exporters.onnx_export import OnnxExporter
+from exporters.shapes import Profile, for_shapes
 from exporters.target_graph import DeploymentTarget, TargetGraph
 from exporters.tensorrt_rtx_export import accepted, preflight
 
@@ -61,6 +62,8 @@ class TensorRtExporter(Exporter):
     precision: str = ""  # one of the target's plan; by default the plan's first
     opset: int | None = None  # by default 17, or the newest that the stack reads
     axes: tuple[str, ...] = ()  # NAME=LEAST:BEST:LARGEST
+    shapes: tuple[str, ...] = ()  # INPUT=MIN:OPT:MAX, each a shape such as 1x3x224x224
+    data: str = ""  # .npz with real inputs, which decide the shapes and become the golden rows
     workspace: int | None = None  # MiB that the build may use; by default an eighth of the device's memory
     level: int = 3  # effort of TensorRT's kernel search, 0 to 5; from 8.6 on
     largest: int = LARGEST  # bytes of model.onnx; the weights of a larger model go into a second file
@@ -82,11 +85,11 @@ class TensorRtExporter(Exporter):
         if TensorRT and the GPU are here."""
         directory = Path(directory)
         check_destination(directory, force=force)
+        bundle, profile = for_shapes(bundle, self.axes, self.shapes, self.data)
         onnx_exporter = OnnxExporter(
             opset=self.opset, weights="float32", target=self.target, stack=self.stack, precision=self.precision
         )
         graph = onnx_exporter.lower_for_target(bundle, "tensorrt")
-        profile = kit.profile_of(bundle, self.axes)
         assert graph.deployment.parser_version is not None
         parsed = ""
         if graph.deployment.parser_version.typing != "weak":
@@ -97,7 +100,7 @@ class TensorRtExporter(Exporter):
         script = build_script(graph.deployment, graph.precision, profile, workspace, self.level, digest, graph.pinned)
         written[SCRIPT] = script.encode()
         notes = unpinned_notes(graph)
-        written[kit.README] = kit.readme(graph, f"sh {SCRIPT} && python3 {kit.CHECK}", notes)
+        written[kit.README] = kit.readme(graph, profile, f"sh {SCRIPT} && python3 {kit.CHECK}", notes)
         manifest = {
             "format": "edgekit-tensorrt-1",
             **manifest,
@@ -121,7 +124,7 @@ class TensorRtExporter(Exporter):
     def _built_here(
         self,
         graph: TargetGraph,
-        profile: kit.Profile,
+        profile: Profile,
         workspace: int,
         written: dict[str, bytes],
         manifest: dict[str, Any],
@@ -153,7 +156,7 @@ class TensorRtExporter(Exporter):
             "report": report,
         }
 
-    def _engine(self, trt: Any, graph: TargetGraph, profile: kit.Profile, workspace: int, content: bytes) -> bytes:
+    def _engine(self, trt: Any, graph: TargetGraph, profile: Profile, workspace: int, content: bytes) -> bytes:
         """Build the engine with this machine's TensorRT."""
         deployment, precision = graph.deployment, graph.precision
         flags = _builder_flags(deployment, precision)
@@ -213,7 +216,7 @@ def _gpu() -> int:
 
 def engine_key(
     content: bytes,
-    profile: kit.Profile,
+    profile: Profile,
     precision: str,
     workspace: int,
     level: int,
@@ -248,7 +251,7 @@ def unpinned_notes(graph: TargetGraph) -> list[str]:
 def build_script(
     deployment: DeploymentTarget,
     precision: str,
-    profile: kit.Profile,
+    profile: Profile,
     workspace: int,
     level: int,
     digest: str,
@@ -296,7 +299,7 @@ echo "built {ENGINE}; now: python3 {kit.CHECK}"
 def options(
     deployment: DeploymentTarget,
     precision: str,
-    profile: kit.Profile,
+    profile: Profile,
     workspace: int,
     level: int,
     kept: Float32Pinned = NOTHING,

@@ -31,6 +31,7 @@ from exporters import engines, kit
 from exporters.base import MANIFEST, check_destination, hashes, manifest_bytes, publish
 from exporters.onnx_export import OnnxExporter
 from exporters.parser_versions import parser_version
+from exporters.shapes import for_shapes
 from exporters.target_graph import DeploymentTarget, deployment_target, target_graph
 
 PACKAGE, RUNTIME = "tensorrt_rtx", "tensorrt-rtx"
@@ -45,6 +46,8 @@ class TensorRtRtxExporter(Exporter):
     precision: str = ""  # one of the target's plan; by default the plan's first
     opset: int | None = None  # by default 17
     axes: tuple[str, ...] = ()  # NAME=LEAST:BEST:LARGEST
+    shapes: tuple[str, ...] = ()  # INPUT=MIN:OPT:MAX, each a shape such as 1x3x224x224
+    data: str = ""  # .npz with real inputs, which decide the shapes and become the golden rows
 
     @classmethod
     def accepts(cls, model: ModelProto, target: Target, stack: Stack) -> str:
@@ -60,15 +63,15 @@ class TensorRtRtxExporter(Exporter):
             )  # this check comes first, so that nobody installs the package for a device that has no TensorRT-RTX
         sm = compiles_for(self.target)
         trt = module()
+        bundle, profile = for_shapes(bundle, self.axes, self.shapes, self.data)
         onnx_exporter = OnnxExporter(
             opset=self.opset, weights="float32", target=self.target, stack=self.stack, precision=self.precision
         )
         graph = onnx_exporter.lower_for_target(bundle, RUNTIME)
-        profile = kit.profile_of(bundle, self.axes)
         written, manifest = kit.base(bundle, graph, profile, LARGEST, f"tensorrt-rtx=={trt.__version__}")
         name = f"model.sm{sm}.rtx"
         written[name] = compile_engine(graph.model, profile, sm, exact=graph.precision == "float32")
-        written[kit.README] = kit.readme(graph, f"python3 {kit.CHECK}")
+        written[kit.README] = kit.readme(graph, profile, f"python3 {kit.CHECK}")
         manifest = {
             "format": "edgekit-tensorrt-rtx-1",
             **manifest,

@@ -10,6 +10,9 @@ runtime that rounds differently moves single activations to the next code; other
 export may differ by the tolerance, or by as much as batches move the graph's own outputs, whichever is larger. In 96
 exports of dynamic int8 graphs the difference was at most 0.3 of that. Two runs in different batches may differ by twice
 as much, because both differ from the row that runs alone.
+
+The largest batch is 1,000 rows, or fewer if their activations would take more than BUDGET bytes or their arithmetic
+more than WORK operations: `batches_of` counts both from the graph.
 """
 
 from __future__ import annotations
@@ -22,18 +25,27 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
+from onnx import ModelProto
 
 from edgekit.bundle.format import GRAPH, PROBABILITIES, Bundle
 from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs, multiple
+from edgekit.cost.layers import lengths_of
+from edgekit.cost.memory import peak
+from edgekit.cost.operators import work
 from edgekit.errors import EdgekitError
 from edgekit.graph.network import Network
+from edgekit.graph.shapes import sized
 
 Array = npt.NDArray[Any]
 TOLERANCE = 1e-5  # of a probability, or relative to the largest value of any other output
 CEILING = 1e-3  # a network whose float32 differs from its float64 by more than this is not worth exporting in float32
 BATCHES = (1, 16, 1000)  # one alert, a few, a backlog: some runtimes are right at one batch size and wrong at another
 CALLS = 16  # the largest number of calls at one batch size
-DISTINCT = 251  # rows; a prime, so that equal rows have different indices in their batches at every batch size
+# rows, by the largest batch; primes, so that equal rows have different indices in their batches at every batch size
+DISTINCT = (251, 61, 17)
+BUDGET = 2e9  # bytes that the activations of one call may take, by the count of edgekit.cost
+WORK = 1e12  # operations of one call: some ten seconds of one core
+LEAST_BATCH = 2  # the largest batch is at least this, so that batches are compared at all
 LENGTHS = (1, 5)  # of a free axis, in its multiples; a tracer saw another length and may have made it a constant
 SLICE = 16  # rows of the reference that run at a time: attention scores in float64 are large
 
@@ -70,22 +82,33 @@ class Reference:
         return repeated(self.exact[name], rows) if not self.batches else self.batches[batch][name]
 
 
+def batches_of(model: ModelProto, bundle: Bundle) -> tuple[int, ...]:
+    """Return the batch sizes at which a graph is verified: those of BATCHES that its memory and arithmetic per row
+    allow, and the largest that they allow."""
+    inputs, _ = bundle.golden()
+    workload = work(model, sized(model, 1, lengths_of(model, inputs)))
+    row = max(peak(workload)[0], 1.0)
+    operations = max(sum(item.operations for item in workload.operators), 1.0)
+    largest = int(max(LEAST_BATCH, min(max(BATCHES), BUDGET // row, WORK // operations)))
+    return (*(batch for batch in BATCHES if batch < largest), largest)
+
+
 def reference(bundle: Bundle, batches: Sequence[int] = BATCHES) -> Reference:
     """Run the golden rows, and copies of them with noise, through the network in float32 and in float64, or through the
     graph in batches of these sizes."""
-    stored, golden = ({name: rows[:DISTINCT] for name, rows in arrays.items()} for arrays in bundle.golden())
+    stored, golden = ({name: rows[: _distinct(batches)] for name, rows in arrays.items()} for arrays in bundle.golden())
     if not all(len(rows) for rows in (*stored.values(), *golden.values())):
         raise EdgekitError(
             f"{bundle.manifest.name}: its golden data has no rows to verify with; write the bundle again"
         )
-    inputs = {spec.name: _varied(stored[spec.name], DISTINCT) for spec in bundle.manifest.inputs}
+    inputs = {spec.name: _varied(stored[spec.name], _distinct(batches)) for spec in bundle.manifest.inputs}
     names = [spec.name for spec in bundle.manifest.outputs]
     if bundle.is_graph:
         return _graph_reference(bundle, inputs, golden, batches)
     network = Network(bundle).eval()
     single = _outputs(network, inputs, names)
     exact = _outputs(network.double(), inputs, names)
-    noise = max(float(_differences(name, single[name], exact[name]).max()) for name in names)
+    noise = max(float(differences(name, single[name], exact[name]).max()) for name in names)
     if not noise <= CEILING:  # also true for NaN
         raise EdgekitError(
             f"{bundle.manifest.name}: float32 moves this network's own outputs by {noise:.1e} on its golden inputs, "
@@ -98,13 +121,18 @@ def _graph_reference(bundle: Bundle, inputs: Arrays, golden: Arrays, batches: Se
     """Run a graph bundle row by row, and in batches of every size that is verified. `noise` is the largest difference
     between a row that runs alone and the same row in one of these batches."""
     session, specs = on_onnxruntime(bundle.contents[GRAPH]), bundle.manifest.outputs
-    alone = _run(session, inputs, 1, DISTINCT, specs)
+    alone = _run(session, inputs, 1, _distinct(batches), specs)
     together = {batch: _run(session, inputs, batch, _rows(batch, batches), specs) for batch in batches}
     noise = 0.0
     for outputs in together.values():
         for name, output in outputs.items():
-            noise = _largest(noise, _differences(name, output, repeated(alone[name], len(output))))
+            noise = _largest(noise, differences(name, output, repeated(alone[name], len(output))))
     return Reference(inputs, alone, golden, noise, together)
+
+
+def _distinct(batches: Sequence[int]) -> int:
+    """Return the number of distinct rows: a prime, and about as many as the largest batch has, up to DISTINCT[0]."""
+    return next((count for count in DISTINCT if count <= max(batches)), DISTINCT[-1])
 
 
 def _rows(batch: int, batches: Sequence[int]) -> int:
@@ -126,15 +154,20 @@ def verify(
     bundle: Bundle,
     *,
     tolerance: float = TOLERANCE,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] | None = None,
+    graph: ModelProto | None = None,
     load: Callable[[bytes], Any] = on_onnxruntime,
     advice: str = "try another --opset",
 ) -> list[Check]:
     """Run each file at each batch size, and raise at the first difference beyond the tolerance.
 
-    `load` returns an object with ONNX Runtime's method run(names, inputs); the default opens the file as ONNX. `advice`
-    is the next step that an error message recommends.
+    batches: by default those of `batches_of` for the graph, or BATCHES without one. `load` returns an object with ONNX
+    Runtime's method run(names, inputs); the default opens the file as ONNX. `advice` is the next step that an error
+    message recommends.
     """
+    batches = batches or (BATCHES if graph is None else batches_of(graph, bundle))
+    if not bundle.is_graph and _other_lengths(bundle.manifest.inputs):
+        advice += "; if the tracer stored a length as a constant, take lengths from tensors' shapes"
     expected = reference(bundle, batches)
     allowed = max(tolerance, expected.noise if bundle.is_graph else 2 * expected.noise)
     checks = []
@@ -186,7 +219,7 @@ def _at_lengths(
         exact = _outputs(network.double(), inputs, names)
     except (RuntimeError, IndexError, ValueError):
         return []
-    noise = max(float(_differences(name, single[name], exact[name]).max()) for name in names)
+    noise = max(float(differences(name, single[name], exact[name]).max()) for name in names)
     expected = Reference(inputs, exact, {name: rows[:0] for name, rows in exact.items()}, noise)
     checks = []
     for file, content in files.items():
@@ -211,9 +244,9 @@ def compare(
     changed = 0
     for name, output in outputs.items():
         exact, stored = expected.outputs(name, batch, rows), expected.golden[name][:rows]
-        difference = _largest(difference, _differences(name, output, exact))
-        spread = _largest(spread, _differences(name, output, whole[name][:rows]))
-        golden = _largest(golden, _differences(name, output[: len(stored)], stored))
+        difference = _largest(difference, differences(name, output, exact))
+        spread = _largest(spread, differences(name, output, whole[name][:rows]))
+        golden = _largest(golden, differences(name, output[: len(stored)], stored))
         if name == PROBABILITIES:
             best = np.sort(exact, axis=-1)
             clear = best[:, -1] - best[:, -2] > 2 * allowed
@@ -288,12 +321,12 @@ def _run(session: Any, inputs: Arrays, batch: int, rows: int, specs: Sequence[Te
     return {name: np.concatenate(columns) for name, columns in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def _differences(name: str, got: Array, expected: Array) -> Array:
+def differences(name: str, got: Array, expected: Array) -> Array:
     if got.shape != expected.shape:
         raise EdgekitError(f"output {name!r} has shape {got.shape}; the network gives {expected.shape}")
     if expected.dtype.kind in "iub":  # codes and classes: the share of values that differ
         return np.asarray(np.mean(got != expected) if expected.size else 0.0)
-    scale = 1.0 if name == PROBABILITIES else max(1.0, float(np.abs(expected).max(initial=0)))
+    scale = 1.0 if name == PROBABILITIES else float(np.abs(expected).max(initial=0)) or 1.0
     difference: Array = np.abs(got - expected) / scale
     return difference
 

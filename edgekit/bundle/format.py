@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
+# files of a Hugging Face folder that the bundle of a text model carries
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "sentence_bert_config.json",
+)  # fmt: skip
 MANIFEST, WEIGHTS, GRAPH, GOLDEN = "edgekit.json", "weights.safetensors", "graph.onnx", "golden.npz"
 ONNX = "onnx"  # the family of bundles that hold a graph
 PROBABILITIES = "probabilities"  # an output of this name is the softmax of the network's result
@@ -61,6 +66,7 @@ class Manifest:
     bits: dict[str, int] = field(default_factory=dict)  # code width of every encoded weight
     parent: str | None = None  # digest of the bundle from which this one was made
     seed: int | None = None
+    synthetic: bool = False  # the golden inputs were made up, so their lengths and values say little about real ones
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # relative path -> SHA-256
     format: int = FORMAT
@@ -99,7 +105,10 @@ class Manifest:
         return cls(**values)
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+        values = asdict(self)
+        if not self.synthetic:  # manifests that were written before this key stay the same bytes
+            del values["synthetic"]
+        return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,15 +88,24 @@ def multiple(axis: int | str) -> int:
 
 
 def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
-    """Return inputs for golden data if no real ones exist: smooth, bounded, different in every element; whole numbers
-    are from 0 to 7, which even the smallest vocabulary has."""
+    """Return small inputs that nearly every model takes. Floats are smooth, bounded, different in every element; whole
+    numbers are from 0 to 7, which even the smallest vocabulary has; masks hide nothing; there are two token types."""
     made = {}
     for number, spec in enumerate(specs):
         axes = tuple(axis if isinstance(axis, int) else 2 * multiple(axis) for axis in spec.shape[1:])
         index = np.arange(rows * math.prod(axes), dtype=np.int64)
-        values = np.sin(0.37 * index * (1 + number)) if np.dtype(spec.dtype).kind == "f" else index * (3 + number) % 8
+        values = (
+            np.sin(0.37 * index * (1 + number)) if np.dtype(spec.dtype).kind == "f" else _whole(spec, index, number)
+        )
         made[spec.name] = values.reshape(rows, *axes).astype(spec.dtype)
     return made
+
+
+def _whole(spec: TensorSpec, index: npt.NDArray[np.int64], number: int) -> npt.NDArray[np.int64]:
+    name = spec.name.lower()
+    if "mask" in name:
+        return np.full_like(index, "padding" not in name)
+    return index % 2 if "token_type" in name or "segment" in name else index * (3 + number) % 8
 
 
 def arrays_to_bytes(arrays: Arrays) -> bytes:

@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -20,7 +21,20 @@ from edgekit.errors import EdgekitError
 
 GROUP = "edgekit.commands"
 # The order in which a newcomer needs them. The other commands follow by name.
-FIRST = ("models", "inspect", "compress", "doctor", "bench", "targets", "pack", "export", "run", "data", "import")
+FIRST = (
+    "models",
+    "inspect",
+    "compress",
+    "quantize",
+    "doctor",
+    "bench",
+    "targets",
+    "pack",
+    "export",
+    "run",
+    "data",
+    "import",
+)
 
 RAISE_MEMORY = "to allow more than what was free at the start: edgekit --memory-limit SIZE COMMAND"
 RUN_MODELS = ("bench", "compress", "export", "import", "run")  # in a child process that can be ended at any moment
@@ -44,6 +58,19 @@ class LazyGroup(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         point = self.points().get(name)
         return None if point is None else _loaded(point)
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments name, as click does; the error names the commands most like it."""
+        try:
+            return super().resolve_command(context, arguments)
+        except click.UsageError as error:
+            near = [repr(name) for name in get_close_matches(arguments[0], self.points())]
+            if not near or "such command" not in error.message:
+                raise
+            said = f"{error.message.rstrip('.')}. Did you mean {' or '.join(near)}?"
+            raise click.UsageError(said, error.ctx) from None
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each command with the whole first sentence of its own help; click would cut it at the end of the

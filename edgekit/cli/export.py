@@ -14,6 +14,8 @@ Examples:
   edgekit export t2-gr --to onnx -o t2-onnx
   edgekit export t2-gr --to onnx --target tesla-p40 -o t2-p40
   edgekit export t2-gr --to tensorrt --target jetson-nano --axis batch=1:16:64 -o t2-nano
+  edgekit export ocr.edge --to tensorrt --target jetson-nano -o ocr-nano \\
+      --shapes x=1x3x32x320:8x3x48x320:32x3x48x640
   edgekit export t2-gr --to tensorrt --target rtx-3060-12gb --stack "TensorRT 11" -o t2-11
   edgekit export t2-gr --to tensorrt-rtx --target rtx-3060-12gb -o t2-rtx
   edgekit export t2.edge --to c --weights encoded -o t2-c
@@ -26,12 +28,16 @@ Examples:
 
 @click.command(epilog=EXAMPLE)
 @click.argument("bundle")
-@click.option("--to", "form", required=True, help="Format to write: onnx, openvino, tensorrt, tensorrt-rtx or c.")
-@click.option("-o", "--output", "directory", type=Path, required=True, help="Directory to write.")
+@click.option("--to", "form", default="", help="Format to write: onnx, openvino, tensorrt, tensorrt-rtx or c.")
+@click.option("-o", "--output", "directory", type=Path, help="Directory to write.")
 @click.option("--target", help="Device: its opset, operators and precision (see: edgekit targets).")
 @click.option("--stack", help="One of the target's stacks, by name.  [default: the first that suits]")
 @click.option("--precision", help="float32, float16 or int8.  [default: the first of the target's plan]")
 @click.option("--opset", type=int, help="ONNX opset, 13 to 20.  [default: 17, or the newest that the target supports]")
+@click.option(
+    "--shapes", multiple=True, help="INPUT=MIN:OPT:MAX of an engine, such as x=1x3x32x32:1x3x320x320:8x3x960x960."
+)
+@click.option("--data", help="An .npz with real inputs: their lengths are an engine's, their rows its golden rows.")
 @click.option("--axis", "axes", multiple=True, help="NAME=LEAST:BEST:LARGEST, lengths of a free axis in an engine.")
 @click.option("--workspace", type=int, help="MiB that building an engine may use.  [default: 1/8 of its memory]")
 @click.option("--level", type=int, help="How long TensorRT searches for kernels, 0 to 5.  [default: 3]")
@@ -41,7 +47,7 @@ Examples:
 )
 @click.option("--force", is_flag=True, help="Replace an existing export.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, **given: Any) -> None:
+def export(bundle: str, form: str, directory: Path | None, force: bool, as_json: bool, **given: Any) -> None:
     """Write BUNDLE (a bundle or a model's name) for a runtime or a device, and prove that it still works.
 
     edgekit runs the exported model at batch 1, 16 and 1000 and compares it with the network itself. If they differ by
@@ -54,6 +60,14 @@ def export(bundle: str, form: str, directory: Path, force: bool, as_json: bool, 
     from edgekit.exporter import export as run_export
     from edgekit.exporter import load_exporter, option_names
 
+    if not form:
+        from edgekit.plugins import names
+
+        raise click.UsageError(
+            f"--to is missing: name the format to write, one of {', '.join(names('edgekit.exporters'))}"
+        )
+    if directory is None:
+        raise click.UsageError(f"-o/--output is missing: name the directory to write, such as -o {form}")
     options = {name: value for name, value in given.items() if value not in (None, ())}
     exporter = load_exporter(form)
     if strange := set(options) - option_names(exporter):

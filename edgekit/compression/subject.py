@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekit.bundle.format import PROBABILITIES, Bundle, Manifest, assemble, assemble_graph
+from edgekit.bundle.format import (
+    PROBABILITIES,
+    TOKENIZER_FILES,
+    Bundle,
+    Manifest,
+    assemble,
+    assemble_graph,
+    with_files,
+)
 from edgekit.bundle.tensors import Arrays
 from edgekit.compression.job import Job, ShowProgress, versions
 from edgekit.compression.recipe import Step, to_tables
@@ -21,6 +29,8 @@ from edgekit.session import open_session
 if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import nn
+
+GOLDEN_ROWS = 8
 
 
 def context_of(
@@ -59,10 +69,18 @@ def candidate_of(bundle: Bundle) -> AnyCandidate:
 
 
 def bundle_of(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) -> Bundle:
-    """Return the candidate as a bundle, with golden outputs that are computed again on the source's golden inputs.
-    records: of this run."""
-    inputs, _ = job.source.golden()
-    inputs = {spec.name: inputs[spec.name] for spec in job.source.manifest.inputs}
+    """Return the candidate as a bundle. Its golden inputs are rows of the test data, and it computes the golden
+    outputs. records: of this run."""
+    return with_files(_bundle_of(job, candidate, records), _carried(job.source))
+
+
+def _carried(source: Bundle) -> dict[str, bytes]:
+    """Return the source's files that no pass changes: those of its tokenizer."""
+    return {name: content for name, content in source.contents.items() if name in TOKENIZER_FILES}
+
+
+def _bundle_of(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) -> Bundle:
+    inputs = golden_inputs(job)
     manifest = replace(
         job.source.manifest,
         recipe=to_tables(job.recipe),
@@ -70,6 +88,7 @@ def bundle_of(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) 
         parent=job.source.digest,
         seed=job.seed,
         metrics={},
+        synthetic=False,
         target=job.target.name if job.target else job.source.manifest.target,
         versions=versions(),
     )
@@ -82,6 +101,12 @@ def bundle_of(job: Job, candidate: AnyCandidate, records: Sequence[PassRecord]) 
     outputs = dict(zip(names, network_outputs(candidate.model, golden, softmax=softmax), strict=True))
     manifest = replace(manifest, arguments=dict(candidate.arguments))
     return assemble(manifest, candidate.weights(), candidate.encodings, (inputs, outputs))
+
+
+def golden_inputs(job: Job) -> Arrays:
+    """Return golden inputs for the results of the job: rows of the test data, spread over all of it."""
+    rows = np.linspace(0, len(job.test) - 1, min(GOLDEN_ROWS, len(job.test))).astype(np.int64)
+    return {spec.name: job.test.inputs[spec.name][rows] for spec in job.source.manifest.inputs}
 
 
 def _graph_bundle(manifest: Manifest, candidate: GraphCandidate, inputs: Arrays) -> Bundle:

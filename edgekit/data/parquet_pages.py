@@ -13,18 +13,32 @@ STOP, BYTE, DOUBLE, BINARY, STRUCT = 0, 3, 7, 8, 12  # types of the compact prot
 LISTS, INTEGERS, BOOLEANS = (9, 10), (4, 5, 6), (1, 2)
 UNCOMPRESSED, COMPRESSED, HEADERS = 2, 3, (5, 8)  # fields of a page's header; headers of data pages, versions 1 and 2
 VALUES = 1  # a field of the header of a data page
+ENCODINGS = ((5, 2), (8, 4))  # where the headers of data pages, versions 1 and 2, name their encoding
+DELTA_BYTE_ARRAY = 7  # each text is a length of the text before it, and a rest: few bytes can stand for 2 GB
 MOST_DEPTH = 8
+
+
+class UndeclaredSizeError(Exception):
+    """A page has an encoding that does not declare the size of its values."""
 
 
 def page_sizes(content: Any, chunk: Any, name: str) -> tuple[int, int]:
     """Return how many values the pages of a column chunk declare, and the bytes that they take decompressed. content:
     the file's bytes; chunk: pyarrow's ColumnChunkMetaData; name: what errors call the column. Raises ValueError if
-    there are no such pages."""
+    there are no such pages, or if texts have an encoding whose size the headers do not declare."""
     values = size = 0
     try:
         for header in _headers(content, chunk):
             size += header[UNCOMPRESSED]
             values += sum(header[key][VALUES] for key in HEADERS if key in header)
+            encoded = [header[key][field] for key, field in ENCODINGS if key in header]
+            if DELTA_BYTE_ARRAY in encoded and chunk.physical_type == "BYTE_ARRAY":
+                raise UndeclaredSizeError
+    except UndeclaredSizeError:
+        raise ValueError(
+            f"the texts of column {name[:80]!r} have the encoding DELTA_BYTE_ARRAY, which does not declare their size; "
+            "write the file with plain texts or dictionaries, which is what pyarrow does by default"
+        ) from None
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"the pages of column {name[:80]!r} contradict the footer ({error}); write it again") from None
     return values, size

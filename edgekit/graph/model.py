@@ -69,16 +69,20 @@ def _spec(value: onnx.ValueInfoProto, source: str) -> TensorSpec:
     dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     axes: list[int | str] = []
     for number, axis in enumerate(tensor.shape.dim):
-        name = "batch" if number == 0 else axis.dim_param.replace(" ", "").replace("*", "x") or f"axis_{number}"
-        axes.append(axis.dim_value if axis.HasField("dim_value") else name)
+        given = axis.dim_param.replace(" ", "").replace("*", "x").strip("?")  # "?" names several axes at once
+        name = "batch" if number == 0 else given or f"axis_{number}"
+        free = not axis.HasField("dim_value") or axis.dim_value == -1  # some converters write -1 for any length
+        axes.append(f"axis_{number}" if name == "?" else name if free else axis.dim_value)
     return TensorSpec(value.name, tuple(axes), dtype.name)
 
 
 def normalized(model: ModelProto) -> ModelProto:
     """Return a copy in which every node has a unique name, which passes use, and all tensors store their numbers in the
-    same way. Metadata of exporters is dropped."""
+    same way: Constant nodes of the graph itself become stored tensors, because converters such as Paddle's write the
+    weights into them. Metadata of exporters is dropped."""
     result = ModelProto()
     result.CopyFrom(model)
+    _store_constants(result)
     name_nodes(result)
     for tensor in result.graph.initializer:
         if tensor.data_type in PLAIN and not tensor.raw_data:
@@ -87,6 +91,21 @@ def normalized(model: ModelProto) -> ModelProto:
         item.ClearField("doc_string")
         del item.metadata_props[:]
     return result
+
+
+def _store_constants(model: ModelProto) -> None:
+    """Replace Constant nodes that hold a tensor by stored tensors of the same name."""
+    outputs = {value.name for value in model.graph.output}
+    kept = []
+    for node in model.graph.node:
+        tensor = attribute(node, "value", None)
+        if node.op_type != "Constant" or not isinstance(tensor, TensorProto) or node.output[0] in outputs:
+            kept.append(node)
+            continue
+        tensor.name = node.output[0]
+        model.graph.initializer.append(tensor)
+    model.graph.ClearField("node")
+    model.graph.node.extend(kept)
 
 
 @dataclass(frozen=True, slots=True)

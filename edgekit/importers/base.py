@@ -1,14 +1,20 @@
-"""Code that all importers share: golden rows, and the error for pickles.
+"""Code that all importers share: golden rows, JSON files, and the error for pickles.
 
 edgekit never reads a pickle: unpickling runs any code that the file's author put in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs
+import numpy as np
+
+from edgekit.bundle.bounded import LARGEST_TEXT, read_file
+from edgekit.bundle.synthetic import candidates
+from edgekit.bundle.tensors import Arrays, TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.session import check_inputs
 
@@ -33,9 +39,49 @@ def unsafe(path: Path) -> EdgekitError:
     )
 
 
-def golden_rows(specs: Sequence[TensorSpec], given: Arrays | None) -> Arrays:
-    if given is None:
-        return golden_inputs(tuple(specs), GOLDEN_ROWS)
+def golden_rows(specs: Sequence[TensorSpec], given: Arrays) -> Arrays:
+    """Return the first rows of the arrays that the model takes."""
     rows = {spec.name: given[spec.name][:GOLDEN_ROWS] for spec in specs if spec.name in given}
     check_inputs(specs, rows)
     return rows
+
+
+def synthetic_rows(
+    specs: Sequence[TensorSpec], vocabularies: Mapping[str, int], run: Callable[[Arrays], Arrays]
+) -> tuple[Arrays, Arrays]:
+    """Return synthetic golden inputs, and the outputs that `run` gives for them: the first proposal on which the model
+    runs with finite outputs. Raises the error of the last proposal if the model runs on none."""
+    proposals = list(candidates(specs, GOLDEN_ROWS, vocabularies))
+    ran: tuple[Arrays, Arrays] | None = None
+    for inputs in proposals:
+        try:
+            outputs = run(inputs)
+        except EdgekitError:
+            if inputs is proposals[-1] and ran is None:
+                raise
+            continue
+        ran = inputs, outputs
+        if all(np.isfinite(array).all() for array in outputs.values()):
+            break
+    assert ran is not None
+    return ran
+
+
+def read_json(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
+    """Return the JSON object in a file of up to `largest` bytes."""
+    values = json_value(path, largest)
+    if not isinstance(values, dict):
+        raise EdgekitError(f"{path}: expected a JSON object")
+    return values
+
+
+def json_value(path: Path, largest: int = LARGEST_TEXT) -> Any:
+    """Return the value that a JSON file of up to `largest` bytes holds."""
+    try:
+        values = json.loads(read_file(path, largest=largest))
+        json.dumps(values, allow_nan=False)  # Python reads NaN and infinities, which JSON does not have
+    except (OSError, ValueError, RecursionError) as error:
+        raise EdgekitError(
+            f"{path}: cannot be read as JSON ({error}); expected a folder that transformers saved"
+        ) from None
+    return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,10 @@ from edgekit.bundle.bounded import arrays_from_safetensors, read_file
 from edgekit.bundle.format import Bundle, Manifest, assemble
 from edgekit.bundle.tensors import SPEC_HELP, Arrays, TensorSpec, golden_inputs, multiple
 from edgekit.errors import EdgekitError
-from edgekit.importers.base import PICKLES, golden_rows, unsafe
+from edgekit.importers.base import PICKLES, golden_rows, synthetic_rows, unsafe
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def from_factory(
@@ -40,7 +43,6 @@ def from_factory(
     values = {"factory": factory, "arguments": dict(arguments), "inputs": described}
     stored = _weights(weights) if isinstance(weights, Path) else weights
     model = build("module", values, stored)
-    given = golden_rows(tuple(inputs), golden)
     names = list(outputs) or ["output"]
 
     def run(rows: Arrays) -> list[npt.NDArray[Any]]:
@@ -53,7 +55,15 @@ def from_factory(
                 f"{str(error).splitlines()[0]}"
             ) from None
 
-    found = run(given)
+    def named(rows: Arrays) -> Arrays:
+        return dict(zip(names, run(rows), strict=True))
+
+    if golden is None:
+        given, results = synthetic_rows(inputs, _vocabularies(model, inputs, run), named)
+    else:
+        given = golden_rows(tuple(inputs), golden)
+        results = named(given)
+    found = list(results.values())
     shapes = _output_axes(run, inputs, names)
     specs = tuple(TensorSpec(name, shapes[name], str(array.dtype)) for name, array in zip(names, found, strict=True))
     manifest = Manifest(
@@ -62,6 +72,7 @@ def from_factory(
         arguments=values,
         inputs=tuple(inputs),
         outputs=specs,
+        synthetic=golden is None,
     )
     aliases = tied(model)
     state = {name: value.detach().numpy() for name, value in model.state_dict().items() if name not in aliases}
@@ -72,6 +83,33 @@ def _weights(path: Path) -> dict[str, npt.NDArray[Any]]:
     if path.suffix in PICKLES:
         raise unsafe(path)
     return arrays_from_safetensors(read_file(path), str(path))
+
+
+def _vocabularies(
+    model: nn.Module, inputs: Sequence[TensorSpec], run: Callable[[Arrays], list[npt.NDArray[Any]]]
+) -> dict[str, int]:
+    """Return the number of ids of each input that an embedding reads as it is. The function runs the network once and
+    compares what embeddings read with the inputs."""
+    from torch import nn
+
+    rows, sizes = golden_inputs(tuple(inputs), 2), dict[str, list[int]]()
+
+    def compare(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        read = arguments[0].detach().cpu().numpy()
+        for name, array in rows.items():
+            if read.size == array.size and np.array_equal(read.reshape(-1), array.reshape(-1)):
+                sizes.setdefault(name, []).append(int(module.num_embeddings))  # type: ignore[arg-type]
+
+    hooks = [part.register_forward_pre_hook(compare) for part in model.modules() if isinstance(part, nn.Embedding)]
+    try:
+        if hooks:
+            run(rows)
+    except EdgekitError:
+        return {}  # ids from 0 to 7 do not suit this network; the proposals are tried in turn
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: min(found) for name, found in sizes.items()}
 
 
 def _output_axes(

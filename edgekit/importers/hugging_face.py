@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from safetensors.numpy import save_file as save_safetensors
 
-from edgekit.bundle.bounded import LARGEST_TEXT, read_file
 from edgekit.bundle.files import is_plain
-from edgekit.bundle.format import Bundle
-from edgekit.bundle.tensors import SPEC_HELP, Arrays, TensorSpec
+from edgekit.bundle.format import Bundle, with_files
+from edgekit.bundle.tensors import Arrays, TensorSpec
 from edgekit.errors import EdgekitError
-from edgekit.importers.base import PICKLES, unsafe
+from edgekit.importers.base import PICKLES, read_json, unsafe
 from edgekit.importers.factory import from_factory
+from edgekit.importers.hugging_face_tasks import inputs_of, output_of, pooling_of, tokenizer_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,22 +46,30 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden: Arrays | None = None) -> Bundle:
-    """Make a bundle from a folder of transformers: config.json and safetensors. The bundle takes classes and the
-    scaling of pixels from the folder. `inputs` are only needed for models that take neither images nor token ids."""
+    """Make a bundle from a folder of transformers: config.json and safetensors. The folder also gives classes, scaling
+    of pixels, pooling and the tokenizer's files. `inputs` are only needed for models that take neither images nor token
+    ids."""
     config = safe_config(folder)
     from edgekit.nn import hugging_face
 
-    specs = tuple(inputs) or _usual_inputs(config, hugging_face.model_class(config).main_input_name, folder)
+    model, pooling = hugging_face.model_class(config), pooling_of(folder)
+    output = output_of(model.__name__, folder)
+    if pooling is not None and output != "last_hidden_state":
+        raise EdgekitError(f"{folder}: modules.json pools tokens, and {model.__name__} gives none")
+    specs = tuple(inputs) or inputs_of(config, model, folder)
     network = load_network(folder, config)
     state = {f"model.{name}": value.numpy() for name, value in network.state_dict().items()}
-    arguments = {"config": config, "inputs": [spec.name for spec in specs]}
+    arguments: dict[str, Any] = {"config": config, "inputs": [spec.name for spec in specs]}
+    if pooling is not None:
+        arguments |= {"pooling": pooling.mode, "normalize": pooling.normalize}
+        output = "sentence_embedding"
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "model.safetensors"
         save_safetensors({name: np.ascontiguousarray(value) for name, value in state.items()}, weights)
         bundle = from_factory(
-            hugging_face.FACTORY, arguments=arguments, weights=weights, inputs=specs, outputs=["logits"], golden=golden
+            hugging_face.FACTORY, arguments=arguments, weights=weights, inputs=specs, outputs=[output], golden=golden
         )
-    return described(bundle, folder, config)
+    return with_files(described(bundle, folder, config), {**bundle.contents, **tokenizer_files(folder)})
 
 
 def load_network(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
@@ -140,32 +147,3 @@ def described(bundle: Bundle, folder: Path, config: Mapping[str, Any]) -> Bundle
         preprocessing={"id": "image/1", **known} if all(known.values()) else None,
     )
     return replace(bundle, manifest=manifest)
-
-
-def _usual_inputs(config: Mapping[str, Any], name: str, folder: Path) -> tuple[TensorSpec, ...]:
-    size = config.get("image_size")
-    if name == "pixel_values" and size:
-        lengths = [config.get("num_channels", 3), *(size if isinstance(size, list) else (size, size))]
-        if len(lengths) != 3 or not all(type(length) is int and 0 < length < 2**31 for length in lengths):
-            raise EdgekitError(
-                f"{folder}/config.json: num_channels = {repr(lengths[0])[:30]}, image_size = {repr(size)[:30]}; "
-                "expected whole numbers"
-            )
-        return (TensorSpec(name, ("batch", *lengths)),)
-    if name == "input_ids":
-        return (TensorSpec(name, ("batch", "tokens"), "int64"),)
-    raise EdgekitError(f"{folder}: the shape of its input {name!r} is not known; pass --input {SPEC_HELP}")
-
-
-def read_json(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """Return the JSON object in a file of up to `largest` bytes."""
-    try:
-        values = json.loads(read_file(path, largest=largest))
-        json.dumps(values, allow_nan=False)  # Python reads NaN and infinities, which JSON does not have
-    except (OSError, ValueError, RecursionError) as error:
-        raise EdgekitError(
-            f"{path}: cannot be read as JSON ({error}); expected a folder that transformers saved"
-        ) from None
-    if not isinstance(values, dict):
-        raise EdgekitError(f"{path}: expected a JSON object")
-    return values

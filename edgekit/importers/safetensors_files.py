@@ -17,9 +17,9 @@ import numpy as np
 from edgekit.bundle.bounded import LARGEST_TEXT, claim
 from edgekit.bundle.files import is_plain
 from edgekit.errors import EdgekitError
+from edgekit.importers.base import read_json
 from edgekit.importers.gguf import Tensor
 from edgekit.importers.gguf_formats import FORMATS
-from edgekit.importers.hugging_face import read_json
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {form.name: form for form in FORMATS.values() if form.values == 1}  # F32, F16 and BF16, as GGUF has them

@@ -71,10 +71,10 @@ def time_limit() -> int:
     return int(given)
 
 
-def _wait(command: list[str], scratch: str, files: tuple[IO[bytes], ...], seconds: int) -> int:
-    given, result, noise = files
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    environment |= {
+def environment(scratch: str) -> dict[str, str]:
+    """Return the environment variables of a confined process, whose home is the folder `scratch`."""
+    found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return found | {
         "PYTHONPATH": str(Path(edgekit.__file__).parents[1]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": scratch,
@@ -83,8 +83,12 @@ def _wait(command: list[str], scratch: str, files: tuple[IO[bytes], ...], second
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
+
+
+def _wait(command: list[str], scratch: str, files: tuple[IO[bytes], ...], seconds: int) -> int:
+    given, result, noise = files
     with subprocess.Popen(
-        command, stdin=given, stdout=result, stderr=noise, cwd=scratch, env=environment, start_new_session=True
+        command, stdin=given, stdout=result, stderr=noise, cwd=scratch, env=environment(scratch), start_new_session=True
     ) as process:
         try:
             return process.wait(WAITING * seconds)

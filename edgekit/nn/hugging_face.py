@@ -82,6 +82,8 @@ PARTS = (
     "use_kernels",
     "adapter_kwargs",
 )
+# keys that newer releases do not declare because only one of their values is left
+OBSOLETE = {"position_embedding_type": "absolute"}
 ATTENTION = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
 LOADERS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(PARTS, (None, False, "", {}, [])),
@@ -101,10 +103,45 @@ class FirstOutput(nn.Module):
         return found
 
 
-def build(config: Mapping[str, Any], inputs: tuple[str, ...]) -> nn.Module:
-    """Build a network with new random weights from the content of config.json."""
+class SentenceEmbedding(FirstOutput):
+    """The model as a function of tokens that returns one vector for each text. Padding has no part in it."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[str, ...], mode: str, normalize: bool) -> None:
+        super().__init__(model, inputs)
+        self.mode, self.normalize = mode, normalize
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        tokens = super().forward(*inputs)
+        mask = inputs[self.names.index("attention_mask")].unsqueeze(-1).to(tokens.dtype)
+        pooled = self._pooled(tokens, mask)
+        if not self.normalize:
+            return pooled
+        length = (
+            (pooled * pooled).sum(dim=-1, keepdim=True).sqrt()
+        )  # ReduceL2, which torch's own writes, is not portable
+        return pooled / length.clamp(min=1e-12)
+
+    def _pooled(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        if self.mode == "cls":
+            return tokens[:, 0]
+        if self.mode == "max":
+            return tokens.masked_fill(mask == 0, -1e9).amax(dim=1)
+        count = mask.sum(dim=1).clamp(min=1e-9)
+        return (tokens * mask).sum(dim=1) / (count if self.mode == "mean" else count.sqrt())
+
+
+def build(config: Mapping[str, Any], inputs: tuple[str, ...], pooling: str = "", normalize: bool = False) -> nn.Module:
+    """Build a network with new random weights from the content of config.json. pooling: of a sentence model, mean, cls,
+    max or mean_sqrt_len."""
     check_size(config)
-    return FirstOutput(_constructed(config), tuple(inputs))
+    names = tuple(inputs)
+    if not pooling:
+        return FirstOutput(_constructed(config), names)
+    if pooling not in ("mean", "cls", "max", "mean_sqrt_len") or "attention_mask" not in names:
+        raise EdgekitError(
+            f"pooling {str(pooling)[:30]!r} of {', '.join(names)}; expected one that edgekit import wrote"
+        )
+    return SentenceEmbedding(_constructed(config), names, pooling, normalize)
 
 
 def check_size(config: Mapping[str, Any]) -> None:
@@ -159,7 +196,7 @@ def configuration(config: Mapping[str, Any]) -> Any:
         _refuse_loaders(name, value)
         if name in declared | SHARED:
             values[name] = value
-        elif name not in NOT_USED:
+        elif name not in NOT_USED and OBSOLETE.get(name) != value:
             raise EdgekitError(
                 f"config.json: the key {name[:60]!r} is not one that transformers {VERSION} declares for "
                 f"{model_type!r}; update transformers, or remove the key if the model does not need it"

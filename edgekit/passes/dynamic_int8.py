@@ -1,6 +1,10 @@
 """Matrix products in int8. The weights are quantized once, with one scale per output column; the activations are
 quantized while the model runs, by the range of each batch (onnxruntime's dynamic quantization). By default the pass
-quantizes only MatMul and Gemm: convolutions and embeddings lose more than they gain."""
+quantizes only MatMul and Gemm: convolutions lose more than they gain. With the operator Gather, tables that ids are
+looked up in are stored as codes too, with one scale per row.
+
+    Gather(table, ids)    becomes    Cast(Gather(codes, ids)) * Gather(scales, ids)
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,27 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.graph.model import Weight, attribute, name_nodes, stored_values, weights
+from edgekit.graph.index import Consumption, Index
+from edgekit.graph.model import (
+    Weight,
+    attribute,
+    eliminate_dead_nodes,
+    name_nodes,
+    stored_values,
+    unique_name,
+    value_names,
+    weights,
+)
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
 OPERATORS = ("MatMul", "Gemm", "Conv")
+SMALLEST_TABLE = 1024  # numbers; for a smaller table the nodes take as many bytes as the codes save
+TABLES = "Gather"  # looks up rows of a table, such as the embeddings of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +59,34 @@ class DynamicInt8(Pass[GraphCandidate]):
     weight_bits: int = 7
 
     def __post_init__(self) -> None:
-        check_operators(self.operators)
+        check_operators([name for name in self.operators if name != TABLES])
         check_weight_bits(self.weight_bits)
 
     def plan(self, candidate: GraphCandidate) -> list[Change]:
-        return products(candidate.copy_model(), self.operators, self.exclude)[1]
+        model = candidate.copy_model()
+        changes = products(model, self._products, self.exclude)[1]
+        return [*changes, *(Change(name, "float32 table", "int8, one scale per row") for name in self._tables(model))]
+
+    @property
+    def _products(self) -> tuple[str, ...]:
+        return tuple(name for name in self.operators if name != TABLES)
+
+    def _tables(self, model: ModelProto) -> list[str]:
+        return tables(model, self.exclude) if TABLES in self.operators else []
 
     def apply(self, candidate: GraphCandidate, context: Context) -> GraphCandidate:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         model = candidate.copy_model()
-        chosen, _ = products(model, self.operators, self.exclude)
+        chosen, _ = products(model, self._products, self.exclude)
+        for name in self._tables(model):
+            _quantize_table(model, name)
         nodes = [use.node.name for weight in chosen for use in weight.uses]
         nodes += [f"{name}_MatMul" for name in nodes]  # onnxruntime splits a Gemm and gives its product this name
         quantize = partial(
             quantize_dynamic,
             model,
-            op_types_to_quantize=list(self.operators),
+            op_types_to_quantize=list(self._products),
             per_channel=True,
             weight_type=QuantType.QInt8,
             nodes_to_quantize=nodes,
@@ -67,6 +95,55 @@ class DynamicInt8(Pass[GraphCandidate]):
         with tempfile.TemporaryDirectory() as folder, quiet():
             quantize(model_output=Path(folder) / "model.onnx")
             return GraphCandidate(onnx.load(Path(folder) / "model.onnx"))
+
+
+def tables(model: ModelProto, exclude: Sequence[str]) -> list[str]:
+    """Return the names of float32 matrices of which every consumer is a Gather that looks up rows."""
+    index = Index(model)
+    return [
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.FLOAT
+        and len(tensor.dims) == 2
+        and tensor.dims[0] * tensor.dims[1] >= SMALLEST_TABLE
+        and all(_looks_up(item, exclude) for item in index.consumptions(tensor.name))
+    ]
+
+
+def _looks_up(item: Consumption, exclude: Sequence[str]) -> bool:
+    node = item.node
+    return (
+        node is not None
+        and not item.nested
+        and (node.op_type, item.slot, attribute(node, "axis", 0)) == (TABLES, 0, 0)
+        and node.name not in exclude
+    )
+
+
+def _quantize_table(model: ModelProto, name: str) -> None:
+    graph = model.graph
+    consumers = Index(model).consumers(name)
+    table = numpy_helper.to_array(next(tensor for tensor in graph.initializer if tensor.name == name))
+    largest = np.abs(table).max(axis=1, keepdims=True)
+    scale = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
+    codes = np.round(table / scale).astype(np.int8)
+    taken = value_names(model)
+    stored = [unique_name(f"{name}.{part}", taken) for part in ("codes", "scale")]
+    for number, node in enumerate(consumers):
+        ids, result, base = node.input[1], node.output[0], f"{name}.lookup_{number}"
+        new = [
+            helper.make_node("Gather", [stored[0], ids], [f"{base}.codes"], f"{base}.Gather"),
+            helper.make_node("Cast", [f"{base}.codes"], [f"{base}.numbers"], f"{base}.Cast", to=TensorProto.FLOAT),
+            helper.make_node("Gather", [stored[1], ids], [f"{base}.scale"], f"{base}.GatherScale"),
+            helper.make_node("Mul", [f"{base}.numbers", f"{base}.scale"], [result], f"{base}.Mul"),
+        ]
+        at = list(graph.node).index(node)
+        del graph.node[at]
+        for item in reversed(new):
+            graph.node.insert(at, item)
+    graph.initializer.append(numpy_helper.from_array(codes, stored[0]))
+    graph.initializer.append(numpy_helper.from_array(scale, stored[1]))
+    eliminate_dead_nodes(model)
 
 
 def check_operators(operators: Sequence[str]) -> None:

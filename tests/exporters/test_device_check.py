@@ -39,6 +39,18 @@ def test_device_check_fails_on_a_changed_model(toy, tmp_path):
     assert "WRONG" in done.stdout
 
 
+def test_a_missing_runtime_is_one_line(toy, tmp_path):
+    OnnxExporter().export(toy(), tmp_path / "out")
+    script = tmp_path / "out" / "verify.py"
+    code = "import runpy, sys; sys.modules['onnxruntime'] = None; "
+    code += f"sys.argv = [{str(script)!r}]; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith("onnxruntime is not installed; run: ")
+    assert done.stdout.endswith("-m pip install onnxruntime\n")
+    assert not done.stderr
+
+
 def test_device_check_refuses_an_absent_provider(toy, tmp_path):
     OnnxExporter().export(toy(), tmp_path / "out")
     done = run_check(tmp_path / "out", "--provider", "NoSuchExecutionProvider")

@@ -72,7 +72,7 @@ def test_no_text_of_a_target_becomes_a_line_of_a_script(tmp_path):
         assert commands(script) == honest, path
         assert not [line for line in requirements(where).decode().splitlines() if line.startswith("touch")], path
         graph = TargetGraph(CExporterGraph, where, "float32", 1e-4)
-        text = kit.readme(graph, "sh build.sh", [ATTACK]).decode()
+        text = kit.readme(graph, SHAPES, "sh build.sh", [ATTACK]).decode()
         assert not [line for line in text.splitlines() if line.lstrip().startswith(("touch", "*/"))], path
     (tmp_path / "build.sh").write_text(
         build_script(replaced(WHERE, ("target", "title"), ATTACK), "float32", SHAPES, 1, 3, "")

@@ -180,6 +180,6 @@ def test_codes_differ_by_the_share_that_is_another():
     codes = np.arange(200).reshape(10, 20)
     other = codes.copy()
     other[3, 4:6] = 0
-    assert float(module._differences("codes", other, codes)) == 0.01
-    assert float(module._differences("codes", codes, codes)) == 0.0
-    assert float(np.max(module._differences("numbers", other * 1.0, codes * 1.0))) > 0.3, "not a share for numbers"
+    assert float(module.differences("codes", other, codes)) == 0.01
+    assert float(module.differences("codes", codes, codes)) == 0.0
+    assert float(np.max(module.differences("numbers", other * 1.0, codes * 1.0))) > 0.3, "not a share for numbers"

@@ -311,6 +311,10 @@ ALLOWED = {
     ("edgekit/importers/gguf.py", "np.frombuffer"): "it views the mapped file, and it has compared the lengths",
     ("edgekit/importers/safetensors_files.py", "np.frombuffer"): "it views the mapped file, as for GGUF",
     ("runtimes/llm/constraint.py", "np.frombuffer"): "it views a mask in memory, of one bit for each token",
+    (
+        "runtimes/daemon/tensors.py",
+        "np.frombuffer",
+    ): "it views a request in memory, and has compared lengths and shapes",
     ("runtimes/llm/tails.py", "np.frombuffer"): "it views bytes that are in memory already, and their size stays",
     ("edgekit/importers/hugging_face.py", "load_file"): "safetensors are not compressed, and the library checks sizes",
     ("edgekit/importers/program.py", "torch.load"): "it runs in the sandbox, with weights_only",

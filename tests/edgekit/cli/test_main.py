@@ -163,6 +163,10 @@ def test_debug_shows_the_traceback(flags, verb, monkeypatch):
         (["compress"], ["Missing argument 'MODEL'", "edgekit compress --help"]),
         (["compress", "x", "--seed", "one"], ["'one' is not a valid integer"]),
         (["pack", "x"], ["Missing option '-o'"]),
+        (["exprt"], ["No such command 'exprt'. Did you mean 'export'?"]),
+        (["alerts", "clasify"], ["No such command 'clasify'. Did you mean 'classify'?", "edgekit alerts --help"]),
+        (["export", "x"], ["--to is missing", "one of c, onnx, openvino, tensorrt"]),
+        (["export", "x", "--to", "c"], ["-o/--output is missing", "such as -o c"]),
     ],
 )
 def test_wrong_usage_is_2_and_says_where_help_is(arguments, words, edgekit):
@@ -187,7 +191,7 @@ def listed(text: str) -> dict[str, str]:
 
 def test_the_help_lists_the_core_first_and_each_commands_own_sentence(edgekit):
     found = listed(edgekit("--help").out)
-    assert list(found) == [*FIRST, "alerts", "import-t2", "llm"]
+    assert list(found) == [*FIRST, "alerts", "import-t2", "llm", "serve"]
     for name, sentence in found.items():
         assert " ".join(COMMANDS[name].load().help.split()).startswith(sentence.rstrip(".")), name
 
@@ -223,7 +227,7 @@ def test_a_command_that_cannot_be_loaded_says_why_and_breaks_no_other(text, reas
     found = listed(done.out)
     assert reason in found["star"]
     assert "cannot be loaded" in found["star"]
-    assert list(found) == [*FIRST, "alerts", "import-t2", "llm", "star"]
+    assert list(found) == [*FIRST, "alerts", "import-t2", "llm", "serve", "star"]
     for arguments in ([], ["--help"], ["--option", "value", "more"]):
         assert edgekit("star", *arguments).failed_with(
             1, "'star' of starkit 1.2", reason, "star_package:star", "update"

@@ -141,3 +141,18 @@ def test_texts_are_measured_before_they_take_memory(tmp_path):
     assert found["number"] == 0
     assert batch["name"].nbytes < 2_000_000, "one text, and its numbers"
     assert without_dictionaries(batch).to_pylist() == table.to_pylist()
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_texts_whose_size_is_not_declared_are_refused(tmp_path, version):
+    """471 bytes stand for 2 GB: each text is a length of the text before it, and nothing more."""
+    text = pa.chunked_array([pa.array(["x" * 500_000] * 100)] * 40)
+    options = {"use_dictionary": False, "compression": "zstd", "data_page_version": version}
+    path, twin = tmp_path / "t.parquet", tmp_path / "plain.parquet"
+    pq.write_table(pa.table({"x": text}), path, column_encoding={"x": "DELTA_BYTE_ARRAY"}, **options)
+    pq.write_table(pa.table({"x": text[:100]}), twin, column_encoding={"x": "PLAIN"}, **options)
+    assert path.stat().st_size < 2000
+    with path.open("rb") as stream, pytest.raises(ValueError, match="column 'x' have the encoding DELTA_BYTE_ARRAY"):
+        declared_bytes(stream, pq.read_metadata(path), {"x"})
+    assert declared_bytes(path.read_bytes(), pq.read_metadata(path), set()) == [0]  # a column that nobody reads
+    assert declared_bytes(twin.read_bytes(), pq.read_metadata(twin), {"x"})[0] >= 50_000_000

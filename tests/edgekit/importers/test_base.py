@@ -7,7 +7,7 @@ import pytest
 
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
-from edgekit.importers.base import GOLDEN_ROWS, PICKLES, golden_rows, unsafe
+from edgekit.importers.base import GOLDEN_ROWS, PICKLES, golden_rows, synthetic_rows, unsafe
 
 SPECS = (TensorSpec("x", ("batch", 3)), TensorSpec("n", ("batch",), "int64"))
 
@@ -29,10 +29,38 @@ def test_arrays_that_the_model_does_not_take_are_left_out():
 
 
 def test_without_any_they_are_made_up_and_all_differ():
-    found = golden_rows(SPECS, None)
+    found, _ = synthetic_rows(SPECS, {}, lambda rows: {"y": rows["x"]})
     assert {len(array) for array in found.values()} == {GOLDEN_ROWS}
     assert [str(found[spec.name].dtype) for spec in SPECS] == ["float32", "int64"]
     assert len(np.unique(found["x"])) == found["x"].size
+
+
+FREE = (TensorSpec("image", ("batch", 3, "height", "width")),)
+
+
+def test_the_first_proposal_with_which_the_model_runs_to_finite_numbers_is_taken():
+    def run(rows):
+        height, width = rows["image"].shape[2:]
+        if (height, width) == (224, 224):
+            raise EdgekitError("too large")
+        return {"y": np.full((len(rows["image"]), 1), np.nan if height == 48 else width)}
+
+    inputs, outputs = synthetic_rows(FREE, {}, run)
+    assert inputs["image"].shape[2:] == (64, 64)
+    assert (outputs["y"] == 64).all()
+
+
+def test_the_error_of_the_last_proposal_is_the_one_that_is_raised():
+    def run(rows):
+        raise EdgekitError(f"no {rows['image'].shape[2:]}")
+
+    with pytest.raises(EdgekitError, match=r"no \(2, 2\)"):
+        synthetic_rows(FREE, {}, run)
+
+
+def test_outputs_that_are_never_finite_are_still_the_models():
+    _, outputs = synthetic_rows(FREE, {}, lambda rows: {"y": np.full((len(rows["image"]), 1), np.inf)})
+    assert np.isinf(outputs["y"]).all()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.errors import EdgekitError
-from edgekit.importers.hugging_face import from_hugging_face
+from edgekit.importers.hugging_face import from_hugging_face, load_network, safe_config
 from edgekit.session import open_session
 
 transformers = pytest.importorskip("transformers")
@@ -140,7 +140,7 @@ def gpt2(tmp_path):
 def test_transformers_opens_no_file_of_the_folder(gpt2, monkeypatch):
     sys.addaudithook(watch)
     for load, names in (
-        (from_hugging_face, {"config.json"}),
+        (lambda folder: load_network(folder, safe_config(folder)), {"config.json"}),
         (transformers.GPT2LMHeadModel.from_pretrained, {"config.json", "generation_config.json"}),
     ):
         opened.clear()
@@ -149,6 +149,11 @@ def test_transformers_opens_no_file_of_the_folder(gpt2, monkeypatch):
         monkeypatch.setitem(globals(), "watching", False)
         found = {Path(path).name for path in opened if str(gpt2) in path}
         assert found - {"model.safetensors"} == names
+
+
+def test_a_task_that_is_not_imported_is_named(gpt2):
+    with pytest.raises(EdgekitError, match=r"does not import the task of GPT2LMHeadModel; .* edgekit llm"):
+        from_hugging_face(gpt2)
 
 
 def shards(folder, **files):
