@@ -19,12 +19,14 @@ models, and for reasons by `stats.MOST_REASONS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from alert_broker.stream.stats import Histogram, Snapshot
+from alert_broker.stream.stats import Snapshot
 from edgekit import __version__
-from edgekit.errors import missing_extra
+from runtimes import exposition
+from runtimes.exposition import CONTENT_TYPE as CONTENT_TYPE
+from runtimes.exposition import Samples, counter, gauge, histograms
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -43,19 +45,11 @@ GAUGES = {
     "uptime_seconds": "Seconds since the start",
     "progress_age_seconds": "Seconds since an alert's outcome last became final, or since there was last nothing to do",
 }
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def page(snapshot: Snapshot) -> bytes:
     """Return the page in Prometheus' text format."""
-    try:
-        from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-    except ModuleNotFoundError as error:
-        raise missing_extra(str(error.name), "stream", "the metrics page") from None
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Reader(snapshot))
-    ProcessCollector(registry=registry)
-    return generate_latest(registry)
+    return exposition.page(_Reader(snapshot))
 
 
 class _Reader:
@@ -67,20 +61,17 @@ class _Reader:
     def collect(self) -> Iterator[Metric]:
         now = self._snapshot
         yield from _partitions(now)
-        yield _histograms("stage_seconds", "Seconds that a batch spent in a stage", "stage", now.stages)
-        yield _histograms("batch_alerts", "Alerts in a batch", None, {"": now.batch_sizes})
-        yield _gauge("queue_depth", "Batches that wait for a stage", ["queue"], _single(now.queue_depths))
-        yield _counter("classes", "Alerts by their most probable class", ["class"], _single(now.classes))
-        yield _counter("dead_letters", "Dead letters by their reason", ["reason"], _single(now.reasons))
+        yield histograms("stage_seconds", "Seconds that a batch spent in a stage", "stage", now.stages)
+        yield histograms("batch_alerts", "Alerts in a batch", None, {"": now.batch_sizes})
+        yield gauge("queue_depth", "Batches that wait for a stage", ["queue"], _single(now.queue_depths))
+        yield counter("classes", "Alerts by their most probable class", ["class"], _single(now.classes))
+        yield counter("dead_letters", "Dead letters by their reason", ["reason"], _single(now.reasons))
         models = (((name, digest), 1.0) for name, digest in now.models.items())
-        yield _gauge("model_info", "The models that are loaded, with their SHA-256", ["model", "digest"], models)
-        yield _gauge("build_info", "The version of edgekit", ["version"], [((__version__,), 1.0)])
+        yield gauge("model_info", "The models that are loaded, with their SHA-256", ["model", "digest"], models)
+        yield gauge("build_info", "The version of edgekit", ["version"], [((__version__,), 1.0)])
         values = (now.ready, now.paused, now.uptime, now.progress_age)
         for (name, text), value in zip(GAUGES.items(), values, strict=True):
-            yield _gauge(name, text, [], [((), float(value))])
-
-
-Samples = Iterable[tuple[tuple[str, ...], float]]  # the label values and the number of each sample
+            yield gauge(name, text, [], [((), float(value))])
 
 
 def _partitions(now: Snapshot) -> Iterator[Metric]:
@@ -90,42 +81,11 @@ def _partitions(now: Snapshot) -> Iterator[Metric]:
         # Revoked alerts leave the ledger, but they were consumed, and a counter must never fall.
         extra = {at: entry.revoked if column == "consumed" else 0 for at, entry in entries.items()}
         samples = ((at, float(getattr(entry, column) + extra[at])) for at, entry in entries.items())
-        yield _counter(f"alerts_{column}", text, labels, samples)
+        yield counter(f"alerts_{column}", text, labels, samples)
     in_flight = ((at, float(entry.in_flight)) for at, entry in entries.items())
-    yield _gauge("alerts_in_flight", "Alerts whose outcome is not final yet", labels, in_flight)
+    yield gauge("alerts_in_flight", "Alerts whose outcome is not final yet", labels, in_flight)
     lag = (((topic, str(number)), float(behind)) for (topic, number), behind in sorted(now.lag.items()))
-    yield _gauge("consumer_lag", "Messages up to the end of each assigned partition", labels, lag)
-
-
-def _counter(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
-    from prometheus_client.core import CounterMetricFamily
-
-    family = CounterMetricFamily(f"edgekit_{name}", text, labels=labels)
-    for values, number in samples:
-        family.add_metric(values, number)
-    return family
-
-
-def _gauge(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
-    from prometheus_client.core import GaugeMetricFamily
-
-    family = GaugeMetricFamily(f"edgekit_{name}", text, labels=labels)
-    for values, number in samples:
-        family.add_metric(values, number)
-    return family
-
-
-def _histograms(name: str, text: str, label: str | None, histograms: dict[str, Histogram]) -> Metric:
-    from prometheus_client.core import HistogramMetricFamily
-
-    family = HistogramMetricFamily(f"edgekit_{name}", text, labels=[label] if label else [])
-    for value, histogram in histograms.items():
-        buckets, reached = [], 0
-        for bound, number in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
-            reached += number
-            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), reached))
-        family.add_metric([value] if label else [], buckets, histogram.total)
-    return family
+    yield gauge("consumer_lag", "Messages up to the end of each assigned partition", labels, lag)
 
 
 def _single(numbers: dict[str, int]) -> Samples:

@@ -3,53 +3,21 @@
 
 from __future__ import annotations
 
-import bisect
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 
 from alert_broker.stream.ledger import Ledger, Partition
+from runtimes.exposition import SECONDS as SECONDS
+from runtimes.exposition import Histogram as Histogram
 
 # the last one lasts from poll to delivery report
 STAGES = ("decode", "features", "inference", "route", "publish", "end-to-end")
-SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 MOST_REASONS, OTHER = 32, "other"  # a reason may quote anything from a packet; reasons after the first 32 count as one
 SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-@dataclass(slots=True)
-class Histogram:
-    """Counts in buckets with these upper bounds, as in Prometheus, and a last count for values above all bounds."""
-
-    bounds: tuple[float, ...]
-    counts: list[int] = field(default_factory=list)
-    total: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.counts = self.counts or [0] * (len(self.bounds) + 1)
-
-    def add(self, value: float, times: int = 1) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += times
-        self.total += value * times
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
-
-    def quantile(self, share: float) -> float:
-        """Return the upper bound of the bucket that contains this share of the values; 0 if there are no values."""
-        reached, wanted = 0, share * self.count
-        for bound, number in zip((*self.bounds, float("inf")), self.counts, strict=True):
-            reached += number
-            if number and reached >= wanted:
-                return bound
-        return 0.0
-
-    def copy(self) -> Histogram:
-        return Histogram(self.bounds, list(self.counts), self.total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,67 @@
+"""Many clients at once, also such that leave, send nonsense or read slowly: nothing is lost, nothing leaks."""
+
+import asyncio
+import time
+from pathlib import Path
+
+from tools import bench_serve as bench
+
+
+def descriptors():
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def test_every_request_ends_and_nothing_is_held(start):
+    with start() as running:
+        warm = asyncio.run(bench.load(running.port, "toy", clients=8, requests=16))
+        assert warm.lost == []
+        before = descriptors()
+        outcome = asyncio.run(bench.load(running.port, "toy", clients=24, requests=200, seed=1))
+        assert outcome.lost == []
+        ends = outcome.ends
+        assert sum(ends.values()) == 200
+        assert ends["stream: done"] > 60
+        assert ends["whole: 200"] > 10
+        assert ends["slow: done"] > 0
+        assert sum(number for end, number in ends.items() if end.startswith("malformed: 4")) > 10
+        assert not any(end.endswith(("cut", ": 500")) for end in ends)
+        assert asyncio.run(bench.settled(running.port, "toy")) == ""
+        assert running.settled()
+        deadline = time.monotonic() + 30.0
+        while descriptors() > before:  # a connection without a request is kept for some seconds
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_more_than_the_queue_holds_is_refused_and_not_lost(start):
+    with start(limits={"queue": 2}) as running:
+        asyncio.run(bench.load(running.port, "toy", clients=1, requests=4))
+        outcome = asyncio.run(bench.load(running.port, "toy", clients=24, requests=120, seed=2, tokens=200))
+        assert outcome.lost == []
+        assert outcome.ends["stream: 503"] > 0
+        assert outcome.ends["stream: done"] > 0
+        assert running.settled()
+
+
+def test_a_lost_request_and_a_held_block_are_seen(start, monkeypatch):
+    """The twin: a daemon that forgets an answer, and gives blocks back late."""
+    monkeypatch.setattr(bench, "SECONDS", 1.5)
+    with start() as running:
+        asyncio.run(bench.load(running.port, "toy", clients=1, requests=4))
+        with monkeypatch.context() as patch:
+            patch.setattr(running.queue(), "_tell", lambda pending, event: None)
+            outcome = asyncio.run(bench.load(running.port, "toy", clients=4, requests=8, seed=1))
+        assert any("TimeoutError" in item for item in outcome.lost)
+        blocks = running.queue().engine.blocks
+        blocks.reserve([(10**6, 16)])
+        assert asyncio.run(bench.settled(running.port, "toy", seconds=0.5)) == "1 blocks and 0 answers are held"
+        blocks.remove(10**6)
+
+
+def test_the_report_fails_for_each_problem(capsys):
+    def status(held="", after=5, lost=()):
+        return bench.report(bench.Outcome(lost=list(lost)), 1.0, held, 5, after, 0)
+
+    assert status() == 0
+    assert status(held="1 blocks") == status(after=6) == status(lost=["request 3"]) == 1
+    assert capsys.readouterr().out.count("NOT AS IT MUST BE") == 3
