@@ -23,6 +23,7 @@ from alert_broker.containers import BadPacket
 from alert_broker.features import LightCurveFeatures
 from alert_broker.gaussian_process import Status
 from alert_broker.packets import AlertBatch, PacketSource, batches, file_name, find_files, read_blocks
+from alert_broker.priors import UNIFORM, Prior, weigh
 from alert_broker.results import (
     CLASSIFIED,
     ERRORS,
@@ -56,6 +57,7 @@ UNCLASSIFIED = {Status.NO_POINTS: "no points in", Status.NO_FLUX: "no flux in", 
 OVER_TIME = "the Gaussian process did not end within its time budget"
 NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the network
 SHORT_DIGEST = 12
+EQUAL = Prior(UNIFORM, {})  # what the models were trained for
 NOTE_AFTER_SECONDS = 1.0  # seconds of compilation; loading the kernels from numba's cache takes less
 
 Stage = Callable[[AlertBatch], pa.RecordBatch]
@@ -80,8 +82,8 @@ class Classifier:
     order.
 
     threads: threads of the Gaussian process; session_threads: threads of the runtime; the default of both is all cores.
-    budget: limits the time that the Gaussian process may take for an alert. `seconds` adds up the time that features
-    and inference took.
+    budget: limits the time that the Gaussian process may take for an alert; prior: the class shares that the answers
+    are for. `seconds` adds up the time that features and inference took.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Classifier:
         threads: int | None = None,
         session_threads: int | None = None,
         budget: Budget | None = None,
+        prior: Prior = EQUAL,
     ) -> None:
         source = str(bundle.path or bundle.manifest.name)
         self.bundle, self._threads, self._budget = bundle, threads, budget
@@ -103,6 +106,7 @@ class Classifier:
                 "use a model without redshift, such as t2-ugrizy"
             )
         _check_shapes(bundle, self.features, source)
+        self._prior, self._weights = prior.name, prior.weights(self.classes, source)
         self.session = open_session(bundle, runtime, **({"threads": session_threads} if session_threads else {}))
         self.schema = result_schema(self.classes)
         self._digest = bundle.digest[:SHORT_DIGEST]
@@ -113,6 +117,7 @@ class Classifier:
         are null."""
         name, survey, count = self.bundle.manifest.name, batch.survey, len(batch.curves)
         identity = {"model": repeat(name, count), "bundle": repeat(self._digest, count)}
+        identity["prior"] = repeat(self._prior, count)
         if lacking := [band for band in self.features.seen if band not in survey.bands]:
             reason = f"skipped: {name} needs {', '.join(lacking)}, which {survey.name} does not observe"
             return result_rows(batch, self.schema, identity | {"status": repeat(reason, count)})
@@ -135,6 +140,8 @@ class Classifier:
             good = {key: array[rows] for key, array in inputs.items()}
             probabilities[rows] = self.session.run(good)[self.bundle.manifest.outputs[0].name]
             why[~np.isfinite(probabilities).all(axis=1)] = reasons.index(NOT_FINITE)
+            if self._weights is not None:
+                probabilities = weigh(probabilities, self._weights)
         self.seconds["inference"] += time.perf_counter() - started
 
         null, best = why != 0, probabilities.argmax(axis=1)
@@ -152,7 +159,8 @@ class Classifiers:
 
     bundle: one model for all surveys; by default each survey has its own. A given bundle is opened at once, so that an
     unusable one is reported before the work starts. Default models are opened when their first alert comes, or by
-    `open_all`. wrap: a function that is applied to each classifier and adds `columns` to its result.
+    `open_all`. prior: the class shares that the answers are for. wrap: a function that is applied to each classifier
+    and adds `columns` to its result.
     """
 
     def __init__(
@@ -164,6 +172,7 @@ class Classifiers:
         wrap: Callable[[Classifier], Stage] = lambda classifier: classifier,
         columns: Sequence[pa.Field] = (),
         budget: Budget | None = None,
+        prior: Prior = EQUAL,
     ) -> None:
         self.models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
         self.classes = tuple(dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes))
@@ -171,7 +180,7 @@ class Classifiers:
         self.opened: dict[str, Classifier] = {}  # by the bundle's digest
         self._stages: dict[str, Stage] = {}
         self._digests = {survey: item.digest for survey, item in self.models.items()}
-        self._runtime, self._threads, self._wrap, self._budget = runtime, threads, wrap, budget
+        self._runtime, self._threads, self._wrap, self._budget, self.prior = runtime, threads, wrap, budget, prior
         self.start_seconds = 0.0
         if bundle is not None:
             self.open_all()
@@ -200,7 +209,7 @@ class Classifiers:
         if digest not in self.opened:
             started = time.perf_counter()
             self.opened[digest] = Classifier(
-                self.models[survey], self._runtime, threads=self._threads, budget=self._budget
+                self.models[survey], self._runtime, threads=self._threads, budget=self._budget, prior=self.prior
             )
             self._stages[digest] = self._wrap(self.opened[digest])
             self.start_seconds += time.perf_counter() - started
@@ -221,6 +230,7 @@ def classify_files(
     runtime: str = "onnxruntime",
     batch: int = 1024,
     errors: Path | None = None,
+    prior: Prior = EQUAL,
     force: bool = False,
     progress: Progress = lambda done, total, packets: None,
     notify: Callable[[str], None] = lambda message: None,
@@ -236,8 +246,8 @@ def classify_files(
     files = find_files(paths)
     errors = errors or output.with_suffix(".errors.parquet")
     _check_targets(output, errors, files, force)
-    account = Account(files=len(files))
-    classifiers = Classifiers(bundle, runtime)
+    account = Account(files=len(files), prior=prior.name)
+    classifiers = Classifiers(bundle, runtime, prior=prior)
     started = time.perf_counter()
     load_kernels(notify)
     account.seconds["start"] += time.perf_counter() - started

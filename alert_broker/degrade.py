@@ -35,6 +35,32 @@ def as_seen_after(curves: LightCurves, days: float) -> LightCurves:
     return curves.where(curves.time <= (first_detection(curves) + days)[curves.object_of_point])
 
 
+def cut_at_detection(
+    curves: LightCurves, rng: np.random.Generator, *, window_days: float = 365.0
+) -> tuple[LightCurves, npt.NDArray[np.int64]]:
+    """Return light curves as the packet of one of their detections shows them, and which detection of its light curve
+    that is, from 1 on: no point after it, and none from more than `window_days` before it. Every detection is equally
+    likely; a light curve without detections stays whole, and its number is 0."""
+    owner, count = curves.object_of_point, len(curves)
+    found = np.bincount(owner[curves.detected], minlength=count)
+    chosen = np.where(found > 0, rng.integers(0, np.maximum(found, 1)) + 1, 0)
+    return at_detection(curves, chosen, window_days=window_days), chosen
+
+
+def at_detection(curves: LightCurves, number: npt.NDArray[np.int64], *, window_days: float = 365.0) -> LightCurves:
+    """Return light curves as the packets of these detections, (objects,) from 1 on, show them; 0 leaves a light curve
+    whole. A light curve with fewer detections is shown as at its last one."""
+    owner, count = curves.object_of_point, len(curves)
+    found = np.bincount(owner[curves.detected], minlength=count)
+    before = np.cumsum(found) - found
+    times = curves.time[curves.detected]
+    last = np.full(count, np.inf)
+    cut = (number > 0) & (found > 0)
+    last[cut] = times[(before + np.minimum(number, found) - 1)[cut]]
+    inside = (curves.time <= last[owner]) & ((curves.time >= (last - window_days)[owner]) | ~cut[owner])
+    return curves.where(inside)
+
+
 def in_bands(curves: LightCurves, bands: tuple[str, ...]) -> LightCurves:
     """Return the points in these bands, as a survey with only these bands sees them."""
     return curves.where(np.isin(curves.band, [curves.bands.index(band) for band in bands]))

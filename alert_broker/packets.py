@@ -7,7 +7,6 @@ reads, and the columns become light curves, many packets at a time.
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +21,7 @@ from alert_broker.avro.plan import ReadPlan
 from alert_broker.containers import BadPacket, Block, Buffer, split
 from alert_broker.lightcurve import LightCurves, concatenate
 from alert_broker.surveys.base import Extracted, PacketError, Survey, surveys
-from edgekit.bundle.bounded import claim
-from edgekit.data.parquet import declared_bytes, open_bounded, text_bytes, without_dictionaries
+from edgekit.data.parquet import bounded_batches, open_bounded
 from edgekit.errors import EdgekitError
 
 PARQUET_MAGIC = b"PAR1"
@@ -186,12 +184,13 @@ class _Waiting:
 
     def take(self, size: int) -> Iterator[AlertBatch | BadPacket]:
         """Yield all waiting packets, as batches of up to `size`."""
-        sources = [(columns.take(), indices) for columns, indices in self._columns.values()] + self._tables
+        sources = [(columns.take(), indices, False) for columns, indices in self._columns.values()]
+        sources += [(rows, indices, True) for rows, indices in self._tables]
         self._buffer_pool.update((columns.plan, columns) for columns, _ in self._columns.values())
         found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
-        for columns, indices in sources:
+        for columns, indices, table in sources:
             try:
-                extracted = self.survey.light_curves(columns)
+                extracted = self.survey.light_curves(columns, table=table)
                 errors = extracted.errors
             except PacketError as error:
                 errors = dict.fromkeys(range(len(indices)), str(error))
@@ -295,17 +294,16 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
                 reason = f"unsupported table: its first columns are {named}; supported layouts: {known}"
                 yield BadPacket(file_name(path), 0, reason if rows else "the table has no rows", "skipped", rows)
                 return
+            if missing := survey.missing(frozenset(columns)):
+                reason = f"the {survey.name} table has no field {missing[0]!r}, which the survey's schema requires"
+                yield BadPacket(file_name(path), 0, reason, packets=rows)
+                return
             wanted = set(survey.paths)
             chosen = [parquet.schema.column(index).path for index, name in enumerate(columns) if name in wanted]
             size = os.fstat(stream.fileno()).st_size
-            claim(max(declared_bytes(stream, parquet.metadata, set(chosen)), default=0), size, "a group of its rows")
-            # one group at a time, because pyarrow reads no list of texts with two dictionaries
-            groups = range(parquet.metadata.num_row_groups)
-            each = (parquet.iter_batches(PARQUET_ROWS, [group], columns=chosen) for group in groups)
-            for batch in itertools.chain.from_iterable(each):
-                claim(sum(map(text_bytes, batch.columns)), size, f"rows {row} to {row + batch.num_rows}")
-                yield ParquetRows(survey, file_name(path), row, without_dictionaries(batch))
-                row += batch.num_rows
+            for first, batch in bounded_batches(stream, parquet, chosen, PARQUET_ROWS, size):
+                yield ParquetRows(survey, file_name(path), first, batch)
+                row = first + batch.num_rows
     except (pa.ArrowException, OSError, ValueError, EdgekitError) as error:
         reason = f"the file cannot be read as Parquet from row {row} on: {error}"
         yield BadPacket(file_name(path), row, reason, packets=max(rows - row, 1))

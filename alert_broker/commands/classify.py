@@ -37,6 +37,12 @@ Read the result with: pandas.read_parquet("night.parquet")
     help="c, onnxruntime or torch; auto selects c if this machine can compile it.",
 )
 @click.option(
+    "--prior",
+    default="uniform",
+    show_default=True,
+    help="Class shares that the probabilities are for: uniform, lsst, or a TOML file of CLASS = SHARE.",
+)
+@click.option(
     "--batch", type=click.IntRange(min=1), default=1024, show_default=True, help="Number of alerts in a batch."
 )
 @click.option(
@@ -51,6 +57,7 @@ def classify(
     target: Path,
     model: str | None,
     runtime: str,
+    prior: str,
     batch: int,
     errors: Path | None,
     force: bool,
@@ -64,6 +71,7 @@ def classify(
     """
     with alert_packages():
         from alert_broker.classify import classify_files
+        from alert_broker.priors import Prior
     from edgekit.importers.api import open_to_run
 
     bundle = open_to_run(model) if model is not None else None
@@ -82,6 +90,7 @@ def classify(
             runtime=runtime,
             batch=batch,
             errors=errors,
+            prior=Prior.named(prior),
             force=force,
             progress=show,
             notify=note,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from alert_broker import gaussian_process
 from alert_broker.classify import Classifiers, load_kernels
+from alert_broker.priors import Prior
 from alert_broker.stream.config import Config
 from alert_broker.stream.reuse import COLUMNS, Reuse
 from alert_broker.work_budget import Budget
@@ -16,12 +17,14 @@ from edgekit.bundle.format import Bundle
 def open_classifiers(config: Config, bundle: Bundle | None, budget: Budget | None = None) -> Classifiers:
     """Return the classifiers, whose models are opened when they are needed. If the configuration says so, each reuses
     its last classification of an object."""
-    same = config.model.reuse
+    same, prior = config.model.reuse, Prior.named(config.model.prior)
     threads = config.model.threads or max(1, gaussian_process.cores() - 1)  # the other stages and the client need one
     if same == "off":
-        return Classifiers(bundle, config.model.runtime, threads=threads, budget=budget)
+        return Classifiers(bundle, config.model.runtime, threads=threads, budget=budget, prior=prior)
     wrap = functools.partial(Reuse, same=same)
-    return Classifiers(bundle, config.model.runtime, threads=threads, wrap=wrap, columns=COLUMNS, budget=budget)
+    return Classifiers(
+        bundle, config.model.runtime, threads=threads, wrap=wrap, columns=COLUMNS, budget=budget, prior=prior
+    )
 
 
 def open_all_classifiers(config: Config, budget: Budget, notify: Callable[[str], None]) -> Classifiers:

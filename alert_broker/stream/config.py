@@ -79,6 +79,9 @@ class Model:
 
     bundle: str = _option("", "Bundle, or name of a model, for all surveys; by default each survey has its own model.")
     runtime: str = _option("auto", "c, onnxruntime or torch; auto selects c if this machine can compile it.")
+    prior: str = _option(
+        "uniform", "Class shares that the probabilities are for: uniform, lsst, or a TOML file of CLASS = SHARE."
+    )
     threads: int = _option(0, "Threads of the Gaussian process; 0 uses all cores but one.")
     alert_seconds: float = _option(
         10.0, "An alert whose light curve takes longer to interpolate becomes a dead letter."

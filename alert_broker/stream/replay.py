@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from alert_broker import simulated_packets
@@ -24,6 +23,7 @@ from alert_broker.simulate import SimulatedAlert
 from alert_broker.stream.clients import reason_of, refusal_of
 from alert_broker.stream.config import Secret
 from alert_broker.stream.tables import container, table_packets
+from edgekit.bundle.bounded import claim
 from edgekit.errors import EdgekitError
 
 TICK = 0.002  # seconds; messages that are due within a tick are sent together
@@ -58,6 +58,7 @@ def _packets_of_file(path: Path, column: str) -> Iterator[bytes]:
             for member in archive:
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is not None:
+                    claim(member.size, path.stat().st_size, f"{name}:{member.name}")
                     yield from single_packets(content.read(), f"{name}:{member.name}", column)
         return
     # pyarrow opens no file whose name is not UTF-8
@@ -73,7 +74,7 @@ def single_packets(data: bytes, name: str, column: str = "") -> Iterator[bytes]:
     """Yield the packets of a file, one per message. If anything in an Avro file is wrong, the file is sent unchanged as
     one message."""
     if data[:4] == PARQUET_MAGIC:
-        yield from table_packets(pa.BufferReader(data), name, column)
+        yield from table_packets(data, name, column)
         return
     if data[:4] != AVRO_MAGIC:
         yield data

@@ -32,7 +32,7 @@ from edgekit.errors import EdgekitError, unknown
 
 COLUMNS = (pa.field("fresh", pa.bool_()), pa.field("reused_from", pa.int64()))
 TEXTS = ("status", "best_class")
-CONSTANT = ("model", "bundle")  # columns that are the same for all rows of a classifier
+CONSTANT = ("model", "bundle", "prior")  # columns that are the same for all rows of a classifier
 CAPACITY = 200_000  # objects, some 400 bytes each: about as many as have alerts in one night
 Same = Literal["detections", "points"]
 

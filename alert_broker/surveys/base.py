@@ -75,17 +75,25 @@ class Points:
 class Rows:
     """The rows of one record, or of one list of records, of all alerts: Arrow columns by field name.
 
-    owner: (rows,) the alert of each row, ascending.
+    owner: (rows,) the alert of each row, ascending; nullable: the fields that are null in every row if there is no
+    column for them.
     """
 
     owner: Integers
     columns: Mapping[str, pa.Array]
+    nullable: frozenset[str] = frozenset()
+
+    def column(self, name: str) -> pa.Array:
+        """Return the field's column. Raises KeyError if there is none, unless the field is nullable."""
+        if name not in self.columns and name in self.nullable:
+            return pa.nulls(len(self.owner))
+        return self.columns[name]
 
     def numbers(self, name: str) -> Floats:
         """Return the field as (rows,) float64, with NaN for null."""
         if len(self.owner) == 0:  # a list that is empty in every packet may come without its fields
             return np.empty(0)
-        values = self.columns[name]
+        values = self.column(name)
         if not pa.types.is_float64(values.type):
             values = values.cast(pa.float64(), safe=False)
         return np.asarray(values.to_numpy(zero_copy_only=False))
@@ -95,13 +103,13 @@ class Rows:
         all rows."""
         if optional and name not in self.columns:
             return np.zeros(len(self.owner), np.int64)
-        return np.asarray(pc.fill_null(self.columns[name].cast(pa.int64()), 0).to_numpy())
+        return np.asarray(pc.fill_null(self.column(name).cast(pa.int64()), 0).to_numpy())
 
     def positions(self, name: str, labels: Sequence[Any]) -> npt.NDArray[np.int8]:
         """Return (rows,) the index of each value among the labels, -1 for a value that is not one of them."""
         if len(self.owner) == 0:
             return np.empty(0, np.int8)
-        column = self.columns[name]
+        column = self.column(name)
         if pa.types.is_null(column.type):
             return np.full(len(self.owner), -1, np.int8)
         if pa.types.is_dictionary(column.type):
@@ -112,16 +120,19 @@ class Rows:
     def where(self, keep: npt.NDArray[np.bool_]) -> Rows:
         """Return the rows for which `keep`, (rows,) bool, is true."""
         mask = pa.array(keep)
-        return Rows(self.owner[keep], {name: column.filter(mask) for name, column in self.columns.items()})
+        columns = {name: column.filter(mask) for name, column in self.columns.items()}
+        return Rows(self.owner[keep], columns, self.nullable)
 
 
 class Packets:
     """A batch of packets as Arrow columns: the survey's `fields`, with records as structs, and lists of such structs.
 
     errors: the reason why an alert has no usable light curve, by the alert's number. The first reason is kept.
+    nullable: paths that are null in every packet if there is no column for them.
     """
 
-    def __init__(self, columns: pa.RecordBatch) -> None:
+    def __init__(self, columns: pa.RecordBatch, nullable: frozenset[str] = frozenset()) -> None:
+        self._nullable = nullable
         self.errors: dict[int, str] = {}
         self._columns = {name: columns.column(k) for k, name in enumerate(columns.schema.names)}
         self._count = columns.num_rows
@@ -140,6 +151,7 @@ class Packets:
     def lists(self, name: str, *, optional: bool = False) -> Rows:
         """Return the rows of the lists of records in a field. A null list has no rows, and neither has an optional
         field that the packets do not have."""
+        optional = optional or name in self._nullable
         column = pa.nulls(self._count) if optional and name not in self._columns else self._columns[name]
         if pa.types.is_null(column.type):
             return Rows(np.empty(0, np.int64), {})
@@ -155,7 +167,10 @@ class Packets:
             raise TypeError(f"{name} is of type {records.type}; expected a record")
         for alert in owner[records.is_null().to_numpy(zero_copy_only=False)].tolist():
             self.fail(alert, f"{name} or a row in it is null")
-        return Rows(owner, dict(zip((item.name for item in records.type), records.flatten(), strict=True)))
+        columns = dict(zip((item.name for item in records.type), records.flatten(), strict=True))
+        prefix = f"{name}."
+        nullable = frozenset(path.removeprefix(prefix) for path in self._nullable if path.startswith(prefix))
+        return Rows(owner, columns, nullable)
 
     def fail(self, alert: int, reason: str) -> None:
         self.errors.setdefault(alert, reason)
@@ -193,6 +208,9 @@ class Survey(ABC):
     bands: ClassVar[tuple[str, ...]]
     wavelengths: ClassVar[tuple[float, ...]]  # effective wavelengths in angstrom, one for each band
     fields: ClassVar[Mapping[str, tuple[str, ...]]]
+    # The paths of these fields that may be null in some version of the survey's schema. A Parquet file often lacks a
+    # column that would be null everywhere, so such a field may be absent from a table.
+    nullable: ClassVar[frozenset[str]] = frozenset()
     # The survey's Avro record: its full name, by which the survey is recognised when a table's rows are replayed.
     record: ClassVar[str]
     cutouts: ClassVar[tuple[str, str, str]] = ("cutoutScience", "cutoutTemplate", "cutoutDifference")  # bytes, as paths
@@ -219,10 +237,21 @@ class Survey(ABC):
         """The fields that are read, as dotted paths."""
         return [path for top, inner in self.fields.items() for path in ([f"{top}.{name}" for name in inner] or [top])]
 
-    def light_curves(self, columns: pa.RecordBatch) -> Extracted:
-        """Return the light curves of a batch of packets. Raises PacketError if the same reason holds for all
-        packets."""
-        packets = Packets(columns)
+    def paths_in(self, columns: frozenset[str]) -> list[str]:
+        """The fields that are read from a table with these columns: `paths`, without other versions' names."""
+        return self.paths
+
+    def missing(self, columns: frozenset[str]) -> list[str]:
+        """Return the fields that a table with these columns lacks, although they may not be null."""
+        absent = [path for path in self.paths_in(columns) if path not in columns | self.nullable]
+        records = {name.split(".")[0] for name in columns if "." in name}  # a list that is always empty has no fields
+        return [path for path in absent if path.split(".")[0] in records or path.split(".")[0] not in self.nullable]
+
+    def light_curves(self, columns: pa.RecordBatch, *, table: bool = False) -> Extracted:
+        """Return the light curves of a batch of packets. table: whether they are rows of a table, in which absent
+        nullable fields are null; in Avro, a schema without them is one that this survey does not know. Raises
+        PacketError if the same reason holds for all packets."""
+        packets = Packets(columns, self.nullable if table else frozenset())
         try:
             found = self.extract(packets)
             alert_id = _identifiers(found.alert_id, packets)

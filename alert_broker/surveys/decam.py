@@ -34,7 +34,7 @@ class Decam(Survey):
         return name == self.record
 
     def recognises_columns(self, columns: frozenset[str]) -> bool:
-        return {"objectId", "candid", "candidate.mjd", "candidate.psfFlux", "fp_hists.psfFlux"} <= columns
+        return {"objectId", "candid", "candidate.mjd", "candidate.psfFlux"} <= columns
 
     def extract(self, packets: Packets) -> Photometry:
         names = packets.column("objectId").to_pylist()

@@ -26,6 +26,8 @@ NAMES = (
     ("midPointTai", "filterName", "psFlux", "psFluxErr"),
 )
 PHOTOMETRY = (*NAMES[0], *NAMES[1])
+NULLABLE = ("band", "psfFlux", "psfFluxErr")  # from version 6.0 on
+HISTORIES = ("prvDiaSources", "prvDiaForcedSources")
 INNER = ("type", "items", "values", "fields")  # the keys of a schema whose values are schemas
 
 
@@ -48,6 +50,15 @@ class Lsst(Survey):
         "prvDiaForcedSources": PHOTOMETRY,
         "prvDiaNondetectionLimits": (NAMES[0][0], NAMES[1][0]),
     }
+    nullable: ClassVar = frozenset(
+        {
+            *HISTORIES,
+            "prvDiaNondetectionLimits",
+            "diaSource.diaObjectId",
+            "diaSource.ssObjectId",
+            *(f"{record}.{name}" for record in ("diaSource", *HISTORIES) for name in NULLABLE),
+        }
+    )
     zero_point: ClassVar[float] = NANOJANSKY_ZERO_POINT
     labels: ClassVar[tuple[str, ...]] = bands  # the names of the bands in the packets
 
@@ -55,7 +66,13 @@ class Lsst(Survey):
         return re.fullmatch(r"lsst\.v\d+_\d+\.alert", name) is not None
 
     def recognises_columns(self, columns: frozenset[str]) -> bool:
-        return {"diaSource.midpointMjdTai", "diaSource.band", "diaSource.psfFlux"} <= columns
+        # ELAsTiCC's tables have no programId, and versions 3 and 4 require one
+        newer = {"diaSource.diaSourceId", "diaSource.midpointMjdTai"}
+        return newer <= columns or {"diaSource.midPointTai", "diaSource.psFlux", "diaSource.programId"} <= columns
+
+    def paths_in(self, columns: frozenset[str]) -> list[str]:
+        others = NAMES[1] if "diaSource.midpointMjdTai" in columns else NAMES[0]
+        return [path for path in self.paths if path.split(".")[-1] not in others]
 
     def schema_id(self, name: str) -> int | None:
         found = re.fullmatch(r"lsst\.v(\d+)_(\d+)\.alert", name)

@@ -40,13 +40,21 @@ class Ztf(Survey):
         "prv_candidates": DETECTION,
         "fp_hists": FORCED,
     }
+    nullable: ClassVar = frozenset(
+        {
+            "prv_candidates",
+            "fp_hists",
+            *(f"prv_candidates.{name}" for name in ("magpsf", "sigmapsf", "isdiffpos")),
+            *(f"fp_hists.{name}" for name in FORCED if name not in ("jd", "fid")),
+        }
+    )
     cutouts: ClassVar = ("cutoutScience.stampData", "cutoutTemplate.stampData", "cutoutDifference.stampData")
 
     def recognises_schema(self, name: str) -> bool:
         return name == self.record
 
     def recognises_columns(self, columns: frozenset[str]) -> bool:
-        return {"objectId", "candid", "candidate.magpsf", "prv_candidates.magpsf"} <= columns
+        return {"objectId", "candid", "candidate.magpsf", "candidate.fid"} <= columns
 
     def extract(self, packets: Packets) -> Photometry:
         names = packets.column("objectId").to_pylist()
@@ -56,7 +64,7 @@ class Ztf(Survey):
         candidates, history = packets.record("candidate"), packets.lists("prv_candidates")
         found, upper_limits = history, np.zeros(len(packets), np.int64)
         if len(history.owner):
-            detected = history.columns["magpsf"].is_valid().to_numpy(zero_copy_only=False)
+            detected = history.column("magpsf").is_valid().to_numpy(zero_copy_only=False)
             found = history.where(detected)
             upper_limits = np.bincount(history.owner[~detected], minlength=len(packets))
         forced = packets.lists("fp_hists", optional=True)  # schemas before 4.01 do not have it

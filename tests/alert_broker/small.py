@@ -100,6 +100,8 @@ def small_plasticc(per_class=4, seed=0) -> tuple[pa.Table, pa.Table]:
         "target": targets,
         "hostgal_photoz": redshift,
         "hostgal_photoz_err": redshift / 10,
+        "hostgal_specz": np.round(1.1 * redshift, 3),
+        "ddf_bool": (np.arange(len(ids)) % 3 == 0).astype(np.int64),
         "true_z": redshift,
     }
     return pa.table(points), pa.table(objects)

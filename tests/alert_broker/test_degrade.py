@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alert_broker.degrade import as_seen_after, degraded, first_detection
+from alert_broker.degrade import as_seen_after, at_detection, cut_at_detection, degraded, first_detection
 from alert_broker.lightcurve import LightCurves
 
 
@@ -67,3 +67,20 @@ def test_without_a_detection_the_first_point_counts():
         np.array([False, True, False, False]),
     )
     assert first_detection(curves).tolist() == [6.0, 7.0]
+
+
+def test_a_history_ends_at_one_of_its_detections(curves):
+    cut, number = cut_at_detection(curves, np.random.default_rng(3), window_days=100.0)
+    for item in range(0, 2000, 97):
+        whole, part = curves.take([item]), cut.take([item])
+        times = whole.time[whole.detected]
+        assert part.time[-1] == times[number[item] - 1]
+        assert part.detected[-1]
+        assert part.detected.sum() == (times[: number[item]] >= part.time[-1] - 100.0).sum()
+        assert part.time[0] >= part.time[-1] - 100.0
+    found = np.bincount(curves.object_of_point[curves.detected], minlength=len(curves))
+    assert abs(np.mean((number - 0.5) / found) - 0.5) < 0.02  # every detection is equally likely
+    every = at_detection(curves, np.full(len(curves), 10_000))
+    assert np.array_equal(every.detected.sum(), at_detection(curves, found).detected.sum())
+    none = curves.where(~curves.detected)
+    assert np.array_equal(cut_at_detection(none, np.random.default_rng(0))[0].time, none.time)

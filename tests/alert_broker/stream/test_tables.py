@@ -16,6 +16,7 @@ from alert_broker.packets import batches, read_blocks
 from alert_broker.simulate import simulate, write
 from alert_broker.stream.archive import Archive, Positions
 from alert_broker.stream.replay import packets
+from edgekit.bundle import bounded
 from edgekit.errors import EdgekitError
 
 PACKETS = [b"Obj\x01 one", b"\x00two", b""]
@@ -151,3 +152,24 @@ def test_a_simulators_true_classes_are_no_packets(tmp_path):
     files = write(tmp_path / "night", simulate("ztf", 3, 5, cutouts=False), packets_per_file=1)
     assert (tmp_path / "night" / "truth.parquet").exists()
     assert len(messages(tmp_path / "night")) == len(files)
+
+
+def test_tables_that_expand_are_refused(tmp_path, monkeypatch):
+    """A few kB that stand for 2 GB are refused before they take memory, in a file and in an archive of files."""
+    night = tmp_path / "night.parquet"
+    texts = pa.chunked_array([pa.array([b"x" * 500_000] * 100)] * 40)
+    pq.write_table(
+        pa.table({"packet": texts}), night, use_dictionary=False, column_encoding={"packet": "DELTA_BYTE_ARRAY"}
+    )
+    with pytest.raises(EdgekitError, match=r"column 'packet' have the encoding DELTA_BYTE"):
+        list(packets([night]))
+    pq.write_table(pa.table({"packet": [b"x" * 100_000] * 40}), night)
+    assert len(list(packets([night]))) == 40
+    monkeypatch.setenv(bounded.VARIABLE, "1MB")
+    with pytest.raises(EdgekitError, match=r"rows 0 to 40: .* declare 4,000,000 bytes"):
+        list(packets([night]))
+    (tmp_path / "zeros").write_bytes(bytes(3_000_000))
+    with tarfile.open(tmp_path / "night.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "zeros", "zeros")
+    with pytest.raises(EdgekitError, match=r"night.tar.gz:zeros: .* declare 3,000,000 bytes"):
+        list(packets([tmp_path / "night.tar.gz"]))
