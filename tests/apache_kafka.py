@@ -25,11 +25,11 @@ from confluent_kafka.admin import (
     AclBindingFilter,
     AclOperation,
     AclPermissionType,
-    AdminClient,
     ResourcePatternType,
     ResourceType,
 )
 
+from alert_broker.stream.clients import Admin
 from edgekit.errors import EdgekitError
 from tests.brokers import free_ports
 from tests.certificates import Authority
@@ -107,7 +107,7 @@ class ApacheKafka:
 
     def allow(self, user: str, resource: ResourceType, name: str, *operations: AclOperation) -> None:
         """Grant these rights on a topic, a group or a transactional id, and wait until they are in force."""
-        admin = AdminClient({"bootstrap.servers": self.internal})
+        admin = Admin({"bootstrap.servers": self.internal})
         rules = [
             AclBinding(
                 resource, name, ResourcePatternType.LITERAL, f"User:{user}", "*", operation, AclPermissionType.ALLOW
@@ -160,7 +160,7 @@ class ApacheKafka:
     def wait(self) -> None:
         """Until every node that was started is in the cluster."""
         running = [number for number, process in enumerate(self._processes) if process is not None]
-        admin = AdminClient({"bootstrap.servers": self.internal, "log_level": 0, "socket.timeout.ms": 5000})
+        admin = Admin({"bootstrap.servers": self.internal, "log_level": 0, "socket.timeout.ms": 5000})
         deadline = time.monotonic() + START_SECONDS
         while True:
             for number in running:
@@ -200,7 +200,7 @@ class ApacheKafka:
 
     def leader(self, topic: str, partition: int = 0) -> int:
         """The index of the node that leads a partition."""
-        admin = AdminClient({"bootstrap.servers": self.internal})
+        admin = Admin({"bootstrap.servers": self.internal})
         return int(admin.list_topics(topic, timeout=START_SECONDS).topics[topic].partitions[partition].leader) - 1
 
     def _end(self, how: signal.Signals, number: int | None) -> None:

@@ -27,9 +27,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from confluent_kafka import KafkaException, Producer
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.cimpl import NewTopic
 
+from alert_broker.stream.clients import Admin
 from edgekit.errors import EdgekitError, missing_extra
 
 READY_SECONDS = 60.0
@@ -240,7 +241,7 @@ def create_topics(
     address: str, topics: Mapping[str, int], settings: Mapping[str, Any] | None = None, copies: int = 1
 ) -> None:
     """Topics with so many partitions each, on `copies` nodes; one that exists stays as it is."""
-    admin = AdminClient({"bootstrap.servers": address, **(settings or {})})
+    admin = Admin({"bootstrap.servers": address, **(settings or {})})
     for name, future in admin.create_topics([NewTopic(name, count, copies) for name, count in topics.items()]).items():
         try:
             future.result(READY_SECONDS)
@@ -255,7 +256,7 @@ def configure_topic(address: str, topic: str, settings: Mapping[str, str]) -> No
         ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
     ]
     resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
-    admin = AdminClient({"bootstrap.servers": address})
+    admin = Admin({"bootstrap.servers": address})
     for future in admin.incremental_alter_configs([resource]).values():
         future.result(READY_SECONDS)
     time.sleep(2.0)  # the answer comes before the settings count

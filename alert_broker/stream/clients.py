@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -117,10 +118,26 @@ def open_consumer(
         raise EdgekitError(f"the consumer cannot be configured: {refusal_of(error, settings)}") from None
 
 
-def open_admin(settings: Mapping[str, Secret], hear: Callable[[KafkaError], None] = note_error) -> AdminClient:
+class Admin(AdminClient):
+    """A client for questions to the broker that may be freed in any thread. librdkafka aborts the process if a client
+    is freed in the client's own thread. Answers arrive in that thread, so the garbage collector may run in it; then the
+    client is kept until another one is made."""
+
+    _kept: ClassVar[list[Admin]] = []
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._kept.clear()
+
+    def __del__(self) -> None:
+        if isinstance(threading.current_thread(), threading._DummyThread):  # a thread that Python did not start
+            self._kept.append(self)
+
+
+def open_admin(settings: Mapping[str, Secret], hear: Callable[[KafkaError], None] = note_error) -> Admin:
     """Return a client for questions to the broker. hear: as in `open_consumer`."""
     try:
-        return AdminClient(of_producer(settings), logger=KAFKA_LOG, error_cb=hear)
+        return Admin(of_producer(settings), logger=KAFKA_LOG, error_cb=hear)
     except (KafkaException, ValueError, TypeError) as error:
         raise EdgekitError(
             f"the client for questions to the broker cannot be configured: {refusal_of(error, settings)}"

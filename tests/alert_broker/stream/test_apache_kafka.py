@@ -32,7 +32,7 @@ def produce(settings, topic: str) -> list[str]:
     errors: list[str] = []
     producer = Producer({"message.timeout.ms": 5000, **settings, "log_level": 0})
     producer.produce(topic, b"x", on_delivery=lambda error, _: errors.append(error.name()) if error else None)
-    assert producer.flush(40) == 0
+    assert producer.flush(60) == 0
     return errors
 
 
@@ -50,10 +50,11 @@ def test_every_alert_comes_out_once(real, packets, exactly, mode):
 def test_three_nodes_keep_their_data(tmp_path):
     with ApacheKafka(tmp_path / "three", nodes=3) as cluster:
         create_topics(cluster.address, {"kept": 1}, copies=3)
-        assert produce(cluster.settings(), "kept") == []
+        patient = {**cluster.settings(), "message.timeout.ms": 40_000}
+        assert produce(patient, "kept") == []
         first = cluster.leader("kept")
         cluster.kill(first)
-        assert produce(cluster.settings() | {"message.timeout.ms": 30_000}, "kept") == []
+        assert produce(patient, "kept") == []
         assert cluster.leader("kept") != first
         cluster.kill()
         cluster.start()

@@ -1,6 +1,8 @@
 """What librdkafka is told: what a file may change, what it may not, and which errors are worth waiting for."""
 
 import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -213,3 +215,35 @@ def test_partitions_are_in_order():
 def test_partitions_that_cannot_be_known(answer, said):
     with pytest.raises(EdgekitError, match=said):
         partitions_of(client(answer), "a")
+
+
+FREED_IN_ITS_OWN_THREAD = """
+import gc, threading
+from confluent_kafka.admin import AdminClient, NewTopic
+from alert_broker.stream.clients import Admin
+
+def begin(kind, settings):
+    client = kind(settings)
+    future = client.create_topics([NewTopic("x", 1, 1)], request_timeout=0.5)["x"]
+    cycle = [client]
+    cycle.append(cycle)  # only the garbage collector frees it
+    return future
+
+gc.disable()
+settings = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
+done = threading.Event()
+begin(CLASS, settings).add_done_callback(lambda future: (gc.collect(), done.set()))
+assert done.wait(20)
+assert len(CLASS._kept) == 1
+CLASS(settings)  # frees it
+assert CLASS._kept == []
+"""
+
+
+@pytest.mark.parametrize(("kind", "status"), [("Admin", 0), ("AdminClient", -6)])
+def test_a_client_may_be_freed_in_its_own_thread(kind, status):
+    """The twin is librdkafka's own client: it aborts the process."""
+    command = [sys.executable, "-c", FREED_IN_ITS_OWN_THREAD.replace("CLASS", kind)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == status, ended.stderr
+    assert ("librdkafka owned thread is prohibited" in ended.stderr) == bool(status)

@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 from confluent_kafka import Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
 
+from alert_broker.stream.clients import Admin
 from alert_broker.stream.stats import Stats
 from tests.alert_broker.conftest import REAL
 from tests.alert_broker.stream.rig import START_SECONDS, Rig, repeat
@@ -186,7 +186,7 @@ def test_a_member_that_slept_past_its_session_doubles_nothing(apache_kafka, bund
 
 def delete_before(cluster: ApacheKafka, topic: str, offsets: dict[int, int]) -> None:
     """As retention does: the log of each partition then begins at this offset."""
-    admin = AdminClient(cluster.settings())
+    admin = Admin(cluster.settings())
     wanted = [TopicPartition(topic, partition, offset) for partition, offset in offsets.items()]
     for future in admin.delete_records(wanted).values():
         future.result(30)

@@ -209,10 +209,10 @@ SMALL = {"fetch.max.bytes": 16_000_000, "receive.message.max.bytes": 17_000_000,
 
 
 def bomb(rig, records: int) -> None:
-    """Records of 0.9 MB of zeros, in one batch."""
+    """Records of 0.9 MB of zeros, in one batch: nothing is sent before `flush`, however slow the machine is."""
     producer = Producer(
         {
-            "bootstrap.servers": rig.address, "compression.type": "zstd", "linger.ms": 1500,
+            "bootstrap.servers": rig.address, "compression.type": "zstd", "linger.ms": 60_000,
             "message.max.bytes": 400_000_000, "batch.size": 400_000_000,
         }
     )  # fmt: skip
