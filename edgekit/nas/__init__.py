@@ -1,0 +1,1 @@
+"""Architectures under constraints: `edgekit search`."""

@@ -1,0 +1,179 @@
+"""What a study found: the networks of the last rung with their noise, what cannot be told apart, the front, and what
+each factor does; and a network as a bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.bundle.bounded import arrays_from_safetensors, read_file
+from edgekit.bundle.format import Bundle
+from edgekit.errors import EdgekitError
+from edgekit.importers.base import GOLDEN_ROWS
+from edgekit.nas.bundles import bundle_of
+from edgekit.nas.spec import COSTS
+from edgekit.nas.strategies import Tried, effects, fronts
+from edgekit.nas.study import WEIGHTS, Study
+from edgekit.nn.hiera import HieraConfig, arguments
+
+FEW = 4  # networks with several seeds that a correlation between seeds needs
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """A network of the last rung. scores: of each seed; limits that it breaks when it is measured are in `breaks`."""
+
+    arm: str
+    key: str
+    config: HieraConfig
+    scores: tuple[float, ...]
+    costs: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How much training with another seed changes a score. spread: the standard deviation between seeds of one network,
+    pooled over the networks; distinguishable: the smallest difference of two means that is told apart, twice the
+    standard error of a difference; ceiling: Spearman's correlation between two seeds over the networks, which no
+    predictor of one seed's scores can be expected to pass (NaN if there are few networks)."""
+
+    seeds: int
+    spread: float
+    distinguishable: float
+    ceiling: float
+
+
+def finalists(study: Study) -> list[Finalist]:
+    """Return the networks of the last rung, best first; without training, each arm's best trials."""
+    search, score = study.spec.search, study.spec.score
+    found: list[Finalist] = []
+    for arm in search.arms:
+        if study.rows is None:
+            events = sorted(study.trials(arm), key=lambda item: (-item["score"], item["key"]))[: score.keep[-1]]
+            groups = [[event] for event in events]
+        else:
+            events = study.rung(len(score.epochs) - 1, arm)
+            groups = [
+                [item for item in events if item["key"] == key] for key in dict.fromkeys(e["key"] for e in events)
+            ]
+        for group in groups:
+            costs: dict[str, float] = {name: group[0][name] for name in COSTS if name in group[0]}
+            scores = tuple(item["score"] for item in group)
+            found.append(Finalist(arm, group[0]["key"], HieraConfig(**group[0]["arguments"]), scores, costs))
+    return sorted(found, key=lambda item: (-item.mean, item.costs[search.cost], item.key))
+
+
+def noise_of(items: Sequence[Finalist]) -> Noise | None:
+    """Return the noise between seeds; None if no network has two."""
+    several = [item for item in items if len(item.scores) > 1]
+    if not several:
+        return None
+    seeds = min(len(item.scores) for item in several)
+    spread = math.sqrt(float(np.mean([np.var(item.scores, ddof=1) for item in several])))
+    first, second = ([item.scores[n] for item in several] for n in (0, 1))
+    ceiling = spearman(first, second) if len(several) >= FEW else math.nan
+    return Noise(seeds, spread, 2 * math.sqrt(2) * spread / math.sqrt(seeds), ceiling)
+
+
+def verdict(first: Finalist, second: Finalist, noise: Noise) -> str:
+    """Say whether the first network is better than the second."""
+    gap = first.mean - second.mean
+    if abs(gap) < noise.distinguishable:
+        return "not distinguishable"
+    return "better" if gap > 0 else "worse"
+
+
+def front(items: Sequence[Tried]) -> list[Tried]:
+    """Return the networks that no other one dominates, by cost."""
+    return sorted((items[index] for index in fronts(items)[0]), key=lambda item: item.cost) if items else []
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the correlation of ranks, NaN if one side has no order."""
+    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
+    if len(first) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
+        return math.nan
+    a, b = (rank - rank.mean() for rank in ranks)
+    return float(a @ b / math.sqrt(float(a @ a) * float(b @ b)))
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the ranks; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    means: npt.NDArray[np.float64] = (ends - (counts - 1) / 2)[inverse]
+    return means
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """Return all that the report shows, as JSON; numbers that are not known are None."""
+    found, spec = finalists(study), study.spec
+    noise = noise_of(found)
+    best = found[0] if found else None
+    rows = [
+        {
+            "arm": item.arm, "key": item.key, "mean": item.mean, "scores": list(item.scores), **item.costs,
+            "against_best": verdict(item, best, noise) if best and noise and item is not best else "",
+            "arguments": arguments(item.config),
+        }
+        for item in found
+    ]  # fmt: skip
+    trials = {arm: study.trials(arm) for arm in spec.search.arms}
+    everything = [event for events in trials.values() for event in events]
+    trained = study.rows is not None
+    own = spec.search.strategy
+    compared = None
+    if noise and len(spec.search.arms) > 1:
+        tops = {arm: next((item for item in found if item.arm == arm), None) for arm in spec.search.arms}
+        mine, control = tops[own], tops["random"]
+        compared = verdict(mine, control, noise) if mine and control else None
+    return {
+        "study": study.id,
+        "score": "accuracy on the test rows" if trained else f"the proxy {spec.score.proxy}, which is no accuracy",
+        "trained": trained,
+        "cost": spec.search.cost,
+        "trials": {arm: len(events) for arm, events in trials.items()},
+        "journal": study.journal.digest,
+        "finalists": rows,
+        "noise": None if noise is None else {
+            "seeds": noise.seeds, "spread": noise.spread, "distinguishable": noise.distinguishable,
+            "ceiling": _known(noise.ceiling),
+        },
+        "against_random": compared,
+        "front": {arm: [[item.key, item.cost, item.score] for item in front(study.tried(arm))] for arm in trials},
+        "points": {arm: [[item.key, item.cost, item.score] for item in study.tried(arm)] for arm in trials},
+        "proxies": {
+            name: _known(spearman([e["proxies"][name] for e in everything], [e["score"] for e in everything]))
+            for name in (everything[0]["proxies"] if everything else ())
+        } if trained else {},
+        "effects": [[factor, dict(means)] for factor, means in effects(spec.space, study.tried(own))],
+        "clock": None if study.clock is None else {
+            "batch": study.clock.batch, "error": study.clock.correction.error, "worst": study.clock.correction.worst,
+        },
+    }  # fmt: skip
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def bundle(study: Study, item: Finalist) -> Bundle:
+    """Return a finalist as a bundle: with the weights of its first seed and reference outputs on test rows, or with new
+    weights if nothing was trained."""
+    if study.rows is None:
+        return bundle_of(item.config)
+    path = study.folder / WEIGHTS / f"{item.key}-0.safetensors"
+    if not path.is_file():
+        raise EdgekitError(f"{path}: the weights of this network are missing; begin the study again in another folder")
+    weights = arrays_from_safetensors(read_file(path), str(path))
+    rows = study.rows.test.take(np.arange(min(GOLDEN_ROWS, len(study.rows.test))))
+    return bundle_of(item.config, weights, dict(rows.inputs))

@@ -1,0 +1,162 @@
+"""What a study is to do: a TOML file of four tables. It determines the result, with the data and, where time is a limit
+or an objective, this machine's operator table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import EdgekitError, unknown
+from edgekit.nas.proxies import PROXIES
+from edgekit.nas.space import Space, described, open_space
+from edgekit.nas.strategies import STRATEGIES
+from edgekit.settings import from_table, read_toml
+
+FORMAT = 1  # of a study's journal
+COSTS = ("macs", "parameters", "activations", "milliseconds")
+PRESETS = ("turbovit-envelope",)
+TABLES = ("space", "limits", "search", "score")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a network may have at most. parameters: stored numbers; macs: multiply-accumulates of a call; activations:
+    bytes alive at once; milliseconds: CPU time of a call in ONNX Runtime on one thread; batch: images of a call."""
+
+    parameters: float | None = None
+    macs: float | None = None
+    activations: float | None = None
+    milliseconds: float | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in COSTS:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise EdgekitError(f"{name} = {value}; expected a number above 0")
+        if not 1 <= self.batch <= 4096:
+            raise EdgekitError(f"batch = {self.batch}; expected 1 to 4096 images")
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How networks are proposed. candidates: networks to try; generation: networks proposed from the same results;
+    control: whether as many random networks are tried beside them; cost: what is to be small beside the limits."""
+
+    strategy: str = "generator"
+    candidates: int = 48
+    generation: int = 12
+    seed: int = 0
+    control: bool = True
+    cost: str = "macs"
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise unknown("strategy", self.strategy, STRATEGIES, where="[search]")
+        if self.cost not in COSTS:
+            raise unknown("cost", self.cost, COSTS, where="[search]")
+        if not 2 <= self.generation <= self.candidates <= 100_000:
+            raise EdgekitError(
+                f"candidates = {self.candidates}, generation = {self.generation}; expected 2 or more networks of a "
+                "generation, and at least as many candidates, up to 100,000"
+            )
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The strategies that run."""
+        return (self.strategy, "random") if self.control and self.strategy != "random" else (self.strategy,)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a network is good at. data: images and labels as for `edgekit compress --data`; without it the proxy is the
+    score. epochs: of training in each rung; a rung trains the networks that the one before it kept (keep), and the last
+    rung trains each with `seeds` seeds and judges it on the test rows. validation: the share of training rows on which
+    all earlier rungs judge."""
+
+    data: str = ""
+    proxy: str = "jacobian"
+    epochs: tuple[int, ...] = (5, 15)
+    keep: tuple[int, ...] = (4,)
+    seeds: int = 3
+    validation: float = 0.1
+    batch: int = 64
+    learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        if self.proxy not in PROXIES:
+            raise unknown("proxy", self.proxy, PROXIES, where="[score]")
+        if len(self.keep) != len(self.epochs) - 1 or not self.epochs or not self.keep:
+            raise EdgekitError(
+                f"epochs = {list(self.epochs)}, keep = {list(self.keep)}; expected the epochs of two rungs "
+                "or more, and how many networks each but the last one keeps"
+            )
+        if min(*self.epochs, *self.keep, self.seeds, self.batch) < 1 or not 0 < self.validation < 1:
+            raise EdgekitError("epochs, keep, seeds and batch are whole numbers from 1, and 0 < validation < 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A study's tables."""
+
+    space: Space
+    limits: Limits
+    search: Search
+    score: Score
+
+    @property
+    def timed(self) -> bool:
+        """Whether the time of networks matters, so that this machine's operators must be measured."""
+        return self.limits.milliseconds is not None or self.search.cost == "milliseconds"
+
+    def as_json(self) -> dict[str, Any]:
+        parts = {name: asdict(getattr(self, name)) for name in ("limits", "search", "score")}
+        found: dict[str, Any] = json.loads(json.dumps({"space": described(self.space), **parts}))
+        return found
+
+    def study(self, data: str, table: str) -> str:
+        """Return the study's id: 16 hexadecimal digits of all that its result depends on. data, table: digests of the
+        rows and of the operator table."""
+        content = {"format": FORMAT, **self.as_json(), "data": data, "table": table}
+        del content["score"]["data"]  # the rows count, and not what their file is called
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_spec(path: Path) -> Spec:
+    """Return the spec of a TOML file."""
+    if not path.is_file():
+        raise EdgekitError(f"{path}: no such file; expected TOML with the tables {', '.join(TABLES)}")
+    return spec_of(read_toml(path), str(path))
+
+
+def preset(name: str) -> Spec:
+    """Return one of the packaged specs."""
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS, where="edgekit search")
+    import tomllib
+
+    text = files("edgekit.nas").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
+    return spec_of(tomllib.loads(text), f"preset {name}")
+
+
+def spec_of(tables: Mapping[str, Any], where: str) -> Spec:
+    """Return the spec of these tables."""
+    for name in tables:
+        if name not in TABLES:
+            raise unknown("table", name, TABLES, where=where)
+    if "space" not in tables:
+        raise EdgekitError(f'{where}: the table [space] is missing; for example: [space] name = "hybrid2d"')
+    space = tables["space"]
+    if not isinstance(space, Mapping):
+        raise EdgekitError(f"{where}: space is {space!r}; expected a table")
+    return Spec(
+        open_space(space, f"{where}: [space]"),
+        from_table(Limits, tables.get("limits", {}), f"{where}: [limits]"),
+        from_table(Search, tables.get("search", {}), f"{where}: [search]"),
+        from_table(Score, tables.get("score", {}), f"{where}: [score]"),
+    )

@@ -1,0 +1,171 @@
+"""Which architecture to try next: a pure function of the study's identity, the number of the trial, and the results of
+earlier generations. So a study that was killed continues as if it had not been, and two processes may try the networks
+of one generation at the same time.
+
+generator: cross-entropy over the factors (Rubinstein 1999, "The Cross-Entropy Method for Combinatorial and Continuous
+Optimization"), the open counterpart of generative synthesis (Wong et al. 2018, "FermiNets", arXiv 1809.05989): a
+generator makes networks, limits say which count (the indicator), and the best of them change the generator.
+nsga2: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II"; random: the control.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.errors import EdgekitError
+from edgekit.nas.space import Choice, Space, key_of
+from edgekit.nn.hiera import HieraConfig
+
+STRATEGIES = ("generator", "nsga2", "random")
+MOST_DRAWS = 20_000  # of networks that break a limit or are known, for one that is tried
+ELITE = 0.25  # the share of all networks so far that changes the generator
+SMOOTHING = 0.7  # weight of the best networks' values against equal ones
+MUTATION = 0.15  # chance of each factor
+
+Allowed = Callable[[HieraConfig], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A network and its result. score: higher is better; cost: lower is better."""
+
+    choice: Choice
+    key: str
+    score: float
+    cost: float
+
+
+def draw(study: str, *parts: object) -> np.random.Generator:
+    """Return the random numbers of one decision of a study: a counter-based generator (Salmon et al. 2011), whose key
+    is the hash of the study and of the decision's name."""
+    digest = hashlib.sha256("/".join([study, *map(str, parts)]).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def propose(
+    strategy: str, space: Space, study: str, number: int, generation: int, history: Sequence[Tried], known: set[str],
+    allowed: Allowed,
+) -> tuple[Choice, HieraConfig]:  # fmt: skip
+    """Return a new network that keeps the limits. generation: networks that are proposed from the same history;
+    history: results of all trials of earlier generations; known: keys of networks that were proposed before. Raises
+    EdgekitError if none is found."""
+    rng = draw(study, strategy, number)
+    earlier = history[: number // generation * generation]
+    drawing = _drawing(strategy, space, earlier, generation, rng)
+    reasons: dict[str, int] = {}
+    for _ in range(MOST_DRAWS):
+        choice = drawing()
+        try:
+            config = space.config(choice)
+        except EdgekitError as error:
+            text = str(error)[:120]
+            reasons[text] = reasons.get(text, 0) + 1
+            continue
+        if not allowed(config):
+            reasons["it breaks a limit"] = reasons.get("it breaks a limit", 0) + 1
+        elif key_of(config) in known:
+            reasons["it was tried before"] = reasons.get("it was tried before", 0) + 1
+        else:
+            return choice, config
+    most = max(reasons, key=lambda text: reasons[text])
+    raise EdgekitError(
+        f"none of {MOST_DRAWS:,} networks drawn for trial {number} can be tried; most often because {most}; allow "
+        "more in [limits] or [space], or fewer candidates"
+    )
+
+
+def _drawing(
+    strategy: str, space: Space, history: Sequence[Tried], generation: int, rng: np.random.Generator
+) -> Callable[[], Choice]:
+    if strategy == "random" or not history:
+        return lambda: space.sample(rng)
+    if strategy == "generator":
+        weights = factor_weights(space, history)
+        return lambda: space.sample(rng, weights)
+    parents = survivors(history, generation)
+
+    def child() -> Choice:
+        first, second = (_winner(parents, rng).choice for _ in range(2))
+        return space.mutated(space.crossed(first, second, rng), rng, MUTATION)
+
+    return child
+
+
+def factor_weights(space: Space, history: Sequence[Tried]) -> dict[str, list[float]]:
+    """Return the chance of each value of each factor: its share among the best networks, and some of an equal share, so
+    that no value is lost for ever."""
+    elite = sorted(history, key=lambda item: (-item.score, item.cost, item.key))
+    elite = elite[: max(2, round(ELITE * len(elite)))]
+    found: dict[str, list[float]] = {}
+    for place, (factor, values) in enumerate(space.factors.items()):
+        counts = np.bincount([item.choice[place] for item in elite], minlength=len(values)) / len(elite)
+        shares = SMOOTHING * counts + (1 - SMOOTHING) / len(values)
+        found[factor] = [float(share) for share in shares / shares.sum()]
+    return found
+
+
+def survivors(history: Sequence[Tried], count: int) -> list[Tried]:
+    """Return the parents of the next generation, best first: by front, then by the distance to neighbours."""
+    ordered: list[Tried] = []
+    for front in fronts(history):
+        distances = crowding([history[index] for index in front])
+        ordered += [history[index] for _, _, index in sorted(zip((-distances).tolist(), front, front, strict=True))]
+        if len(ordered) >= count:
+            break
+    return ordered[:count]
+
+
+def fronts(items: Sequence[Tried]) -> list[list[int]]:
+    """Return the indices of each front: the first one holds what nothing dominates, the second what only the first
+    dominates, and so on."""
+    left = list(range(len(items)))
+    found = []
+    while left:
+        front = [a for a in left if not any(dominates(items[b], items[a]) for b in left)]
+        found.append(front)
+        left = [index for index in left if index not in set(front)]
+    return found
+
+
+def dominates(first: Tried, second: Tried) -> bool:
+    """Return whether the first is as good in both and better in one."""
+    as_good = first.score >= second.score and first.cost <= second.cost
+    return as_good and (first.score > second.score or first.cost < second.cost)
+
+
+def crowding(front: Sequence[Tried]) -> npt.NDArray[np.float64]:
+    """Return each network's distance to its neighbours on the front, infinite for the two ends."""
+    found = np.zeros(len(front))
+    for values in ([item.score for item in front], [item.cost for item in front]):
+        order = np.argsort(values, kind="stable")
+        spread = values[order[-1]] - values[order[0]]
+        found[order[[0, -1]]] = np.inf
+        if spread > 0:
+            for before, here, behind in zip(order, order[1:], order[2:], strict=False):
+                found[here] += (values[behind] - values[before]) / spread
+    return found
+
+
+def _winner(parents: Sequence[Tried], rng: np.random.Generator) -> Tried:
+    """Return the better of two random parents; they are in order."""
+    return parents[int(min(rng.integers(len(parents), size=2)))]
+
+
+def effects(space: Space, history: Sequence[Tried]) -> list[tuple[str, Mapping[str, float]]]:
+    """Return, by factor, the mean score of the networks with each value, the factor with the largest difference first;
+    factors of which only one value was tried are left out."""
+    found = []
+    for place, (factor, values) in enumerate(space.factors.items()):
+        groups = {
+            str(value): [item.score for item in history if item.choice[place] == index]
+            for index, value in enumerate(values)
+        }
+        means = {value: float(np.mean(scores)) for value, scores in groups.items() if scores}
+        if len(means) > 1:
+            found.append((factor, means))
+    return sorted(found, key=lambda item: min(item[1].values()) - max(item[1].values()))

@@ -1,0 +1,79 @@
+"""Counts without a network equal those of the network, and of the graph that the runtime runs."""
+
+import io
+import warnings
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgekit.cost.memory import peak
+from edgekit.cost.profiled import optimized_work
+from edgekit.nas.outline import outline
+from edgekit.nn import hiera
+from edgekit.nn.hiera import HieraConfig
+
+CONFIGS = [
+    HieraConfig(
+        (1, 2, 2, 2), ("rep", "inverted", "window", "global"), (1, 3, 2, 2), (True, True, True), 16, 16, 4, "conv3x2",
+        image=64, channels=1, classes=5,
+    ),
+    HieraConfig((2, 1, 2), ("separable", "inverted", "rep"), (1, 3, 1), (True, False), 16, 16, stem="patch4", image=32),
+    HieraConfig((1, 1, 2), ("window", "window", "global"), (2, 3, 4), (True, True), 32, 16, 4, image=64, classes=10),
+    HieraConfig((2, 2), ("window", "global"), (2, 3), (False,), 24, 8, 4, "conv3x2", image=32, classes=10),
+]  # fmt: skip
+
+
+def exported(config: HieraConfig) -> onnx.ModelProto:
+    model = hiera.build(fused=True, **hiera.arguments(config)).eval()
+    image, file = torch.randn(2, config.channels, config.image, config.image), io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            model, (image,), file, opset_version=17, dynamo=False, input_names=["x"], output_names=["y"],
+            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+        )  # fmt: skip
+    return onnx.load_from_string(file.getvalue())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_parameters_and_operations_are_those_of_the_network(config):
+    model = hiera.build(fused=True, **hiera.arguments(config)).eval()
+    image = torch.randn(3, config.channels, config.image, config.image)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    found = outline(config, 3)
+    assert found.parameters == sum(value.numel() for value in model.parameters())
+    assert 2 * found.macs == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_operators_are_those_that_the_runtime_runs(config):
+    graph = [item for item in optimized_work(exported(config), 1).operators if not item.view and not item.sizes_only]
+    ours = [item for item in outline(config).work.operators if not item.view]
+    layout = (
+        "ReorderOutput",
+        "ReorderInput",
+        "Gemm",
+        "MatMul",
+        "Add",
+    )  # blocks of channels; the last product is a Gemm
+    theirs, found = (Counter(i.op_type for i in items if i.op_type not in layout) for items in (graph, ours))
+    assert found == theirs
+    assert [i.columns for i in ours if i.product] == [i.columns for i in graph if i.product]
+    # a convolution of few channels is padded to whole blocks
+    for mine, other in zip((i for i in ours if i.product), (i for i in graph if i.product), strict=True):
+        assert mine.matrices == other.matrices
+        assert mine.operations <= other.operations <= 2 * mine.operations
+
+
+def test_activations_are_near_those_of_the_graph():
+    for config in CONFIGS:
+        expected = peak(optimized_work(exported(config), 1))[0]
+        assert abs(outline(config).activations / expected - 1) < 0.15
+
+
+def test_the_published_tiny_network():
+    found = outline(hiera.published((1, 2, 7, 2), 96, 1))
+    assert (found.parameters, found.macs) == (27_910_216, 4_900_830_720)
