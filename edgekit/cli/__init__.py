@@ -26,6 +26,7 @@ FIRST = (
     "inspect",
     "compress",
     "quantize",
+    "search",
     "doctor",
     "bench",
     "targets",

@@ -19,7 +19,7 @@ import numpy as np
 from onnx import ModelProto
 
 from edgekit.cost.measured import OperatorTable, Terms
-from edgekit.cost.operators import Operator
+from edgekit.cost.operators import Operator, Workload
 from edgekit.cost.profiled import open_model, random_feeds
 from edgekit.cost.timing import in_turns, timed
 from edgekit.errors import EdgekitError
@@ -60,10 +60,10 @@ class Measured:
         return self.share < BUSY
 
 
-def parts_of(config: HieraConfig, table: OperatorTable, batch: int = 1) -> tuple[float, ...]:
+def parts_of(work: Workload, table: OperatorTable) -> tuple[float, ...]:
     """Return the table's seconds for each of GROUPS; the call's own overhead counts with the last."""
     found = dict.fromkeys(GROUPS, 0.0)
-    for operator in outline(config, batch).work.operators:
+    for operator in work.operators:
         found[_group(operator)] += table.of(operator)
     found[GROUPS[-1]] += table.call
     return tuple(found.values())
@@ -112,7 +112,9 @@ def calibrate(
         graphs.append(exported(config))
     progress("exporting networks to measure", len(configs), len(configs))
     found = measure(graphs, batch)
-    return corrected([parts_of(config, table, batch) for config in configs], [item.seconds for item in found])
+    return corrected(
+        [parts_of(outline(config, batch).work, table) for config in configs], [item.seconds for item in found]
+    )
 
 
 def measure(graphs: Sequence[ModelProto], batch: int = 1, *, seconds: float = 0.5, threads: int = 1) -> list[Measured]:

@@ -38,7 +38,10 @@ def synflow(config: HieraConfig, seed: int) -> float:
             value.abs_()
     image = torch.ones(1, config.channels, config.image, config.image, dtype=torch.float64)
     model(image).sum().backward()
-    total = sum(float((value * value.grad).abs().sum()) for value in model.parameters() if value.grad is not None)
+    total = 0.0
+    for value in model.parameters():
+        if value.grad is not None:
+            total += float((value.detach() * value.grad).abs().sum())
     return float(np.log(max(total, 1e-300)))
 
 

@@ -134,14 +134,11 @@ def read_spec(path: Path) -> Spec:
     return spec_of(read_toml(path), str(path))
 
 
-def preset(name: str) -> Spec:
-    """Return one of the packaged specs."""
+def preset_text(name: str) -> str:
+    """Return one of the packaged specs, as TOML."""
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS, where="edgekit search")
-    import tomllib
-
-    text = files("edgekit.nas").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
-    return spec_of(tomllib.loads(text), f"preset {name}")
+    return files("edgekit.nas").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
 
 
 def spec_of(tables: Mapping[str, Any], where: str) -> Spec:

@@ -22,7 +22,7 @@ from edgekit.nas.space import Choice, Space, key_of
 from edgekit.nn.hiera import HieraConfig
 
 STRATEGIES = ("generator", "nsga2", "random")
-MOST_DRAWS = 20_000  # of networks that break a limit or are known, for one that is tried
+MOST_DRAWS = 10_000  # of networks that break a limit or are known, for one that is tried
 ELITE = 0.25  # the share of all networks so far that changes the generator
 SMOOTHING = 0.7  # weight of the best networks' values against equal ones
 MUTATION = 0.15  # chance of each factor

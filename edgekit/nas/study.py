@@ -30,7 +30,7 @@ from edgekit.nas.bundles import manifest_of
 from edgekit.nas.evaluate import Job, Judged, Rows
 from edgekit.nas.journal import Journal
 from edgekit.nas.latency import ANCHORS, Correction, calibrate, parts_of
-from edgekit.nas.outline import outline
+from edgekit.nas.outline import Outline, outline
 from edgekit.nas.space import key_of
 from edgekit.nas.spec import Spec
 from edgekit.nas.strategies import Tried, draw, propose
@@ -47,15 +47,15 @@ class Clock:
 
     table: OperatorTable
     correction: Correction
-    batch: int
+    batch: int  # images of the calls that the correction is for
 
     @property
     def digest(self) -> str:
         content = {"table": asdict(self.table), "correction": asdict(self.correction)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def milliseconds(self, config: HieraConfig) -> float:
-        return 1e3 * self.correction.seconds(parts_of(config, self.table, self.batch))
+    def milliseconds(self, found: Outline) -> float:
+        return 1e3 * self.correction.seconds(parts_of(found.work, self.table))
 
 
 class Study:
@@ -188,7 +188,7 @@ class Study:
         costs: dict[str, float] = {
             "parameters": found.parameters, "macs": found.macs, "activations": found.activations,
         }  # fmt: skip
-        return costs if self.clock is None else {**costs, "milliseconds": self.clock.milliseconds(config)}
+        return costs if self.clock is None else {**costs, "milliseconds": self.clock.milliseconds(found)}
 
     def _clock(self) -> Clock:
         """Return what predicts time: the study's own file, or this machine's table and a new correction."""

@@ -315,8 +315,9 @@ class Hiera(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.convolutions(self.stem(image))
         if len(self.blocks):
-            count, width = self.positions.shape[1:]
-            tokens = x.reshape(-1, width, count).transpose(1, 2) + self.positions
+            # not x.flatten(2).transpose(1, 2): behind it, torch 2.13's gradient of a batch normalization is wrong for
+            # one image
+            tokens = x.permute(0, 2, 3, 1).reshape(-1, *self.positions.shape[1:]) + self.positions
             features = self.blocks(by_unit(tokens, self.config)).mean(dim=(1, 2))
         else:
             features = x.mean(dim=(2, 3))

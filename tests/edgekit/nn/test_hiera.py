@@ -118,6 +118,24 @@ def test_a_block_is_its_formula(pool, between_units):
         torch.testing.assert_close(block(x), naive(block, x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_are_those_of_differences(batch):
+    """Of every parameter along its own direction; torch's own was wrong at batch 1 behind a transposed view."""
+    model = randomized(hiera.build(**hiera.arguments(MIXED))).double()
+    image = torch.randn(batch, 1, 64, 64, dtype=torch.float64)
+    names, values = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(model(image).sum(), values)
+    for name, value, gradient in zip(names, values, gradients, strict=True):
+        found = float((value * gradient).sum().detach())
+        with torch.no_grad():
+            kept = value.clone()
+            high, low = (
+                float(model(image).sum()) for factor in (1e-6, -1e-6) if value.copy_(kept * (1 + factor)) is value
+            )
+            value.copy_(kept)
+        assert found == pytest.approx((high - low) / 2e-6, rel=1e-4, abs=1e-5), name
+
+
 def test_a_fused_network_has_the_same_outputs():
     model = randomized(hiera.build(**hiera.arguments(MIXED)))
     image = torch.randn(3, 1, 64, 64)

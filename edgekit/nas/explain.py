@@ -1,0 +1,52 @@
+"""A network of a study in words, and where its parameters, operations and time are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgekit.errors import EdgekitError
+from edgekit.nas.outline import outline
+from edgekit.nas.study import Study
+from edgekit.nn.hiera import ATTENTIONS, HieraConfig, arguments
+
+FEWEST = 4  # digits of a key that name a network
+
+
+def explained(study: Study, key: str) -> dict[str, Any]:
+    """Return a network that the study tried, as JSON: its text, its arguments, and its cost by kind of operator."""
+    keys = {item["key"]: item for item in study.journal.events if item["event"] == "trial"}
+    matching = [name for name in keys if name.startswith(key)] if len(key) >= FEWEST else []
+    if len(matching) != 1:
+        raise EdgekitError(
+            f"{len(matching)} networks of the study begin with {key!r}; expected the first {FEWEST} or more digits of "
+            f"one key, such as {next(iter(keys), 'of a trial')}"
+        )
+    event = keys[matching[0]]
+    config = HieraConfig(**event["arguments"])
+    found = outline(config, study.spec.limits.batch)
+    rows: dict[str, dict[str, Any]] = {}
+    for operator in found.work.operators:
+        if operator.view:
+            continue
+        row = rows.setdefault(operator.op_type, {"part": operator.op_type, "parameters": 0, "macs": 0})
+        row["parameters"] += int(sum(operator.weights.values())) // 4
+        row["macs"] += round(operator.operations / 2) if operator.product else 0
+        if study.clock is not None:
+            row["milliseconds"] = row.get("milliseconds", 0.0) + 1e3 * study.clock.table.of(operator)
+    ordered = sorted(rows.values(), key=lambda row: (-row["macs"], row["part"]))
+    return {
+        "key": event["key"], "text": described(config), "arguments": arguments(config), "score": event["score"],
+        "proxies": event["proxies"], "parts": ordered,
+    }  # fmt: skip
+
+
+def described(config: HieraConfig) -> str:
+    """Return the network in a sentence."""
+    parts = [f"stem {config.stem} to {config.width} channels"]
+    for stage, (depth, kind) in enumerate(zip(config.depths, config.kinds, strict=True)):
+        side = config.sides[stage]
+        text = f"{depth} {kind} of width {config.widths[stage]} at {side}x{side}"
+        if kind in ATTENTIONS:
+            text += f", {config.widths[stage] // config.head_dim} heads"
+        parts.append(text)
+    return "; ".join(parts)

@@ -1,0 +1,51 @@
+"""edgekit search"""
+
+import json
+
+import pytest
+
+from tests.edgekit.nas import toy_study
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    path = toy_study.write(folder)
+    text = path.read_text().replace("candidates = 6\ngeneration = 3", "candidates = 2\ngeneration = 2\ncontrol = false")
+    path.write_text(text.replace("keep = [2]\nseeds = 2", "keep = [1]\nseeds = 2"))
+    return folder
+
+
+def test_a_study_is_run_shown_explained_and_resumed(folder, edgekit):
+    study = folder / "study"
+    done = edgekit("search", "run", folder / "spec.toml", "-o", study)
+    assert done.status == 0
+    assert "accuracy on the test rows" in done.out
+    assert "told apart" in done.out
+    (bundle,) = (study / "networks").iterdir()
+    shown = json.loads(edgekit("search", "report", study, "--json").out)
+    assert shown["trials"] == {"generator": 2}
+    key = shown["finalists"][0]["key"]
+    assert bundle.stem == key
+    told = edgekit("search", "explain", study, key[:6])
+    assert told.status == 0
+    assert "stem " in told.out
+    assert "Conv" in told.out
+    parts = json.loads(edgekit("search", "explain", study, key, "--json").out)
+    assert sum(row["parameters"] for row in parts["parts"]) == shown["finalists"][0]["parameters"]
+    assert sum(row["macs"] for row in parts["parts"]) == shown["finalists"][0]["macs"]
+    again = edgekit("search", "resume", study, "--json")
+    assert json.loads(again.out)["journal"] == shown["journal"]
+    assert edgekit("search", "run", folder / "spec.toml", "-o", study).failed_with(1, "exists", "edgekit search resume")
+    assert edgekit("search", "explain", study, "zzzz").failed_with(1, "0 networks of the study begin with 'zzzz'")
+    assert edgekit("inspect", bundle).status == 0
+
+
+def test_bad_calls_are_named(folder, edgekit, tmp_path):
+    assert edgekit("search", "resume", tmp_path).failed_with(1, "holds no study", "edgekit search run")
+    assert edgekit("search", "run", "-o", tmp_path / "x").failed_with(2, "--preset")
+    assert edgekit("search", "run", "--preset", "resnet", "-o", tmp_path / "x").failed_with(
+        1, "resnet", "turbovit-envelope"
+    )
+    assert edgekit("search", "run", tmp_path / "no.toml", "-o", tmp_path / "x").failed_with(1, "no such file")
+    assert not (tmp_path / "x").exists()

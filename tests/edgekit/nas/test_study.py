@@ -1,0 +1,266 @@
+"""A study from its spec to its bundles: the same bytes for any number of processes and after any interruption, limits
+kept, noise told."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edgekit.bundle.store import open_bundle
+from edgekit.cost.measured import OperatorTable
+from edgekit.cost.samples import ALIKE
+from edgekit.errors import EdgekitError
+from edgekit.nas.finish import finish
+from edgekit.nas.latency import Correction
+from edgekit.nas.outline import outline
+from edgekit.nas.result import Finalist, front, noise_of, spearman, verdict
+from edgekit.nas.spec import read_spec, spec_of
+from edgekit.nas.strategies import Tried
+from edgekit.nas.study import JOURNAL, Study
+from edgekit.nn.hiera import HieraConfig
+from edgekit.session import open_session
+from tests.edgekit.nas import toy_study
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def spec(folder):
+    return read_spec(toy_study.write(folder))
+
+
+@pytest.fixture(scope="module")
+def done(folder, spec):
+    """The study, run by two processes, and what its end wrote."""
+    with closing(Study(spec, folder / "done")) as study:
+        study.run(2)
+        values = finish(study)
+        yield study, values
+
+
+def test_every_arm_tries_its_candidates_within_the_limits(done, spec):
+    study, _ = done
+    for arm in ("generator", "random"):
+        trials = study.trials(arm)
+        assert [item["number"] for item in trials] == list(range(6))
+        assert len({item["key"] for item in trials}) == 6
+        for item in trials:
+            assert outline(HieraConfig(**item["arguments"])).macs == item["macs"] <= spec.limits.macs
+        assert len(study.rung(1, arm)) == 4  # two networks, two seeds
+
+
+def test_one_process_writes_the_same_journal(done, folder, spec):
+    with closing(Study(spec, folder / "alone")) as study:
+        study.run(1)
+        assert study.journal.digest == done[0].journal.digest
+    assert (folder / "alone" / JOURNAL).read_bytes() == (folder / "done" / JOURNAL).read_bytes()
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.8])
+def test_a_study_that_was_cut_continues_to_the_same_journal(done, folder, spec, kept):
+    whole = (folder / "done" / JOURNAL).read_bytes()
+    again = folder / f"cut {kept}"
+    again.mkdir()
+    (again / JOURNAL).write_bytes(whole[: int(kept * len(whole))])
+    with closing(Study(spec, again)) as study:
+        study.run(2)
+    assert (again / JOURNAL).read_bytes() == whole
+
+
+@pytest.mark.faults
+def test_kills_at_twenty_random_moments_change_nothing(done, folder, spec):
+    whole = (folder / "done" / JOURNAL).read_bytes()
+    rng, again = random.Random(0), folder / "killed"
+    command = [sys.executable, "-m", "edgekit.cli", "search", "run", str(folder / "spec.toml"), "-o", str(again)]
+    kills = 0
+    while kills < 20:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        command[4:] = ["resume", str(again)]
+        deadline = time.monotonic() + rng.uniform(2, 9)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        if not (again / "study.toml").exists():
+            command[4:] = ["run", str(folder / "spec.toml"), "-o", str(again)]
+    with closing(Study(spec, again)) as study:
+        study.run(2)
+    assert (again / JOURNAL).read_bytes() == whole
+
+
+def test_other_rows_are_another_study(done, folder, spec):
+    rows = dict(np.load(folder / "rows.npz"))
+    rows["image"][0] += 1
+    np.savez(folder / "others.npz", **rows)
+    other = replace(spec, score=replace(spec.score, data=str(folder / "others.npz")))
+    with pytest.raises(EdgekitError, match=r"holds study .* use another folder"):
+        Study(other, folder / "cut 0.3")
+
+
+def test_the_same_rows_under_another_name_are_the_same_study(done, folder, spec):
+    (folder / "renamed.npz").write_bytes((folder / "rows.npz").read_bytes())
+    other = replace(spec, score=replace(spec.score, data=str(folder / "renamed.npz")))
+    with closing(Study(other, folder / "renamed")) as study:
+        assert study.id == done[0].id
+
+
+def test_finalists_are_bundles_that_give_their_score(done):
+    study, values = done
+    test = study.rows.test
+    for row in values["finalists"]:
+        bundle = open_bundle(study.folder / "networks" / f"{row['key']}.edge")
+        assert bundle.manifest.family == "hiera"
+        found = open_session(bundle, "onnxruntime", threads=1).run(dict(test.inputs))["probabilities"]
+        right = float((found.argmax(axis=1) == test.labels).mean())
+        assert right == pytest.approx(row["scores"][0], abs=1 / len(test))
+        measured = values["measured"][row["key"]]
+        assert measured["milliseconds"] > 0
+        assert measured["breaks"] == []
+
+
+def test_the_report_shows_every_finalist_and_the_noise(done):
+    study, values = done
+    page = (study.folder / "report.html").read_text()
+    assert all(row["key"] in page for row in values["finalists"])
+    assert "<svg" in page
+    assert "are not told apart" in page
+    assert json.loads((study.folder / "report.json").read_text())["journal"] == study.journal.digest
+    assert values["against_random"] in ("better", "worse", "not distinguishable")
+    assert set(values["proxies"]) == {"parameters", "macs", "jacobian", "synflow"}
+
+
+def test_a_finalist_that_breaks_a_limit_when_measured_is_marked(done):
+    study, _ = done
+    study.spec = replace(study.spec, limits=replace(study.spec.limits, milliseconds=1e-9))
+    try:
+        values = finish(study)
+    finally:
+        study.spec = replace(study.spec, limits=replace(study.spec.limits, milliseconds=None))
+    assert all("are allowed" in item["breaks"][0] for item in values["measured"].values())
+    assert "are allowed" in (study.folder / "report.html").read_text()
+
+
+def test_without_data_a_proxy_is_the_score_and_said_to_be(spec, tmp_path):
+    search = replace(spec.search, candidates=3, control=False)
+    proxy = replace(spec, search=search, score=replace(spec.score, data="", proxy="synflow"))
+    with closing(Study(proxy, tmp_path)) as study:
+        study.run(1)
+        values = finish(study)
+    assert values["score"] == "the proxy synflow, which is no accuracy"
+    assert len(values["finalists"]) == 2
+    assert values["noise"] is None
+
+
+LIMIT = 0.6  # ms on that table; some networks of the space take longer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Replace the measurements of this machine by fixed ones: a table on which every operator takes 10 us."""
+    families = (*ALIKE.values(), "convolution", "depthwise", "product with weights", "product of activations")
+    weights = dict.fromkeys((*families, "Reshape", "Add row", "Mul row"), (1e-05, 0.0, 0.0, 0.0, 0.0, 0.0))
+    fixed = OperatorTable(weights, 0.0, 0.0, 1 << 20, 16, 1.0, {}, {}, {}, "fixed")
+    monkeypatch.setattr("edgekit.nas.study.table", lambda progress: fixed)
+    monkeypatch.setattr("edgekit.nas.study.calibrate", lambda *arguments: Correction((2.0, 1.0, 1.0, 1.0), 0.03, 0.1))
+    return fixed
+
+
+def test_predicted_time_is_a_limit_and_part_of_the_studys_identity(clock, spec, tmp_path, monkeypatch):
+    score = replace(spec.score, data="", proxy="macs")
+    timed = replace(
+        spec,
+        score=score,
+        limits=replace(spec.limits, milliseconds=LIMIT),
+        search=replace(spec.search, cost="milliseconds"),
+    )
+    with closing(Study(timed, tmp_path)) as study:
+        study.run(1)
+        for item in study.trials("generator"):
+            operators = [o for o in outline(HieraConfig(**item["arguments"])).work.operators if not o.view]
+            convolutions = sum(o.op_type == "Conv" and o.matrices == 1 for o in operators)
+            views = len(outline(HieraConfig(**item["arguments"])).work.operators) - len(operators)
+            assert item["milliseconds"] == pytest.approx(1e-2 * (len(operators) + convolutions + views))
+            assert item["milliseconds"] <= LIMIT
+        identity = study.id
+    monkeypatch.setattr("edgekit.nas.study.table", lambda progress: pytest.fail("the study has its own table"))
+    with closing(Study(timed, tmp_path)) as study:
+        assert study.id == identity
+    (tmp_path / "latency.json").write_text("{}")
+    with pytest.raises(EdgekitError, match=r"latency.json: damaged"):
+        Study(timed, tmp_path)
+
+
+FLAT = HieraConfig((1,), ("rep",), (1,), (), 8, 1, 1, image=32)
+
+
+def finalist(*scores, arm="generator"):
+    return Finalist(arm, "k", FLAT, scores, {})
+
+
+def test_noise_is_the_spread_between_seeds():
+    items = [finalist(0.5, 0.6, 0.7), finalist(0.2, 0.2, 0.2)]
+    noise = noise_of(items)
+    assert noise.spread == pytest.approx(math.sqrt(0.01 / 2))
+    assert noise.distinguishable == pytest.approx(2 * math.sqrt(2) * noise.spread / math.sqrt(3))
+    assert math.isnan(noise.ceiling)
+    assert noise_of([finalist(0.5)]) is None
+    assert verdict(finalist(0.9, 0.9), finalist(0.7, 0.7), noise) == "better"
+    assert verdict(finalist(0.7, 0.7), finalist(0.9, 0.9), noise) == "worse"
+    assert verdict(finalist(0.7, 0.7), finalist(0.75, 0.75), noise) == "not distinguishable"
+
+
+def test_ranks_are_compared_as_spearman_does():
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 5, 40).tolist(), rng.integers(0, 5, 40).tolist()
+    assert spearman(first, second) == pytest.approx(spearmanr(first, second).statistic)
+    assert math.isnan(spearman([1.0, 1.0], [1.0, 2.0]))
+
+
+def test_the_front_is_in_the_order_of_cost():
+    items = [Tried((), "a", 0.5, 3.0), Tried((), "b", 0.4, 1.0), Tried((), "c", 0.3, 2.0)]
+    assert [item.key for item in front(items)] == ["b", "a"]
+    assert front([]) == []
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({}, r"the table \[space\] is missing"),
+        ({"space": {"name": "hiera2d"}, "limit": {}}, "limit"),
+        ({"space": {"name": "hiera2d"}, "limits": {"macs": -1}}, "macs = -1.*above 0"),
+        ({"space": {"name": "hiera2d"}, "search": {"strategy": "grid"}}, "grid"),
+        ({"space": {"name": "hiera2d"}, "search": {"candidates": 1}}, "candidates = 1"),
+        ({"space": {"name": "hiera2d"}, "score": {"epochs": [5]}}, "two rungs"),
+        ({"space": {"name": "hiera2d"}, "score": {"proxy": "naswot"}}, "naswot"),
+        ({"space": "hiera2d"}, "expected a table"),
+    ],
+)
+def test_a_bad_spec_is_refused(tables, message):
+    with pytest.raises(EdgekitError, match=message):
+        spec_of(tables, "spec.toml")
+
+
+def test_labels_beyond_the_classes_are_refused(folder, spec, tmp_path):
+    rows = dict(np.load(folder / "rows.npz"))
+    rows["labels"] = rows["labels"] + 1
+    np.savez(tmp_path / "rows.npz", **rows)
+    with pytest.raises(EdgekitError, match="labels must be whole numbers from 0 to 3"):
+        Study(replace(spec, score=replace(spec.score, data=str(tmp_path / "rows.npz"))), tmp_path / "study")
