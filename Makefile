@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: withou
 
 MAKEFLAGS += --jobs=2
 
-.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-spark demo bench bench-models bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train
+.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-spark demo bench bench-models bench-search bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -68,6 +68,9 @@ demo: setup ## train set, compress, export, verify, classify thousands of alerts
 
 bench-compress: setup ## what --auto ships beside what the stock tools would, one run (half an hour)
 	$(BIN)/python tools/bench_compress.py --json benchmarks/compress.json
+
+bench-search: setup ## predicted against measured times of architectures that nobody tuned for (ten minutes, quiet)
+	$(BIN)/python tools/bench_search.py --json benchmarks/search.json
 
 bench-models: setup ## third-party models through every step: works, or the reason; beside onnxruntime's quantizer (half an hour)
 	$(BIN)/python tools/bench_models.py --json benchmarks/models.json

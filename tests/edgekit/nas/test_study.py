@@ -3,12 +3,10 @@ kept, noise told."""
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -82,23 +80,28 @@ def test_a_study_that_was_cut_continues_to_the_same_journal(done, folder, spec, 
 @pytest.mark.faults
 def test_kills_at_twenty_random_moments_change_nothing(done, folder, spec):
     whole = (folder / "done" / JOURNAL).read_bytes()
-    rng, again = random.Random(0), folder / "killed"
-    command = [sys.executable, "-m", "edgekit.cli", "search", "run", str(folder / "spec.toml"), "-o", str(again)]
-    kills = 0
+    program = [sys.executable, "-c", "from edgekit.cli import main; main()", "search"]
+    rng, kills, cut, number = random.Random(0), 0, 0, 0
     while kills < 20:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        command[4:] = ["resume", str(again)]
-        deadline = time.monotonic() + rng.uniform(2, 9)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        if not (again / "study.toml").exists():
-            command[4:] = ["run", str(folder / "spec.toml"), "-o", str(again)]
+        again = folder / f"killed {number}"
+        begun = (again / "study.toml").exists()
+        arguments = ["resume", str(again)] if begun else ["run", str(folder / "spec.toml"), "-o", str(again)]
+        process = subprocess.Popen([*program, *arguments], stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(rng.uniform(2, 12)) == 0
+            assert (again / JOURNAL).read_bytes() == whole
+            number += 1  # it was finished: the next kills hit another one
+        except subprocess.TimeoutExpired:
+            process.kill()  # and not its children, which must end by themselves
+            assert process.wait() == -signal.SIGKILL
+            kills += 1
+            if (again / JOURNAL).exists():
+                written = (again / JOURNAL).read_bytes()
+                cut += 0 < len(written) < len(whole)
+                assert whole.startswith(written[: written.rfind(b"\n") + 1])
+            elif again.exists() and not (again / "study.toml").exists():
+                again.rmdir()
+    assert cut >= 5
     with closing(Study(spec, again)) as study:
         study.run(2)
     assert (again / JOURNAL).read_bytes() == whole
