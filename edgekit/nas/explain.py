@@ -31,8 +31,8 @@ def explained(study: Study, key: str) -> dict[str, Any]:
         row = rows.setdefault(operator.op_type, {"part": operator.op_type, "parameters": 0, "macs": 0})
         row["parameters"] += int(sum(operator.weights.values())) // 4
         row["macs"] += round(operator.operations / 2) if operator.product else 0
-        if study.clock is not None:
-            row["milliseconds"] = row.get("milliseconds", 0.0) + 1e3 * study.clock.table.of(operator)
+    for name, seconds in (study.clock.parts(found) if study.clock else {}).items():
+        rows[name]["milliseconds"] = 1e3 * seconds
     ordered = sorted(rows.values(), key=lambda row: (-row["macs"], row["part"]))
     return {
         "key": event["key"], "text": described(config), "arguments": arguments(config), "score": event["score"],

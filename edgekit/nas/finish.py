@@ -46,7 +46,7 @@ def finish(study: Study, progress: Progress = lambda what, done, total: None) ->
     for item, taken in zip(found, times, strict=True):
         milliseconds = 1e3 * taken.seconds
         breaks = []
-        if limits.milliseconds is not None and milliseconds > limits.milliseconds:
+        if limits.milliseconds is not None and not limits.target and milliseconds > limits.milliseconds:
             breaks.append(f"{milliseconds:.3g} ms, and {limits.milliseconds:g} are allowed")
         measured[item.key] = {"milliseconds": milliseconds, "disturbed": taken.disturbed, "breaks": breaks}
     values = {**summary(study), "limits": asdict(limits), "measured": measured}

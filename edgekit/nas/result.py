@@ -156,9 +156,7 @@ def summary(study: Study) -> dict[str, Any]:
             for name in (everything[0]["proxies"] if everything else ())
         } if trained else {},
         "effects": [[factor, dict(means)] for factor, means in effects(spec.space, study.tried(own))],
-        "clock": None if study.clock is None else {
-            "batch": study.clock.batch, "error": study.clock.correction.error, "worst": study.clock.correction.worst,
-        },
+        "clock": None if study.clock is None else study.clock.describe(),
     }  # fmt: skip
 
 

@@ -26,13 +26,16 @@ TABLES = ("space", "limits", "search", "score")
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a network may have at most. parameters: stored numbers; macs: multiply-accumulates of a call; activations:
-    bytes alive at once; milliseconds: CPU time of a call in ONNX Runtime on one thread; batch: images of a call."""
+    bytes alive at once; milliseconds: of a call; batch: images of a call. target: the device whose time counts (see
+    `edgekit targets`), estimated from its data sheet, and in whose memory a network must fit; by default the CPU time
+    of this machine counts, in ONNX Runtime on one thread."""
 
     parameters: float | None = None
     macs: float | None = None
     activations: float | None = None
     milliseconds: float | None = None
     batch: int = 1
+    target: str = ""
 
     def __post_init__(self) -> None:
         for name in COSTS:
@@ -111,8 +114,9 @@ class Spec:
 
     @property
     def timed(self) -> bool:
-        """Whether the time of networks matters, so that this machine's operators must be measured."""
-        return self.limits.milliseconds is not None or self.search.cost == "milliseconds"
+        """Whether the time of networks matters."""
+        limits = self.limits
+        return limits.milliseconds is not None or bool(limits.target) or self.search.cost == "milliseconds"
 
     def as_json(self) -> dict[str, Any]:
         parts = {name: asdict(getattr(self, name)) for name in ("limits", "search", "score")}

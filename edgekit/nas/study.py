@@ -10,52 +10,33 @@ Jamieson and Talwalkar 2016, arXiv 1502.07943), in a folder that a later call co
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import save
 
 from edgekit.bundle.files import write_file
-from edgekit.cost.measured import OperatorTable, table
 from edgekit.data.dataset import Dataset, load
 from edgekit.errors import EdgekitError
 from edgekit.nas import evaluate
 from edgekit.nas.bundles import manifest_of
+from edgekit.nas.clock import open_clock
 from edgekit.nas.evaluate import Job, Judged, Rows
 from edgekit.nas.journal import Journal
-from edgekit.nas.latency import ANCHORS, Correction, calibrate, parts_of
 from edgekit.nas.outline import Outline, outline
 from edgekit.nas.space import key_of
 from edgekit.nas.spec import Spec
 from edgekit.nas.strategies import Tried, draw, propose
 from edgekit.nn.hiera import HieraConfig, arguments
 
-JOURNAL, SPEC, LATENCY, WEIGHTS = "journal.jsonl", "study.toml", "latency.json", "weights"
+JOURNAL, SPEC, WEIGHTS = "journal.jsonl", "study.toml", "weights"
 Progress = Callable[[str, int, int], None]
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """Predicts seconds of a call on this machine."""
-
-    table: OperatorTable
-    correction: Correction
-    batch: int  # images of the calls that the correction is for
-
-    @property
-    def digest(self) -> str:
-        content = {"table": asdict(self.table), "correction": asdict(self.correction)}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-    def milliseconds(self, found: Outline) -> float:
-        return 1e3 * self.correction.seconds(parts_of(found.work, self.table))
 
 
 class Study:
@@ -64,7 +45,7 @@ class Study:
     def __init__(self, spec: Spec, folder: Path, progress: Progress = lambda what, done, total: None) -> None:
         self.spec, self.folder, self._progress = spec, folder, progress
         folder.mkdir(parents=True, exist_ok=True)
-        self.clock = self._clock() if spec.timed else None
+        self.clock = open_clock(spec, folder, progress) if spec.timed else None
         data = _rows_of(spec) if spec.score.data else None
         digest = _digest(data) if data else ""
         self.id = spec.study(digest, self.clock.digest if self.clock else "")
@@ -113,9 +94,10 @@ class Study:
 
     def allowed(self, config: HieraConfig) -> bool:
         """Return whether a network keeps the limits."""
-        costs = self._costs(config)
+        found = outline(config, self.spec.limits.batch)
         limits = asdict(self.spec.limits)
-        return all(limits[name] is None or value <= limits[name] for name, value in costs.items())
+        within = all(limits[name] is None or value <= limits[name] for name, value in self._costs(found).items())
+        return within and (self.clock is None or self.clock.fits(found))
 
     def _explore(self, arm: str, judged: Judges) -> None:
         """Try the arm's candidates; the networks of a generation depend on earlier generations alone."""
@@ -136,7 +118,7 @@ class Study:
                 for _, _, config in proposed
             ]
             for (number, choice, config), result in zip(proposed, judged(jobs), strict=True):
-                costs = self._costs(config)
+                costs = self._costs(outline(config, self.spec.limits.batch))
                 scores = {**{name: float(costs[name]) for name in ("parameters", "macs")}, **result.proxies}
                 score = scores[self.spec.score.proxy] if result.score is None else result.score
                 self.journal.append(
@@ -183,30 +165,11 @@ class Study:
     def _seed(self, key: str, seed: int) -> int:
         return int(draw(self.id, "seed", key, seed).integers(2**31))
 
-    def _costs(self, config: HieraConfig) -> dict[str, float]:
-        found = outline(config, self.spec.limits.batch)
+    def _costs(self, found: Outline) -> dict[str, float]:
         costs: dict[str, float] = {
             "parameters": found.parameters, "macs": found.macs, "activations": found.activations,
         }  # fmt: skip
         return costs if self.clock is None else {**costs, "milliseconds": self.clock.milliseconds(found)}
-
-    def _clock(self) -> Clock:
-        """Return what predicts time: the study's own file, or this machine's table and a new correction."""
-        path, batch = self.folder / LATENCY, self.spec.limits.batch
-        if path.is_file():
-            try:
-                values = json.loads(path.read_bytes())
-                weights = {name: tuple(row) for name, row in values["table"]["weights"].items()}
-                correction = Correction(**{**values["correction"], "factors": tuple(values["correction"]["factors"])})
-                return Clock(OperatorTable(**{**values["table"], "weights": weights}), correction, batch)
-            except (ValueError, TypeError, LookupError, AttributeError):
-                raise EdgekitError(f"{path}: damaged; delete the folder and begin the study again") from None
-        measured = table(progress=self._progress)
-        anchors = _anchors(self.spec)
-        found = Clock(measured, calibrate(anchors, measured, batch, self._progress), batch)
-        content = {"table": asdict(found.table), "correction": asdict(found.correction)}
-        write_file(path, json.dumps(content, indent=1).encode())
-        return found
 
 
 Judges = Callable[[Sequence[Job]], Iterator[Judged]]
@@ -223,30 +186,6 @@ def _judges(processes: int, rows: Rows | None, spec: Spec) -> Iterator[Judges]:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
-
-
-def _anchors(spec: Spec) -> list[HieraConfig]:
-    """Return networks of the space that keep the limits that need no clock, by which the operator table is
-    corrected."""
-    limits = {name: value for name, value in asdict(spec.limits).items() if name in ("parameters", "macs")}
-    rng, found, known = draw("anchors", spec.search.seed), list[HieraConfig](), set[str]()
-    for _ in range(20_000):
-        try:
-            config = spec.space.config(spec.space.sample(rng))
-        except EdgekitError:
-            continue
-        costs = outline(config, spec.limits.batch)
-        if any(value is not None and getattr(costs, name) > value for name, value in limits.items()):
-            continue
-        if key_of(config) not in known:
-            known.add(key_of(config))
-            found.append(config)
-        if len(found) == ANCHORS:
-            return found
-    raise EdgekitError(
-        f"only {len(found)} networks of 20,000 drawn ones keep [limits]; {ANCHORS} are needed to correct the operator "
-        "table; allow more"
-    )
 
 
 def _rows_of(spec: Spec) -> tuple[Dataset, Dataset]:

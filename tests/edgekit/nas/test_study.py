@@ -15,8 +15,11 @@ import pytest
 
 from edgekit.bundle.store import open_bundle
 from edgekit.cost.measured import OperatorTable
+from edgekit.cost.roofline import estimate
 from edgekit.cost.samples import ALIKE
 from edgekit.errors import EdgekitError
+from edgekit.nas.clock import Device
+from edgekit.nas.explain import explained
 from edgekit.nas.finish import finish
 from edgekit.nas.latency import Correction
 from edgekit.nas.outline import outline
@@ -26,6 +29,7 @@ from edgekit.nas.strategies import Tried
 from edgekit.nas.study import JOURNAL, Study
 from edgekit.nn.hiera import HieraConfig
 from edgekit.session import open_session
+from edgekit.targets.profile import find
 from tests.edgekit.nas import toy_study
 
 
@@ -179,8 +183,8 @@ def clock(monkeypatch):
     families = (*ALIKE.values(), "convolution", "depthwise", "product with weights", "product of activations")
     weights = dict.fromkeys((*families, "Reshape", "Add row", "Mul row"), (1e-05, 0.0, 0.0, 0.0, 0.0, 0.0))
     fixed = OperatorTable(weights, 0.0, 0.0, 1 << 20, 16, 1.0, {}, {}, {}, "fixed")
-    monkeypatch.setattr("edgekit.nas.study.table", lambda progress: fixed)
-    monkeypatch.setattr("edgekit.nas.study.calibrate", lambda *arguments: Correction((2.0, 1.0, 1.0, 1.0), 0.03, 0.1))
+    monkeypatch.setattr("edgekit.nas.clock.table", lambda progress: fixed)
+    monkeypatch.setattr("edgekit.nas.clock.calibrate", lambda *arguments: Correction((2.0, 1.0, 1.0, 1.0), 0.03, 0.1))
     return fixed
 
 
@@ -201,7 +205,7 @@ def test_predicted_time_is_a_limit_and_part_of_the_studys_identity(clock, spec, 
             assert item["milliseconds"] == pytest.approx(1e-2 * (len(operators) + convolutions + views))
             assert item["milliseconds"] <= LIMIT
         identity = study.id
-    monkeypatch.setattr("edgekit.nas.study.table", lambda progress: pytest.fail("the study has its own table"))
+    monkeypatch.setattr("edgekit.nas.clock.table", lambda progress: pytest.fail("the study has its own table"))
     with closing(Study(timed, tmp_path)) as study:
         assert study.id == identity
     (tmp_path / "latency.json").write_text("{}")
@@ -267,3 +271,30 @@ def test_labels_beyond_the_classes_are_refused(folder, spec, tmp_path):
     np.savez(tmp_path / "rows.npz", **rows)
     with pytest.raises(EdgekitError, match="labels must be whole numbers from 0 to 3"):
         Study(replace(spec, score=replace(spec.score, data=str(tmp_path / "rows.npz"))), tmp_path / "study")
+
+
+def test_a_devices_time_and_memory_are_limits(spec, tmp_path):
+    proxy = replace(spec, score=replace(spec.score, data="", proxy="macs"), search=replace(spec.search, control=False))
+    limited = replace(proxy, limits=replace(spec.limits, target="jetson-nano", milliseconds=0.4))
+    with closing(Study(limited, tmp_path / "nano")) as study:
+        study.run(1)
+        values = finish(study)
+        for item in study.trials("generator"):
+            work = outline(HieraConfig(**item["arguments"])).work
+            assert item["milliseconds"] == 1e3 * estimate(work, find("jetson-nano"), 1).seconds <= 0.4
+        found = explained(study, values["finalists"][0]["key"])
+    assert sum(row["milliseconds"] for row in found["parts"] if "milliseconds" in row) == pytest.approx(
+        values["finalists"][0]["milliseconds"]
+    )
+    assert values["clock"]["target"] == "jetson-nano"
+    assert all(item["breaks"] == [] for item in values["measured"].values())  # they are of this machine
+    nano = find("jetson-nano")
+    small = replace(nano, memory=replace(nano.memory, value=1.0))
+    assert Device(nano, 1).fits(outline(FLAT))
+    assert not Device(small, 1).fits(outline(FLAT))
+    assert Device(nano, 1).digest != Device(small, 1).digest
+
+
+def test_an_unknown_device_is_named(spec, tmp_path):
+    with pytest.raises(EdgekitError, match="jetson-nanoo"):
+        Study(replace(spec, limits=replace(spec.limits, target="jetson-nanoo")), tmp_path)
