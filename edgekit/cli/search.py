@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.cli import console
+from edgekit.cli.supervise import Terminated
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ def _run(spec: Spec, folder: Path, processes: int | None, as_json: bool) -> None
             with closing(Study(spec, folder, show)) as study:
                 study.run(processes or len(os.sched_getaffinity(0)))
                 values = finish(study, show)
-        except KeyboardInterrupt:
-            console.note(f"stopped; continue with: edgekit search resume {folder}")
+        except (KeyboardInterrupt, Terminated):
+            console.note(f"nothing is lost; continue with: edgekit search resume {folder}")
             raise
     _show(values, folder, as_json)
 

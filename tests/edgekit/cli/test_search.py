@@ -1,6 +1,10 @@
 """edgekit search"""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -49,3 +53,28 @@ def test_bad_calls_are_named(folder, edgekit, tmp_path):
     )
     assert edgekit("search", "run", tmp_path / "no.toml", "-o", tmp_path / "x").failed_with(1, "no such file")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_study_says_how_to_go_on(folder, tmp_path, number, status):
+    text = (folder / "spec.toml").read_text().replace("candidates = 2", "candidates = 40")
+    (tmp_path / "spec.toml").write_text(text)
+    command = [
+        sys.executable,
+        "-c",
+        "from edgekit.cli import main; main()",
+        "search",
+        "run",
+        str(tmp_path / "spec.toml"),
+    ]
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "study")], stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "study" / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"edgekit search resume {tmp_path / 'study'}" in told.replace("\n", "")
