@@ -3,10 +3,11 @@ process and on however many cores: each judge computes on one thread."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +72,30 @@ _score: Score | None = None
 
 
 def prepare(rows: Rows | None, score: Score) -> None:
-    """Set what every job of this process uses."""
+    """Set what every job of this process uses, for good: the process belongs to a study."""
     global _rows, _score
     _rows, _score = rows, score
     if (parent := multiprocessing.parent_process()) is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+
+
+@contextlib.contextmanager
+def prepared(rows: Rows | None, score: Score) -> Iterator[None]:
+    """In this block, judge in this process; behind it, the process is as before."""
+    global _rows, _score
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.random.get_rng_state()
+    _rows, _score = rows, score
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        _rows = _score = None
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        torch.random.set_rng_state(before[2])
 
 
 def _end_with(parent: Any) -> None:

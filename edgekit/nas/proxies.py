@@ -1,5 +1,5 @@
-"""Scores of a network that was not trained. On small hierarchical networks and real images they ranked as well as the
-number of operations or better (docs/jobs/search.md); a report always shows them beside parameters and operations."""
+"""Scores of a network that was not trained. How well they predict the score of a trained one differs between spaces and
+data, so a report always shows their correlation with it beside that of parameters and operations."""
 
 from __future__ import annotations
 

@@ -177,7 +177,12 @@ Judges = Callable[[Sequence[Job]], Iterator[Judged]]
 
 @contextmanager
 def _judges(processes: int, rows: Rows | None, spec: Spec) -> Iterator[Judges]:
-    """Provide a function that judges networks in child processes, and yields the results in order."""
+    """Provide a function that judges networks and yields the results in order: in this process, or in several child
+    processes."""
+    if processes == 1:
+        with evaluate.prepared(rows, spec.score):
+            yield lambda jobs: map(evaluate.judge, jobs)
+        return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, evaluate.prepare, (rows, spec.score))
     try:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from edgekit.bundle.store import open_bundle
 from edgekit.cost.measured import OperatorTable
@@ -63,11 +64,17 @@ def test_every_arm_tries_its_candidates_within_the_limits(done, spec):
         assert len(study.rung(1, arm)) == 4  # two networks, two seeds
 
 
-def test_one_process_writes_the_same_journal(done, folder, spec):
+def test_one_process_writes_the_same_journal_and_leaves_torch_as_it_was(done, folder, spec):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with closing(Study(spec, folder / "alone")) as study:
         study.run(1)
         assert study.journal.digest == done[0].journal.digest
     assert (folder / "alone" / JOURNAL).read_bytes() == (folder / "done" / JOURNAL).read_bytes()
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+    assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.8])
@@ -77,7 +84,7 @@ def test_a_study_that_was_cut_continues_to_the_same_journal(done, folder, spec, 
     again.mkdir()
     (again / JOURNAL).write_bytes(whole[: int(kept * len(whole))])
     with closing(Study(spec, again)) as study:
-        study.run(2)
+        study.run(1)
     assert (again / JOURNAL).read_bytes() == whole
 
 
