@@ -119,7 +119,14 @@ class Arbiter:
         batch = not self.holds_batch
         found: list[tuple[tuple[int, float, int], Job, NextStep]] = []
         for job in self._jobs.values():
-            if job.name not in self._running and (step := job.next_step(batch=batch)) is not None:
+            if job.name in self._running:
+                continue
+            try:
+                step = job.next_step(batch=batch)
+            except Exception as error:
+                self._give_up(job, error)
+                continue
+            if step is not None:
                 found.append(((step.priority, _deadline(step), self._turns.get(job.name, 0)), job, step))
         if not found:
             return None
@@ -137,14 +144,18 @@ class Arbiter:
         try:
             job.run(lambda: self._pause(step))
         except Exception as error:
-            self.remove(job.name)
-            if self._failed is None:
-                raise
-            self._failed(job, error)
+            self._give_up(job, error)
         finally:
             self._running.pop()
             ended, paused = self._clock(), self._paused.pop()
             self._note(self.served[job.name], step, ended, ended - started - paused)
+
+    def _give_up(self, job: Job, error: Exception) -> None:
+        """Remove a job that has failed."""
+        self.remove(job.name)
+        if self._failed is None:
+            raise error
+        self._failed(job, error)
 
     def _pause(self, step: NextStep) -> None:
         """Run what is more urgent than the step that pauses."""

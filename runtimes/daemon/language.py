@@ -116,6 +116,7 @@ class AnswerQueue:
         self._commands: deque[Callable[[], object]] = deque()
         self._held = 0
         self._closing = False
+        self.broken = False  # its job has failed, and the arbiter runs it no more
         # while the model is replaced, the arbiter has the jobs of both
         unique = f"{name} ({next(NUMBERS)})"
         self.job = ServedJob(
@@ -171,6 +172,13 @@ class AnswerQueue:
     def end_all(self, error: RefusedError) -> None:
         """End all answers with an error."""
         self._command(lambda: self._fail([*self._answers.values()], error))
+
+    def give_up(self, error: Exception) -> None:
+        """Its job has failed outside a step: end all answers. The arbiter's thread calls this."""
+        LOG.error("the scheduler of the model %s has failed", self.name, exc_info=error)
+        self.broken = True
+        self._obey()
+        self._fail([*self._answers.values()], from_error(RuntimeError()))
 
     def close(self) -> None:
         """Take the job from the arbiter; answers that are on their way get an error."""

@@ -15,7 +15,7 @@ from typing import Literal
 from edgekit.errors import unknown
 from edgekit.importers import downloads
 from edgekit.importers.api import open_to_run
-from edgekit.session import open_session
+from edgekit.session import Job, open_session
 from runtimes.daemon import placement
 from runtimes.daemon.admission import Admission, Needs, of_bundle, of_language
 from runtimes.daemon.arbiter import Arbiter
@@ -98,7 +98,8 @@ class Models:
         self._leaving: list[Entry] = []
         # every engine that can be configured runs on the CPU
         self.placement = placement.choose("cpu", divisible=True, alerts=bool(config.alerts.config))
-        self.arbiter = Arbiter()  # of the language models; bundles on a CPU have threads of their own
+        # of the language models; bundles on a CPU have threads of their own
+        self.arbiter = Arbiter(failed=self._job_failed)
         self._stopped = Event()
         self._thread = Thread(target=self._run_steps, name="edgekit-arbiter", daemon=True)
         self._thread.start()
@@ -183,6 +184,13 @@ class Models:
         placement.lower_this_thread(self.placement.nice)
         self.arbiter.run(self._stopped.is_set)
 
+    def _job_failed(self, job: Job, error: Exception) -> None:
+        """Say so to the model whose job has failed; the next request loads it again. The arbiter's thread calls
+        this."""
+        for entry in self._all():
+            if isinstance(entry.loaded, Language) and entry.loaded.queue.job is job:
+                entry.loaded.queue.give_up(error)
+
     def stuck(self, seconds: float) -> str:
         """Return which model has computed one step for longer than this; "" if none has."""
         now = time.monotonic()
@@ -202,6 +210,9 @@ class Models:
         entry.users += 1
         try:
             async with entry.lock:
+                if isinstance(entry.loaded, Language) and entry.loaded.queue.broken:
+                    broken, entry.loaded = entry.loaded, None
+                    await asyncio.to_thread(broken.close)
                 if entry.loaded is None:
                     await self._load(entry)
             assert entry.loaded is not None

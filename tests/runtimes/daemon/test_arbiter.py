@@ -261,6 +261,25 @@ def test_a_job_that_raises_is_removed_also_in_another_jobs_pause_and_the_others_
     assert arbiter.jobs == ("chat",)
 
 
+def test_a_job_that_cannot_say_its_next_step_is_removed_and_the_others_go_on():
+    class Lost(ToyJob):
+        def next_step(self, *, batch):
+            raise RuntimeError("the queue is torn")
+
+    clock, failures = Clock(), []
+    chat = ToyJob("chat", INTERACTIVE, clock, [Work(0.0, 1.0)])
+    arbiter = Arbiter(clock=clock, failed=lambda job, error: failures.append((job.name, str(error))))
+    arbiter.add(Lost("vision", REAL_TIME, clock, []))
+    arbiter.add(chat)
+    run_until_done(arbiter, clock, [chat])
+    assert failures == [("vision", "the queue is torn")]
+    assert arbiter.jobs == ("chat",)
+    arbiter = Arbiter(clock=clock)
+    arbiter.add(Lost("vision", REAL_TIME, clock, []))
+    with pytest.raises(RuntimeError, match="torn"):
+        arbiter.step()
+
+
 def test_a_name_is_taken_once_and_the_limits_are_checked():
     arbiter, clock = Arbiter(), Clock()
     arbiter.add(ToyJob("chat", INTERACTIVE, clock, []))

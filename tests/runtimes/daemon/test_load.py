@@ -58,6 +58,18 @@ def test_a_lost_request_and_a_held_block_are_seen(start, monkeypatch):
         blocks.remove(10**6)
 
 
+def test_a_scheduler_that_fails_ends_its_answers_and_the_next_request_loads_the_model_again(start, monkeypatch):
+    body = {"model": "toy", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    with start() as running:
+        assert running.post("/v1/chat/completions", body).status == 200
+        broken = running.queue()
+        monkeypatch.setattr(broken.job.scheduler, "lengths", lambda: 1 / 0)
+        assert running.post("/v1/chat/completions", body).status == 500
+        assert broken.broken
+        assert running.post("/v1/chat/completions", body).status == 200
+        assert running.queue() is not broken
+
+
 def test_the_report_fails_for_each_problem(capsys):
     def status(held="", after=5, lost=()):
         return bench.report(bench.Outcome(lost=list(lost)), 1.0, held, 5, after, 0)
