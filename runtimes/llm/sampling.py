@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from edgekit.errors import EdgekitError
 
+FEW = 128  # largest weights that are sorted first, to find those that together have a share
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -76,16 +78,34 @@ def probabilities(scores: npt.NDArray[np.float64], sampling: Sampling) -> npt.ND
     """Return (vocabulary,) the weights of the tokens that may be chosen, and 0 for the others."""
     scaled = (scores - scores.max()) / sampling.temperature
     weights: npt.NDArray[np.float64] = np.exp(scaled)
-    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return weights  # all of them may be chosen; to sort them takes milliseconds
-    order = np.argsort(-weights, kind="stable")
-    kept = len(order)
-    if sampling.top_k:
-        kept = min(kept, sampling.top_k)
-    if sampling.top_p < 1:
-        ends = weights[order].cumsum()
-        kept = min(kept, int(np.searchsorted(ends, sampling.top_p * ends[-1])) + 1)
+    most = min(sampling.top_k or len(weights), len(weights))
     if sampling.min_p:
-        kept = min(kept, int((weights[order] >= sampling.min_p).sum()))  # the largest weight is 1
-    weights[order[kept:]] = 0.0
+        most = min(most, int((weights >= sampling.min_p).sum()))  # the largest weight is 1
+    if most == len(weights) and sampling.top_p == 1:
+        return weights  # all of them may be chosen
+    kept = largest(weights, most)[:most] if sampling.top_p == 1 else nucleus(weights, sampling.top_p, most)
+    values = weights[kept]
+    weights[:] = 0.0
+    weights[kept] = values
     return weights
+
+
+def largest(weights: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
+    """Return the indices of the largest weights in order, at least `count`; equal ones in the order of their indices.
+    This does not sort the others: a vocabulary takes milliseconds."""
+    if count >= len(weights):
+        return np.argsort(-weights, kind="stable")
+    least = np.partition(weights, len(weights) - count)[len(weights) - count]
+    found = np.flatnonzero(weights >= least)
+    return found[np.argsort(-weights[found], kind="stable")]
+
+
+def nucleus(weights: npt.NDArray[np.float64], share: float, most: int) -> npt.NDArray[np.intp]:
+    """Return the indices of the fewest largest weights that together have this share of the sum, at most `most`."""
+    wanted, count = share * weights.sum(), min(FEW, most)
+    while True:
+        order = largest(weights, count)[:count]
+        ends = weights[order].cumsum()
+        if ends[-1] >= wanted or count == most:
+            return order[: int(np.searchsorted(ends, wanted)) + 1]
+        count = min(8 * count, most)

@@ -34,6 +34,37 @@ def test_which_tokens_may_be_chosen(options, expected):
     assert kept(**options) == expected
 
 
+def by_sorting(scores, sampling):
+    """The weights by the definition, with all tokens sorted."""
+    weights = np.exp((scores - scores.max()) / sampling.temperature)
+    order = np.argsort(-weights, kind="stable")
+    kept = min(sampling.top_k or len(order), len(order))
+    if sampling.top_p < 1:
+        ends = weights[order].cumsum()
+        kept = min(kept, int(np.searchsorted(ends, sampling.top_p * ends[-1])) + 1)
+    if sampling.min_p:
+        kept = min(kept, int((weights[order] >= sampling.min_p).sum()))
+    weights[order[kept:]] = 0.0
+    return weights
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9}, {"top_p": 0.3}, {"top_p": 0.9999}, {"top_k": 40}, {"top_k": 1}, {"min_p": 0.05},
+        {"top_p": 0.95, "top_k": 40}, {"top_p": 0.8, "top_k": 500, "min_p": 0.01}, {},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+def test_the_tokens_are_those_of_a_whole_sort(options, spread):
+    rng = np.random.default_rng(7)
+    for rounded in (3, 1):  # with one digit, many logits are equal
+        scores = rng.normal(0, spread, 5000).round(rounded)
+        scores[rng.random(5000) < 0.1] = -np.inf  # what a grammar excludes
+        sampling = Sampling(temperature=0.8, **options)
+        np.testing.assert_array_equal(probabilities(scores, sampling), by_sorting(scores, sampling))
+
+
 def test_frequencies_are_the_probabilities():
     drawn = np.bincount([choose(LOGITS, Sampling(1.0, seed=1), [], n) for n in range(4000)], minlength=5) / 4000
     assert np.abs(drawn - np.exp(LOGITS)).max() < 0.025
