@@ -28,6 +28,7 @@ STEMS = {"conv7": ((7, 4, 3),), "patch4": ((4, 4, 0),), "conv3x2": ((3, 2, 1), (
 CONVOLUTIONS = ("inverted", "separable", "rep")
 ATTENTIONS = ("window", "global")
 MOST_BLOCKS, MOST_WIDTH, MOST_SIDE = 200, 8192, 2048
+MOST_NUMBERS = 1 << 28  # of weights; Hiera-L has 214 million
 EPS = 1e-6  # of layer normalization
 
 
@@ -101,6 +102,16 @@ class HieraConfig:
         """Mask units of an image."""
         return (self.sides[self.first_attention] // self.mask_unit) ** 2
 
+    @property
+    def most_numbers(self) -> int:
+        """An upper bound of the weights, known before anything is built."""
+        blocks = sum(
+            depth * max(6 + 2 * ratio, 11) * width * (width + 9)
+            for depth, ratio, width in zip(self.depths, self.ratios, self.widths, strict=True)
+        )
+        tokens = (self.image // 4) ** 2
+        return blocks + (49 * self.channels + 9 * self.width + tokens) * self.width + self.widths[-1] * self.classes
+
     def entry(self, stage: int, number: int) -> Entry:
         """Return what enters and leaves a block. The first block of a stage changes the width and pools; where
         attention begins, a convolution before it has changed both."""
@@ -140,6 +151,8 @@ class HieraConfig:
                 return f"kind {kind!r}; allowed: {', '.join((*ATTENTIONS, *CONVOLUTIONS))}"
         if any(kind in CONVOLUTIONS for kind in self.kinds[self.first_attention :]):
             return f"kinds = {self.kinds}; convolutional stages come before those with attention"
+        if (numbers := self.most_numbers) > MOST_NUMBERS:
+            return f"these sizes are a network of up to {numbers:,} numbers; edgekit builds up to {MOST_NUMBERS:,}"
         if self.image % (4 << sum(self.pools)):
             return f"image = {self.image}; expected a multiple of {4 << sum(self.pools)}, for these pools"
         return self._problem_of_attention()

@@ -55,6 +55,20 @@ def test_the_published_tiny_network_has_the_published_size():
     assert sum(value.numel() for value in model.parameters()) == 27_910_216  # table 7: 28 M
 
 
+def test_the_bound_is_above_the_size():
+    for kinds in (("rep", "inverted", "window", "global"), ("separable",) * 4, ("inverted",) * 4, ("window",) * 4):
+        config = HieraConfig(
+            **{**hiera.arguments(MIXED), "kinds": kinds, "mask_unit": 16 if kinds[0] == "window" else 4}
+        )
+        model = hiera.build(**hiera.arguments(config))
+        numbers = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+        assert numbers <= config.most_numbers <= 20 * numbers
+
+
+def test_the_published_large_network_is_within_the_bound():
+    assert hiera.published((2, 6, 36, 4), 144, 2).most_numbers <= hiera.MOST_NUMBERS
+
+
 def test_weights_of_another_network_are_refused():
     with pytest.raises(EdgekitError, match=r"'hiera.encoder.stages.9.layers.0.proj.weight' is no weight of a Hiera"):
         hiera.from_transformers({"hiera.encoder.stages.9.layers.0.proj.weight": torch.zeros(1)}, (1, 1, 1, 1))
@@ -163,6 +177,10 @@ def test_a_fused_network_has_the_same_outputs():
         ({"head_dim": 48}, "head_dim = 48; it must divide the width 64"),
         ({"pools": (1, 0, 1)}, "expected true or false"),
         ({"deep": 1}, "allowed arguments: depths, kinds"),
+        ({"width": 8192, "head_dim": 16}, "a network of up to .* numbers; edgekit builds up to 268,435,456"),
+        ({"depths": (200, 200, 200, 200), "ratios": (200,) * 4}, "a network of up to"),
+        ({"image": 2048, "width": 4096}, "a network of up to"),
+        ({"classes": 1 << 20, "width": 512}, "a network of up to"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
