@@ -183,7 +183,7 @@ def test_a_manifest_that_says_nonsense_is_an_error_that_names_the_key(changes, w
 
 
 def test_a_manifest_that_is_no_object_is_refused_by_its_type():
-    with pytest.raises(EdgekitError, match="x: bundle format 'list'; this edgekit reads format 1"):
+    with pytest.raises(EdgekitError, match="x: bundle format 'list'; this edgekit reads formats 1 and 2"):
         Manifest.from_json(b"[]", "x")
 
 
