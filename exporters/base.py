@@ -42,8 +42,8 @@ def described(bundle: Bundle) -> dict[str, Any]:
 
 def tensors(bundle: Bundle) -> dict[str, Any]:
     """Return what a manifest says of inputs and outputs: the shapes of the model's own tensors. If rows are not calls
-    as they are, `rows` says for the device's check how golden rows become calls: at which index each tensor has the batch
-    (null: nowhere), and how many rows a call takes (null: any number)."""
+    as they are, `rows` says for the device's check how golden rows become calls: at which index each tensor has the
+    batch (null: nowhere), and how many rows a call takes (null: any number)."""
     manifest = bundle.manifest
     found: dict[str, Any] = {
         key: {spec.name: {"shape": spec.own_axes, "dtype": spec.dtype} for spec in specs}

@@ -143,7 +143,7 @@ def in_rows(run, layout: "dict | None"):  # type: ignore[type-arg,no-untyped-def
             at = batch[name]
             own[name] = array[0] if at is None else np.ascontiguousarray(np.moveaxis(array[index], 0, at))
             own[name] = np.asarray(own[name])  # a scalar that was indexed is no array
-        found = dict(zip(names, run(names, own))).items()  # noqa: B905 - Python 3.6 has no strict
+        found = zip(names, run(names, own))  # noqa: B905 - Python 3.6 has no strict
         return [(out[None] if batch[name] is None else np.moveaxis(out, batch[name], 0))[:count] for name, out in found]
 
     def by_calls(names: list, rows: dict) -> list:  # type: ignore[type-arg]

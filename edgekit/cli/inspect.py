@@ -267,7 +267,8 @@ def _value(value: object) -> str:
 
 def _spec(spec: dict[str, Any]) -> str:
     shape = ", ".join(map(str, spec["shape"]))
-    return f"{spec['name']} ({shape}) {spec['dtype']}" + (f", {spec['unit']}" if spec["unit"] else "")
+    own = f", of its own ({', '.join(map(str, spec['axes']))})" if spec.get("axes") is not None else ""
+    return f"{spec['name']} ({shape}) {spec['dtype']}" + (f", {spec['unit']}" if spec["unit"] else "") + own
 
 
 def _preprocessing(value: dict[str, Any] | None) -> str | None:

@@ -1,5 +1,6 @@
 """Simplify a file's graph once, before any pass reads it: passes look for weights that the graph itself stores.
 
+    opset 7 to 12                                17, by onnx's version converter
     weights in branches of an If                 stored by the graph itself
     Shape -> Gather -> Equal, of known lengths   a constant
     If of a constant                             the nodes of the branch that runs
@@ -17,7 +18,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper, shape_inference
+import onnx
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    defs,
+    helper,
+    numpy_helper,
+    shape_inference,
+    version_converter,
+)
 
 from edgekit.graph.index import Index
 from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, opset, unique_name, value_names
@@ -25,14 +37,14 @@ from edgekit.graph.shapes import LARGEST, RANDOM, evaluated
 
 Array = npt.NDArray[Any]
 Shapes = dict[str, list[int | None]]
+LEAST_OPSET, NEWER = 13, 17  # the first with a scale per channel; the newest that every runtime since 2022 reads
 ROUNDS = 50  # of all rules; each round that changes something removes a node
 STANDARD = ("", "ai.onnx")
 
 
 def simplified(model: ModelProto) -> ModelProto:
     """Return a simpler copy."""
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = _newer(model)
     _hoist(result)
     for _ in range(ROUNDS):
         shapes = _shapes(result)
@@ -44,6 +56,33 @@ def simplified(model: ModelProto) -> ModelProto:
     eliminate_dead_nodes(result)
     name_nodes(result)
     return result
+
+
+def _newer(model: ModelProto) -> ModelProto:
+    """Return a copy, in opset NEWER if the model's is older than the passes need. A graph that the converter does not
+    know how to convert stays in its opset."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    if opset(model) >= LEAST_OPSET:
+        return result
+    if result.ir_version < 4:  # the converter takes stored tensors of such files only if they are inputs as well
+        listed = {value.name for value in result.graph.input}
+        result.graph.input.extend(
+            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            for tensor in result.graph.initializer
+            if tensor.name not in listed
+        )
+    try:
+        converted = version_converter.convert_version(result, NEWER)
+        onnx.checker.check_model(converted, full_check=True)
+    except Exception:  # the converter raises many types
+        return result
+    stored = {tensor.name for tensor in converted.graph.initializer}
+    inputs = [value for value in converted.graph.input if value.name not in stored]
+    converted.graph.ClearField("input")
+    converted.graph.input.extend(inputs)
+    converted.ir_version = max(converted.ir_version, helper.find_min_ir_version_for(list(converted.opset_import), True))
+    return converted
 
 
 def _hoist(model: ModelProto) -> None:

@@ -15,6 +15,8 @@ from edgekit.bundle.store import open_bundle, write_bundle
 from edgekit.errors import EdgekitError
 from edgekit.exporter import export
 from edgekit.graph.lower import lower
+from edgekit.passes.base import Context, GraphCandidate
+from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.session import open_session
 from exporters.damage import check_golden, sensitivity, with_tensors
 from exporters.verify import on_onnxruntime, verify
@@ -165,6 +167,8 @@ def test_weights_in_branches_are_stored_by_the_graph_and_a_fixed_input_removes_t
     assert set(free.golden()[0]["rate"]) == {16000}
     with pytest.raises(EdgekitError, match="cannot tell a damaged model"):
         export(free, tmp_path / "x", to="onnx")  # the rows never reach the other branch
+    with pytest.raises(EdgekitError, match=r"the products are in branches of If 'if', .* --fix NAME=NUMBER"):
+        DynamicInt8().apply(GraphCandidate(free.graph()), Context(None, None, 0))
     high = edgekit.import_onnx(graph, name="high", fix={"rate": 16000})
     low = edgekit.import_onnx(graph, name="low", fix={"rate": 8000})
     assert [node.op_type for node in high.graph().graph.node] == ["MatMul"]
