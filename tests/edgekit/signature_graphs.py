@@ -41,6 +41,21 @@ def gru(batch="batch", time="time"):
     )
 
 
+def classifying_gru():
+    """The GRU, and classes of its last step: logits (batch, 256)."""
+    graph = gru()
+    graph.graph.node.extend(
+        [
+            helper.make_node("Gather", ["y", "last"], ["final"], "final", axis=0),
+            helper.make_node("MatMul", ["final", "dense"], ["logits"], "dense"),
+        ]
+    )
+    tensors = (("last", np.array(-1, np.int64)), ("dense", 8 * numbers(15, HIDDEN, 256)))
+    graph.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors)
+    graph.graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", FLOAT, ("batch", 256)))
+    return graph
+
+
 def gain(shape=("batch", FEATURES)):
     """x times a scalar input, through a weight."""
     nodes = [

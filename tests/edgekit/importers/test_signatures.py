@@ -12,6 +12,7 @@ import pytest
 import edgekit
 from edgekit.bundle.format import GRAPH, assemble_graph
 from edgekit.bundle.store import open_bundle, write_bundle
+from edgekit.compression.bench import bench
 from edgekit.errors import EdgekitError
 from edgekit.exporter import export
 from edgekit.graph.lower import lower
@@ -24,6 +25,7 @@ from tests.edgekit.signature_graphs import (
     FEATURES,
     HIDDEN,
     branching,
+    classifying_gru,
     gain,
     growing,
     gru,
@@ -200,3 +202,39 @@ def test_rows_that_depend_on_one_another_are_no_batch():
     bundle = edgekit.import_onnx(running_sum(), name="sums")
     assert bundle.manifest.rows_per_call == 1
     assert bundle.manifest.inputs[0].own_axes == ("n", FEATURES)
+
+
+def test_the_guard_measures_a_recurrent_model_and_the_result_keeps_its_signature():
+    bundle = edgekit.import_onnx(classifying_gru(), name="classes", state=STATE)
+    random = np.random.default_rng(4)
+    rows = {
+        "x": random.standard_normal((64, 7, FEATURES)).astype(np.float32),
+        "before": random.standard_normal((64, 1, HIDDEN)).astype(np.float32),
+    }
+    labels = open_session(bundle, "onnxruntime", threads=1).run(rows)["logits"].argmax(-1)
+    found = edgekit.compress(
+        bundle,
+        data={**rows, "labels": labels.astype(np.int64), "split": np.arange(64) % 2},
+        recipe=[("weight_only", {"bits": 8})],
+        metric="error-rate",
+        max_loss=0.2,
+        objective="size",
+        batches=(1, 4),
+    )
+    assert [record.kept for record in found.records] == [True], [record.reason for record in found.records]
+    assert found.bundle.manifest.inputs == bundle.manifest.inputs
+    assert found.bundle.manifest.outputs == bundle.manifest.outputs
+    assert found.bundle.manifest.state == STATE
+    answers = open_session(found.bundle, "onnxruntime", threads=1).run(rows)["logits"].argmax(-1)
+    assert np.mean(answers != labels) <= 0.2
+
+
+def test_times_of_calls_of_a_fixed_number_of_rows():
+    bundle = of_case("batch fixed at three")[0]
+    one, seven = bench(bundle, batches=(3, 7), seconds=0.05)
+    assert one.roofline is not None
+    least = [row.roofline * row.cpu_p50_ms for row in (one, seven)]
+    assert abs(least[1] / least[0] - 3) < 1e-6  # seven rows take three calls
+    with pytest.raises(EdgekitError, match=r"each call takes 3 rows, so a batch of 16 is no call .* give --batch 3"):
+        edgekit.bench_target(bundle, "jetson-nano", batches=(16,))
+    assert edgekit.bench_target(bundle, "jetson-nano", batches=(3,))[0].memory.fits
