@@ -89,7 +89,7 @@ def load_onnxruntime(path: Path, provider: str, inputs: dict, manifest: dict):  
                 f"{provider} did not start; onnxruntime fell back to {', '.join(session.get_providers())}"
             )
         first = {name: array[:2] for name, array in inputs.items()}
-        in_rows(session.run, manifest.get("rows"))(list(manifest["outputs"]), first)
+        in_rows(session.run, manifest.get("rows"))([value.name for value in session.get_outputs()], first)
         lost = ran_elsewhere(json.loads(Path(session.end_profiling()).read_text()), provider)
     if lost:
         raise LookupError(f"{provider} does not run all of {path.name}: {', '.join(lost)} ran elsewhere")

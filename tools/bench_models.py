@@ -4,8 +4,8 @@
 
 Each step is a process of its own, as a user would start it. Models that are not named keep their rows in the file. The
 accuracy of int8 is measured here, on the golden rows, with onnxruntime on the two graphs, beside onnxruntime's own
-quantize_dynamic and quantize_static in the same run. The recurrent models of silero-vad are imported at 16 kHz with their
-state; their streams are compared with the original file, which a loop over onnxruntime runs window by window.
+quantize_dynamic and quantize_static in the same run. The recurrent models of silero-vad are imported at 16 kHz with
+their state; their streams are compared with the original file, which a loop over onnxruntime runs window by window.
 """
 
 import argparse
