@@ -93,6 +93,17 @@ def test_rows_give_what_the_graph_gives_for_each_alone(name):
                 assert np.abs(stored[output][row] - wanted[output]).max() < 1e-5
 
 
+def test_golden_states_are_zero_or_reached_by_the_model():
+    bundle = of_case("batch in the middle")[0]
+    inputs, _ = bundle.golden()
+    assert not inputs["before"][::2].any()
+    now = dict(inputs, before=np.zeros_like(inputs["before"]))
+    for _ in range(2):
+        now["before"] = open_session(bundle, "onnxruntime", threads=1).run(now)["after"]
+    assert np.abs(now["before"]).min() > 0
+    assert np.array_equal(inputs["before"][1::2], now["before"][1::2])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bundles_are_the_same_after_they_were_written(name, tmp_path):
     bundle = of_case(name)[0]
