@@ -104,9 +104,15 @@ def _plain(model: ModelProto, source: str) -> Signature:
 
 
 def is_plain(model: ModelProto, source: str) -> bool:
-    """Return whether every input begins with a free axis, and no output is known to lack one."""
+    """Return whether every input begins with a free axis and calls no other one batch, and no output is a scalar."""
     inputs, outputs = _tensors(model, source)
-    return all(axes and isinstance(axes[0], str) for _, (axes, _) in inputs) and all(axes for _, (axes, _) in outputs)
+    free = all(axes and isinstance(axes[0], str) for _, (axes, _) in inputs)
+    elsewhere = any(_called_batch(axes[1:]) and not _called_batch(axes[:1]) for _, (axes, _) in inputs)
+    return free and not elsewhere and all(axes for _, (axes, _) in outputs)
+
+
+def _called_batch(axes: Axes) -> list[str]:
+    return [axis for axis in axes if isinstance(axis, str) and BATCH in axis.lower()]
 
 
 def proposals(model: ModelProto, source: str, state: Mapping[str, str]) -> Iterator[Signature]:
@@ -208,9 +214,8 @@ def _candidates(inputs: Sequence[tuple[str, tuple[Axes, str]]], state: Mapping[s
     """Return names of free axes that may be the batch: those called so, then first axes, then others."""
     others = [axes for name, (axes, _) in inputs if name not in state]
     firsts = [axes[0] for axes in others if axes]
-    every = [axis for _, (axes, _) in inputs for axis in axes]
-    called = [axis for axis in every if isinstance(axis, str) and BATCH in axis.lower()]
-    return list(dict.fromkeys(axis for axis in (*called, *firsts, *every) if isinstance(axis, str)))
+    every = tuple(axis for _, (axes, _) in inputs for axis in axes)
+    return list(dict.fromkeys(axis for axis in (*_called_batch(every), *firsts, *every) if isinstance(axis, str)))
 
 
 def _place(axes: Axes, batch: str) -> int | None:

@@ -18,9 +18,9 @@ def model(nodes, inputs, outputs, stored=(), opset=17):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
-def gru(batch="batch", time="time"):
+def gru(batch="batch", time="time", *, state=True):
     """A GRU over x (time, batch, features) with its state (1, batch, hidden), as torch writes it: `after` is the state
-    that follows. batch: a name, None for no name, or a length."""
+    that follows. batch: a name, None for no name, or a length. state: whether it is an input, or zero at first."""
     stored = [
         ("W", numbers(1, 1, 3 * HIDDEN, FEATURES)),
         ("R", numbers(2, 1, 3 * HIDDEN, HIDDEN)),
@@ -28,15 +28,17 @@ def gru(batch="batch", time="time"):
         ("axes", np.array([1], np.int64)),
     ]
     nodes = [
-        helper.make_node("GRU", ["x", "W", "R", "B", "", "before"], ["all", "after"], "gru", hidden_size=HIDDEN),
+        helper.make_node(
+            "GRU", ["x", "W", "R", "B", *(["", "before"] if state else [])], ["all", "after"], "gru", hidden_size=HIDDEN
+        ),
         helper.make_node("Squeeze", ["all", "axes"], ["y"], "squeeze"),
     ]
-    state = (1, batch, HIDDEN)
-    unnamed = (None, None, None) if batch is None else state
+    shape = (1, batch, HIDDEN)
+    unnamed = (None, None, None) if batch is None else shape
     return model(
         nodes,
-        [("x", FLOAT, (time, batch, FEATURES)), ("before", FLOAT, state)],
-        [("y", FLOAT, (time, batch, HIDDEN)), ("after", FLOAT, unnamed)],
+        [("x", FLOAT, (time, batch, FEATURES)), ("before", FLOAT, shape)][: 1 + state],
+        [("y", FLOAT, (time, batch, HIDDEN)), ("after", FLOAT, unnamed)][: 1 + state],
         stored,
     )
 
