@@ -164,16 +164,16 @@ def golden_of(
     from edgekit.graph.signature import settled, with_state
     from edgekit.graph.vocabulary import compared, vocabularies
 
-    specs, simple = tuple(proposal.inputs.values()), proposal.plain and not state
-    session = _session(graph, proposal)
-    call = _call(graph)
-    run = session.run if simple else _once(proposal, call)
+    specs, session = tuple(proposal.inputs.values()), _session(graph, proposal)
+    simple = proposal.plain and not state
+    call = None if simple else _call(graph)
+    run = session.run if call is None else _once(proposal, call)
     if given:
         chosen = golden_rows(specs, {**zero_state(specs, given, state), **given})
         found = run(chosen)
     else:
         chosen, found = synthetic_rows(specs, vocabularies(model), run, state, compared(model))
-    if simple:
+    if call is None:
         return proposal, chosen, found
     signature = with_state(settled(proposal, call, chosen), state, _shapes(proposal, chosen, found))
     session = _session(graph, signature)
