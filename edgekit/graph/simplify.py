@@ -42,8 +42,8 @@ ROUNDS = 50  # of all rules; each round that changes something removes a node
 STANDARD = ("", "ai.onnx")
 
 
-def simplified(model: ModelProto) -> ModelProto:
-    """Return a simpler copy."""
+def simplified(model: ModelProto, *, fold: bool = True) -> ModelProto:
+    """Return a simpler copy. fold: whether to fold batch normalization, which rounds in another order."""
     result = _newer(model)
     _hoist(result)
     for _ in range(ROUNDS):
@@ -51,7 +51,8 @@ def simplified(model: ModelProto) -> ModelProto:
         # every rule runs in every round, because one makes work for another
         if not any([_fold(result, shapes), _inline(result), _remove_identities(result)]):
             break
-    _fold_batch_normalization(result)
+    if fold:
+        _fold_batch_normalization(result)
     result.graph.ClearField("value_info")  # it describes values that no longer exist
     eliminate_dead_nodes(result)
     name_nodes(result)
