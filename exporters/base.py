@@ -24,7 +24,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
     """
     axes: dict[str, dict[str, Any]] = {}
     for spec in (*bundle.manifest.inputs, *bundle.manifest.outputs):
-        for number, axis in enumerate(spec.shape):
+        for number, axis in enumerate(spec.own_axes):
             if isinstance(axis, str):
                 entry = axes.setdefault(axis, {"multiple_of": multiple(axis), "at": {}})
                 entry["at"].setdefault(spec.name, []).append(number)
@@ -32,13 +32,28 @@ def described(bundle: Bundle) -> dict[str, Any]:
         "model": bundle.manifest.name,
         "bundle": bundle.digest,
         KEY: model_key(bundle),
-        "inputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.inputs},
-        "outputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.outputs},
+        **tensors(bundle),
         "axes": axes,
         "state": bundle.manifest.state,
         "classes": bundle.manifest.classes,
         "preprocessing": bundle.manifest.preprocessing,
     }
+
+
+def tensors(bundle: Bundle) -> dict[str, Any]:
+    """Return what a manifest says of inputs and outputs: the shapes of the model's own tensors. If rows are not calls
+    as they are, `rows` says for the device's check how golden rows become calls: at which index each tensor has the
+    batch (null: nowhere), and how many rows a call takes (null: any number)."""
+    manifest = bundle.manifest
+    found: dict[str, Any] = {
+        key: {spec.name: {"shape": spec.own_axes, "dtype": spec.dtype} for spec in specs}
+        for key, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs))
+    }
+    if not manifest.signature.plain:
+        specs = (*manifest.inputs, *manifest.outputs)
+        batch = {spec.name: None if spec.shared else spec.own_axes.index(spec.shape[0]) for spec in specs}
+        found["rows"] = {"batch": batch, "per_call": manifest.rows_per_call}
+    return found
 
 
 def hashes(files: Mapping[str, bytes]) -> dict[str, str]:

@@ -23,6 +23,7 @@ import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgekit.bundle.format import Bundle
+from edgekit.bundle.signature import Signature
 from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError
 from edgekit.graph.index import Index
@@ -31,6 +32,7 @@ from exporters.verify import differences
 Array = npt.NDArray[Any]
 LAYERS = 24  # the largest number of layers that are damaged one by one
 SHARE = 0.01  # of all the numbers of the model: a layer with fewer is not large
+FLIPPED, ROUNDED = " sign flipped", 1e-6  # a difference of this size is rounding
 BIASES, TOGETHER = "no biases", "all large layers halved"
 MOST = 0.5  # of the large layers: the check on the device must find a damage of as many
 ROWS = 1e-3  # the golden rows must show every damage by more than this; the checks' tolerances may be wider
@@ -59,7 +61,8 @@ class Damage:
 class Sensitivity:
     """The result of the self-test. found: the damages that the golden rows show; blind: those that they do not; least:
     the smallest difference of a damage that was found; allowed: the difference that the check allows; unseen: layers of
-    which no damage was found."""
+    which no damage was found; symmetric: layers of which another sign changes no output, though half of the weights
+    does, because the model squares what the layer gives, as for a power spectrum: that is no damage."""
 
     tried: int
     found: int
@@ -67,6 +70,7 @@ class Sensitivity:
     allowed: float
     blind: tuple[str, ...]
     unseen: tuple[str, ...]
+    symmetric: tuple[str, ...] = ()
 
 
 def damages(model: ModelProto) -> list[Damage]:
@@ -77,7 +81,7 @@ def damages(model: ModelProto) -> list[Damage]:
     result = []
     for name, (halved, flipped) in changed.items():
         result += [Damage(f"{name} halved", name, {name: halved})] if halved is not None else []
-        result.append(Damage(f"{name} sign flipped", name, {name: flipped}))
+        result.append(Damage(f"{name}{FLIPPED}", name, {name: flipped}))
     together = {name: flipped if halved is None else halved for name, (halved, flipped) in changed.items()}
     if len(together) > 1:
         result.append(Damage(TOGETHER, "", together))
@@ -132,9 +136,9 @@ def sensitivity(model: ModelProto, bundle: Bundle, allowed: float) -> Sensitivit
     few = {name: array[:FEW] for name, array in inputs.items()}
     tried = damages(model)
     names = [spec.name for spec in bundle.manifest.outputs]
-    run = _runner(model, tried, names)
+    run = _runner(model, tried, names, bundle.manifest.signature)
     plain = [run(rows, {}) for rows in (few, inputs)]
-    blind, least = [], np.inf
+    blind, least, unchanged = [], np.inf, set[str]()
     for damage in tried:
         difference = 0.0
         for rows, expected in zip((few, inputs), plain, strict=True):
@@ -143,12 +147,17 @@ def sensitivity(model: ModelProto, bundle: Bundle, allowed: float) -> Sensitivit
                 break
         if difference <= allowed:
             blind.append(damage.name)
+            if difference <= min(ROUNDED, allowed) and damage.name.endswith(FLIPPED):
+                unchanged.add(damage.layer)
         else:
             least = float(np.fmin(least, difference))
     seen = {damage.layer for damage in tried if damage.name not in blind}
+    symmetric = tuple(sorted(unchanged & seen))
+    blind = [name for name in blind if name.removesuffix(FLIPPED) not in symmetric]
     required = [damage for damage in tried if damage.name != BIASES]
     unseen = dict.fromkeys(damage.layer or damage.name for damage in required if damage.layer not in seen)
-    return Sensitivity(len(tried), len(tried) - len(blind), least, allowed, tuple(blind), tuple(unseen))
+    count = len(tried) - len(symmetric)
+    return Sensitivity(count, count - len(blind), least, allowed, tuple(blind), tuple(unseen), symmetric)
 
 
 def check_golden(model: ModelProto, bundle: Bundle, allowed: float, device: float) -> dict[str, Any]:
@@ -160,6 +169,12 @@ def check_golden(model: ModelProto, bundle: Bundle, allowed: float, device: floa
     together, and of MOST large layers at least one damage. The manifest names the layers of which it finds none.
     """
     rows = sensitivity(model, bundle, min(allowed, ROWS))
+    if not rows.tried:
+        raise EdgekitError(
+            f"{bundle.manifest.name}: the graph itself stores no weights of two or more axes, so no check can tell a "
+            "damaged model. Nothing was written; if they are in branches that depend on an input, import the model "
+            "with that input fixed: edgekit import --fix NAME=NUMBER"
+        )
     check = sensitivity(model, bundle, max(allowed, device))
     layers = {damage.layer for damage in damages(model) if damage.layer}
     lost = check.unseen if TOGETHER in check.unseen or len(check.unseen) > (1 - MOST) * len(layers) else ()
@@ -180,7 +195,7 @@ def _difference(got: Arrays, expected: Arrays) -> float:
 
 
 def _runner(
-    model: ModelProto, tried: list[Damage], names: list[str]
+    model: ModelProto, tried: list[Damage], names: list[str], signature: Signature
 ) -> Callable[[Arrays, Mapping[str, Array]], Arrays]:
     """Return run(rows, damaged tensors). One session serves the damages of tensors that products and tables read. A
     damage of another tensor gets its own session, because some operators run only on constants."""
@@ -193,9 +208,9 @@ def _runner(
 
     def run(rows: Arrays, tensors: Mapping[str, Array]) -> Arrays:
         if tensors.keys() <= free:
-            return dict(zip(names, session.run(names, {**rows, **tensors}), strict=True))
+            return dict(zip(names, signature.run(session.run, names, {**rows, **tensors}), strict=True))
         own = _overridable(with_tensors(model, tensors), set())
-        return dict(zip(names, own.run(names, rows), strict=True))
+        return dict(zip(names, signature.run(own.run, names, rows), strict=True))
 
     return run
 

@@ -218,12 +218,13 @@ def check(folder: Path, runtime: "str | None" = None, cudart: str = "", runs: in
         print(
             "{}: the engine takes {} to {}, and is fastest at {}".format(name, texts["min"], texts["max"], texts["opt"])
         )
-    stored, least = len(next(iter(inputs.values()))), manifest["least_batch"]
+    alike = rows_alike(inputs, manifest)
+    stored, least = len(alike), manifest["least_batch"]
     checks, timings = [], []
     for batch in sorted({least, min(max(stored, least), manifest["largest_batch"])}):
-        rows = np.arange(batch) % stored  # the stored rows repeat if the engine takes no smaller batch
-        part = {name: array[rows] for name, array in inputs.items()}
-        wanted = {name: array[rows] for name, array in expected.items()}
+        rows = alike[np.arange(batch) % stored]  # the stored rows repeat if the engine takes no smaller batch
+        part = own_tensors({name: array[rows] for name, array in inputs.items()}, manifest)
+        wanted = own_tensors({name: array[rows] for name, array in expected.items()}, manifest)
         checks += compare(model, part, wanted, batch, manifest["device_tolerance"])
         timings.append(timed(model, batch, runs))
     return {
@@ -237,6 +238,29 @@ def check(folder: Path, runtime: "str | None" = None, cudart: str = "", runs: in
         "notes": manifest.get("notes", []),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
     }
+
+
+def rows_alike(inputs: Arrays, manifest: "Dict[str, Any]") -> Any:
+    """Return the indices of the rows that can share a call: those with the first row's value of each input that has no
+    batch."""
+    rows = np.arange(len(next(iter(inputs.values()))))
+    if "rows" in manifest and manifest["rows"]["per_call"] is None:
+        for name, array in inputs.items():
+            if manifest["rows"]["batch"][name] is None:
+                rows = rows[[np.array_equal(array[row], array[0]) for row in rows]]
+    return rows
+
+
+def own_tensors(rows: Arrays, manifest: "Dict[str, Any]") -> Arrays:
+    """Return rows as the model's own tensors, which may have the batch elsewhere, or none."""
+    if "rows" not in manifest:
+        return rows
+    batch = manifest["rows"]["batch"]
+    moved = {}  # type: Arrays
+    for name, array in rows.items():
+        own = array[0] if batch[name] is None else np.moveaxis(array, 0, batch[name])
+        moved[name] = np.asarray(own, order="C")
+    return moved
 
 
 def opened(

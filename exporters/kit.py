@@ -75,8 +75,8 @@ def base(
         "runtime": graph.deployment.stack.runtime,
         "operators": sorted({node.op_type for node in graph.model.graph.node}),
         "shapes": profile,
-        "least_batch": max(ranges["min"][0] for ranges in profile.values()),
-        "largest_batch": min(ranges["max"][0] for ranges in profile.values()),
+        "least_batch": max(_batches(bundle, profile, "min")),
+        "largest_batch": min(_batches(bundle, profile, "max")),
         "device_tolerance": device,
         "checks": [asdict(check) for check in checks],
         **golden,
@@ -89,6 +89,12 @@ def base(
         },
     }
     return written, manifest
+
+
+def _batches(bundle: Bundle, profile: Profile, key: str) -> list[int]:
+    """Return the least or largest batch of each input that has one."""
+    places = {spec.name: spec.own_axes.index(spec.shape[0]) for spec in bundle.manifest.inputs if not spec.shared}
+    return [profile[name][key][place] for name, place in places.items()] or [1]
 
 
 def readme(graph: TargetGraph, profile: Profile, command: str, notes: Sequence[str] = ()) -> bytes:

@@ -29,7 +29,7 @@ from edgekit.bundle.tensors import Arrays
 from edgekit.errors import EdgekitError, missing_extra
 from edgekit.exporter import Export, Exporter
 from edgekit.graph.lower import lower
-from exporters.base import MANIFEST, check_destination, publish
+from exporters.base import MANIFEST, check_destination, publish, tensors
 from exporters.damage import check_golden
 from exporters.verify import verify
 
@@ -78,8 +78,8 @@ class OpenVinoExporter(Exporter):
             "bundle": bundle.digest,
             KEY: model_key(bundle),
             "weights": self.weights,
-            "inputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.inputs},
-            "outputs": {spec.name: {"shape": spec.shape, "dtype": spec.dtype} for spec in bundle.manifest.outputs},
+            **tensors(bundle),
+            "state": bundle.manifest.state,
             "classes": bundle.manifest.classes,
             "preprocessing": bundle.manifest.preprocessing,
             "models": {
@@ -129,7 +129,7 @@ class Model:
         self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def run(self, names: Sequence[str], arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        rows: Arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        rows: Arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         shapes = tuple(array.shape for array in rows.values())
         if shapes not in self._compiled:
             model = self._model.clone()

@@ -106,11 +106,11 @@ def _given_shapes(bundle: Bundle, shapes: tuple[str, ...]) -> dict[str, Lengths]
             raise unknown("input", parts[1], specs, where=bundle.manifest.name)
         spec = specs[parts[1]]
         three = [tuple(map(int, part.split("x"))) for part in parts.groups()[1:]]
-        if any(len(shape) != len(spec.shape) for shape in three):
-            raise EdgekitError(f"--shapes {text!r}: expected {len(spec.shape)} lengths each, as in {spec.shape_text}")
-        for axis, least, best, largest in zip(spec.shape, *three, strict=True):
+        if any(len(shape) != len(spec.own_axes) for shape in three):
+            raise EdgekitError(f"--shapes {text!r}: expected {len(spec.own_axes)} lengths each, as in {spec.axes_text}")
+        for axis, least, best, largest in zip(spec.own_axes, *three, strict=True):
             if isinstance(axis, int) and {least, best, largest} != {axis}:
-                raise EdgekitError(f"--shapes {text!r}: this axis always has length {axis}, as in {spec.shape_text}")
+                raise EdgekitError(f"--shapes {text!r}: this axis always has length {axis}, as in {spec.axes_text}")
             if isinstance(axis, str):
                 lengths = _checked(f"--shapes {text!r}", axis, (least, best, largest))
                 if found.setdefault(axis, lengths) != lengths:
@@ -129,10 +129,12 @@ def _checked(what: str, axis: str, lengths: Lengths) -> Lengths:
 def profile_of(bundle: Bundle, given: Mapping[str, Lengths]) -> Profile:
     """Return least, best and largest shape of each input. Raises if nothing tells the length of a free axis, and if the
     golden rows do not fit, with which the device is checked."""
-    found = {spec.shape[0]: BATCH for spec in bundle.manifest.inputs} | dict(given)
+    rows = bundle.manifest.rows_per_call
+    batch = BATCH if rows is None else (rows, rows, rows)
+    found = {spec.shape[0]: batch for spec in bundle.manifest.inputs} | dict(given)
     for axis, (length, name) in _golden_lengths(bundle).items():
         if axis not in found and bundle.manifest.synthetic:
-            example = "x".join(str(part) if isinstance(part, int) else part for part in _spec(bundle, name).shape)
+            example = "x".join(str(part) if isinstance(part, int) else part for part in _spec(bundle, name).own_axes)
             raise EdgekitError(
                 f"{bundle.manifest.name}: input {name!r} takes any length of axis {axis!r}, and its golden rows are "
                 f"made up; say for which shapes the engine is: --shapes {name}=MIN:OPT:MAX (each {example}), or --data "
@@ -146,7 +148,7 @@ def profile_of(bundle: Bundle, given: Mapping[str, Lengths]) -> Profile:
             )
     return {
         spec.name: {
-            key: [found[axis][number] if isinstance(axis, str) else axis for axis in spec.shape]
+            key: [found[axis][number] if isinstance(axis, str) else axis for axis in spec.own_axes]
             for number, key in enumerate(("min", "opt", "max"))
         }
         for spec in bundle.manifest.inputs

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ DISTINCT = (251, 61, 17)
 BUDGET = 2e9  # bytes that the activations of one call may take, by the count of edgekit.cost
 WORK = 1e12  # operations of one call: some ten seconds of one core
 LEAST_BATCH = 2  # the largest batch is at least this, so that batches are compared at all
+ROUNDING = 1e-4  # the most that rounding of inputs may widen the tolerance of a graph
+ROUNDED_ROWS = 16
+STEPS = 8  # calls of a model with a state, each with the state of the one before
 LENGTHS = (1, 5)  # of a free axis, in its multiples; a tracer saw another length and may have made it a constant
 SLICE = 16  # rows of the reference that run at a time: attention scores in float64 are large
 
@@ -85,6 +89,8 @@ class Reference:
 def batches_of(model: ModelProto, bundle: Bundle) -> tuple[int, ...]:
     """Return the batch sizes at which a graph is verified: those of BATCHES that its memory and arithmetic per row
     allow, and the largest that they allow."""
+    if rows := bundle.manifest.rows_per_call:
+        return (rows, CALLS * rows)
     inputs, _ = bundle.golden()
     workload = work(model, sized(model, 1, lengths_of(model, inputs)))
     row = max(peak(workload)[0], 1.0)
@@ -101,7 +107,7 @@ def reference(bundle: Bundle, batches: Sequence[int] = BATCHES) -> Reference:
         raise EdgekitError(
             f"{bundle.manifest.name}: its golden data has no rows to verify with; write the bundle again"
         )
-    inputs = {spec.name: _varied(stored[spec.name], _distinct(batches)) for spec in bundle.manifest.inputs}
+    inputs = {spec.name: _varied(spec, stored[spec.name], _distinct(batches)) for spec in bundle.manifest.inputs}
     names = [spec.name for spec in bundle.manifest.outputs]
     if bundle.is_graph:
         return _graph_reference(bundle, inputs, golden, batches)
@@ -119,15 +125,28 @@ def reference(bundle: Bundle, batches: Sequence[int] = BATCHES) -> Reference:
 
 def _graph_reference(bundle: Bundle, inputs: Arrays, golden: Arrays, batches: Sequence[int]) -> Reference:
     """Run a graph bundle row by row, and in batches of every size that is verified. `noise` is the largest difference
-    between a row that runs alone and the same row in one of these batches."""
-    session, specs = on_onnxruntime(bundle.contents[GRAPH]), bundle.manifest.outputs
+    between a row that runs alone and the same row in one of these batches, or between inputs that differ by rounding,
+    up to ROUNDING: another runtime adds in another order, which moves outputs by at least as much."""
+    session, specs = bundle.manifest.signature.wrapped(on_onnxruntime(bundle.contents[GRAPH])), bundle.manifest.outputs
     alone = _run(session, inputs, 1, _distinct(batches), specs)
     together = {batch: _run(session, inputs, batch, _rows(batch, batches), specs) for batch in batches}
     noise = 0.0
     for outputs in together.values():
         for name, output in outputs.items():
             noise = _largest(noise, differences(name, output, repeated(alone[name], len(output))))
+    moved = {name: _rounded(array) for name, array in inputs.items()}
+    rounded = _run(session, moved, 1, min(_distinct(batches), ROUNDED_ROWS), specs)
+    rounding = max(
+        float(np.max(differences(name, rounded[name], alone[name][: len(rounded[name])]), initial=0.0))
+        for name in rounded
+    )
+    noise = max(noise, min(rounding, ROUNDING))
     return Reference(inputs, alone, golden, noise, together)
+
+
+def _rounded(array: Array) -> Array:
+    """Return the numbers, each a unit in the last place larger."""
+    return np.nextafter(array, np.asarray(np.inf, array.dtype)) if array.dtype.kind == "f" else array
 
 
 def _distinct(batches: Sequence[int]) -> int:
@@ -143,6 +162,7 @@ def _rows(batch: int, batches: Sequence[int]) -> int:
 def on_onnxruntime(content: bytes, external_data: Mapping[str, bytes] | None = None) -> Any:
     """Open an ONNX file in ONNX Runtime on the CPU. `external_data`: the files that hold its weights, by name."""
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of stored tensors without consumers
     if external_data:
         sizes = [len(weights) for weights in external_data.values()]
         options.add_external_initializers_from_files_in_memory(list(external_data), list(external_data.values()), sizes)
@@ -172,7 +192,7 @@ def verify(
     allowed = max(tolerance, expected.noise if bundle.is_graph else 2 * expected.noise)
     checks = []
     for file, content in files.items():
-        session = load(content)
+        session = bundle.manifest.signature.wrapped(load(content))
         whole = _run(session, expected.inputs, max(batches), max(batches), bundle.manifest.outputs)
         for batch in batches:
             rows = _rows(batch, batches)
@@ -182,6 +202,8 @@ def verify(
             check = compare(file, content, batch, rows, outputs, whole, expected, allowed)
             _judge(check, bundle.manifest.name, advice)
             checks.append(check)
+        if bundle.manifest.state:
+            _judge_steps(file, session, bundle, expected, checks[-1], advice)
     if not bundle.is_graph:
         for lengths in _other_lengths(bundle.manifest.inputs):
             checks += _at_lengths(files, bundle, lengths, allowed, load, advice)
@@ -255,6 +277,42 @@ def compare(
     return Check(file, len(content), batch, rows, difference, spread, golden, changed, allowed, between_batches)
 
 
+def _judge_steps(file: str, session: Any, bundle: Bundle, expected: Reference, check: Check, advice: str) -> None:
+    """Raise unless the export agrees with its source after STEPS calls in which each hands its own state on: a small
+    difference of the state may grow."""
+    names = [spec.name for spec in bundle.manifest.outputs]
+    if bundle.is_graph:
+        source = bundle.manifest.signature.wrapped(on_onnxruntime(bundle.contents[GRAPH])).run
+    else:
+        network = Network(bundle).eval()
+
+        def source(names: list[str], rows: Arrays) -> list[Array]:
+            return list(_outputs(network, rows, names).values())
+
+    rows = len(expected.golden[names[0]])
+    inputs = {name: array[:rows] for name, array in expected.inputs.items()}
+    wanted, got = (after_steps(partial(run, names), inputs, names, bundle) for run in (source, session.run))
+    difference = max(_largest(0.0, differences(name, got[name], wanted[name])) for name in wanted)
+    allowed = STEPS * check.between_batches
+    if not difference <= allowed:  # also true for NaN
+        raise EdgekitError(
+            f"{bundle.manifest.name}: {file} after {STEPS} calls that hand their state on: its outputs differ from the "
+            f"source's by {difference:.1e}; allowed {allowed:.1e}. Nothing was written; {advice}"
+        )
+
+
+def after_steps(
+    run: Callable[[Arrays], Sequence[Array]], inputs: Arrays, names: Sequence[str], bundle: Bundle
+) -> Arrays:
+    """Return the outputs of the last of STEPS calls, of which each gets the state that the one before gave."""
+    now = dict(inputs)
+    outputs: Arrays = {}
+    for _ in range(STEPS):
+        outputs = dict(zip(names, run(now), strict=True))
+        now |= {name: outputs[source] for name, source in bundle.manifest.state.items()}
+    return outputs
+
+
 def _judge(check: Check, model: str, advice: str) -> None:
     complaints = {
         "its outputs differ from the source network's by": (check.difference, check.allowed),
@@ -274,10 +332,11 @@ def _judge(check: Check, model: str, advice: str) -> None:
         )
 
 
-def _varied(array: Array, rows: int) -> Array:
-    """Return the rows, and then the rows again with 5 % noise: no two are equal and all are realistic."""
+def _varied(spec: TensorSpec, array: Array, rows: int) -> Array:
+    """Return the rows, and then the rows again with 5 % noise: no two are equal and all are realistic. A value that the
+    rows of a call share stays as it is."""
     tiled = repeated(array, rows)
-    if array.dtype.kind == "f":
+    if array.dtype.kind == "f" and not spec.shared:
         tiled[len(array) :] *= 1 + 0.05 * np.random.default_rng(0).standard_normal(tiled[len(array) :].shape)
     return tiled
 

@@ -25,6 +25,7 @@ from safetensors.numpy import save as save_safetensors
 from edgekit.bundle.bounded import arrays_from_npz, arrays_from_safetensors
 from edgekit.bundle.encoding import Encoding, Float, from_arrays, to_arrays
 from edgekit.bundle.files import is_plain
+from edgekit.bundle.signature import Signature
 from edgekit.bundle.tensors import Arrays, TensorSpec, arrays_to_bytes
 from edgekit.errors import EdgekitError
 
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
+WITH_AXES = 2  # the format of models whose batch is not the first axis, which older versions cannot run
 # files of a Hugging Face folder that the bundle of a text model carries
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "sentence_bert_config.json",
 )  # fmt: skip
 MANIFEST, WEIGHTS, GRAPH, GOLDEN = "edgekit.json", "weights.safetensors", "graph.onnx", "golden.npz"
+LARGEST_CALL = 65_536  # rows
 ONNX = "onnx"  # the family of bundles that hold a graph
 PROBABILITIES = "probabilities"  # an output of this name is the softmax of the network's result
 KEY = "edgekit.model"  # metadata entry with the model_key, so that a session refuses another model's file
@@ -69,7 +72,18 @@ class Manifest:
     synthetic: bool = False  # the golden inputs were made up, so their lengths and values say little about real ones
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # relative path -> SHA-256
+    rows_per_call: int | None = None  # the number of rows of a call, if the graph fixes it
     format: int = FORMAT
+
+    @property
+    def signature(self) -> Signature:
+        """Return how rows become calls of the model."""
+        return Signature.of(self.inputs, self.outputs, self.rows_per_call)
+
+    @property
+    def needed_format(self) -> int:
+        """Return the oldest format that can say what the manifest says."""
+        return FORMAT if self.signature.plain else WITH_AXES
 
     @classmethod
     def from_json(cls, text: bytes, source: str) -> Manifest:
@@ -79,9 +93,9 @@ class Manifest:
             json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise EdgekitError(f"{source}: not valid JSON ({error}); the bundle is damaged, write it again") from None
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
+        if not isinstance(values, dict) or values.get("format") not in (FORMAT, WITH_AXES):
             got = values.get("format") if isinstance(values, dict) else type(values).__name__
-            raise EdgekitError(f"{source}: bundle format {got!r}; this edgekit reads format {FORMAT}")
+            raise EdgekitError(f"{source}: bundle format {got!r}; this edgekit reads formats {FORMAT} and {WITH_AXES}")
         names = {item.name for item in fields(cls)}
         strange, missing = set(values) - names, {"name", "family", "arguments", "inputs", "outputs"} - set(values)
         if strange or missing:
@@ -96,16 +110,29 @@ class Manifest:
             if not values[key]:
                 raise EdgekitError(f"{source}: the model has no {key}; the bundle is damaged, write it again")
             try:
-                values[key] = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[key])
+                values[key] = tuple(_spec(spec) for spec in values[key])
             except EdgekitError as error:
                 raise EdgekitError(f"{source}: {error}") from None
         for key in ("classes", "class_ids", "records"):
             values[key] = tuple(values.get(key, ()))
         _check_names(values, source)
-        return cls(**values)
+        rows = values.get("rows_per_call")
+        if rows is not None and not 0 < rows <= LARGEST_CALL:
+            raise EdgekitError(f"{source}: rows_per_call = {rows}; expected 1 to {LARGEST_CALL}; restore the file")
+        found = cls(**values)
+        if found.format != found.needed_format:
+            raise EdgekitError(
+                f"{source}: bundle format {found.format}, but its content is of format {found.needed_format}"
+            )
+        return found
 
     def to_json(self) -> bytes:
         values = asdict(self)
+        for key in ("inputs", "outputs"):
+            values[key] = [spec.to_json() for spec in getattr(self, key)]
+        values["format"] = self.needed_format
+        if self.rows_per_call is None:
+            del values["rows_per_call"]
         if not self.synthetic:  # manifests that were written before this key stay the same bytes
             del values["synthetic"]
         return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
@@ -210,14 +237,16 @@ def model_key(bundle: Bundle) -> str:
     """Return the SHA-256 of all that determines an export's outputs: architecture, weights, inputs and outputs, but not
     metrics, records or names."""
     manifest = bundle.manifest
-    identity = {
+    identity: dict[str, Any] = {
         "family": manifest.family,
         "arguments": manifest.arguments,
-        "inputs": [asdict(spec) for spec in manifest.inputs],
-        "outputs": [asdict(spec) for spec in manifest.outputs],
+        "inputs": [spec.to_json() for spec in manifest.inputs],
+        "outputs": [spec.to_json() for spec in manifest.outputs],
         "bits": manifest.bits,
         "weights": hashlib.sha256(bundle.contents[GRAPH if bundle.is_graph else WEIGHTS]).hexdigest(),
     }
+    if manifest.rows_per_call is not None:
+        identity["rows_per_call"] = manifest.rows_per_call
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -238,7 +267,8 @@ def assemble(
 def assemble_graph(manifest: Manifest, graph: bytes, golden: tuple[Arrays, Arrays]) -> Bundle:
     """Make a bundle in memory that holds an ONNX graph; the function sets family and arguments."""
     contents = {GRAPH: graph, GOLDEN: _golden(golden)}
-    return Bundle(replace(manifest, family=ONNX, arguments={}, bits={}, files=_hashes(contents)), contents)
+    written = replace(manifest, family=ONNX, arguments={}, bits={}, files=_hashes(contents))
+    return Bundle(replace(written, format=written.needed_format), contents)
 
 
 def replace_golden(bundle: Bundle, golden: tuple[Arrays, Arrays]) -> Bundle:
@@ -255,6 +285,11 @@ def with_files(bundle: Bundle, extra: Mapping[str, bytes]) -> Bundle:
     """Return the bundle with files added or replaced."""
     contents = {**bundle.contents, **extra}
     return replace(bundle, manifest=replace(bundle.manifest, files=_hashes(contents)), contents=contents)
+
+
+def _spec(values: Mapping[str, Any]) -> TensorSpec:
+    axes = values.get("axes")
+    return TensorSpec(**{**values, "shape": tuple(values["shape"]), "axes": None if axes is None else tuple(axes)})
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs, multiple
+from edgekit.bundle.tensors import Arrays, TensorSpec, golden_inputs, multiple, same_rows
 
 Array = npt.NDArray[Any]
 CHANNELS = (1, 3, 4)
@@ -110,7 +110,10 @@ def synthetic_inputs(
     filled = np.linspace(1.0, 0.4, rows) if masked else np.ones(rows)
     made = _Rows(rows, lengths, filled)
     random = np.random.default_rng(0)
-    return {spec.name: _values(spec, made, vocabularies.get(spec.name), random).astype(spec.dtype) for spec in specs}
+    return {
+        spec.name: same_rows(spec, _values(spec, made, vocabularies.get(spec.name), random).astype(spec.dtype))
+        for spec in specs
+    }
 
 
 def _values(spec: TensorSpec, rows: _Rows, vocabulary: int | None, random: np.random.Generator) -> Array:

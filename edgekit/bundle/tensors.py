@@ -22,13 +22,15 @@ SPEC_HELP = "NAME:DTYPE:AXES, such as image:float32:batch,3,224,224"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One named input or output. A string in `shape` names an axis that may have any length, such as "batch", or any
-    multiple of a number, such as "9*faces"."""
+    """One named input or output, in rows: the first axis is the batch. A string in `shape` names an axis that may have
+    any length, such as "batch", or any multiple of a number, such as "9*faces". `axes`: the model's own axes, if its
+    batch is not the first of them; an input of which all rows of a call share the value has no batch among them."""
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
     unit: str = ""
+    axes: tuple[int | str, ...] | None = None
 
     def __post_init__(self) -> None:
         for text in (self.name, self.unit):
@@ -47,6 +49,11 @@ class TensorSpec:
             raise EdgekitError(f"{self.name!r}: unknown dtype {self.dtype[:40]!r}; expected float32, int64, ...")
         if any(isinstance(axis, int) and axis < 0 for axis in self.shape):
             raise EdgekitError(f"{self.name!r}: shape {self.shape_text}; expected lengths from 0, or names")
+        if self.axes is not None and (not self.shape or [*self._without_batch] != [*self.shape[1:]]):
+            raise EdgekitError(
+                f"{self.name!r}: the axes {self.axes_text} are not those of rows of shape {self.shape_text}, with the "
+                "batch elsewhere"
+            )
         row = math.prod(axis if isinstance(axis, int) else multiple(axis) for axis in self.shape) * dtype.itemsize
         if row > limit(0):
             raise EdgekitError(
@@ -77,6 +84,47 @@ class TensorSpec:
     def shape_text(self) -> str:
         return "(" + ", ".join(str(axis) for axis in self.shape) + ")"
 
+    @property
+    def axes_text(self) -> str:
+        return "(" + ", ".join(str(axis) for axis in self.own_axes) + ")"
+
+    @property
+    def own_axes(self) -> tuple[int | str, ...]:
+        """Return the axes of the model's own tensor."""
+        return self.shape if self.axes is None else self.axes
+
+    @property
+    def shared(self) -> bool:
+        """Return whether all rows of a call share the value: the model's tensor has no batch."""
+        return self.axes is not None and self.shape[0] not in self.axes
+
+    @property
+    def _without_batch(self) -> tuple[int | str, ...]:
+        axes = list(self.axes or ())
+        if self.shape[0] in axes:
+            axes.remove(self.shape[0])
+        return tuple(axes)
+
+    def own(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return rows as the model's own tensor of one call."""
+        if self.axes is None:
+            return rows
+        tensor = rows[0] if self.shared else np.moveaxis(rows, 0, self.axes.index(self.shape[0]))
+        return np.asarray(tensor, order="C")
+
+    def rows(self, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the model's own tensor as rows; one row if it has no batch."""
+        if tensor.ndim != len(self.own_axes):
+            raise EdgekitError(f"{self.name!r} has shape {tensor.shape}; expected {self.axes_text} in a call")
+        if self.axes is None:
+            return tensor
+        return tensor[None] if self.shared else np.moveaxis(tensor, self.axes.index(self.shape[0]), 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields; without `axes` for a tensor whose batch is first, as manifests were always written."""
+        fields = {"name": self.name, "shape": self.shape, "dtype": self.dtype, "unit": self.unit}
+        return fields if self.axes is None else {**fields, "axes": self.axes}
+
 
 _AXIS = re.compile(r"(?:([1-9][0-9]*)\*)?[^*\s]+")
 
@@ -97,8 +145,13 @@ def golden_inputs(specs: tuple[TensorSpec, ...], rows: int) -> Arrays:
         values = (
             np.sin(0.37 * index * (1 + number)) if np.dtype(spec.dtype).kind == "f" else _whole(spec, index, number)
         )
-        made[spec.name] = values.reshape(rows, *axes).astype(spec.dtype)
+        made[spec.name] = same_rows(spec, values.reshape(rows, *axes).astype(spec.dtype))
     return made
+
+
+def same_rows(spec: TensorSpec, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the rows; the first one everywhere if the rows of a call share the value."""
+    return np.repeat(rows[:1], len(rows), axis=0) if spec.shared else rows
 
 
 def _whole(spec: TensorSpec, index: npt.NDArray[np.int64], number: int) -> npt.NDArray[np.int64]:

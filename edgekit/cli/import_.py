@@ -11,10 +11,13 @@ from edgekit.cli.console import output, print_json
 
 if TYPE_CHECKING:
     from edgekit.bundle.format import Bundle
+    from edgekit.bundle.tensors import TensorSpec
 
 EXAMPLE = """\b
 Examples:
   edgekit import model.onnx -o model.edge
+  edgekit import silero_vad.onnx --state state=stateN -o silero.edge
+  edgekit import silero_vad.onnx --fix sr=16000 --fix 'input[1]=576' --state state=stateN -o silero16k.edge
   edgekit import program.pt2 -o program.edge --data samples.npz
   edgekit import deit-tiny/ -o deit.edge        # a folder of transformers
   edgekit import deit-tiny/ --via optimum -o deit.edge        # if transformers' own network cannot be traced
@@ -35,6 +38,9 @@ An axis is a length, a name for any length, or a multiple such as 9*faces.
 @click.option("--classes", default="", help="Names of the classes, separated by commas.")
 @click.option("--preprocessing", default="", help='JSON, such as {"id": "image/1", "mean": [0.5], "std": [0.5]}.')
 @click.option("--state", multiple=True, help="INPUT=OUTPUT that a caller hands back in the next call; repeat for more.")
+@click.option(
+    "--fix", multiple=True, help="NAME=NUMBER of an input or axis of an ONNX file that is constant; repeat for more."
+)
 @click.option("--data", type=Path, help=".npz whose first rows become the golden inputs.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -49,6 +55,7 @@ def import_(
     classes: str,
     preprocessing: str,
     state: tuple[str, ...],
+    fix: tuple[str, ...],
     data: Path | None,
     force: bool,
     as_json: bool,
@@ -66,6 +73,7 @@ def import_(
             f"--via {via}: expected optimum, and a Hugging Face folder; {source} is "
             f"{'a' if Path(source).is_dir() else 'no'} folder"
         )
+    pairs = {name: given for name, _, given in (pair.partition("=") for pair in state)}
     bundle = api.import_any(
         source,
         via=via,
@@ -74,13 +82,15 @@ def import_(
         arguments=_json(arguments, "--arguments"),
         weights=weights,
         golden=read_arrays(data) if data else None,
+        state=pairs,
+        fix=_fixed(fix),
     )
     bundle = api.described(
         bundle,
         name=default_name(path),
         classes=[name.strip() for name in classes.split(",") if name.strip()],
         preprocessing=_json(preprocessing, "--preprocessing") if preprocessing else None,
-        state=_state(state, bundle),
+        state=_checked(pairs, bundle),
         versions=versions(),
     )
     written = write_bundle(bundle, path, force=force)
@@ -88,21 +98,34 @@ def import_(
         print_json({"bundle": str(path), "digest": written.digest, "parameters": written.parameters})
         return
     manifest = written.manifest
-    shapes = ", ".join(f"{spec.name} {spec.shape_text}" for spec in (*manifest.inputs, *manifest.outputs))
-    output.print(f"{path}: {manifest.family}, {written.parameters:,} parameters; {shapes}")
+    shapes = ", ".join(_shape(spec) for spec in (*manifest.inputs, *manifest.outputs))
+    calls = (
+        f"; {manifest.rows_per_call} row{'s' * (manifest.rows_per_call > 1)} a call" if manifest.rows_per_call else ""
+    )
+    output.print(f"{path}: {manifest.family}, {written.parameters:,} parameters; {shapes}{calls}")
 
 
-def _state(pairs: tuple[str, ...], bundle: Bundle) -> dict[str, str]:
-    """Return the pairs INPUT=OUTPUT by input."""
-    split = {name: source for name, _, source in (pair.partition("=") for pair in pairs)}
+def _shape(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.shape_text}" + (f", of its own {spec.axes_text}" if spec.axes is not None else "")
+
+
+def _fixed(texts: tuple[str, ...]) -> dict[str, float]:
+    if not texts:
+        return {}
+    from edgekit.graph.fix import parse
+
+    return parse(texts)
+
+
+def _checked(state: dict[str, str], bundle: Bundle) -> dict[str, str]:
     from edgekit.errors import EdgekitError
     from edgekit.importers.api import check_state
 
     try:
-        check_state(bundle.manifest, split)
+        check_state(bundle.manifest, state)
     except EdgekitError as error:
         raise click.UsageError(f"--state: {error}") from None
-    return split
+    return state
 
 
 def _json(text: str, option: str) -> dict[str, Any]:

@@ -163,6 +163,8 @@ def _manifest_lines(found: dict[str, Any]) -> list[tuple[str, Any]]:
         ("arguments", _pairs(manifest["arguments"])),
         *(("input", _spec(spec)) for spec in manifest["inputs"]),
         *(("output", _spec(spec)) for spec in manifest["outputs"]),
+        ("state", ", ".join(f"{output} becomes {name}" for name, output in manifest["state"].items())),
+        ("rows of a call", manifest.get("rows_per_call")),
         ("classes", ", ".join(manifest["classes"])),
         ("made from", _preprocessing(manifest["preprocessing"])),
         ("data set", manifest["data"]),
@@ -267,7 +269,8 @@ def _value(value: object) -> str:
 
 def _spec(spec: dict[str, Any]) -> str:
     shape = ", ".join(map(str, spec["shape"]))
-    return f"{spec['name']} ({shape}) {spec['dtype']}" + (f", {spec['unit']}" if spec["unit"] else "")
+    own = f", of its own ({', '.join(map(str, spec['axes']))})" if spec.get("axes") is not None else ""
+    return f"{spec['name']} ({shape}) {spec['dtype']}" + (f", {spec['unit']}" if spec["unit"] else "") + own
 
 
 def _preprocessing(value: dict[str, Any] | None) -> str | None:

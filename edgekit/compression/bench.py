@@ -163,9 +163,26 @@ def bench_target(
     return [replace(report, model=name) for name, reports in zip(names, found, strict=True) for report in reports]
 
 
+def _calls(bundle: Bundle, batch: int) -> tuple[int, int]:
+    """Return how many calls a batch takes, and how many rows each."""
+    rows = bundle.manifest.rows_per_call
+    return (1, batch) if rows is None else (-(-batch // rows), rows)
+
+
+def _check_batches(bundle: Bundle, batches: Sequence[int]) -> None:
+    """Raise for batches of several calls: an estimate is of one call."""
+    rows = bundle.manifest.rows_per_call
+    if rows is not None and (others := [batch for batch in batches if batch != rows]):
+        raise EdgekitError(
+            f"{bundle.manifest.name}: each call takes {rows} row{'s' * (rows > 1)}, so a batch of {others[0]} is no "
+            f"call whose time could be estimated; give --batch {rows}"
+        )
+
+
 def _estimated(bundle: Bundle, target: Target, batches: Sequence[int], **options: Any) -> list[Report]:
     from edgekit.cost import layers
 
+    _check_batches(bundle, batches)
     model = float_graph(bundle)
     lengths = layers.lengths_of(model, _golden(bundle))
     return [layers.elsewhere(model, target, batch, lengths=lengths, **options) for batch in batches]
@@ -177,6 +194,7 @@ def _measured(
     from edgekit.cost import layers, measured
     from edgekit.cost.operators import measured_rates
 
+    _check_batches(bundle, batches)
     model, golden = float_graph(bundle), _golden(bundle)
     options: dict[str, Any] = {"lengths": layers.lengths_of(model, golden), "seconds": seconds}
     table, rates = measured.table(progress=progress), measured_rates()
@@ -238,5 +256,7 @@ def _least_seconds(
             found.append({})
             continue
         lengths = lengths_of(model, arrays)
-        found.append({batch: least_seconds(graph_cost(model, batch, lengths), rates) for batch in batches})
+        calls = {batch: _calls(bundle, batch) for batch in batches}
+        costs = {batch: graph_cost(model, rows, lengths) for batch, (_, rows) in calls.items()}
+        found.append({batch: count * least_seconds(costs[batch], rates) for batch, (count, _) in calls.items()})
     return found

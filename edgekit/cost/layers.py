@@ -15,6 +15,7 @@ from edgekit.cost.operators import Operator, Rates, work
 from edgekit.cost.profiled import optimized_work, profiled
 from edgekit.cost.roofline import FORMULA, FUSED, estimate, in_mode
 from edgekit.graph.shapes import sized
+from edgekit.graph.signature import batch_places
 from edgekit.targets.profile import Target
 
 MEASURED = "the table of measured operators of this machine (edgekit/cost/measured.py)"
@@ -154,12 +155,16 @@ def _measured_row(operator: Operator, measured: float | None, table: OperatorTab
 
 
 def lengths_of(model: ModelProto, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, int]:
-    """Return the lengths that a graph's open axes, except the batch, have in these inputs."""
-    found = {}
+    """Return the lengths that a graph's open axes, except the batch, have in these rows."""
+    found, places = {}, batch_places(model)
     for value in model.graph.input:
+        if value.name not in arrays:
+            continue
+        batch, lengths = places.get(value.name, 0), iter(arrays[value.name].shape[1:])
         for number, axis in enumerate(value.type.tensor_type.shape.dim):
-            if number and not axis.HasField("dim_value") and value.name in arrays:
-                found[axis.dim_param] = int(arrays[value.name].shape[number])
+            length = 0 if number == batch else int(next(lengths))
+            if number != batch and not axis.HasField("dim_value"):
+                found[axis.dim_param] = length
     return found
 
 

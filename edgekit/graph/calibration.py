@@ -14,7 +14,7 @@ from edgekit.bundle.onnx_file import serialized
 from edgekit.bundle.tensors import Arrays
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError, missing_extra
-from edgekit.graph.model import specs
+from edgekit.graph.signature import of_model
 from edgekit.session import check_inputs
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def calibration_rows(model: ModelProto, data: Dataset, samples: int, seed: int) 
     graph."""
     if len(data) == 0:
         raise EdgekitError("calibration: the training data has no rows; give some (split 0 in the data file)")
-    inputs, _ = specs(model, "calibration")
+    inputs = list(of_model(model, "calibration").inputs.values())
     rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:samples])
     chosen = data.take(rows)
     try:
@@ -51,7 +51,8 @@ def batches(data: Dataset) -> list[Arrays]:
 
 
 def activations(model: ModelProto, names: Iterable[str], data: Dataset) -> Iterator[Arrays]:
-    """Yield the values with these names, batch by batch; the names may include inputs of the graph."""
+    """Yield the values with these names, call by call, as the graph's own tensors; the names may include inputs of the
+    graph."""
     import onnx
 
     try:
@@ -70,7 +71,8 @@ def activations(model: ModelProto, names: Iterable[str], data: Dataset) -> Itera
     options.intra_op_num_threads = 1  # so that sums do not depend on the number of cores
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(serialized(probe), options, providers=["CPUExecutionProvider"])
-    for rows in batches(data):
+    signature = of_model(model, "calibration")
+    for rows in (own for batch in batches(data) for own in signature.feeds(batch)):
         values = dict(zip(computed, session.run(computed, rows), strict=True)) if computed else {}
         yield {name: rows[name] if name in inputs else values[name] for name in wanted}
 

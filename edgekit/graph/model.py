@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,9 @@ import numpy.typing as npt
 
 from edgekit.bundle.format import KEY, Bundle, model_key
 from edgekit.bundle.onnx_file import PLAIN, to_array
-from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError, missing_extra
 
 try:
-    import onnx
     from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "onnx", "onnx", "reading an ONNX graph") from None
@@ -25,12 +22,6 @@ except ModuleNotFoundError as error:
 from edgekit.graph.index import Index  # this module imports onnx
 
 Array = npt.NDArray[Any]
-# element types of inputs and outputs
-NUMBERS = frozenset(
-    number
-    for name, number in TensorProto.DataType.items()
-    if re.fullmatch("FLOAT|FLOAT16|DOUBLE|BOOL|U?INT(8|16|32|64)", name)
-)
 
 
 def stored_graph(bundle: Bundle) -> ModelProto:
@@ -39,41 +30,6 @@ def stored_graph(bundle: Bundle) -> ModelProto:
     others = {item.key: item.value for item in model.metadata_props if item.key != KEY}
     helper.set_model_props(model, {**others, KEY: model_key(bundle)})
     return model
-
-
-def specs(model: ModelProto, source: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Return inputs and outputs. The first axis of each must be the batch, of any length."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = tuple(_spec(value, source) for value in model.graph.input if value.name not in stored)
-    outputs = tuple(_spec(value, source) for value in model.graph.output)
-    if not inputs:
-        raise EdgekitError(f"{source}: takes no inputs; there is nothing to run it on")
-    for spec in inputs:
-        if not spec.shape or isinstance(spec.shape[0], int):
-            raise EdgekitError(
-                f"{source}: input {spec.name!r} has shape {spec.shape_text}; the first axis must be a batch of any "
-                "length: export it with a dynamic batch axis, and make an input without one part of the network"
-            )
-    return inputs, outputs
-
-
-def _spec(value: onnx.ValueInfoProto, source: str) -> TensorSpec:
-    if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
-        raise EdgekitError(f"{source}: {value.name!r} is not a tensor of known rank; export it with shapes")
-    tensor = value.type.tensor_type
-    if tensor.elem_type not in NUMBERS:
-        raise EdgekitError(
-            f"{source}: {value.name!r} has the element type {tensor.elem_type}; edgekit runs models whose inputs and "
-            "outputs are whole numbers, floats or truth values"
-        )
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    axes: list[int | str] = []
-    for number, axis in enumerate(tensor.shape.dim):
-        given = axis.dim_param.replace(" ", "").replace("*", "x").strip("?")  # "?" names several axes at once
-        name = "batch" if number == 0 else given or f"axis_{number}"
-        free = not axis.HasField("dim_value") or axis.dim_value == -1  # some converters write -1 for any length
-        axes.append(f"axis_{number}" if name == "?" else name if free else axis.dim_value)
-    return TensorSpec(value.name, tuple(axes), dtype.name)
 
 
 def normalized(model: ModelProto) -> ModelProto:

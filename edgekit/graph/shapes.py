@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper,
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.bundle.tensors import multiple
+from edgekit.graph.signature import batch_places
 
 Array = npt.NDArray[Any]
 LARGEST = 4096  # numbers; a larger tensor is data, not a shape
@@ -100,14 +101,16 @@ def _light(model: ModelProto, batch: int, lengths: Mapping[str, int], also: Mapp
             graph.input.append(_info(tensor.name, Value(tuple(tensor.dims), tensor.data_type)))
         else:
             graph.initializer.append(tensor)
+    places = batch_places(model)
     for value in model.graph.input:
         if value.name in large:
             continue
         graph.input.append(value)
+        at = places.get(value.name, 0)
         for number, axis in enumerate(graph.input[-1].type.tensor_type.shape.dim):
             if not axis.HasField("dim_value"):
                 name = axis.dim_param
-                axis.dim_value = batch if number == 0 else lengths.get(name, 2 * multiple(name or "axis"))
+                axis.dim_value = batch if number == at else lengths.get(name, 2 * multiple(name or "axis"))
     for value in model.graph.output:
         graph.output.append(value)
         graph.output[-1].type.tensor_type.ClearField("shape")  # the exporter's own guess

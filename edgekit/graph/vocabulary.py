@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from edgekit.graph.index import Index
@@ -22,6 +23,35 @@ def vocabularies(model: ModelProto) -> dict[str, int]:
         if value.name not in stored and (sizes := _sizes(index, value.name)):
             found[value.name] = min(sizes)
     return found
+
+
+def compared(model: ModelProto) -> dict[str, list[int]]:
+    """Return the whole numbers with which the graph compares an input for equality, by input: a model that serves
+    several sampling rates branches on one, and any other number would be meaningless."""
+    index = Index(model)
+    constants = dict(index.initializers)
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants.update((node.output[0], item.t) for item in node.attribute if item.name == "value")
+    found: dict[str, list[int]] = {}
+    for value in model.graph.input:
+        if value.name in index.initializers:
+            continue
+        waiting, seen = [value.name], {value.name}
+        while waiting:
+            for item in index.consumptions(waiting.pop()):
+                node = item.node
+                if node is None or item.nested or item.slot < 0:
+                    continue
+                if node.op_type == "Equal":
+                    other = constants.get(node.input[1 - item.slot])
+                    numbers = numpy_helper.to_array(other).reshape(-1) if other is not None else np.zeros(0)
+                    found.setdefault(value.name, []).extend(int(n) for n in numbers if n == int(n))
+                elif node.op_type in {*PASSES_ON, "Gather"} and item.slot == 0:
+                    new = set(node.output[:1]) - seen
+                    seen |= new
+                    waiting += new
+    return {name: numbers for name, numbers in found.items() if numbers}
 
 
 def _sizes(index: Index, name: str) -> list[int]:

@@ -15,6 +15,7 @@ from edgekit.bundle.bounded import read_file
 from edgekit.bundle.format import Bundle, Manifest
 from edgekit.bundle.store import default_name
 from edgekit.bundle.tensors import Arrays, TensorSpec, parse_spec
+from edgekit.data.stream import Stream, run_stream
 from edgekit.errors import EdgekitError
 from edgekit.importers.factory import from_factory
 from edgekit.importers.files import from_file, resolve
@@ -46,19 +47,32 @@ def open_to_run(model: str | Path | Bundle) -> Bundle:
 
 
 def import_onnx(
-    model: str | Path | bytes | ModelProto, *, name: str | None = None, golden: Mapping[str, Any] | None = None
+    model: str | Path | bytes | ModelProto,
+    *,
+    name: str | None = None,
+    golden: Mapping[str, Any] | None = None,
+    state: Mapping[str, str] | None = None,
+    fix: Mapping[str, float] | None = None,
 ) -> Bundle:
     """Return a bundle around an ONNX graph: a file, its bytes, or an onnx.ModelProto.
 
     golden: real inputs by name, (rows, ...) each; they are kept with the outputs that onnxruntime gives for them, as
-    the proof that travels with the model. Without them, inputs are made up."""
+    the proof that travels with the model. Without them, inputs are made up. state: {input: output} of a recurrent
+    model: which output a caller hands back as which input. fix: numbers by name, of inputs and axes that are constant
+    where the model is deployed: {"sr": 16000, "sequence": 576}, or {"input[1]": 576} for an axis without a name."""
+    bundle = _from_onnx(model, name, golden=_arrays(golden), state=state, fix=fix)
+    check_state(bundle.manifest, state or {})
+    return bundle
+
+
+def _from_onnx(model: str | Path | bytes | ModelProto, name: str | None, **options: Any) -> Bundle:
     if isinstance(model, (str, Path)):
         path = Path(model)
         if not path.is_file():
             raise EdgekitError(f"{path}: no such file; expected an ONNX model")
-        return from_onnx(read_file(path), name or default_name(path.stem), str(path), golden=_arrays(golden))
+        return from_onnx(read_file(path), name or default_name(path.stem), str(path), **options)
     content = model if isinstance(model, bytes) else model.SerializeToString()
-    return from_onnx(content, name or "model", name or "the ONNX model", golden=_arrays(golden))
+    return from_onnx(content, name or "model", name or "the ONNX model", **options)
 
 
 def import_program(path: str | Path, *, golden: Mapping[str, Any] | None = None) -> Bundle:
@@ -142,9 +156,12 @@ def import_any(
     arguments: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     golden: Mapping[str, Any] | None = None,
+    state: Mapping[str, str] | None = None,
+    fix: Mapping[str, float] | None = None,
 ) -> Bundle:
     """Return a bundle of the model that `source` names: a folder of transformers, package.module:function, an .onnx or
-    a .pt2 file. via: "optimum" makes a graph of a folder by optimum's ONNX exporter."""
+    a .pt2 file. via: "optimum" makes a graph of a folder by optimum's ONNX exporter. state, fix: of a file, as
+    for `import_onnx`."""
     path = Path(source)
     if via is not None:
         from edgekit.importers.optimum import from_optimum
@@ -156,7 +173,7 @@ def import_any(
         )
     if path.is_dir():
         return import_hugging_face(path, inputs=inputs, golden=golden)
-    return from_file(path, golden=_arrays(golden))
+    return from_file(path, golden=_arrays(golden), state=state, fix=fix)
 
 
 def described(
@@ -176,7 +193,7 @@ def described(
         "name": name,
         "classes": tuple(classes) or manifest.classes,
         "preprocessing": dict(preprocessing) if preprocessing else manifest.preprocessing,
-        "state": dict(state or {}),
+        "state": dict(state or manifest.state),
         "versions": dict(versions or manifest.versions),
     }
     return replace(bundle, manifest=replace(manifest, **own))  # type: ignore[arg-type]
@@ -212,7 +229,10 @@ class Session:
     Raises EdgekitError if the runtime is not installed or cannot run the model; it never falls back to another."""
 
     def __init__(self, model: str | Path | Bundle, runtime: str = "auto", *, threads: int | None = None) -> None:
-        self._session = open_session(open_to_run(model), runtime, **({} if threads is None else {"threads": threads}))
+        bundle = open_to_run(model)
+        self._session = open_session(bundle, runtime, **({} if threads is None else {"threads": threads}))
+        self._signature = bundle.manifest.signature
+        self.state: Mapping[str, str] = bundle.manifest.state
         self.inputs: Sequence[TensorSpec] = self._session.inputs
         self.outputs: Sequence[TensorSpec] = self._session.outputs
         self.device: str = self._session.device
@@ -221,6 +241,27 @@ class Session:
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Return outputs by name, in the order of the inputs' rows. arrays: each input by name, (rows, ...)."""
         return self._session.run(arrays)
+
+    def call(self, tensors: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """Return the outputs of one call in the model's own axes, which `TensorSpec.axes` names. tensors: the inputs in
+        their own axes."""
+        inputs, outputs = self._signature.inputs, self._signature.outputs
+        own = {name: inputs[name].rows(np.asarray(array)) for name, array in tensors.items() if name in inputs}
+        count = max([len(array) for name, array in own.items() if not inputs[name].shared], default=1)
+        rows = {name: np.repeat(array, count, axis=0) if inputs[name].shared else array for name, array in own.items()}
+        found = self.run({**{name: array for name, array in tensors.items() if name not in inputs}, **rows})
+        return {name: outputs[name].own(array) for name, array in found.items()}
+
+    def stream(self) -> Stream:
+        """Return a stream of sequences, one a row: `feed` runs the next chunk of them and keeps the state."""
+        return Stream(self._session, self.state)
+
+    def run_stream(
+        self, arrays: Mapping[str, npt.NDArray[Any]], *, chunk: int | None = None, overlap: int = 0
+    ) -> Arrays:
+        """Return the outputs of whole sequences, (rows, ..., length, ...), fed in chunks with the state carried; see
+        `edgekit.data.stream.run_stream`."""
+        return run_stream(self._session, self.state, arrays, chunk=chunk, overlap=overlap)
 
     def warmup(self, batch: int) -> None:
         """Run once with `batch` rows, so that the next run of that size includes no set-up."""

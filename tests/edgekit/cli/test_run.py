@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 
 from edgekit.bundle.store import open_bundle
+from tests.edgekit.signature_graphs import gru
 
 
 @pytest.fixture
@@ -70,3 +72,51 @@ def test_files_are_respected(edgekit, tiny_file, tmp_path, curves):
     assert edgekit(*text).failed_with(1, "not an .npz archive")
     assert edgekit(*run, "--force", "--runtime", "tensorrt").failed_with(1, "unknown runtime 'tensorrt'")
     assert edgekit(*run, "--force", "--batch", "0").failed_with(2, "--batch")
+
+
+@pytest.fixture
+def recurrent(edgekit, tmp_path):
+    """Return the bundle of a GRU over (time, batch, features), imported by the command."""
+    onnx.save(gru(), tmp_path / "gru.onnx")
+    done = edgekit("import", tmp_path / "gru.onnx", "--state", "before=after", "-o", tmp_path / "gru.edge")
+    assert done.status == 0, done.err
+    assert "before (batch, 1, 6), of its own (1, batch, 6)" in " ".join(done.out.split())
+    return tmp_path / "gru.edge"
+
+
+def test_a_stream_gives_what_the_whole_sequence_gives(edgekit, tmp_path, recurrent):
+    sequences = np.random.default_rng(0).standard_normal((2, 12, 4)).astype(np.float32)
+    zero = np.zeros((2, 1, 6), np.float32)
+    np.savez(tmp_path / "x.npz", x=sequences)
+    np.savez(tmp_path / "whole.npz", x=sequences, before=zero)
+    np.savez(tmp_path / "own.npz", x=sequences.transpose(1, 0, 2), before=zero.transpose(1, 0, 2))
+    found = {}
+    for name, options in {
+        "x": ("--stream", "--chunk", 5),
+        "whole": (),
+        "own": ("--own",),
+    }.items():
+        arguments = ("--inputs", tmp_path / f"{name}.npz", "--outputs", tmp_path / f"{name}.out.npz", *options)
+        done = edgekit("run", recurrent, *arguments, "--runtime", "onnxruntime")
+        assert done.status == 0, done.err
+        with np.load(tmp_path / f"{name}.out.npz") as written:
+            found[name] = dict(written)
+    assert found["x"].keys() == found["whole"].keys() == {"y", "after"}
+    for name in ("y", "after"):
+        np.testing.assert_allclose(found["x"][name], found["whole"][name], atol=1e-6)
+        np.testing.assert_allclose(found["own"][name].transpose(1, 0, 2), found["whole"][name], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (("--own", "--stream"), 2, "--own and --stream exclude each other"),
+        (("--chunk", 4), 2, "--chunk and --overlap go with --stream"),
+        (("--stream",), 1, "the length of a chunk is not known; give --chunk LENGTH"),
+    ],
+)
+def test_options_that_make_no_sense_for_a_stream_are_refused(edgekit, tmp_path, recurrent, options, status, words):
+    np.savez(tmp_path / "x.npz", x=np.zeros((2, 12, 4), np.float32))
+    arguments = ("--inputs", tmp_path / "x.npz", "--outputs", tmp_path / "y.npz", *options)
+    assert edgekit("run", recurrent, *arguments).failed_with(status, words)
+    assert not (tmp_path / "y.npz").exists()

@@ -5,10 +5,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle.tensors import TensorSpec
 from edgekit.errors import EdgekitError
 from edgekit.graph import model as graphs
-from edgekit.graph.model import chosen_weights, eliminate_dead_nodes, replace_tensor, set_tensor, specs, unique_name
+from edgekit.graph.model import chosen_weights, eliminate_dead_nodes, replace_tensor, set_tensor, unique_name
 from tests.edgekit.passes.graphs import convolutional, dictionary, graph, mlp, normal, run
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -19,44 +18,6 @@ def plain(inputs, outputs=(("y", FLOAT, ("batch", 4)),), stored=()):
     made = [[helper.make_tensor_value_info(*value) for value in part] for part in (inputs, outputs)]
     node = helper.make_node("Identity", [inputs[0][0] if inputs else "w"], ["y"], "same")
     return helper.make_model(helper.make_graph([node], "g", *made, list(stored)))
-
-
-def test_inputs_and_outputs_are_described_without_stored_tensors():
-    weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
-    model = plain(
-        [("x", FLOAT, ("N", 12, "2 * tokens", None)), ("w", FLOAT, (4,))], [("y", INT64, ("rows", 4))], [weight]
-    )
-    assert specs(model, "m") == (
-        (TensorSpec("x", ("batch", 12, "2xtokens", "axis_3"), "float32"),),
-        (TensorSpec("y", ("batch", 4), "int64"),),
-    )
-
-
-@pytest.mark.parametrize(
-    ("inputs", "words"),
-    [
-        ([], "m.onnx: takes no inputs"),
-        ([("x", FLOAT, (1, 4))], r"m.onnx: input 'x' has shape \(1, 4\); the first axis must be a batch"),
-        ([("x", FLOAT, ())], r"m.onnx: input 'x' has shape \(\)"),
-        ([("x", FLOAT, ("batch", 4)), ("z", FLOAT, (2,))], "input 'z'"),
-        ([("x", FLOAT, None)], "m.onnx: 'x' is not a tensor of known rank"),
-    ],
-)
-def test_inputs_that_a_session_cannot_feed_are_refused(inputs, words):
-    with pytest.raises(EdgekitError, match=words):
-        specs(plain(inputs), "m.onnx")
-
-
-def test_an_output_of_unknown_rank_is_refused():
-    with pytest.raises(EdgekitError, match=r"m\.onnx: 'y' is not a tensor of known rank"):
-        specs(plain([("x", FLOAT, ("batch", 4))], [("y", FLOAT, None)]), "m.onnx")
-
-
-def test_an_input_that_is_no_tensor_is_refused():
-    model = plain([("x", FLOAT, ("batch", 4))])
-    model.graph.input[0].CopyFrom(helper.make_tensor_sequence_value_info("x", FLOAT, ("batch",)))
-    with pytest.raises(EdgekitError, match="'x' is not a tensor of known rank"):
-        specs(model, "m.onnx")
 
 
 def test_a_normalized_graph_has_unique_names_one_form_of_numbers_and_no_metadata():

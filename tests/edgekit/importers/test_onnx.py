@@ -65,15 +65,6 @@ def test_what_exporters_leave_behind_does_not_change_the_bundle():
     assert imported(other).digest != plain.digest
 
 
-@pytest.mark.parametrize(("shape", "text"), [((2, 6), "(2, 6)"), ((), "()")])
-def test_a_graph_for_one_batch_size_is_refused(shape, text):
-    model = model_of()
-    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, shape))
-    with pytest.raises(EdgekitError) as caught:
-        imported(model)
-    assert f"m.onnx: input 'x' has shape {text}; the first axis must be a batch" in str(caught.value)
-
-
 def test_the_bundle_runs_any_number_of_rows():
     bundle = imported(model_of())
     session = open_session(bundle, "onnxruntime", threads=1)

@@ -35,10 +35,12 @@ main()
 """
 CONFINED = """
 import struct
+import numpy
 from edgekit.importers.onnx import golden_outputs
 from edgekit.bundle.tensors import arrays_to_bytes
 graph = open({model!r}, "rb").read()
-print(len(golden_outputs(struct.pack("<Q", len(graph)) + graph + arrays_to_bytes(dict()), "model.onnx")))
+state = dict(state=numpy.array(bytearray(b"{{}}"), "uint8"))
+print(len(golden_outputs(struct.pack("<Q", len(graph)) + graph + arrays_to_bytes(state), "model.onnx")))
 """
 
 

@@ -11,7 +11,8 @@ from edgekit.bundle.onnx_file import serialized
 from edgekit.compression.recipe import Step
 from edgekit.errors import EdgekitError
 from edgekit.graph.calibration import BATCH, activations, calibration_rows, moments, ranges
-from edgekit.graph.model import specs, weights
+from edgekit.graph.model import weights
+from edgekit.graph.signature import of_model
 from edgekit.passes.base import Change, Context, Level
 from edgekit.passes.dynamic_int8 import DynamicInt8
 from edgekit.passes.fold import Fold
@@ -92,7 +93,7 @@ def test_each_pass_on_each_graph(compression, make, shape):
     assert serialized(after.model) == serialized(again.model)
     assert serialized(after.model) != before
     onnx.checker.check_model(after.model)
-    assert specs(after.model, "after") == specs(candidate.model, "before")
+    assert of_model(after.model, "after") == of_model(candidate.model, "before")
     for rows in (1, 33):
         x = normal(50, rows, *shape)
         assert relative(run(after, x), run(candidate, x)) < 0.6
