@@ -85,6 +85,10 @@ class CutoutTensors:
         target = out[..., image_index] if self.channels == "last" else out[image_index]
         _put(np.ascontiguousarray(image, np.float32), target, self.norm == ROWS, self.pad_value)
 
+    def warm_up(self) -> None:
+        """Load the compiled loop from numba's cache, or compile it."""
+        self.put(np.zeros((1, 1), np.float32), self.empty(1)[0], 0)
+
     def __call__(self, images: npt.NDArray[np.generic]) -> Images:
         """Return the inputs of images (alerts, 3, height, width)."""
         out = self.empty(len(images))
