@@ -20,6 +20,8 @@ import pyarrow as pa
 from alert_broker import gaussian_process
 from alert_broker.avro import columns as avro
 from alert_broker.containers import BadPacket
+from alert_broker.cutouts.scorer import COLUMNS as CUTOUT_COLUMNS
+from alert_broker.cutouts.scorer import CutoutScorer
 from alert_broker.features import LightCurveFeatures
 from alert_broker.gaussian_process import Status
 from alert_broker.packets import AlertBatch, PacketSource, batches, file_name, find_files, read_blocks
@@ -27,6 +29,7 @@ from alert_broker.priors import UNIFORM, Prior, weigh
 from alert_broker.results import (
     CLASSIFIED,
     ERRORS,
+    SHORT_DIGEST,
     Account,
     ResultTable,
     fill,
@@ -56,7 +59,6 @@ DEFAULT_MODELS = {
 UNCLASSIFIED = {Status.NO_POINTS: "no points in", Status.NO_FLUX: "no flux in", Status.OVERFLOW: "flux out of range in"}
 OVER_TIME = "the Gaussian process did not end within its time budget"
 NOT_FINITE = "the numbers grew out of range"  # of float32, before or in the network
-SHORT_DIGEST = 12
 EQUAL = Prior(UNIFORM, {})  # what the models were trained for
 NOTE_AFTER_SECONDS = 1.0  # seconds of compilation; loading the kernels from numba's cache takes less
 
@@ -160,7 +162,7 @@ class Classifiers:
     bundle: one model for all surveys; by default each survey has its own. A given bundle is opened at once, so that an
     unusable one is reported before the work starts. Default models are opened when their first alert comes, or by
     `open_all`. prior: the class shares that the answers are for. wrap: a function that is applied to each classifier
-    and adds `columns` to its result.
+    and adds `columns` to its result. cutouts: the second model, which scores the images of every alert.
     """
 
     def __init__(
@@ -173,7 +175,10 @@ class Classifiers:
         columns: Sequence[pa.Field] = (),
         budget: Budget | None = None,
         prior: Prior = EQUAL,
+        cutouts: CutoutScorer | None = None,
     ) -> None:
+        self.cutouts = cutouts
+        columns = [*columns, *(CUTOUT_COLUMNS if cutouts else ())]
         self.models = default_models() if bundle is None else dict.fromkeys(surveys(), bundle)
         self.classes = tuple(dict.fromkeys(name for item in self.models.values() for name in item.manifest.classes))
         self.schema = pa.schema([*result_schema(self.classes), *columns])
@@ -191,18 +196,23 @@ class Classifiers:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The seconds that features and inference have taken so far."""
+        """The seconds that features and inference have taken so far, and those of the cutouts if they are scored."""
         stages = ("features", "inference")
-        return {stage: sum(item.seconds[stage] for item in self.opened.values()) for stage in stages}
+        seconds = {stage: sum(item.seconds[stage] for item in self.opened.values()) for stage in stages}
+        return seconds | (self.cutouts.seconds if self.cutouts else {})
 
     def __call__(self, batch: AlertBatch) -> pa.RecordBatch:
         """Return a row of `schema` for every alert, in the same order."""
         count = len(batch.curves)
         if batch.survey.name not in self.models:
             reason = f"skipped: {batch.survey.name} has no default model, name one with --model"
-            return result_rows(batch, self.schema, {"status": repeat(reason, count)})
-        rows = self._of(batch.survey.name)(batch)
-        return fill(dict(zip(rows.schema.names, rows.columns, strict=True)), self.schema, count)
+            rows = result_rows(batch, self.schema, {"status": repeat(reason, count)})
+        else:
+            rows = self._of(batch.survey.name)(batch)
+        columns = dict(zip(rows.schema.names, rows.columns, strict=True))
+        if self.cutouts is not None:
+            columns |= self.cutouts(batch)
+        return fill(columns, self.schema, count)
 
     def _of(self, survey: str) -> Stage:
         digest = self._digests[survey]
@@ -231,6 +241,8 @@ def classify_files(
     batch: int = 1024,
     errors: Path | None = None,
     prior: Prior = EQUAL,
+    cutouts: Bundle | None = None,
+    cutouts_runtime: str = "auto",
     force: bool = False,
     progress: Progress = lambda done, total, packets: None,
     notify: Callable[[str], None] = lambda message: None,
@@ -241,19 +253,23 @@ def classify_files(
 
     bundle: one model for all surveys; by default each survey has its own. stop: a function that is called before every
     block of packets; if it returns true, the packets that were read are classified and the run ends. Both files appear
-    when the run ends, and are complete up to that point.
+    when the run ends, and are complete up to that point. cutouts: a model that scores the images of every alert, on
+    `cutouts_runtime`.
     """
     files = find_files(paths)
     errors = errors or output.with_suffix(".errors.parquet")
     _check_targets(output, errors, files, force)
     account = Account(files=len(files), prior=prior.name)
-    classifiers = Classifiers(bundle, runtime, prior=prior)
+    started = time.perf_counter()
+    scorer = CutoutScorer(cutouts, cutouts_runtime, threads=gaussian_process.cores()) if cutouts else None
+    account.seconds["start"] += time.perf_counter() - started
+    classifiers = Classifiers(bundle, runtime, prior=prior, cutouts=scorer)
     started = time.perf_counter()
     load_kernels(notify)
     account.seconds["start"] += time.perf_counter() - started
-    packets = _counted(files, account, progress, stop)
+    packets = _counted(files, account, progress, stop, images=scorer is not None)
     with ResultTable(output, classifiers.schema) as results, ResultTable(errors, ERRORS) as bad_packets:
-        for item in _timed(batches(packets, batch), account.seconds):
+        for item in _timed(batches(packets, batch, images=scorer is not None), account.seconds):
             if isinstance(item, BadPacket):
                 account.add_bad(item)
                 row = {name: [getattr(item, name)] for name in ERRORS.names}
@@ -262,6 +278,8 @@ def classify_files(
             rows = classifiers(item)
             account.add_rows(rows)
             results.add(rows)
+        if scorer is not None:
+            account.cutouts = scorer.account(cutouts_runtime)
         account.check(results.rows)
         account.seconds["start"] += classifiers.start_seconds
         account.seconds |= classifiers.seconds
@@ -336,12 +354,12 @@ def load_kernels(notify: Callable[[str], None]) -> None:
 
 
 def _counted(
-    files: Sequence[Path], account: Account, progress: Progress, stop: Callable[[], bool]
+    files: Sequence[Path], account: Account, progress: Progress, stop: Callable[[], bool], *, images: bool
 ) -> Iterator[PacketSource | BadPacket]:
     """Yield the packets of these files until `stop` returns true, and count them."""
     ends = np.cumsum([file.stat().st_size for file in files]).tolist()
     start_of = dict(zip(map(file_name, files), [0, *ends], strict=False))
-    for item in read_blocks(files):
+    for item in read_blocks(files, images=images):
         if stop():
             account.stopped = True
             return

@@ -7,6 +7,7 @@ container's next sync marker.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import mmap
@@ -55,12 +56,14 @@ class BadPacket:
 @dataclass(frozen=True, slots=True)
 class Schema:
     """A writer's schema and its full name. For a survey's alert it also has the survey, the plan that reads the
-    photometry, and the plan that reads the images, if the schema has any."""
+    photometry, and if the schema has images, the plan that reads them, and the plan that reads the photometry and where
+    the images are."""
 
     name: str
     survey: Survey | None = None
     plan: ReadPlan | None = None
     cutouts: ReadPlan | None = None
+    with_places: ReadPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +350,9 @@ def _message_schema(identifier: int) -> Schema:
 
 
 def _planned(parsed: Any, survey: Survey) -> Schema:
-    try:
-        images = compile_plan(parsed, survey.cutouts)
-    except SchemaError:
-        images = None  # the schema has no images, or not as columns
-    return Schema(parsed["name"], survey, compile_plan(parsed, survey.paths), images)
+    plan = compile_plan(parsed, survey.paths)
+    images: ReadPlan | None = None
+    with_places: ReadPlan | None = None
+    with contextlib.suppress(SchemaError):  # the schema has no images, or not as columns
+        images, with_places = compile_plan(parsed, survey.cutouts), compile_plan(parsed, survey.paths, survey.cutouts)
+    return Schema(parsed["name"], survey, plan, images, with_places)

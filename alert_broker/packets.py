@@ -20,6 +20,7 @@ from alert_broker.avro.columns import Columns
 from alert_broker.avro.plan import ReadPlan
 from alert_broker.containers import BadPacket, Block, Buffer, split
 from alert_broker.lightcurve import LightCurves, concatenate
+from alert_broker.packet_images import Triplet, triplets_at, triplets_in
 from alert_broker.surveys.base import Extracted, PacketError, Survey, surveys
 from edgekit.data.parquet import bounded_batches, open_bounded
 from edgekit.errors import EdgekitError
@@ -32,8 +33,8 @@ TRUTH_KEY = b"edgekit.truth"  # marks a simulator's table of true classes, which
 
 @dataclass(frozen=True, slots=True)
 class ParquetRows:
-    """Rows of a Parquet file, one packet each, with the fields that the survey reads. offset: the number of the first
-    row."""
+    """Rows of a Parquet file, one packet each, with the fields that the survey reads, and the images if they are
+    wanted. offset: the number of the first row."""
 
     survey: Survey
     file: str
@@ -50,11 +51,19 @@ PacketSource = Block | ParquetRows
 
 @dataclass(frozen=True, slots=True)
 class AlertBatch:
-    """Light curves of one survey and, in the same order, a row of `ALERT_COLUMNS` for each."""
+    """Light curves of one survey and, in the same order, a row of `ALERT_COLUMNS` for each, and its images as they are
+    in the packet if images are wanted."""
 
     survey: Survey
     curves: LightCurves
     alerts: pa.RecordBatch
+    images: Sequence[Triplet] | None = None
+
+    def take(self, indices: Sequence[int]) -> AlertBatch:
+        """Return some of the alerts, in this order."""
+        images = None if self.images is None else [self.images[index] for index in indices]
+        alerts = self.alerts.take(pa.array(indices, pa.int64()))
+        return AlertBatch(self.survey, self.curves.take(np.asarray(indices, np.int64)), alerts, images)
 
 
 ALERT_COLUMNS = pa.schema(
@@ -97,16 +106,21 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def read_blocks(paths: Iterable[str | Path]) -> Iterator[PacketSource | BadPacket]:
+def read_blocks(paths: Iterable[str | Path], *, images: bool = False) -> Iterator[PacketSource | BadPacket]:
     """Yield all packets of these files and folders, in order. Raises EdgekitError at the call if a path does not
-    exist."""
-    return _read_files(find_files(paths))
+    exist. images: whether tables are read with their images."""
+    return _read_files(find_files(paths), images)
 
 
 def batches(
-    blocks: Iterable[PacketSource | BadPacket], size: int = 1024, buffer_pool: dict[ReadPlan, Columns] | None = None
+    blocks: Iterable[PacketSource | BadPacket],
+    size: int = 1024,
+    buffer_pool: dict[ReadPlan, Columns] | None = None,
+    *,
+    images: bool = False,
 ) -> Iterator[AlertBatch | BadPacket]:
-    """Yield light curves of up to `size` alerts of one survey. Bad packets are passed through in their order.
+    """Yield light curves of up to `size` alerts of one survey, with their images if they are wanted. Bad packets are
+    passed through in their order.
 
     A packet that cannot be decoded makes the rest of its block unreadable, because nothing marks where the next one
     begins. A packet that can be decoded but has no light curve is yielded as a BadPacket before its batch. buffer_pool:
@@ -127,7 +141,7 @@ def batches(
             yield _unsupported(block)
             continue
         if survey.name not in waiting:
-            waiting[survey.name] = _Waiting(survey, {} if buffer_pool is None else buffer_pool)
+            waiting[survey.name] = _Waiting(survey, {} if buffer_pool is None else buffer_pool, images)
         if bad := waiting[survey.name].add(block):
             yield bad
         if len(waiting[survey.name]) >= size or waiting[survey.name].rows >= MOST_ROWS:
@@ -140,8 +154,9 @@ class _Waiting:
     """Packets of one survey that wait for their batch, read into columns: one set for each layout, and one for each
     Parquet table."""
 
-    def __init__(self, survey: Survey, buffer_pool: dict[ReadPlan, Columns]) -> None:
-        self.survey, self._buffer_pool = survey, buffer_pool
+    def __init__(self, survey: Survey, buffer_pool: dict[ReadPlan, Columns], images: bool) -> None:
+        self.survey, self._buffer_pool, self._images = survey, buffer_pool, images
+        self._data: dict[int, memoryview] = {}  # by the packet's index: the bytes that hold its images
         self._files: list[str] = []  # the file of each packet, in the order in which the packets came
         self._offsets: list[int] = []
         self._columns: dict[str, tuple[Columns, list[int]]] = {}  # by layout, with the packets' indices in that order
@@ -157,7 +172,7 @@ class _Waiting:
             indices = self._number(block.file, range(block.offset, block.offset + block.count))
             self._tables.append((block.columns, indices))
             return None
-        plan = block.schema.plan
+        plan = (block.schema.with_places if self._images else None) or block.schema.plan
         assert plan is not None
         if plan.layout not in self._columns:
             grown = next((known for known in self._buffer_pool if known.layout == plan.layout), None)
@@ -170,7 +185,10 @@ class _Waiting:
             positions = [block.offset] * (len(ends) + 1)
         else:
             positions = [block.offset, *(block.offset + ends).tolist()]
-        indices += self._number(block.file, positions[: len(ends)])
+        numbers = self._number(block.file, positions[: len(ends)])
+        indices += numbers
+        if self._images:
+            self._data |= dict.fromkeys(numbers, memoryview(block.data))
         self.rows = max(self.rows, columns.rows)
         if fault is None:
             return None
@@ -188,12 +206,18 @@ class _Waiting:
         sources += [(rows, indices, True) for rows, indices in self._tables]
         self._buffer_pool.update((columns.plan, columns) for columns, _ in self._columns.values())
         found: list[tuple[LightCurves, pa.RecordBatch, list[int]]] = []
+        images: dict[int, Triplet] = {}  # by the packet's index
         for columns, indices, table in sources:
             try:
                 extracted = self.survey.light_curves(columns, table=table)
                 errors = extracted.errors
             except PacketError as error:
                 errors = dict.fromkeys(range(len(indices)), str(error))
+            if self._images and table:
+                images |= dict(zip(indices, triplets_in(columns, self.survey.cutouts), strict=True))
+            elif self._images:
+                data = [self._data[index] for index in indices]
+                images |= dict(zip(indices, triplets_at(columns, self.survey.cutouts, data), strict=True))
             for alert, reason in sorted(errors.items()):
                 yield BadPacket(self._files[indices[alert]], self._offsets[indices[alert]], reason)
             if len(errors) < len(indices):
@@ -203,10 +227,12 @@ class _Waiting:
         if not found:
             return
         curves, rows = found[0][:2] if len(found) == 1 else _joined(found)
+        kept = sorted(index for _, _, indices in found for index in indices)
         for start in range(0, len(curves), size):
             stop = min(start + size, len(curves))
             part = curves.take(np.arange(start, stop)) if stop - start < len(curves) else curves
-            yield AlertBatch(self.survey, part, rows.slice(start, stop - start))
+            triplets = [images[index] for index in kept[start:stop]] if self._images else None
+            yield AlertBatch(self.survey, part, rows.slice(start, stop - start), triplets)
 
     def _number(self, file: str, offsets: Sequence[int]) -> list[int]:
         """Record the file and the offset of packets; return their indices."""
@@ -260,7 +286,7 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _read_files(files: Sequence[Path]) -> Iterator[PacketSource | BadPacket]:
+def _read_files(files: Sequence[Path], images: bool) -> Iterator[PacketSource | BadPacket]:
     for path in files:
         try:
             with path.open("rb") as stream:
@@ -272,12 +298,12 @@ def _read_files(files: Sequence[Path]) -> Iterator[PacketSource | BadPacket]:
             yield BadPacket(file_name(path), 0, f"the file cannot be read: {error.strerror or error}")
             continue
         if data[:4] == PARQUET_MAGIC:
-            yield from _read_parquet(path)
+            yield from _read_parquet(path, images)
         else:
             yield from split(data, file_name(path))
 
 
-def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
+def _read_parquet(path: Path, images: bool) -> Iterator[ParquetRows | BadPacket]:
     row = 0
     rows = 1
     try:
@@ -298,7 +324,7 @@ def _read_parquet(path: Path) -> Iterator[ParquetRows | BadPacket]:
                 reason = f"the {survey.name} table has no field {missing[0]!r}, which the survey's schema requires"
                 yield BadPacket(file_name(path), 0, reason, packets=rows)
                 return
-            wanted = set(survey.paths)
+            wanted = {*survey.paths, *(survey.cutouts if images else ())}
             chosen = [parquet.schema.column(index).path for index, name in enumerate(columns) if name in wanted]
             size = os.fstat(stream.fileno()).st_size
             for first, batch in bounded_batches(stream, parquet, chosen, PARQUET_ROWS, size):

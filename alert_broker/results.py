@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from edgekit.errors import EdgekitError
 
 CLASSIFIED = "classified"
 METADATA = b"edgekit"  # key of the Parquet file's metadata, whose value is JSON of the account, with models and runtime
+SHORT_DIGEST = 12  # characters by which results name a bundle
 ROW_GROUP = 32_768  # rows per Parquet row group: some MB in memory, and large enough to be read quickly
 STAGES = ("start", "decode", "features", "inference")
 
@@ -60,6 +61,17 @@ def result_schema(classes: Sequence[str]) -> pa.Schema:
 
 
 @dataclass(slots=True)
+class CutoutAccount:
+    """The account of the images: every row of the result has a score, or a reason why not."""
+
+    model: str
+    digest: str
+    runtime: str
+    scored: int
+    unscored: Counter[str]  # by reason
+
+
+@dataclass(slots=True)
 class Account:
     """The account of all packets: packets = classified + the sum of skipped + corrupt."""
 
@@ -75,6 +87,7 @@ class Account:
     runtime: str = ""  # the runtime, its provider and its device, as they really are
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     stopped: bool = False
+    cutouts: CutoutAccount | None = None  # None if images are not scored
 
     def add_bad(self, bad: BadPacket) -> None:
         if bad.status == "error":
@@ -96,6 +109,11 @@ class Account:
                 f"{self.surveys.total()} alerts were read, but {rows} rows were written; "
                 "this is a bug in edgekit, please report it"
             )
+        if self.cutouts is not None and rows != self.cutouts.scored + self.cutouts.unscored.total():
+            raise EdgekitError(
+                f"{rows} rows were written, but the images of {self.cutouts.scored} alerts were scored and those of "
+                f"{self.cutouts.unscored.total()} were not; this is a bug in edgekit, please report it"
+            )
         if self.packets != self.classified + self.skipped.total() + self.corrupt:
             raise EdgekitError(
                 f"the account does not add up: {self.packets} packets read, {self.classified} classified + "
@@ -104,7 +122,7 @@ class Account:
             )
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        found: dict[str, Any] = {
             "in": self.packets,
             "classified": self.classified,
             "skipped": self.skipped.total(),
@@ -119,6 +137,9 @@ class Account:
             "runtime": self.runtime,
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
         }
+        if self.cutouts is not None:
+            found["cutouts"] = asdict(self.cutouts) | {"unscored": dict(self.cutouts.unscored.most_common())}
+        return found
 
 
 class ResultTable:

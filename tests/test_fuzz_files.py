@@ -33,6 +33,7 @@ FILES = {
     "message": 3,
     "registry": 120,
     "broker": 150,
+    "cutout": 400,
     "gguf": 40,
 }
 NEEDED = {"onnx": "onnxruntime", "hugging-face": "transformers", "pt2": "torch", "image": "PIL", "recipe": "torch"}

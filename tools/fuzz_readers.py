@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fuzz_cutouts
 import fuzz_gguf
 import fuzz_language_folder
 import fuzz_stream
@@ -433,6 +434,9 @@ READERS = {
     ),
     "registry": Reader(fuzz_stream.answers, one_file("answer"), fuzz_stream.read_answer, allowed=("urllib.",)),
     "broker": Reader(fuzz_stream.configurations, one_file("broker.toml"), fuzz_stream.read_configuration),
+    "cutout": Reader(
+        fuzz_cutouts.images, fuzz_cutouts.write_image, fuzz_cutouts.read, change=fuzz_cutouts.changed_image
+    ),
     "gguf": Reader(  # a chat template runs in the sandbox, with a limit of its own
         fuzz_gguf.models, fuzz_gguf.write_model, fuzz_gguf.read_model, change=fuzz_gguf.changed_model, memory=2 << 30
     ),

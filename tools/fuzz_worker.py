@@ -48,6 +48,7 @@ GUIDED = {
     "pt2": ("edgekit.importers",),
     "registry": ("alert_broker.stream.registry", "alert_broker.containers", "alert_broker.avro.plan", "http.client"),
     "broker": ("alert_broker.stream.config", "alert_broker.stream.filters", "edgekit.settings", "tomllib"),
+    "cutout": ("alert_broker.cutouts.fits", "alert_broker.cutouts.inflate"),
     "gguf": (
         *("edgekit.importers.gguf", "runtimes.llm.architecture", "runtimes.llm.rope", "runtimes.llm.vocabulary"),
         *("runtimes.llm.tokenizer", "runtimes.llm.chat"),

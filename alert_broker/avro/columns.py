@@ -158,6 +158,13 @@ class Columns:
         return None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
 
 
+def places(column: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return (rows,) the first byte and the size of each value of a placed column. A null has size 0, as an empty
+    value; a size of LARGEST_PLACED stands for that size and for all larger ones."""
+    cells = column.fill_null(0).to_numpy()
+    return cells >> walk.PLACE_BITS, cells & walk.LARGEST_PLACED
+
+
 def _offsets(ends: npt.NDArray[np.int64]) -> pa.Buffer:
     return pa.py_buffer(np.concatenate([np.zeros(1, np.int64), ends]))
 

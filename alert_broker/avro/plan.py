@@ -100,23 +100,25 @@ class ReadPlan:
     layout: str
 
 
-def compile_plan(schema: Any, wanted: Iterable[str]) -> ReadPlan:
+def compile_plan(schema: Any, wanted: Iterable[str], placed: Iterable[str] = ()) -> ReadPlan:
     """Return the plan that reads the wanted fields of a record. A wanted field is a dotted path; arrays add no name to
     it.
 
     schema: as fastavro parsed it, so that its names are complete. The plan leaves out paths that the schema does not
-    have, since versions of a schema differ.
+    have, since versions of a schema differ. placed: further wanted fields, of type bytes, which are not copied: their
+    column is int64 and says where in the data each value is (`columns.places`).
 
     Raises SchemaError if the schema has none of the paths; if it contains itself, is too large, or has array items or
     records that take no bytes; and if a path leads to a value that cannot be a column: a map, or a union of several
     types that are not all numbers.
     """
     tree: dict[str, Any] = {}
-    for path in wanted:
+    placed = frozenset(placed)
+    for path in (*wanted, *sorted(placed)):
         inside = tree
         for name in path.split("."):
             inside = inside.setdefault(name, {})
-    compiler = _Compiler()
+    compiler = _Compiler(placed)
     root, min_bytes = compiler.value(schema, tree, "", 0, ())
     if not isinstance(root, Record):
         raise SchemaError(f"the schema has none of the fields {', '.join(tree)}")
@@ -138,7 +140,8 @@ def compile_plan(schema: Any, wanted: Iterable[str]) -> ReadPlan:
 
 
 class _Compiler:
-    def __init__(self) -> None:
+    def __init__(self, placed: frozenset[str] = frozenset()) -> None:
+        self._placed = placed
         self.program: list[tuple[list[int], str]] = []
         self.items: list[list[int]] = []
         self.level_of: list[int] = []
@@ -210,6 +213,12 @@ class _Compiler:
         else:
             operand, min_bytes = len(symbols) or operand, 1
         min_bytes = min_bytes if tag == NO_TAG else 1
+        if wanted is not None and path in self._placed:
+            if avro_type != "bytes":
+                raise SchemaError(f"{path} is of type {avro_type!r}; only the place of bytes can be read")
+            column = self._column(level)
+            self.add(operation, path, column, operand, 1, tag)
+            return Leaf(column, pa.int64()), min_bytes
         if wanted is not None:
             column = self._column(level)
             self.add(operation, path, column, operand, tag=tag)

@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
     RUN,
     SKIP,  # bytes
     NUMBER,  # most bytes, whether the number becomes a double
-    SIZED,  # whether the value is text
+    SIZED,  # whether the value is text, whether only its place is wanted
     FIXED,  # bytes
     FLOAT,  # -, whether the number becomes a double
     DOUBLE,
@@ -42,6 +42,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
     END,
 ) = range(16)
 COLUMN, FIRST, SECOND, TAG = range(1, 5)
+# The place of a value that is not copied: its first byte, shifted by PLACE_BITS, and its size, at most LARGEST_PLACED
+PLACE_BITS = 24
+LARGEST_PLACED = (1 << PLACE_BITS) - 1
 
 # The codes that `walk` returns. FULL: a level or a column is full, and the caller begins the datum again with a larger
 # one. LEFT: bytes are left over after the last datum.
@@ -167,9 +170,9 @@ def walk(
     datums were read.
 
     cells: values of all columns, column by column, as 64 bits; valid: 0 for null; text: bytes of the string columns,
-    whose cells hold the end of each string; ends: the byte at which each datum ends. A datum that fails leaves no rows;
-    the report then holds the byte and the operation of the fault. If bytes are left over, no datum leaves rows, because
-    nobody knows where each datum starts.
+    whose cells hold the end of each string, or the place of a value that is not copied; ends: the byte at which each
+    datum ends. A datum that fails leaves no rows; the report then holds the byte and the operation of the fault. If
+    bytes are left over, no datum leaves rows, because nobody knows where each datum starts.
     """
     double, double_bits = scratch[:1].view(np.float64), scratch[:1]
     single, single_bits = scratch[1:].view(np.float32), scratch[1:].view(np.uint32)
@@ -247,7 +250,9 @@ def walk(
                         size, after = _length(data, at, end)
                     elif size > end - at:
                         after = -ENDS
-                    if after >= 0 and column >= 0:
+                    if after >= 0 and column >= 0 and operation == SIZED and program[index, SECOND]:
+                        value = after << PLACE_BITS | min(size, LARGEST_PLACED)
+                    elif after >= 0 and column >= 0:
                         if operation == SIZED and first and not _is_text(data, after, after + size):
                             code = TEXT
                             continue

@@ -18,6 +18,7 @@ CLASSIFY_EXAMPLES = """\b
 Examples:
   edgekit alerts classify night/ -o night.parquet
   edgekit alerts classify a.avro b.parquet -o out.parquet --model t2-gr --json
+  edgekit alerts classify night/ -o night.parquet --cutouts braai.edge
 Read the result with: pandas.read_parquet("night.parquet")
 """
 
@@ -42,6 +43,13 @@ Read the result with: pandas.read_parquet("night.parquet")
     show_default=True,
     help="Class shares that the probabilities are for: uniform, lsst, or a TOML file of CLASS = SHARE.",
 )
+@click.option("--cutouts", help="Bundle of a network that scores the images, such as braai.edge; adds the column drb.")
+@click.option(
+    "--cutouts-runtime",
+    default="auto",
+    show_default=True,
+    help="Runtime of that network: onnxruntime, openvino or torch.",
+)
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1024, show_default=True, help="Number of alerts in a batch."
 )
@@ -58,6 +66,8 @@ def classify(
     model: str | None,
     runtime: str,
     prior: str,
+    cutouts: str | None,
+    cutouts_runtime: str,
     batch: int,
     errors: Path | None,
     force: bool,
@@ -74,7 +84,7 @@ def classify(
         from alert_broker.priors import Prior
     from edgekit.importers.api import open_to_run
 
-    bundle = open_to_run(model) if model is not None else None
+    bundle, images = (open_to_run(name) if name is not None else None for name in (model, cutouts))
     errors = errors or target.with_suffix(".errors.parquet")
     with progress() as bar, stopping() as stop:
         task = bar.add_task("MB of packets", total=None)
@@ -91,6 +101,8 @@ def classify(
             batch=batch,
             errors=errors,
             prior=Prior.named(prior),
+            cutouts=images,
+            cutouts_runtime=cutouts_runtime,
             force=force,
             progress=show,
             notify=note,
@@ -111,7 +123,10 @@ def _print_account(account: Account, target: Path, errors: Path) -> None:
     columns = ["in", "classified", "skipped", "corrupt"]
     summary = account.to_json()
     print_table(columns, [[f"{summary[name]:,}" for name in columns]])
-    for title, counts in (("skipped because", account.skipped), ("most probable class", account.classes)):
+    tables = [("skipped because", account.skipped), ("most probable class", account.classes)]
+    if account.cutouts is not None:
+        tables.append(("no drb because", account.cutouts.unscored))
+    for title, counts in tables:
         if counts:
             output.print()
             print_table([title, "alerts"], [[name, f"{number:,}"] for name, number in counts.most_common()])
@@ -120,6 +135,8 @@ def _print_account(account: Account, target: Path, errors: Path) -> None:
     lines = [f"{target}: {account.surveys.total():,} rows{f', {models} on {account.runtime}' if models else ''}"]
     if account.packets != account.surveys.total():
         lines.append(f"{errors}: packets without a light curve, each with its reason")
+    if (scores := account.cutouts) is not None:
+        lines.append(f"{scores.scored:,} with a drb, {scores.model} ({scores.digest[:12]}) on {scores.runtime}")
     busy = {stage: value for stage, value in account.seconds.items() if stage != "start"}
     if total := sum(busy.values()):
         shares = ", ".join(f"{stage} {value / total:.0%}" for stage, value in busy.items())

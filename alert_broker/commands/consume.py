@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import typing
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,6 +145,7 @@ def report(stats: Stats, as_json: bool, failed: str) -> None:
     was one; the messages in flight then count as revoked, and the next run reads them again."""
     now = stats.snapshot()
     if as_json:
+        images = {"cutouts": now.cutouts} if now.cutouts else {}
         print_json(
             {
                 "failed": failed or None,
@@ -152,6 +154,7 @@ def report(stats: Stats, as_json: bool, failed: str) -> None:
                 "classes": dict(now.classes.most_common()),
                 "reasons": dict(now.reasons.most_common()),
                 "models": now.models,
+                **images,
                 "latency": {
                     name: {"p50": _finite(item.quantile(0.5)), "p99": _finite(item.quantile(0.99))}
                     for name, item in now.stages.items()
@@ -169,7 +172,12 @@ def report(stats: Stats, as_json: bool, failed: str) -> None:
         ]
     ]
     print_table(["partition", *(column.replace("_", "-") for column in columns)], rows)
-    for title, counts in (("most probable class", now.classes), ("dead letters because", now.reasons)):
+    unscored = Counter({reason: number for reason, number in now.cutouts.items() if reason != "scored"})
+    for title, counts in (
+        ("most probable class", now.classes),
+        ("no drb because", unscored),
+        ("dead letters because", now.reasons),
+    ):
         if counts:
             output.print()
             print_table([title, "alerts"], [[name, f"{number:,}"] for name, number in counts.most_common()])

@@ -54,7 +54,11 @@ class BatchStages:
         for item in classifiers.opened.values():
             stats.models[item.bundle.manifest.name] = item.bundle.digest
         self._registry = self._open_registry() if config.registry.url else None
-        self._stages = Stages(classifiers, self._registry.schema if self._registry else None, budget)
+        if (scorer := classifiers.cutouts) is not None:
+            stats.models[scorer.bundle.manifest.name] = scorer.bundle.digest
+            stats.time_also(scorer.seconds)
+        schemas = self._registry.schema if self._registry else None
+        self._stages = Stages(classifiers, schemas, budget, images=scorer is not None)
         routes = [Route(item.topic, item.where, item.format, item.attach) for item in config.output]
         router = Router(routes, classifiers.schema, registry=self._registry) if routes else None
         if router is not None:
@@ -105,6 +109,8 @@ class BatchStages:
         rows, dead_letters = self._stages.classify(work.alerts)
         for stage, seconds in classifiers.seconds.items():
             self._stats.observe(stage, seconds - before[stage])
+        if classifiers.cutouts is not None:
+            self._stats.cutouts = classifiers.cutouts.outcomes()
         work.dead_letters += dead_letters
         work.index = rows["offset"].to_numpy()
         work.rows = with_positions(rows, work.batch, work.index)

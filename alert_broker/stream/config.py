@@ -93,6 +93,14 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Cutouts:
+    """A second model, which scores the images of every alert in the same pass."""
+
+    model: str = _option("", "Bundle of a network that scores the images, such as braai.edge; adds the column drb.")
+    runtime: str = _option("auto", "Its runtime: onnxruntime, openvino or torch.")
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """A topic for the results that the filter `where` accepts, or for all results if it is empty. attach: as in
     `routing.Route`."""
@@ -166,6 +174,7 @@ class Config:
     source: SourceSettings = field(default_factory=SourceSettings)
     batch: Batch = field(default_factory=Batch)
     model: Model = field(default_factory=Model)
+    cutouts: Cutouts = field(default_factory=Cutouts)
     output: tuple[Output, ...] = ()
     dead_letters: DeadLetters = field(default_factory=DeadLetters)
     publish: Publish = field(default_factory=Publish)

@@ -53,7 +53,8 @@ class View:
 
     def recent(self, stage: str) -> Histogram:
         """Return a stage's times between the two snapshots."""
-        new, old = self.now.stages[stage], self.before.stages[stage]
+        new = self.now.stages[stage]
+        old = self.before.stages.get(stage) or Histogram(new.bounds)  # a stage may be added while models are opened
         counts = [after - before for after, before in zip(new.counts, old.counts, strict=True)]
         return Histogram(new.bounds, counts, new.total - old.total)
 

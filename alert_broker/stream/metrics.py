@@ -3,10 +3,12 @@
     edgekit_alerts_{consumed,published,filtered,dead_lettered,revoked,expired}_total{topic,partition}
     edgekit_alerts_in_flight{topic,partition}      consumed = published + filtered + dead_lettered + revoked + in_flight
     edgekit_consumer_lag{topic,partition}          messages up to the end of the partition, as the broker tells it
-    edgekit_stage_seconds{stage}                   histogram; the stages are `stats.STAGES`, the last from poll to end
+    edgekit_stage_seconds{stage}                   histogram; the stages are `stats.STAGES`, the last from poll to end,
+                                                   and with a model of cutouts `cutouts` and `cutout-inference`
     edgekit_batch_alerts                           histogram
     edgekit_queue_depth{queue}
     edgekit_classes_total{class}                   alerts by their most probable class
+    edgekit_cutouts_total{outcome}                 alerts whose images were `scored`, or the reason why they were not
     edgekit_dead_letters_total{reason}             N replaces numbers; reasons after the first 32 count as `other`
     edgekit_model_info{model,digest}, edgekit_build_info{version}
     edgekit_ready, edgekit_paused                  0 or 1
@@ -65,6 +67,7 @@ class _Reader:
         yield histograms("batch_alerts", "Alerts in a batch", None, {"": now.batch_sizes})
         yield gauge("queue_depth", "Batches that wait for a stage", ["queue"], _single(now.queue_depths))
         yield counter("classes", "Alerts by their most probable class", ["class"], _single(now.classes))
+        yield counter("cutouts", "Alerts by what became of their images", ["outcome"], _single(now.cutouts))
         yield counter("dead_letters", "Dead letters by their reason", ["reason"], _single(now.reasons))
         models = (((name, digest), 1.0) for name, digest in now.models.items())
         yield gauge("model_info", "The models that are loaded, with their SHA-256", ["model", "digest"], models)

@@ -104,8 +104,7 @@ class Reuse:
                 self._remember(sources, rows)
             else:
                 if indices:
-                    some = AlertBatch(batch.survey, batch.curves.take(indices), batch.alerts.take(pa.array(indices)))
-                    self._remember([sources[index] for index in indices], self.classifier(some))
+                    self._remember([sources[index] for index in indices], self.classifier(batch.take(indices)))
                 rows = self._rows(batch, sources)
         except BaseException:
             self._entries.clear()  # entries that wait for results of the failed batch

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,14 +25,18 @@ MOST_POOLED = 64  # schemas whose read buffers are kept for the next batch; pack
 
 class Stages:
     """Decodes and classifies batches of payloads. The schemas' read buffers are pooled from batch to batch. budget:
-    that of the classifiers; a CancelledError ends the work on a batch."""
+    that of the classifiers; a CancelledError ends the work on a batch. images: whether the classifiers need the
+    images."""
 
     def __init__(
         self,
         classifiers: Classifiers,
         schema_text: Callable[[int], str] | None = None,
         budget: Budget | None = None,
+        *,
+        images: bool = False,
     ) -> None:
+        self._images = images
         self.classifiers, self.schema_text, self._budget = classifiers, schema_text, budget or Budget()
         self._buffer_pool: dict[ReadPlan, Columns] = {}
 
@@ -77,7 +80,7 @@ class Stages:
         dead_letters: list[DeadLetter] = []
         blocks = (self._block(index, value) for index, value in values)
         buffer_pool, self._buffer_pool = self._buffer_pool, {}  # the buffers must not be used again if decoding raises
-        for item in batches(blocks, len(values), buffer_pool):
+        for item in batches(blocks, len(values), buffer_pool, images=self._images):
             if isinstance(item, BadPacket):
                 dead_letters.append(DeadLetter(item.offset, item.reason, item.status))
             else:
@@ -111,10 +114,7 @@ class Stages:
             if count > 1:  # halve the batch until the alert that fails is alone
                 middle = count // 2
                 for start, stop in ((0, middle), (middle, count)):
-                    part = AlertBatch(
-                        batch.survey, batch.curves.take(np.arange(start, stop)), batch.alerts.slice(start, stop - start)
-                    )
-                    self._classify(part, parts, dead_letters)
+                    self._classify(batch.take(range(start, stop)), parts, dead_letters)
                 return
             LOG.exception("classifying an alert failed")
             reason = f"classifying failed ({type(error).__name__}: {error})"

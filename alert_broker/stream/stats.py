@@ -37,6 +37,9 @@ class Snapshot:
     classes: Counter[str]
     reasons: Counter[str]  # of dead letters
     models: dict[str, str]  # name to digest
+    cutouts: dict[
+        str, int
+    ]  # alerts whose images were scored, and by reason those whose were not; empty without a model
     paused: bool  # by back-pressure
 
 
@@ -48,6 +51,7 @@ class Stats:
         self.lag: dict[Partition, int] = {}
         self.queue_depths: dict[str, int] = {}
         self.models: dict[str, str] = {}
+        self.cutouts: dict[str, int] = {}
         self.classes: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.ready = self.paused = False
@@ -55,6 +59,14 @@ class Stats:
         self._sizes = Histogram(SIZES)
         self._started = self._progress = time.monotonic()
         self._lock = Lock()
+
+    def time_also(self, stages: Iterable[str]) -> None:
+        """Add stages that run between the classifier and the routes."""
+        with self._lock:
+            names = list(self._stages)
+            at = names.index("route")
+            for name in (*names[:at], *stages, *names[at:]):
+                self._stages[name] = self._stages.pop(name) if name in self._stages else Histogram(SECONDS)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -99,5 +111,6 @@ class Stats:
                 classes=Counter(self.classes),
                 reasons=Counter(self.reasons),
                 models=dict(self.models),
+                cutouts=dict(self.cutouts),
                 paused=self.paused,
             )

@@ -112,3 +112,25 @@ def write_plasticc(folder: Path, points: pa.Table, objects: pa.Table) -> Path:
     for part, table in (("lightcurves", points), ("metadata", objects)):
         pq.write_table(table, folder / f"plasticc_train_{part}.parquet")
     return folder
+
+
+def small_cutout_bundle(norm="rows") -> Bundle:
+    """Return the bundle, in memory, of a braai with few units and random weights."""
+    import torch
+
+    from alert_broker.cutouts.braai import Braai, BraaiConfig
+    from alert_broker.cutouts.bundle import braai_bundle
+
+    torch.manual_seed(3)
+    return braai_bundle(Braai(BraaiConfig(filters=(2, 2, 3, 3), hidden=4)).eval(), "small-braai", norm)
+
+
+def fits(image, cards=None) -> bytes:
+    """Return a FITS file with one primary image, as surveys write it. cards: further values of the header."""
+    image = np.asarray(image)
+    stored = image.astype(image.dtype.newbyteorder(">")).tobytes()
+    bitpix = (8 if image.dtype.kind in "iu" else -8) * image.dtype.itemsize
+    values = {"SIMPLE": "T", "BITPIX": bitpix, "NAXIS": 2, "NAXIS1": image.shape[1], "NAXIS2": image.shape[0]}
+    text = "".join(f"{name:<8}= {value!s:>20}".ljust(80) for name, value in {**values, **(cards or {})}.items())
+    text += "END".ljust(80)
+    return text.ljust(-(-len(text) // 2880) * 2880).encode() + stored + b"\0" * (-len(stored) % 2880)

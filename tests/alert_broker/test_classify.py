@@ -277,8 +277,8 @@ def test_a_survey_without_a_default_is_explained(mixed, tmp_path, monkeypatch):
 
 
 def test_an_account_that_does_not_add_up_is_an_error_and_no_file(mixed, tmp_path, monkeypatch):
-    def losing(packets, size):
-        items = list(batches(packets, size))
+    def losing(packets, size, **options):
+        items = list(batches(packets, size, **options))
         return iter(items[:-1])
 
     monkeypatch.setattr(classify, "batches", losing)

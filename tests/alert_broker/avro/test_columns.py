@@ -16,7 +16,7 @@ from alert_broker.avro import columns as avro_columns
 from alert_broker.avro import walk
 from alert_broker.avro.columns import Columns
 from alert_broker.avro.plan import SchemaError, compile_plan
-from alert_broker.simulate import simulate
+from alert_broker.simulate import simulate, write
 from alert_broker.surveys import lsst
 from alert_broker.surveys.base import survey_named
 from alert_broker.ztf_schema import ztf_schema
@@ -499,3 +499,52 @@ def test_real_packets_agree_with_fastavro(every, shared_data):
             assert in_order(rows) == in_order(project(values, wanted))
             count += number
     assert count == 61 + 24 + 2 + 24
+
+
+@pytest.mark.parametrize("survey", ["ztf", "lsst"])
+def test_places_are_where_the_bytes_are(survey, tmp_path):
+    """The plan with places reads the same columns as the plan without, and the images where fastavro finds them."""
+    from alert_broker.avro.columns import places
+    from alert_broker.containers import Block, split
+    from alert_broker.stream.cutouts import cutouts
+
+    alerts = list(simulate(survey, 3, 4))
+    for path in write(tmp_path, alerts, packets_per_file=1):
+        data = path.read_bytes()
+        (block,) = split(data, "")
+        assert isinstance(block, Block)
+        plain, placed = Columns(block.schema.plan), Columns(block.schema.with_places)
+        assert plain.read(block.data, 1)[1] is placed.read(block.data, 1)[1] is None
+        known, found = plain.take(), placed.take()
+        assert found.select(known.schema.names).equals(known)
+        for name, expected in zip(block.schema.survey.cutouts, cutouts([data]), strict=True):
+            top, *inner = name.split(".")
+            column = found[top].field(0) if inner else found[top]
+            (start,), (size,) = (array.tolist() for array in places(column))
+            assert bytes(block.data[start : start + size]) == expected[0].as_py()
+
+
+def test_only_bytes_have_places():
+    schema = parse_schema({"type": "record", "name": "r", "fields": [{"name": "x", "type": ["null", "string"]}]})
+    with pytest.raises(SchemaError, match="x is of type 'string'"):
+        compile_plan(schema, [], ["x"])
+
+
+def test_a_null_and_a_value_over_the_limit_have_a_place():
+    from alert_broker.avro.columns import places
+    from alert_broker.avro.walk import LARGEST_PLACED
+
+    schema = parse_schema({"type": "record", "name": "r", "fields": [{"name": "x", "type": ["null", "bytes"]}]})
+    columns = Columns(compile_plan(schema, [], ["x"]))
+    size = LARGEST_PLACED + 10
+    stream = io.BytesIO()
+    for value in (None, b"abc", b"", bytes(size)):
+        fastavro.schemaless_writer(stream, schema, {"x": value})
+    data = stream.getvalue()
+    assert columns.read(data, 4)[1] is None
+    column = columns.take()["x"]
+    assert column.is_null().to_pylist() == [True, False, False, False]
+    starts, sizes = places(column)
+    assert sizes.tolist() == [0, 3, 0, LARGEST_PLACED]
+    assert data[starts[1] : starts[1] + 3] == b"abc"
+    assert starts[3] == len(data) - size

@@ -20,6 +20,7 @@ def busy_stats() -> Stats:
     stats.queue_depths = {"decode": 3, "publish": 0}
     stats.classes.update({"SNIa": 700, "AGN": 438})
     stats.reasons.update({"does not decode": 8, 'schema "x"\\ unknown\n': 2})
+    stats.cutouts = {"scored": 1131, "the packet lacks an image": 7}
     stats.models = {"t2-gr": "ab" * 32}
     stats.ready = True
     return stats

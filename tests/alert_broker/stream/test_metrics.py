@@ -86,6 +86,7 @@ def test_the_other_numbers(stats):
     assert found["edgekit_queue_depth"] == {("decode",): 3, ("publish",): 0}
     assert found["edgekit_classes_total"] == {("SNIa",): 700, ("AGN",): 438}
     assert found["edgekit_dead_letters_total"] == {("does not decode",): 8, ('schema "x"\\ unknown\n',): 2}
+    assert found["edgekit_cutouts_total"] == {("scored",): 1131, ("the packet lacks an image",): 7}
     assert found["edgekit_model_info"] == {("t2-gr", "ab" * 32): 1}
     assert found["edgekit_ready"] == found["edgekit_paused"] == {(): 1}
     assert 0 <= found["edgekit_progress_age_seconds"][()] <= found["edgekit_uptime_seconds"][()] < 60

@@ -1,0 +1,7 @@
+"""The model families that the alert broker adds to those of edgekit."""
+
+from __future__ import annotations
+
+from edgekit.bundle.family import Family
+
+BRAAI = Family("braai", "alert_broker.cutouts.braai:build")
