@@ -22,6 +22,7 @@ CLASSES = ("bogus", "real")
 IMAGES = 3  # science, template, difference
 KERNEL, POOLS = 3, (2, 4)  # pixels; the pools follow the second and the fourth convolution
 MOST_UNITS = 1 << 14  # filters of a layer, or units: the published network has up to 256
+MOST_NUMBERS = 1 << 28  # of weights: the published network has 319,000
 CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4")
 
 
@@ -45,6 +46,17 @@ class BraaiConfig:
         _check_whole("hidden", self.hidden, 1, MOST_UNITS)
         if not _is_row(self.dropout, 3) or not all(type(x) in (int, float) and 0 <= x < 1 for x in self.dropout):
             raise EdgekitError(f"braai: dropout = {repr(self.dropout)[:60]}; expected three numbers, 0 <= dropout < 1")
+        if self.numbers > MOST_NUMBERS:
+            raise EdgekitError(
+                f"braai: these sizes are a network of {self.numbers:,} numbers; edgekit builds up to {MOST_NUMBERS:,}"
+            )
+
+    @property
+    def numbers(self) -> int:
+        """The number of weights without biases."""
+        inputs = (IMAGES, *self.filters[:-1])
+        kernels = sum(KERNEL**2 * before * after for before, after in zip(inputs, self.filters, strict=True))
+        return kernels + (self.side**2 * self.filters[-1] + len(CLASSES)) * self.hidden
 
     @property
     def side(self) -> int:

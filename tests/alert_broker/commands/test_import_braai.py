@@ -124,6 +124,8 @@ def test_bad_input(weights, edgekit, tmp_path):
         ({"hidden": 1 << 40}, "hidden = "),
         ({"dropout": [0, 0, 1]}, "0 <= dropout < 1"),
         ({"depth": 3}, "unknown argument 'depth'"),
+        ({"filters": [16, 16, 16384, 16384]}, "a network of .* numbers; edgekit builds up to 268,435,456"),
+        ({"size": 1024, "hidden": 16384}, "a network of .* numbers; edgekit builds up to 268,435,456"),
     ],
 )
 def test_arguments_of_a_strange_bundle_are_refused(arguments, message):
