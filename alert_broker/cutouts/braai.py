@@ -22,7 +22,7 @@ CLASSES = ("bogus", "real")
 IMAGES = 3  # science, template, difference
 KERNEL, POOLS = 3, (2, 4)  # pixels; the pools follow the second and the fourth convolution
 MOST_UNITS = 1 << 14  # filters of a layer, or units: the published network has up to 256
-MOST_NUMBERS = 1 << 28  # of weights: the published network has 319,000
+MOST_NUMBERS = 1 << 28  # of weights: the published network has 312,000
 CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4")
 
 
