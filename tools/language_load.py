@@ -177,6 +177,8 @@ class Chat(threading.Thread):
                 "messages": [{"role": "user", "content": "".join(map(str, words))}],
                 "max_tokens": CHAT_ANSWER if self._chat else LONG_ANSWER,
                 "stream": True,
+                "temperature": 0,  # as the model in a process of its own has it
+                "drafts": 0,
             }
             request = (self.ident, number)
             due = time.monotonic() + (0.0 if self._chat else LONG_EVERY)

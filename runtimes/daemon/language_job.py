@@ -18,7 +18,24 @@ from runtimes.llm.engine import Engine
 from runtimes.llm.request import Produced, StepShape
 from runtimes.llm.scheduler import Scheduler
 
-LEARNING = 0.1  # share of the newest step in the mean seconds of a token
+LEARNING = 0.1  # share of the newest step in what is remembered of the seconds of a token
+
+
+class TokenTime:
+    """The seconds of a token in the last steps: all their seconds by all their tokens, so that a step of many tokens
+    counts for all of them."""
+
+    def __init__(self) -> None:
+        self._seconds = self._tokens = 0.0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self._seconds += seconds - LEARNING * self._seconds
+        self._tokens += tokens - LEARNING * self._tokens
+
+    @property
+    def mean(self) -> float:
+        """Return 0 before the first step."""
+        return self._seconds / self._tokens if self._tokens else 0.0
 
 
 class LanguageJob:
@@ -47,8 +64,9 @@ class LanguageJob:
         self._deliver, self._prepare, self._device_slack = deliver, prepare, slack
         self._between_tokens, self._most = between_tokens, min(budget, engine.rows)
         self.scheduler = Scheduler(engine, budget=self.budget, clock=clock, measured=self._learn)
-        self._token_seconds = 0.0  # mean seconds of a token in the last steps
-        self._ahead = 0  # tokens that a new request waits for, when the scheduler was last looked at
+        # a step without a prompt has few tokens, each of which takes several times as long as one of a prompt
+        self._prompt_time, self._answer_time = TokenTime(), TokenTime()
+        self._ahead = 0, 0  # tokens of prompts and answers that a new request waits for, by the last look
 
     def next_step(self, *, batch: bool) -> NextStep | None:
         self.scheduler.holds_batch = not batch
@@ -57,7 +75,7 @@ class LanguageJob:
         if not interactive and not (batch and self.scheduler.busy):
             return None
         answers, prompt = self.scheduler.lengths()
-        shape = shape_of(self.budget() if self._ahead else max(1, len(answers)), answers, prompt)
+        shape = shape_of(self.budget() if any(self._ahead) else max(1, len(answers)), answers, prompt)
         return NextStep(Priority.INTERACTIVE if interactive else Priority.BATCH, self.time.seconds(shape))
 
     def run(self, between: Callable[[], None]) -> None:
@@ -72,7 +90,9 @@ class LanguageJob:
         return math.inf
 
     def backlog(self) -> float:
-        return self._token_seconds * self._ahead
+        prompts, answers = self._ahead
+        prompt_seconds, answer_seconds = self._prompt_time.mean, self._answer_time.mean
+        return (prompt_seconds or answer_seconds) * prompts + (answer_seconds or prompt_seconds) * answers
 
     def budget(self) -> int:
         """Return the most tokens of the next step."""
@@ -90,5 +110,7 @@ class LanguageJob:
 
     def _learn(self, shape: StepShape, seconds: float) -> None:
         self.time.learn(shape, seconds)
-        newest = seconds / shape.tokens
-        self._token_seconds += (LEARNING if self._token_seconds else 1.0) * (newest - self._token_seconds)
+        if (prompt := shape.tokens - shape.sequences) > 0:
+            self._prompt_time.add(seconds, prompt + 1)  # the others are answers, one token each
+        else:
+            self._answer_time.add(seconds, shape.tokens)

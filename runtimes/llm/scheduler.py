@@ -111,12 +111,12 @@ class Scheduler:
         return any(item.request.interactive for item in (*self._running, *self._waiting))
 
     @property
-    def ahead(self) -> int:
+    def ahead(self) -> tuple[int, int]:
         """Return the tokens that a new request waits for: of interactive prompts, and of the answers of those that have
         not begun, if they become as long as the last ones."""
         prompts = [item for item in (*self._running, *self._waiting) if item.request.interactive and not item.answering]
         answers = sum(min(self._answer_tokens, item.request.most_tokens) for item in prompts if item in self._waiting)
-        return sum(len(item.tokens) - item.computed for item in prompts) + int(answers)
+        return sum(len(item.tokens) - item.computed for item in prompts), int(answers)
 
     def lengths(self) -> tuple[list[int], int]:
         """Return the tokens before each answer's next one, and how many tokens of the next prompt are computed."""

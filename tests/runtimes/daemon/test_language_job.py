@@ -134,7 +134,8 @@ def test_pauses_are_not_counted_as_the_time_of_a_step(toy):
             step = job.next_step(batch=True)
             assert step is not None
             job.run(work)
-        assert job._token_seconds <= layers
+        assert 0 < job._prompt_time.mean <= layers
+        assert 0 < job._answer_time.mean <= layers
 
 
 @compiler
@@ -237,9 +238,31 @@ def test_the_backlog_is_the_work_that_a_new_request_waits_for(toy):
         for _ in range(3):
             job.scheduler.submit(request(9, 100, 4))
         job.next_step(batch=True)
-        assert job.backlog() == pytest.approx(before + 3 * 104 * job._token_seconds)
+        assert job.backlog() == pytest.approx(before + 3 * 104 * job._prompt_time.mean)
         drain(arbiter)
         assert job.backlog() == 0.0
+
+
+@compiler
+def test_answers_that_run_do_not_make_a_prompt_seem_slow(toy):
+    """A step of three answers takes as long as one of 64 tokens of a prompt here: a new prompt must not be counted as
+    if each of its tokens took a third of a step. The mean over all steps predicted 20 times the seconds that it took."""
+    clock = Clock()
+    arbiter, job = opened(toy(), clock, budget=64, between_tokens=None)
+    with closing(job.engine):
+        for seed in range(3):
+            job.scheduler.submit(Request(request(seed, 20).prompt, 60, drafts=0))
+        for _ in range(40):
+            arbiter.step()
+        assert len(job.scheduler.lengths()[0]) == 3
+        number = job.scheduler.submit(request(9, 300, 1))
+        job.next_step(batch=True)
+        predicted, began = job.backlog(), clock.now
+        while number not in job._deliver:
+            arbiter.step()
+        # the answer of a request that has not begun is a part of the wait, and takes no step after the prompt here
+        answer = job._answer_time.mean
+        assert clock.now - began <= predicted <= 2 * (clock.now - began) + answer
 
 
 @compiler
