@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: withou
 
 MAKEFLAGS += --jobs=2
 
-.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-spark demo bench bench-models bench-search bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train
+.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-spark demo bench bench-models bench-search bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train bench-serve
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -74,6 +74,9 @@ bench-search: setup ## predicted against measured times of architectures that no
 
 bench-models: setup ## third-party models through every step: works, or the reason; beside onnxruntime's quantizer (half an hour)
 	$(BIN)/python tools/bench_models.py --json benchmarks/models.json
+
+bench-serve: setup ## 200 clients of the daemon, some of whom leave, send nonsense or read slowly; killed three times (minutes)
+	$(BIN)/python tools/bench_serve.py --kills 3 --json benchmarks/serve.json
 
 bench: setup ## speed against the reference path and onnxruntime's defaults, one run, JSON in benchmarks/
 	$(BIN)/python tools/bench_gp.py --json benchmarks/gp.json

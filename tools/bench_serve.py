@@ -1,13 +1,16 @@
 """Load the daemon as many clients do, well-behaved and not, and check that nothing is lost and nothing leaks.
 
     python tools/bench_serve.py smollm2 --clients 200 --requests 10000
-    python tools/bench_serve.py model.gguf --clients 20 --requests 300 --seed 7
+    python tools/bench_serve.py model.gguf --clients 20 --requests 300 --seed 7 --kills 3
 
-The tool starts `edgekit serve MODEL` in a process of its own. Each client sends one request after another: streams that
-it reads to their end, whole answers, streams that it leaves in the middle, bodies that are no request, and streams that
-it reads slowly. Every request must end in an answer or in an error that a program can read; at the end the model's
-cache must be free again, and the process must have the descriptors that it had before. Exit status 1 says that it is
-not so.
+The tool runs `edgekit serve MODEL` as systemd does with deploy/edgekit-serve.socket: it holds the listening socket, and
+starts the process again some seconds after its end. --kills ends it by SIGKILL so many times during the load; only
+requests that were on their way at such a moment may end without an answer.
+
+Each client sends one request after another: streams that it reads to their end, whole answers, streams that it leaves
+in the middle, bodies that are no request, and streams that it reads slowly. Every request must end in an answer or in
+an error that a program can read; at the end the model's cache must be free again, and the process must have the
+descriptors that it had before. Exit status 1 says that it is not so. Without MODEL it makes a small random one.
 """
 
 from __future__ import annotations
@@ -18,14 +21,20 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from edgekit import machine
+from tests.gguf_files import toy_model
 
 SHARES = {"stream": 0.6, "whole": 0.15, "cancelled": 0.1, "malformed": 0.1, "slow": 0.05}
 BODIES = (  # that are no request, and the beginning of the status that each must get
@@ -41,6 +50,14 @@ BODIES = (  # that are no request, and the beginning of the status that each mus
 )
 SECONDS = 300.0  # for one request; longer means that the daemon has lost it
 SLOW_SECONDS = 0.02  # between two reads of a slow reader
+RESTART_SECONDS = 2.0  # from the end of the process to its next start, as in deploy/edgekit-serve.service
+ACTIVATED = """
+import os, sys
+os.dup2(int(sys.argv.pop(1)), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+from edgekit.cli import main
+main()
+"""
 
 
 @dataclass(slots=True)
@@ -54,21 +71,66 @@ class Outcome:
     tokens: int = 0
 
 
-async def load(port: int, model: str, *, clients: int, requests: int, seed: int = 0, tokens: int = 24) -> Outcome:
-    """Send so many requests from so many clients; return how they ended. tokens: the most of an answer."""
+class Service:
+    """The daemon, and what systemd does for it. kills: when it was killed, in monotonic seconds."""
+
+    def __init__(self, model: str, arguments: Sequence[str]) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._command = [sys.executable, "-c", ACTIVATED, str(self._socket.fileno()), "serve", model, *arguments]
+        self.port: int = self._socket.getsockname()[1]
+        self.kills: list[float] = []
+        self.process = self._start()
+
+    async def kill(self) -> None:
+        """End the process by SIGKILL, and start it again. Clients that connect meanwhile wait."""
+        if self.process.poll() is not None:
+            raise SystemExit(f"the daemon ended by itself with status {self.process.returncode}")
+        self.kills.append(time.monotonic())
+        self.process.kill()
+        self.process.wait()
+        await asyncio.sleep(RESTART_SECONDS)
+        self.process = self._start()
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+        self._socket.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command, pass_fds=[self._socket.fileno()])
+
+
+async def load(
+    port: int, model: str, *, clients: int, requests: int, seed: int = 0, tokens: int = 24,
+    service: Service | None = None, kills: int = 0,
+) -> Outcome:  # fmt: skip
+    """Send so many requests from so many clients; return how they ended. tokens: the most of an answer; kills: how
+    often the service is killed, at equal numbers of requests."""
     outcome, rng = Outcome(), random.Random(seed)
     kinds = rng.choices(list(SHARES), list(SHARES.values()), k=requests)
     left = iter(list(enumerate(kinds)))
 
     async def client() -> None:
         for number, kind in left:
+            began = time.monotonic()
             try:
                 async with asyncio.timeout(SECONDS):
                     await _request(port, model, kind, number, tokens, random.Random(seed * 1_000_003 + number), outcome)
             except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as error:
-                outcome.lost.append(f"request {number} ({kind}): {type(error).__name__} {error}")
+                killed = service is not None and any(began <= at for at in service.kills)
+                if killed and not isinstance(error, TimeoutError | ValueError):
+                    outcome.ends[f"{kind}: killed"] += 1
+                else:
+                    outcome.lost.append(f"request {number} ({kind}): {type(error).__name__} {error}")
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    async def killer() -> None:
+        for number in range(1, kills + 1):
+            while sum(outcome.ends.values()) + len(outcome.lost) < number * requests // (kills + 1):
+                await asyncio.sleep(0.02)
+            assert service is not None
+            await service.kill()
+
+    await asyncio.gather(killer(), *(client() for _ in range(clients)))
     return outcome
 
 
@@ -139,10 +201,9 @@ async def _stream(
             await asyncio.sleep(SLOW_SECONDS)
         if last == b"[DONE]":
             break
-    end = "done" if last == b"[DONE]" else "error event" if b'"error"' in last else "cut"
-    outcome.ends[f"{kind}: {end}"] += 1
-    if end == "cut":
-        outcome.lost.append(f"request {number} ({kind}): the stream ended after {last[:100]!r}")
+    if last != b"[DONE]" and b'"error"' not in last:
+        raise ConnectionError(f"the stream ended after {last[:100]!r}")
+    outcome.ends[f"{kind}: {'done' if last == b'[DONE]' else 'error event'}"] += 1
 
 
 async def _sent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> tuple[bytes, bytes]:
@@ -183,22 +244,6 @@ async def settled(port: int, model: str, seconds: float = 20.0) -> str:
     return held
 
 
-@contextmanager
-def started(model: str, arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Start the daemon; give its process and its port."""
-    command = [sys.executable, "-c", "from edgekit.cli import main; main()", "serve", model, "--listen", "127.0.0.1:0"]
-    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            if (found := re.search(r"at http://[\d.]+:(\d+)", line)) is None:
-                raise SystemExit(f"the daemon did not start: {line}")
-            yield process, int(found[1])
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
 def _resident(process: int) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -209,29 +254,57 @@ def _descriptors(process: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="what edgekit serve takes")
+    parser.add_argument("model", nargs="?", help="what edgekit serve takes; without it, a small random model")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=0, help="times that the daemon is killed during the load")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
     options, others = parser.parse_known_args()
-    name = Path(options.model).name.removesuffix(Path(options.model).suffix)
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(options, options.model or str(toy_model(Path(folder))), others)
 
-    def run(clients: int, requests: int) -> Outcome:
-        return asyncio.run(
-            load(port, name, clients=clients, requests=requests, seed=options.seed, tokens=options.tokens)
-        )
 
-    with started(options.model, others) as (process, port):
+def measure(options: argparse.Namespace, model: str, others: Sequence[str]) -> int:
+    name = Path(model).name.removesuffix(Path(model).suffix)
+    service = Service(model, others)
+    try:
+
+        def run(clients: int, requests: int, kills: int = 0) -> Outcome:
+            return asyncio.run(
+                load(
+                    service.port, name, clients=clients, requests=requests, seed=options.seed, tokens=options.tokens,
+                    service=service, kills=kills,
+                )
+            )  # fmt: skip
+
         run(8, 64)  # loads the model, and makes the pools of threads
-        before, memory = _descriptors(process.pid), _resident(process.pid)
+        before, memory = _descriptors(service.process.pid), _resident(service.process.pid)
         began = time.monotonic()
-        outcome = run(options.clients, options.requests)
+        outcome = run(options.clients, options.requests, options.kills)
         seconds = time.monotonic() - began
-        held = asyncio.run(settled(port, name))
+        held = asyncio.run(settled(service.port, name))
         time.sleep(1)
-        after, grown = _descriptors(process.pid), _resident(process.pid) - memory
-    return report(outcome, seconds, held, before, after, grown)
+        after, grown = _descriptors(service.process.pid), _resident(service.process.pid) - memory
+    finally:
+        service.close()
+    status = report(outcome, seconds, held, before, after, grown)
+    if options.json:
+        found: dict[str, Any] = {
+            "machine": machine.describe(),
+            "model": name,
+            "clients": options.clients,
+            "kills": options.kills,
+            "seconds": round(seconds, 1),
+            "ends": dict(sorted(outcome.ends.items())),
+            "lost": outcome.lost,
+            "held": held,
+            "descriptors": {"before": before, "after": after},
+            "resident_growth_mb": round(grown / 1e6, 1),
+        }
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return status
 
 
 def report(outcome: Outcome, seconds: float, held: str, before: int, after: int, grown: int) -> int:

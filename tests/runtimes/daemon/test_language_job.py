@@ -246,7 +246,7 @@ def test_the_backlog_is_the_work_that_a_new_request_waits_for(toy):
 @compiler
 def test_answers_that_run_do_not_make_a_prompt_seem_slow(toy):
     """A step of three answers takes as long as one of 64 tokens of a prompt here: a new prompt must not be counted as
-    if each of its tokens took a third of a step. The mean over all steps predicted 20 times the seconds that it took."""
+    if each of its tokens took a third of a step. The mean over all steps predicted 20 times the seconds of it."""
     clock = Clock()
     arbiter, job = opened(toy(), clock, budget=64, between_tokens=None)
     with closing(job.engine):

@@ -4,6 +4,8 @@ import asyncio
 import time
 from pathlib import Path
 
+import pytest
+
 from tools import bench_serve as bench
 
 
@@ -24,7 +26,7 @@ def test_every_request_ends_and_nothing_is_held(start):
         assert ends["whole: 200"] > 10
         assert ends["slow: done"] > 0
         assert sum(number for end, number in ends.items() if end.startswith("malformed: 4")) > 10
-        assert not any(end.endswith(("cut", ": 500")) for end in ends)
+        assert not any(end.endswith((": killed", ": 500")) for end in ends)
         assert asyncio.run(bench.settled(running.port, "toy")) == ""
         assert running.settled()
         deadline = time.monotonic() + 30.0
@@ -77,3 +79,30 @@ def test_the_report_fails_for_each_problem(capsys):
     assert status() == 0
     assert status(held="1 blocks") == status(after=6) == status(lost=["request 3"]) == 1
     assert capsys.readouterr().out.count("NOT AS IT MUST BE") == 3
+
+
+@pytest.fixture
+def service(model_files):
+    found = bench.Service(str(model_files[0]), [])
+    yield found
+    found.close()
+
+
+def test_a_daemon_that_is_killed_starts_again_and_only_the_requests_of_that_moment_are_cut(service, model_files):
+    first = service.process.pid
+    load = {"clients": 12, "requests": 120, "seed": 3, "service": service, "kills": 1}
+    outcome = asyncio.run(bench.load(service.port, model_files[0].stem, **load))
+    assert outcome.lost == []
+    assert sum(outcome.ends.values()) == 120
+    assert len(service.kills) == 1
+    assert service.process.pid != first
+    assert 1 <= sum(number for end, number in outcome.ends.items() if end.endswith(": killed")) <= 12
+    assert asyncio.run(bench.settled(service.port, model_files[0].stem)) == ""
+
+
+def test_a_kill_excuses_no_request_that_came_later(service, model_files, monkeypatch):
+    """The twin: the same cut requests are lost ones if the kill came before they began."""
+    load = {"clients": 8, "requests": 40, "seed": 4, "service": service, "kills": 1}
+    monkeypatch.setattr(service, "kills", type("Unnoted", (list,), {"append": lambda self, at: None})([0.0]))
+    outcome = asyncio.run(bench.load(service.port, model_files[0].stem, **load))
+    assert len(outcome.lost) >= 1
