@@ -102,7 +102,7 @@ soak: setup ## half an hour of alerts at twice Rubin's mean rate: memory and led
 soak-llm: setup ## half an hour of random requests to a language model: memory, blocks, and how each one ends
 	$(BIN)/python tools/soak_llm.py --minutes 30 --json benchmarks/llm_soak.json
 
-fuzz: setup ## damaged files and messages for 15 readers, ten minutes each (80 minutes); FUZZ='npz pack --seconds 60' is part of it
+fuzz: setup ## damaged files and messages for 16 readers, ten minutes each (80 minutes); FUZZ='npz pack --seconds 60' is part of it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python tools/fuzz_files.py $(FUZZ) --jobs 2 --json benchmarks/fuzz_files.json
 
