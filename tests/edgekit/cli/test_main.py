@@ -1,5 +1,6 @@
 """The command line as a whole: exit statuses, one-line errors, help, and how little it imports."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -184,14 +185,17 @@ def listed(text: str) -> dict[str, str]:
     """Return the commands of a help text in their order, each with its line."""
     rows: dict[str, str] = {}
     for line in text.partition("Commands:\n")[2].splitlines():
-        name = line[:12].strip()
-        rows[name or list(rows)[-1]] = f"{rows[list(rows)[-1]]} {line.strip()}" if not name else line[12:].strip()
+        if (begins := re.match(r"  (\S+) +(.*)", line)) is not None:
+            rows[begins[1]] = begins[2].strip()
+        else:  # a sentence goes on, perhaps within a word with a hyphen
+            last = list(rows)[-1]
+            rows[last] += ("" if rows[last].endswith("-") else " ") + line.strip()
     return rows
 
 
 def test_the_help_lists_the_core_first_and_each_commands_own_sentence(edgekit):
     found = listed(edgekit("--help").out)
-    assert list(found) == [*FIRST, "alerts", "import-t2", "llm", "serve"]
+    assert list(found) == [*FIRST, "alerts", "import-braai", "import-t2", "llm", "serve"]
     for name, sentence in found.items():
         assert " ".join(COMMANDS[name].load().help.split()).startswith(sentence.rstrip(".")), name
 
@@ -227,7 +231,7 @@ def test_a_command_that_cannot_be_loaded_says_why_and_breaks_no_other(text, reas
     found = listed(done.out)
     assert reason in found["star"]
     assert "cannot be loaded" in found["star"]
-    assert list(found) == [*FIRST, "alerts", "import-t2", "llm", "serve", "star"]
+    assert list(found) == [*FIRST, "alerts", "import-braai", "import-t2", "llm", "serve", "star"]
     for arguments in ([], ["--help"], ["--option", "value", "more"]):
         assert edgekit("star", *arguments).failed_with(
             1, "'star' of starkit 1.2", reason, "star_package:star", "update"

@@ -51,9 +51,11 @@ def test_a_loop_without_end_is_stopped(command, file, edgekit, monkeypatch, tmp_
 def test_a_consumer_of_a_stream_tries_its_model(file, monkeypatch):
     classifiers = pytest.importorskip("alert_broker.stream.classifiers")
     monkeypatch.setenv(sandbox.VARIABLE, "1")
-    config = SimpleNamespace(model=SimpleNamespace(bundle=str(file(loop(1 << 62)))))
-    with pytest.raises(EdgekitError, match=r"x\.edge: it takes more than 1 s"):
-        classifiers.open_all_classifiers(config, None, print)
+    hostile = str(file(loop(1 << 62)))
+    for model, cutouts in ((hostile, ""), ("", hostile)):
+        config = SimpleNamespace(model=SimpleNamespace(bundle=model), cutouts=SimpleNamespace(model=cutouts))
+        with pytest.raises(EdgekitError, match=r"x\.edge: it takes more than 1 s"):
+            classifiers.open_all_classifiers(config, None, print)
 
 
 def test_a_graph_that_fills_the_memory_is_refused(file):
