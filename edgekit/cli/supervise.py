@@ -57,8 +57,10 @@ def terminating() -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
-    except SystemError as error:  # Python's C code replaces what a signal handler raises at some of its points
-        if told and _stops(error):
+    except Exception:
+        # Python's C code replaces what a signal handler raises at some of its points, and a library that dropped it may
+        # fail soon after: numba, when the signal comes while its compiler calls it back
+        if told:
             raise told[-1] from None
         raise
     finally:

@@ -1,5 +1,6 @@
 """Commands that run models end at once, whatever the model does: each attack is shown to work without the parent."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -243,6 +244,21 @@ def test_an_error_of_pythons_c_code_in_place_of_a_signals_is_the_signals(cause):
         replaced()
     with pytest.raises(SystemError), terminating():
         raise SystemError("another")
+
+
+def test_an_error_of_a_library_that_dropped_a_signals_exception_is_the_signals():
+    """Planted as numba does it: the compiler's callback drops the exception, and the caller misses its result."""
+
+    def compiled():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        raise RuntimeError("no compiled object yet")
+
+    with pytest.raises(Terminated), terminating():
+        compiled()
+    with pytest.raises(RuntimeError, match="another"), terminating():
+        raise RuntimeError("another")
 
 
 @pytest.mark.parametrize("signals", [1, 2])
