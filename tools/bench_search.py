@@ -26,7 +26,7 @@ from edgekit.nas.outline import outline
 from edgekit.nas.result import spearman
 from edgekit.nas.space import NAMES, key_of, open_space
 from edgekit.nas.strategies import draw
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig
 
 MOST_MACS = 2.2e9
 

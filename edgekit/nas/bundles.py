@@ -15,7 +15,7 @@ from edgekit.bundle.tensors import Arrays, TensorSpec
 from edgekit.importers.base import GOLDEN_ROWS
 from edgekit.nas.space import Space, key_of
 from edgekit.nn import hiera
-from edgekit.nn.hiera import HieraConfig, arguments
+from edgekit.nn.hiera_config import HieraConfig, arguments
 
 
 def manifest_of(what: Space | HieraConfig) -> Manifest:

@@ -19,7 +19,7 @@ from edgekit.nas.outline import Outline, outline
 from edgekit.nas.space import key_of
 from edgekit.nas.spec import Spec
 from edgekit.nas.strategies import draw
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig
 from edgekit.targets.profile import Target, find
 
 FILE = "latency.json"

@@ -20,7 +20,7 @@ from edgekit.nas import proxies
 from edgekit.nas.spec import Score
 from edgekit.nas.strategies import draw
 from edgekit.nn import hiera
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig
 from edgekit.nn.training import Schedule, fit, outputs
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from edgekit.errors import EdgekitError
 from edgekit.nas.outline import outline
 from edgekit.nas.study import Study
-from edgekit.nn.hiera import ATTENTIONS, HieraConfig, arguments
+from edgekit.nn.hiera_config import ATTENTIONS, HieraConfig, arguments
 
 FEWEST = 4  # digits of a key that name a network
 

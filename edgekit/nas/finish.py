@@ -11,9 +11,10 @@ from edgekit.bundle.store import write_bundle
 from edgekit.errors import EdgekitError
 from edgekit.graph.lower import float_graph
 from edgekit.nas import report
+from edgekit.nas.clock import Progress
 from edgekit.nas.latency import measure
 from edgekit.nas.result import bundle, finalists, summary
-from edgekit.nas.study import Progress, Study
+from edgekit.nas.study import Study
 from edgekit.session import open_session
 
 NETWORKS, SUMMARY = "networks", "report.json"

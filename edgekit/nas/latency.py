@@ -26,7 +26,7 @@ from edgekit.errors import EdgekitError
 from edgekit.graph.lower import float_graph
 from edgekit.nas.bundles import bundle_of
 from edgekit.nas.outline import outline
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig
 
 ANCHORS = 8  # networks that are exported and measured to correct the table
 GROUPS = ("convolution", "depthwise", "product", "other")

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from edgekit.cost.memory import peak
 from edgekit.cost.operators import Operator, Workload
 from edgekit.graph.shapes import Value
-from edgekit.nn.hiera import STEMS, Entry, HieraConfig
+from edgekit.nn.hiera_config import STEMS, Entry, HieraConfig
 
 FLOAT = 4  # bytes
 
@@ -104,8 +104,7 @@ class _Writer:
         )
 
     def view(self, x: str, shape: tuple[int, ...]) -> str:
-        """The same numbers under another shape; costs nothing."""
-        assert self.values[x].count == _count(shape)
+        """The same numbers under another shape, or a part of what was split: no kernel runs, and the memory is x's."""
         name = self.value(shape)
         operator = Operator(
             f"Reshape{len(self.operators)}", "Reshape", 0.0, "float32", False, 1, 1, 1, (x,), (name,), {}, {}, {}, True
@@ -206,14 +205,14 @@ def _mixed(writer: _Writer, config: HieraConfig, entry: Entry, x: str, *, betwee
     groups = (batch, units) if between_units else (batch * units, 1)
     together = writer.product(x, 3 * entry.out)
     parts = writer.moved("Split", together, (3, batch, units, tokens, entry.out))
-    query = _slice(writer, parts, (batch, units, tokens, entry.out))
+    query = writer.view(parts, (batch, units, tokens, entry.out))
     query = _pooled(writer, query, entry) if entry.pool else query
     query = writer.pointwise("Mul", (query,), weights=0)
     rows, keys = groups[1] * left, groups[1] * tokens
     query = writer.moved("Transpose", query, (groups[0], heads, rows, width))
     key, value = (
         writer.moved(
-            "Transpose", _slice(writer, parts, (batch, units, tokens, entry.out)), (groups[0], heads, keys, width)
+            "Transpose", writer.view(parts, (batch, units, tokens, entry.out)), (groups[0], heads, keys, width)
         )
         for _ in range(2)
     )
@@ -229,16 +228,6 @@ def _mixed(writer: _Writer, config: HieraConfig, entry: Entry, x: str, *, betwee
     )  # fmt: skip
     mixed = writer.moved("Transpose", mixed, (groups[0], rows, entry.out))
     return writer.view(mixed, (batch, units, left, entry.out))
-
-
-def _slice(writer: _Writer, x: str, shape: tuple[int, ...]) -> str:
-    """A part of a value that was split: no kernel runs for it, and it is alive as long as the whole."""
-    name = writer.value(shape)
-    operator = Operator(
-        f"Part{len(writer.operators)}", "Reshape", 0.0, "float32", False, 1, 1, 1, (x,), (name,), {}, {}, {}, True
-    )
-    writer.operators.append(operator)
-    return name
 
 
 def _pooled(writer: _Writer, x: str, entry: Entry) -> str:

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgekit.nn.hiera import HieraConfig, build
-from edgekit.nn.hiera import arguments as arguments_of
+from edgekit.nn.hiera import build
+from edgekit.nn.hiera_config import HieraConfig
+from edgekit.nn.hiera_config import arguments as arguments_of
 
 PROXIES = ("parameters", "macs", "jacobian", "synflow")
 IMAGES = 32  # of the batch for `jacobian`

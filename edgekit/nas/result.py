@@ -19,7 +19,7 @@ from edgekit.nas.bundles import bundle_of
 from edgekit.nas.spec import COSTS
 from edgekit.nas.strategies import Tried, effects, fronts
 from edgekit.nas.study import WEIGHTS, Study
-from edgekit.nn.hiera import HieraConfig, arguments
+from edgekit.nn.hiera_config import HieraConfig, arguments
 
 FEW = 4  # networks with several seeds that a correlation between seeds needs
 

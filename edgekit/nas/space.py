@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import EdgekitError, unknown
-from edgekit.nn.hiera import CONVOLUTIONS, HieraConfig, arguments
+from edgekit.nn.hiera_config import CONVOLUTIONS, HieraConfig, arguments
 from edgekit.settings import from_table
 
 NAMES = ("hiera2d", "hybrid2d")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgekit.errors import EdgekitError
 from edgekit.nas.space import Choice, Space, key_of
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig
 
 STRATEGIES = ("generator", "nsga2", "random")
 MOST_DRAWS = 10_000  # of networks that break a limit or are known, for one that is tried

@@ -25,17 +25,16 @@ from edgekit.data.dataset import Dataset, load
 from edgekit.errors import EdgekitError
 from edgekit.nas import evaluate
 from edgekit.nas.bundles import manifest_of
-from edgekit.nas.clock import open_clock
+from edgekit.nas.clock import Progress, open_clock
 from edgekit.nas.evaluate import Job, Judged, Rows
 from edgekit.nas.journal import Journal
 from edgekit.nas.outline import Outline, outline
 from edgekit.nas.space import key_of
 from edgekit.nas.spec import Spec
 from edgekit.nas.strategies import Tried, draw, propose
-from edgekit.nn.hiera import HieraConfig, arguments
+from edgekit.nn.hiera_config import HieraConfig, arguments
 
 JOURNAL, SPEC, WEIGHTS = "journal.jsonl", "study.toml", "weights"
-Progress = Callable[[str, int, int], None]
 Event = dict[str, Any]
 
 

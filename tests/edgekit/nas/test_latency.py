@@ -6,7 +6,7 @@ import torch
 
 from edgekit.errors import EdgekitError
 from edgekit.nas.latency import GROUPS, Correction, corrected, exported, measure
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig
 
 SMALL = HieraConfig((1, 1), ("rep", "global"), (1, 2), (True,), 8, 4, 2, "conv3x2", image=16, channels=1, classes=3)
 

@@ -13,7 +13,7 @@ from edgekit.cost.memory import peak
 from edgekit.cost.profiled import optimized_work
 from edgekit.nas.outline import outline
 from edgekit.nn import hiera
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig, arguments, published
 
 CONFIGS = [
     HieraConfig(
@@ -27,7 +27,7 @@ CONFIGS = [
 
 
 def exported(config: HieraConfig) -> onnx.ModelProto:
-    model = hiera.build(fused=True, **hiera.arguments(config)).eval()
+    model = hiera.build(fused=True, **arguments(config)).eval()
     image, file = torch.randn(2, config.channels, config.image, config.image), io.BytesIO()
     with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
@@ -39,7 +39,7 @@ def exported(config: HieraConfig) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_parameters_and_operations_are_those_of_the_network(config):
-    model = hiera.build(fused=True, **hiera.arguments(config)).eval()
+    model = hiera.build(fused=True, **arguments(config)).eval()
     image = torch.randn(3, config.channels, config.image, config.image)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
@@ -73,5 +73,5 @@ def test_activations_are_near_those_of_the_graph():
 
 
 def test_the_published_tiny_network():
-    found = outline(hiera.published((1, 2, 7, 2), 96, 1))
+    found = outline(published((1, 2, 7, 2), 96, 1))
     assert (found.parameters, found.macs) == (27_910_216, 4_900_830_720)

@@ -6,14 +6,14 @@ import torch
 
 from edgekit.nas import proxies
 from edgekit.nn import hiera
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig, arguments
 
 CONFIG = HieraConfig((1, 1), ("rep", "global"), (1, 2), (True,), 8, 4, 2, "conv3x2", image=16, channels=1, classes=3)
 
 
 def network(seed):
     torch.manual_seed(seed)
-    return hiera.build(**hiera.arguments(CONFIG)).eval()
+    return hiera.build(**arguments(CONFIG)).eval()
 
 
 def test_jacobian_is_its_formula():

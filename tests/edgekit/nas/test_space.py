@@ -5,7 +5,7 @@ import pytest
 
 from edgekit.errors import EdgekitError
 from edgekit.nas.space import NAMES, key_of, open_space, plain
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -28,7 +28,7 @@ from edgekit.nas.result import Finalist, front, noise_of, spearman, verdict
 from edgekit.nas.spec import read_spec, spec_of
 from edgekit.nas.strategies import Tried
 from edgekit.nas.study import JOURNAL, Study
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import HieraConfig
 from edgekit.session import open_session
 from edgekit.targets.profile import find
 from tests.edgekit.nas import toy_study

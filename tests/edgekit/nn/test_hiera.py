@@ -10,7 +10,7 @@ from transformers import HieraForImageClassification
 
 from edgekit.errors import EdgekitError
 from edgekit.nn import hiera
-from edgekit.nn.hiera import HieraConfig
+from edgekit.nn.hiera_config import MOST_NUMBERS, Entry, HieraConfig, arguments, published
 
 MIXED = HieraConfig(
     (1, 2, 2, 2), ("rep", "inverted", "window", "global"), (1, 3, 2, 2), (True, True, True), 16, 16, 4, "conv3x2",
@@ -39,9 +39,9 @@ def test_outputs_are_those_of_transformers(depths, heads, side, unit):
             )
         )
     )  # fmt: skip
-    config = hiera.published(depths, 16, heads, classes=7, image=side)
-    config = HieraConfig(**{**hiera.arguments(config), "mask_unit": unit})
-    ours = hiera.build(**hiera.arguments(config)).eval()
+    config = published(depths, 16, heads, classes=7, image=side)
+    config = HieraConfig(**{**arguments(config), "mask_unit": unit})
+    ours = hiera.build(**arguments(config)).eval()
     ours.load_state_dict(hiera.from_transformers(theirs.state_dict(), depths))
     image = torch.randn(2, 3, side, side)
     with torch.no_grad():
@@ -51,22 +51,20 @@ def test_outputs_are_those_of_transformers(depths, heads, side, unit):
 
 
 def test_the_published_tiny_network_has_the_published_size():
-    model = hiera.build(**hiera.arguments(hiera.published((1, 2, 7, 2), 96, 1)))
+    model = hiera.build(**arguments(published((1, 2, 7, 2), 96, 1)))
     assert sum(value.numel() for value in model.parameters()) == 27_910_216  # table 7: 28 M
 
 
 def test_the_bound_is_above_the_size():
     for kinds in (("rep", "inverted", "window", "global"), ("separable",) * 4, ("inverted",) * 4, ("window",) * 4):
-        config = HieraConfig(
-            **{**hiera.arguments(MIXED), "kinds": kinds, "mask_unit": 16 if kinds[0] == "window" else 4}
-        )
-        model = hiera.build(**hiera.arguments(config))
+        config = HieraConfig(**{**arguments(MIXED), "kinds": kinds, "mask_unit": 16 if kinds[0] == "window" else 4})
+        model = hiera.build(**arguments(config))
         numbers = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
         assert numbers <= config.most_numbers <= 20 * numbers
 
 
 def test_the_published_large_network_is_within_the_bound():
-    assert hiera.published((2, 6, 36, 4), 144, 2).most_numbers <= hiera.MOST_NUMBERS
+    assert published((2, 6, 36, 4), 144, 2).most_numbers <= MOST_NUMBERS
 
 
 def test_weights_of_another_network_are_refused():
@@ -124,7 +122,7 @@ def naive(block: hiera.AttentionBlock, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("between_units", [False, True])
 @pytest.mark.parametrize("pool", [False, True])
 def test_a_block_is_its_formula(pool, between_units):
-    entry = hiera.Entry(8, 16 if pool else 8, 3, 8, pool)
+    entry = Entry(8, 16 if pool else 8, 3, 8, pool)
     torch.manual_seed(1)
     block = hiera.AttentionBlock(entry, 4, 2, between_units=between_units).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -135,7 +133,7 @@ def test_a_block_is_its_formula(pool, between_units):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_gradients_are_those_of_differences(batch):
     """Of every parameter along its own direction; torch's own was wrong at batch 1 behind a transposed view."""
-    model = randomized(hiera.build(**hiera.arguments(MIXED))).double()
+    model = randomized(hiera.build(**arguments(MIXED))).double()
     image = torch.randn(batch, 1, 64, 64, dtype=torch.float64)
     names, values = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(model(image).sum(), values)
@@ -151,14 +149,14 @@ def test_gradients_are_those_of_differences(batch):
 
 
 def test_a_fused_network_has_the_same_outputs():
-    model = randomized(hiera.build(**hiera.arguments(MIXED)))
+    model = randomized(hiera.build(**arguments(MIXED)))
     image = torch.randn(3, 1, 64, 64)
     with torch.no_grad():
         expected = model(image)
         fused = hiera.fuse(model)
         torch.testing.assert_close(fused(image), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert not [name for name, _ in fused.named_modules() if "norm" in name and "convolutions" in name]
-    hiera.build(fused=True, **hiera.arguments(MIXED)).load_state_dict(fused.state_dict())
+    hiera.build(fused=True, **arguments(MIXED)).load_state_dict(fused.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -185,4 +183,4 @@ def test_a_fused_network_has_the_same_outputs():
 )
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(EdgekitError, match=message):
-        hiera.build(**{**hiera.arguments(MIXED), **change})
+        hiera.build(**{**arguments(MIXED), **change})
