@@ -76,6 +76,8 @@ def to_json(signature: Signature) -> str:
 
 def _spec(values: Mapping[str, Any]) -> TensorSpec:
     axes = values.get("axes")
+    if not values["shape"]:
+        raise ValueError(f"{values['name']!r} has no axis for the rows")
     return TensorSpec(**{**values, "shape": tuple(values["shape"]), "axes": None if axes is None else tuple(axes)})
 
 

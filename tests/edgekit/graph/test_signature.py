@@ -53,7 +53,9 @@ def test_a_graph_carries_its_signature_and_a_damaged_one_is_refused():
         "batch",
         6,
     ]
-    for text in ("", "[]", "{}", to_json(signature).replace('"rows_per_call": null', '"rows_per_call": -1')):
+    damaged = to_json(signature).replace('"rows_per_call": null', '"rows_per_call": -1')
+    without_rows = '{"inputs": [{"name": "x", "shape": []}], "outputs": [], "rows_per_call": null}'
+    for text in ("", "[]", "{}", damaged, without_rows):
         helper.set_model_props(model, {KEY: text})
         with pytest.raises(EdgekitError, match=r"metadata 'edgekit\.signature' is damaged"):
             of_model(model, "m")
