@@ -6,6 +6,7 @@ code loads by a literal name counts as an import of the module behind that entry
 """
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -41,26 +42,30 @@ def entry_points(root: Path) -> dict[tuple[str, str], str]:
     return {(group, name): value.split(":")[0] for group, names in groups.items() for name, value in names.items()}
 
 
-def imports(
-    tree: ast.AST, module: str, points: dict[tuple[str, str], str], *, is_package: bool = False
-) -> Iterator[str]:
-    """Yield the full names of the modules that this module imports, or loads by a literal plug-in name."""
-    for node in ast.walk(tree):
+@functools.cache
+def _written(text: str, module: str, is_package: bool) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+    """Return the full names of what a module imports, and the (group, name) of the plug-ins that it loads."""
+    names, loaded = set(), set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = node.level - is_package
             parts = module.split(".")
             base = ".".join(parts[: len(parts) - above]) if node.level else ""
             base = ".".join(filter(None, [base, node.module]))
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and (name := _called(node)) in LOADERS:
             position, group = LOADERS[name]
             texts = [item.value if isinstance(item, ast.Constant) else None for item in node.args]
-            key = (group or (texts[0] if texts else None), texts[position] if len(texts) > position else None)
-            if key in points:
-                yield points[key]
+            loaded.add((group or (texts[0] if texts else None), texts[position] if len(texts) > position else None))
+    return frozenset(names), frozenset(loaded)
+
+
+def imports(path: Path, root: Path, points: dict[tuple[str, str], str]) -> tuple[set[str], set[str]]:
+    """Return the full names of the modules that this file imports, and of those that it loads by a plug-in's name."""
+    names, loaded = _written(path.read_text(), module_name(path, root), path.stem == "__init__")
+    return set(names), {points[key] for key in loaded if key in points}
 
 
 def _called(node: ast.Call) -> str:
@@ -73,8 +78,7 @@ def module_graph(root: Path) -> Graph:
     modules = {module_name(path, root): path for path in sources(root)}
     graph: Graph = {}
     for name, path in modules.items():
-        found = imports(ast.parse(path.read_text()), name, points, is_package=path.stem == "__init__")
-        graph[name] = {other for other in found if other in modules} - {name}
+        graph[name] = set.union(*imports(path, root, points)) & set(modules) - {name}
         if path.stem != "__init__":  # `from package import module` names the package too, which imports nothing by it
             graph[name] -= {other for other in graph[name] if name.startswith(f"{other}.")}
     return graph
@@ -87,12 +91,10 @@ def upward(root: Path) -> list[str]:
     for path in sources(root):
         name = module_name(path, root)
         later = ORDER[ORDER.index(name.split(".")[0]) + 1 :]
-        tree = ast.parse(path.read_text())
-        plain = imports(tree, name, {}, is_package=path.stem == "__init__")
-        found += [f"{name} -> {other}" for other in plain if other.split(".")[0] in later]
-        by_name = set(imports(tree, name, points)) - set(imports(tree, name, {}))
+        imported, loaded = imports(path, root, points)
         # a session that runs graphs is part of the core's contract: it is asked for by name, through `open_session`
-        found += [f"{name} -> {other}" for other in by_name if other.split(".")[0] in later and "sessions" not in other]
+        names = imported | {other for other in loaded if "sessions" not in other}
+        found += [f"{name} -> {other}" for other in names if other.split(".")[0] in later]
     return sorted(set(found))
 
 

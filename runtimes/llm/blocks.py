@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -48,16 +48,18 @@ class Blocks:
     def __init__(self, number: int, copy: Callable[[int, int], None], size: int = BLOCK) -> None:
         self.number, self.size, self._copy = number, size, copy
         self.tables: dict[int, Table] = {}
-        self._users = [0] * number  # how many sequences hold each block
-        self._keys: list[bytes | None] = [None] * number  # of blocks that can be found again
+        # What is noted here grows with the blocks that were ever taken: an engine asks for memory after this.
+        self._users: defaultdict[int, int] = defaultdict(int)  # how many sequences hold each block
+        self._keys: dict[int, bytes] = {}  # of blocks that can be found again
         self._found: dict[bytes, int] = {}
+        self._untouched = 0  # this block, and those after it, were never taken
         # the least recently freed first, so that the content of the others can be found as long as possible
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(number))
+        self._freed: OrderedDict[int, None] = OrderedDict()
 
     @property
     def free(self) -> int:
         """How many blocks no sequence holds."""
-        return len(self._free)
+        return self.number - self._untouched + len(self._freed)
 
     def length(self, sequence: int) -> int:
         """Return how many tokens of a sequence the cache holds; 0 for a sequence that it does not know."""
@@ -165,24 +167,26 @@ class Blocks:
         return bool(table.length % self.size) and self._users[table.blocks[table.length // self.size]] > 1
 
     def _take(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        self._forget(block)
+        if self._untouched < self.number:
+            block, self._untouched = self._untouched, self._untouched + 1
+        else:
+            block, _ = self._freed.popitem(last=False)
+            self._forget(block)
         self._users[block] = 1
         return block
 
     def _hold(self, block: int) -> None:
-        self._free.pop(block, None)
+        self._freed.pop(block, None)
         self._users[block] += 1
 
     def _release(self, block: int) -> None:
         self._users[block] -= 1
         if not self._users[block]:
-            self._free[block] = None
+            self._freed[block] = None
 
     def _forget(self, block: int) -> None:
-        if (key := self._keys[block]) is not None:
+        if (key := self._keys.pop(block, None)) is not None:
             del self._found[key]
-            self._keys[block] = None
 
 
 def blocks_for(tokens: int) -> int:
