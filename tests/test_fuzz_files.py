@@ -19,22 +19,22 @@ TOOLS = ROOT / "tools"
 FINDS = sorted((ROOT / "tests" / "fuzz_finds").iterdir())  # inputs that made a reader fail, by its name
 # files for each reader: some seconds of work, and for some of them much of it is starting
 FILES = {
-    "npz": 800,
-    "safetensors": 600,
+    "npz": 400,
+    "safetensors": 300,
     "bundle": 50,
     "pack": 50,
     "recipe": 80,
     "target": 60,
     "image": 300,
-    "onnx": 30,
-    "hugging-face": 10,
-    "language-folder": 40,
-    "pt2": 12,
+    "onnx": 20,
+    "hugging-face": 6,
+    "language-folder": 25,
+    "pt2": 6,
     "message": 3,
-    "registry": 120,
+    "registry": 60,
     "broker": 150,
     "cutout": 400,
-    "gguf": 40,
+    "gguf": 20,
 }
 NEEDED = {"onnx": "onnxruntime", "hugging-face": "transformers", "pt2": "torch", "image": "PIL", "recipe": "torch"}
 NEEDED |= dict.fromkeys(("gguf", "language-folder"), "tokenizers")

@@ -143,7 +143,7 @@ def step(**parameters):
     return Step("qat_int8", {"epochs": 0, "samples": CALIBRATION, **parameters})
 
 
-CASES = [("t2", "u8s8"), ("t2", "s8s8"), ("transformer", "u8s8"), ("convnet", "u8s8")]
+CASES = [("t2", "s8s8"), ("transformer", "u8s8"), ("convnet", "u8s8")]
 
 
 @pytest.mark.parametrize(("kind", "scheme"), CASES)
@@ -188,7 +188,7 @@ def test_the_forms_hold_what_their_runtimes_read(quantized, kind, scheme):
 
 
 def test_batches_of_any_length_give_the_same_rows(networks, quantized):
-    job, bundle = networks["t2"], quantized("t2", "u8s8")
+    job, bundle = networks["t2"], quantized("t2", "s8s8")
     whole = outputs(job, bundle)
     shape = candidate_of(bundle).model.graph.input[0].type.tensor_type.shape.dim[0]
     assert shape.dim_param
@@ -222,13 +222,15 @@ def test_evaluating_moves_no_range(networks, monkeypatch):
 
     job = networks["t2"]
     wild = Dataset({name: 100 * array for name, array in job.test.inputs.items()}, job.test.labels)
-    seen = []
+
+    class Seen(Exception):
+        """The ranges before and after; the graph need not be written."""
 
     def settled(network, context):
         before(network, context)
-        seen.append(spread(network))
+        ranges = spread(network)
         network.eval()(*tensors(wild))
-        seen.append(spread(network))
+        raise Seen(ranges == spread(network))
 
     def spread(network):
         return [
@@ -237,11 +239,11 @@ def test_evaluating_moves_no_range(networks, monkeypatch):
 
     before = qat_int8._settle
     monkeypatch.setattr(qat_int8, "_settle", settled)
-    applied(job, step())
-    assert seen[0] == seen[1]
+    with pytest.raises(Seen, match="True"):
+        applied(job, step())
     before = lambda network, context: None  # noqa: E731
-    applied(job, step())
-    assert seen[2] != seen[3]
+    with pytest.raises(Seen, match="False"):
+        applied(job, step())
 
 
 def test_what_is_left_alone_says_why(networks):

@@ -12,7 +12,7 @@ from tools.soak_llm import Soak, faults
 def soaked(model, kv="f16", **options):
     with closing(NativeEngine(model, blocks=24, kv=kv, threads=1)) as engine:
         soak = Soak(engine, rate=20_000.0, longest=60, **options)
-        soak.run(1.5)
+        soak.run(0.5)
         return soak, faults(soak, [100.0] * 8)
 
 
