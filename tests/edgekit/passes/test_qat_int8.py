@@ -223,14 +223,14 @@ def test_evaluating_moves_no_range(networks, monkeypatch):
     job = networks["t2"]
     wild = Dataset({name: 100 * array for name, array in job.test.inputs.items()}, job.test.labels)
 
-    class Seen(Exception):
+    class SeenError(Exception):
         """The ranges before and after; the graph need not be written."""
 
     def settled(network, context):
         before(network, context)
         ranges = spread(network)
         network.eval()(*tensors(wild))
-        raise Seen(ranges == spread(network))
+        raise SeenError(ranges == spread(network))
 
     def spread(network):
         return [
@@ -239,10 +239,10 @@ def test_evaluating_moves_no_range(networks, monkeypatch):
 
     before = qat_int8._settle
     monkeypatch.setattr(qat_int8, "_settle", settled)
-    with pytest.raises(Seen, match="True"):
+    with pytest.raises(SeenError, match="True"):
         applied(job, step())
     before = lambda network, context: None  # noqa: E731
-    with pytest.raises(Seen, match="False"):
+    with pytest.raises(SeenError, match="False"):
         applied(job, step())
 
 
