@@ -93,7 +93,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         found = getattr(importlib.import_module(_MODULE_OF[name]), _OWN_NAMES.get(name, name))
-    elif points := entry_points(group="edgekit.namespaces", name=name):  # of the other packages, such as edgekit.llm
+    # of the other packages, such as edgekit.llm; reading the installed packages takes 40 ms, and many a tool asks a
+    # module for names such as __wrapped__
+    elif not name.startswith("_") and (points := entry_points(group="edgekit.namespaces", name=name)):
         found = next(iter(points)).load()
     else:
         raise AttributeError(f"module 'edgekit' has no attribute {name!r}")

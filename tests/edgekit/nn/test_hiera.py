@@ -5,8 +5,6 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import HieraConfig as TheirConfig
-from transformers import HieraForImageClassification
 
 from edgekit.errors import EdgekitError
 from edgekit.nn import hiera
@@ -31,9 +29,11 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
     [((1, 1, 2, 1), 2, 64, 8), ((2, 1, 1, 1), 1, 128, 8), ((1, 2, 1, 2), 1, 128, 16)],
 )
 def test_outputs_are_those_of_transformers(depths, heads, side, unit):
+    import transformers  # takes seconds, and only this test needs it
+
     theirs = randomized(
-        HieraForImageClassification(
-            TheirConfig(
+        transformers.HieraForImageClassification(
+            transformers.HieraConfig(
                 depths=list(depths), embed_dim=16, num_heads=[heads << n for n in range(4)], num_labels=7,
                 image_size=[side, side], masked_unit_size=[unit, unit],
             )
