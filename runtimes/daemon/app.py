@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from edgekit.bundle.bounded import parse_size
 from edgekit.errors import EdgekitError
 from runtimes import exposition
-from runtimes.daemon import keys, metrics, systemd
+from runtimes.daemon import keys, metrics, openapi, systemd
 from runtimes.daemon.access import Access, hosts_for
 from runtimes.daemon.alerts_job import AlertProcess
 from runtimes.daemon.config import ServeConfig
@@ -108,6 +108,7 @@ class Daemon:
             Route("/metrics", self._metrics),
             Route("/metrics/alerts", self._alert_metrics),
             Route("/stats", self._stats),
+            Route("/openapi.json", self._openapi),
             Route("/v1/models", openai.list_models),
             Route("/v1/models/{name}", openai.one_model),
             Route("/v1/chat/completions", openai.chat, methods=post),
@@ -185,8 +186,19 @@ class Daemon:
         return Response(page, headers={"Content-Type": exposition.CONTENT_TYPE})
 
     async def _alert_metrics(self, request: Request) -> Response:
-        page = b"" if self.alerts is None else await asyncio.to_thread(self.alerts.metrics)
-        return Response(page, 200 if page else 503, headers={"Content-Type": exposition.CONTENT_TYPE})
+        if self.alerts is None:
+            raise RefusedError(404, "this daemon has no alerts; name the consumer's file in alerts.config")
+        if not (page := await asyncio.to_thread(self.alerts.metrics)):
+            raise RefusedError(503, "the consumer of alerts does not answer now", code="not_running", retry_after=5)
+        return Response(page, headers={"Content-Type": exposition.CONTENT_TYPE})
+
+    async def _openapi(self, request: Request) -> Response:
+        names: dict[str, list[str]] = {"language": [], "tensors": []}
+        for name, entry in self.models.entries.items():
+            names[entry.task].append(name)
+        most = self.config.limits.answers
+        found = openapi.document(names["language"], names["tensors"], most, keys=bool(self._keys.hashes))
+        return JSONResponse(found)
 
     async def _stats(self, request: Request) -> Response:
         found = metrics.as_json(self.models, self.stats, self.state)

@@ -23,7 +23,8 @@ def settings() -> str:
         known = typing.get_args(of)[1] if typing.get_origin(of) else of
         name = "models.NAME" if table == "models" else table
         for item in dataclasses.fields(known):
-            default = {(): "", True: "true", False: "false"}.get(item.default, item.default)
+            default = "" if item.default == () else item.default
+            default = str(default).lower() if isinstance(default, bool) else default
             rows.append(
                 f"| `{name}.{item.name}` | {f'`{default}`' if default != '' else ''} | {item.metadata['help']} |"
             )

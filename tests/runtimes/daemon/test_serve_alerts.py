@@ -62,7 +62,7 @@ def test_without_alerts_nothing_is_supervised(config):
     with TestClient(daemon, base_url="http://127.0.0.1") as client:
         assert daemon.alerts is None
         assert "alerts" not in client.get("/stats").json()
-        assert client.get("/metrics/alerts").status_code == 503
+        assert client.get("/metrics/alerts").status_code == 404
 
 
 def test_the_table_is_read_and_checked(tmp_path):
