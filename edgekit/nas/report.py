@@ -22,15 +22,15 @@ UNITS = {"macs": (1e6, "million multiply-accumulates"), "parameters": (1e3, "tho
          "activations": (1e6, "MB of activations"), "milliseconds": (1.0, "predicted milliseconds")}  # fmt: skip
 
 
-def render(values: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
-    """Return the report of a study's `summary`. measured: milliseconds and broken limits of finalists, by key."""
+def render(values: Mapping[str, Any]) -> str:
+    """Return the report of a study's `summary`, with what `finish` adds to it."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": lambda value: f"{value:.3g}", "count": lambda value: f"{value:,.0f}"}
     template = environment.from_string(files("edgekit.nas").joinpath(NAME).read_text(encoding="utf-8"))
     picture = Markup(to_svg(front_figure(values), "Score against cost", inline=True))
-    return template.render(**values, measured=dict(measured or {}), picture=picture) + "\n"
+    return template.render(**{"measured": {}, "compressed": {}, **values}, picture=picture) + "\n"
 
 
 @styled

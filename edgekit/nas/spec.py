@@ -1,5 +1,5 @@
 """What a study is to do: a TOML file of four tables. It determines the result, with the data and, where time is a limit
-or an objective, this machine's operator table."""
+or an objective, this machine's operator table. A fifth table, [compress], says what happens to the finalists."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from edgekit.compression import recipe
+from edgekit.compression.recipe import Step
 from edgekit.errors import EdgekitError, unknown
 from edgekit.nas.proxies import PROXIES
 from edgekit.nas.space import Space, described, open_space
@@ -20,7 +22,8 @@ from edgekit.settings import from_table, read_toml
 FORMAT = 1  # of a study's journal
 COSTS = ("macs", "parameters", "activations", "milliseconds")
 PRESETS = ("turbovit-envelope",)
-TABLES = ("space", "limits", "search", "score")
+TABLES = ("space", "limits", "search", "score", "compress")
+AUTO = "auto"  # in place of a recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,28 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Compression:
+    """How each finalist is compressed at the end. recipe: the passes, as [[compress.pass]] tables; auto: search for
+    them, with `trials` trials; max_loss: the share of test rows that may become wrong; objective: what a pass must
+    gain. The batch size, the target and the seed are the study's."""
+
+    recipe: tuple[Step, ...] = ()
+    auto: bool = False
+    max_loss: float = 0.01
+    trials: int = 40
+    objective: str = "any"
+
+    def __post_init__(self) -> None:
+        if bool(self.recipe) == self.auto:
+            raise EdgekitError("expected either auto = true or the passes of a recipe, [[compress.pass]] name = ...")
+        if not 0 <= self.max_loss < 1 or self.trials < 1:
+            raise EdgekitError(
+                f"max_loss = {self.max_loss}, trials = {self.trials}; expected a share of the rows from 0 to 1, and at "
+                "least one trial"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """A study's tables."""
 
@@ -111,6 +136,13 @@ class Spec:
     limits: Limits
     search: Search
     score: Score
+    compress: Compression | None = None  # it changes no result of the study
+
+    def __post_init__(self) -> None:
+        if self.compress and not self.score.data:
+            raise EdgekitError(
+                "[compress] needs [score] data: without rows, nothing says what a compressed network loses"
+            )
 
     @property
     def timed(self) -> bool:
@@ -160,4 +192,25 @@ def spec_of(tables: Mapping[str, Any], where: str) -> Spec:
         from_table(Limits, tables.get("limits", {}), f"{where}: [limits]"),
         from_table(Search, tables.get("search", {}), f"{where}: [search]"),
         from_table(Score, tables.get("score", {}), f"{where}: [score]"),
+        _compression(tables["compress"], where) if "compress" in tables else None,
     )
+
+
+def compression_table(recipe_or_auto: str | Path) -> dict[str, Any]:
+    """Return the [compress] table of a recipe's file, or of "auto"."""
+    if str(recipe_or_auto) == AUTO:
+        return {"auto": True}
+    return recipe.to_tables(recipe.read(recipe_or_auto))
+
+
+def _compression(table: Any, where: str) -> Compression:
+    where = f"{where}: [compress]"
+    if not isinstance(table, Mapping):
+        raise EdgekitError(f"{where} is {table!r}; expected a table")
+    values = {name: value for name, value in table.items() if name != "pass"}
+    if "recipe" in values:
+        raise unknown("key", "recipe", ("pass", "auto", "max_loss", "trials", "objective"), where=where)
+    if "pass" in table:
+        values["recipe"] = tuple(recipe.parse({"pass": table["pass"]}, where))
+    found: Compression = from_table(Compression, values, where)
+    return found
