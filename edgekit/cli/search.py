@@ -150,6 +150,8 @@ def _show(values: dict[str, Any], folder: Path, as_json: bool) -> None:
         )
     if values["against_random"]:
         console.output.print(f"the best network against the best of the random control: {values['against_random']}")
+    if values["supernet"]:
+        console.output.print(values["supernet"]["text"])
     for key, taken in measured.items():
         for text in taken["breaks"]:
             console.output.print(f"{key} breaks a limit: {text}")

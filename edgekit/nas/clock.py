@@ -15,10 +15,9 @@ from edgekit.cost.measured import OperatorTable, table
 from edgekit.cost.roofline import estimate
 from edgekit.errors import EdgekitError
 from edgekit.nas.latency import ANCHORS, Correction, calibrate, parts_of
-from edgekit.nas.outline import Outline, outline
-from edgekit.nas.space import key_of
+from edgekit.nas.outline import Outline, costs_of, outline
 from edgekit.nas.spec import Spec
-from edgekit.nas.strategies import draw
+from edgekit.nas.strategies import draw, some
 from edgekit.nn.hiera_config import HieraConfig
 from edgekit.targets.profile import Target, find
 
@@ -141,22 +140,17 @@ def open_clock(spec: Spec, folder: Path, progress: Progress) -> Clock:
 def _anchors(spec: Spec) -> list[HieraConfig]:
     """Return networks of the space by which the operator table is corrected; they keep the limits that need no
     clock."""
-    limits = {name: getattr(spec.limits, name) for name in ("parameters", "macs", "activations")}
-    rng, found = draw("anchors", spec.search.seed), dict[str, HieraConfig]()
-    for _ in range(DRAWS):
-        try:
-            config = spec.space.config(spec.space.sample(rng))
-        except EdgekitError:
-            continue
-        costs = outline(config, spec.limits.batch)
-        if all(limit is None or getattr(costs, name) <= limit for name, limit in limits.items()):
-            found[key_of(config)] = config
-        if len(found) == ANCHORS:
-            return list(found.values())
-    raise EdgekitError(
-        f"only {len(found)} networks of {DRAWS:,} drawn ones keep [limits]; {ANCHORS} are needed to correct the "
-        "operator table; allow more"
-    )
+
+    def broken(config: HieraConfig) -> list[str]:
+        return spec.limits.broken(costs_of(outline(config, spec.limits.batch)))
+
+    found = some(spec.space, draw("anchors", spec.search.seed), ANCHORS, DRAWS, broken)
+    if len(found) < ANCHORS:
+        raise EdgekitError(
+            f"only {len(found)} networks of {DRAWS:,} drawn ones keep [limits]; {ANCHORS} are needed to correct the "
+            "operator table; allow more"
+        )
+    return found
 
 
 def _digest(content: Any) -> str:

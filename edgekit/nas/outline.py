@@ -53,6 +53,11 @@ def outline(config: HieraConfig, batch: int = 1) -> Outline:
     return Outline(work, writer.parameters, round(macs), round(peak(work)[0]))
 
 
+def costs_of(found: Outline) -> dict[str, float]:
+    """Return what [limits] may limit and needs no clock."""
+    return {"parameters": found.parameters, "macs": found.macs, "activations": found.activations}
+
+
 @dataclass(slots=True)
 class _Writer:
     """Appends operators in the order in which they run. Methods take and return names of activations."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgekit.bundle.bounded import arrays_from_safetensors, read_file
 from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError
 from edgekit.importers.base import GOLDEN_ROWS
 from edgekit.nas.bundles import bundle_of
+from edgekit.nas.ranks import spearman
 from edgekit.nas.spec import COSTS
 from edgekit.nas.strategies import Tried, effects, fronts
 from edgekit.nas.study import WEIGHTS, Study
@@ -97,23 +97,6 @@ def front(items: Sequence[Tried]) -> list[Tried]:
     return sorted((items[index] for index in fronts(items)[0]), key=lambda item: item.cost) if items else []
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the correlation of ranks, NaN if one side has no order."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
-    if len(first) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
-        return math.nan
-    a, b = (rank - rank.mean() for rank in ranks)
-    return float(a @ b / math.sqrt(float(a @ a) * float(b @ b)))
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the ranks; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    means: npt.NDArray[np.float64] = (ends - (counts - 1) / 2)[inverse]
-    return means
-
-
 def summary(study: Study) -> dict[str, Any]:
     """Return all that the report shows, as JSON; numbers that are not known are None."""
     found, spec = finalists(study), study.spec
@@ -149,6 +132,10 @@ def summary(study: Study) -> dict[str, Any]:
             "ceiling": _known(noise.ceiling),
         },
         "against_random": compared,
+        "supernet": None if (gate := study.gate) is None else {
+            "epochs": spec.score.supernet, "networks": gate.networks, "correlation": _known(gate.correlation),
+            "accepted": gate.accepted, "text": str(gate),
+        },
         "front": {arm: [[item.key, item.cost, item.score] for item in front(study.tried(arm))] for arm in trials},
         "points": {arm: [[item.key, item.cost, item.score] for item in study.tried(arm)] for arm in trials},
         "proxies": {

@@ -24,6 +24,7 @@ COSTS = ("macs", "parameters", "activations", "milliseconds")
 PRESETS = ("turbovit-envelope",)
 TABLES = ("space", "limits", "search", "score", "compress")
 AUTO = "auto"  # in place of a recipe
+FEWEST_CHECKED = 6  # networks that are trained alone before a supernet may judge others
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class Limits:
                 raise EdgekitError(f"{name} = {value}; expected a number above 0")
         if not 1 <= self.batch <= 4096:
             raise EdgekitError(f"batch = {self.batch}; expected 1 to 4096 images")
+
+    def broken(self, costs: Mapping[str, float]) -> list[str]:
+        """Return the limits that a network with these costs breaks."""
+        limits = {name: getattr(self, name) for name in costs}
+        return [f"{name} = {limit:g}" for name, limit in limits.items() if limit is not None and costs[name] > limit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,8 @@ class Score:
     """What a network is good at. data: images and labels as for `edgekit compress --data`; without it the proxy is the
     score. epochs: of training in each rung; a rung trains the networks that the one before it kept (keep), and the last
     rung trains each with `seeds` seeds and judges it on the test rows. validation: the share of training rows on which
-    all earlier rungs judge."""
+    all earlier rungs judge. supernet: epochs of training for one set of weights that all networks share, which then
+    judges the first rung if its scores agree with those of `check` networks that were trained alone; 0 for none."""
 
     data: str = ""
     proxy: str = "jacobian"
@@ -93,8 +100,17 @@ class Score:
     validation: float = 0.1
     batch: int = 64
     learning_rate: float = 3e-3
+    supernet: int = 0
+    check: int = 8
 
     def __post_init__(self) -> None:
+        if self.supernet < 0 or self.check < FEWEST_CHECKED:
+            raise EdgekitError(
+                f"supernet = {self.supernet}, check = {self.check}; expected epochs, and {FEWEST_CHECKED} or more "
+                "networks to compare it with"
+            )
+        if self.supernet and not self.data:
+            raise EdgekitError(f"supernet = {self.supernet} needs data, on which it is trained")
         if self.proxy not in PROXIES:
             raise unknown("proxy", self.proxy, PROXIES, where="[score]")
         if len(self.keep) != len(self.epochs) - 1 or not self.epochs or not self.keep:
@@ -160,6 +176,8 @@ class Spec:
         rows and of the operator table."""
         content = {"format": FORMAT, **self.as_json(), "data": data, "table": table}
         del content["score"]["data"]  # the rows count, and not what their file is called
+        if not self.score.supernet:  # studies that began before there was one keep their id
+            del content["score"]["supernet"], content["score"]["check"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -24,7 +24,8 @@ from edgekit.nas.explain import explained
 from edgekit.nas.finish import finish
 from edgekit.nas.latency import Correction
 from edgekit.nas.outline import outline
-from edgekit.nas.result import Finalist, front, noise_of, spearman, verdict
+from edgekit.nas.ranks import spearman
+from edgekit.nas.result import Finalist, front, noise_of, verdict
 from edgekit.nas.spec import read_spec, spec_of
 from edgekit.nas.strategies import Tried
 from edgekit.nas.study import JOURNAL, Study
