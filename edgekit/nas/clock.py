@@ -59,7 +59,9 @@ class ThisMachine:
 
     @property
     def digest(self) -> str:
-        return _digest({"table": asdict(self.table), "correction": asdict(self.correction)})
+        correction = asdict(self.correction)
+        del correction["disturbed"]  # it changes no prediction
+        return _digest({"table": asdict(self.table), "correction": correction})
 
     def milliseconds(self, found: Outline) -> float:
         return 1e3 * self.correction.seconds(parts_of(found.work, self.table))
@@ -80,6 +82,11 @@ class ThisMachine:
             f"Predicted times are CPU times of one thread of this machine in ONNX Runtime at batch {self.batch}. On "
             f"networks that the correction had not seen, their median error was {error:.1%}, the largest {worst:.1%}."
         )
+        if self.correction.disturbed:
+            text += (
+                " Other programs ran while they were measured, so predicted times may be too long: for a better "
+                "correction, begin the study in another folder when the machine is idle."
+            )
         return {"target": "this machine", "batch": self.batch, "error": error, "worst": worst, "text": text}
 
 

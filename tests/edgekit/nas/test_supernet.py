@@ -25,7 +25,8 @@ SPACE = open_space(
     {
         "image": 32, "channels": 1, "classes": 3, "stem": ["conv3x2", "patch4"], "width": [8, 16], "head_dim": [4, 8],
         "mask_unit": [2, 4], "depths": [[1, 2], [1, 2]], "ratios": [[1, 2], [1, 2]],
-        "kinds": [["rep", "inverted", "separable", "window"], ["inverted", "window", "global"]], "pools": [[True]],
+        "kinds": [["rep", "inverted", "separable", "window"], ["inverted", "window", "global", "levit"]],
+        "pools": [[True]],
     }
 )  # fmt: skip
 NETWORKS = some(SPACE, draw("supernet"), 60, 2000, lambda config: [])
@@ -68,7 +69,7 @@ def test_a_network_inherits_the_first_rows_and_columns_of_its_blocks(shared):
                         np.testing.assert_array_equal(value.numpy(), np.concatenate(parts))
                     else:
                         np.testing.assert_array_equal(value.numpy(), cut(whole, value.shape))
-    assert kinds == {"rep", "inverted", "separable", "window", "global"}
+    assert kinds == {"rep", "inverted", "separable", "window", "global", "levit"}
 
 
 def test_a_step_trains_the_network_that_was_drawn_and_nothing_else():
