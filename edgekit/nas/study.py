@@ -110,7 +110,7 @@ class Study:
         found = outline(config, self.spec.limits.batch)
         over = self.spec.limits.broken(self._costs(found))
         if self.clock is not None and not self.clock.fits(found):
-            over.append(f"the memory of {self.spec.limits.target}")
+            over.append("memory of the device, or time at the largest known error of a prediction")
         return over
 
     def _train_supernet(self) -> None:

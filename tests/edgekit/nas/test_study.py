@@ -283,18 +283,23 @@ def test_labels_beyond_the_classes_are_refused(folder, spec, tmp_path):
 
 def test_a_devices_time_and_memory_are_limits(spec, tmp_path):
     proxy = replace(spec, score=replace(spec.score, data="", proxy="macs"), search=replace(spec.search, control=False))
-    limited = replace(proxy, limits=replace(spec.limits, target="jetson-nano", milliseconds=0.4))
+    limited = replace(proxy, limits=replace(spec.limits, target="jetson-nano", milliseconds=4.2 * 0.4))
     with closing(Study(limited, tmp_path / "nano")) as study:
         study.run(1)
         values = finish(study)
         for item in study.trials("generator"):
             work = outline(HieraConfig(**item["arguments"])).work
             assert item["milliseconds"] == 1e3 * estimate(work, find("jetson-nano"), 1).seconds <= 0.4
+        config = HieraConfig(**item["arguments"])
+        assert study.broken(config) == []
+        study.clock = replace(study.clock, most=4.19 * item["milliseconds"])
+        assert study.broken(config) == ["memory of the device, or time at the largest known error of a prediction"]
         found = explained(study, values["finalists"][0]["key"])
     assert sum(row["milliseconds"] for row in found["parts"] if "milliseconds" in row) == pytest.approx(
         values["finalists"][0]["milliseconds"]
     )
     assert values["clock"]["target"] == "jetson-nano"
+    assert "0.9 to 1.2 times on jetson-agx-orin-64gb" in values["clock"]["text"]
     assert all(item["breaks"] == [] for item in values["measured"].values())  # they are of this machine
     nano = find("jetson-nano")
     small = replace(nano, memory=replace(nano.memory, value=1.0))
