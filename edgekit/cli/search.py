@@ -10,7 +10,6 @@ import click
 
 from edgekit.cli import console
 from edgekit.cli.supervise import Terminated
-from edgekit.errors import unknown
 
 EXAMPLE = """\b
 Examples:
@@ -55,12 +54,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Run a study. Ctrl-C and SIGTERM lose the networks that are being judged and nothing else; `resume` goes on."""
-    from edgekit.nas.spec import PRESETS
-
     if (given := preset or spec) is None or (spec and preset):
         raise click.UsageError("give a spec in TOML, or --preset")
-    if preset is not None and preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS, where="edgekit search")
     _run(folder, given, then_compress, processes, as_json)
 
 
@@ -105,6 +100,11 @@ def explain(folder: Path, key: str, as_json: bool) -> None:
         time = f"{row['milliseconds']:.3f}" if "milliseconds" in row else ""
         rows.append([row["part"], f"{row['parameters']:,}", f"{row['macs']:,}", time])
     console.print_table(["operator", "parameters", "MACs", "predicted ms"], rows)
+    choices = [
+        [row["factor"], row["value"], f"{row['mean']:.4g}", row["best"], f"{row['best_mean']:.4g}"]
+        for row in values["choices"]
+    ]
+    console.print_table(["factor", "here", "mean score", "best tried", "mean score"], choices)
 
 
 def _run(

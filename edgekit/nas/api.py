@@ -17,7 +17,7 @@ from edgekit.errors import EdgekitError
 from edgekit.nas.clock import Progress
 from edgekit.nas.finish import SUMMARY, finish
 from edgekit.nas.result import summary
-from edgekit.nas.spec import PRESETS, Spec, compression_table, preset_text, read_spec, spec_of
+from edgekit.nas.spec import Spec, compression_table, preset_text, read_spec, spec_of
 from edgekit.nas.study import SPEC, Study
 
 
@@ -70,8 +70,8 @@ def begin(folder: Path, spec: str | Path | Mapping[str, Any], then_compress: str
     if isinstance(spec, Mapping):
         spec_of(spec, "the spec")
         text = tomli_w.dumps(spec)
-    elif spec in PRESETS:
-        text = preset_text(str(spec))
+    elif isinstance(spec, str) and not spec.endswith(".toml") and not Path(spec).exists():
+        text = preset_text(spec)
     else:
         read_spec(Path(spec))
         text = Path(spec).read_text(encoding="utf-8")

@@ -53,7 +53,7 @@ def finish(study: Study, progress: Progress = lambda what, done, total: None) ->
         if limits.milliseconds is not None and not limits.target and milliseconds > limits.milliseconds:
             breaks.append(f"{milliseconds:.3g} ms, and {limits.milliseconds:g} are allowed")
         measured[item.key] = {"milliseconds": milliseconds, "disturbed": taken.disturbed, "breaks": breaks}
-    values = {**summary(study), "limits": asdict(limits), "measured": measured}
+    values = {**summary(study, measured), "limits": asdict(limits), "measured": measured}
     if study.spec.compress:
         values["compressed"] = compress_finalists(study.spec, bundles, study.folder, progress)
     write_file(study.folder / SUMMARY, json.dumps(values, indent=1, allow_nan=False).encode())

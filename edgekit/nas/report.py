@@ -51,6 +51,14 @@ def front_figure(values: Mapping[str, Any]) -> Figure:
             [cost / scale for _, cost, _ in front], [score for *_, score in front], "--" if control else "-",
             color=colour, linewidth=1.4, label=f"front of {arm}",
         )  # fmt: skip
+    if values["cost"] == "milliseconds" and not values.get("limits", {}).get("target"):
+        scores = {key: (cost, score) for points in values["points"].values() for key, cost, score in points}
+        for key, taken in values.get("measured", {}).items():
+            predicted, score = scores[key]
+            axes.plot([predicted, taken["milliseconds"]], [score, score], "-", color=MUTED, linewidth=1)
+            axes.plot(taken["milliseconds"], score, "D", markersize=5, color=MUTED)
+        if values.get("measured"):
+            axes.plot([], [], "D-", markersize=5, color=MUTED, label="predicted to measured")
     axes.set_xlabel(unit)
     axes.set_ylabel("score of the first rung" if values["trained"] else "proxy")
     axes.legend(labelcolor=MUTED, edgecolor=BEFORE)

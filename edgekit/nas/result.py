@@ -72,6 +72,18 @@ def finalists(study: Study) -> list[Finalist]:
     return sorted(found, key=lambda item: (-item.mean, item.costs[search.cost], item.key))
 
 
+def ranked(items: Sequence[Finalist], measured: Mapping[str, Any], cost: str) -> list[Finalist]:
+    """Return the finalists in the order of what was measured: those that break a limit last, the best score first, and
+    of equal scores the cheaper one."""
+
+    def order(item: Finalist) -> tuple[bool, float, float, str]:
+        taken = measured[item.key]
+        price = taken["milliseconds"] if cost == "milliseconds" else item.costs[cost]
+        return bool(taken["breaks"]), -item.mean, price, item.key
+
+    return sorted(items, key=order)
+
+
 def noise_of(items: Sequence[Finalist]) -> Noise | None:
     """Return the noise between seeds; None if no network has two."""
     several = [item for item in items if len(item.scores) > 1]
@@ -97,9 +109,12 @@ def front(items: Sequence[Tried]) -> list[Tried]:
     return sorted((items[index] for index in fronts(items)[0]), key=lambda item: item.cost) if items else []
 
 
-def summary(study: Study) -> dict[str, Any]:
-    """Return all that the report shows, as JSON; numbers that are not known are None."""
+def summary(study: Study, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return all that the report shows, as JSON; numbers that are not known are None. measured: milliseconds and broken
+    limits of the finalists, by key, by which they are ranked again."""
     found, spec = finalists(study), study.spec
+    if measured:
+        found = ranked(found, measured, spec.search.cost)
     noise = noise_of(found)
     best = found[0] if found else None
     rows = [

@@ -38,6 +38,9 @@ def test_a_study_is_run_shown_explained_and_resumed(folder, edgekit):
     parts = json.loads(edgekit("search", "explain", study, key, "--json").out)
     assert sum(row["parameters"] for row in parts["parts"]) == shown["finalists"][0]["parameters"]
     assert sum(row["macs"] for row in parts["parts"]) == shown["finalists"][0]["macs"]
+    for row in parts["choices"]:
+        assert row["mean"] <= row["best_mean"]
+        assert row["factor"] in told.out
     again = edgekit("search", "resume", study, "--json")
     assert json.loads(again.out)["journal"] == shown["journal"]
     assert edgekit("search", "run", folder / "spec.toml", "-o", study).failed_with(1, "exists", "edgekit search resume")

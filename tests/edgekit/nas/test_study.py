@@ -25,7 +25,8 @@ from edgekit.nas.finish import finish
 from edgekit.nas.latency import Correction
 from edgekit.nas.outline import outline
 from edgekit.nas.ranks import spearman
-from edgekit.nas.result import Finalist, front, noise_of, verdict
+from edgekit.nas.report import front_figure
+from edgekit.nas.result import Finalist, front, noise_of, ranked, verdict
 from edgekit.nas.spec import read_spec, spec_of
 from edgekit.nas.strategies import Tried
 from edgekit.nas.study import JOURNAL, Study
@@ -238,6 +239,55 @@ def test_noise_is_the_spread_between_seeds():
     assert verdict(finalist(0.9, 0.9), finalist(0.7, 0.7), noise) == "better"
     assert verdict(finalist(0.7, 0.7), finalist(0.9, 0.9), noise) == "worse"
     assert verdict(finalist(0.7, 0.7), finalist(0.75, 0.75), noise) == "not distinguishable"
+
+
+def test_finalists_are_ranked_by_what_was_measured():
+    def item(key, score, macs):
+        return Finalist("generator", key, FLAT, (score,), {"macs": macs, "milliseconds": 1.0})
+
+    items = [item("slow", 0.9, 1.0), item("broken", 0.95, 1.0), item("fast", 0.9, 2.0), item("bad", 0.1, 0.5)]
+    measured = {key: {"milliseconds": ms, "breaks": []} for key, ms in (("slow", 3.0), ("fast", 1.0), ("bad", 0.1))}
+    measured["broken"] = {"milliseconds": 0.5, "breaks": ["0.5 ms, and 0.4 are allowed"]}
+    assert [i.key for i in ranked(items, measured, "milliseconds")] == ["fast", "slow", "bad", "broken"]
+    assert [i.key for i in ranked(items, measured, "macs")] == ["slow", "fast", "bad", "broken"]
+
+
+def test_the_picture_shows_where_measured_times_lie():
+    points = {"generator": [["a", 1.0, 0.5], ["b", 2.0, 0.6]]}
+    values = {"cost": "milliseconds", "points": points, "front": points, "trained": True}
+    measured = {"b": {"milliseconds": 2.5, "breaks": []}}
+    (axes,) = front_figure({**values, "measured": measured, "limits": {"target": ""}}).axes
+    assert [2.0, 2.5] in [list(line.get_xdata()) for line in axes.lines]
+    (axes,) = front_figure({**values, "measured": measured, "limits": {"target": "jetson-nano"}}).axes
+    assert [2.0, 2.5] not in [list(line.get_xdata()) for line in axes.lines]  # the measured times are of this machine
+
+
+CANDIDATES = {  # made on a machine with AVX-512, and without its vector instructions
+    "generator": (
+        "5587aea51cc59158",
+        "64e686bf fd74c31d ee97d57a 26f07329 7df20dbc b756a5db 03edf94d a0d4c19e 9951eebd",
+        "8b800463 e8384775 64e686bf 2e739a32 80e939a7 82e3284d 48489fb3 a0d4c19e fd74c31d",
+    ),
+    "nsga2": (
+        "ff6bdccc025ecdc8",
+        "f3d09a14 00090266 0d8e4ec0 9951eebd 917cef9e 64e686bf 319c1d6c dd401b60 86582b8e",
+        "4ffe7f9d 00090266 6a6f1d20 5e2e48ac c8ea66a1 ce42d3db 233c91e2 8ca74c13 cf7d00f2",
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", CANDIDATES)
+def test_a_studys_id_stands_for_the_same_candidates_on_every_machine(strategy, spec, tmp_path):
+    """Three generations of each arm, stored: their score is exact."""
+    identity, own, control = CANDIDATES[strategy]
+    search = replace(spec.search, strategy=strategy, candidates=9)
+    with closing(
+        Study(replace(spec, search=search, score=replace(spec.score, data="", proxy="macs")), tmp_path)
+    ) as study:
+        study.run(1)
+        assert study.id == identity
+        for arm, keys in ((strategy, own), ("random", control)):
+            assert [item["key"][:8] for item in study.trials(arm)] == keys.split()
 
 
 def test_ranks_are_compared_as_spearman_does():
