@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         import_program,
     )
     from edgekit.importers.api import open_model as open
+    from edgekit.nas.api import search_network
     from edgekit.search.compress import compress
     from edgekit.targets.profile import Target, list_targets
 
@@ -57,6 +58,7 @@ _MODULES = {
     "edgekit.importers.api": (
         "Session", "import_factory", "import_hugging_face", "import_module", "import_onnx", "import_program", "open",
     ),
+    "edgekit.nas.api": ("search_network",),
     "edgekit.search.compress": ("compress",),
     "edgekit.targets.profile": ("Target", "list_targets"),
 }  # fmt: skip
@@ -87,6 +89,7 @@ __all__ = [
     "import_program",
     "list_targets",
     "open",
+    "search_network",
 ]
 
 

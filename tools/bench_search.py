@@ -23,7 +23,7 @@ from edgekit.cost.measured import OperatorTable, table
 from edgekit.errors import EdgekitError
 from edgekit.nas.latency import ANCHORS, GROUPS, Correction, corrected, exported, measure, parts_of
 from edgekit.nas.outline import outline
-from edgekit.nas.result import spearman
+from edgekit.nas.ranks import spearman
 from edgekit.nas.space import NAMES, key_of, open_space
 from edgekit.nas.strategies import draw
 from edgekit.nn.hiera_config import HieraConfig

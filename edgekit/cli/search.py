@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from edgekit.cli import console
 from edgekit.cli.supervise import Terminated
-from edgekit.errors import EdgekitError
-
-if TYPE_CHECKING:
-    from edgekit.nas.spec import Spec
 
 EXAMPLE = """\b
 Examples:
   edgekit search run study.toml -o study
   edgekit search run --preset turbovit-envelope -o envelope
+  edgekit search run study.toml --then-compress recipe.toml -o study
   edgekit search resume study
   edgekit search report study --json
   edgekit search explain study 1f0c9e0b2d3a4c5e
@@ -35,39 +31,42 @@ def search() -> None:
     """
 
 
+THEN_COMPRESS = click.option(
+    "--then-compress",
+    metavar="RECIPE|auto",
+    help="Compress the finalists with a recipe, or search for one (auto): the [compress] table of the spec.",
+)
+
+
 @search.command(epilog=EXAMPLE)
 @click.argument("spec", type=Path, required=False)
 @click.option("--preset", help="A packaged spec instead of a file: turbovit-envelope.")
 @click.option("-o", "--output", "folder", type=Path, required=True, help="Folder of the study; it must not exist.")
+@THEN_COMPRESS
 @click.option("--processes", type=click.IntRange(1, 256), help="Networks judged at a time.  [default: one per core]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def run(spec: Path | None, preset: str | None, folder: Path, processes: int | None, as_json: bool) -> None:
+def run(
+    spec: Path | None,
+    preset: str | None,
+    folder: Path,
+    then_compress: str | None,
+    processes: int | None,
+    as_json: bool,
+) -> None:
     """Run a study. Ctrl-C and SIGTERM lose the networks that are being judged and nothing else; `resume` goes on."""
-    from edgekit.bundle.files import write_file
-    from edgekit.nas.spec import preset_text, read_spec
-    from edgekit.nas.study import SPEC
-
-    if (spec is None) == (preset is None):
+    if (given := preset or spec) is None or (spec and preset):
         raise click.UsageError("give a spec in TOML, or --preset")
-    if folder.exists():
-        raise EdgekitError(f"{folder} exists; continue it with: edgekit search resume {folder}, or name another folder")
-    if spec is not None:
-        read_spec(spec)  # raises before anything is written
-        text = spec.read_bytes()
-    else:
-        assert preset is not None
-        text = preset_text(preset).encode()
-    write_file(folder / SPEC, text)
-    _run(read_spec(folder / SPEC), folder, processes, as_json)
+    _run(folder, given, then_compress, processes, as_json)
 
 
 @search.command(epilog=EXAMPLE)
 @click.argument("folder", type=Path)
+@THEN_COMPRESS
 @click.option("--processes", type=click.IntRange(1, 256), help="Networks judged at a time.  [default: one per core]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def resume(folder: Path, processes: int | None, as_json: bool) -> None:
+def resume(folder: Path, then_compress: str | None, processes: int | None, as_json: bool) -> None:
     """Continue a study; the result is that of an undisturbed run, to the bit."""
-    _run(_spec(folder), folder, processes, as_json)
+    _run(folder, None, then_compress, processes, as_json)
 
 
 @search.command(epilog=EXAMPLE)
@@ -75,11 +74,9 @@ def resume(folder: Path, processes: int | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def report(folder: Path, as_json: bool) -> None:
     """Show what a study has found so far."""
-    from edgekit.nas.result import summary
-    from edgekit.nas.study import Study
+    from edgekit.nas.api import report_of
 
-    with closing(Study(_spec(folder), folder, _silent)) as study:
-        _show(summary(study), folder, as_json)
+    _show(report_of(folder), folder, as_json)
 
 
 @search.command(epilog=EXAMPLE)
@@ -88,10 +85,11 @@ def report(folder: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def explain(folder: Path, key: str, as_json: bool) -> None:
     """Show a network of a study: its parts, stage by stage, and where its operations and time go."""
+    from edgekit.nas.api import spec_in
     from edgekit.nas.explain import explained
     from edgekit.nas.study import Study
 
-    with closing(Study(_spec(folder), folder, _silent)) as study:
+    with closing(Study(spec_in(folder), folder)) as study:
         values = explained(study, key)
     if as_json:
         console.print_json(values)
@@ -102,34 +100,25 @@ def explain(folder: Path, key: str, as_json: bool) -> None:
         time = f"{row['milliseconds']:.3f}" if "milliseconds" in row else ""
         rows.append([row["part"], f"{row['parameters']:,}", f"{row['macs']:,}", time])
     console.print_table(["operator", "parameters", "MACs", "predicted ms"], rows)
+    choices = [
+        [row["factor"], row["value"], f"{row['mean']:.4g}", row["best"], f"{row['best_mean']:.4g}"]
+        for row in values["choices"]
+    ]
+    console.print_table(["factor", "here", "mean score", "best tried", "mean score"], choices)
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    """Show no progress."""
-
-
-def _spec(folder: Path) -> Spec:
-    from edgekit.nas.spec import read_spec
+def _run(
+    folder: Path, spec: str | Path | None, then_compress: str | None, processes: int | None, as_json: bool
+) -> None:
+    from edgekit.nas.api import search_network
     from edgekit.nas.study import SPEC
-
-    if not (folder / SPEC).is_file():
-        raise EdgekitError(
-            f"{folder} holds no study (no {SPEC}); begin one with: edgekit search run SPEC.toml -o {folder}"
-        )
-    return read_spec(folder / SPEC)
-
-
-def _run(spec: Spec, folder: Path, processes: int | None, as_json: bool) -> None:
-    from edgekit.nas.finish import finish
-    from edgekit.nas.study import Study
 
     with console.steps() as show:
         try:
-            with closing(Study(spec, folder, show)) as study:
-                study.run(processes or len(os.sched_getaffinity(0)))
-                values = finish(study, show)
+            values = search_network(spec, folder, then_compress=then_compress, processes=processes, progress=show)
         except (KeyboardInterrupt, Terminated):
-            console.note(f"nothing is lost; continue with: edgekit search resume {folder}")
+            if (folder / SPEC).is_file():
+                console.note(f"nothing is lost; continue with: edgekit search resume {folder}")
             raise
     _show(values, folder, as_json)
 
@@ -161,8 +150,25 @@ def _show(values: dict[str, Any], folder: Path, as_json: bool) -> None:
         )
     if values["against_random"]:
         console.output.print(f"the best network against the best of the random control: {values['against_random']}")
+    if values["supernet"]:
+        console.output.print(values["supernet"]["text"])
     for key, taken in measured.items():
         for text in taken["breaks"]:
             console.output.print(f"{key} breaks a limit: {text}")
+    if compressed := values.get("compressed"):
+        _show_compressed(compressed)
     if measured:
         console.output.print(f"networks are in {folder / NETWORKS}, the report is {folder / NAME}")
+
+
+def _show_compressed(compressed: dict[str, Any]) -> None:
+    rows = []
+    for key, row in compressed.items():
+        pairs = [row["bytes"], row["milliseconds"], row["accuracy"]]
+        texts = [
+            f"{before:{form}} to {after:{form}}"
+            for (before, after), form in zip(pairs, (",", ".3g", ".4g"), strict=True)
+        ]
+        kept = ", ".join(item["pass"] for item in row["passes"] if item["kept"]) or "none"
+        rows.append([key[:8], *texts, kept])
+    console.print_table(["compressed", "packed bytes", "ms", "accuracy", "passes kept"], rows)

@@ -50,7 +50,14 @@ def from_hugging_face(folder: Path, *, inputs: Sequence[TensorSpec] = (), golden
     of pixels, pooling and the tokenizer's files. `inputs` are only needed for models that take neither images nor token
     ids."""
     config = safe_config(folder)
+    from edgekit.importers import hiera
     from edgekit.nn import hugging_face
+
+    if not inputs and (own := hiera.own_config(config)) is not None:
+        try:
+            return described(hiera.bundle_of(own, _tensors(folder), golden), folder, config)
+        except EdgekitError as error:
+            raise EdgekitError(f"{folder}: {error}") from None
 
     model, pooling = hugging_face.model_class(config), pooling_of(folder)
     output = output_of(model.__name__, folder)

@@ -4,6 +4,7 @@ process and on however many cores: each judge computes on one thread."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import threading
@@ -13,15 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
-from edgekit.nas import proxies
+from edgekit.nas import proxies, supernet
 from edgekit.nas.spec import Score
 from edgekit.nas.strategies import draw
 from edgekit.nn import hiera
 from edgekit.nn.hiera_config import HieraConfig
-from edgekit.nn.training import Schedule, fit, outputs
+from edgekit.nn.training import Schedule, accuracy, fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,14 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class Job:
     """One network to judge. epochs: 0 for proxies alone; last: whether the test rows judge it, after it has learned
-    from all others."""
+    from all others; supernet: a file of weights that it inherits instead of learning."""
 
     arguments: Mapping[str, Any]
     seed: int
     epochs: int = 0
     last: bool = False
     proxies: bool = False
+    supernet: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +112,12 @@ def judge(job: Job) -> Judged:
     assert _score is not None
     config = HieraConfig(**job.arguments)
     scores = proxy_scores(config, job.seed, _rows) if job.proxies else {}
-    if not job.epochs:
+    if not job.epochs and not job.supernet:
         return Judged(None, scores)
     assert _rows is not None
+    if job.supernet:
+        found = supernet.inherited_score(_shared(job.supernet), config, _rows.training, _rows.choosing)
+        return Judged(found, scores)
     training, judging = _rows.training, _rows.choosing
     if job.last:
         training, judging = _joined(training, judging), _rows.test
@@ -122,13 +128,17 @@ def judge(job: Job) -> Judged:
         trained = fit(model, training, schedule, seed=job.seed)
     except EdgekitError:  # it diverged: the worst result, and no reason to end a study
         return Judged(0.0, scores)
-    found = outputs(trained, judging, softmax=[False])[0]
-    right = float((found.argmax(axis=1) == judging.labels).mean())
+    right = accuracy(trained, judging)
     weights = None
     if job.last:
         assert isinstance(trained, hiera.Hiera)
         weights = {name: value.numpy().copy() for name, value in hiera.fuse(trained).state_dict().items()}
     return Judged(right, scores, weights)
+
+
+@functools.lru_cache(1)
+def _shared(path: str) -> dict[str, torch.Tensor]:
+    return load_file(path)
 
 
 def proxy_scores(config: HieraConfig, seed: int, rows: Rows | None) -> dict[str, float]:

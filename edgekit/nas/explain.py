@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.nas.outline import outline
+from edgekit.nas.strategies import effects
 from edgekit.nas.study import Study
 from edgekit.nn.hiera_config import ATTENTIONS, HieraConfig, arguments
 
@@ -13,7 +15,8 @@ FEWEST = 4  # digits of a key that name a network
 
 
 def explained(study: Study, key: str) -> dict[str, Any]:
-    """Return a network that the study tried, as JSON: its text, its arguments, and its cost by kind of operator."""
+    """Return a network that the study tried, as JSON: its text, its arguments, its cost by kind of operator, and for
+    each factor the mean score of the networks with its value and with the best one that was tried."""
     keys = {item["key"]: item for item in study.journal.events if item["event"] == "trial"}
     matching = [name for name in keys if name.startswith(key)] if len(key) >= FEWEST else []
     if len(matching) != 1:
@@ -36,8 +39,25 @@ def explained(study: Study, key: str) -> dict[str, Any]:
     ordered = sorted(rows.values(), key=lambda row: (-row["macs"], row["part"]))
     return {
         "key": event["key"], "text": described(config), "arguments": arguments(config), "score": event["score"],
-        "proxies": event["proxies"], "parts": ordered,
+        "proxies": event["proxies"], "parts": ordered, "choices": _choices(study, event),
     }  # fmt: skip
+
+
+def _choices(study: Study, event: Mapping[str, Any]) -> list[dict[str, Any]]:
+    factors = study.spec.space.factors
+    values = {
+        name: str(options[index]) for (name, options), index in zip(factors.items(), event["choice"], strict=True)
+    }
+    rows = []
+    for factor, means in effects(study.spec.space, study.tried(event["arm"])):
+        best = max(means, key=lambda value: means[value])
+        rows.append(
+            {
+                "factor": factor, "value": values[factor], "mean": means[values[factor]], "best": best,
+                "best_mean": means[best],
+            }
+        )  # fmt: skip
+    return rows
 
 
 def described(config: HieraConfig) -> str:

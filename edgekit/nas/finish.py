@@ -12,6 +12,7 @@ from edgekit.errors import EdgekitError
 from edgekit.graph.lower import float_graph
 from edgekit.nas import report
 from edgekit.nas.clock import Progress
+from edgekit.nas.compressed import compress_finalists
 from edgekit.nas.latency import measure
 from edgekit.nas.result import bundle, finalists, summary
 from edgekit.nas.study import Study
@@ -23,13 +24,15 @@ TOLERANCE = 1e-4  # of the largest output: what torch and ONNX Runtime may diffe
 
 def finish(study: Study, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
     """Write the finalists as bundles, measure them, and write `report.json` and `report.html` into the study's folder.
-    Return what report.json holds: the study's `summary` with `measured`, by key. A finalist is verified in ONNX Runtime
-    against torch; one that breaks a limit when it is measured is marked so."""
+    Return what report.json holds: the study's `summary` with `measured` and, if the spec says how, `compressed`, by
+    key. A finalist is verified in ONNX Runtime against torch; one that breaks a limit when it is measured is marked
+    so."""
     found = list({item.key: item for item in finalists(study)}.values())
-    graphs = []
+    graphs, bundles = [], {}
     for number, item in enumerate(found):
         progress("writing and verifying the finalists", number, len(found))
         made = write_bundle(bundle(study, item), study.folder / NETWORKS / f"{item.key}.edge", force=True)
+        bundles[item.key] = made
         inputs, expected = made.golden()
         outputs = open_session(made, "onnxruntime", threads=1).run(inputs)
         for name, wanted in expected.items():
@@ -50,8 +53,10 @@ def finish(study: Study, progress: Progress = lambda what, done, total: None) ->
         if limits.milliseconds is not None and not limits.target and milliseconds > limits.milliseconds:
             breaks.append(f"{milliseconds:.3g} ms, and {limits.milliseconds:g} are allowed")
         measured[item.key] = {"milliseconds": milliseconds, "disturbed": taken.disturbed, "breaks": breaks}
-    values = {**summary(study), "limits": asdict(limits), "measured": measured}
+    values = {**summary(study, measured), "limits": asdict(limits), "measured": measured}
+    if study.spec.compress:
+        values["compressed"] = compress_finalists(study.spec, bundles, study.folder, progress)
     write_file(study.folder / SUMMARY, json.dumps(values, indent=1, allow_nan=False).encode())
-    page = report.render({name: value for name, value in values.items() if name != "measured"}, measured)
+    page = report.render(values)
     write_file(study.folder / report.NAME, page.encode())
     return values

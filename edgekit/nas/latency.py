@@ -13,7 +13,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import ModelProto
@@ -37,11 +37,12 @@ BUSY = 0.9  # the share of wall time that the calls of a measurement must have h
 @dataclass(frozen=True, slots=True)
 class Correction:
     """A factor of the table's seconds for each of GROUPS. error: the median relative error on networks that the fit has
-    not seen; worst: the largest one."""
+    not seen; worst: the largest one; disturbed: whether other programs ran while they were measured."""
 
     factors: tuple[float, ...] = (1.0,) * len(GROUPS)
     error: float = math.nan
     worst: float = math.nan
+    disturbed: bool = False
 
     def seconds(self, parts: Sequence[float]) -> float:
         return float(np.dot(self.factors, parts))
@@ -112,9 +113,10 @@ def calibrate(
         graphs.append(exported(config))
     progress("exporting networks to measure", len(configs), len(configs))
     found = measure(graphs, batch)
-    return corrected(
+    correction = corrected(
         [parts_of(outline(config, batch).work, table) for config in configs], [item.seconds for item in found]
     )
+    return replace(correction, disturbed=any(item.disturbed for item in found))
 
 
 def measure(graphs: Sequence[ModelProto], batch: int = 1, *, seconds: float = 0.5, threads: int = 1) -> list[Measured]:

@@ -53,6 +53,11 @@ def outline(config: HieraConfig, batch: int = 1) -> Outline:
     return Outline(work, writer.parameters, round(macs), round(peak(work)[0]))
 
 
+def costs_of(found: Outline) -> dict[str, float]:
+    """Return what [limits] may limit and needs no clock."""
+    return {"parameters": found.parameters, "macs": found.macs, "activations": found.activations}
+
+
 @dataclass(slots=True)
 class _Writer:
     """Appends operators in the order in which they run. Methods take and return names of activations."""
@@ -184,9 +189,11 @@ def _enter_attention(writer: _Writer, config: HieraConfig, x: str) -> str:
 
 def _attention(writer: _Writer, config: HieraConfig, stage: int, number: int, x: str) -> str:
     entry, batch = config.entry(stage, number), writer.batch
+    if config.kinds[stage] == "levit":
+        return _levit(writer, config, entry, config.ratios[stage], x)
     left = entry.tokens // 4 if entry.pool else entry.tokens
     normed = writer.normalized(x)
-    mixed = _mixed(writer, config, entry, normed, between_units=config.attention(stage, number) == "global")
+    mixed = _mixed(writer, config, entry, normed, between_units=config.attention(stage, number) != "window")
     mixed = writer.product(mixed, entry.out)
     if entry.channels != entry.out:
         x = writer.product(normed, entry.out)
@@ -216,18 +223,49 @@ def _mixed(writer: _Writer, config: HieraConfig, entry: Entry, x: str, *, betwee
         )
         for _ in range(2)
     )
-    matrices = groups[0] * heads
-    scores = writer.add(
-        "MatMul", (query, key), (groups[0], heads, rows, keys), operations=2 * matrices * rows * keys * width,
-        matrices=matrices, inner=width, columns=keys, product=True,
-    )  # fmt: skip
-    scores = writer.pointwise("Softmax", (scores,))
-    mixed = writer.add(
-        "MatMul", (scores, value), (groups[0], heads, rows, width), operations=2 * matrices * rows * keys * width,
-        matrices=matrices, inner=keys, columns=width, product=True,
-    )  # fmt: skip
+    mixed = _weighted(writer, query, key, value)
     mixed = writer.moved("Transpose", mixed, (groups[0], rows, entry.out))
     return writer.view(mixed, (batch, units, left, entry.out))
+
+
+def _weighted(writer: _Writer, query: str, key: str, value: str) -> str:
+    """The weighted sums of values. All three are (images or units, heads, tokens, width)."""
+    images, heads, rows, inner = writer.shape(query)
+    keys, width = writer.shape(value)[2:]
+    matrices = images * heads
+    scores = writer.add(
+        "MatMul", (query, key), (images, heads, rows, keys), operations=2 * matrices * rows * keys * inner,
+        matrices=matrices, inner=inner, columns=keys, product=True,
+    )  # fmt: skip
+    scores = writer.pointwise("Softmax", (scores,))
+    return writer.add(
+        "MatMul", (scores, value), (images, heads, rows, width), operations=2 * matrices * rows * keys * width,
+        matrices=matrices, inner=keys, columns=width, product=True,
+    )  # fmt: skip
+
+
+def _levit(writer: _Writer, config: HieraConfig, entry: Entry, ratio: int, x: str) -> str:
+    batch, units, tokens, heads = writer.batch, entry.units, entry.tokens, entry.out // config.head_dim
+    left = tokens // 4 if entry.pool else tokens
+    asked = x
+    if entry.pool:
+        asked = writer.moved("Gather", x, (batch, units, left, entry.channels))
+    query = writer.pointwise("Mul", (writer.product(asked, entry.out // 2),))
+    q, k, v = (
+        writer.moved("Transpose", part, (batch, heads, units * count, writer.shape(part)[-1] // heads))
+        for part, count in (
+            (query, left), (writer.product(x, entry.out // 2), tokens), (writer.product(x, entry.out), tokens),
+        )
+    )  # fmt: skip
+    mixed = writer.moved("Transpose", _weighted(writer, q, k, v), (batch, units, left, entry.out))
+    y = writer.product(_hardswish(writer, mixed), entry.out)
+    x = writer.pointwise("Add", (x, y)) if entry.channels == entry.out else y
+    inner = _hardswish(writer, writer.product(x, ratio * entry.out))
+    return writer.pointwise("Add", (x, writer.product(inner, entry.out)))
+
+
+def _hardswish(writer: _Writer, x: str) -> str:
+    return writer.pointwise("Mul", (writer.pointwise("HardSigmoid", (x,)), x))
 
 
 def _pooled(writer: _Writer, x: str, entry: Entry) -> str:

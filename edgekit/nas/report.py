@@ -22,15 +22,15 @@ UNITS = {"macs": (1e6, "million multiply-accumulates"), "parameters": (1e3, "tho
          "activations": (1e6, "MB of activations"), "milliseconds": (1.0, "predicted milliseconds")}  # fmt: skip
 
 
-def render(values: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
-    """Return the report of a study's `summary`. measured: milliseconds and broken limits of finalists, by key."""
+def render(values: Mapping[str, Any]) -> str:
+    """Return the report of a study's `summary`, with what `finish` adds to it."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": lambda value: f"{value:.3g}", "count": lambda value: f"{value:,.0f}"}
     template = environment.from_string(files("edgekit.nas").joinpath(NAME).read_text(encoding="utf-8"))
     picture = Markup(to_svg(front_figure(values), "Score against cost", inline=True))
-    return template.render(**values, measured=dict(measured or {}), picture=picture) + "\n"
+    return template.render(**{"measured": {}, "compressed": {}, **values}, picture=picture) + "\n"
 
 
 @styled
@@ -51,6 +51,14 @@ def front_figure(values: Mapping[str, Any]) -> Figure:
             [cost / scale for _, cost, _ in front], [score for *_, score in front], "--" if control else "-",
             color=colour, linewidth=1.4, label=f"front of {arm}",
         )  # fmt: skip
+    if values["cost"] == "milliseconds" and not values.get("limits", {}).get("target"):
+        scores = {key: (cost, score) for points in values["points"].values() for key, cost, score in points}
+        for key, taken in values.get("measured", {}).items():
+            predicted, score = scores[key]
+            axes.plot([predicted, taken["milliseconds"]], [score, score], "-", color=MUTED, linewidth=1)
+            axes.plot(taken["milliseconds"], score, "D", markersize=5, color=MUTED)
+        if values.get("measured"):
+            axes.plot([], [], "D-", markersize=5, color=MUTED, label="predicted to measured")
     axes.set_xlabel(unit)
     axes.set_ylabel("score of the first rung" if values["trained"] else "proxy")
     axes.legend(labelcolor=MUTED, edgecolor=BEFORE)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgekit.bundle.bounded import arrays_from_safetensors, read_file
 from edgekit.bundle.format import Bundle
 from edgekit.errors import EdgekitError
 from edgekit.importers.base import GOLDEN_ROWS
 from edgekit.nas.bundles import bundle_of
+from edgekit.nas.ranks import spearman
 from edgekit.nas.spec import COSTS
 from edgekit.nas.strategies import Tried, effects, fronts
 from edgekit.nas.study import WEIGHTS, Study
@@ -72,6 +72,18 @@ def finalists(study: Study) -> list[Finalist]:
     return sorted(found, key=lambda item: (-item.mean, item.costs[search.cost], item.key))
 
 
+def ranked(items: Sequence[Finalist], measured: Mapping[str, Any], cost: str) -> list[Finalist]:
+    """Return the finalists in the order of what was measured: those that break a limit last, the best score first, and
+    of equal scores the cheaper one."""
+
+    def order(item: Finalist) -> tuple[bool, float, float, str]:
+        taken = measured[item.key]
+        price = taken["milliseconds"] if cost == "milliseconds" else item.costs[cost]
+        return bool(taken["breaks"]), -item.mean, price, item.key
+
+    return sorted(items, key=order)
+
+
 def noise_of(items: Sequence[Finalist]) -> Noise | None:
     """Return the noise between seeds; None if no network has two."""
     several = [item for item in items if len(item.scores) > 1]
@@ -97,26 +109,12 @@ def front(items: Sequence[Tried]) -> list[Tried]:
     return sorted((items[index] for index in fronts(items)[0]), key=lambda item: item.cost) if items else []
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the correlation of ranks, NaN if one side has no order."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
-    if len(first) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
-        return math.nan
-    a, b = (rank - rank.mean() for rank in ranks)
-    return float(a @ b / math.sqrt(float(a @ a) * float(b @ b)))
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the ranks; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    means: npt.NDArray[np.float64] = (ends - (counts - 1) / 2)[inverse]
-    return means
-
-
-def summary(study: Study) -> dict[str, Any]:
-    """Return all that the report shows, as JSON; numbers that are not known are None."""
+def summary(study: Study, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return all that the report shows, as JSON; numbers that are not known are None. measured: milliseconds and broken
+    limits of the finalists, by key, by which they are ranked again."""
     found, spec = finalists(study), study.spec
+    if measured:
+        found = ranked(found, measured, spec.search.cost)
     noise = noise_of(found)
     best = found[0] if found else None
     rows = [
@@ -149,6 +147,10 @@ def summary(study: Study) -> dict[str, Any]:
             "ceiling": _known(noise.ceiling),
         },
         "against_random": compared,
+        "supernet": None if (gate := study.gate) is None else {
+            "epochs": spec.score.supernet, "networks": gate.networks, "correlation": _known(gate.correlation),
+            "accepted": gate.accepted, "text": str(gate),
+        },
         "front": {arm: [[item.key, item.cost, item.score] for item in front(study.tried(arm))] for arm in trials},
         "points": {arm: [[item.key, item.cost, item.score] for item in study.tried(arm)] for arm in trials},
         "proxies": {

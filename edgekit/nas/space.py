@@ -131,7 +131,7 @@ def plain(config: HieraConfig) -> HieraConfig:
     if all(kind in CONVOLUTIONS for kind in config.kinds):
         return replace(config, ratios=ratios, head_dim=1, mask_unit=1)
     first = config.first_attention
-    if all(kind == "global" for kind in config.kinds[first:]):
+    if all(kind != "window" for kind in config.kinds[first:]):
         # one unit of all tokens is the same attention, and has the same order of pools
         return replace(config, ratios=ratios, mask_unit=config.sides[first])
     return replace(config, ratios=ratios)

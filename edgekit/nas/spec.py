@@ -1,5 +1,5 @@
 """What a study is to do: a TOML file of four tables. It determines the result, with the data and, where time is a limit
-or an objective, this machine's operator table."""
+or an objective, this machine's operator table. A fifth table, [compress], says what happens to the finalists."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from edgekit.compression import recipe
+from edgekit.compression.recipe import Step
 from edgekit.errors import EdgekitError, unknown
 from edgekit.nas.proxies import PROXIES
 from edgekit.nas.space import Space, described, open_space
@@ -20,7 +22,9 @@ from edgekit.settings import from_table, read_toml
 FORMAT = 1  # of a study's journal
 COSTS = ("macs", "parameters", "activations", "milliseconds")
 PRESETS = ("turbovit-envelope",)
-TABLES = ("space", "limits", "search", "score")
+TABLES = ("space", "limits", "search", "score", "compress")
+AUTO = "auto"  # in place of a recipe
+FEWEST_CHECKED = 6  # networks that are trained alone before a supernet may judge others
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,11 @@ class Limits:
                 raise EdgekitError(f"{name} = {value}; expected a number above 0")
         if not 1 <= self.batch <= 4096:
             raise EdgekitError(f"batch = {self.batch}; expected 1 to 4096 images")
+
+    def broken(self, costs: Mapping[str, float]) -> list[str]:
+        """Return the limits that a network with these costs breaks."""
+        limits = {name: getattr(self, name) for name in costs}
+        return [f"{name} = {limit:g}" for name, limit in limits.items() if limit is not None and costs[name] > limit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +89,8 @@ class Score:
     """What a network is good at. data: images and labels as for `edgekit compress --data`; without it the proxy is the
     score. epochs: of training in each rung; a rung trains the networks that the one before it kept (keep), and the last
     rung trains each with `seeds` seeds and judges it on the test rows. validation: the share of training rows on which
-    all earlier rungs judge."""
+    all earlier rungs judge. supernet: epochs of training for one set of weights that all networks share, which then
+    judges the first rung if its scores agree with those of `check` networks that were trained alone; 0 for none."""
 
     data: str = ""
     proxy: str = "jacobian"
@@ -90,8 +100,17 @@ class Score:
     validation: float = 0.1
     batch: int = 64
     learning_rate: float = 3e-3
+    supernet: int = 0
+    check: int = 8
 
     def __post_init__(self) -> None:
+        if self.supernet < 0 or self.check < FEWEST_CHECKED:
+            raise EdgekitError(
+                f"supernet = {self.supernet}, check = {self.check}; expected epochs, and {FEWEST_CHECKED} or more "
+                "networks to compare it with"
+            )
+        if self.supernet and not self.data:
+            raise EdgekitError(f"supernet = {self.supernet} needs data, on which it is trained")
         if self.proxy not in PROXIES:
             raise unknown("proxy", self.proxy, PROXIES, where="[score]")
         if len(self.keep) != len(self.epochs) - 1 or not self.epochs or not self.keep:
@@ -104,6 +123,28 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Compression:
+    """How each finalist is compressed at the end. recipe: the passes, as [[compress.pass]] tables; auto: search for
+    them, with `trials` trials; max_loss: the share of test rows that may become wrong; objective: what a pass must
+    gain. The batch size, the target and the seed are the study's."""
+
+    recipe: tuple[Step, ...] = ()
+    auto: bool = False
+    max_loss: float = 0.01
+    trials: int = 40
+    objective: str = "any"
+
+    def __post_init__(self) -> None:
+        if bool(self.recipe) == self.auto:
+            raise EdgekitError("expected either auto = true or the passes of a recipe, [[compress.pass]] name = ...")
+        if not 0 <= self.max_loss < 1 or self.trials < 1:
+            raise EdgekitError(
+                f"max_loss = {self.max_loss}, trials = {self.trials}; expected a share of the rows from 0 to 1, and at "
+                "least one trial"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """A study's tables."""
 
@@ -111,6 +152,13 @@ class Spec:
     limits: Limits
     search: Search
     score: Score
+    compress: Compression | None = None  # it changes no result of the study
+
+    def __post_init__(self) -> None:
+        if self.compress and not self.score.data:
+            raise EdgekitError(
+                "[compress] needs [score] data: without rows, nothing says what a compressed network loses"
+            )
 
     @property
     def timed(self) -> bool:
@@ -128,6 +176,8 @@ class Spec:
         rows and of the operator table."""
         content = {"format": FORMAT, **self.as_json(), "data": data, "table": table}
         del content["score"]["data"]  # the rows count, and not what their file is called
+        if not self.score.supernet:  # studies that began before there was one keep their id
+            del content["score"]["supernet"], content["score"]["check"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -160,4 +210,25 @@ def spec_of(tables: Mapping[str, Any], where: str) -> Spec:
         from_table(Limits, tables.get("limits", {}), f"{where}: [limits]"),
         from_table(Search, tables.get("search", {}), f"{where}: [search]"),
         from_table(Score, tables.get("score", {}), f"{where}: [score]"),
+        _compression(tables["compress"], where) if "compress" in tables else None,
     )
+
+
+def compression_table(recipe_or_auto: str | Path) -> dict[str, Any]:
+    """Return the [compress] table of a recipe's file, or of "auto"."""
+    if str(recipe_or_auto) == AUTO:
+        return {"auto": True}
+    return recipe.to_tables(recipe.read(recipe_or_auto))
+
+
+def _compression(table: Any, where: str) -> Compression:
+    where = f"{where}: [compress]"
+    if not isinstance(table, Mapping):
+        raise EdgekitError(f"{where} is {table!r}; expected a table")
+    values = {name: value for name, value in table.items() if name != "pass"}
+    if "recipe" in values:
+        raise unknown("key", "recipe", ("pass", "auto", "max_loss", "trials", "objective"), where=where)
+    if "pass" in table:
+        values["recipe"] = tuple(recipe.parse({"pass": table["pass"]}, where))
+    found: Compression = from_table(Compression, values, where)
+    return found

@@ -11,7 +11,8 @@ nsga2: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NS
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +24,12 @@ from edgekit.nn.hiera_config import HieraConfig
 
 STRATEGIES = ("generator", "nsga2", "random")
 MOST_DRAWS = 10_000  # of networks that break a limit or are known, for one that is tried
+REPEATS = 200  # draws of known networks, after which a space is taken to have no others
 ELITE = 0.25  # the share of all networks so far that changes the generator
 SMOOTHING = 0.7  # weight of the best networks' values against equal ones
 MUTATION = 0.15  # chance of each factor
 
-Allowed = Callable[[HieraConfig], bool]
+Broken = Callable[[HieraConfig], Sequence[str]]  # the limits that a network breaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +51,66 @@ def draw(study: str, *parts: object) -> np.random.Generator:
 
 def propose(
     strategy: str, space: Space, study: str, number: int, generation: int, history: Sequence[Tried], known: set[str],
-    allowed: Allowed,
+    broken: Broken,
 ) -> tuple[Choice, HieraConfig]:  # fmt: skip
     """Return a new network that keeps the limits. generation: networks that are proposed from the same history;
     history: results of all trials of earlier generations; known: keys of networks that were proposed before. Raises
-    EdgekitError if none is found."""
+    EdgekitError if none is found, and says what excluded how many."""
     rng = draw(study, strategy, number)
     earlier = history[: number // generation * generation]
     drawing = _drawing(strategy, space, earlier, generation, rng)
-    reasons: dict[str, int] = {}
-    for _ in range(MOST_DRAWS):
+    reasons = Counter[str]()
+    for choice, config in _valid(space, drawing, MOST_DRAWS, broken, reasons):
+        if key_of(config) not in known:
+            return choice, config
+        reasons["were tried before"] += 1
+    raise EdgekitError(
+        f"none of {MOST_DRAWS:,} networks drawn for trial {number} can be tried: {told(reasons)}; allow more in "
+        "[limits] or [space], or fewer candidates"
+    )
+
+
+def some(space: Space, rng: np.random.Generator, count: int, draws: int, broken: Broken) -> list[HieraConfig]:
+    """Return different random networks that keep the limits. Raises EdgekitError if none of so many drawn ones does;
+    there may be fewer than `count`."""
+    found: dict[HieraConfig, None] = {}
+    reasons = Counter[str]()
+    repeated = 0  # draws since the last new network
+    for _, config in _valid(space, lambda: space.sample(rng), draws, broken, reasons):
+        repeated = repeated + 1 if config in found else 0
+        found[config] = None
+        if len(found) == count or repeated == REPEATS:
+            break
+    if not found:
+        raise EdgekitError(f"none of {draws:,} networks keeps [limits]: {told(reasons)}; allow more")
+    return list(found)
+
+
+def _valid(
+    space: Space, drawing: Callable[[], Choice], draws: int, broken: Broken, reasons: Counter[str]
+) -> Iterator[tuple[Choice, HieraConfig]]:
+    """Yield drawn networks that keep the limits, and count what excludes the others."""
+    known: dict[HieraConfig, Sequence[str]] = {}  # counting operations takes longer than drawing
+    for _ in range(draws):
         choice = drawing()
         try:
             config = space.config(choice)
         except EdgekitError as error:
-            text = str(error)[:120]
-            reasons[text] = reasons.get(text, 0) + 1
+            reasons[f"do not fit together, such as: {error}"[:200]] += 1
             continue
-        if not allowed(config):
-            reasons["it breaks a limit"] = reasons.get("it breaks a limit", 0) + 1
-        elif key_of(config) in known:
-            reasons["it was tried before"] = reasons.get("it was tried before", 0) + 1
+        if config not in known:
+            known[config] = broken(config)
+        if over := known[config]:
+            reasons.update(f"break {limit}" for limit in over)
         else:
-            return choice, config
-    most = max(reasons, key=lambda text: reasons[text])
-    raise EdgekitError(
-        f"none of {MOST_DRAWS:,} networks drawn for trial {number} can be tried; most often because {most}; allow "
-        "more in [limits] or [space], or fewer candidates"
-    )
+            yield choice, config
+
+
+def told(reasons: Counter[str]) -> str:
+    """Return what excluded how many networks, most first; a network may break several limits."""
+    parts = [f"{count:,} {text}" for text, count in reasons.most_common() if text.startswith("break")]
+    parts += [f"{count:,} {text}" for text, count in reasons.most_common() if not text.startswith("break")][:3]
+    return "; ".join(parts)
 
 
 def _drawing(

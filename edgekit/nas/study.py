@@ -5,6 +5,7 @@ Jamieson and Talwalkar 2016, arXiv 1502.07943), in a folder that a later call co
     journal.jsonl   every decision and result
     latency.json    the operator table and its correction, if time matters
     weights/        of the networks of the last rung
+    supernet.safetensors  the weights that all networks share, if there is a supernet
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,15 @@ from edgekit.nas.bundles import manifest_of
 from edgekit.nas.clock import Progress, open_clock
 from edgekit.nas.evaluate import Job, Judged, Rows
 from edgekit.nas.journal import Journal
-from edgekit.nas.outline import Outline, outline
+from edgekit.nas.outline import Outline, costs_of, outline
 from edgekit.nas.space import key_of
 from edgekit.nas.spec import Spec
-from edgekit.nas.strategies import Tried, draw, propose
+from edgekit.nas.strategies import MOST_DRAWS, Tried, draw, propose, some
+from edgekit.nas.supernet import NETWORKS, Gate, gate, trained
 from edgekit.nn.hiera_config import HieraConfig, arguments
+from edgekit.nn.training import Schedule
 
-JOURNAL, SPEC, WEIGHTS = "journal.jsonl", "study.toml", "weights"
+JOURNAL, SPEC, WEIGHTS, SUPERNET = "journal.jsonl", "study.toml", "weights", "supernet.safetensors"
 Event = dict[str, Any]
 
 
@@ -65,24 +67,36 @@ class Study:
 
     def run(self, processes: int = 2) -> None:
         """Run what is left. processes: networks that are judged at the same time; the result does not depend on it."""
+        supernet = self.spec.score.supernet > 0
+        if supernet:
+            self._train_supernet()
         with _judges(processes, self.rows, self.spec) as judged:
+            if supernet and self.gate is None:
+                self._check_supernet(judged)
             for arm in self.spec.search.arms:
                 self._explore(arm, judged)
             if self.rows is not None:
                 for rung in range(1, len(self.spec.score.epochs)):
                     self._promote(rung, judged)
 
+    @property
+    def gate(self) -> Gate | None:
+        """How far the supernet agrees with stand-alone training; None before that is known, and without a supernet."""
+        checks = self._of("check")
+        if not self.spec.score.supernet or len(checks) < self.spec.score.check:
+            return None
+        return gate([item["score"] for item in checks], [item["inherited"] for item in checks])
+
     def trials(self, arm: str) -> list[Event]:
         """Return the trials of an arm in their order."""
-        return [item for item in self.journal.events if item["event"] == "trial" and item["arm"] == arm]
+        return [item for item in self._of("trial") if item["arm"] == arm]
+
+    def _of(self, event: str) -> list[Event]:
+        return [item for item in self.journal.events if item["event"] == event]
 
     def rung(self, rung: int, arm: str) -> list[Event]:
         """Return the results of a later rung."""
-        return [
-            item
-            for item in self.journal.events
-            if item["event"] == "rung" and (item["rung"], item["arm"]) == (rung, arm)
-        ]
+        return [item for item in self._of("rung") if (item["rung"], item["arm"]) == (rung, arm)]
 
     def tried(self, arm: str) -> list[Tried]:
         """Return the trials as a strategy sees them."""
@@ -91,16 +105,64 @@ class Study:
             for item in self.trials(arm)
         ]
 
-    def allowed(self, config: HieraConfig) -> bool:
-        """Return whether a network keeps the limits."""
+    def broken(self, config: HieraConfig) -> list[str]:
+        """Return the limits that a network breaks."""
         found = outline(config, self.spec.limits.batch)
-        limits = asdict(self.spec.limits)
-        within = all(limits[name] is None or value <= limits[name] for name, value in self._costs(found).items())
-        return within and (self.clock is None or self.clock.fits(found))
+        over = self.spec.limits.broken(self._costs(found))
+        if self.clock is not None and not self.clock.fits(found):
+            over.append("memory of the device, or time at the largest known error of a prediction")
+        return over
+
+    def _train_supernet(self) -> None:
+        """Train the supernet, unless its weights are there. They are those of an undisturbed run, or the study ends."""
+        assert self.rows is not None
+        known, path = self._of("supernet"), self.folder / SUPERNET
+        if known and path.is_file() and _file_digest(path) == known[0]["weights"]:
+            return
+        score, space = self.spec.score, self.spec.space
+        networks = some(space, draw(self.id, "supernet"), NETWORKS, MOST_DRAWS, self.broken)
+        schedule = Schedule(score.supernet, batch=score.batch, learning_rate=score.learning_rate)
+        checkpoint = self.folder / f"{SUPERNET}.checkpoint"
+        with evaluate.prepared(self.rows, score):
+            shared = trained(
+                space, networks, self.rows.training, schedule, self._seed("supernet", 0), checkpoint, self._progress
+            )
+        write_file(path, save({name: value.numpy() for name, value in shared.items()}))
+        if known and _file_digest(path) != known[0]["weights"]:
+            raise EdgekitError(f"{path}: other weights than the study began with; begin it again in another folder")
+        if not known:
+            self.journal.append({"event": "supernet", "epochs": score.supernet, "weights": _file_digest(path)})
+        checkpoint.unlink(missing_ok=True)
+
+    def _check_supernet(self, judged: Judges) -> None:
+        """Train random networks alone, and judge them by the supernet."""
+        score = self.spec.score
+        networks = some(self.spec.space, draw(self.id, "check"), score.check, MOST_DRAWS, self.broken)
+        if len(networks) < score.check:
+            raise EdgekitError(
+                f"only {len(networks)} networks keep [limits], and a supernet is checked on {score.check}"
+            )
+        left = networks[len(self._of("check")) :]
+        jobs = [
+            job
+            for config in left
+            for job in (
+                Job(arguments(config), self._seed(key_of(config), 0), score.epochs[0]),
+                Job(arguments(config), 0, supernet=str(self.folder / SUPERNET)),
+            )
+        ]
+        results = judged(jobs)
+        for config in left:
+            alone, inherited = next(results), next(results)
+            self.journal.append(
+                {"event": "check", "key": key_of(config), "score": alone.score, "inherited": inherited.score}
+            )
+            self._progress("training networks alone to check the supernet", len(self._of("check")), score.check)
 
     def _explore(self, arm: str, judged: Judges) -> None:
         """Try the arm's candidates; the networks of a generation depend on earlier generations alone."""
         search, space = self.spec.search, self.spec.space
+        shared = str(self.folder / SUPERNET) if self.gate and self.gate.accepted else ""
         while (done := len(self.trials(arm))) < search.candidates:
             history = self.tried(arm)
             known = {item.key for item in history}
@@ -108,12 +170,12 @@ class Study:
             proposed = []
             for number in range(done, end):
                 choice, config = propose(
-                    arm, space, self.id, number, search.generation, history, known, self.allowed
+                    arm, space, self.id, number, search.generation, history, known, self.broken
                 )  # fmt: skip
                 known.add(key_of(config))
                 proposed.append((number, choice, config))
             jobs = [
-                Job(arguments(config), self._seed(key_of(config), 0), self._first_epochs, proxies=True)
+                Job(arguments(config), self._seed(key_of(config), 0), self._first_epochs, proxies=True, supernet=shared)
                 for _, _, config in proposed
             ]
             for (number, choice, config), result in zip(proposed, judged(jobs), strict=True):
@@ -165,9 +227,7 @@ class Study:
         return int(draw(self.id, "seed", key, seed).integers(2**31))
 
     def _costs(self, found: Outline) -> dict[str, float]:
-        costs: dict[str, float] = {
-            "parameters": found.parameters, "macs": found.macs, "activations": found.activations,
-        }  # fmt: skip
+        costs = costs_of(found)
         return costs if self.clock is None else {**costs, "milliseconds": self.clock.milliseconds(found)}
 
 
@@ -201,6 +261,10 @@ def _rows_of(spec: Spec) -> tuple[Dataset, Dataset]:
                 "[space]"
             )
     return training, test
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _digest(data: tuple[Dataset, Dataset]) -> str:

@@ -5,7 +5,8 @@ section 4). The authors compute attention on tensors of five axes, which torch's
 ordered by mask unit, (batch, units, tokens of a unit, width), so that attention has the usual four axes and every pool
 is one maximum over an axis.
 
-Stages of convolutions (`edgekit.nn.convolutions`) may come before those with attention.
+Stages of convolutions (`edgekit.nn.convolutions`) may come before those with attention, and blocks of attention may be
+those of `edgekit.nn.levit`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from edgekit.errors import EdgekitError
 from edgekit.nn.convolutions import ConvNorm, Inverted, Rep, Separable
 from edgekit.nn.hiera_config import STEMS, Entry, HieraConfig
+from edgekit.nn.levit import LevitBlock, LinearNorm
 
 EPS = 1e-6  # of layer normalization
 
@@ -137,12 +139,12 @@ def by_unit(x: Tensor, config: HieraConfig) -> Tensor:
 
 
 def fuse(model: Hiera) -> Hiera:
-    """Replace each normalized convolution, and each sum of convolutions, by one convolution with the same result in
+    """Replace each normalized convolution or linear layer, and each sum of convolutions, by one with the same result in
     evaluation mode, in place; return the network."""
     model.eval()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, (Rep, ConvNorm)):
+            if isinstance(child, (Rep, ConvNorm, LinearNorm)):
                 setattr(module, name, child.fused())
     return model
 
@@ -212,8 +214,10 @@ def _convolution(config: HieraConfig, stage: int, number: int) -> nn.Module:
     return (Separable if kind == "separable" else Rep)(entry.channels, entry.out, stride)
 
 
-def _attention(config: HieraConfig, stage: int, number: int) -> AttentionBlock:
+def _attention(config: HieraConfig, stage: int, number: int) -> AttentionBlock | LevitBlock:
+    if config.kinds[stage] == "levit":
+        return LevitBlock(config.entry(stage, number), config.head_dim, config.ratios[stage])
     kind = config.attention(stage, number)
     return AttentionBlock(
-        config.entry(stage, number), config.head_dim, config.ratios[stage], between_units=kind == "global"
+        config.entry(stage, number), config.head_dim, config.ratios[stage], between_units=kind != "window"
     )

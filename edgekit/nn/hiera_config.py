@@ -11,7 +11,7 @@ from edgekit.errors import EdgekitError
 # name -> kernel, stride and padding of each convolution from the image to the first tokens
 STEMS = {"conv7": ((7, 4, 3),), "patch4": ((4, 4, 0),), "conv3x2": ((3, 2, 1), (3, 2, 1))}
 CONVOLUTIONS = ("inverted", "separable", "rep")
-ATTENTIONS = ("window", "global")
+ATTENTIONS = ("window", "global", "levit")
 MOST_BLOCKS, MOST_WIDTH, MOST_SIDE = 200, 8192, 2048
 MOST_NUMBERS = 1 << 28  # of weights; Hiera-L has 214 million
 
@@ -33,9 +33,9 @@ class HieraConfig:
     """Constructor arguments, as a bundle stores them. Tuples have one item for each stage, `pools` one fewer.
 
     width: of the first stage; it doubles with every further stage. kinds: window (mask-unit attention), global
-    (attention between all tokens), inverted, separable, rep. ratios: width of the inner layer of a block in widths of
-    the block; unused in separable and rep. pools: whether the next stage begins with half the side. mask_unit: tokens
-    along a side of a mask unit, where attention begins.
+    (attention between all tokens), levit (the same in blocks that are cheap on CPUs), inverted, separable, rep. ratios:
+    width of the inner layer of a block in widths of the block; unused in separable and rep. pools: whether the next
+    stage begins with half the side. mask_unit: tokens along a side of a mask unit, where attention begins.
     """
 
     depths: tuple[int, ...]
@@ -149,6 +149,8 @@ class HieraConfig:
             )
         if self.widths[first] % self.head_dim:
             return f"head_dim = {self.head_dim}; it must divide the width {self.widths[first]}"
+        if "levit" in self.kinds and self.head_dim % 2:
+            return f"head_dim = {self.head_dim}; levit stages need an even one: keys have half the width"
         return ""
 
 

@@ -191,20 +191,27 @@ def configuration(config: Mapping[str, Any]) -> Any:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise EdgekitError(f"config.json: model_type = {str(model_type)[:60]!r}; transformers {VERSION} cannot read it")
     declared = set(inspect.signature(CONFIG_MAPPING[model_type].__init__).parameters) - {"self", "kwargs"}
-    values = {}
+    values, others = {}, {}
     for name, value in config.items():
         _refuse_loaders(name, value)
         if name in declared | SHARED:
             values[name] = value
         elif name not in NOT_USED and OBSOLETE.get(name) != value:
+            others[name] = value
+    try:
+        found = transformers.AutoConfig.for_model(model_type, **values, attn_implementation="eager")
+    except Exception as error:  # each class checks its values in its own way
+        if not others:
+            raise EdgekitError(f"config.json: transformers {VERSION} cannot read it ({_reason(error)})") from None
+        found = None
+    computed = found.to_dict() if found is not None else {}  # classes save values that they compute from the others
+    for name, value in others.items():
+        if name not in computed or computed[name] != value:
             raise EdgekitError(
                 f"config.json: the key {name[:60]!r} is not one that transformers {VERSION} declares for "
                 f"{model_type!r}; update transformers, or remove the key if the model does not need it"
             )
-    try:
-        return transformers.AutoConfig.for_model(model_type, **values, attn_implementation="eager")
-    except Exception as error:  # each class checks its values in its own way
-        raise EdgekitError(f"config.json: transformers {VERSION} cannot read it ({_reason(error)})") from None
+    return found
 
 
 def _refuse_loaders(name: str, value: Any) -> None:

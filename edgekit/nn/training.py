@@ -138,6 +138,12 @@ def probabilities(model: nn.Module, data: Dataset, *, batch: int = 256) -> npt.N
     return outputs(model, data, softmax=[True], batch=batch)[0]
 
 
+def accuracy(model: nn.Module, data: Dataset) -> float:
+    """Return the share of the rows whose largest output is their label's."""
+    found = outputs(model, data, softmax=[False])[0]
+    return float((found.argmax(axis=1) == data.labels).mean())
+
+
 @torch.no_grad()
 def outputs(
     model: nn.Module, data: Dataset, *, softmax: Sequence[bool], batch: int = 256

@@ -49,7 +49,17 @@ def test_the_examples_of_the_docstrings_are_true(module, monkeypatch, tmp_path):
 
 
 def test_every_verb_has_an_example_or_says_what_its_sibling_shows():
-    for name in ("open", "compress", "export", "bench", "bench_target", "list_targets", "import_module", "Session"):
+    for name in (
+        "open",
+        "compress",
+        "export",
+        "bench",
+        "bench_target",
+        "list_targets",
+        "import_module",
+        "Session",
+        "search_network",
+    ):
         assert ">>>" in getattr(api, name).__doc__, name
 
 

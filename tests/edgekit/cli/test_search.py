@@ -38,9 +38,21 @@ def test_a_study_is_run_shown_explained_and_resumed(folder, edgekit):
     parts = json.loads(edgekit("search", "explain", study, key, "--json").out)
     assert sum(row["parameters"] for row in parts["parts"]) == shown["finalists"][0]["parameters"]
     assert sum(row["macs"] for row in parts["parts"]) == shown["finalists"][0]["macs"]
+    for row in parts["choices"]:
+        assert row["mean"] <= row["best_mean"]
+        assert row["factor"] in told.out
     again = edgekit("search", "resume", study, "--json")
     assert json.loads(again.out)["journal"] == shown["journal"]
     assert edgekit("search", "run", folder / "spec.toml", "-o", study).failed_with(1, "exists", "edgekit search resume")
+    (folder / "recipe.toml").write_text('[[pass]]\nname = "cluster"\nbits = 5\nepochs = 0\n')
+    small = edgekit("search", "resume", study, "--then-compress", folder / "recipe.toml")
+    assert small.status == 0
+    assert "packed bytes" in small.out
+    assert (study / "compressed" / f"{key}.edge" / "edgekit.json").is_file()
+    assert "<h2>Compressed</h2>" in (study / "report.html").read_text()
+    assert json.loads(edgekit("search", "report", study, "--json").out)["journal"] == shown["journal"]
+    twice = edgekit("search", "resume", study, "--then-compress", "auto")
+    assert twice.failed_with(1, "the spec has a [compress] table")
     assert edgekit("search", "explain", study, "zzzz").failed_with(1, "0 networks of the study begin with 'zzzz'")
     assert edgekit("inspect", bundle).status == 0
 
@@ -52,6 +64,10 @@ def test_bad_calls_are_named(folder, edgekit, tmp_path):
         1, "resnet", "turbovit-envelope"
     )
     assert edgekit("search", "run", tmp_path / "no.toml", "-o", tmp_path / "x").failed_with(1, "no such file")
+    no_recipe = ("search", "run", folder / "spec.toml", "--then-compress", tmp_path / "none.toml")
+    assert edgekit(*no_recipe, "-o", tmp_path / "x").failed_with(1, "no such recipe")
+    no_rows = ("search", "run", "--preset", "turbovit-envelope", "--then-compress", "auto")
+    assert edgekit(*no_rows, "-o", tmp_path / "x").failed_with(1, "[compress] needs [score] data")
     assert not (tmp_path / "x").exists()
 
 

@@ -1,14 +1,22 @@
 """The correction of predicted times, and the exported graph that is measured."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from edgekit.errors import EdgekitError
-from edgekit.nas.latency import GROUPS, Correction, corrected, exported, measure
+from edgekit.nas import latency
+from edgekit.nas.clock import ThisMachine
+from edgekit.nas.latency import GROUPS, Correction, Measured, calibrate, corrected, exported, measure
 from edgekit.nn.hiera_config import HieraConfig
 
 SMALL = HieraConfig((1, 1), ("rep", "global"), (1, 2), (True,), 8, 4, 2, "conv3x2", image=16, channels=1, classes=3)
+
+LEVIT = HieraConfig((1, 1), ("levit", "levit"), (1, 2), (True,), 8, 4, 2, "conv3x2", image=16, channels=1, classes=3)
 
 
 def networks(count, noise=0.0, seed=0):
@@ -58,17 +66,61 @@ def test_the_measured_graph_is_the_fused_network_with_a_free_batch():
     assert 0 < found.share <= 1.05
 
 
+def on_one_core(body):
+    """Run with this thread on one core alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        return body()
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_two_busy_processes_on_the_core_are_noticed():
+    """On an idle core the calls have most of the time, behind two other processes about a third."""
+    graph = [exported(SMALL)]
+
+    def share():
+        return measure(graph, seconds=0.5)[0]
+
+    free = on_one_core(share)
+    program = [sys.executable, "-c", "while True: pass"]
+    others = on_one_core(lambda: [subprocess.Popen(program) for _ in range(2)])
+    try:
+        loaded = on_one_core(share)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert loaded.disturbed
+    assert loaded.share < 0.7
+    assert loaded.share < free.share
+    assert not Measured(1e-3, 0.95).disturbed
+
+
+def test_a_calibration_beside_other_programs_says_so(monkeypatch):
+    monkeypatch.setattr(latency, "parts_of", lambda work, table: (1e-3, 1e-3, 1e-3, 1e-3))
+    for share, disturbed in ((1.0, False), (0.5, True)):
+        taken = [Measured(4e-3, 1.0), Measured(4e-3, share), Measured(4e-3, 1.0)]
+        monkeypatch.setattr(latency, "measure", lambda graphs, batch, taken=taken: taken)
+        found = calibrate([SMALL] * 3, None)
+        assert found.disturbed == disturbed
+        text = ThisMachine(None, found, 1).describe()["text"]
+        assert ("Other programs ran" in text) == disturbed
+
+
 def test_no_correction_changes_nothing():
     assert Correction().seconds((1.0, 2.0, 3.0, 4.0)) == 10.0
 
 
-def test_the_graph_gives_the_networks_probabilities():
+@pytest.mark.parametrize("config", [SMALL, LEVIT])
+def test_the_graph_gives_the_networks_probabilities(config):
     import onnxruntime
 
     from edgekit.nas.bundles import bundle_of
 
-    bundle = bundle_of(SMALL)
+    bundle = bundle_of(config)
     inputs, expected = bundle.golden()
-    session = onnxruntime.InferenceSession(exported(SMALL).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exported(config).SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, dict(inputs))
     torch.testing.assert_close(found, expected["probabilities"], rtol=1e-4, atol=1e-5)

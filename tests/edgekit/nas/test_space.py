@@ -32,11 +32,13 @@ def test_what_a_network_does_not_use_does_not_make_it_another_one():
     attention = {"depths": (1, 1), "ratios": (1, 2), "pools": (True,), "width": 8, "head_dim": 4, "image": 32}
     whole = [plain(HieraConfig(**attention, kinds=("global", "global"), mask_unit=n)) for n in (2, 4, 8)]
     units = [plain(HieraConfig(**attention, kinds=("window", "global"), mask_unit=n)) for n in (2, 4, 8)]
-    assert len({key_of(config) for config in whole}) == 1
+    levit = [plain(HieraConfig(**attention, kinds=("levit", "global"), mask_unit=n)) for n in (2, 4, 8)]
+    assert len({key_of(config) for config in whole}) == len({key_of(config) for config in levit}) == 1
     assert len({key_of(config) for config in units}) == 3
 
 
-def test_global_attention_does_not_depend_on_the_unit():
+@pytest.mark.parametrize("kinds", [("global", "global"), ("levit", "levit"), ("levit", "global")])
+def test_global_attention_does_not_depend_on_the_unit(kinds):
     import torch
 
     from edgekit.nn.hiera import Hiera
@@ -44,7 +46,7 @@ def test_global_attention_does_not_depend_on_the_unit():
     outputs = []
     for unit in (2, 4, 8):
         torch.manual_seed(0)
-        config = HieraConfig((1, 1), ("global", "global"), (1, 2), (True,), 8, 4, unit, image=32, classes=3)
+        config = HieraConfig((1, 1), kinds, (1, 2), (True,), 8, 4, unit, image=32, classes=3)
         model = Hiera(config).eval()
         torch.manual_seed(1)
         with torch.no_grad():

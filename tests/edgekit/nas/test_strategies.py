@@ -1,12 +1,15 @@
 """Proposals: pure functions of the study, the number and the history; fronts against the definition."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 
 from edgekit.errors import EdgekitError
+from edgekit.nas import strategies
 from edgekit.nas.space import key_of, open_space
+from edgekit.nas.spec import Limits
 from edgekit.nas.strategies import (
     STRATEGIES,
     Tried,
@@ -17,9 +20,14 @@ from edgekit.nas.strategies import (
     factor_weights,
     fronts,
     propose,
+    some,
     survivors,
 )  # fmt: skip
 
+PLAIN = {
+    "stem": ["patch4"], "head_dim": [16], "mask_unit": [8], "depths": [[1]], "ratios": [[1]], "kinds": [["rep"]],
+    "pools": [], "image": 32,
+}  # fmt: skip
 SPACE = open_space({"name": "hiera2d", "image": 64, "width": [16, 32, 64], "head_dim": [16], "mask_unit": [8]})
 
 
@@ -27,7 +35,7 @@ def study(strategy, count, generation=6, wanted=64, seed="s"):
     """Try networks of which wide ones are better."""
     history, known = [], set()
     for number in range(count):
-        choice, config = propose(strategy, SPACE, seed, number, generation, history, known, lambda config: True)
+        choice, config = propose(strategy, SPACE, seed, number, generation, history, known, lambda config: [])
         known.add(key_of(config))
         score = -abs(config.width - wanted) + 0.01 * config.depths[0]
         history.append(Tried(choice, key_of(config), float(score), float(sum(config.depths))))
@@ -46,7 +54,7 @@ def test_a_proposal_depends_on_earlier_generations_alone(strategy):
     known = {item.key for item in history}
     changed = [*history[:6], *(Tried(item.choice, item.key, 99.0, 0.0) for item in history[6:])]
     arguments = strategy, SPACE, "s", 11, 6
-    assert propose(*arguments, history, known, lambda c: True) == propose(*arguments, changed, known, lambda c: True)
+    assert propose(*arguments, history, known, lambda c: []) == propose(*arguments, changed, known, lambda c: [])
 
 
 def test_the_generator_and_nsga2_find_better_networks_than_chance():
@@ -55,11 +63,37 @@ def test_the_generator_and_nsga2_find_better_networks_than_chance():
     assert late["nsga2"] > late["random"] + 5
 
 
-def test_limits_are_kept_and_impossible_ones_are_named():
-    _, config = propose("random", SPACE, "s", 0, 6, [], set(), lambda config: config.width == 16)
+def test_limits_are_kept_and_impossible_ones_are_named(monkeypatch):
+    monkeypatch.setattr(strategies, "MOST_DRAWS", 1000)
+    _, config = propose("random", SPACE, "s", 0, 6, [], set(), lambda config: ["width"] * (config.width > 16))
     assert config.width == 16
-    with pytest.raises(EdgekitError, match="most often because it breaks a limit; allow more"):
-        propose("random", SPACE, "s", 0, 6, [], set(), lambda config: False)
+    # of three widths, two are above 16, and each network has more than half a layer
+    limits = Limits(parameters=16, macs=0.5)
+    with pytest.raises(EdgekitError, match=r"none of 1,000 networks drawn for trial 0 can be tried") as raised:
+        propose("random", SPACE, "s", 0, 6, [], set(), lambda c: limits.broken({"parameters": c.width, "macs": 1}))
+    counts = {
+        text: int(n.replace(",", "")) for n, text in re.findall(r"([\d,]+) break (\w+ = [\d.]+)", str(raised.value))
+    }
+    assert counts["macs = 0.5"] > 800
+    assert counts["parameters = 16"] == pytest.approx(2 / 3 * counts["macs = 0.5"], rel=0.1)
+    assert "do not fit together" not in str(raised.value) or "such as: hiera" in str(raised.value)
+
+
+def test_what_was_tried_before_is_counted(monkeypatch):
+    monkeypatch.setattr(strategies, "MOST_DRAWS", 50)
+    space = open_space({**PLAIN, "width": [16]})
+    known = {key_of(space.config((0,) * len(space.factors)))}
+    with pytest.raises(EdgekitError, match=r": 50 were tried before; allow more in \[limits\] or \[space\]"):
+        propose("random", space, "s", 0, 6, [], known, lambda config: [])
+
+
+def test_some_are_different_and_keep_the_limits():
+    found = some(SPACE, draw("s"), 20, 500, lambda config: ["width"] * (config.width > 16))
+    assert len({key_of(config) for config in found}) == 20
+    assert {config.width for config in found} == {16}
+    assert len(some(open_space({**PLAIN, "width": [16]}), draw("s"), 20, 50, lambda config: [])) == 1
+    with pytest.raises(EdgekitError, match=r"none of 50 networks keeps \[limits\]: 50 break width; allow more"):
+        some(open_space({**PLAIN, "width": [16]}), draw("s"), 20, 50, lambda config: ["width"])
 
 
 def test_random_numbers_differ_between_decisions():

@@ -24,7 +24,9 @@ from edgekit.nas.explain import explained
 from edgekit.nas.finish import finish
 from edgekit.nas.latency import Correction
 from edgekit.nas.outline import outline
-from edgekit.nas.result import Finalist, front, noise_of, spearman, verdict
+from edgekit.nas.ranks import spearman
+from edgekit.nas.report import front_figure
+from edgekit.nas.result import Finalist, front, noise_of, ranked, verdict
 from edgekit.nas.spec import read_spec, spec_of
 from edgekit.nas.strategies import Tried
 from edgekit.nas.study import JOURNAL, Study
@@ -239,6 +241,55 @@ def test_noise_is_the_spread_between_seeds():
     assert verdict(finalist(0.7, 0.7), finalist(0.75, 0.75), noise) == "not distinguishable"
 
 
+def test_finalists_are_ranked_by_what_was_measured():
+    def item(key, score, macs):
+        return Finalist("generator", key, FLAT, (score,), {"macs": macs, "milliseconds": 1.0})
+
+    items = [item("slow", 0.9, 1.0), item("broken", 0.95, 1.0), item("fast", 0.9, 2.0), item("bad", 0.1, 0.5)]
+    measured = {key: {"milliseconds": ms, "breaks": []} for key, ms in (("slow", 3.0), ("fast", 1.0), ("bad", 0.1))}
+    measured["broken"] = {"milliseconds": 0.5, "breaks": ["0.5 ms, and 0.4 are allowed"]}
+    assert [i.key for i in ranked(items, measured, "milliseconds")] == ["fast", "slow", "bad", "broken"]
+    assert [i.key for i in ranked(items, measured, "macs")] == ["slow", "fast", "bad", "broken"]
+
+
+def test_the_picture_shows_where_measured_times_lie():
+    points = {"generator": [["a", 1.0, 0.5], ["b", 2.0, 0.6]]}
+    values = {"cost": "milliseconds", "points": points, "front": points, "trained": True}
+    measured = {"b": {"milliseconds": 2.5, "breaks": []}}
+    (axes,) = front_figure({**values, "measured": measured, "limits": {"target": ""}}).axes
+    assert [2.0, 2.5] in [list(line.get_xdata()) for line in axes.lines]
+    (axes,) = front_figure({**values, "measured": measured, "limits": {"target": "jetson-nano"}}).axes
+    assert [2.0, 2.5] not in [list(line.get_xdata()) for line in axes.lines]  # the measured times are of this machine
+
+
+CANDIDATES = {  # made on a machine with AVX-512, and without its vector instructions
+    "generator": (
+        "5587aea51cc59158",
+        "64e686bf fd74c31d ee97d57a 26f07329 7df20dbc b756a5db 03edf94d a0d4c19e 9951eebd",
+        "8b800463 e8384775 64e686bf 2e739a32 80e939a7 82e3284d 48489fb3 a0d4c19e fd74c31d",
+    ),
+    "nsga2": (
+        "ff6bdccc025ecdc8",
+        "f3d09a14 00090266 0d8e4ec0 9951eebd 917cef9e 64e686bf 319c1d6c dd401b60 86582b8e",
+        "4ffe7f9d 00090266 6a6f1d20 5e2e48ac c8ea66a1 ce42d3db 233c91e2 8ca74c13 cf7d00f2",
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", CANDIDATES)
+def test_a_studys_id_stands_for_the_same_candidates_on_every_machine(strategy, spec, tmp_path):
+    """Three generations of each arm, stored: their score is exact."""
+    identity, own, control = CANDIDATES[strategy]
+    search = replace(spec.search, strategy=strategy, candidates=9)
+    with closing(
+        Study(replace(spec, search=search, score=replace(spec.score, data="", proxy="macs")), tmp_path)
+    ) as study:
+        study.run(1)
+        assert study.id == identity
+        for arm, keys in ((strategy, own), ("random", control)):
+            assert [item["key"][:8] for item in study.trials(arm)] == keys.split()
+
+
 def test_ranks_are_compared_as_spearman_does():
     from scipy.stats import spearmanr
 
@@ -282,18 +333,23 @@ def test_labels_beyond_the_classes_are_refused(folder, spec, tmp_path):
 
 def test_a_devices_time_and_memory_are_limits(spec, tmp_path):
     proxy = replace(spec, score=replace(spec.score, data="", proxy="macs"), search=replace(spec.search, control=False))
-    limited = replace(proxy, limits=replace(spec.limits, target="jetson-nano", milliseconds=0.4))
+    limited = replace(proxy, limits=replace(spec.limits, target="jetson-nano", milliseconds=4.2 * 0.4))
     with closing(Study(limited, tmp_path / "nano")) as study:
         study.run(1)
         values = finish(study)
         for item in study.trials("generator"):
             work = outline(HieraConfig(**item["arguments"])).work
             assert item["milliseconds"] == 1e3 * estimate(work, find("jetson-nano"), 1).seconds <= 0.4
+        config = HieraConfig(**item["arguments"])
+        assert study.broken(config) == []
+        study.clock = replace(study.clock, most=4.19 * item["milliseconds"])
+        assert study.broken(config) == ["memory of the device, or time at the largest known error of a prediction"]
         found = explained(study, values["finalists"][0]["key"])
     assert sum(row["milliseconds"] for row in found["parts"] if "milliseconds" in row) == pytest.approx(
         values["finalists"][0]["milliseconds"]
     )
     assert values["clock"]["target"] == "jetson-nano"
+    assert "0.9 to 1.2 times on jetson-agx-orin-64gb" in values["clock"]["text"]
     assert all(item["breaks"] == [] for item in values["measured"].values())  # they are of this machine
     nano = find("jetson-nano")
     small = replace(nano, memory=replace(nano.memory, value=1.0))

@@ -9,9 +9,15 @@ from torch.nn import functional as F
 from edgekit.errors import EdgekitError
 from edgekit.nn import hiera
 from edgekit.nn.hiera_config import MOST_NUMBERS, Entry, HieraConfig, arguments, published
+from edgekit.nn.levit import LevitBlock, LinearNorm
 
 MIXED = HieraConfig(
     (1, 2, 2, 2), ("rep", "inverted", "window", "global"), (1, 3, 2, 2), (True, True, True), 16, 16, 4, "conv3x2",
+    image=64, channels=1, classes=5,
+)  # fmt: skip
+
+LEVIT = HieraConfig(
+    (1, 2, 2, 1), ("rep", "levit", "levit", "global"), (1, 2, 3, 2), (True, True, True), 8, 8, 4, "conv3x2",
     image=64, channels=1, classes=5,
 )  # fmt: skip
 
@@ -56,8 +62,16 @@ def test_the_published_tiny_network_has_the_published_size():
 
 
 def test_the_bound_is_above_the_size():
-    for kinds in (("rep", "inverted", "window", "global"), ("separable",) * 4, ("inverted",) * 4, ("window",) * 4):
-        config = HieraConfig(**{**arguments(MIXED), "kinds": kinds, "mask_unit": 16 if kinds[0] == "window" else 4})
+    for kinds in (
+        ("rep", "inverted", "window", "global"),
+        ("separable",) * 4,
+        ("inverted",) * 4,
+        ("window",) * 4,
+        ("levit",) * 4,
+    ):
+        config = HieraConfig(
+            **{**arguments(MIXED), "kinds": kinds, "mask_unit": 16 if kinds[0] in ("window", "levit") else 4}
+        )
         model = hiera.build(**arguments(config))
         numbers = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
         assert numbers <= config.most_numbers <= 20 * numbers
@@ -130,10 +144,50 @@ def test_a_block_is_its_formula(pool, between_units):
         torch.testing.assert_close(block(x), naive(block, x), rtol=1e-10, atol=1e-10)
 
 
+def naive_levit(block: LevitBlock, x: torch.Tensor) -> torch.Tensor:
+    """The block in float64, with loops over images, heads and queries, and each normalization by its formula."""
+
+    def layer(module: LinearNorm, tokens: torch.Tensor) -> torch.Tensor:
+        norm = module.norm
+        y = tokens @ module.linear.weight.T
+        return (y - norm.running_mean) / torch.sqrt(norm.running_var + norm.eps) * norm.weight + norm.bias
+
+    entry, keys = block.entry, block.keys
+    left, width = entry.tokens // (4 if entry.pool else 1), entry.out // block.heads
+    asked = x[:, :, :left]  # the first of each square: the slowest axis of a unit is the position in its square
+    found = torch.zeros(len(x), entry.units * left, entry.out, dtype=x.dtype)
+    for image, head in itertools.product(range(len(x)), range(block.heads)):
+        q = layer(block.query, asked[image]).flatten(0, 1)[:, head * keys : (head + 1) * keys]
+        k = layer(block.key, x[image]).flatten(0, 1)[:, head * keys : (head + 1) * keys]
+        v = layer(block.value, x[image]).flatten(0, 1)[:, head * width : (head + 1) * width]
+        for n, row in enumerate(q):
+            found[image, n, head * width : (head + 1) * width] = torch.softmax(k @ row / keys**0.5, dim=0) @ v
+    y = layer(block.proj, F.hardswish(found)).reshape(len(x), entry.units, left, entry.out)
+    x = x + y if entry.channels == entry.out else y
+    return x + layer(block.fc2, F.hardswish(layer(block.fc1, x)))
+
+
+@pytest.mark.parametrize(("out", "pool"), [(8, False), (16, False), (16, True)])
+def test_a_levit_block_is_its_formula(out, pool):
+    block = randomized(LevitBlock(Entry(8, out, 3, 8, pool), 4, 2)).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), naive_levit(block, x), rtol=1e-10, atol=1e-10)
+
+
+def test_queries_that_are_left_out_are_those_of_every_second_row_and_column():
+    config = HieraConfig((1, 1), ("levit", "levit"), (1, 1), (True,), 4, 4, 8, image=64, channels=1, classes=2)
+    numbers = torch.arange(256.0).reshape(1, 16, 16)
+    tokens = hiera.by_unit(numbers.reshape(1, 256, 1).expand(1, 256, 4), config)
+    left = tokens.shape[2] // 4
+    assert sorted(tokens[:, :, :left, 0].flatten().tolist()) == sorted(numbers[:, ::2, ::2].flatten().tolist())
+
+
 @pytest.mark.parametrize("batch", [1, 2])
-def test_gradients_are_those_of_differences(batch):
+@pytest.mark.parametrize("config", [MIXED, LEVIT])
+def test_gradients_are_those_of_differences(config, batch):
     """Of every parameter along its own direction; torch's own was wrong at batch 1 behind a transposed view."""
-    model = randomized(hiera.build(**arguments(MIXED))).double()
+    model = randomized(hiera.build(**arguments(config))).double()
     image = torch.randn(batch, 1, 64, 64, dtype=torch.float64)
     names, values = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(model(image).sum(), values)
@@ -148,15 +202,24 @@ def test_gradients_are_those_of_differences(batch):
         assert found == pytest.approx((high - low) / 2e-6, rel=1e-4, abs=1e-5), name
 
 
-def test_a_fused_network_has_the_same_outputs():
-    model = randomized(hiera.build(**arguments(MIXED)))
-    image = torch.randn(3, 1, 64, 64)
+@pytest.mark.parametrize("config", [MIXED, LEVIT])
+def test_a_fused_network_has_the_same_outputs(config):
+    torch.manual_seed(0)
+    model = hiera.build(**arguments(config)).double().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                value.data = torch.rand_like(value) + 0.5
+    image = torch.randn(3, 1, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         expected = model(image)
         fused = hiera.fuse(model)
-        torch.testing.assert_close(fused(image), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert not [name for name, _ in fused.named_modules() if "norm" in name and "convolutions" in name]
-    hiera.build(fused=True, **arguments(MIXED)).load_state_dict(fused.state_dict())
+        torch.testing.assert_close(fused(image), expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+        name, bias = next((name, value) for name, value in fused.named_parameters() if name.endswith("bias"))
+        bias += 1e-3  # a wrong bias is noticed
+        assert (fused(image) - expected).abs().max() > 1e-8 * float(expected.abs().max()), name
+    assert not [module for module in fused.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    hiera.build(fused=True, **arguments(config)).load_state_dict(fused.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -167,11 +230,12 @@ def test_a_fused_network_has_the_same_outputs():
         ({"depths": (1, 2, 2, 10**9)}, r"whole numbers from 1 to 200"),
         ({"width": 2.5}, r"width = 2.5; expected a whole number"),
         ({"kinds": ("rep", "window", "rep", "global")}, "convolutional stages come before"),
-        ({"kinds": ("rep", "window", "deep", "global")}, "kind 'deep'; allowed: window, global, inverted"),
+        ({"kinds": ("rep", "window", "deep", "global")}, "kind 'deep'; allowed: window, global, levit, inverted"),
         ({"stem": "conv9"}, "stem = 'conv9'; allowed: conv7, patch4, conv3x2"),
         ({"image": 40}, "image = 40; expected a multiple of 32"),
         ({"mask_unit": 3}, "mask_unit = 3; it must divide the 4 tokens"),
         ({"mask_unit": 1}, "mask_unit = 1; expected a multiple of 2"),
+        ({"kinds": ("rep", "rep", "levit", "levit"), "head_dim": 1}, "head_dim = 1; levit stages need an even one"),
         ({"head_dim": 48}, "head_dim = 48; it must divide the width 64"),
         ({"pools": (1, 0, 1)}, "expected true or false"),
         ({"deep": 1}, "allowed arguments: depths, kinds"),
