@@ -42,7 +42,7 @@ class Clock(Protocol):
         ...
 
     def fits(self, found: Outline) -> bool:
-        """Return whether the network fits into the device's memory."""
+        """Return whether the network fits into the device's memory, and keeps the limit of time in the worst case."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -52,11 +52,13 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ThisMachine:
-    """The operator table of this machine, corrected by measured networks of the space at the same batch size."""
+    """The operator table of this machine, corrected by measured networks of the space at the same batch size. most: the
+    limit in milliseconds, if there is one."""
 
     table: OperatorTable
     correction: Correction
     batch: int
+    most: float | None = None
 
     @property
     def digest(self) -> str:
@@ -73,7 +75,9 @@ class ThisMachine:
         return times
 
     def fits(self, found: Outline) -> bool:
-        return True
+        """Return whether the network keeps the limit even if the prediction is as wrong as the worst one that was seen:
+        a search for the largest network under a limit finds those whose time is predicted too short."""
+        return self.most is None or self.milliseconds(found) * (1 + self.correction.worst) <= self.most
 
     def describe(self) -> dict[str, Any]:
         error, worst = self.correction.error, self.correction.worst
@@ -122,17 +126,17 @@ def open_clock(spec: Spec, folder: Path, progress: Progress) -> Clock:
     a study that continues has the same one."""
     if spec.limits.target:
         return Device(find(spec.limits.target), spec.limits.batch)
-    path, batch = folder / FILE, spec.limits.batch
+    path, batch, most = folder / FILE, spec.limits.batch, spec.limits.milliseconds
     if path.is_file():
         try:
             values = json.loads(path.read_bytes())
             weights = {name: tuple(row) for name, row in values["table"]["weights"].items()}
             correction = Correction(**{**values["correction"], "factors": tuple(values["correction"]["factors"])})
-            return ThisMachine(OperatorTable(**{**values["table"], "weights": weights}), correction, batch)
+            return ThisMachine(OperatorTable(**{**values["table"], "weights": weights}), correction, batch, most)
         except (ValueError, TypeError, LookupError, AttributeError):
             raise EdgekitError(f"{path}: damaged; delete the folder and begin the study again") from None
     measured = table(progress=progress)
-    found = ThisMachine(measured, calibrate(_anchors(spec), measured, batch, progress), batch)
+    found = ThisMachine(measured, calibrate(_anchors(spec), measured, batch, progress), batch, most)
     content = {"table": asdict(found.table), "correction": asdict(found.correction)}
     write_file(path, json.dumps(content, indent=1).encode())
     return found

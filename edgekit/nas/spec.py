@@ -5,21 +5,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from edgekit.cost.roofline import estimate
 from edgekit.errors import EdgekitError, unknown
+from edgekit.nas.outline import outline
 from edgekit.nas.proxies import PROXIES
 from edgekit.nas.space import Space, described, open_space
 from edgekit.nas.strategies import STRATEGIES
+from edgekit.nn.hiera_config import published
 from edgekit.settings import from_table, read_toml
+from edgekit.targets.profile import find, names
 
 FORMAT = 1  # of a study's journal
 COSTS = ("macs", "parameters", "activations", "milliseconds")
-PRESETS = ("turbovit-envelope",)
+THIS_CPU = "turbovit-this-cpu"
+PRESETS = ("turbovit-envelope", THIS_CPU)
+OF_TARGET = "turbovit-"  # and the name of one of `edgekit targets`: the envelope on that device
 TABLES = ("space", "limits", "search", "score")
 
 
@@ -139,10 +146,20 @@ def read_spec(path: Path) -> Spec:
 
 
 def preset_text(name: str) -> str:
-    """Return one of the packaged specs, as TOML."""
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS, where="edgekit search")
-    return files("edgekit.nas").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
+    """Return one of the packaged specs, as TOML. turbovit-TARGET is that of this CPU with the target in its place, and
+    with half the estimated time of a Hiera of TurboViT's size there as the limit."""
+    target = name.removeprefix(OF_TARGET)
+    if name not in PRESETS and (not name.startswith(OF_TARGET) or target not in names()):
+        raise unknown("preset", name, (*PRESETS, *(OF_TARGET + item for item in names())), where="edgekit search")
+    packaged = name if name in PRESETS else THIS_CPU
+    text = files("edgekit.nas").joinpath(f"presets/{packaged}.toml").read_text(encoding="utf-8")
+    if name in PRESETS:
+        return text
+    hiera = outline(published((1, 2, 7, 2), width=64, heads=1))
+    limit = f"milliseconds = {500 * estimate(hiera.work, find(target), 1).seconds:.3g}"
+    _, space = text.split("[space]", 1)
+    own = re.sub(r"^milliseconds = .*$", f'target = "{target}"\n{limit}', space, flags=re.MULTILINE)
+    return f"# {THIS_CPU} for a {target}: half the estimated time of a Hiera of TurboViT's size\n[space]{own}"
 
 
 def spec_of(tables: Mapping[str, Any], where: str) -> Spec:
