@@ -49,8 +49,9 @@ def use(folder: Path) -> dict[str, str]:
         raise SystemExit(
             f"{folder}: {error}; install the peers there: pip install --no-deps --target {folder} {' '.join(PEERS)}"
         ) from None
-    for name in [name for name, module in sys.modules.items() if isinstance(module, MagicMock)]:
-        del sys.modules[name]  # torch's exporter registers what torchvision has, if it is there
+    finally:  # torch's exporter registers what torchvision has, if it is there
+        for name in [name for name, module in sys.modules.items() if isinstance(module, MagicMock)]:
+            del sys.modules[name]
     versions = importlib.import_module("importlib.metadata").version
     return {name: versions(name) for name in ("timm", "fastervit")}
 

@@ -15,9 +15,7 @@ import pytest
 import torch
 
 from edgekit.bundle.store import open_bundle
-from edgekit.cost.measured import OperatorTable
 from edgekit.cost.roofline import estimate
-from edgekit.cost.samples import ALIKE
 from edgekit.errors import EdgekitError
 from edgekit.nas.clock import Device
 from edgekit.nas.explain import explained
@@ -185,14 +183,11 @@ LIMIT = 0.6  # ms on that table; some networks of the space take longer
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch, fixed_table):
     """Replace the measurements of this machine by fixed ones: a table on which every operator takes 10 us."""
-    families = (*ALIKE.values(), "convolution", "depthwise", "product with weights", "product of activations")
-    weights = dict.fromkeys((*families, "Reshape", "Add row", "Mul row"), (1e-05, 0.0, 0.0, 0.0, 0.0, 0.0))
-    fixed = OperatorTable(weights, 0.0, 0.0, 1 << 20, 16, 1.0, {}, {}, {}, "fixed")
-    monkeypatch.setattr("edgekit.nas.clock.table", lambda progress: fixed)
+    monkeypatch.setattr("edgekit.nas.clock.table", lambda progress: fixed_table)
     monkeypatch.setattr("edgekit.nas.clock.calibrate", lambda *arguments: Correction((2.0, 1.0, 1.0, 1.0), 0.03, 0.1))
-    return fixed
+    return fixed_table
 
 
 def test_predicted_time_is_a_limit_and_part_of_the_studys_identity(clock, spec, tmp_path, monkeypatch):
@@ -210,7 +205,7 @@ def test_predicted_time_is_a_limit_and_part_of_the_studys_identity(clock, spec, 
             convolutions = sum(o.op_type == "Conv" and o.matrices == 1 for o in operators)
             views = len(outline(HieraConfig(**item["arguments"])).work.operators) - len(operators)
             assert item["milliseconds"] == pytest.approx(1e-2 * (len(operators) + convolutions + views))
-            assert item["milliseconds"] <= LIMIT
+            assert item["milliseconds"] * 1.1 <= LIMIT  # the worst error that was seen is 0.1
         identity = study.id
     monkeypatch.setattr("edgekit.nas.clock.table", lambda progress: pytest.fail("the study has its own table"))
     with closing(Study(timed, tmp_path)) as study:
