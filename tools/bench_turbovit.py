@@ -3,11 +3,13 @@
     edgekit search run --preset turbovit-this-cpu -o envelope
     python tools/bench_turbovit.py envelope --peers FOLDER --graphs FOLDER --json turbovit.json
 
-Every network is exported with random weights at several opsets, and the one that ONNX Runtime runs fastest counts, with
-all its graph optimizations. Batch 1 and 16, 224x224 colour images, one thread by CPU time and two threads by wall time.
-`share` is the part of wall time that the calls on one thread had: below 0.9, other programs disturbed the run. Random
-weights say nothing of quality: no accuracy on ImageNet was measured, of TurboViT there are no weights to compare with,
-and the found network has no more than its size beside the published ones.
+Every network is exported with random weights at two opsets, and the one that ONNX Runtime runs faster counts, with all
+its graph optimizations. Batch 1 and 16, 224x224 colour images, one thread by CPU time and two threads by wall time.
+`others` is the number of processors that other programs kept busy meanwhile, `share` the part of wall time that the
+calls on one thread had: if it is below 0.9, the run was disturbed, and its wall times mean little.
+
+Random weights say nothing of quality: no accuracy on ImageNet was measured, of TurboViT there are no weights to compare
+with, and the found network has no more than its size beside the published ones.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import functools
 import io
 import json
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -135,6 +138,12 @@ def measured(
     return {name: {key: round(float(value), 3) for key, value in row.items()} for name, row in rows.items()}
 
 
+def busy_seconds() -> float:
+    """Return the seconds that all processors were busy since the system began (Linux)."""
+    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
 def bars(times: Mapping[str, float]) -> dict[str, Any]:
     """Return what was asked for at batch 1, and whether it is so. times: milliseconds by network."""
     own = times["found"]
@@ -184,9 +193,16 @@ def main() -> None:
         print(f"{name:26} {networks[name]['by_opset']}", flush=True)
     rows, verdicts = [], {}
     for batch, threads in ((1, 1), (1, 2), (16, 1), (16, 2)):
+        before = busy_seconds(), time.process_time(), time.perf_counter()
         times = measured(graphs, batch, threads, options.seconds, options.rounds)
+        busy, own, taken = (
+            after - start
+            for after, start in zip((busy_seconds(), time.process_time(), time.perf_counter()), before, strict=True)
+        )
+        others = round(max(0.0, busy - own) / taken, 2)
+        print(f"batch {batch} threads {threads}: other programs kept {others} processors busy", flush=True)
         middle = {name: row["p50"] for name, row in times.items()}
-        rows.append({"batch": batch, "threads": threads, "milliseconds per image": times})
+        rows.append({"batch": batch, "threads": threads, "others": others, "milliseconds per image": times})
         if batch == 1:
             verdicts[f"{threads} threads"] = bars(middle)
         for name in sorted(times, key=lambda name: middle[name]):
