@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from edgekit.cost.measured import table
 from edgekit.cost.roofline import estimate
 from edgekit.errors import EdgekitError, unknown
 from edgekit.nas.outline import outline
@@ -146,20 +146,21 @@ def read_spec(path: Path) -> Spec:
 
 
 def preset_text(name: str) -> str:
-    """Return one of the packaged specs, as TOML. turbovit-TARGET is that of this CPU with the target in its place, and
-    with half the estimated time of a Hiera of TurboViT's size there as the limit."""
+    """Return one of the packaged specs, as TOML. turbovit-TARGET is that of this CPU with a target in its place; both
+    limit the time to half of what a Hiera of TurboViT's size takes there, by this machine's operator table or by the
+    target's data sheet."""
     target = name.removeprefix(OF_TARGET)
     if name not in PRESETS and (not name.startswith(OF_TARGET) or target not in names()):
         raise unknown("preset", name, (*PRESETS, *(OF_TARGET + item for item in names())), where="edgekit search")
     packaged = name if name in PRESETS else THIS_CPU
     text = files("edgekit.nas").joinpath(f"presets/{packaged}.toml").read_text(encoding="utf-8")
-    if name in PRESETS:
+    if packaged != THIS_CPU:
         return text
-    hiera = outline(published((1, 2, 7, 2), width=64, heads=1))
-    limit = f"milliseconds = {500 * estimate(hiera.work, find(target), 1).seconds:.3g}"
-    _, space = text.split("[space]", 1)
-    own = re.sub(r"^milliseconds = .*$", f'target = "{target}"\n{limit}', space, flags=re.MULTILINE)
-    return f"# {THIS_CPU} for a {target}: half the estimated time of a Hiera of TurboViT's size\n[space]{own}"
+    hiera = outline(published((1, 2, 7, 2), width=64, heads=1)).work
+    here = name == THIS_CPU
+    seconds = table().total(hiera) if here else estimate(hiera, find(target), 1).seconds
+    of_target = "" if here else f'target = "{target}"\n'
+    return text.replace("[limits]\n", f"[limits]\n{of_target}milliseconds = {500 * seconds:.3g}\n")
 
 
 def spec_of(tables: Mapping[str, Any], where: str) -> Spec:

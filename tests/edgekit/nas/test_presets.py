@@ -20,15 +20,22 @@ from edgekit.targets.profile import find
 FLAT = HieraConfig((1,), ("rep",), (1,), (), 8, 1, 1, image=32)
 
 
-def opened(name, folder):
-    path = folder / "spec.toml"
-    path.write_text(preset_text(name))
-    return spec_of(read_toml(path), name)
+@pytest.fixture
+def opened(tmp_path, monkeypatch, fixed_table):
+    """Return a function that reads a preset on a machine where every operator takes 10 us."""
+    monkeypatch.setattr("edgekit.nas.spec.table", lambda: fixed_table)
+
+    def read(name):
+        path = tmp_path / "spec.toml"
+        path.write_text(preset_text(name))
+        return spec_of(read_toml(path), name)
+
+    return read
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "turbovit-jetson-nano"])
-def test_a_preset_keeps_the_published_limits(name, tmp_path):
-    spec = opened(name, tmp_path)
+def test_a_preset_keeps_the_published_limits(name, opened):
+    spec = opened(name)
     assert (spec.limits.parameters, spec.limits.macs) == (12.71e6, 2.2e9)
     assert spec.timed
     drawn = 0
@@ -45,16 +52,20 @@ def test_a_preset_keeps_the_published_limits(name, tmp_path):
             return
 
 
-def test_the_limit_of_a_device_is_half_of_a_hieras_time_there(tmp_path):
-    limits = opened("turbovit-jetson-nano", tmp_path).limits
+def test_the_limit_of_time_is_half_of_a_hieras_time_there(opened):
+    limits = opened("turbovit-jetson-nano").limits
     hiera = outline(published((1, 2, 7, 2), width=64, heads=1))
     assert hiera.parameters == pytest.approx(12.66e6, rel=1e-3)
     assert hiera.macs == pytest.approx(2.25e9, rel=5e-3)
     seconds = estimate(hiera.work, find("jetson-nano"), 1).seconds
     assert limits.target == "jetson-nano"
     assert limits.milliseconds == pytest.approx(1e3 * seconds / 2, rel=5e-3)
-    slower = opened("turbovit-jetson-orin-nano-8gb", tmp_path).limits
-    assert slower.milliseconds < limits.milliseconds
+    faster = opened("turbovit-jetson-orin-nano-8gb").limits
+    assert faster.milliseconds < limits.milliseconds
+    here = opened("turbovit-this-cpu").limits
+    assert here.target == ""
+    assert here.milliseconds == pytest.approx(1e-2 * len(hiera.work.operators) / 2, rel=0.1)
+    assert opened("turbovit-envelope").limits.milliseconds is None
 
 
 def test_an_unknown_device_of_a_preset_is_refused_with_those_that_are_known():
