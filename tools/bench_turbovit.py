@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import itertools
 import json
 import os
 import time
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--graphs", type=Path, required=True, help="folder of exported graphs, which are kept")
     parser.add_argument("--export-only", action="store_true", help="export and verify; nothing is timed")
+    parser.add_argument("--batch", type=int, nargs="+", default=(1, 16))
     parser.add_argument("--seconds", type=float, default=2.0, help="of calls for each network, batch and thread count")
     parser.add_argument("--rounds", type=int, default=9, help="at least")
     options = parser.parse_args()
@@ -192,7 +194,7 @@ def main() -> None:
         graphs[name] = made[best]
         print(f"{name:26} {networks[name]['by_opset']}", flush=True)
     rows, verdicts = [], {}
-    for batch, threads in ((1, 1), (1, 2), (16, 1), (16, 2)):
+    for batch, threads in itertools.product(options.batch, (1, 2)):
         before = busy_seconds(), time.process_time(), time.perf_counter()
         times = measured(graphs, batch, threads, options.seconds, options.rounds)
         busy, own, taken = (
