@@ -11,9 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from edgekit.cost.measured import table
 from edgekit.cost.roofline import estimate
 from edgekit.errors import EdgekitError, unknown
+from edgekit.nas.latency import exported, measure
 from edgekit.nas.outline import outline
 from edgekit.nas.proxies import PROXIES
 from edgekit.nas.space import Space, described, open_space
@@ -147,8 +147,7 @@ def read_spec(path: Path) -> Spec:
 
 def preset_text(name: str) -> str:
     """Return one of the packaged specs, as TOML. turbovit-TARGET is that of this CPU with a target in its place; both
-    limit the time to half of what a Hiera of TurboViT's size takes there, by this machine's operator table or by the
-    target's data sheet."""
+    limit the time to half of what a Hiera of TurboViT's size takes there, measured or by the target's data sheet."""
     target = name.removeprefix(OF_TARGET)
     if name not in PRESETS and (not name.startswith(OF_TARGET) or target not in names()):
         raise unknown("preset", name, (*PRESETS, *(OF_TARGET + item for item in names())), where="edgekit search")
@@ -156,10 +155,11 @@ def preset_text(name: str) -> str:
     text = files("edgekit.nas").joinpath(f"presets/{packaged}.toml").read_text(encoding="utf-8")
     if packaged != THIS_CPU:
         return text
-    hiera = outline(published((1, 2, 7, 2), width=64, heads=1)).work
-    here = name == THIS_CPU
-    seconds = table().total(hiera) if here else estimate(hiera, find(target), 1).seconds
-    of_target = "" if here else f'target = "{target}"\n'
+    hiera, of_target = published((1, 2, 7, 2), width=64, heads=1), f'target = "{target}"\n'
+    if name == THIS_CPU:
+        seconds, of_target = measure([exported(hiera)])[0].seconds, ""
+    else:
+        seconds = estimate(outline(hiera).work, find(target), 1).seconds
     return text.replace("[limits]\n", f"[limits]\n{of_target}milliseconds = {500 * seconds:.3g}\n")
 
 

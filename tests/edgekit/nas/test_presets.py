@@ -8,7 +8,7 @@ import pytest
 from edgekit.cost.roofline import estimate
 from edgekit.errors import EdgekitError
 from edgekit.nas.clock import ThisMachine
-from edgekit.nas.latency import Correction
+from edgekit.nas.latency import Correction, Measured
 from edgekit.nas.outline import outline
 from edgekit.nas.proxies import sizes
 from edgekit.nas.spec import PRESETS, preset_text, spec_of
@@ -21,9 +21,12 @@ FLAT = HieraConfig((1,), ("rep",), (1,), (), 8, 1, 1, image=32)
 
 
 @pytest.fixture
-def opened(tmp_path, monkeypatch, fixed_table):
-    """Return a function that reads a preset on a machine where every operator takes 10 us."""
-    monkeypatch.setattr("edgekit.nas.spec.table", lambda: fixed_table)
+def opened(tmp_path, monkeypatch):
+    """Return a function that reads a preset on a machine where an image takes 10 ns for each parameter."""
+    monkeypatch.setattr("edgekit.nas.spec.exported", lambda config: config)
+    monkeypatch.setattr(
+        "edgekit.nas.spec.measure", lambda configs: [Measured(1e-8 * outline(item).parameters, 1.0) for item in configs]
+    )
 
     def read(name):
         path = tmp_path / "spec.toml"
@@ -64,7 +67,7 @@ def test_the_limit_of_time_is_half_of_a_hieras_time_there(opened):
     assert faster.milliseconds < limits.milliseconds
     here = opened("turbovit-this-cpu").limits
     assert here.target == ""
-    assert here.milliseconds == pytest.approx(1e-2 * len(hiera.work.operators) / 2, rel=0.1)
+    assert here.milliseconds == pytest.approx(1e-5 * hiera.parameters / 2, rel=5e-3)
     assert opened("turbovit-envelope").limits.milliseconds is None
 
 
