@@ -154,7 +154,7 @@ def test_the_report_shows_every_finalist_and_the_noise(done):
     assert "are not told apart" in page
     assert json.loads((study.folder / "report.json").read_text())["journal"] == study.journal.digest
     assert values["against_random"] in ("better", "worse", "not distinguishable")
-    assert set(values["proxies"]) == {"parameters", "macs", "jacobian", "synflow"}
+    assert set(values["proxies"]) == {"parameters", "macs", "capacity", "jacobian", "synflow"}
 
 
 def test_a_finalist_that_breaks_a_limit_when_measured_is_marked(done):
