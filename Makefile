@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: withou
 
 MAKEFLAGS += --jobs=2
 
-.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-api test-spark demo bench bench-models bench-search bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train bench-serve
+.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-api test-spark demo bench bench-models bench-search bench-turbovit bench-animals bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train bench-serve
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -75,6 +75,18 @@ bench-compress: setup ## what --auto ships beside what the stock tools would, on
 
 bench-search: setup ## predicted against measured times of architectures that nobody tuned for (ten minutes, quiet)
 	$(BIN)/python tools/bench_search.py --json benchmarks/search.json
+
+.peers: # published networks to compare with; their licences keep them out of .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ timm==1.0.31 fastervit==1.0.0
+
+bench-turbovit: setup .peers ## a search in TurboViT's envelope, its network beside published ones (half an hour, quiet)
+	test -d runs/turbovit || $(BIN)/edgekit search run --preset turbovit-this-cpu -o runs/turbovit
+	$(BIN)/python tools/bench_turbovit.py runs/turbovit --peers .peers --graphs runs/graphs --json benchmarks/turbovit.json
+
+bench-animals: setup .peers ## a search trained on real images, scaled published networks trained likewise (hours)
+	test -f animals.npz || $(BIN)/python tools/make_animal_mnist.py -o animals.npz
+	test -d runs/animals || $(BIN)/edgekit search run tools/animals.toml -o runs/animals
+	$(BIN)/python tools/bench_animals.py runs/animals --peers .peers --json benchmarks/animals.json
 
 bench-models: setup ## third-party models through every step: works, or the reason; beside onnxruntime's quantizer (half an hour)
 	$(BIN)/python tools/bench_models.py --json benchmarks/models.json

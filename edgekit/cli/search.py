@@ -40,7 +40,9 @@ THEN_COMPRESS = click.option(
 
 @search.command(epilog=EXAMPLE)
 @click.argument("spec", type=Path, required=False)
-@click.option("--preset", help="A packaged spec instead of a file: turbovit-envelope.")
+@click.option(
+    "--preset", help="A packaged spec instead of a file: turbovit-envelope, turbovit-this-cpu or turbovit-TARGET."
+)
 @click.option("-o", "--output", "folder", type=Path, required=True, help="Folder of the study; it must not exist.")
 @THEN_COMPRESS
 @click.option("--processes", type=click.IntRange(1, 256), help="Networks judged at a time.  [default: one per core]")

@@ -14,7 +14,7 @@ from edgekit.bundle.files import write_file
 from edgekit.cost.measured import OperatorTable, table
 from edgekit.cost.roofline import estimate
 from edgekit.errors import EdgekitError
-from edgekit.nas.latency import ANCHORS, Correction, calibrate, parts_of
+from edgekit.nas.latency import ANCHORS, BACK_TEST, WORST, Correction, calibrate, parts_of
 from edgekit.nas.outline import Outline, costs_of, outline
 from edgekit.nas.spec import Spec
 from edgekit.nas.strategies import draw, some
@@ -22,10 +22,6 @@ from edgekit.nn.hiera_config import HieraConfig
 from edgekit.targets.profile import Target, find
 
 FILE = "latency.json"
-# the times that EfficientViT's authors published, in estimates (tools/check_target_estimates.py): least and most of
-# two networks, at 224 and 288 pixels, on two Jetsons
-BACK_TEST = {"jetson-nano": (3.8, 4.2), "jetson-agx-orin-64gb": (0.9, 1.2)}
-WORST = max(most for _, most in BACK_TEST.values())
 DRAWS = 20_000  # of networks, until enough of them keep the limits to correct the operator table
 Progress = Callable[[str, int, int], None]
 
@@ -55,11 +51,13 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ThisMachine:
-    """The operator table of this machine, corrected by measured networks of the space at the same batch size."""
+    """The operator table of this machine, corrected by measured networks of the space at the same batch size. most: the
+    limit in milliseconds, if there is one."""
 
     table: OperatorTable
     correction: Correction
     batch: int
+    most: float | None = None
 
     @property
     def digest(self) -> str:
@@ -78,7 +76,9 @@ class ThisMachine:
         return times
 
     def fits(self, found: Outline) -> bool:
-        return True
+        """Return whether the network keeps the limit even if the prediction is as wrong as the worst one that was seen:
+        a search for the largest network under a limit finds those whose time is predicted too short."""
+        return self.most is None or self.milliseconds(found) * (1 + self.correction.worst) <= self.most
 
     def describe(self) -> dict[str, Any]:
         error, worst = self.correction.error, self.correction.worst
@@ -139,17 +139,17 @@ def open_clock(spec: Spec, folder: Path, progress: Progress) -> Clock:
     a study that continues has the same one."""
     if spec.limits.target:
         return Device(find(spec.limits.target), spec.limits.batch, spec.limits.milliseconds)
-    path, batch = folder / FILE, spec.limits.batch
+    path, batch, most = folder / FILE, spec.limits.batch, spec.limits.milliseconds
     if path.is_file():
         try:
             values = json.loads(path.read_bytes())
             weights = {name: tuple(row) for name, row in values["table"]["weights"].items()}
             correction = Correction(**{**values["correction"], "factors": tuple(values["correction"]["factors"])})
-            return ThisMachine(OperatorTable(**{**values["table"], "weights": weights}), correction, batch)
+            return ThisMachine(OperatorTable(**{**values["table"], "weights": weights}), correction, batch, most)
         except (ValueError, TypeError, LookupError, AttributeError):
             raise EdgekitError(f"{path}: damaged; delete the folder and begin the study again") from None
     measured = table(progress=progress)
-    found = ThisMachine(measured, calibrate(_anchors(spec), measured, batch, progress), batch)
+    found = ThisMachine(measured, calibrate(_anchors(spec), measured, batch, progress), batch, most)
     content = {"table": asdict(found.table), "correction": asdict(found.correction)}
     write_file(path, json.dumps(content, indent=1).encode())
     return found

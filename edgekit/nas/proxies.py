@@ -3,6 +3,8 @@ data, so a report always shows their correlation with it beside that of paramete
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import nn
@@ -11,8 +13,16 @@ from edgekit.nn.hiera import build
 from edgekit.nn.hiera_config import HieraConfig
 from edgekit.nn.hiera_config import arguments as arguments_of
 
-PROXIES = ("parameters", "macs", "jacobian", "synflow")
+SIZES = ("parameters", "macs", "capacity")  # that need no network
+PROXIES = (*SIZES, "jacobian", "synflow")
 IMAGES = 32  # of the batch for `jacobian`
+
+
+def sizes(parameters: int, macs: int) -> dict[str, float]:
+    """Return the SIZES. capacity: the geometric mean of parameters and multiply-accumulates, so that under a limit of
+    time neither is had at the price of the other: wide last stages are many parameters and few operations, and the
+    first stages the other way round."""
+    return {"parameters": float(parameters), "macs": float(macs), "capacity": math.sqrt(parameters * macs)}
 
 
 def jacobian(config: HieraConfig, images: torch.Tensor, seed: int) -> float:

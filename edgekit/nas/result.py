@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,16 @@ from edgekit.nas.study import WEIGHTS, Study
 from edgekit.nn.hiera_config import HieraConfig, arguments
 
 FEW = 4  # networks with several seeds that a correlation between seeds needs
+
+
+class Scored(Protocol):
+    """What the last rung trained."""
+
+    @property
+    def scores(self) -> tuple[float, ...]: ...
+
+    @property
+    def mean(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,7 @@ def ranked(items: Sequence[Finalist], measured: Mapping[str, Any], cost: str) ->
     return sorted(items, key=order)
 
 
-def noise_of(items: Sequence[Finalist]) -> Noise | None:
+def noise_of(items: Sequence[Scored]) -> Noise | None:
     """Return the noise between seeds; None if no network has two."""
     several = [item for item in items if len(item.scores) > 1]
     if not several:
@@ -96,7 +106,7 @@ def noise_of(items: Sequence[Finalist]) -> Noise | None:
     return Noise(seeds, spread, 2 * math.sqrt(2) * spread / math.sqrt(seeds), ceiling)
 
 
-def verdict(first: Finalist, second: Finalist, noise: Noise) -> str:
+def verdict(first: Scored, second: Scored, noise: Noise) -> str:
     """Say whether the first network is better than the second."""
     gap = first.mean - second.mean
     if abs(gap) < noise.distinguishable:

@@ -13,15 +13,22 @@ from typing import Any
 
 from edgekit.compression import recipe
 from edgekit.compression.recipe import Step
+from edgekit.cost.roofline import estimate
 from edgekit.errors import EdgekitError, unknown
+from edgekit.nas.latency import WORST, exported, measure
+from edgekit.nas.outline import outline
 from edgekit.nas.proxies import PROXIES
 from edgekit.nas.space import Space, described, open_space
 from edgekit.nas.strategies import STRATEGIES
+from edgekit.nn.hiera_config import published
 from edgekit.settings import from_table, read_toml
+from edgekit.targets.profile import find, names
 
 FORMAT = 1  # of a study's journal
 COSTS = ("macs", "parameters", "activations", "milliseconds")
-PRESETS = ("turbovit-envelope",)
+THIS_CPU = "turbovit-this-cpu"
+PRESETS = ("turbovit-envelope", THIS_CPU)
+OF_TARGET = "turbovit-"  # and the name of one of `edgekit targets`: the envelope on that device
 TABLES = ("space", "limits", "search", "score", "compress")
 AUTO = "auto"  # in place of a recipe
 FEWEST_CHECKED = 6  # networks that are trained alone before a supernet may judge others
@@ -189,10 +196,21 @@ def read_spec(path: Path) -> Spec:
 
 
 def preset_text(name: str) -> str:
-    """Return one of the packaged specs, as TOML."""
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS, where="edgekit search")
-    return files("edgekit.nas").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
+    """Return one of the packaged specs, as TOML. turbovit-TARGET is that of this CPU with a target in its place; both
+    limit the time to half of what a Hiera of TurboViT's size takes there, measured or by the target's data sheet."""
+    target = name.removeprefix(OF_TARGET)
+    if name not in PRESETS and (not name.startswith(OF_TARGET) or target not in names()):
+        raise unknown("preset", name, (*PRESETS, *(OF_TARGET + item for item in names())), where="edgekit search")
+    packaged = name if name in PRESETS else THIS_CPU
+    text = files("edgekit.nas").joinpath(f"presets/{packaged}.toml").read_text(encoding="utf-8")
+    if packaged != THIS_CPU:
+        return text
+    hiera, of_target = published((1, 2, 7, 2), width=64, heads=1), f'target = "{target}"\n'
+    if name == THIS_CPU:
+        seconds, of_target = measure([exported(hiera)])[0].seconds, ""
+    else:
+        seconds = WORST * estimate(outline(hiera).work, find(target), 1).seconds  # what a limit counts an estimate as
+    return text.replace("[limits]\n", f"[limits]\n{of_target}milliseconds = {500 * seconds:.3g}\n")
 
 
 def spec_of(tables: Mapping[str, Any], where: str) -> Spec:

@@ -157,19 +157,15 @@ def survivors(history: Sequence[Tried], count: int) -> list[Tried]:
 def fronts(items: Sequence[Tried]) -> list[list[int]]:
     """Return the indices of each front: the first one holds what nothing dominates, the second what only the first
     dominates, and so on."""
-    left = list(range(len(items)))
-    found = []
-    while left:
-        front = [a for a in left if not any(dominates(items[b], items[a]) for b in left)]
-        found.append(front)
-        left = [index for index in left if index not in set(front)]
+    score, cost = (np.array([getattr(item, name) for item in items]) for name in ("score", "cost"))
+    as_good = (score[:, None] >= score) & (cost[:, None] <= cost)
+    over = as_good & ((score[:, None] > score) | (cost[:, None] < cost))  # the row's item, the column's
+    left, found = np.arange(len(items)), []
+    while len(left):
+        behind = over[np.ix_(left, left)].any(axis=0)
+        found.append([int(index) for index in left[~behind]])
+        left = left[behind]
     return found
-
-
-def dominates(first: Tried, second: Tried) -> bool:
-    """Return whether the first is as good in both and better in one."""
-    as_good = first.score >= second.score and first.cost <= second.cost
-    return as_good and (first.score > second.score or first.cost < second.cost)
 
 
 def crowding(front: Sequence[Tried]) -> npt.NDArray[np.float64]:

@@ -29,6 +29,7 @@ from edgekit.nas.clock import Progress, open_clock
 from edgekit.nas.evaluate import Job, Judged, Rows
 from edgekit.nas.journal import Journal
 from edgekit.nas.outline import Outline, costs_of, outline
+from edgekit.nas.proxies import SIZES, sizes
 from edgekit.nas.space import key_of
 from edgekit.nas.spec import Spec
 from edgekit.nas.strategies import MOST_DRAWS, Tried, draw, propose, some
@@ -175,12 +176,18 @@ class Study:
                 known.add(key_of(config))
                 proposed.append((number, choice, config))
             jobs = [
-                Job(arguments(config), self._seed(key_of(config), 0), self._first_epochs, proxies=True, supernet=shared)
+                Job(
+                    arguments(config),
+                    self._seed(key_of(config), 0),
+                    self._first_epochs,
+                    proxies=self._proxies,
+                    supernet=shared,
+                )
                 for _, _, config in proposed
             ]
             for (number, choice, config), result in zip(proposed, judged(jobs), strict=True):
                 costs = self._costs(outline(config, self.spec.limits.batch))
-                scores = {**{name: float(costs[name]) for name in ("parameters", "macs")}, **result.proxies}
+                scores = {**sizes(round(costs["parameters"]), round(costs["macs"])), **result.proxies}
                 score = scores[self.spec.score.proxy] if result.score is None else result.score
                 self.journal.append(
                     {
@@ -222,6 +229,11 @@ class Study:
     @property
     def _first_epochs(self) -> int:
         return self.spec.score.epochs[0] if self.rows is not None else 0
+
+    @property
+    def _proxies(self) -> bool:
+        """Whether networks are built for their proxies: a size needs none, and nothing is to be compared with it."""
+        return self.rows is not None or self.spec.score.proxy not in SIZES
 
     def _seed(self, key: str, seed: int) -> int:
         return int(draw(self.id, "seed", key, seed).integers(2**31))

@@ -14,7 +14,6 @@ from edgekit.nas.strategies import (
     STRATEGIES,
     Tried,
     crowding,
-    dominates,
     draw,
     effects,
     factor_weights,
@@ -99,6 +98,12 @@ def test_some_are_different_and_keep_the_limits():
 def test_random_numbers_differ_between_decisions():
     assert draw("a", 1).random() == draw("a", 1).random()
     assert len({draw(*parts).random() for parts in (("a", 1), ("a", 2), ("b", 1), ("a", "1", 1))}) == 4
+
+
+def dominates(first: Tried, second: Tried) -> bool:
+    """Return whether the first is as good in both and better in one."""
+    as_good = first.score >= second.score and first.cost <= second.cost
+    return as_good and (first.score > second.score or first.cost < second.cost)
 
 
 def test_fronts_are_those_of_the_definition():

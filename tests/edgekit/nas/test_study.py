@@ -15,9 +15,7 @@ import pytest
 import torch
 
 from edgekit.bundle.store import open_bundle
-from edgekit.cost.measured import OperatorTable
 from edgekit.cost.roofline import estimate
-from edgekit.cost.samples import ALIKE
 from edgekit.errors import EdgekitError
 from edgekit.nas.clock import Device
 from edgekit.nas.explain import explained
@@ -158,7 +156,7 @@ def test_the_report_shows_every_finalist_and_the_noise(done):
     assert "are not told apart" in page
     assert json.loads((study.folder / "report.json").read_text())["journal"] == study.journal.digest
     assert values["against_random"] in ("better", "worse", "not distinguishable")
-    assert set(values["proxies"]) == {"parameters", "macs", "jacobian", "synflow"}
+    assert set(values["proxies"]) == {"parameters", "macs", "capacity", "jacobian", "synflow"}
 
 
 def test_a_finalist_that_breaks_a_limit_when_measured_is_marked(done):
@@ -187,14 +185,11 @@ LIMIT = 0.6  # ms on that table; some networks of the space take longer
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch, fixed_table):
     """Replace the measurements of this machine by fixed ones: a table on which every operator takes 10 us."""
-    families = (*ALIKE.values(), "convolution", "depthwise", "product with weights", "product of activations")
-    weights = dict.fromkeys((*families, "Reshape", "Add row", "Mul row"), (1e-05, 0.0, 0.0, 0.0, 0.0, 0.0))
-    fixed = OperatorTable(weights, 0.0, 0.0, 1 << 20, 16, 1.0, {}, {}, {}, "fixed")
-    monkeypatch.setattr("edgekit.nas.clock.table", lambda progress: fixed)
+    monkeypatch.setattr("edgekit.nas.clock.table", lambda progress: fixed_table)
     monkeypatch.setattr("edgekit.nas.clock.calibrate", lambda *arguments: Correction((2.0, 1.0, 1.0, 1.0), 0.03, 0.1))
-    return fixed
+    return fixed_table
 
 
 def test_predicted_time_is_a_limit_and_part_of_the_studys_identity(clock, spec, tmp_path, monkeypatch):
@@ -212,7 +207,7 @@ def test_predicted_time_is_a_limit_and_part_of_the_studys_identity(clock, spec, 
             convolutions = sum(o.op_type == "Conv" and o.matrices == 1 for o in operators)
             views = len(outline(HieraConfig(**item["arguments"])).work.operators) - len(operators)
             assert item["milliseconds"] == pytest.approx(1e-2 * (len(operators) + convolutions + views))
-            assert item["milliseconds"] <= LIMIT
+            assert item["milliseconds"] * 1.1 <= LIMIT  # the worst error that was seen is 0.1
         identity = study.id
     monkeypatch.setattr("edgekit.nas.clock.table", lambda progress: pytest.fail("the study has its own table"))
     with closing(Study(timed, tmp_path)) as study:
