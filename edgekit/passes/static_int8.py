@@ -158,7 +158,7 @@ def picked_from(producers: Mapping[str, NodeProto], name: str, rounded: Collecti
     changes nothing, and onnxruntime runs what is between them, such as a pool, on the integers."""
     at = name
     while (node := producers.get(at)) is not None and node.op_type in PICKS:
-        at = node.input[0]
+        at = str(node.input[0])
         if at in rounded:
             return at
     return name
