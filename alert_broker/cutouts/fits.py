@@ -19,6 +19,7 @@ MOST_HEADER = 16 * BLOCK  # bytes; Rubin's headers have one block, and astropy's
 LARGEST_SIDE = 1024  # pixels
 DTYPES = {8: ">u1", 16: ">i2", 32: ">i4", 64: ">i8", -32: ">f4", -64: ">f8"}  # by BITPIX
 KEYS = ("SIMPLE", "XTENSION", "BITPIX", "NAXIS", "NAXIS1", "NAXIS2", "PCOUNT", "GCOUNT", "BSCALE", "BZERO", "BLANK")
+MOST_KNOWN = 4  # headers that are remembered
 NO_FITS = "an image is not FITS"
 CUT_SHORT = "an image ends early"
 NO_IMAGE = "an image is a FITS file without a plain image"
@@ -45,10 +46,32 @@ class Layout:
         return self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
 
 
+# The last headers, with all blocks up to the array, and their layouts: ZTF's are all the same bytes.
+_known: list[tuple[bytes, Layout]] = []
+
+
 def read_image(data: bytes | memoryview) -> npt.NDArray[np.generic]:
-    """Return the image as (height, width): float32 as stored, or float64 if its values are scaled integers or doubles.
-    Values without a pixel are NaN. Raises ImageError."""
+    """Return the image as (height, width): big-endian float32 as stored, a view of the data, or float64 if its values
+    are scaled integers or doubles. Values without a pixel are NaN. Raises ImageError."""
     content = bytes(data)  # the same object if it is bytes
+    layout, start = _found(content)
+    if len(content) - start < layout.bytes:
+        raise ImageError(CUT_SHORT)
+    height, width = layout.shape
+    stored = np.frombuffer(content, layout.dtype, height * width, start).reshape(layout.shape)
+    if layout.dtype == DTYPES[-32] and (layout.scale, layout.zero) == (1.0, 0.0):
+        return stored
+    values = stored.astype(np.float64) * layout.scale + layout.zero
+    if layout.blank is not None and stored.dtype.kind in "iu":
+        values[stored == layout.blank] = np.nan
+    return values
+
+
+def _found(content: bytes) -> tuple[Layout, int]:
+    """Return the layout of a file's image, and the byte at which the array begins."""
+    for header, known in _known:  # to look for the end of a header, and for its cards, takes longer than all the rest
+        if content.startswith(header):
+            return known, len(header)
     start = _header_end(content, 0)
     layout = _layout(content[:start], True)
     if layout is None:
@@ -57,16 +80,9 @@ def read_image(data: bytes | memoryview) -> npt.NDArray[np.generic]:
         start = second
     if layout is None:
         raise ImageError(NO_IMAGE)
-    if len(content) - start < layout.bytes:
-        raise ImageError(CUT_SHORT)
-    height, width = layout.shape
-    stored = np.frombuffer(content, layout.dtype, height * width, start).reshape(layout.shape)
-    if layout.dtype == DTYPES[-32] and (layout.scale, layout.zero) == (1.0, 0.0):
-        return stored.astype(np.float32)
-    values = stored.astype(np.float64) * layout.scale + layout.zero
-    if layout.blank is not None and stored.dtype.kind in "iu":
-        values[stored == layout.blank] = np.nan
-    return values
+    if len(content) >= start:
+        _known[:] = [(content[:start], layout), *_known[: MOST_KNOWN - 1]]
+    return layout, start
 
 
 def _header_end(content: bytes, start: int) -> int:
@@ -82,7 +98,7 @@ def _header_end(content: bytes, start: int) -> int:
     return start + -(-(at + CARD - start) // BLOCK) * BLOCK
 
 
-@functools.lru_cache(maxsize=64)  # ZTF's headers are all the same bytes
+@functools.lru_cache(maxsize=64)
 def _layout(header: bytes, primary: bool) -> Layout | None:
     """Return what a header says; None for a primary header without an array."""
     cards = _cards(header)

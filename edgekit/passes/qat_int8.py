@@ -43,7 +43,7 @@ from edgekit.passes.base import (
     recover,
 )
 from edgekit.passes.qat import PRODUCTS
-from edgekit.passes.static_int8 import SCHEMES, dequantized
+from edgekit.passes.static_int8 import SCHEMES, dequantized, picked_from
 
 WIDEST_BIAS = 2**30  # in int32, with room for sums
 
@@ -170,6 +170,7 @@ def stored(model: ModelProto, scheme: str) -> ModelProto:
     if the scheme has them."""
     name_nodes(model)
     graph = model.graph
+    _share_grids(model)
     index = Index(model)
     producers, floats = index.producers, index.initializers
     # by rounded value; the flag says whether it is a weight
@@ -192,6 +193,27 @@ def stored(model: ModelProto, scheme: str) -> ModelProto:
                 _store_bias(model, node, floats[node.input[2]], scales)
     eliminate_dead_nodes(model)
     return model
+
+
+def _share_grids(model: ModelProto) -> None:
+    """Give a value that is rounded, pooled and rounded again one grid: see `picked_from`."""
+    rounded = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    producers = Index(model).producers
+    for node in model.graph.node:
+        if node.op_type != "QuantizeLinear":
+            continue
+        origin = picked_from(producers, node.input[0], rounded)
+        if origin == node.input[0]:
+            continue
+        clipped = {
+            other.output[0]
+            for other in model.graph.node
+            if other.op_type == "Clip" and other.input[0] == node.output[0]
+        }
+        for other in rounded.values():
+            if other.input[0] in (node.output[0], *clipped):
+                other.input[1:] = rounded[origin].input[1:]
+        node.input[1:] = rounded[origin].input[1:]
 
 
 def _store_weight(

@@ -14,6 +14,7 @@ residual around a block, still read it in float32. onnxruntime's own quantizer r
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from edgekit.passes.dynamic_int8 import OPERATORS, check_operators, check_weight
 
 SCHEMES = ("u8s8", "s8s8")
 METHODS = ("minmax", "percentile", "entropy")
+PICKS = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  # every result is one of the inputs
 LEAST_OPSET = 13  # the first with a scale per channel
 Float64 = npt.NDArray[np.float64]
 FakeQuantize = tuple[float, int]  # scale and zero point of an activation
@@ -83,6 +85,8 @@ class StaticInt8(Pass[GraphCandidate]):
         wanted = {node.input[0] for node in nodes} | set(rounded.values())
         found = ranges(model, sorted(wanted), rows, self.method, self.percentile)
         grids = {name: self._grid(low, high) for name, (low, high) in found.items()}
+        producers, after_convolutions = Index(model).producers, set(rounded.values())
+        grids = {name: grids[picked_from(producers, name, after_convolutions)] for name in grids}
         for weight in chosen:
             self._quantize_weight(model, weight, grids)
         products_of = {name: [node for node in nodes if node.input[0] == name] for name in wanted}
@@ -147,6 +151,17 @@ class StaticInt8(Pass[GraphCandidate]):
         ]
         for node in reversed(pair):
             model.graph.node.insert(first, node)
+
+
+def picked_from(producers: Mapping[str, NodeProto], name: str, rounded: Collection[str]) -> str:
+    """Return the rounded value whose elements `name` consists of, or `name`. With one grid for both, a second rounding
+    changes nothing, and onnxruntime runs what is between them, such as a pool, on the integers."""
+    at = name
+    while (node := producers.get(at)) is not None and node.op_type in PICKS:
+        at = str(node.input[0])
+        if at in rounded:
+            return at
+    return name
 
 
 def _rounded_outputs(model: ModelProto, nodes: list[NodeProto]) -> dict[str, str]:

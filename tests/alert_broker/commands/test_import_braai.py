@@ -120,7 +120,11 @@ def test_bad_input(weights, edgekit, tmp_path):
     [
         ({"filters": [16, 16, 32]}, "four whole numbers"),
         ({"filters": [16, 16, 32, 0]}, "filters = 0"),
-        ({"size": 33}, "from 34"),
+        ({"size": 0}, "from 1"),
+        ({"size": 19}, "leave nothing after the second pool"),
+        ({"strides": [2, 1, 1, 1], "size": 36}, "leave nothing"),
+        ({"strides": [1, 1, 1, 5]}, "strides = 5; expected a whole number from 1 to 4"),
+        ({"strides": 2}, "strides = 2; expected a list of four whole numbers"),
         ({"hidden": 1 << 40}, "hidden = "),
         ({"dropout": [0, 0, 1]}, "0 <= dropout < 1"),
         ({"depth": 3}, "unknown argument 'depth'"),
@@ -133,9 +137,13 @@ def test_arguments_of_a_strange_bundle_are_refused(arguments, message):
         build(**arguments)
 
 
-def test_the_smallest_image_leaves_one_pixel():
-    model = Braai(BraaiConfig(size=34, filters=(1, 1, 1, 1), hidden=1)).eval()
-    assert score(model, np.zeros((1, 34, 34, 3), np.float32)).shape == (1,)
+@pytest.mark.parametrize(("size", "strides"), [(20, (1, 1, 1, 1)), (37, (2, 1, 1, 1)), (81, (2, 1, 2, 2))])
+def test_the_smallest_image_leaves_one_pixel(size, strides):
+    config = BraaiConfig(size=size, filters=(1, 1, 1, 1), strides=strides, hidden=1)
+    assert config.side == 1
+    assert score(Braai(config).eval(), np.zeros((1, size, size, 3), np.float32)).shape == (1,)
+    with pytest.raises(EdgekitError, match="leave nothing"):
+        BraaiConfig(size=size - 1, strides=strides)
 
 
 @pytest.mark.realdata

@@ -119,3 +119,17 @@ def test_damage_gives_an_image_or_a_reason(seed):
     if image is not None:
         assert image.ndim == 2
         assert 0 < max(image.shape) <= 1024
+
+
+def test_a_remembered_header_decides_only_for_files_that_begin_with_it():
+    first, other = fits(np.ones((4, 6), np.float32)), fits(np.ones((4, 5), np.float32))
+    for _ in range(2):  # the second time, both headers are known
+        assert read_image(first).shape == (4, 6)
+        assert read_image(other).shape == (4, 5)
+    cut = first[:2000]  # ends inside its header's block, after END
+    assert cut.count(b"END")
+    with pytest.raises(ImageError, match=CUT_SHORT):
+        read_image(cut)
+    assert read_image(first).tolist() == np.ones((4, 6)).tolist()  # what was cut short is not remembered
+    for side in range(1, 20):  # more headers than are remembered
+        assert read_image(fits(np.full((side, 3), side, np.float32))).tolist() == [[side] * 3] * side

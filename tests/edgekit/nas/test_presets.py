@@ -8,8 +8,7 @@ import pytest
 from edgekit.cost.roofline import estimate
 from edgekit.errors import EdgekitError
 from edgekit.nas.clock import ThisMachine
-from edgekit.nas.latency import Correction, Measured
-from edgekit.nas.latency import WORST
+from edgekit.nas.latency import WORST, Correction, Measured
 from edgekit.nas.outline import outline
 from edgekit.nas.proxies import sizes
 from edgekit.nas.spec import PRESETS, preset_text, spec_of

@@ -86,6 +86,31 @@ def convolutional():
     )
 
 
+def pooled():
+    """x (batch, 3, 9, 9) -> Conv, Relu -> pool, whose border of one pixel has no use -> Conv, Relu -> Gemm -> y."""
+    return graph(
+        [
+            ("Conv", "x c1 c1.bias", "a", {}),
+            ("Relu", "a", "b", {}),
+            ("MaxPool", "b", "c", {"kernel_shape": [2, 2], "strides": [2, 2]}),
+            ("Conv", "c c2 c2.bias", "d", {}),
+            ("Relu", "d", "e", {}),
+            ("Flatten", "e", "f", {}),
+            ("Gemm", "f out out.bias", "y", {}),
+        ],
+        {
+            "c1": normal(1, 16, 3, 3, 3, scale=0.3),
+            "c1.bias": normal(2, 16),
+            "c2": normal(7, 16, 16, 2, 2, scale=0.2),
+            "c2.bias": normal(3, 16),
+            "out": normal(8, 64, 5),
+            "out.bias": normal(9, 5),
+        },
+        {"x": ("batch", 3, 9, 9)},
+        {"y": ("batch", 5)},
+    )
+
+
 def block():
     """A transformer block without attention: x (batch, 6, 32) -> normalized -> up, Relu, down -> + x -> y."""
     return graph(

@@ -78,3 +78,21 @@ def rows_of(data):
     import torch
 
     return torch.from_numpy(data.inputs["curve"][:4])
+
+
+def test_a_student_may_start_from_the_original(tiny_candidate, tiny_context):
+    before = tiny_candidate.weights()
+    student = {"ff_dim": tiny_candidate.arguments["ff_dim"] // 2}
+    compression = Distill(student=student, epochs=0, start="original")
+    after = compression.apply(tiny_candidate, tiny_context).weights()
+    random = Distill(student=student, epochs=0).apply(tiny_candidate, tiny_context).weights()
+    same = [name for name in before if name in after and after[name].shape == before[name].shape]
+    other = [name for name in after if name not in same]
+    assert same
+    assert other
+    assert all(np.array_equal(after[name], before[name]) for name in same)
+    assert not all(np.array_equal(random[name], before[name]) for name in same)  # the twin
+    assert all(np.array_equal(after[name], random[name]) for name in other)
+    assert f", {len(same)} tensors copied, " in compression.plan(tiny_candidate)[0].after
+    with pytest.raises(EdgekitError, match="start"):
+        Distill(student=STUDENT, start="orignal")

@@ -19,6 +19,7 @@ from tests.edgekit.passes.graphs import (
     mlp,
     normal,
     operators,
+    pooled,
     relative,
     run,
     size,
@@ -314,3 +315,20 @@ def test_onnxruntime_finds_an_integer_kernel_for_every_product(tmp_path):
         if node.op_type == "DequantizeLinear" and node.input[0].endswith(".codes"):
             node.input.pop()
     assert "Gemm" in fused(after, tmp_path)
+
+
+def test_pools_run_on_integers(tmp_path, monkeypatch):
+    """A value that is rounded, pooled and rounded again has one grid, so that nothing is converted in between."""
+    inputs, border = normal(5, 64, 3, 9, 9), np.ones((9, 9))
+    border[-1] = 2  # the largest values are where the pool does not look
+    exact = run(pooled(), inputs)
+    after = StaticInt8(weight_bits=8).apply(pooled(), context(3, 9, 9, scale=border))
+    op_types = fused(after, tmp_path)
+    assert "NhwcMaxPool" in op_types
+    assert "DequantizeLinear" not in op_types
+    assert np.abs(run(after, inputs) - exact).max() < 0.03 * np.abs(exact).max()
+    # the twin: with a grid for each, onnxruntime converts around the pool
+    monkeypatch.setattr("edgekit.passes.static_int8.PICKS", ())
+    apart = fused(StaticInt8(weight_bits=8).apply(pooled(), context(3, 9, 9, scale=border)), tmp_path)
+    assert "DequantizeLinear" in apart
+    assert "MaxPool" in apart

@@ -26,6 +26,7 @@ from edgekit.nn.training import tensors
 from edgekit.passes import qat_int8
 from edgekit.passes.base import Candidate
 from edgekit.passes.qat_int8 import QatInt8
+from edgekit.passes.static_int8 import StaticInt8
 from tests.edgekit.passes import graphs
 from tests.edgekit.passes.networks import arguments_of, bundled, trained
 
@@ -308,3 +309,23 @@ def test_int32_biases_are_the_float_ones(networks, quantized):
     ]
     assert len(errors) == 1
     assert errors[0].max() < 0.501  # of a step
+
+
+def test_a_value_that_is_pooled_and_rounded_again_keeps_its_grid(monkeypatch):
+    def grids_around_the_pool(model):
+        dequantized = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        (pool,) = (node for node in model.graph.node if node.op_type == "MaxPool")
+        (after,) = (node for node in model.graph.node if pool.output[0] in node.input)
+        (back,) = (node for node in dequantized.values() if node.input[0] == after.output[0])
+        scales = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in model.graph.initializer}
+        return [scales[node.input[1]] for node in (dequantized[pool.input[0]], after, back)]
+
+    border = np.ones((9, 9))
+    border[-1] = 2  # the largest values are where the pool does not look
+    monkeypatch.setattr("edgekit.passes.static_int8.PICKS", ())
+    model = StaticInt8().apply(graphs.pooled(), graphs.context(3, 9, 9, scale=border)).model
+    monkeypatch.undo()
+    before, after, back = grids_around_the_pool(model)
+    assert before != after == back
+    qat_int8._share_grids(model)
+    assert grids_around_the_pool(model) == [before] * 3
