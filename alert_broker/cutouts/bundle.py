@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import nn
 
 from alert_broker.cutouts.braai import CLASSES, IMAGES, Braai, arguments
-from alert_broker.cutouts.central import Central
+from alert_broker.cutouts.placed import Placed
 from alert_broker.cutouts.tensors import CutoutTensors
 from edgekit.bundle.format import PROBABILITIES, Bundle, Manifest, assemble
 from edgekit.bundle.tensors import TensorSpec
@@ -29,10 +29,10 @@ def braai_bundle(model: Braai, name: str, norm: str) -> Bundle:
     return _bundle_of(model, Manifest(name, "braai", arguments(model.config), (), ()), tensors)
 
 
-def central_bundle(model: Central, given: Mapping[str, Any], name: str, tensors: CutoutTensors, **facts: Any) -> Bundle:
-    """Return the bundle of a network on the central part of cutouts. given: its constructor arguments; facts: further
+def placed_bundle(model: Placed, given: Mapping[str, Any], name: str, tensors: CutoutTensors, **facts: Any) -> Bundle:
+    """Return the bundle of a searched network. given: its constructor arguments; facts: further
     fields of the manifest, such as metrics."""
-    return _bundle_of(model, Manifest(name, "central", dict(given), (), (), **facts), tensors)
+    return _bundle_of(model, Manifest(name, "placed", dict(given), (), (), **facts), tensors)
 
 
 def _bundle_of(model: nn.Module, manifest: Manifest, tensors: CutoutTensors) -> Bundle:

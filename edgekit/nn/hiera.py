@@ -11,7 +11,7 @@ Stages of convolutions (`edgekit.nn.convolutions`) may come before those with at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from edgekit.nn.convolutions import ConvNorm, Inverted, Rep, Separable
 from edgekit.nn.hiera_config import STEMS, Entry, HieraConfig
 
 EPS = 1e-6  # of layer normalization
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class UnitAttention(nn.Module):
@@ -136,7 +137,7 @@ def by_unit(x: Tensor, config: HieraConfig) -> Tensor:
     return x.reshape(-1, (side // unit) ** 2, unit * unit, channels)
 
 
-def fuse(model: Hiera) -> Hiera:
+def fuse(model: Network) -> Network:
     """Replace each normalized convolution, and each sum of convolutions, by one convolution with the same result in
     evaluation mode, in place; return the network."""
     model.eval()
