@@ -47,12 +47,15 @@ The brackets are 95 % Wilson intervals. {verdicts}
 alerts, so no number of the table is theirs. We chose the size of the central part, the head and the amount of
 training after a look at the held-out objects of one fold, so the numbers are slightly optimistic.
 
+What limits the agreement is most likely the training: it has the triplets of few objects, and it was short. The
+loss was still falling in the last of {epochs} epochs.
+
 ## What these numbers show, and what they do not
 
 The labels were made by another network. Nobody has looked at these alerts and said which are real. So the table shows
 how well cutout-rb imitates d6_m7, and not how often it is right. Where d6_m7 is wrong, the network is rewarded for
-the same mistake, and a better answer counts as an error. d6_m9 is a network of the same authors and architecture,
-trained on more labels; where it differs from d6_m7, it may well be right. The column shows how far two networks for
+the same mistake, and a better answer counts as an error. d6_m9 is another version by the same authors;
+where it differs from d6_m7, it may well be right. The column shows how far two networks for
 the same job differ.
 
 {low} alerts below {verdict} are few: one verdict is {one:.1%} of them, and the intervals are wide. These alerts were
@@ -81,8 +84,9 @@ faster{reached}.
 ## How it was made
 
 `edgekit search` chose stem and pooling among six networks (`tools/cutout_rb.toml`, study `{study}`); the head, which
-has weights for each position instead of a mean over all, is ours and was not searched. The rows of the search were
-simulated alerts alone: no real object took part in the choice. The network was then trained by distillation: {copies}
+has weights for each position instead of a mean over all, is ours and was not searched. All six
+were tried, and the best one was taken; the study's last rung (more epochs and seeds) was not finished.
+The rows of the search were simulated alerts alone: no real object took part in the choice. The network was then trained by distillation: {copies}
 changed copies of each real triplet ({more} of those below {verdict}) and {simulated:,} simulated triplets, each in
 {variants} variants, got their soft labels from d6_m7. The changes are turns, mirror images, sub-pixel shifts, noise,
 seeing, fainter and brighter sources, injected stars, dipoles, hot pixels, streaks, bad columns, saturation, badly

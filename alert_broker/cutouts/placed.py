@@ -1,8 +1,8 @@
-"""The stem and the convolutional blocks of a network that `edgekit search` found, with a head that knows where it looks.
+"""Stem and convolutional blocks of a network that `edgekit search` found, with a head that knows where it looks.
 
 A searched classifier takes the mean of its last features over all positions. The source of an alert is in the centre
-of its cutouts, so here each position has weights of its own, as in braai (Duev et al. 2019, arXiv 1907.11259, section 3).
-One convolution over the whole side computes that, in place of a mean, a normalization and a product.
+of its cutouts, so here each position has weights of its own, as in braai (Duev et al. 2019, arXiv 1907.11259, section
+3). One convolution over the whole side computes that, in place of a mean, a normalization and a product.
 """
 
 from __future__ import annotations
