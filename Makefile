@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: withou
 
 MAKEFLAGS += --jobs=2
 
-.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-api test-spark demo bench bench-models bench-search bench-turbovit bench-animals bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train bench-serve
+.PHONY: help setup lint kernels test mutation docs test-rtx test-faults test-kafka test-llm test-models test-api test-spark demo bench bench-models bench-search bench-turbovit bench-animals bench-compress bench-alerts bench-corun soak soak-llm fuzz fuzz-avro train bench-serve bench-cutout-rb
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -126,6 +126,9 @@ fuzz-avro: setup ## ten million damaged packets for the compiled Avro reader, an
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python tools/fuzz_decode.py --json benchmarks/fuzz.json
 	$(BIN)/python tools/fuzz_coverage.py --json benchmarks/fuzz_coverage.json
+
+bench-cutout-rb: setup ## cutout-rb beside braai in float32 (DATA: folder with braai's weights; a minute, quiet)
+	$(BIN)/python tools/bench_cutout_rb.py $(DATA)/weights_d6_m7.npz --json benchmarks/cutout_rb.json
 
 train: setup ## train the models of the zoo again (an hour or two on two cores; resumable)
 	for model in t2-gr t2-ugrizy t2-ugrizy-z; do $(BIN)/python tools/train_t2.py $$model && $(BIN)/python tools/make_model_card.py $$model || exit 1; done

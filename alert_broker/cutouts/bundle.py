@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from alert_broker.cutouts.braai import CLASSES, IMAGES, Braai, arguments
+from alert_broker.cutouts.placed import Placed
 from alert_broker.cutouts.tensors import CutoutTensors
 from edgekit.bundle.format import PROBABILITIES, Bundle, Manifest, assemble
 from edgekit.bundle.tensors import TensorSpec
@@ -21,14 +25,21 @@ GOLDEN_ROWS, GOLDEN_SEED = 2, 7
 
 def braai_bundle(model: Braai, name: str, norm: str) -> Bundle:
     """Return the bundle of a braai. norm: what the L2 norm of the preprocessing is taken of, "rows" or "image"."""
-    size = model.config.size
-    tensors = CutoutTensors(size, cast(Literal["rows", "image"], norm))
-    inputs = {INPUT: tensors(synthetic_stamps(GOLDEN_ROWS, size, GOLDEN_SEED))}
+    tensors = CutoutTensors(model.config.size, cast(Literal["rows", "image"], norm))
+    return _bundle_of(model, Manifest(name, "braai", arguments(model.config), (), ()), tensors)
+
+
+def placed_bundle(model: Placed, given: Mapping[str, Any], name: str, tensors: CutoutTensors, **facts: Any) -> Bundle:
+    """Return the bundle of a searched network. given: its constructor arguments; facts: further
+    fields of the manifest, such as metrics."""
+    return _bundle_of(model, Manifest(name, "placed", dict(given), (), (), **facts), tensors)
+
+
+def _bundle_of(model: nn.Module, manifest: Manifest, tensors: CutoutTensors) -> Bundle:
+    inputs = {INPUT: tensors(synthetic_stamps(GOLDEN_ROWS, tensors.size, GOLDEN_SEED))}
     outputs = {PROBABILITIES: probabilities(model, Dataset(inputs, np.zeros(GOLDEN_ROWS, np.int64)))}
-    manifest = Manifest(
-        name=name,
-        family="braai",
-        arguments=arguments(model.config),
+    manifest = replace(
+        manifest,
         inputs=(TensorSpec(INPUT, ("batch", *tensors.shape), unit="science, template, difference; each of L2 norm 1"),),
         outputs=(TensorSpec(PROBABILITIES, ("batch", len(CLASSES))),),
         classes=CLASSES,

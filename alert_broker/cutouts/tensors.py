@@ -30,12 +30,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class CutoutTensors:
     """size: pixels along a side of the network's square images. norm: "rows" divides each row of an image by its L2
     norm (d6_m7), "image" divides the image by the norm of all its pixels (d6_m9). pad_value: of pixels outside a
-    smaller image, after the division. channels: "last" gives (batch, size, size, 3), "first" (batch, 3, size, size)."""
+    smaller image, after the division. channels: "last" gives (batch, side, side, 3), "first" (batch, 3, side, side).
+    crop: the side of the central part that the network sees, after the division; 0 for all of it."""
 
     size: int = 63
     norm: Literal["rows", "image"] = "rows"
     pad_value: float = PAD_VALUE
     channels: Literal["last", "first"] = "last"
+    crop: int = 0
 
     def __post_init__(self) -> None:
         if type(self.size) is not int or not 1 <= self.size <= LARGEST_SIZE:
@@ -44,6 +46,8 @@ class CutoutTensors:
             raise unknown("norm", str(self.norm)[:40], (ROWS, IMAGE), where="cutouts")
         if self.channels not in ("last", "first"):
             raise unknown("channels", str(self.channels)[:40], ("last", "first"), where="cutouts")
+        if type(self.crop) is not int or not 0 <= self.crop <= self.size:
+            raise EdgekitError(f"cutouts: crop = {repr(self.crop)[:40]}; expected a whole number up to {self.size}")
         if type(self.pad_value) not in (int, float) or not np.isfinite(self.pad_value):
             raise EdgekitError(f"cutouts: pad_value = {repr(self.pad_value)[:40]}; expected a finite number")
 
@@ -57,11 +61,11 @@ class CutoutTensors:
                 f"{source}: its preprocessing is {str(found)[:40]!r}; a model of cutouts has {ID!r}, as "
                 "`edgekit import-braai` writes it"
             )
-        known = {item.name for item in fields(cls)}
-        if set(given) != known:
+        needed = {item.name for item in fields(cls)} - {"crop"}
+        if set(given) - {"crop"} != needed:
             raise EdgekitError(
                 f"{source}: the preprocessing has the parameters {', '.join(sorted(given))[:200]}; expected "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(sorted(needed))}, and crop if the network sees a part"
             )
         try:
             return cls(**given)
@@ -69,12 +73,20 @@ class CutoutTensors:
             raise EdgekitError(f"{source}: {error}") from None
 
     def to_bundle(self) -> dict[str, Any]:
-        return {"id": ID, **asdict(self)}
+        found = {"id": ID, **asdict(self)}
+        if not self.crop:
+            del found["crop"]  # bundles of before have none
+        return found
+
+    @property
+    def side(self) -> int:
+        """Pixels along a side of the input."""
+        return self.crop or self.size
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of one alert's input."""
-        return (self.size, self.size, IMAGES) if self.channels == "last" else (IMAGES, self.size, self.size)
+        return (self.side, self.side, IMAGES) if self.channels == "last" else (IMAGES, self.side, self.side)
 
     def empty(self, alerts: int) -> Images:
         return np.empty((alerts, *self.shape), np.float32)
@@ -84,7 +96,11 @@ class CutoutTensors:
         out has `shape`."""
         target = out[..., image_index] if self.channels == "last" else out[image_index]
         stored = np.ascontiguousarray(image, ">f4").view(np.uint32)  # without a copy for the images of FITS files
-        _put(stored, target, self.norm == ROWS, self.pad_value)
+        whole = np.empty((self.size, self.size), np.float32) if self.crop else target
+        _put(stored, whole, self.norm == ROWS, self.pad_value)
+        if self.crop:
+            start = (self.size - self.crop) // 2
+            target[...] = whole[start : start + self.crop, start : start + self.crop]
 
     def warm_up(self) -> None:
         """Load the compiled loop from numba's cache, or compile it."""

@@ -64,7 +64,7 @@ def _list(as_json: bool) -> None:
             item["family"],
             f"{item['parameters']:,}",
             item["classes"],
-            item["data"],
+            item["data"] or "",
             "" if item["log_loss"] is None else f"{item['log_loss']:.3f}",
         ]
         for item in found

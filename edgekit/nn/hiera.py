@@ -12,7 +12,7 @@ those of `edgekit.nn.levit`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from edgekit.nn.hiera_config import STEMS, Entry, HieraConfig
 from edgekit.nn.levit import LevitBlock, LinearNorm
 
 EPS = 1e-6  # of layer normalization
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class UnitAttention(nn.Module):
@@ -138,7 +139,7 @@ def by_unit(x: Tensor, config: HieraConfig) -> Tensor:
     return x.reshape(-1, (side // unit) ** 2, unit * unit, channels)
 
 
-def fuse(model: Hiera) -> Hiera:
+def fuse(model: Network) -> Network:
     """Replace each normalized convolution or linear layer, and each sum of convolutions, by one with the same result in
     evaluation mode, in place; return the network."""
     model.eval()

@@ -53,12 +53,27 @@ def test_large_pixels_whose_squares_fit_are_kept():
     assert CutoutTensors(4)(np.stack([image] * 3)[None])[0, 0, :, 0] == pytest.approx(np.full(4, 0.5))
 
 
+@pytest.mark.parametrize("norm", ["rows", "image"])
+def test_the_central_part_is_cut_out_behind_the_division(norm):
+    images = np.random.default_rng(3).normal(100, 50, (2, 3, 9, 8)).astype(np.float32)
+    for channels in ("last", "first"):
+        part = CutoutTensors(9, norm, 0.5, channels, 4)(images)
+        whole = CutoutTensors(9, norm, 0.5, channels)(images)
+        cut = whole[:, 2:6, 2:6] if channels == "last" else whole[:, :, 2:6, 2:6]
+        assert (part == cut).all()
+    before = CutoutTensors(4, norm, 0.5, "first")(images[:, :, 2:6, 2:6])  # the twin divides the part alone
+    assert np.abs(before - part).max() > 1e-3
+
+
 GOOD = CutoutTensors().to_bundle()
 
 
 def test_a_bundle_gives_the_parameters_back():
     other = CutoutTensors(30, "image", 0.0, "first")
     assert CutoutTensors.from_bundle(other.to_bundle(), "x") == other
+    part = CutoutTensors(30, "rows", crop=16)
+    assert CutoutTensors.from_bundle(part.to_bundle(), "x") == part
+    assert "crop" not in GOOD
 
 
 @pytest.mark.parametrize(
@@ -68,6 +83,8 @@ def test_a_bundle_gives_the_parameters_back():
         ({"id": "light_curve"}, "'light_curve'"),
         (GOOD | {"more": 1}, "more"),
         ({"id": "cutouts", "size": 63}, "expected channels, norm, pad_value, size"),
+        (GOOD | {"crop": 64}, "crop = 64; expected a whole number up to 63"),
+        (GOOD | {"crop": 1.0}, "crop = 1.0"),
         (GOOD | {"size": 0}, "size = 0"),
         (GOOD | {"size": 1 << 40}, "up to 1024"),
         (GOOD | {"size": "63"}, "size = '63'"),
