@@ -32,7 +32,7 @@ def pytest_collection_finish():
     if "torch" in sys.modules:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        ONNXRegistry.from_torchlib = functools.cache(ONNXRegistry.from_torchlib)
+        ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture(scope="session")

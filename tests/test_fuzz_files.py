@@ -29,7 +29,7 @@ FILES = {
     "onnx": 20,
     "hugging-face": 6,
     "language-folder": 25,
-    "pt2": 6,
+    "pt2": 12,
     "message": 3,
     "registry": 60,
     "broker": 150,

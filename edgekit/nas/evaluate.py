@@ -10,12 +10,13 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
+from edgekit.bundle.bounded import arrays_from_safetensors, read_file
 from edgekit.data.dataset import Dataset
 from edgekit.errors import EdgekitError
 from edgekit.nas import proxies, supernet
@@ -138,7 +139,8 @@ def judge(job: Job) -> Judged:
 
 @functools.lru_cache(1)
 def _shared(path: str) -> dict[str, torch.Tensor]:
-    return load_file(path)
+    arrays = arrays_from_safetensors(read_file(Path(path)), path)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def proxy_scores(config: HieraConfig, seed: int, rows: Rows | None) -> dict[str, float]:

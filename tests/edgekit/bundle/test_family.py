@@ -23,7 +23,7 @@ def test_weights_arrive_and_the_network_is_in_evaluation_mode(tiny_bundle, tiny)
 @pytest.mark.parametrize(
     ("family", "arguments", "words"),
     [
-        ("t3", {}, "model family 't3'; expected one of: braai, hiera, module, onnx, t2"),
+        ("t3", {}, "model family 't3'; expected one of: braai, hiera, module, onnx, placed, t2"),
         ("t2", {"bands": 3}, r"^weights do not fit t2 \{'bands': 3\}: size mismatch for .*"),
         ("t2", {"bnads": 2}, "bnads"),
     ],

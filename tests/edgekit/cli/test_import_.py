@@ -48,7 +48,8 @@ def net(tmp_path, monkeypatch, edgekit, data_file):
 
 def test_an_imported_network_is_compressed_replayed_and_traced_back(net, edgekit, data_file, tmp_path):
     (tmp_path / "r.toml").write_text('[[pass]]\nname = "cluster"\nbits = 4\nepochs = 1\n')
-    options = ["--data", data_file, "--max-loss", "0.5", "--batch", "1,16", "--runtime", "torch"]
+    # times are estimated: on a busy machine, two measurements of one network differ by more than the guard allows
+    options = ["--data", data_file, "--max-loss", "0.5", "--batch", "1,16", "--target", "x86-avx512"]
     done = edgekit("compress", net, "--recipe", tmp_path / "r.toml", "-o", tmp_path / "small.edge", *options)
     assert done.status == 0, done.err
     assert [record["kept"] for record in open_bundle(tmp_path / "small.edge").manifest.records] == [True], done.out
