@@ -40,7 +40,7 @@ from edgekit.nas.spec import Spec, read_spec
 from edgekit.nas.strategies import draw
 from edgekit.nn import hiera
 from edgekit.nn.hiera_config import HieraConfig
-from edgekit.nn.training import Schedule, fit, outputs
+from edgekit.nn.training import Schedule, accuracy, fit
 
 HIERA = "Hiera"  # it has one variant: its own first convolution goes to a quarter of the side
 WORSE = {"worse": "below", "better": "above, beyond the noise", "not distinguishable": "not below beyond the noise"}
@@ -65,7 +65,7 @@ def judged(model: nn.Module, spec: Spec, epochs: int, seed: int, training: Datas
         trained = fit(model, training, schedule, seed=seed)
     except EdgekitError:  # it diverged
         return 0.0
-    return float((outputs(trained, judging, softmax=[False])[0].argmax(axis=1) == judging.labels).mean())
+    return accuracy(trained, judging)
 
 
 def builder(family: str, spec: Spec, *, late: bool) -> Callable[[], nn.Module] | None:
@@ -94,7 +94,7 @@ class Bench:
         self.rows: Rows = evaluate.split(
             *load(self.spec.score.data, manifest_of(self.spec.space)), self.spec.score.validation, self.id
         )
-        self.all_training = joined(self.rows.training, self.rows.choosing)
+        self.all_training = evaluate.joined(self.rows.training, self.rows.choosing)
         self.content: dict[str, Any] = {"study": self.id, "peers": {}}
         if path.is_file():
             self.content = json.loads(path.read_bytes())
@@ -163,12 +163,6 @@ class Bench:
         if here != last["score"]:
             raise SystemExit(f"{last['key']}: {here} here and {last['score']} in the study: not the same procedure")
         return {"key": last["key"], "seed": last["seed"], "score": here}
-
-
-def joined(first: Dataset, second: Dataset) -> Dataset:
-    """Return the rows of both, as the last rung learns from them."""
-    inputs = {name: np.concatenate([array, second.inputs[name]]) for name, array in first.inputs.items()}
-    return Dataset(inputs, np.concatenate([first.labels, second.labels]))
 
 
 def compared(finalists: Sequence[Trained], peers: Sequence[Trained], noise: Noise) -> list[dict[str, str]]:

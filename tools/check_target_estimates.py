@@ -1,6 +1,6 @@
 """Compare estimates from a device's data sheet with times that others published for it.
 
-    pip install --no-deps --target FOLDER timm
+    pip install --no-deps --target FOLDER timm==1.0.31 fastervit==1.0.0
     python tools/check_target_estimates.py --peers FOLDER --json target_estimates.json
 
 The authors of EfficientViT (Cai et al. 2023, arXiv 2205.14756) publish times of their networks in TensorRT, float16,
@@ -13,14 +13,12 @@ import argparse
 import importlib
 import io
 import json
-import sys
 import warnings
 from pathlib import Path
-from typing import Any
-from unittest.mock import MagicMock
 
 import onnx
 import torch
+from peer_networks import use
 
 from edgekit import machine
 from edgekit.cost.operators import work
@@ -33,20 +31,6 @@ PUBLISHED = {  # network, pixels along a side -> milliseconds by device
     ("efficientvit_b2", 224): {"jetson-nano": 50.6, "jetson-agx-orin-64gb": 2.63},
     ("efficientvit_b2", 288): {"jetson-nano": 69.9, "jetson-agx-orin-64gb": 3.30},
 }
-# timm imports parts of torchvision that these networks do not use
-UNUSED = ("", ".datasets", ".models", ".models.feature_extraction", ".ops", ".ops.misc", ".transforms",
-          ".transforms.functional")  # fmt: skip
-
-
-def peers(folder: Path) -> Any:
-    """Import timm from the folder."""
-    sys.path.append(str(folder))
-    for part in UNUSED:
-        sys.modules.setdefault(f"torchvision{part}", MagicMock(__spec__=None))
-    found = importlib.import_module("timm")
-    for name in [name for name, module in sys.modules.items() if isinstance(module, MagicMock)]:
-        del sys.modules[name]  # torch's exporter registers what torchvision has, if it is there
-    return found
 
 
 def graph_of(model: torch.nn.Module, side: int) -> onnx.ModelProto:
@@ -64,7 +48,8 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    timm, rows = peers(options.peers), []
+    versions, rows = use(options.peers), []
+    timm = importlib.import_module("timm")
     for (name, side), times in PUBLISHED.items():
         graph = graph_of(timm.create_model(name, pretrained=False).eval(), side)
         for target, published in times.items():
@@ -77,7 +62,7 @@ def main() -> None:
             )  # fmt: skip
             print(rows[-1], flush=True)
     if options.json:
-        content = {"machine": machine.describe(), "timm": timm.__version__, "rows": rows}
+        content = {"machine": machine.describe(), "timm": versions["timm"], "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

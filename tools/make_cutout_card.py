@@ -84,8 +84,9 @@ faster{reached}.
 ## How it was made
 
 `edgekit search` chose stem and pooling among six networks (`tools/cutout_rb.toml`, study `{study}`); the head, which
-has weights for each position instead of a mean over all, is ours and was not searched. All six were tried, and the
-best one was taken; the study's last rung (more epochs and seeds) was not finished. The rows of the search were
+has weights for each position instead of a mean over all, is ours and was not searched. The best after
+one short training each was taken. Its lead over the second is smaller than such a training can tell apart, and the
+study's last rung (more epochs and seeds) was not finished. The rows of the search were
 simulated alerts alone: no real object took part in the choice. The network was then trained by distillation: {copies}
 changed copies of each real triplet ({more} of those below {verdict}) and {simulated:,} simulated triplets, each in
 {variants} variants, got their soft labels from d6_m7. The changes are turns, mirror images, sub-pixel shifts, noise,

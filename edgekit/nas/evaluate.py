@@ -121,7 +121,7 @@ def judge(job: Job) -> Judged:
         return Judged(found, scores)
     training, judging = _rows.training, _rows.choosing
     if job.last:
-        training, judging = _joined(training, judging), _rows.test
+        training, judging = joined(training, judging), _rows.test
     torch.manual_seed(job.seed)
     model = hiera.build(**job.arguments)
     schedule = Schedule(job.epochs, batch=_score.batch, learning_rate=_score.learning_rate)
@@ -156,6 +156,7 @@ def proxy_scores(config: HieraConfig, seed: int, rows: Rows | None) -> dict[str,
     }
 
 
-def _joined(first: Dataset, second: Dataset) -> Dataset:
+def joined(first: Dataset, second: Dataset) -> Dataset:
+    """Return the rows of both, as the last rung learns from them."""
     inputs = {name: np.concatenate([array, second.inputs[name]]) for name, array in first.inputs.items()}
     return Dataset(inputs, np.concatenate([first.labels, second.labels]))

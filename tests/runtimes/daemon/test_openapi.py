@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from runtimes.daemon import embeddings, openai_requests, openapi
-from tests.conftest import ROOT
 
 CHAT = {"model": "toy", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
 BODIES = {
@@ -100,12 +99,12 @@ def schemathesis(url, document, folder, *, examples, checks=CHECKS):
     """Return the exit status and what it printed."""
     (folder / "openapi.json").write_text(json.dumps(document))
     command = [
-        *(sys.executable, "-m", "schemathesis.cli", "run", folder / "openapi.json", "--url", url),
+        *(sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", url),
         *("--checks", checks, "--max-examples", str(examples), "--seed", "1", "--workers", "1"),
         *("--phases", "examples,coverage,fuzzing", "--generation-database", "none", "--request-timeout", "60"),
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1500, cwd=ROOT, env={**os.environ, "COLUMNS": "160"}
+        command, capture_output=True, text=True, timeout=1500, cwd=folder, env={**os.environ, "COLUMNS": "160"}
     )
     return done.returncode, done.stdout + done.stderr
 
